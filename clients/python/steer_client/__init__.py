@@ -1,0 +1,91 @@
+"""Client of a steering server: text generation steered by detached-Jacobian operators.
+
+>>> from steer_client import OperatorUse, SteerClient
+>>> with SteerClient("127.0.0.1:50051") as client:  # doctest: +SKIP
+...     result = client.compare("My favourite place is", operators=[OperatorUse("golden-gate")])
+...     print(result.normal.text, result.steered["steered"].generation.text, sep="\\n")
+
+Every call raises a SteerError when it fails. No request is silently unsteered: a text comes back only with
+the receipts of the operators that were asked for.
+"""
+
+from steer_client._aio import AsyncComparisonStream, AsyncGenerationStream, AsyncSteerClient
+from steer_client._errors import (
+    DeadlineExceededError,
+    EngineFailedError,
+    InvalidRequestError,
+    OperatorUnusableError,
+    PromptTooLongError,
+    ProtocolError,
+    RequestCancelledError,
+    ServerBusyError,
+    ServerError,
+    ServerUnavailableError,
+    SteerError,
+    SteeringNotAppliedError,
+    UnknownOperatorError,
+)
+from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
+from steer_client._results import (
+    KL,
+    ABResult,
+    ArmDelta,
+    ArmResult,
+    FinishReason,
+    Generation,
+    ModelInfo,
+    OperatorInfo,
+    Receipt,
+    ReloadReport,
+    TextDelta,
+    Timings,
+    Tokenization,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from steer_client._sync import ComparisonStream, GenerationStream, SteerClient
+
+__all__ = [
+    "KL",
+    "ABResult",
+    "ArmDelta",
+    "ArmResult",
+    "AsyncComparisonStream",
+    "AsyncGenerationStream",
+    "AsyncSteerClient",
+    "Chat",
+    "ChatMessage",
+    "ComparisonStream",
+    "DeadlineExceededError",
+    "EngineFailedError",
+    "FinishReason",
+    "Generation",
+    "GenerationStream",
+    "InvalidRequestError",
+    "ModelInfo",
+    "OperatorInfo",
+    "OperatorUnusableError",
+    "OperatorUse",
+    "Prompt",
+    "PromptTooLongError",
+    "ProtocolError",
+    "Receipt",
+    "ReloadReport",
+    "RequestCancelledError",
+    "Rule",
+    "SamplingParams",
+    "ServerBusyError",
+    "ServerError",
+    "ServerUnavailableError",
+    "SteerClient",
+    "SteerError",
+    "SteeringNotAppliedError",
+    "TextDelta",
+    "Timings",
+    "TokenLogprob",
+    "Tokenization",
+    "TopLogprob",
+    "UnknownOperatorError",
+    "Usage",
+]

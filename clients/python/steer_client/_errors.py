@@ -1,0 +1,146 @@
+"""Every way in which a call can fail.
+
+SteerError
+├── InvalidRequestError        the request is at fault; `.field` names the place
+│   └── PromptTooLongError     the prompt leaves no room in the model's context
+├── UnknownOperatorError       no such operator in the server's store
+├── OperatorUnusableError      it is there, but does not fit or cannot be read
+├── ServerBusyError            the queue is full; `.retry_after` in seconds
+├── SteeringNotAppliedError    a text came back without proof of its steering
+├── EngineFailedError          decoding failed
+├── ServerUnavailableError     nobody answers at the target
+├── DeadlineExceededError      the call's own timeout ran out
+├── RequestCancelledError      the call was cancelled before it ended
+├── ProtocolError              the answer does not follow the contract
+└── ServerError                anything else that the server reports
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import grpc
+
+
+class SteerError(Exception):
+    """Base of every error that a call raises. `str(error)` is one message for a person."""
+
+    #: What the error stands for when it is raised without a status from the server.
+    default_code: ClassVar[grpc.StatusCode | None] = None
+    default_reason: ClassVar[str] = ""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        #: The gRPC status; None where none applies.
+        self.code = code or self.default_code
+        #: The server's stable name for the cause, for example "UNKNOWN_OPERATOR"; may be empty.
+        self.reason = reason or self.default_reason
+        #: What the server says about the cause, by key.
+        self.metadata: Mapping[str, str] = dict(metadata or {})
+
+
+class InvalidRequestError(SteerError):
+    """The request is at fault. `field` is the path in the request, for example "sampling.top_p"."""
+
+    default_code = grpc.StatusCode.INVALID_ARGUMENT
+    default_reason = "INVALID_REQUEST"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str = "",
+        code: grpc.StatusCode | None = None,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, code=code, reason=reason, metadata=metadata)
+        self.field = field
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt, with room for an answer, exceeds the model's context."""
+
+    default_reason = "PROMPT_TOO_LONG"
+
+
+class UnknownOperatorError(SteerError):
+    """The server's store holds no operator of that name."""
+
+    default_code = grpc.StatusCode.NOT_FOUND
+    default_reason = "UNKNOWN_OPERATOR"
+
+
+class OperatorUnusableError(SteerError):
+    """The operator is in the store, but the server refuses to apply it."""
+
+    default_code = grpc.StatusCode.FAILED_PRECONDITION
+    default_reason = "OPERATOR_UNUSABLE"
+
+
+class ServerBusyError(SteerError):
+    """The server's queue is full. `retry_after` is in seconds; None when the server gave none."""
+
+    default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "QUEUE_FULL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float | None = None,
+        code: grpc.StatusCode | None = None,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message, code=code, reason=reason, metadata=metadata)
+        self.retry_after = retry_after
+
+
+class SteeringNotAppliedError(SteerError):
+    """A steered text was asked for, and nothing proves that it was steered as asked."""
+
+    default_code = grpc.StatusCode.INTERNAL
+    default_reason = "STEERING_NOT_APPLIED"
+
+
+class EngineFailedError(SteerError):
+    """The server failed while decoding."""
+
+    default_code = grpc.StatusCode.INTERNAL
+    default_reason = "ENGINE_FAILED"
+
+
+class ServerUnavailableError(SteerError):
+    """Nobody answers at the target, or the server is going away."""
+
+    default_code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceededError(SteerError):
+    """The call's timeout ran out."""
+
+    default_code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class RequestCancelledError(SteerError):
+    """The call was cancelled, here or by the server, before it ended."""
+
+    default_code = grpc.StatusCode.CANCELLED
+
+
+class ProtocolError(SteerError):
+    """The answer does not follow the contract, or is of a newer one than this client knows."""
+
+
+class ServerError(SteerError):
+    """The server reports a failure that has no type of its own."""

@@ -1,0 +1,112 @@
+"""Streams of events to results, one event at a time. No input or output happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+from steering.v1 import generation_pb2 as pb
+
+from steer_client import _decode as decode
+from steer_client._errors import ProtocolError
+from steer_client._receipts import check_receipts
+from steer_client._requests import OperatorUse
+from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
+
+NORMAL = "normal"
+
+Item = TypeVar("Item", covariant=True)
+Result = TypeVar("Result", covariant=True)
+
+
+class Reducer(Protocol[Item, Result]):
+    """Folds the events of one stream into its result."""
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None:
+        """None until the stream has started."""
+
+    def feed(self, event: Any) -> Item | None:  # noqa: ANN401 - the event type differs by stream
+        """Takes the next event; gives what the caller should see of it."""
+
+    def finish(self) -> Result:
+        """Takes the end of the stream."""
+
+
+class GenerationReducer:
+    """started, delta*, finished. `arm` is for messages only."""
+
+    def __init__(self, uses: Sequence[OperatorUse], arm: str = "") -> None:
+        self._uses = uses
+        self._of = f" of arm {arm!r}" if arm else ""
+        self._text: list[str] = []
+        self._result: Generation | None = None
+        self.prompt_token_ids: tuple[int, ...] | None = None
+
+    def feed(self, event: pb.GenerateEvent | pb.CompareEvent) -> TextDelta | None:
+        """Raises ProtocolError for an event out of order, SteeringNotAppliedError for missing proof."""
+        kind = event.WhichOneof("event")
+        if kind is None:
+            raise ProtocolError("the server sent an event that this client does not know: update the client")
+        if self._result is not None or (kind == "started") != (self.prompt_token_ids is None):
+            raise ProtocolError(f"the server's events{self._of} are out of order at `{kind}`")
+        if kind == "started":
+            self.prompt_token_ids = tuple(event.started.prompt_token_ids)
+            return None
+        if kind == "delta":
+            self._text.append(event.delta.text)
+            return decode.delta(event.delta)
+        result = decode.generation(event.finished)
+        if result.text != "".join(self._text):
+            raise ProtocolError(f"the server's final text{self._of} differs from the text that it streamed")
+        self._result = check_receipts(self._uses, result)
+        return None
+
+    def finish(self) -> Generation:
+        """Raises ProtocolError when no result came."""
+        if self._result is None:
+            raise ProtocolError(f"the stream{self._of} ended without `finished`")
+        return self._result
+
+
+class ComparisonReducer:
+    """The events of every arm, interleaved, then compared."""
+
+    def __init__(self, arms: Mapping[str, Sequence[OperatorUse]]) -> None:
+        self._arms = {NORMAL: GenerationReducer((), NORMAL)}
+        self._arms |= {name: GenerationReducer(uses, name) for name, uses in arms.items()}
+        self._compared: pb.CompareFinished | None = None
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...] | None:
+        """The same for every arm."""
+        ids = (arm.prompt_token_ids for arm in self._arms.values())
+        return next((each for each in ids if each is not None), None)
+
+    def feed(self, event: pb.CompareEvent) -> ArmDelta | None:
+        """Raises like GenerationReducer.feed, and ProtocolError for an arm that was not asked for."""
+        if self._compared is not None:
+            raise ProtocolError("the server sent events after `compared`")
+        if event.WhichOneof("event") == "compared":
+            self._compared = event.compared
+            return None
+        if event.arm not in self._arms:
+            raise ProtocolError(f"the server sent an event of arm {event.arm!r}, which was not asked for")
+        delta = self._arms[event.arm].feed(event)
+        return None if delta is None else ArmDelta(event.arm, delta)
+
+    def finish(self) -> ABResult:
+        """Raises ProtocolError when an arm, or its comparison, did not come."""
+        finished = {name: arm.finish() for name, arm in self._arms.items()}
+        if self._compared is None:
+            raise ProtocolError("the stream ended without `compared`")
+        steered = [name for name in finished if name != NORMAL]
+        compared = [each.arm for each in self._compared.comparisons]
+        if compared != steered:
+            raise ProtocolError(f"the server compared the arms {compared}; asked for were {steered}")
+        return ABResult(
+            normal=finished[NORMAL],
+            steered={
+                each.arm: decode.arm_result(each, finished[each.arm]) for each in self._compared.comparisons
+            },
+        )

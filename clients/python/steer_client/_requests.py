@@ -1,0 +1,97 @@
+"""What a caller asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+#: How an operator's running direction is made from its Jacobian blocks.
+Rule: TypeAlias = Literal["cumulative", "substitute"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One turn of a chat. `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A prompt that the server renders with the model's own chat template."""
+
+    messages: Sequence[ChatMessage]
+
+
+#: Text, token ids (used as they are), or a chat.
+Prompt: TypeAlias = str | Sequence[int] | Chat | Sequence[ChatMessage]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorUse:
+    """One operator applied to one request. What is None takes the operator's recommended value.
+
+    `strength` is λ: the push is λ/2 times the norm of the hidden state; 0 changes nothing, a negative
+    value pushes away. `blend` is β in [0, 1]: 0 is the operator's direction, 1 its anchor.
+    """
+
+    name: str
+    strength: float | None = None
+    rule: Rule | None = None
+    blend: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, *, rule: Rule | None = None) -> OperatorUse:
+        """Reads `NAME`, `NAME=λ` or `NAME=λ@β`.
+
+        Raises ValueError, naming the text and the accepted form, for anything else.
+        """
+        name, has_strength, values = text.partition("=")
+        strength, has_blend, blend = values.partition("@")
+        try:
+            if not name or name != name.strip() or "@" in name:
+                raise ValueError(name)
+            return cls(
+                name=name,
+                strength=float(strength) if has_strength else None,
+                rule=rule,
+                blend=float(blend) if has_blend else None,
+            )
+        except ValueError:
+            raise ValueError(
+                f"cannot read the operator {text!r}: write NAME, NAME=λ or NAME=λ@β, "
+                "for example golden-gate=0.4@0.5"
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. What is None or empty is not sent: the server's default applies.
+
+    The server judges the values; the defaults below are the server's.
+    """
+
+    #: 0 is greedy. Default 0.
+    temperature: float | None = None
+    #: In (0, 1]. Default 1 (off).
+    top_p: float | None = None
+    #: 0 is off. Default 0.
+    top_k: int | None = None
+    #: In [0, 1]. Default 0 (off).
+    min_p: float | None = None
+    #: Positive; 1 is off. Default 1.
+    repetition_penalty: float | None = None
+    #: Default: drawn by the server and reported in the result.
+    seed: int | None = None
+    #: At least 1. Default 128.
+    max_tokens: int | None = None
+    stop_strings: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    #: Decode through end-of-sequence tokens. Default False.
+    ignore_eos: bool | None = None
+    #: Alternatives to report beside each token's own log-probability (0 to 20). None: no log-probabilities.
+    logprobs: int | None = None
+    #: Seconds from admission after which the text so far is returned. Default: none.
+    time_limit: float | None = None

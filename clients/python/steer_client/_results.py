@@ -1,0 +1,232 @@
+"""What a server answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+from steer_client._requests import Rule
+
+
+class FinishReason(StrEnum):
+    """Why a text ended."""
+
+    EOS = "EOS"
+    STOP_STRING = "STOP_STRING"
+    STOP_TOKEN = "STOP_TOKEN"  # noqa: S105 - a kind of stop, not a secret
+    MAX_TOKENS = "MAX_TOKENS"
+    CONTEXT_LIMIT = "CONTEXT_LIMIT"
+    TIME_LIMIT = "TIME_LIMIT"
+    #: The server stopped the request, for example while shutting down.
+    CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and produced; `completion_tokens` includes the token that ended the text."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. `queued` ends at admission, where the other two begin."""
+
+    queued: float
+    #: None when no token was produced.
+    time_to_first_token: float | None
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Proof, measured on the hidden states, that one operator was applied."""
+
+    operator: str
+    #: sha256 of the artifact's content, "sha256:<64 hex digits>".
+    digest: str
+    #: The decoder layer whose input was pushed.
+    layer: int
+    rule: Rule
+    strength: float
+    blend: float
+    prompt_tokens_steered: int
+    generated_tokens_steered: int
+    #: Norm of the change over the norm of the hidden state, at this layer, after rounding.
+    mean_dose: float
+    max_dose: float
+    #: Which of "strength", "rule" and "blend" came from the operator's recommendation.
+    defaulted: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One alternative at a position; `logprob` is a natural logarithm."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model's own distribution, and the likeliest alternatives."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One finished text."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    #: The stop string that ended the text; None when none did.
+    stop_string: str | None
+    usage: Usage
+    timings: Timings
+    #: One per operator of the request, in its order.
+    receipts: tuple[Receipt, ...]
+    #: Empty unless `SamplingParams.logprobs` was set.
+    logprobs: tuple[TokenLogprob, ...]
+    #: The seed that was used.
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """The next piece of a text. `text` may be empty: a token can hold part of a character."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ArmDelta:
+    """The next piece of one arm's text; the plain arm is named "normal"."""
+
+    arm: str
+    delta: TextDelta
+
+
+@dataclass(frozen=True, slots=True)
+class KL:
+    """KL(plain ‖ steered) in nats over the positions of a steered text."""
+
+    mean: float
+    #: None when the server did not report it.
+    p95: float | None
+    per_token: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResult:
+    """One steered arm held against the normal one. What was not scored is None."""
+
+    generation: Generation
+    #: Index of the first differing token; None when the token ids are the same.
+    first_divergence: int | None
+    kl: KL | None
+    #: Perplexity of each text under the plain model.
+    normal_perplexity: float | None
+    steered_perplexity: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ABResult:
+    """The plain text and every steered one, by the name of its arm, in the request's order."""
+
+    normal: Generation
+    steered: Mapping[str, ArmResult]
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorInfo:
+    """An artifact in the server's store.
+
+    `problem` says why an operator cannot be used; what could not be read is then None, 0 or empty.
+    """
+
+    name: str
+    problem: str | None
+    digest: str
+    concept: str
+    concept_token_ids: tuple[int, ...]
+    #: The model that it was built for.
+    model: str
+    model_fingerprint: str
+    #: "golden" or "residual".
+    profile: str
+    rule_set: str
+    #: Layer of the Jacobian's target.
+    layer: int
+    #: The layer whose input is pushed.
+    injection_layer: int
+    hidden_size: int
+    #: Number of Jacobian blocks (concept tokens).
+    positions: int
+    dtype: str
+    recommended_strength: float
+    recommended_rule: Rule | None
+    recommended_blend: float
+    #: Relative error of Σ J x + c against the hidden state, measured when it was built.
+    reconstruction_error: float
+    #: In UTC.
+    created: datetime | None
+    size_bytes: int
+    builder_version: str
+
+    @property
+    def usable(self) -> bool:
+        """Whether a request may name it."""
+        return self.problem is None
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadReport:
+    """Names of the operators that a reload touched, and of those that cannot be used after it."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    unusable: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """A prompt as it reaches the model."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model, its limits and the engine that serves it."""
+
+    model: str
+    architecture: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    #: Prompt and completion together, in tokens.
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    engine: str
+    dtype: str
+    device: str
+    server_version: str
+    max_queue: int
+    max_arms: int

@@ -1,0 +1,141 @@
+"""From a gRPC status to a typed error: the one place that reads a status."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import grpc
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
+
+from steer_client import _errors as errors
+
+_DOMAIN = "steering.v1"
+_DETAILS_KEY = "grpc-status-details-bin"
+_Code = grpc.StatusCode
+
+_BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
+    (_Code.INVALID_ARGUMENT, "INVALID_REQUEST"): errors.InvalidRequestError,
+    (_Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG"): errors.PromptTooLongError,
+    (_Code.NOT_FOUND, "UNKNOWN_OPERATOR"): errors.UnknownOperatorError,
+    (_Code.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"): errors.OperatorUnusableError,
+    (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"): errors.ServerBusyError,
+    (_Code.INTERNAL, "STEERING_NOT_APPLIED"): errors.SteeringNotAppliedError,
+    (_Code.INTERNAL, "ENGINE_FAILED"): errors.EngineFailedError,
+}
+# These mean the same whatever the reason.
+_BY_CODE: dict[grpc.StatusCode, type[errors.SteerError]] = {
+    _Code.UNAVAILABLE: errors.ServerUnavailableError,
+    _Code.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
+    _Code.CANCELLED: errors.RequestCancelledError,
+}
+# A status that came without details (a proxy may drop them) still has its code.
+_WITHOUT_REASON: dict[grpc.StatusCode, type[errors.SteerError]] = {
+    _Code.INVALID_ARGUMENT: errors.InvalidRequestError,
+    _Code.NOT_FOUND: errors.UnknownOperatorError,
+    _Code.FAILED_PRECONDITION: errors.OperatorUnusableError,
+    _Code.RESOURCE_EXHAUSTED: errors.ServerBusyError,
+}
+
+
+class _Details(NamedTuple):
+    reason: str
+    metadata: dict[str, str]
+    field: str
+    retry_after: float | None
+
+
+def translate(error: grpc.RpcError, *, target: str, timeout: float | None = None) -> errors.SteerError:
+    """Gives the typed error for a failed call, sync or async, unary or streaming.
+
+    `target` and `timeout` (seconds) are those of the call; they appear in the message.
+    """
+    # Every RpcError that a call raises is also a grpc.Call; the base class alone carries no status.
+    code: grpc.StatusCode = error.code()
+    text: str = error.details() or ""
+    details = _details(error)
+    if details.reason:
+        kind = _BY_REASON.get((code, details.reason)) or _BY_CODE.get(code, errors.ServerError)
+    else:
+        kind = _BY_CODE.get(code) or _WITHOUT_REASON.get(code, errors.ServerError)
+        if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:
+            # gRPC's own limit on message sizes has this code too, and waiting does not help.
+            kind = errors.ServerError
+    message = _message(kind, code, text, details, target, timeout)
+    if issubclass(kind, errors.InvalidRequestError):
+        return kind(message, field=details.field, code=code, reason=details.reason, metadata=details.metadata)
+    if issubclass(kind, errors.ServerBusyError):
+        return kind(
+            message,
+            retry_after=details.retry_after,
+            code=code,
+            reason=details.reason,
+            metadata=details.metadata,
+        )
+    return kind(message, code=code, reason=details.reason, metadata=details.metadata)
+
+
+def cancelled() -> errors.RequestCancelledError:
+    """The error for a call that this process cancelled."""
+    return errors.RequestCancelledError("the request was cancelled")
+
+
+def _message(
+    kind: type[errors.SteerError],
+    code: grpc.StatusCode,
+    text: str,
+    details: _Details,
+    target: str,
+    timeout: float | None,
+) -> str:
+    if details.reason and text:
+        return text
+    if kind is errors.ServerUnavailableError:
+        # gRPC's text lists every layer; the last one is the cause.
+        cause = text.rsplit(": ", 1)[-1].strip()
+        return f"no answer from {target}{f' ({cause})' if cause else ''}: is steer-server running there?"
+    if kind is errors.DeadlineExceededError:
+        within = "in time" if timeout is None else f"within {timeout:g} s"
+        return f"{target} did not finish the request {within}"
+    if kind is errors.RequestCancelledError:
+        return "the request was cancelled"
+    if kind is errors.ServerError:
+        return f"{target} answered {code.name}{f': {text}' if text else ''}"
+    return text or f"{target} answered {code.name}"
+
+
+def _details(error: grpc.RpcError) -> _Details:
+    reason, metadata, field, retry_after = "", dict[str, str](), "", None
+    info, bad, retry = (
+        error_details_pb2.ErrorInfo(),
+        error_details_pb2.BadRequest(),
+        error_details_pb2.RetryInfo(),
+    )
+    for packed in _status(error).details:
+        if _unpack(packed, info) and info.domain == _DOMAIN:
+            reason, metadata = info.reason, dict(info.metadata)
+        elif _unpack(packed, bad) and bad.field_violations:
+            field = bad.field_violations[0].field
+        elif _unpack(packed, retry):
+            retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    return _Details(reason, metadata, field, retry_after)
+
+
+def _unpack(packed: Any, into: Message) -> bool:
+    try:
+        return packed.Unpack(into)
+    except DecodeError:
+        return False
+
+
+def _status(error: grpc.RpcError) -> status_pb2.Status:
+    # Read from the trailing metadata, because that is the same for sync and async calls, while the
+    # helpers of grpc_status are two and refuse the whole status when one part of it is odd.
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                break
+    return status_pb2.Status()

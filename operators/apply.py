@@ -1,0 +1,142 @@
+"""The steering equation, once.
+
+For a sequence with embeddings x_0, x_1, ... (as the first block receives them) and an operator with blocks J_0..J_{n-1}:
+
+    cumulative   a_k = c + sum_{j<=k} J_{j mod n} x_j
+    substitute   a_k = b + J_{n-1} x_k,   b = y - J_{n-1} x_{n-1} (of the concept)
+
+    d_k = (1-beta) a_k/|a_k| + beta y/|y|
+    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|
+
+a_k depends on token ids only, so it is worked out beside the model; the only request state is one running sum,
+and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from operators.artifact import OperatorArtifact, Rule
+from operators.errors import SteeringError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How strongly and by which rule an operator is applied.
+
+    ``strength`` is lambda, any finite number: 0 leaves every bit alone, negative pushes away. ``blend`` is beta in [0, 1].
+    """
+
+    strength: float
+    rule: Rule
+    blend: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise SteeringError(f"strength is {self.strength}; a finite number is accepted")
+        if not 0.0 <= self.blend <= 1.0:
+            raise SteeringError(f"blend is {self.blend}; a number from 0 (operator) to 1 (anchor) is accepted")
+        if self.rule not in ("cumulative", "substitute"):
+            raise SteeringError(f"rule is {self.rule!r}; 'cumulative' and 'substitute' are accepted")
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedOperator:
+    """An artifact's tensors in float32 on the device that steers. Immutable, shared between requests."""
+
+    jacobian: torch.Tensor
+    offset: torch.Tensor | None
+    base: torch.Tensor
+    unit_anchor: torch.Tensor
+
+
+def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperator:
+    """Moves an operator to ``device``. Raises :class:`SteeringError` when its anchor has no direction."""
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=device, dtype=torch.float32)
+
+    return PreparedOperator(
+        jacobian=place(artifact.jacobian),
+        offset=None if artifact.offset is None else place(artifact.offset),
+        base=place(artifact.substitute_base),
+        unit_anchor=_unit(place(artifact.anchor)[None], first=0)[0],
+    )
+
+
+class Direction:
+    """The unit directions d_k/|d_k| of one operator along one sequence.
+
+    Keeps the running sum and the position; feed it every token of the sequence exactly once, in order.
+    """
+
+    def __init__(self, operator: PreparedOperator, setting: Setting) -> None:
+        self._operator = operator
+        self._setting = setting
+        self._position = 0
+        n, d, _ = operator.jacobian.shape
+        self._n = n
+        start = operator.offset if operator.offset is not None else operator.jacobian.new_zeros(d)
+        self._sum = start.clone()
+
+    def advance(self, x: torch.Tensor) -> torch.Tensor:
+        """Unit directions (T, d) for the next T tokens, whose embeddings are ``x`` (T, d).
+
+        Raises:
+            SteeringError: a direction is zero or not finite at some position.
+        """
+        x = x.to(torch.float32)
+        first, blend = self._position, self._setting.blend
+        self._position += x.shape[0]
+        anchor = self._operator.unit_anchor
+        if blend == 1.0:
+            return anchor.expand(x.shape[0], -1)
+        unit = _unit(self._raw(x, first), first)
+        if blend == 0.0:
+            return unit
+        return _unit((1.0 - blend) * unit + blend * anchor, first)
+
+    def _raw(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        jacobian = self._operator.jacobian
+        if self._setting.rule == "substitute":
+            return self._operator.base + x @ jacobian[-1].T
+        terms = torch.empty_like(x)
+        for token in range(min(self._n, x.shape[0])):
+            # Tokens that meet the same block J_{j mod n} are n apart.
+            terms[token :: self._n] = x[token :: self._n] @ jacobian[(first + token) % self._n].T
+        a = self._sum + terms.cumsum(0)
+        self._sum = a[-1].clone()
+        return a
+
+
+def steer(hidden: torch.Tensor, push: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds |h_k| push_k to each hidden state, in float32, and measures what that did.
+
+    Args:
+        hidden: (..., d) in the model's dtype.
+        push: (..., d) float32, sum over the operators of this layer of (lambda/2) d_k/|d_k|.
+
+    Returns:
+        The steered hidden states (..., d) in the model's dtype, and the relative dose (...) =
+        |h' - h| / |h| after rounding to that dtype.
+    """
+    before = hidden.to(torch.float32)
+    norm = torch.linalg.vector_norm(before, dim=-1, keepdim=True)
+    after = (before + norm * push).to(hidden.dtype)
+    moved = torch.linalg.vector_norm(after.to(torch.float32) - before, dim=-1)
+    return after, moved / norm.squeeze(-1)
+
+
+def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    usable = torch.isfinite(norms) & (norms > 0)
+    if not bool(usable.all()):
+        bad = int((~usable.squeeze(-1)).nonzero()[0])
+        raise SteeringError(
+            f"the steering direction at position {first + bad} has norm {float(norms[bad])}; a positive, finite one is "
+            "needed"
+        )
+    return vectors / norms

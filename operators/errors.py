@@ -1,0 +1,55 @@
+"""What can go wrong, as a tree.
+
+OperatorError
+├── ConceptError            the concept has no tokens, or too many
+├── ModelError              the model cannot be found or loaded
+│   └── UnsupportedModelError   its architecture has no detach table
+├── BuildError              a build was asked for that makes no sense (layer out of range, ...)
+│   └── ReconstructionError     sum J x does not give back the hidden state
+├── StoreError              a name that is not allowed, is missing, or is taken
+├── ArtifactError           a file is not a whole, valid operator
+│   └── IncompatibleOperatorError   it is valid, and belongs to another model
+└── SteeringError           a direction that cannot be formed
+
+Every message names the thing, the value that was found and what is accepted.
+"""
+
+
+class OperatorError(Exception):
+    """Base of every error raised by this package."""
+
+
+class ConceptError(OperatorError):
+    """The concept cannot be used: no tokens, or more than the model's context."""
+
+
+class ModelError(OperatorError):
+    """The model cannot be found or loaded."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model has a module that no detach table knows."""
+
+
+class BuildError(OperatorError):
+    """The requested operator cannot be built."""
+
+
+class ReconstructionError(BuildError):
+    """The detached map does not reproduce the model: the operator would be wrong."""
+
+
+class StoreError(OperatorError):
+    """A name in the store is not allowed, missing, or taken."""
+
+
+class ArtifactError(OperatorError):
+    """A file is not a whole, valid operator artifact."""
+
+
+class IncompatibleOperatorError(ArtifactError):
+    """A valid operator that belongs to another model, tokenizer, layer or shape."""
+
+
+class SteeringError(OperatorError):
+    """The steering direction cannot be formed (zero or not finite)."""

