@@ -10,7 +10,7 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 # pip shows its progress bars only where somebody watches.
-QUIET := $(if $(MAKE_TERMOUT),,--quiet)
+QUIET := $(if $(MAKE_TERMOUT),,-qq)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check serve stubs format image clean
@@ -60,5 +60,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing $(TORCH) (the largest download) ..."
 	@$(BIN)/pip install $(QUIET) --disable-pip-version-check $(TORCH) -c constraints.txt
 	@echo "Installing steering-operators and its tools (about a minute) ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -e '.[server,dev]' -c constraints.txt
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[server,dev]' -c constraints.txt
 	@touch $@

@@ -1,6 +1,7 @@
 """The steering equation, once.
 
-For a sequence with embeddings x_0, x_1, ... (as the first block receives them) and an operator with blocks J_0..J_{n-1}:
+For a sequence with embeddings x_0, x_1, ... (as the first block receives them) and an operator with blocks
+J_0..J_{n-1}:
 
     cumulative   a_k = c + sum_{j<=k} J_{j mod n} x_j
     substitute   a_k = b + J_{n-1} x_k,   b = y - J_{n-1} x_{n-1} (of the concept)
@@ -8,8 +9,8 @@ For a sequence with embeddings x_0, x_1, ... (as the first block receives them) 
     d_k = (1-beta) a_k/|a_k| + beta y/|y|
     h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|
 
-a_k depends on token ids only, so it is worked out beside the model; the only request state is one running sum,
-and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
+a_k depends on token ids only, so it is worked out beside the model; the only request state is one running
+sum, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from operators.errors import SteeringError
 class Setting:
     """How strongly and by which rule an operator is applied.
 
-    ``strength`` is lambda, any finite number: 0 leaves every bit alone, negative pushes away. ``blend`` is beta in [0, 1].
+    ``strength`` is lambda, any finite number: 0 leaves every bit alone, negative pushes away. ``blend`` is beta
+    in [0, 1].
     """
 
     strength: float
@@ -88,6 +90,8 @@ class Direction:
         Raises:
             SteeringError: a direction is zero or not finite at some position.
         """
+        if x.shape[0] == 0:
+            return self._operator.jacobian.new_empty(0, x.shape[1])
         x = x.to(torch.float32)
         first, blend = self._position, self._setting.blend
         self._position += x.shape[0]
@@ -127,7 +131,8 @@ def steer(hidden: torch.Tensor, push: torch.Tensor) -> tuple[torch.Tensor, torch
     norm = torch.linalg.vector_norm(before, dim=-1, keepdim=True)
     after = (before + norm * push).to(hidden.dtype)
     moved = torch.linalg.vector_norm(after.to(torch.float32) - before, dim=-1)
-    return after, moved / norm.squeeze(-1)
+    # A hidden state of zero is not moved: its dose is 0, not 0/0. What is not finite stays so.
+    return after, moved / norm.squeeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:
@@ -136,7 +141,8 @@ def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:
     if not bool(usable.all()):
         bad = int((~usable.squeeze(-1)).nonzero()[0])
         raise SteeringError(
-            f"the steering direction at position {first + bad} has norm {float(norms[bad])}; a positive, finite one is "
-            "needed"
+            f"the steering direction at position {first + bad} has norm {float(norms[bad])}; a positive, finite "
+            "one is needed"
         )
-    return vectors / norms
+    unit: torch.Tensor = vectors / norms
+    return unit

@@ -1,8 +1,9 @@
 """The operator artifact: one safetensors file, verified in full before anything in it is used.
 
-Tensors: ``jacobian`` (n, d, d), ``anchor`` (d,), ``substitute_base`` (d,) and, for affine maps, ``offset`` (d,).
-The metadata holds one JSON header (:class:`OperatorHeader`) and the digest, a sha256 over the header and every
-tensor. A single flipped bit anywhere is therefore an error, and two files with the same digest are the same operator.
+Tensors: ``jacobian`` (n, d, d), ``anchor`` (d,), ``substitute_base`` (d,) and, for affine maps, ``offset``
+(d,). The metadata holds one JSON header (:class:`OperatorHeader`) and the digest, a sha256 over the header and
+every tensor. A single flipped bit anywhere is therefore an error, and two files with the same digest are the
+same operator.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ FORMAT = "steering-operator"
 FORMAT_VERSION = "1"
 MAX_BYTES = 8 << 30
 """Largest file that is read, in bytes: an exact operator of 16 tokens at d = 8192 in float32."""
+
+_FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""First bytes of zip archives (what torch.save writes) and of pickles."""
 
 Profile = Literal["golden", "residual"]
 Rule = Literal["cumulative", "substitute"]
@@ -82,8 +86,9 @@ class OperatorHeader(BaseModel):
 class OperatorArtifact:
     """One operator, whole and verified.
 
-    Shapes: ``jacobian`` (n, d, d) with ``jacobian[i] = dh/dx_i`` (output, input); ``anchor`` (d,) = y = sum J_i x_i + c;
-    ``substitute_base`` (d,) = y - J_{n-1} x_{n-1}; ``offset`` (d,) = c, or None where the model has no biases.
+    Shapes: ``jacobian`` (n, d, d) with ``jacobian[i] = dh/dx_i`` (output, input); ``anchor`` (d,) = y =
+    sum J_i x_i + c; ``substitute_base`` (d,) = y - J_{n-1} x_{n-1}; ``offset`` (d,) = c, or None where the model
+    has no biases.
     """
 
     header: OperatorHeader
@@ -128,7 +133,12 @@ def to_bytes(artifact: OperatorArtifact) -> bytes:
         "digest": artifact.digest,
         "header": artifact.header_json,
     }
-    return bytes(save_tensors(_tensors(artifact), metadata=metadata))
+    # safetensors writes the metadata in random order; sorting it makes the bytes a function of the artifact.
+    saved = save_tensors(_tensors(artifact), metadata=metadata)
+    start = 8 + int.from_bytes(saved[:8], "little")
+    head = json.dumps(json.loads(saved[8:start]), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return b"".join([len(head).to_bytes(8, "little"), head, memoryview(saved)[start:]])
 
 
 def read_artifact(path: Path, *, max_bytes: int = MAX_BYTES) -> OperatorArtifact:
@@ -137,32 +147,33 @@ def read_artifact(path: Path, *, max_bytes: int = MAX_BYTES) -> OperatorArtifact
     The file is opened without following a symbolic link, and nothing of it is ever unpickled.
 
     Raises:
-        ArtifactError: says what does not fit: missing, not a regular file, too large, truncated, trailing bytes,
-            not safetensors, unknown version, damaged header, wrong shape, NaN, wrong digest.
+        ArtifactError: says what does not fit: missing, not a regular file, too large, truncated, trailing
+            bytes, not safetensors, unknown version, damaged header, wrong shape, NaN, wrong digest.
     """
     return from_bytes(_read_bytes(path, max_bytes), source=path.name)
 
 
 def from_bytes(data: bytes, *, source: str) -> OperatorArtifact:
     """Verifies the bytes of an artifact; ``source`` names them in errors. Raises :class:`ArtifactError`."""
-    if data[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-        raise ArtifactError(f"{source}: this is a pickle or zip archive; operators are safetensors files only")
     try:
         tensors = load_tensors(data)
         metadata = _metadata(data)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Only now: a safetensors file begins with its header's length, and some lengths look like these.
+        if data[:2] in _FOREIGN:
+            raise ArtifactError(
+                f"{source}: this is a pickle or zip archive; operators are safetensors files only"
+            ) from error
         raise ArtifactError(f"{source}: not a whole safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{source}: metadata format is {metadata.get('format')!r}; an operator says {FORMAT!r}"
-        )
+        raise ArtifactError(f"{source}: metadata format is {metadata.get('format')!r}; an operator says {FORMAT!r}")
     if metadata.get("version") != FORMAT_VERSION:
         raise ArtifactError(
             f"{source}: format version {metadata.get('version')!r} is unknown; this build reads {FORMAT_VERSION!r}"
         )
     header_json = metadata.get("header", "")
     try:
-        header = OperatorHeader.model_validate_json(header_json)
+        header = OperatorHeader.model_validate_json(header_json, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "header"
@@ -190,7 +201,7 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
             raise ArtifactError(f"{path.name}: not a regular file")
         if status.st_size > max_bytes:
             raise ArtifactError(f"{path.name}: {status.st_size} bytes; at most {max_bytes} are read")
-        return file.read(max_bytes + 1)
+        return file.read(status.st_size)
 
 
 def _metadata(data: bytes) -> Mapping[str, str]:
@@ -218,9 +229,7 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
     unknown = sorted(set(tensors) - {*expected, "offset"})
     missing = sorted(set(expected) - set(tensors))
     if unknown or missing:
-        raise ArtifactError(
-            f"tensors missing: {missing}, unknown: {unknown}; accepted: {sorted(expected)}, offset"
-        )
+        raise ArtifactError(f"tensors missing: {missing}, unknown: {unknown}; accepted: {sorted(expected)}, offset")
     if "offset" in tensors:
         expected["offset"] = (d,)
     for name, shape in expected.items():
@@ -233,8 +242,8 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
             raise ArtifactError(f"tensor {name!r} has values that are not finite")
     if header.layer > header.num_layers or header.injection_layer != injection_layer(header.profile, header.layer):
         raise ArtifactError(
-            f"layer {header.layer} with injection layer {header.injection_layer} is not a {header.profile!r} operator "
-            f"of a model with {header.num_layers} layers"
+            f"layer {header.layer} with injection layer {header.injection_layer} is not a {header.profile!r} "
+            f"operator of a model with {header.num_layers} layers"
         )
     if header.injection_layer >= header.num_layers:
         raise ArtifactError(f"injection layer {header.injection_layer} of {header.num_layers} layers")
@@ -264,4 +273,3 @@ def _digest(header_json: str, tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"
-

@@ -16,14 +16,24 @@ class Concept:
     ids: tuple[int, ...]
 
 
+def check_text(text: str) -> str:
+    """The text itself, if some model could take it as a concept. Raises :class:`ConceptError`."""
+    if not text.strip():
+        raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConceptError(f"concept {text!r} is not Unicode text (at character {error.start})") from error
+    return text
+
+
 def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
     """Tokenises a concept as the model's own tokenizer does, special tokens included.
 
     Raises:
-        ConceptError: the text is empty, or longer than the model's context.
+        ConceptError: the text is empty, not Unicode, or longer than the model's context.
     """
-    if not text.strip():
-        raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
+    check_text(text)
     ids = tuple(int(token) for token in loaded.tokenizer(text)["input_ids"])
     if not ids:
         raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")

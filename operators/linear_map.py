@@ -4,21 +4,25 @@ With everything but the linear path frozen, the residual stream entering block s
 
     h^(s)_{n-1} = sum_i J_i x_i,        J_i = dh^(s)_{n-1} / dx_i   (detached)
 
-(Golden, section 3). For a model without biases the equality is exact up to rounding: about 1e-6 in float32 and
-1e-15 in float64; the same sum with the ordinary Jacobian is not even close.
+(Golden, section 3). For a model without biases the equality is exact up to rounding: about 1e-6 in float32
+and 1e-15 in float64; the same sum with the ordinary Jacobian is not even close.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from operators.artifact import Profile
 from operators.detach import detached
 from operators.models import decoder_layers, embed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows in all)."""
@@ -28,7 +32,7 @@ _ROWS_PER_PASS = 64
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """J (n, d, d), with ``jacobian[i] = dh/dx_i`` (output, input); x (n, d); y (d,) = h at the last position."""
+    """J (n, d, d), with ``jacobian[i] = dh/dx_i`` (output, input); x (n, d); y (d,) = h at the last token."""
 
     jacobian: torch.Tensor
     x: torch.Tensor
@@ -52,7 +56,12 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def detached_jacobian(
-    model: Any, ids: tuple[int, ...], *, layer: int, profile: Profile, progress: Progress | None = None
+    model: PreTrainedModel,
+    ids: tuple[int, ...],
+    *,
+    layer: int,
+    profile: Profile,
+    progress: Progress | None = None,
 ) -> LinearMap:
     """The detached Jacobian at layer ``layer`` for the prompt ``ids``.
 
@@ -64,12 +73,17 @@ def detached_jacobian(
 
 
 def jacobian(
-    model: Any, ids: tuple[int, ...], *, layer: int, profile: Profile, progress: Progress | None = None
+    model: PreTrainedModel,
+    ids: tuple[int, ...],
+    *,
+    layer: int,
+    profile: Profile,
+    progress: Progress | None = None,
 ) -> LinearMap:
     """The Jacobian of whatever gradients ``model`` has now: the regular one, outside of ``detached``.
 
-    One forward pass over copies of the prompt, then ceil(d / copies) backward passes, each giving one row of every
-    J_i per copy.
+    One forward pass over copies of the prompt, then ceil(d / copies) backward passes, each giving one row of
+    every J_i per copy.
     """
     x = embed(model, torch.tensor(ids, device=model.get_input_embeddings().weight.device))
     n, d = x.shape
@@ -80,7 +94,8 @@ def jacobian(
     blocks = x.new_empty(n, d, d)
     for start in range(0, d, rows):
         count = min(rows, d - start)
-        # Copy r asks for output component start + r; a short last pass leaves the other copies without a question.
+        # Copy r asks for output component start + r; a short last pass leaves the other copies without a
+        # question.
         question = torch.zeros_like(y)
         question[torch.arange(count), start + torch.arange(count)] = 1.0
         (answer,) = torch.autograd.grad(y, copies, question, retain_graph=start + rows < d)
@@ -90,17 +105,17 @@ def jacobian(
     return LinearMap(blocks, x, y[0].detach())
 
 
-def hidden_state(model: Any, x: torch.Tensor, *, layer: int, profile: Profile) -> torch.Tensor:
+def hidden_state(model: PreTrainedModel, x: torch.Tensor, *, layer: int, profile: Profile) -> torch.Tensor:
     """The map's target at the last position, (batch, d), for embeddings ``x`` (batch, n, d).
 
-    ``residual``: h^(layer), the stream entering block ``layer``. ``golden``: the model's final norm applied to it.
-    Blocks from ``layer`` on are not run.
+    ``residual``: h^(layer), the stream entering block ``layer``. ``golden``: the model's final norm applied to
+    it. Blocks from ``layer`` on are not run.
     """
     decoder = model.get_decoder()
     layers = decoder_layers(model)
     seen: list[torch.Tensor] = []
 
-    def stop(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(args[0] if args else kwargs["hidden_states"])
         raise _Reached
 

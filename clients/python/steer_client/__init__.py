@@ -1,9 +1,11 @@
 """Client of a steering server: text generation steered by detached-Jacobian operators.
 
->>> from steer_client import OperatorUse, SteerClient
->>> with SteerClient("127.0.0.1:50051") as client:  # doctest: +SKIP
-...     result = client.compare("My favourite place is", operators=[OperatorUse("golden-gate")])
-...     print(result.normal.text, result.steered["steered"].generation.text, sep="\\n")
+    from steer_client import OperatorUse, SteerClient
+
+    with SteerClient() as client:
+        result = client.compare("My favourite place is", operators=[OperatorUse("golden-gate")])
+        print(result.normal.text)
+        print(result.steered["steered"].generation.text)
 
 Every call raises a SteerError when it fails. No request is silently unsteered: a text comes back only with
 the receipts of the operators that were asked for.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,7 +15,7 @@ from steer_client import _encode as encode
 from steer_client._calls import CLIENT_TIMEOUT, Timeout
 from steer_client._errors import SteerError
 from steer_client._events import Reducer
-from steer_client._requests import OperatorUse, Prompt, SamplingParams
+from steer_client._requests import SERVER_DEFAULTS, OperatorUse, Prompt, SamplingParams
 from steer_client._results import (
     ABResult,
     ArmDelta,
@@ -42,7 +43,7 @@ def _task_is_cancelled() -> bool:
 class _AsyncStream(StreamState[Item, Result]):
     def __init__(
         self,
-        call: Any,  # noqa: ANN401 - as in the blocking client
+        call: Any,
         reducer: Reducer[Item, Result],
         fail: Callable[[grpc.RpcError], SteerError],
     ) -> None:
@@ -67,9 +68,10 @@ class _AsyncStream(StreamState[Item, Result]):
 
     def _collected(self) -> None:
         # The collector may run in any thread, and after the loop has ended.
-        if not self._closed and not self._loop.is_closed():
-            self._closed = True
-            self._loop.call_soon_threadsafe(self._call.cancel)
+        if not self._closed:
+            self._closed = self._cancelled = True
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._call.cancel)
 
     async def _next(self) -> Item:
         if self._cancelled:
@@ -163,7 +165,7 @@ class AsyncSteerClient:
         prompt: Prompt,
         *,
         operators: Sequence[OperatorUse] = (),
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Generation:
@@ -175,7 +177,7 @@ class AsyncSteerClient:
         prompt: Prompt,
         *,
         operators: Sequence[OperatorUse] = (),
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> AsyncGenerationStream:
@@ -189,7 +191,7 @@ class AsyncSteerClient:
         *,
         operators: Sequence[OperatorUse] = (),
         arms: Mapping[str, Sequence[OperatorUse]] | None = None,
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         score: bool = True,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
@@ -217,7 +219,7 @@ class AsyncSteerClient:
         *,
         operators: Sequence[OperatorUse] = (),
         arms: Mapping[str, Sequence[OperatorUse]] | None = None,
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         score: bool = True,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
@@ -275,9 +277,7 @@ class AsyncSteerClient:
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.target, options=calls.CHANNEL_OPTIONS)
             else:
-                self._channel = grpc.aio.secure_channel(
-                    self.target, self._credentials, options=calls.CHANNEL_OPTIONS
-                )
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=calls.CHANNEL_OPTIONS)
             self._stubs = calls.Stubs(self._channel)
         return self._stubs
 

@@ -74,7 +74,7 @@ class Stubs:
             "health": health_pb2_grpc.HealthStub(channel),
         }
 
-    def method(self, service: str, method: str) -> Any:  # noqa: ANN401 - sync and async callables share no base
+    def method(self, service: str, method: str) -> Any:
         """What carries out `method`, by its name in the contract."""
         return getattr(self._services[service], method)
 
@@ -90,9 +90,7 @@ def generate(
     """The answer is checked against the operators that were asked for."""
     uses = encode.uses(operators, "operators")
     request = encode.generate_request(prompt, uses, sampling, request_id)
-    return Unary(
-        "generation", "Generate", request, lambda answer: check_receipts(uses, decode.generation(answer))
-    )
+    return Unary("generation", "Generate", request, lambda answer: check_receipts(uses, decode.generation(answer)))
 
 
 def stream(

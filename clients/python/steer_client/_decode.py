@@ -118,9 +118,7 @@ def reload_report(message: operators.ReloadOperatorsResponse) -> results.ReloadR
 def tokenization(message: pb.TokenizeResponse) -> results.Tokenization:
     """Token ids and their texts, one for one."""
     if len(message.token_ids) != len(message.tokens):
-        raise ProtocolError(
-            f"the server tokenized to {len(message.token_ids)} ids but {len(message.tokens)} texts"
-        )
+        raise ProtocolError(f"the server tokenized to {len(message.token_ids)} ids but {len(message.tokens)} texts")
     return results.Tokenization(tuple(message.token_ids), tuple(message.tokens))
 
 
@@ -154,9 +152,7 @@ def healthy(message: health_pb2.HealthCheckResponse) -> bool:
 def _timings(message: pb.Timings) -> results.Timings:
     _require(message, "queued", "total")
     first = _seconds(message.time_to_first_token) if message.HasField("time_to_first_token") else None
-    return results.Timings(
-        queued=_seconds(message.queued), time_to_first_token=first, total=_seconds(message.total)
-    )
+    return results.Timings(queued=_seconds(message.queued), time_to_first_token=first, total=_seconds(message.total))
 
 
 def _receipt(message: pb.Receipt) -> results.Receipt:
@@ -211,6 +207,4 @@ def _missing(message: Message, field: str) -> ProtocolError:
 def _unknown(what: str, number: int) -> ProtocolError:
     if number == 0:
         return ProtocolError(f"the server gave no {what}")
-    return ProtocolError(
-        f"the server gave a {what} that this client does not know ({number}): update the client"
-    )
+    return ProtocolError(f"the server gave a {what} that this client does not know ({number}): update the client")

@@ -141,9 +141,7 @@ def _chat(messages: Iterable[object]) -> pb.Prompt:
         path = f"prompt.chat.messages[{i}]"
         if not isinstance(message, ChatMessage):
             raise _refused(path, "a ChatMessage", message)
-        chat.messages.add(
-            role=_text(message.role, f"{path}.role"), content=_text(message.content, f"{path}.content")
-        )
+        chat.messages.add(role=_text(message.role, f"{path}.role"), content=_text(message.content, f"{path}.content"))
     return pb.Prompt(chat=chat)
 
 
@@ -161,10 +159,7 @@ def _items(value: Iterable[_T], field: str, wanted: str) -> list[_T]:
 
 
 def _ints(values: Iterable[object], field: str) -> list[int]:
-    return [
-        _int32(value, f"{field}[{i}]")
-        for i, value in enumerate(_items(values, field, "a sequence of integers"))
-    ]
+    return [_int32(value, f"{field}[{i}]") for i, value in enumerate(_items(values, field, "a sequence of integers"))]
 
 
 def _int32(value: object, field: str) -> int:

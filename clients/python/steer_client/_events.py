@@ -26,7 +26,7 @@ class Reducer(Protocol[Item, Result]):
     def prompt_token_ids(self) -> tuple[int, ...] | None:
         """None until the stream has started."""
 
-    def feed(self, event: Any) -> Item | None:  # noqa: ANN401 - the event type differs by stream
+    def feed(self, event: Any) -> Item | None:
         """Takes the next event; gives what the caller should see of it."""
 
     def finish(self) -> Result:
@@ -106,7 +106,5 @@ class ComparisonReducer:
             raise ProtocolError(f"the server compared the arms {compared}; asked for were {steered}")
         return ABResult(
             normal=finished[NORMAL],
-            steered={
-                each.arm: decode.arm_result(each, finished[each.arm]) for each in self._compared.comparisons
-            },
+            steered={each.arm: decode.arm_result(each, finished[each.arm]) for each in self._compared.comparisons},
         )

@@ -18,9 +18,7 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     asked = [use.name for use in uses]
     proven = [receipt.operator for receipt in generation.receipts]
     if asked != proven:
-        raise _error(
-            f"asked for {_names(asked)}, but the server's receipts are for {_names(proven)}", generation
-        )
+        raise _error(f"asked for {_names(asked)}, but the server's receipts are for {_names(proven)}", generation)
     if generation.usage.completion_tokens == 0:
         return generation
     for use, receipt in zip(uses, generation.receipts, strict=True):

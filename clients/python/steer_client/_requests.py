@@ -61,8 +61,7 @@ class OperatorUse:
             )
         except ValueError:
             raise ValueError(
-                f"cannot read the operator {text!r}: write NAME, NAME=λ or NAME=λ@β, "
-                "for example golden-gate=0.4@0.5"
+                f"cannot read the operator {text!r}: write NAME, NAME=λ or NAME=λ@β, for example golden-gate=0.4@0.5"
             ) from None
 
 
@@ -95,3 +94,7 @@ class SamplingParams:
     logprobs: int | None = None
     #: Seconds from admission after which the text so far is returned. Default: none.
     time_limit: float | None = None
+
+
+#: Every choice left to the server.
+SERVER_DEFAULTS = SamplingParams()

@@ -13,11 +13,11 @@ Result = TypeVar("Result")
 class StreamState(Generic[Item, Result]):
     """One RPC whose events become items, and whose end becomes a result."""
 
-    def __init__(self, call: Any, reducer: Reducer[Item, Result]) -> None:  # noqa: ANN401 - sync or async call
+    def __init__(self, call: Any, reducer: Reducer[Item, Result]) -> None:
         self._call = call
         self._reducer = reducer
         self._iterated = False
-        #: No more events are wanted: all were read, or the call was given up.
+        # No more events are wanted: the call has ended, or was given up (then it is also cancelled).
         self._closed = False
         self._cancelled = False
         self._result: Result | None = None
@@ -38,8 +38,6 @@ class StreamState(Generic[Item, Result]):
 
     def cancel(self) -> None:
         """Ends the call on the server. Reading on raises RequestCancelledError."""
-        if self._result is None:
-            self._cancelled = True
         self._abandon()
 
     def _claim(self) -> None:
@@ -49,7 +47,7 @@ class StreamState(Generic[Item, Result]):
 
     def _abandon(self) -> None:
         if not self._closed:
-            self._closed = True
+            self._closed = self._cancelled = True
             self._call.cancel()
 
     def _end(self) -> None:

@@ -13,7 +13,7 @@ from steer_client import _encode as encode
 from steer_client._calls import CLIENT_TIMEOUT, Timeout
 from steer_client._errors import SteerError
 from steer_client._events import Reducer
-from steer_client._requests import OperatorUse, Prompt, SamplingParams
+from steer_client._requests import SERVER_DEFAULTS, OperatorUse, Prompt, SamplingParams
 from steer_client._results import (
     ABResult,
     ArmDelta,
@@ -31,10 +31,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class _Stream(StreamState[Item, Result]):
+class SyncStream(StreamState[Item, Result]):
     def __init__(
         self,
-        call: Any,  # noqa: ANN401 - grpc names no public type for a streaming call
+        call: Any,
         reducer: Reducer[Item, Result],
         fail: Callable[[grpc.RpcError], SteerError],
     ) -> None:
@@ -79,7 +79,7 @@ class _Stream(StreamState[Item, Result]):
 class _Items(Iterator[Item]):
     # A loop that is left by `break` or by an exception drops this object, while the stream itself may live on
     # in a variable; so it is this object's end that ends the call.
-    def __init__(self, stream: _Stream[Item, Any]) -> None:
+    def __init__(self, stream: SyncStream[Item, Any]) -> None:
         self._stream = stream
 
     def __next__(self) -> Item:
@@ -89,7 +89,7 @@ class _Items(Iterator[Item]):
         self._stream._abandon()
 
 
-class GenerationStream(_Stream[TextDelta, Generation]):
+class GenerationStream(SyncStream[TextDelta, Generation]):
     """A text as it comes: iterate it once for TextDelta items, then read `.result`.
 
     Leaving the loop early, leaving a `with` block, dropping the stream and `cancel()` all end the request on
@@ -97,7 +97,7 @@ class GenerationStream(_Stream[TextDelta, Generation]):
     """
 
 
-class ComparisonStream(_Stream[ArmDelta, ABResult]):
+class ComparisonStream(SyncStream[ArmDelta, ABResult]):
     """Every arm's text as it comes: iterate it once for ArmDelta items, then read `.result`.
 
     It ends early as a GenerationStream does.
@@ -111,9 +111,9 @@ class SteerClient:
     seconds, for a whole call with its stream; None waits for ever; every method takes its own. The channel is
     plaintext unless `credentials` are given.
 
-    Every method raises a SteerError: InvalidRequestError before anything is sent when a value does not fit the
-    contract, SteeringNotAppliedError when an answer lacks the receipts of its operators, else what the server
-    reports.
+    Every method raises a SteerError: InvalidRequestError before anything is sent when a value does not fit
+    the contract, SteeringNotAppliedError when an answer lacks the receipts of its operators, else what the
+    server reports.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class SteerClient:
         prompt: Prompt,
         *,
         operators: Sequence[OperatorUse] = (),
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Generation:
@@ -162,7 +162,7 @@ class SteerClient:
         prompt: Prompt,
         *,
         operators: Sequence[OperatorUse] = (),
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> GenerationStream:
@@ -176,7 +176,7 @@ class SteerClient:
         *,
         operators: Sequence[OperatorUse] = (),
         arms: Mapping[str, Sequence[OperatorUse]] | None = None,
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         score: bool = True,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
@@ -204,7 +204,7 @@ class SteerClient:
         *,
         operators: Sequence[OperatorUse] = (),
         arms: Mapping[str, Sequence[OperatorUse]] | None = None,
-        sampling: SamplingParams = SamplingParams(),
+        sampling: SamplingParams = SERVER_DEFAULTS,
         score: bool = True,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, cast
 
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 from steer_client import _errors as errors
 
@@ -132,8 +133,10 @@ def _unpack(packed: Any, into: Message) -> bool:
 def _status(error: grpc.RpcError) -> status_pb2.Status:
     # Read from the trailing metadata, because that is the same for sync and async calls, while the
     # helpers of grpc_status are two and refuse the whole status when one part of it is odd.
-    for key, value in error.trailing_metadata() or ():
-        if key == _DETAILS_KEY:
+    # Pairs, whatever the types say.
+    trailing = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+    for key, value in trailing:
+        if key == _DETAILS_KEY and isinstance(value, bytes):
             try:
                 return status_pb2.Status.FromString(value)
             except DecodeError:

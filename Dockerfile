@@ -1,0 +1,48 @@
+# The server's image.
+#   docker build -t steering-operators .
+#   docker run -p 50051:50051 -p 9464:9464 -v steer:/var/lib/steer steering-operators
+ARG PYTHON=3.11
+
+FROM python:${PYTHON}-slim AS builder
+# torch goes first and by exact version (the one in constraints.txt). To choose its build, name
+# a local version, such as torch==2.13.0+cpu, and the index that holds it, which pip reads here:
+#   docker build --build-arg TORCH=torch==2.13.0+cpu --build-arg PIP_EXTRA_INDEX_URL=...
+ARG TORCH=torch==2.13.0
+ARG PIP_EXTRA_INDEX_URL
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+RUN python -m venv /opt/steer
+WORKDIR /src
+# A layer of its own: it changes only with the pinned versions.
+COPY constraints.txt ./
+RUN /opt/steer/bin/pip install "${TORCH}" -c constraints.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY operators operators
+COPY steer_server steer_server
+COPY clients clients
+COPY protos protos
+RUN /opt/steer/bin/pip install '.[server]' -c constraints.txt
+
+FROM python:${PYTHON}-slim AS runtime
+# A fixed uid, so that the owner of a mounted volume can be set from outside.
+RUN groupadd --gid 10001 steer \
+    && useradd --uid 10001 --gid steer --home-dir /var/lib/steer --shell /usr/sbin/nologin steer \
+    && install -d -o steer -g steer /var/lib/steer /var/lib/steer/data /var/lib/steer/cache
+COPY --from=builder /opt/steer /opt/steer
+# XDG_DATA_HOME holds the operator store; it is what to back up.
+# XDG_CACHE_HOME holds downloaded models; it can be dropped and is filled again.
+ENV PATH=/opt/steer/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    XDG_DATA_HOME=/var/lib/steer/data \
+    XDG_CACHE_HOME=/var/lib/steer/cache
+USER 10001:10001
+WORKDIR /var/lib/steer
+VOLUME /var/lib/steer
+# gRPC, then Prometheus metrics.
+EXPOSE 50051 9464
+# The server drains its requests on SIGTERM; give it time (docker stop --time).
+STOPSIGNAL SIGTERM
+# The standard gRPC health service; the start period is the model's loading time.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 CMD ["steer", "health"]
+ENTRYPOINT ["steer-server"]
+CMD ["--listen", "0.0.0.0:50051", "--metrics-host", "0.0.0.0", "--metrics-port", "9464"]

@@ -1,0 +1,1 @@
+"""The `steer` command: a thin face over the public SDK."""

@@ -1,0 +1,150 @@
+"""The command's options, spelled once."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Optional
+
+import typer
+
+from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
+
+_STEERING = "Steering"
+_SAMPLING = "Sampling"
+_CONNECTION = "Connection and output"
+
+
+class RuleChoice(StrEnum):
+    """The rules, as choices of an option."""
+
+    cumulative = "cumulative"
+    substitute = "substitute"
+
+
+# typer reads these annotations at run time.
+PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")]
+OperatorOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--operator",
+        "-o",
+        metavar="NAME[=λ[@β]]",
+        help="An operator, with its strength λ and blend β. May be repeated; the operators add up.",
+        rich_help_panel=_STEERING,
+    ),
+]
+RuleOption = Annotated[
+    RuleChoice | None,
+    typer.Option("--rule", help="Rule of every operator. Default: each one's own.", rich_help_panel=_STEERING),
+]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", metavar="N", rich_help_panel=_SAMPLING)]
+TemperatureOption = Annotated[
+    float | None, typer.Option("--temperature", metavar="T", help="0 is greedy.", rich_help_panel=_SAMPLING)
+]
+TopPOption = Annotated[float | None, typer.Option("--top-p", metavar="P", rich_help_panel=_SAMPLING)]
+TopKOption = Annotated[int | None, typer.Option("--top-k", metavar="K", rich_help_panel=_SAMPLING)]
+MinPOption = Annotated[float | None, typer.Option("--min-p", metavar="P", rich_help_panel=_SAMPLING)]
+PenaltyOption = Annotated[float | None, typer.Option("--repetition-penalty", metavar="R", rich_help_panel=_SAMPLING)]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="S", help="Repeats a drawn text.", rich_help_panel=_SAMPLING),
+]
+StopOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--stop",
+        metavar="TEXT",
+        help="Ends the text before TEXT. May be repeated.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+IgnoreEosOption = Annotated[
+    bool,
+    typer.Option("--ignore-eos", help="Decode through end-of-sequence tokens.", rich_help_panel=_SAMPLING),
+]
+LogprobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--logprobs",
+        metavar="N",
+        help="With --json: log-probabilities, with N alternatives for each token.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TimeLimitOption = Annotated[
+    float | None,
+    typer.Option(
+        "--time-limit",
+        metavar="SECONDS",
+        help="Return what there is after so long.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message: use the model's chat template.")]
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        metavar="HOST:PORT",
+        envvar="STEER_TARGET",
+        help="Where the server listens.",
+        show_default=True,
+        rich_help_panel=_CONNECTION,
+    ),
+]
+TimeoutOption = Annotated[
+    float,
+    typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after so long.", rich_help_panel=_CONNECTION),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_CONNECTION)
+]
+NoScoreOption = Annotated[
+    bool,
+    typer.Option("--no-score", help="Do not measure KL and perplexities: one row less.", rich_help_panel=_STEERING),
+]
+ReloadOption = Annotated[bool, typer.Option("--reload", help="Make the server read its store again first.")]
+
+
+def operator_uses(texts: list[str] | None, rule: RuleChoice | None) -> tuple[OperatorUse, ...]:
+    """Reads the --operator options; a wrong one is a usage error."""
+    value: Rule | None = None if rule is None else rule.value
+    try:
+        return tuple(OperatorUse.parse(text, rule=value) for text in texts or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--operator'") from None
+
+
+def prompt(text: str, *, chat: bool) -> Prompt:
+    """The prompt as a user's message, or as it is."""
+    return Chat((ChatMessage("user", text),)) if chat else text
+
+
+def sampling(
+    *,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+    ignore_eos: bool,
+    logprobs: int | None,
+    time_limit: float | None,
+) -> SamplingParams:
+    """An option that is not given is left to the server."""
+    return SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop_strings=tuple(stop or ()),
+        ignore_eos=True if ignore_eos else None,
+        logprobs=logprobs,
+        time_limit=time_limit,
+    )

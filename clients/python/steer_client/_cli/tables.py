@@ -1,0 +1,80 @@
+"""Tables of the store and of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from steer_client._cli.words import number, short_digest, visible
+from steer_client._results import ModelInfo, OperatorInfo, ReloadReport
+
+
+def show_operators(infos: Sequence[OperatorInfo]) -> None:
+    """Prints the store: a table of what can be used, then what cannot and why."""
+    console = Console(highlight=False)
+    if any(info.usable for info in infos):
+        console.print(_operators(infos))
+    for info in infos:
+        if not info.usable:
+            console.print(Text.assemble((f"✗ {visible(info.name)}", "bold red"), f": {visible(info.problem or '')}"))
+    if not infos:
+        print("the server's store holds no operator", file=sys.stderr)
+
+
+def show_model(info: ModelInfo) -> None:
+    """Prints the model."""
+    Console(highlight=False).print(_model(info))
+
+
+def _operators(infos: Sequence[OperatorInfo]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("name", "concept", "profile"):
+        table.add_column(title)
+    for title in ("layer", "λ", "β"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("rule", "digest"):
+        table.add_column(title, no_wrap=True)
+    for info in infos:
+        if info.usable:
+            table.add_row(
+                Text(visible(info.name), style="bold"),
+                Text(visible(info.concept).strip()),
+                info.profile,
+                str(info.injection_layer),
+                number(info.recommended_strength),
+                number(info.recommended_blend),
+                info.recommended_rule,
+                short_digest(info.digest),
+            )
+    return table
+
+
+def _model(info: ModelInfo) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for field in dataclasses.fields(info):
+        value = getattr(info, field.name)
+        if isinstance(value, bool):
+            shown = "yes" if value else "no"
+        elif isinstance(value, tuple):
+            shown = ", ".join(map(str, value)) or "–"
+        else:
+            shown = str(value) or "–"
+        table.add_row(field.name.replace("_", " "), Text(visible(shown)))
+    return table
+
+
+def reload(report: ReloadReport) -> str:
+    """One line."""
+    parts = [
+        f"{field.name} {', '.join(names)}"
+        for field in dataclasses.fields(report)
+        if (names := getattr(report, field.name))
+    ]
+    return visible("; ".join(parts) or "nothing changed")

@@ -1,0 +1,38 @@
+"""Settings of a server. Command line over environment (``STEER_*``) over these defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class ServerConfig(BaseSettings):
+    """Everything that can be set, checked once at start."""
+
+    model_config = SettingsConfigDict(env_prefix="STEER_", frozen=True, extra="forbid")
+
+    model: str = "smollm2-135m"
+    engine: Literal["hf"] = "hf"
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """None: float32 on CPU, bfloat16 on CUDA."""
+    device: Literal["cpu", "cuda"] | None = None
+    """None: CUDA where there is one."""
+    store: Path | None = None
+    """None: the user's data directory."""
+    listen: str = "127.0.0.1:50051"
+    """HOST:PORT; port 0 takes a free one."""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Prometheus over HTTP; 0 is off."""
+    max_queue: int = Field(default=32, ge=1)
+    """Requests that may wait while another is decoded."""
+    max_arms: int = Field(default=16, ge=1)
+    """Steered arms of one comparison: they share a batch."""
+    max_artifact_bytes: int = Field(default=4 << 30, ge=1)
+    """Larger files in the store are not read."""
+    grace: float = Field(default=10.0, ge=0)
+    """Seconds that running requests get when the server is stopped."""
+    log_format: Literal["console", "json"] = "console"

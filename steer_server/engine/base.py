@@ -1,0 +1,64 @@
+"""What every engine offers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from steer_server.types import DecodeJob, EngineEvent, ModelInfo, Prompt
+
+
+class JobStream(Protocol):
+    """The events of one job, in order: Admitted, then tokens and ends of its rows as they come.
+
+    Iterating raises the job's error. Whoever holds a stream must ``cancel()`` it when done; after the last event
+    that does nothing.
+    """
+
+    def __aiter__(self) -> AsyncIterator[EngineEvent]:
+        """Events until every row has finished."""
+        ...
+
+    def cancel(self) -> None:
+        """Stops the work between two steps and frees its place in the queue."""
+        ...
+
+
+class Engine(Protocol):
+    """One loaded model that decodes jobs."""
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model, known once the engine exists."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Jobs being decoded."""
+        ...
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        ...
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt.
+
+        Raises:
+            InvalidRequestError: no tokens, an id outside of the vocabulary, a chat without a template.
+            PromptTooLongError: no room for one more token.
+        """
+        ...
+
+    def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Each token on its own, as text."""
+        ...
+
+    def submit(self, job: DecodeJob) -> JobStream:
+        """Queues a job. Raises :class:`QueueFullError` or :class:`ShuttingDownError` at once."""
+        ...
+
+    async def close(self) -> None:
+        """Ends running rows as CANCELLED, refuses waiting ones, frees the model's thread."""
+        ...

@@ -1,0 +1,164 @@
+"""The embedded engine: a transformers model in this process, one decoding thread, one job at a time.
+
+The readable reference. A job's rows share a batch; jobs wait for each other. Serving many users at once is what the
+vLLM engine is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterable
+
+import structlog
+import torch
+
+from operators.apply import PreparedOperator
+from operators.errors import OperatorError
+from operators.models import LoadedModel, decoder_layers
+from steer_server.engine.decode import Decoder
+from steer_server.engine.queue import JobQueue, QueuedJob
+from steer_server.engine.steering import prepare_all
+from steer_server.errors import (
+    EngineFailedError,
+    InvalidRequestError,
+    PromptTooLongError,
+    SteerServerError,
+)
+from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
+
+log = structlog.get_logger(__name__)
+
+_PREPARED_OPERATORS = 64
+"""Operators kept on the device between jobs."""
+
+
+class HFEngine:
+    """Implements :class:`steer_server.engine.base.Engine`. Needs a running event loop to submit."""
+
+    def __init__(self, loaded: LoadedModel, *, max_queue: int) -> None:
+        self._loaded = loaded
+        self._tokenizer = loaded.tokenizer
+        self._eos_ids = _eos_ids(loaded)
+        self._prepared: dict[str, PreparedOperator] = {}
+        self._queue = JobQueue(max_queue)
+        self._model = _describe(loaded, self._eos_ids)
+        self._thread = threading.Thread(target=self._work, name="hf-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model being served."""
+        return self._model
+
+    @property
+    def running(self) -> int:
+        """1 while a job is being decoded."""
+        return self._queue.running
+
+    @property
+    def waiting(self) -> int:
+        """Jobs in the queue."""
+        return len(self._queue)
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """See :meth:`steer_server.engine.base.Engine.encode`."""
+        ids = self._ids(prompt)
+        if not ids:
+            raise InvalidRequestError("prompt", "has no tokens; at least one is needed")
+        if len(ids) >= self._model.context_length:
+            raise PromptTooLongError(len(ids), self._model.context_length)
+        return ids
+
+    def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Each token on its own, as text."""
+        return tuple(str(self._tokenizer.decode([token])) for token in ids)
+
+    def submit(self, job: DecodeJob) -> QueuedJob:
+        """See :meth:`steer_server.engine.base.Engine.submit`."""
+        _check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
+        return self._queue.put(job)
+
+    async def close(self) -> None:
+        """Ends the running job as CANCELLED, refuses waiting ones, joins the thread."""
+        self._queue.close()
+        await asyncio.to_thread(self._thread.join)
+
+    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if prompt.token_ids is not None:
+            _check_ids("prompt.token_ids", prompt.token_ids, self._model.vocab_size)
+            return prompt.token_ids
+        if prompt.text is not None:
+            return tuple(self._tokenizer(prompt.text)["input_ids"])
+        if not self._model.has_chat_template:
+            raise InvalidRequestError("prompt.chat", f"{self._model.model} has no chat template; send text")
+        messages = [{"role": turn.role, "content": turn.content} for turn in prompt.chat or ()]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise InvalidRequestError("prompt.chat", f"the chat template refuses it: {error}") from error
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _work(self) -> None:
+        while (queued := self._queue.take()) is not None:
+            started = time.monotonic()
+            try:
+                self._decode(queued)
+                queued.post(None)
+            except SteerServerError as error:
+                queued.post(error)
+            except Exception as error:
+                log.exception("job failed")
+                queued.post(EngineFailedError(f"{type(error).__name__}: {error}"))
+            self._queue.finished_in(time.monotonic() - started)
+
+    def _decode(self, queued: QueuedJob) -> None:
+        queued.post(Admitted())
+        plans = [row.plan for row in queued.job.rows if row.plan is not None]
+        if len(self._prepared) > _PREPARED_OPERATORS:
+            self._prepared.clear()
+        decoder = Decoder(
+            loaded=self._loaded,
+            job=queued.job,
+            prepared=prepare_all(plans, self._loaded.device, self._prepared),
+            interrupted=queued.interrupted,
+            eos_ids=frozenset(self._eos_ids),
+        )
+        for event in decoder.run():
+            queued.post(event)
+
+
+def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+    for index, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise InvalidRequestError(f"{field}[{index}]", f"is {token}; 0 to {vocab_size - 1} are accepted")
+
+
+def _eos_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    found = loaded.model.generation_config.eos_token_id
+    if found is None:
+        found = loaded.tokenizer.eos_token_id
+    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
+
+
+def _describe(loaded: LoadedModel, eos_ids: tuple[int, ...]) -> ModelInfo:
+    try:
+        layers = len(decoder_layers(loaded.model))
+    except OperatorError as error:
+        raise EngineFailedError(str(error)) from error
+    return ModelInfo(
+        model=loaded.name,
+        architecture=type(loaded.model).__name__,
+        fingerprint=loaded.fingerprint,
+        tokenizer_fingerprint=loaded.tokenizer_fingerprint,
+        num_layers=layers,
+        hidden_size=loaded.hidden_size,
+        vocab_size=int(loaded.model.config.vocab_size),
+        context_length=loaded.context_length,
+        eos_token_ids=eos_ids,
+        has_chat_template=bool(getattr(loaded.tokenizer, "chat_template", None)),
+        engine="hf",
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device if loaded.device.type == "cpu" else torch.cuda.get_device_name(loaded.device)),
+    )

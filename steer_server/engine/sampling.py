@@ -1,0 +1,52 @@
+"""Choosing the next token of one row, with the processors of transformers in the order of its ``generate``."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from steer_server.types import SamplingParams
+
+
+class Sampler:
+    """Greedy or random choice.
+
+    The random numbers belong to the row: two rows with the same seed draw the same ones, so the arms of a comparison
+    differ by steering alone, and a request repeats itself in any batch.
+    """
+
+    def __init__(self, params: SamplingParams, device: torch.device) -> None:
+        self._processors = LogitsProcessorList()
+        if params.repetition_penalty != 1.0:
+            self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        self._random = params.temperature > 0.0
+        if self._random:
+            self._processors.extend(_warpers(params))
+            self._generator = torch.Generator(device).manual_seed(params.seed)
+
+    def choose(self, sequence: torch.Tensor, logits: torch.Tensor) -> int:
+        """The next token of ``sequence`` (T,), given its logits (V,) in float32."""
+        scores = self._processors(sequence[None], logits[None])[0]
+        if not self._random:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if params.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    return warpers

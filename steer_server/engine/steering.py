@@ -1,0 +1,201 @@
+"""Applying steering plans to the layer inputs of a transformers model, and measuring what that did.
+
+A :class:`RowSteering` follows one row and works out its pushes from token ids; a :class:`SteeringHooks` writes the
+pushes of a batch into the model. A push that was not applied, or that changed nothing, is an error: there is no
+path on which a plan is dropped and the text goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from operators.apply import Direction, PreparedOperator, prepare, steer
+from operators.errors import SteeringError
+from steer_server.errors import SteeringNotAppliedError
+from steer_server.types import Application, Receipt, SteeringPlan
+
+
+@dataclass
+class _Dose:
+    """Running measurement at one layer of one row. Strengths that cancel or are zero leave it empty."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    total: float = 0.0
+    highest: float = 0.0
+
+    def add(self, doses: Sequence[float], *, prompt: bool) -> None:
+        if prompt:
+            self.prompt_tokens += len(doses)
+        else:
+            self.generated_tokens += len(doses)
+        self.total += sum(doses)
+        self.highest = max(self.highest, *doses)
+
+
+@dataclass(frozen=True)
+class _Source:
+    layer: int
+    half_strength: float
+    direction: Direction
+
+
+class RowSteering:
+    """The state of one row's plan: a running sum per operator, a measured dose per layer."""
+
+    def __init__(self, plan: SteeringPlan, prepared: Mapping[str, PreparedOperator]) -> None:
+        self._plan = plan
+        self._sources = [
+            _Source(
+                use.artifact.header.injection_layer,
+                use.setting.strength / 2.0,
+                Direction(prepared[use.artifact.digest], use.setting),
+            )
+            for use in plan.applications
+            if use.setting.strength != 0.0
+        ]
+        self._doses = {source.layer: _Dose() for source in self._sources}
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that this row is pushed at."""
+        return frozenset(self._doses)
+
+    def pushes(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Per layer, the push (T, d) for the next T tokens with embeddings ``x`` (T, d)."""
+        pushes: dict[int, torch.Tensor] = {}
+        for source in self._sources:
+            try:
+                push = source.half_strength * source.direction.advance(x)
+            except SteeringError as error:
+                raise SteeringNotAppliedError(f"layer {source.layer}: {error}") from error
+            pushes[source.layer] = pushes[source.layer] + push if source.layer in pushes else push
+        return pushes
+
+    def record(self, layer: int, doses: Sequence[float], *, prompt: bool) -> None:
+        """Takes note of the measured doses of one step. Raises :class:`SteeringNotAppliedError` for an empty one."""
+        for dose in doses:
+            if not 0.0 < dose < float("inf"):
+                raise SteeringNotAppliedError(
+                    f"{self._names(layer)} at layer {layer}: the hidden state moved by {dose} of its norm; a positive, "
+                    "finite change is needed (strengths may cancel, or be lost in rounding to the model's dtype)"
+                )
+        self._doses[layer].add(doses, prompt=prompt)
+
+    def receipts(self) -> tuple[Receipt, ...]:
+        """One per operator of the plan, in its order."""
+        return tuple(self._receipt(use) for use in self._plan.applications)
+
+    def describe(self) -> str:
+        """The operators and strengths, for messages."""
+        return ", ".join(f"{use.name}={use.setting.strength:g}" for use in self._plan.applications)
+
+    def _names(self, layer: int) -> str:
+        uses = [use for use in self._plan.applications if use.artifact.header.injection_layer == layer]
+        return ", ".join(f"{use.name}={use.setting.strength:g}" for use in uses)
+
+    def _receipt(self, use: Application) -> Receipt:
+        layer = use.artifact.header.injection_layer
+        dose = self._doses[layer] if use.setting.strength != 0.0 else _Dose()
+        count = dose.prompt_tokens + dose.generated_tokens
+        return Receipt(
+            operator=use.name,
+            digest=use.artifact.digest,
+            layer=layer,
+            rule=use.setting.rule,
+            strength=use.setting.strength,
+            blend=use.setting.blend,
+            prompt_tokens_steered=dose.prompt_tokens,
+            generated_tokens_steered=dose.generated_tokens,
+            mean_dose=dose.total / count if count else 0.0,
+            max_dose=dose.highest,
+            defaulted=use.defaulted,
+        )
+
+
+@dataclass
+class _Site:
+    """What one layer's hook is to do in the next forward pass, and what it did."""
+
+    rows: list[int] = field(default_factory=list)
+    pushes: list[torch.Tensor] = field(default_factory=list)
+    doses: torch.Tensor | None = None
+
+
+class SteeringHooks:
+    """``with SteeringHooks(layers, which) as hooks:`` - the model is restored on every way out.
+
+    Before each forward pass call :meth:`load`, after it :meth:`collect`.
+    """
+
+    def __init__(self, decoder_layers: nn.ModuleList, which: Iterable[int]) -> None:
+        self._decoder_layers = decoder_layers
+        self._which = sorted(set(which))
+        self._sites: dict[int, _Site] = {}
+        self._undo = ExitStack()
+
+    def __enter__(self) -> SteeringHooks:
+        for layer in self._which:
+            handle = self._decoder_layers[layer].register_forward_pre_hook(self._hook(layer), with_kwargs=True)
+            self._undo.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()
+
+    def load(self, steered: Sequence[tuple[int, RowSteering]], x: torch.Tensor) -> None:
+        """Prepares the next forward pass: (row of the batch, its steering) for embeddings ``x`` (B, T, d)."""
+        self._sites = {layer: _Site() for layer in self._which}
+        for row, steering in steered:
+            for layer, push in steering.pushes(x[row]).items():
+                self._sites[layer].rows.append(row)
+                self._sites[layer].pushes.append(push)
+
+    def collect(self, steered: Sequence[tuple[int, RowSteering]], *, prompt: bool) -> None:
+        """Books what the forward pass did. Raises :class:`SteeringNotAppliedError` where a hook did not run."""
+        by_row = dict(steered)
+        for layer, site in self._sites.items():
+            if not site.rows:
+                continue
+            if site.doses is None:
+                raise SteeringNotAppliedError(f"layer {layer} was not reached: the model did not call its hook")
+            for row, doses in zip(site.rows, site.doses.tolist(), strict=True):
+                by_row[row].record(layer, doses, prompt=prompt)
+        self._sites = {}
+
+    def _hook(self, layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            site = self._sites.get(layer)
+            if site is None or not site.rows:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rows = torch.tensor(site.rows, device=hidden.device)
+            moved, site.doses = steer(hidden[rows], torch.stack(site.pushes))
+            # Rows without a push keep their bits: only the steered ones are written.
+            hidden = hidden.index_copy(0, rows, moved)
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        return hook
+
+
+def prepare_all(
+    plans: Iterable[SteeringPlan], device: torch.device, cache: dict[str, PreparedOperator]
+) -> Mapping[str, PreparedOperator]:
+    """The operators of some plans on ``device``, by digest; taken from and added to ``cache``."""
+    for plan in plans:
+        for use in plan.applications:
+            if use.artifact.digest not in cache:
+                try:
+                    cache[use.artifact.digest] = prepare(use.artifact, device)
+                except SteeringError as error:
+                    raise SteeringNotAppliedError(f"{use.name}: {error}") from error
+    return cache

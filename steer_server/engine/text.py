@@ -1,0 +1,78 @@
+"""From token ids to text, a piece at a time: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+class Detokenizer:
+    """Incremental decoding of one continuation.
+
+    Pieces are cut so that no character is split. The stream is primed with the prompt, because many tokenizers
+    drop the space that a text begins with.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; often empty in the middle of a character."""
+        self._pending.append(token_id)
+        piece = self._stream.step(self._backend, token_id)
+        if piece is None:
+            return ""
+        self._pending.clear()
+        return str(piece)
+
+    def flush(self) -> str:
+        """What is left at the end: an incomplete character becomes U+FFFD."""
+        left = self._backend.decode(self._pending, skip_special_tokens=True) if self._pending else ""
+        self._pending.clear()
+        return str(left)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that may be shown, and the stop string that ended it, if one did."""
+
+    text: str
+    stop_string: str = ""
+
+
+class StopStrings:
+    """Holds text back for as long as it could be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> Piece:
+        """The part of the text so far that is safe to show."""
+        self._held += text
+        # The earliest match wins; of two at the same place, the longer.
+        found = [(self._held.find(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
+        if found:
+            start, _, stop = min(found)
+            shown, self._held = self._held[:start], ""
+            return Piece(shown, stop)
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return Piece(shown)
+
+    def flush(self) -> str:
+        """The text still held back: it was no stop string after all."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)

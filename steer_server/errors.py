@@ -1,0 +1,80 @@
+"""What a request can meet, as a tree. ``rpc/status.py`` gives each its gRPC status; the SDK its exception.
+
+SteerServerError
+├── InvalidRequestError         the caller's fault; names the field
+│   └── PromptTooLongError          prompt does not fit the context
+├── UnknownOperatorError        no such operator in the store
+├── OperatorUnusableError       it is there and cannot be used: damaged, or for another model
+├── QueueFullError              too many requests wait; says when to try again
+├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
+├── EngineFailedError           the engine broke while it worked on this request
+└── ShuttingDownError           the server is stopping
+
+StartupError                    the server cannot start (never on the wire)
+"""
+
+
+class SteerServerError(Exception):
+    """Base of every error that a request can meet."""
+
+
+class InvalidRequestError(SteerServerError):
+    """A field of the request has a value that is not accepted."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The prompt leaves no room in the model's context."""
+
+    def __init__(self, tokens: int, context_length: int) -> None:
+        super().__init__(
+            "prompt",
+            f"has {tokens} tokens; this model takes at most {context_length - 1}, to leave room for one more",
+        )
+
+
+class UnknownOperatorError(SteerServerError):
+    """No operator of that name is in the store."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        there = ", ".join(known) if known else "none"
+        super().__init__(f"operator {name!r} is not in the store; there are: {there} (a reload picks up new ones)")
+        self.name = name
+
+
+class OperatorUnusableError(SteerServerError):
+    """The operator is in the store and cannot be used."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"operator {name!r} cannot be used: {problem}")
+        self.name = name
+
+
+class QueueFullError(SteerServerError):
+    """As many requests wait as the server admits."""
+
+    def __init__(self, limit: int, retry_after: float) -> None:
+        super().__init__(f"{limit} requests wait already, the most admitted; try again in {retry_after:.0f} s")
+        self.retry_after = retry_after
+
+
+class SteeringNotAppliedError(SteerServerError):
+    """Steering could not be applied at every step, so the text is withheld."""
+
+
+class EngineFailedError(SteerServerError):
+    """The engine failed on this request."""
+
+
+class ShuttingDownError(SteerServerError):
+    """The server is stopping and takes no more requests."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+class StartupError(Exception):
+    """The server cannot start; the message says why."""

@@ -1,0 +1,119 @@
+"""One request: prompt to ids, operators to a plan, engine events to a stream of text and a completion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+from steer_server.engine.base import Engine
+from steer_server.errors import SteeringNotAppliedError
+from steer_server.registry import Registry
+from steer_server.types import (
+    Admitted,
+    Completion,
+    DecodeJob,
+    Delta,
+    EngineEvent,
+    GenerateEvent,
+    GenerationRequest,
+    Receipt,
+    Row,
+    RowFinished,
+    SamplingParams,
+    Score,
+    Started,
+    SteeringPlan,
+    Timings,
+    TokenEvent,
+    TokenLogprob,
+)
+
+
+async def generate(
+    engine: Engine, registry: Registry, request: GenerationRequest
+) -> AsyncGenerator[GenerateEvent, None]:
+    """Started, then a delta per token, then the completion.
+
+    Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
+    """
+    plan = registry.plan(request.operators)
+    ids = engine.encode(request.prompt)
+    row = Gatherer(request.request_id, len(ids), request.sampling, plan)
+    stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
+    try:
+        yield Started(request.request_id, ids)
+        async for event in stream:
+            for gathered in row.add(event):
+                yield gathered
+    finally:
+        stream.cancel()
+
+
+@dataclass
+class Gatherer:
+    """Collects the events of one row into its completion."""
+
+    request_id: str
+    prompt_tokens: int
+    sampling: SamplingParams
+    plan: SteeringPlan | None
+    _began: float = field(default_factory=time.monotonic)
+    _admitted: float = 0.0
+    _first_token: float = 0.0
+    _text: list[str] = field(default_factory=list)
+    _ids: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    _scores: list[Score] = field(default_factory=list)
+
+    def add(self, event: EngineEvent) -> tuple[Delta | Completion, ...]:
+        """What this event gives the reader."""
+        elapsed = time.monotonic() - self._began
+        if isinstance(event, Admitted):
+            self._admitted = elapsed
+            return ()
+        if isinstance(event, TokenEvent):
+            return (self._token(event, elapsed),)
+        return self._finish(event, elapsed)
+
+    def _token(self, event: TokenEvent, elapsed: float) -> Delta:
+        self._first_token = self._first_token or elapsed
+        self._text.append(event.text)
+        self._ids.append(event.token_id)
+        if event.logprob is not None:
+            self._logprobs.append(event.logprob)
+        if event.score is not None:
+            self._scores.append(event.score)
+        return Delta(event.text, (event.token_id,), () if event.logprob is None else (event.logprob,))
+
+    def _finish(self, event: RowFinished, elapsed: float) -> tuple[Delta | Completion, ...]:
+        self._check_receipts(event.receipts)
+        self._text.append(event.text)
+        completion = Completion(
+            request_id=self.request_id,
+            text="".join(self._text),
+            token_ids=tuple(self._ids),
+            reason=event.reason,
+            stop_string=event.stop_string,
+            prompt_tokens=self.prompt_tokens,
+            timings=Timings(self._admitted, self._first_token, elapsed),
+            receipts=event.receipts,
+            logprobs=tuple(self._logprobs),
+            scores=tuple(self._scores),
+            seed=self.sampling.seed,
+        )
+        return (Delta(event.text, (), ()), completion) if event.text else (completion,)
+
+    def _check_receipts(self, receipts: tuple[Receipt, ...]) -> None:
+        """The last line of defence: an engine that forgot a plan, or part of a row, gives no text to the caller."""
+        uses = self.plan.applications if self.plan else ()
+        fed_back = max(0, len(self._ids) - 1)
+        if [use.artifact.digest for use in uses] != [receipt.digest for receipt in receipts]:
+            raise SteeringNotAppliedError("the engine's receipts are not those of the plan")
+        for use, receipt in zip(uses, receipts, strict=True):
+            steered = receipt.prompt_tokens_steered, receipt.generated_tokens_steered
+            if use.setting.strength != 0.0 and steered != (self.prompt_tokens, fed_back):
+                raise SteeringNotAppliedError(
+                    f"{use.name}: {steered[0]} prompt and {steered[1]} generated tokens were steered; "
+                    f"{self.prompt_tokens} and {fed_back} were fed to the model"
+                )

@@ -1,0 +1,106 @@
+"""The operators that requests may name: a snapshot of the store, checked against the model being served.
+
+Every artifact is read and verified when the snapshot is made, so a request never waits for a disk or meets a
+half-written file. A damaged artifact does not stop the server; it is listed with its problem, and a request that names
+it gets an error. Requests keep the artifact objects of their snapshot, whatever a reload brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from operators import store
+from operators.apply import Setting
+from operators.artifact import OperatorArtifact
+from operators.errors import ArtifactError, SteeringError, StoreError
+from steer_server.errors import InvalidRequestError, OperatorUnusableError, UnknownOperatorError
+from steer_server.types import Application, ModelInfo, OperatorEntry, OperatorUse, ReloadReport, SteeringPlan
+
+
+class Registry:
+    """Operators by name."""
+
+    def __init__(self, directory: Path, model: ModelInfo, *, max_bytes: int) -> None:
+        self._directory = directory
+        self._model = model
+        self._max_bytes = max_bytes
+        self._entries: Mapping[str, OperatorEntry] = MappingProxyType({})
+        self.reload()
+
+    def entries(self) -> tuple[OperatorEntry, ...]:
+        """All of the snapshot, by name."""
+        return tuple(self._entries.values())
+
+    def entry(self, name: str) -> OperatorEntry:
+        """One entry, usable or not. Raises :class:`UnknownOperatorError`."""
+        entry = self._entries.get(name)
+        if entry is None:
+            raise UnknownOperatorError(name, tuple(self._entries))
+        return entry
+
+    def reload(self) -> ReloadReport:
+        """Reads the store again and swaps the snapshot in one assignment."""
+        before = self._entries
+        after = {name: self._read(name) for name in store.names(self._directory)}
+        self._entries = MappingProxyType(after)
+        kept = before.keys() & after.keys()
+        return ReloadReport(
+            added=tuple(sorted(after.keys() - before.keys())),
+            changed=tuple(sorted(name for name in kept if _version(before[name]) != _version(after[name]))),
+            removed=tuple(sorted(before.keys() - after.keys())),
+            unusable=tuple(name for name, entry in after.items() if entry.problem),
+        )
+
+    def plan(self, uses: tuple[OperatorUse, ...], *, field: str = "operators") -> SteeringPlan | None:
+        """The plan for the operators of one request; None when it names none.
+
+        Raises:
+            UnknownOperatorError, OperatorUnusableError: an operator is not there, or not usable.
+            InvalidRequestError: a strength, rule or blend is not accepted; names the field.
+        """
+        applications = tuple(self._application(use, f"{field}[{index}]") for index, use in enumerate(uses))
+        return SteeringPlan(applications) if applications else None
+
+    def _application(self, use: OperatorUse, field: str) -> Application:
+        entry = self.entry(use.name)
+        if entry.artifact is None:
+            raise OperatorUnusableError(use.name, entry.problem)
+        recommended = entry.artifact.header.recommended
+        try:
+            setting = Setting(
+                strength=recommended.strength if use.strength is None else use.strength,
+                rule=use.rule or recommended.rule,
+                blend=recommended.blend if use.blend is None else use.blend,
+            )
+        except SteeringError as error:
+            raise InvalidRequestError(field, str(error)) from error
+        defaulted = tuple(name for name in ("strength", "rule", "blend") if getattr(use, name) is None)
+        return Application(use.name, entry.artifact, setting, defaulted)
+
+    def _read(self, name: str) -> OperatorEntry:
+        size = 0
+        try:
+            size = store.path_of(self._directory, name).lstat().st_size
+            artifact = store.load(self._directory, name, max_bytes=self._max_bytes)
+            self._check_fits(artifact)
+        except (ArtifactError, StoreError, OSError) as error:
+            return OperatorEntry(name, str(error), size, None)
+        return OperatorEntry(name, "", size, artifact)
+
+    def _check_fits(self, artifact: OperatorArtifact) -> None:
+        header, model = artifact.header, self._model
+        for what, found, served in (
+            ("model", f"{header.model} {header.model_fingerprint}", f"{model.model} {model.fingerprint}"),
+            ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
+            ("hidden size", str(header.hidden_size), str(model.hidden_size)),
+            ("number of layers", str(header.num_layers), str(model.num_layers)),
+        ):
+            # A model may be served under another name (a path, a mirror): its fingerprint decides.
+            if found.split()[-1] != served.split()[-1]:
+                raise ArtifactError(f"built for {what} {found}; this server has {served}")
+
+
+def _version(entry: OperatorEntry) -> str:
+    return entry.artifact.digest if entry.artifact is not None else entry.problem

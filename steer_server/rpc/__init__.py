@@ -1,0 +1,1 @@
+"""The wire. gRPC and protobuf are known here and nowhere else in the server."""

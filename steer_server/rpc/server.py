@@ -1,0 +1,94 @@
+"""Putting the parts on a port, and taking them off again."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
+
+from steer_server.config import ServerConfig
+from steer_server.engine.base import Engine
+from steer_server.errors import StartupError
+from steer_server.metrics import Metrics
+from steer_server.registry import Registry
+from steer_server.rpc.interceptors import CallInterceptor
+from steer_server.rpc.services import GenerationService, OperatorService
+
+log = structlog.get_logger(__name__)
+
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
+)
+_MAX_MESSAGE_BYTES = 16 << 20
+
+
+@dataclass(eq=False)
+class SteerServer:
+    """One engine, one store, one port."""
+
+    engine: Engine
+    registry: Registry
+    config: ServerConfig
+
+    async def start(self) -> int:
+        """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
+        metrics = Metrics(self.engine, self.registry)
+        self._server = grpc.aio.server(
+            interceptors=[CallInterceptor(metrics)],
+            options=[
+                # Two servers on one port would share it silently; the second must fail.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+            ],
+        )
+        generation = GenerationService(self.engine, self.registry, metrics, self.config)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
+        operators_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(self.registry), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        try:
+            port = self._server.add_insecure_port(self.config.listen)
+        except RuntimeError as error:
+            raise StartupError(
+                f"cannot listen on {self.config.listen}: the port is in use, or this is no HOST:PORT of this machine"
+            ) from error
+        if self.config.metrics_port:
+            try:
+                metrics.serve(self.config.metrics_host, self.config.metrics_port)
+            except OSError as error:
+                raise StartupError(
+                    f"cannot serve metrics on {self.config.metrics_host}:{self.config.metrics_port}: {error.strerror}"
+                ) from error
+        await self._server.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return int(port)
+
+    async def stop(self) -> None:
+        """Reports NOT_SERVING, lets running calls finish within the grace period, then ends them."""
+        await self._health.enter_graceful_shutdown()
+        stopping = asyncio.ensure_future(self._server.stop(self.config.grace))
+        # Calls that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
+        await asyncio.wait({stopping}, timeout=max(0.0, self.config.grace * 0.8))
+        await self.engine.close()
+        await stopping
+
+    async def serve_until_signalled(self) -> None:
+        """Runs until SIGTERM or SIGINT, then stops gracefully."""
+        stopped = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopped.set)
+        await stopped.wait()
+        log.info("stopping", grace=self.config.grace)
+        await self.stop()

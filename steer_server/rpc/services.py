@@ -1,0 +1,102 @@
+"""The two services of the contract, each method a few lines: decode, call, encode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc
+from steering.v1 import generation_pb2 as pb
+from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
+from steering.v1 import operators_pb2 as ops
+
+from operators import __version__
+from steer_server.compare import compare
+from steer_server.config import ServerConfig
+from steer_server.engine.base import Engine
+from steer_server.errors import EngineFailedError
+from steer_server.generate import generate
+from steer_server.metrics import Metrics
+from steer_server.registry import Registry
+from steer_server.rpc import codec
+from steer_server.types import ArmEvent, Completion
+
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """See ``steering.v1.GenerationService``."""
+
+    def __init__(self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig) -> None:
+        self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
+
+    async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
+        """One answer."""
+        events = generate(self._engine, self._registry, codec.generation_request(request))
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Completion):
+                    self._metrics.completed(event)
+                    return codec.completion(event)
+        raise EngineFailedError("the engine ended without a result")
+
+    async def GenerateStream(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateEvent]:
+        """Token by token."""
+        events = generate(self._engine, self._registry, codec.generation_request(request))
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, Completion):
+                    self._metrics.completed(event)
+                yield codec.generate_event(event)
+
+    async def Compare(self, request: pb.CompareRequest, context: _Context) -> AsyncIterator[pb.CompareEvent]:
+        """Arm by arm, token by token."""
+        asked = codec.compare_request(request)
+        events = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms)
+        async with aclosing(events):
+            async for event in events:
+                if isinstance(event, ArmEvent) and isinstance(event.event, Completion):
+                    self._metrics.completed(event.event)
+                yield codec.compare_event(event)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
+        """Prompt to token ids."""
+        ids = self._engine.encode(codec.prompt(request.prompt))
+        return pb.TokenizeResponse(token_ids=ids, tokens=self._engine.token_texts(ids))
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _Context) -> pb.GetModelInfoResponse:
+        """The model and the limits."""
+        return codec.model_info(
+            self._engine.model,
+            version=__version__,
+            max_queue=self._config.max_queue,
+            max_arms=self._config.max_arms,
+        )
+
+
+class OperatorService(operators_pb2_grpc.OperatorServiceServicer):
+    """See ``steering.v1.OperatorService``."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._reloading = asyncio.Lock()
+
+    async def ListOperators(self, request: ops.ListOperatorsRequest, context: _Context) -> ops.ListOperatorsResponse:
+        """All of the snapshot."""
+        return ops.ListOperatorsResponse(operators=map(codec.operator, self._registry.entries()))
+
+    async def GetOperator(self, request: ops.GetOperatorRequest, context: _Context) -> ops.GetOperatorResponse:
+        """One by name."""
+        return ops.GetOperatorResponse(operator=codec.operator(self._registry.entry(request.name)))
+
+    async def ReloadOperators(
+        self, request: ops.ReloadOperatorsRequest, context: _Context
+    ) -> ops.ReloadOperatorsResponse:
+        """Reads the store again, beside the event loop: hashing gigabytes takes a while."""
+        async with self._reloading:
+            report = await asyncio.to_thread(self._registry.reload)
+        return ops.ReloadOperatorsResponse(
+            added=report.added, changed=report.changed, removed=report.removed, unusable=report.unusable
+        )

@@ -1,0 +1,381 @@
+"""The nouns that pass between rooms. All frozen; validated where they are made.
+
+Who fills what: ``rpc.codec`` makes requests; ``generate`` turns operators into a :class:`SteeringPlan` and a request
+into a :class:`DecodeJob`; the engine answers with :data:`EngineEvent`; ``generate`` and ``compare`` gather those into
+:class:`Completion` and :class:`Comparison`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from operators.apply import Setting
+from operators.artifact import OperatorArtifact, Rule
+from steer_server.errors import InvalidRequestError
+
+DEFAULT_MAX_TOKENS = 128
+MAX_LOGPROBS = 20
+NORMAL = "normal"
+"""Name of the plain arm of a comparison."""
+
+
+class FinishReason(StrEnum):
+    """Why a text ended."""
+
+    EOS = "EOS"
+    STOP_STRING = "STOP_STRING"
+    STOP_TOKEN = "STOP_TOKEN"  # noqa: S105 - a finish reason, no secret
+    MAX_TOKENS = "MAX_TOKENS"
+    CONTEXT_LIMIT = "CONTEXT_LIMIT"
+    TIME_LIMIT = "TIME_LIMIT"
+    CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Exactly one of a text, token ids (used as they are) or a conversation."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    chat: tuple[ChatMessage, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(part is not None for part in (self.text, self.token_ids, self.chat)) != 1:
+            raise InvalidRequestError("prompt", "is missing; exactly one of text, token_ids and chat is accepted")
+        if self.text == "":
+            raise InvalidRequestError("prompt.text", "is empty; at least one token is needed")
+        if self.token_ids == ():
+            raise InvalidRequestError("prompt.token_ids", "is empty; at least one token is needed")
+        if self.chat == ():
+            raise InvalidRequestError("prompt.chat", "is empty; at least one message is needed")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Defaults are those of the contract."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    time_limit: float | None = None
+    """Seconds from admission."""
+
+    def __post_init__(self) -> None:
+        # Comparisons are written so that NaN fails them.
+        _require(
+            "temperature",
+            self.temperature,
+            0.0 <= self.temperature < math.inf,
+            "a finite number of 0 or more",
+        )
+        _require("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "a number above 0, at most 1")
+        _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
+        _require("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "a number from 0 to 1")
+        penalty = self.repetition_penalty
+        _require("repetition_penalty", penalty, 0.0 < penalty < math.inf, "a finite number above 0")
+        _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
+        _require("stop_strings", self.stop_strings, "" not in self.stop_strings, "no empty string")
+        if self.logprobs is not None:
+            _require("logprobs", self.logprobs, 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
+        if self.time_limit is not None:
+            _require("time_limit", self.time_limit, self.time_limit > 0, "a duration above 0")
+
+
+def _require(field: str, value: object, holds: bool, accepted: str) -> None:
+    if not holds:
+        raise InvalidRequestError(f"sampling.{field}", f"is {value}; accepted: {accepted}")
+
+
+@dataclass(frozen=True)
+class OperatorUse:
+    """An operator as a request names it; None takes the operator's recommended value."""
+
+    name: str
+    strength: float | None = None
+    rule: Rule | None = None
+    blend: float | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One steered arm of a comparison."""
+
+    name: str
+    operators: tuple[OperatorUse, ...]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt, one continuation."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    operators: tuple[OperatorUse, ...] = ()
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """One prompt, a plain continuation and one per arm."""
+
+    request_id: str
+    prompt: Prompt
+    sampling: SamplingParams
+    arms: tuple[Arm, ...]
+    score: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.arms:
+            raise InvalidRequestError("arms", "is empty; at least one steered arm is needed")
+        names = [arm.name for arm in self.arms]
+        for index, arm in enumerate(self.arms):
+            if not arm.name or arm.name == NORMAL or names.count(arm.name) > 1:
+                raise InvalidRequestError(
+                    f"arms[{index}].name",
+                    f"is {arm.name!r}; a name of its own is needed, other than {NORMAL!r}",
+                )
+            if not arm.operators:
+                raise InvalidRequestError(f"arms[{index}].operators", "is empty; the plain arm runs anyway")
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """One operator, at one setting, of one request. Holds the very version that the request started with."""
+
+    name: str
+    artifact: OperatorArtifact
+    setting: Setting
+    defaulted: tuple[str, ...]
+    """Which of strength, rule and blend the artifact recommended."""
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringPlan:
+    """What is added to the layer inputs of one row; never empty."""
+
+    applications: tuple[Application, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One continuation of a job. ``score`` asks for KL and log-probabilities under the plain model."""
+
+    plan: SteeringPlan | None = None
+    score: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeJob:
+    """One prompt and the rows that continue it in one batch."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class TopLogprob:
+    """One alternative at a position."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token under the row's own model, before temperature and truncation; in nats."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats."""
+
+    kl: float
+    plain_logprob: float
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one operator did to one row, measured on the hidden states. Filled by the engine."""
+
+    operator: str
+    digest: str
+    layer: int
+    rule: Rule
+    strength: float
+    blend: float
+    prompt_tokens_steered: int
+    generated_tokens_steered: int
+    mean_dose: float
+    max_dose: float
+    defaulted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The job has left the queue."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of one row."""
+
+    row: int
+    token_id: int
+    text: str
+    logprob: TokenLogprob | None = None
+    score: Score | None = None
+
+
+@dataclass(frozen=True)
+class RowFinished:
+    """The end of one row. ``text`` is what was still held back."""
+
+    row: int
+    reason: FinishReason
+    text: str
+    stop_string: str
+    receipts: tuple[Receipt, ...]
+
+
+EngineEvent = Admitted | TokenEvent | RowFinished
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from admission to the queue."""
+
+    queued: float
+    time_to_first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished continuation."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    reason: FinishReason
+    stop_string: str
+    prompt_tokens: int
+    timings: Timings
+    receipts: tuple[Receipt, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    scores: tuple[Score, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt as the model gets it. First event of every stream."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text; may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+
+GenerateEvent = Started | Delta | Completion
+
+
+@dataclass(frozen=True)
+class ArmEvent:
+    """One event of one arm."""
+
+    arm: str
+    event: GenerateEvent
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One steered arm held against the plain one. KL in nats; None and empty where not scored."""
+
+    arm: str
+    first_divergence: int | None
+    kl_per_token: tuple[float, ...]
+    kl_mean: float | None
+    kl_p95: float | None
+    normal_perplexity: float | None
+    steered_perplexity: float | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Last event of a comparison: one entry per steered arm."""
+
+    comparisons: tuple[Comparison, ...]
+
+
+CompareEvent = ArmEvent | Compared
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model being served. Filled by the engine when it starts."""
+
+    model: str
+    architecture: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    engine: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class OperatorEntry:
+    """One name in the store. ``artifact`` is None where ``problem`` is not empty. Filled by the registry."""
+
+    name: str
+    problem: str
+    size_bytes: int
+    artifact: OperatorArtifact | None
+
+
+@dataclass(frozen=True)
+class ReloadReport:
+    """What a reload of the store changed, by name."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    unusable: tuple[str, ...]

@@ -1,0 +1,310 @@
+"""A scripted server: it answers what a test tells it to, so that every fault can be had at will."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from steer_client import AsyncSteerClient, SteerClient
+from steering.v1 import generation_pb2 as pb
+from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
+from steering.v1 import operators_pb2 as ops
+
+DIGEST = "sha256:" + "1a2b3c4d" * 8
+
+
+def make_receipt(operator: str = "golden-gate", **changes) -> pb.Receipt:
+    values = {
+        "digest": DIGEST,
+        "layer": 20,
+        "rule": pb.RULE_CUMULATIVE,
+        "strength": 0.55,
+        "blend": 0.0,
+        "prompt_tokens_steered": 6,
+        "generated_tokens_steered": 2,
+        "mean_dose": 0.27,
+        "max_dose": 0.275,
+        "defaulted": ["strength", "rule", "blend"],
+    }
+    return pb.Receipt(operator=operator, **(values | changes))
+
+
+def make_response(text: str = "one two", *, operators: tuple[str, ...] = (), **changes) -> pb.GenerateResponse:
+    values = {
+        "request_id": "r1",
+        "token_ids": [11, 12, 13],
+        "finish_reason": pb.FINISH_REASON_MAX_TOKENS,
+        "usage": pb.Usage(prompt_tokens=6, completion_tokens=3),
+        "timings": pb.Timings(
+            queued=Duration(nanos=1000),
+            time_to_first_token=Duration(nanos=250_000_000),
+            total=Duration(seconds=1, nanos=500_000_000),
+        ),
+        "receipts": [make_receipt(name) for name in operators],
+        "seed": 7,
+    }
+    return pb.GenerateResponse(text=text, **(values | changes))
+
+
+def make_events(response: pb.GenerateResponse) -> list[pb.GenerateEvent]:
+    words = response.text.partition(" ")
+    return [
+        pb.GenerateEvent(started=pb.Started(request_id="r1", prompt_token_ids=[1, 2, 3])),
+        pb.GenerateEvent(delta=pb.Delta(text=words[0], token_ids=[11])),
+        pb.GenerateEvent(delta=pb.Delta(text=words[1] + words[2], token_ids=[12, 13])),
+        pb.GenerateEvent(finished=response),
+    ]
+
+
+def make_comparison(
+    normal: pb.GenerateResponse,
+    arms: dict[str, pb.GenerateResponse],
+    *,
+    scored: bool = True,
+    mean: float = 0.5,
+) -> list[pb.CompareEvent]:
+    texts = {"normal": normal} | arms
+    scripts = {name: make_events(response) for name, response in texts.items()}
+    events = []
+    for step in range(4):
+        for name, script in scripts.items():
+            event = script[step]
+            kind = event.WhichOneof("event")
+            events.append(pb.CompareEvent(arm=name, **{kind: getattr(event, kind)}))
+    score = {
+        "kl_per_token": [0.25, 0.75, 0.5],
+        "kl_mean": mean,
+        "kl_p95": 0.75,
+        "normal_perplexity": 3.0,
+        "steered_perplexity": 9.0,
+    }
+    compared = [pb.Comparison(arm=name, first_divergence=1, **(score if scored else {})) for name in arms]
+    return [*events, pb.CompareEvent(compared=pb.CompareFinished(comparisons=compared))]
+
+
+@dataclass
+class Fault:
+    """A status with the details that the contract promises."""
+
+    code: grpc.StatusCode
+    message: str = "it went wrong"
+    reason: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    field_name: str = ""
+    retry_after: float | None = None
+    domain: str = "steering.v1"
+
+    def abort(self, context: grpc.ServicerContext) -> None:
+        details = []
+        if self.reason:
+            details.append(error_details_pb2.ErrorInfo(reason=self.reason, domain=self.domain, metadata=self.metadata))
+        if self.field_name:
+            violation = error_details_pb2.BadRequest.FieldViolation(field=self.field_name, description="bad")
+            details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+        if self.retry_after is not None:
+            delay = Duration(seconds=int(self.retry_after), nanos=int(self.retry_after % 1 * 1e9))
+            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        if not details:
+            context.abort(self.code, self.message)
+        packed = []
+        for detail in details:
+            packed.append(AnyMessage())
+            packed[-1].Pack(detail)
+        status = status_pb2.Status(code=self.code.value[0], message=self.message, details=packed)
+        context.abort_with_status(rpc_status.to_status(status))
+
+
+class FakeServer:
+    """Set what it answers; read what it was asked and whether the caller left."""
+
+    def __init__(self) -> None:
+        self.target = ""
+        self.fault: Fault | None = None
+        self.response = make_response()
+        self.events: list | None = None
+        #: How many events to send before waiting for the caller to leave; None sends them all.
+        self.hang_after: int | None = None
+        self.listed = ops.ListOperatorsResponse()
+        self.requests: list = []
+        self.left = threading.Event()
+        self.health = health.HealthServicer()
+
+    def unary(self, request, context):
+        self.watch(request, context)
+        if self.hang_after is not None:
+            self.left.wait(10)
+        if self.fault:
+            self.fault.abort(context)
+
+    def stream(self, request, context, default):
+        self.watch(request, context)
+        events = default if self.events is None else self.events
+        for i, event in enumerate(events):
+            if i == self.hang_after:
+                self.left.wait(10)
+                return
+            yield event
+        if self.fault:
+            self.fault.abort(context)
+
+    def watch(self, request, context) -> None:
+        # From the first moment: a caller who leaves early may never let the script come to its pause.
+        if not context.add_callback(self.left.set):
+            self.left.set()
+        self.requests.append(request)
+
+
+class _Generation(generation_pb2_grpc.GenerationServiceServicer):
+    def __init__(self, fake: FakeServer) -> None:
+        self.fake = fake
+
+    def Generate(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return self.fake.response
+
+    def GenerateStream(self, request, context):  # noqa: N802
+        yield from self.fake.stream(request, context, make_events(self.fake.response))
+
+    def Compare(self, request, context):  # noqa: N802
+        arms = {
+            arm.name: make_response("one more", operators=tuple(use.name for use in arm.operators))
+            for arm in request.arms
+        }
+        default = make_comparison(self.fake.response, arms, scored=request.score)
+        yield from self.fake.stream(request, context, default)
+
+    def Tokenize(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return pb.TokenizeResponse(token_ids=[1, 2], tokens=["a", " b"])
+
+    def GetModelInfo(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return pb.GetModelInfoResponse(model="tiny", num_layers=4, eos_token_ids=[2], has_chat_template=True)
+
+
+class _Operators(operators_pb2_grpc.OperatorServiceServicer):
+    def __init__(self, fake: FakeServer) -> None:
+        self.fake = fake
+
+    def ListOperators(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return self.fake.listed
+
+    def GetOperator(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return ops.GetOperatorResponse(operator=ops.Operator(name=request.name, recommended_rule=pb.RULE_CUMULATIVE))
+
+    def ReloadOperators(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return ops.ReloadOperatorsResponse(added=["new"], unusable=["broken"])
+
+
+@pytest.fixture
+def fake():
+    """A scripted server that is up."""
+    script = FakeServer()
+    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(script), server)
+    operators_pb2_grpc.add_OperatorServiceServicer_to_server(_Operators(script), server)
+    health_pb2_grpc.add_HealthServicer_to_server(script.health, server)
+    script.health.set("", health_pb2.HealthCheckResponse.SERVING)
+    script.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield script
+    server.stop(grace=0).wait(5)
+
+
+@pytest.fixture
+def client(fake):
+    with SteerClient(fake.target, timeout=20) as each:
+        yield each
+
+
+@pytest.fixture
+async def async_client(fake):
+    async with AsyncSteerClient(fake.target, timeout=20) as each:
+        yield each
+
+
+@pytest.fixture
+def make():
+    """The makers of messages, for tests that say what the server answers."""
+
+    class Make:
+        receipt = staticmethod(make_receipt)
+        response = staticmethod(make_response)
+        events = staticmethod(make_events)
+        comparison = staticmethod(make_comparison)
+        fault = Fault
+
+    return Make
+
+
+def _sync(target: str, way: str, prompt, options: dict):
+    with SteerClient(target, timeout=20) as each:
+        if way == "unary":
+            return each.generate(prompt, **options)
+        if way == "compare":
+            return each.compare(prompt, **options)
+        stream = each.stream(prompt, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+
+async def _async(target: str, way: str, prompt, options: dict):
+    async with AsyncSteerClient(target, timeout=20) as each:
+        if way == "unary":
+            return await each.generate(prompt, **options)
+        if way == "compare":
+            return await each.compare(prompt, **options)
+        stream = each.stream(prompt, **options)
+        async for _ in stream:
+            pass
+        return stream.result
+
+
+def _ways(*names: str) -> list:
+    return [pytest.param((kind, way), id=f"{kind} {way}") for kind in ("sync", "async") for way in names]
+
+
+def _caller(kind: str, way: str):
+    def call(target: str, prompt="hello", **options):
+        if kind == "sync":
+            return _sync(target, way, prompt, options)
+        return asyncio.run(_async(target, way, prompt, options))
+
+    return call
+
+
+@pytest.fixture(params=_ways("unary", "stream"))
+def generate(request):
+    """Every way to a Generation: `generate(target, prompt, **options)`."""
+    return _caller(*request.param)
+
+
+@pytest.fixture(params=_ways("unary", "stream", "compare"))
+def any_call(request):
+    """Every way to send a prompt."""
+    return _caller(*request.param)
+
+
+@pytest.fixture(params=_ways("compare"))
+def compare(request):
+    """Every way to an ABResult."""
+    return _caller(*request.param)
+
+
+@pytest.fixture(params=_ways("stream"))
+def streamed(request):
+    """Every way through a stream to a Generation."""
+    return _caller(*request.param)

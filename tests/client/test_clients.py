@@ -1,0 +1,157 @@
+import os
+import subprocess
+import sys
+import textwrap
+
+import grpc
+import pytest
+import steer_client
+from grpc_health.v1 import health_pb2
+from steer_client import (
+    AsyncSteerClient,
+    ChatMessage,
+    FinishReason,
+    InvalidRequestError,
+    OperatorUse,
+    SamplingParams,
+    SteerClient,
+    UnknownOperatorError,
+)
+from steering.v1 import generation_pb2 as pb
+from steering.v1 import operators_pb2 as ops
+
+
+def test_a_request_arrives_as_it_was_asked(fake, make, generate):
+    fake.response = make.response(operators=("golden-gate", "baseball"))
+    result = generate(
+        fake.target,
+        [ChatMessage("user", "hi")],
+        operators=[OperatorUse("golden-gate", 0.4, "substitute", 0.5), OperatorUse("baseball")],
+        sampling=SamplingParams(max_tokens=8, seed=0),
+        request_id="mine",
+    )
+    assert fake.requests == [
+        pb.GenerateRequest(
+            request_id="mine",
+            prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])),
+            sampling=pb.SamplingParams(max_tokens=8, seed=0),
+            operators=[
+                pb.OperatorUse(name="golden-gate", strength=0.4, rule=pb.RULE_SUBSTITUTE, blend=0.5),
+                pb.OperatorUse(name="baseball"),
+            ],
+        )
+    ]
+    assert result.text == "one two"
+    assert result.finish_reason is FinishReason.MAX_TOKENS
+    assert result.stop_string is None
+    assert result.timings.total == 1.5
+
+
+def test_operators_may_come_from_an_iterator(fake, make, generate):
+    fake.response = make.response(operators=("a", "b"))
+    assert len(generate(fake.target, operators=(OperatorUse(name) for name in "ab")).receipts) == 2
+
+
+def test_a_comparison_arrives_as_it_was_asked(fake, compare):
+    compare(fake.target, operators=[OperatorUse("golden-gate")], score=False)
+    compare(fake.target, arms={"a": [OperatorUse("x")], "b": [OperatorUse("x", 0.0)]})
+    first, second = fake.requests
+    assert [arm.name for arm in first.arms] == ["steered"]
+    assert (first.HasField("score"), first.score) == (True, False)
+    assert [arm.name for arm in second.arms] == ["a", "b"]
+    assert second.arms[1].operators[0].HasField("strength")
+    assert second.score
+
+
+def test_operators_and_arms_together_are_refused(fake, compare):
+    with pytest.raises(InvalidRequestError, match="not both"):
+        compare(fake.target, operators=[OperatorUse("x")], arms={"a": [OperatorUse("x")]})
+    assert fake.requests == []
+
+
+def test_what_cannot_be_sent_is_refused_before_it_is_sent(fake, any_call):
+    with pytest.raises(InvalidRequestError) as caught:
+        any_call(fake.target, [2**31])
+    assert caught.value.field == "prompt.token_ids[0]"
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert fake.requests == []
+
+
+async def test_both_clients_give_the_same_answers(client, async_client, fake, make):
+    fake.listed = ops.ListOperatorsResponse(
+        operators=[ops.Operator(name="a", recommended_rule=1), ops.Operator(name="b", problem="bad digest")]
+    )
+    assert client.operators() == await async_client.operators()
+    assert [info.usable for info in client.operators()] == [True, False]
+    assert client.operator("a") == await async_client.operator("a")
+    assert client.reload_operators() == await async_client.reload_operators()
+    assert client.model_info() == await async_client.model_info()
+    assert client.tokenize("a b") == await async_client.tokenize("a b")
+    assert client.generate("hello") == await async_client.generate("hello")
+    assert client.health() is await async_client.health() is True
+    assert client.tokenize("a b").tokens == ("a", " b")
+    assert client.reload_operators().unusable == ("broken",)
+
+
+async def test_health_follows_the_server(client, async_client, fake):
+    fake.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+    assert client.health() is False
+    assert await async_client.health() is False
+
+
+def test_an_unknown_operator_is_an_error_of_its_own(client, fake, make):
+    fake.fault = make.fault(grpc.StatusCode.NOT_FOUND, "no operator 'x'", "UNKNOWN_OPERATOR")
+    with pytest.raises(UnknownOperatorError, match="no operator 'x'"):
+        client.operator("x")
+
+
+def test_the_target_is_the_argument_then_the_environment_then_this_machine(monkeypatch):
+    monkeypatch.delenv("STEER_TARGET", raising=False)
+    for kind in (SteerClient, AsyncSteerClient):
+        assert kind().target == "127.0.0.1:50051"
+    monkeypatch.setenv("STEER_TARGET", "example:1")
+    for kind in (SteerClient, AsyncSteerClient):
+        assert kind().target == "example:1"
+        assert kind("other:2").target == "other:2"
+
+
+@pytest.mark.parametrize("timeout", ["soon", float("nan"), True])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(client, timeout):
+    with pytest.raises(InvalidRequestError, match="timeout"):
+        client.generate("hello", timeout=timeout)
+
+
+def test_no_timeout_is_no_deadline(client):
+    assert client.generate("hello", timeout=None).text == "one two"
+    assert client.generate("hello", timeout=float("inf")).text == "one two"
+
+
+async def test_an_async_client_that_was_never_used_closes():
+    async with AsyncSteerClient("127.0.0.1:1"):
+        pass
+
+
+def test_the_example_of_the_package_runs(fake, monkeypatch, capsys):
+    monkeypatch.setenv("STEER_TARGET", fake.target)
+    lines = steer_client.__doc__.splitlines()
+    example = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line))
+    exec(compile(example, "example", "exec"), {})
+    assert capsys.readouterr().out == "one two\none more\n"
+
+
+def test_every_public_name_exists_once():
+    assert len(set(steer_client.__all__)) == len(steer_client.__all__)
+    assert all(hasattr(steer_client, name) for name in steer_client.__all__)
+
+
+def test_the_client_needs_neither_torch_nor_the_server():
+    heavy = "torch", "numpy", "pydantic", "operators", "steer_server"
+    program = f"import steer_client._cli.app, sys; print([name for name in {heavy!r} if name in sys.modules])"
+    ran = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "[]\n"

@@ -1,0 +1,163 @@
+import grpc
+import pytest
+import steer_client
+from steer_client import (
+    DeadlineExceededError,
+    EngineFailedError,
+    InvalidRequestError,
+    OperatorUnusableError,
+    OperatorUse,
+    PromptTooLongError,
+    RequestCancelledError,
+    ServerBusyError,
+    ServerError,
+    ServerUnavailableError,
+    SteerError,
+    SteeringNotAppliedError,
+    UnknownOperatorError,
+)
+
+C = grpc.StatusCode
+TABLE = [
+    (C.INVALID_ARGUMENT, "INVALID_REQUEST", InvalidRequestError),
+    (C.INVALID_ARGUMENT, "PROMPT_TOO_LONG", PromptTooLongError),
+    (C.NOT_FOUND, "UNKNOWN_OPERATOR", UnknownOperatorError),
+    (C.FAILED_PRECONDITION, "OPERATOR_UNUSABLE", OperatorUnusableError),
+    (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
+    (C.INTERNAL, "STEERING_NOT_APPLIED", SteeringNotAppliedError),
+    (C.INTERNAL, "ENGINE_FAILED", EngineFailedError),
+    (C.UNAVAILABLE, "SHUTTING_DOWN", ServerUnavailableError),
+    (C.DEADLINE_EXCEEDED, "TOO_SLOW", DeadlineExceededError),
+    (C.CANCELLED, "STOPPED", RequestCancelledError),
+    (C.INTERNAL, "SOMETHING_NEW", ServerError),
+    (C.DATA_LOSS, "SOMETHING_NEW", ServerError),
+]
+BARE = [
+    (C.INVALID_ARGUMENT, InvalidRequestError),
+    (C.NOT_FOUND, UnknownOperatorError),
+    (C.FAILED_PRECONDITION, OperatorUnusableError),
+    (C.RESOURCE_EXHAUSTED, ServerBusyError),
+    (C.INTERNAL, ServerError),
+    (C.UNAVAILABLE, ServerUnavailableError),
+    (C.DEADLINE_EXCEEDED, DeadlineExceededError),
+    (C.CANCELLED, RequestCancelledError),
+    (C.UNIMPLEMENTED, ServerError),
+    (C.UNKNOWN, ServerError),
+]
+
+
+@pytest.mark.parametrize(("code", "reason", "kind"), TABLE, ids=lambda value: str(value))
+def test_a_status_with_a_reason_becomes_its_exception(fake, make, any_call, code, reason, kind):
+    fake.fault = make.fault(code, "said plainly", reason, {"operator": "x"})
+    with pytest.raises(SteerError) as caught:
+        any_call(fake.target)
+    error = caught.value
+    assert type(error) is kind
+    assert error.code is code
+    assert error.reason == reason
+    assert error.metadata == {"operator": "x"}
+    assert str(error) == error.message == "said plainly"
+
+
+@pytest.mark.parametrize(("code", "kind"), BARE, ids=lambda value: str(value))
+def test_a_status_without_details_is_known_by_its_code(fake, make, generate, code, kind):
+    fake.fault = make.fault(code)
+    with pytest.raises(SteerError) as caught:
+        generate(fake.target)
+    assert type(caught.value) is kind
+    assert caught.value.code is code
+    assert caught.value.metadata == {}
+
+
+def test_the_field_at_fault_is_named(fake, make, any_call):
+    fake.fault = make.fault(C.INVALID_ARGUMENT, reason="INVALID_REQUEST", field_name="sampling.top_p")
+    with pytest.raises(InvalidRequestError) as caught:
+        any_call(fake.target)
+    assert caught.value.field == "sampling.top_p"
+
+
+def test_a_busy_server_says_when_to_come_back(fake, make, any_call):
+    fake.fault = make.fault(C.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after=2.5)
+    with pytest.raises(ServerBusyError) as caught:
+        any_call(fake.target)
+    assert caught.value.retry_after == 2.5
+
+
+def test_a_busy_server_may_not_say_when(fake, make, client):
+    fake.fault = make.fault(C.RESOURCE_EXHAUSTED, reason="QUEUE_FULL")
+    with pytest.raises(ServerBusyError) as caught:
+        client.generate("hello")
+    assert caught.value.retry_after is None
+
+
+def test_a_reason_of_another_domain_is_not_taken_for_ours(fake, make, client):
+    fake.fault = make.fault(C.INTERNAL, reason="STEERING_NOT_APPLIED", domain="proxy.example")
+    with pytest.raises(ServerError) as caught:
+        client.generate("hello")
+    assert caught.value.reason == ""
+
+
+def test_every_exception_of_the_package_is_a_steer_error():
+    kinds = [getattr(steer_client, name) for name in steer_client.__all__ if name.endswith("Error")]
+    assert len(kinds) == 13
+    assert all(issubclass(kind, SteerError) for kind in kinds)
+
+
+def test_an_unreachable_target_is_named_with_what_to_do(any_call):
+    with pytest.raises(ServerUnavailableError, match=r"127\.0\.0\.1:1\b.*is steer-server running there\?"):
+        any_call("127.0.0.1:1")
+
+
+def test_a_deadline_ends_the_call_on_the_server_too(fake, any_call):
+    fake.hang_after = 1
+    with pytest.raises(DeadlineExceededError, match=r"did not finish the request within 0\.2 s"):
+        any_call(fake.target, timeout=0.2)
+    assert fake.left.wait(5)
+
+
+def test_a_missing_receipt_is_never_overlooked(fake, make, generate):
+    fake.response = make.response(operators=("golden-gate",))
+    uses = [OperatorUse("golden-gate"), OperatorUse("baseball")]
+    with pytest.raises(SteeringNotAppliedError, match="golden-gate, baseball") as caught:
+        generate(fake.target, operators=uses)
+    assert caught.value.metadata == {"request_id": "r1"}
+    assert caught.value.reason == "STEERING_NOT_APPLIED"
+
+
+def test_a_receipt_of_another_operator_is_no_proof(fake, make, generate):
+    fake.response = make.response(operators=("baseball",))
+    with pytest.raises(SteeringNotAppliedError, match="receipts are for baseball"):
+        generate(fake.target, operators=[OperatorUse("golden-gate")])
+
+
+def test_a_plain_text_that_comes_back_steered_is_refused(fake, make, generate):
+    fake.response = make.response(operators=("golden-gate",))
+    with pytest.raises(SteeringNotAppliedError, match="asked for no operator"):
+        generate(fake.target)
+
+
+@pytest.mark.parametrize("strength", [0.4, -0.4, None])
+def test_a_receipt_without_a_steered_token_is_no_proof(fake, make, generate, strength):
+    idle = make.receipt(prompt_tokens_steered=0, generated_tokens_steered=0)
+    fake.response = make.response(receipts=[idle])
+    with pytest.raises(SteeringNotAppliedError, match="steered none of the tokens"):
+        generate(fake.target, operators=[OperatorUse("golden-gate", strength=strength)])
+
+
+def test_an_operator_of_strength_zero_steers_nothing_and_that_is_right(fake, make, generate):
+    idle = make.receipt(strength=0, prompt_tokens_steered=0, generated_tokens_steered=0)
+    fake.response = make.response(receipts=[idle])
+    result = generate(fake.target, operators=[OperatorUse("golden-gate", strength=0)])
+    assert result.receipts[0].generated_tokens_steered == 0
+
+
+def test_a_text_without_tokens_needs_no_steered_token(fake, make, generate):
+    idle = make.receipt(prompt_tokens_steered=0, generated_tokens_steered=0)
+    fake.response = make.response("", receipts=[idle], token_ids=[], usage={"prompt_tokens": 6, "completion_tokens": 0})
+    assert generate(fake.target, operators=[OperatorUse("golden-gate")]).text == ""
+
+
+def test_every_arm_of_a_comparison_owes_its_receipts(fake, make, compare):
+    fake.events = make.comparison(make.response(), {"steered": make.response("one more")})
+    with pytest.raises(SteeringNotAppliedError):
+        compare(fake.target, operators=[OperatorUse("golden-gate")])

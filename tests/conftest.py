@@ -1,0 +1,138 @@
+"""Models that every test folder may use: the default one, and tiny random ones of each architecture."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from operators.models import LoadedModel, load_model, recognise
+
+_VOCABULARY = 320
+_CORPUS = [
+    "The Golden Gate Bridge in San Francisco is painted in international orange.",
+    "Here is a painting of the bridge, and here is a painting of the bay.",
+    "The wedding was beautiful and the bride wore a golden dress.",
+]
+# Sizes that hide nothing: grouped heads, a head size that is not d / heads, an odd number of layers, and widths
+# around the 64 rows that one backward pass answers.
+_SIZES = {
+    "vocab_size": _VOCABULARY,
+    "intermediate_size": 56,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+_FAMILIES = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, hidden_size=40, num_hidden_layers=4)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, hidden_size=32, num_hidden_layers=3)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **_SIZES,
+            hidden_size=48,
+            num_hidden_layers=4,
+            sliding_window=3,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            query_pre_attn_scalar=10,
+        )
+    ),
+}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Callable[..., LoadedModel]:
+    """``smollm(dtype="float32", attention="sdpa")``: the default model, loaded once per kind."""
+
+    @functools.cache
+    def load(dtype: str = "float32", attention: str = "sdpa") -> LoadedModel:
+        return load_model("smollm2-135m", dtype=dtype, attention=attention)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that can spell everything; token 0 is its special one, never added by itself."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedModel]:
+    """``tiny(family, attention="sdpa", dtype="float64", fresh=False)``: a small random model, the same every time.
+
+    Models are shared between tests; a test that changes one asks for a ``fresh`` one.
+    """
+
+    def make(family: str, attention: str = "sdpa", dtype: str = "float64") -> LoadedModel:
+        with torch.random.fork_rng():
+            torch.manual_seed(sum(family.encode()))
+            model = _FAMILIES[family]()
+            for name, parameter in model.named_parameters():
+                # Large weights, and norms that are not all ones: gates open, attention prefers, RMS differs.
+                if parameter.ndim == 1:
+                    torch.nn.init.normal_(parameter, mean=0.0 if family == "gemma3" else 1.0, std=0.3)
+                elif "embed" in name:
+                    torch.nn.init.normal_(parameter, std=1.0)
+                else:
+                    torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+        model = model.to(_DTYPES[dtype]).eval().requires_grad_(False)
+        model.set_attn_implementation(attention)
+        return recognise(f"tiny-{family}", model, tiny_tokenizer)
+
+    cached = functools.cache(make)
+
+    def get(
+        family: str, attention: str = "sdpa", dtype: str = "float64", *, fresh: bool = False
+    ) -> LoadedModel:
+        return (make if fresh else cached)(family, attention, dtype)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(
+    tiny: Callable[..., LoadedModel], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """``tiny_directory(family)``: that tiny model and its tokenizer, saved in float32 as users save theirs."""
+
+    @functools.cache
+    def saved(family: str = "llama") -> Path:
+        directory = tmp_path_factory.mktemp(family)
+        loaded = tiny(family, dtype="float32", fresh=True)
+        loaded.model.save_pretrained(directory)
+        loaded.tokenizer.save_pretrained(directory)
+        return directory
+
+    return saved
