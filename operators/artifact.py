@@ -195,13 +195,19 @@ def _read_bytes(path: Path, max_bytes: int) -> bytes:
     except OSError as error:
         reason = "a symbolic link, which is not followed" if path.is_symlink() else error.strerror
         raise ArtifactError(f"{path.name}: cannot be opened: {reason}") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ArtifactError(f"{path.name}: not a regular file")
         if status.st_size > max_bytes:
             raise ArtifactError(f"{path.name}: {status.st_size} bytes; at most {max_bytes} are read")
-        return file.read(status.st_size)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            # The size, not the limit: a read reserves all that it is asked for.
+            return file.read(status.st_size)
+    except OSError as error:
+        raise ArtifactError(f"{path.name}: cannot be read: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
 
 
 def _metadata(data: bytes) -> Mapping[str, str]:

@@ -106,24 +106,29 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
     """
     check_compatible(artifact.header, loaded)
     header = artifact.header
-    jacobian, anchor, base = (
-        tensor.to(loaded.device, torch.float64)
-        for tensor in (artifact.jacobian, artifact.anchor, artifact.substitute_base)
-    )
     x = embed(loaded.model, torch.tensor(header.concept_ids, device=loaded.device))
     with detached(loaded.model), torch.no_grad():
         y = hidden_state(loaded.model, x[None], layer=header.layer, profile=header.profile)[0]
     _check_forward(x, y, loaded, layer=header.layer, profile=header.profile)
-    terms = torch.einsum("nij,nj->ni", jacobian, x.double())
+    # In float64, one block at a time: all of them at once may not fit.
+    terms = torch.stack(
+        [
+            block.to(y.device, torch.float64) @ vector
+            for block, vector in zip(artifact.jacobian, x.double(), strict=True)
+        ]
+    )
     value = terms.sum(0)
     if artifact.offset is not None:
         value = value + artifact.offset.to(value)
     error = relative_error(value, y)
     dtype = max(header.dtype, _dtype_name(loaded), key=_RECONSTRUCTION_TOLERANCE.__getitem__)
     _check_reconstruction(error, header.layer, dtype)
-    for name, stored, expected in (("anchor", anchor, value), ("substitute_base", base, value - terms[-1])):
+    for name, stored, expected in (
+        ("anchor", artifact.anchor, value),
+        ("substitute_base", artifact.substitute_base, value - terms[-1]),
+    ):
         # Against |y|, not against itself: the base of a one-token concept is zero up to rounding.
-        off = float(torch.linalg.vector_norm(stored - expected) / torch.linalg.vector_norm(y.double()))
+        off = float(torch.linalg.vector_norm(stored.to(expected) - expected) / torch.linalg.vector_norm(y.double()))
         if not off <= _RECONSTRUCTION_TOLERANCE[dtype]:
             raise ReconstructionError(f"tensor {name!r} is off by {off:.1e} of the hidden state that J gives")
     return error

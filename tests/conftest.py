@@ -1,4 +1,4 @@
-"""Models that every test folder may use: the default one, and tiny random ones of each architecture."""
+"""What every test folder may use: the default model, tiny random ones of each architecture, and operators."""
 
 import os
 
@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import functools
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from operators.artifact import OperatorArtifact, OperatorHeader, Recommended, make_artifact
 from operators.models import LoadedModel, load_model, recognise
 
 _VOCABULARY = 320
@@ -29,8 +31,7 @@ _CORPUS = [
     "Here is a painting of the bridge, and here is a painting of the bay.",
     "The wedding was beautiful and the bride wore a golden dress.",
 ]
-# Sizes that hide nothing: grouped heads, a head size that is not d / heads, an odd number of layers, and widths
-# around the 64 rows that one backward pass answers.
+# Sizes that hide nothing: grouped heads, a head size that is not d / heads, a window shorter than the prompts.
 _SIZES = {
     "vocab_size": _VOCABULARY,
     "intermediate_size": 56,
@@ -83,9 +84,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>")
 
 
 @pytest.fixture(scope="session")
@@ -113,18 +112,14 @@ def tiny(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedModel]:
 
     cached = functools.cache(make)
 
-    def get(
-        family: str, attention: str = "sdpa", dtype: str = "float64", *, fresh: bool = False
-    ) -> LoadedModel:
+    def get(family: str, attention: str = "sdpa", dtype: str = "float64", *, fresh: bool = False) -> LoadedModel:
         return (make if fresh else cached)(family, attention, dtype)
 
     return get
 
 
 @pytest.fixture(scope="session")
-def tiny_directory(
-    tiny: Callable[..., LoadedModel], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def tiny_directory(tiny: Callable[..., LoadedModel], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``tiny_directory(family)``: that tiny model and its tokenizer, saved in float32 as users save theirs."""
 
     @functools.cache
@@ -136,3 +131,40 @@ def tiny_directory(
         return directory
 
     return saved
+
+
+@pytest.fixture(scope="session")
+def make_operator() -> Callable[..., OperatorArtifact]:
+    """``make_operator(n=3, d=5, affine=False, seed=0, **header)``: a random operator, with header fields replaced."""
+
+    def build(n: int = 3, d: int = 5, *, affine: bool = False, seed: int = 0, **fields: object) -> OperatorArtifact:
+        generator = torch.Generator().manual_seed(seed)
+        jacobian = torch.randn(n, d, d, generator=generator)
+        x = torch.randn(n, d, generator=generator)
+        offset = torch.randn(d, generator=generator) if affine else None
+        anchor = torch.einsum("nij,nj->i", jacobian, x) + (0 if offset is None else offset)
+        header = OperatorHeader(
+            **{
+                "concept": "a concept",
+                "concept_ids": tuple(range(n)),
+                "model": "some-model",
+                "architecture": "LlamaForCausalLM",
+                "model_fingerprint": f"sha256:{'1' * 64}",
+                "tokenizer_fingerprint": f"sha256:{'2' * 64}",
+                "profile": "residual",
+                "rule_set": "up-live/1",
+                "layer": 2,
+                "injection_layer": 2,
+                "num_layers": 4,
+                "hidden_size": d,
+                "dtype": "float32",
+                "recommended": Recommended(),
+                "reconstruction_error": 1e-7,
+                "builder_version": "0.1.0",
+                "created": datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC),
+                **fields,
+            }
+        )
+        return make_artifact(header, jacobian, anchor, anchor - jacobian[-1] @ x[-1], offset)
+
+    return build

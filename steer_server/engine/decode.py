@@ -86,8 +86,8 @@ class Decoder:
         self._cache = DynamicCache(config=self.loaded.model.config)
         with SteeringHooks(decoder_layers(self.loaded.model), layers) as self._hooks:
             logits = self._prefill(slots)
+            interruption = self.interrupted()
             while True:
-                interruption = self.interrupted()
                 ended: set[_Leader] = set()
                 for event, leader in self._choose(slots, logits, interruption):
                     yield event
@@ -99,8 +99,11 @@ class Decoder:
                 if len(live) < len(slots):
                     slots = [slots[place] for place in live]
                     self._cache.batch_select_indices(torch.tensor(live, device=self.loaded.device))
-                last = torch.stack([slot.leader.sequence[-1:] for slot in slots])
-                logits = self._forward(slots, last, prompt=False)
+                interruption = self.interrupted()
+                if interruption is None:
+                    # A token is fed back only to choose another: the last one of a text never is, however it ends.
+                    last = torch.stack([slot.leader.sequence[-1:] for slot in slots])
+                    logits = self._forward(slots, last, prompt=False)
 
     def _leader(self, index: int) -> _Leader:
         row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
@@ -192,7 +195,7 @@ class Decoder:
         return None
 
     def _end(self, leader: _Leader, reason: FinishReason, stop_string: str) -> RowFinished:
-        text = "" if stop_string else leader.stops.flush() + leader.detokenizer.flush()
+        text = "" if stop_string else leader.stops.push(leader.detokenizer.flush()).text + leader.stops.flush()
         receipts = leader.steering.receipts() if leader.steering else ()
         return RowFinished(leader.index, reason, text, stop_string, receipts)
 

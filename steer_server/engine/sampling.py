@@ -14,6 +14,9 @@ from transformers import (
 
 from steer_server.types import SamplingParams
 
+_COLDEST = 1e-30
+"""Below it, logits over temperature can leave the range of float32; any two that differ are then far apart: greedy."""
+
 
 class Sampler:
     """Greedy or random choice.
@@ -26,7 +29,7 @@ class Sampler:
         self._processors = LogitsProcessorList()
         if params.repetition_penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        self._random = params.temperature > 0.0
+        self._random = params.temperature >= _COLDEST
         if self._random:
             self._processors.extend(_warpers(params))
             self._generator = torch.Generator(device).manual_seed(params.seed)

@@ -8,6 +8,10 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+_UNREADABLE = "\ufffd"
+_MAX_UNREADABLE_TOKENS = 16
+"""Tokens at the end of a prompt that are looked through for a whole character; one character has at most four."""
+
 
 class Detokenizer:
     """Incremental decoding of one continuation.
@@ -18,7 +22,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
+        self._stream = DecodeStream(ids=self._whole(prompt_ids), skip_special_tokens=True)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -35,6 +39,14 @@ class Detokenizer:
         left = self._backend.decode(self._pending, skip_special_tokens=True) if self._pending else ""
         self._pending.clear()
         return str(left)
+
+    def _whole(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt up to its last whole character: primed with half of one, the stream would repeat the prompt."""
+        for end in range(len(prompt_ids), max(0, len(prompt_ids) - _MAX_UNREADABLE_TOKENS), -1):
+            ids = list(prompt_ids[:end])
+            if not self._backend.decode(ids, skip_special_tokens=True).endswith(_UNREADABLE):
+                return ids
+        return []
 
 
 @dataclass(frozen=True)
@@ -55,10 +67,10 @@ class StopStrings:
     def push(self, text: str) -> Piece:
         """The part of the text so far that is safe to show."""
         self._held += text
-        # The earliest match wins; of two at the same place, the longer.
-        found = [(self._held.find(stop), -len(stop), stop) for stop in self._stops if stop in self._held]
-        if found:
-            start, _, stop = min(found)
+        # The match that is complete first wins, so that the cuts do not matter; of two, the longer.
+        starts = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
+        if starts:
+            start, stop = min(starts, key=lambda found: (found[0] + len(found[1]), found[0]))
             shown, self._held = self._held[:start], ""
             return Piece(shown, stop)
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)

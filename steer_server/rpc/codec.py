@@ -151,7 +151,7 @@ def completion(result: Completion) -> pb.GenerateResponse:
         usage=pb.Usage(prompt_tokens=result.prompt_tokens, completion_tokens=len(result.token_ids)),
         timings=pb.Timings(
             queued=_duration(result.timings.queued),
-            time_to_first_token=_duration(result.timings.time_to_first_token),
+            time_to_first_token=_duration(result.timings.time_to_first_token) if result.token_ids else None,
             total=_duration(result.timings.total),
         ),
         receipts=map(_receipt, result.receipts),

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
-from steer_server.errors import EngineFailedError, SteerServerError
+from steer_server.errors import EngineFailedError, InvalidRequestError, SteerServerError
 from steer_server.metrics import Metrics
 from steer_server.rpc.status import code_of, status_of
 
@@ -46,7 +47,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         wrapped: _Handler = make(
             call.stream(behaviour) if handler.response_streaming else call.unary(behaviour),
-            request_deserializer=handler.request_deserializer,
+            # A single request is decoded inside, so that bytes that are none meet the same errors and counters.
+            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
             response_serializer=handler.response_serializer,
         )
         return wrapped
@@ -57,24 +59,33 @@ class _Call:
         _, service, name = method.split("/")
         self._metrics = metrics
         self._labels = (_behaviour(handler)[0], service, name)
+        self._deserialize = None if handler.request_streaming else handler.request_deserializer
 
     def unary(self, behaviour: _Behaviour) -> _Behaviour:
         async def run(request: Any, context: _Context) -> Any:
             async with _Outcome(self._metrics, self._labels, context):
-                return await behaviour(request, context)
+                return await behaviour(self._decode(request), context)
 
         return run
 
     def stream(self, behaviour: _Behaviour) -> _Behaviour:
         async def run(request: Any, context: _Context) -> None:
             async with _Outcome(self._metrics, self._labels, context):
-                produced = behaviour(request, context)
+                produced = behaviour(self._decode(request), context)
                 if inspect.isawaitable(produced):
                     await produced
                     return
                 await self._forward(produced, context)
 
         return run
+
+    def _decode(self, request: Any) -> Any:
+        if self._deserialize is None:
+            return request
+        try:
+            return self._deserialize(request)
+        except DecodeError as error:
+            raise InvalidRequestError("request", f"is not a message of this method: {error}") from error
 
     async def _forward(self, messages: AsyncIterator[Any], context: _Context) -> None:
         sent = self._metrics.sent.labels(*self._labels)

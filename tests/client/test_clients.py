@@ -147,11 +147,6 @@ def test_every_public_name_exists_once():
 def test_the_client_needs_neither_torch_nor_the_server():
     heavy = "torch", "numpy", "pydantic", "operators", "steer_server"
     program = f"import steer_client._cli.app, sys; print([name for name in {heavy!r} if name in sys.modules])"
-    ran = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"

@@ -112,7 +112,8 @@ def test_a_deadline_ends_the_call_on_the_server_too(fake, any_call):
     fake.hang_after = 1
     with pytest.raises(DeadlineExceededError, match=r"did not finish the request within 0\.2 s"):
         any_call(fake.target, timeout=0.2)
-    assert fake.left.wait(5)
+    # On a slow machine the time can run out before the request gets there.
+    assert not fake.requests or fake.left.wait(5)
 
 
 def test_a_missing_receipt_is_never_overlooked(fake, make, generate):

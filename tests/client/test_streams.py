@@ -210,13 +210,14 @@ async def aleave_by_cancel_while_it_is_read(client):
 
 async def aleave_by_cancelling_the_task(client):
     stream = client.stream("hello")
+    begun = asyncio.Event()
 
     async def read():
         async for _ in stream:
-            pass
+            begun.set()
 
     task = asyncio.create_task(read())
-    await asyncio.sleep(0.1)
+    await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -226,9 +227,10 @@ async def aleave_by_cancelling_the_task(client):
 async def aleave_by_timeout(client):
     stream = client.stream("hello")
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.1):
+        async with asyncio.timeout(None) as limit:
             async for _ in stream:
-                pass
+                # Not before: a call that never reached the server has nobody to tell.
+                limit.reschedule(asyncio.get_running_loop().time() + 0.05)
     return stream
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from steer_client import _errors as errors
 

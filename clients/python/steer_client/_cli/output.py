@@ -21,7 +21,9 @@ Json = dict[str, Any]
 
 def print_json(value: Json) -> None:
     """One object on stdout. What JSON cannot say (NaN, infinity) is null."""
-    print(json.dumps(_plain(value), allow_nan=False, ensure_ascii=False, indent=2))
+    # Characters are spelled out only where stdout could not carry them.
+    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(_plain(value), allow_nan=False, ensure_ascii=escaped, indent=2))
 
 
 def fields(result: Any) -> Json:

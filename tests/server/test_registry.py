@@ -1,0 +1,222 @@
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from operators import store
+from operators.artifact import Recommended, to_bytes
+from steer_server.errors import InvalidRequestError, OperatorUnusableError, UnknownOperatorError
+from steer_server.registry import Registry
+from steer_server.types import OperatorUse
+
+_MAX_BYTES = 1 << 20
+_OTHER = f"sha256:{'0' * 64}"
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture
+def registry(tmp_path, artifact, model_info):
+    store.save(tmp_path, "good", artifact)
+    return lambda: Registry(tmp_path, model_info, max_bytes=_MAX_BYTES)
+
+
+def _flip(data, place):
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def _narrow(artifact, remake):
+    """The same operator cut down to half of its hidden size."""
+    d = artifact.header.hidden_size // 2
+    parts = {"anchor": artifact.anchor[:d], "substitute_base": artifact.substitute_base[:d]}
+    cut = replace(artifact, jacobian=artifact.jacobian[:, :d, :d], **parts)
+    return remake(cut, hidden_size=d)
+
+
+BAD = {
+    "foreign model": ("model", lambda a, remake: to_bytes(remake(a, model="other", model_fingerprint=_OTHER))),
+    "foreign tokenizer": ("tokenizer", lambda a, remake: to_bytes(remake(a, tokenizer_fingerprint=_OTHER))),
+    "more layers": ("number of layers 9", lambda a, remake: to_bytes(remake(a, num_layers=9))),
+    "another hidden size": ("hidden size 20", lambda a, remake: to_bytes(_narrow(a, remake))),
+    "truncated": ("not a whole safetensors file", lambda a, _: to_bytes(a)[:-7]),
+    "cut to nothing": ("not a whole safetensors file", lambda a, _: b""),
+    "one flipped bit in the numbers": ("it is damaged", lambda a, _: _flip(to_bytes(a), -40)),
+    "trailing bytes": ("not a whole safetensors file", lambda a, _: to_bytes(a) + b"\0"),
+    "not a number": (
+        "not finite",
+        lambda a, _: to_bytes(replace(a, jacobian=torch.full_like(a.jacobian, float("nan")))),
+    ),
+    "a pickle": ("pickle", lambda a, _: pickle.dumps({"jacobian": [1.0]}, protocol=4)),
+    "text": ("not a whole safetensors file", lambda a, _: b"hello, this is not an operator at all"),
+}
+
+
+@pytest.mark.parametrize(("what", "make"), BAD.values(), ids=BAD)
+def test_a_bad_artifact_is_listed_with_its_problem_and_refused(registry, tmp_path, artifact, remake, what, make):
+    (tmp_path / "bad.safetensors").write_bytes(make(artifact, remake))
+    made = registry()
+    entry = made.entry("bad")
+    assert what in entry.problem
+    assert entry.artifact is None
+    assert entry.size_bytes == (tmp_path / "bad.safetensors").stat().st_size
+    with pytest.raises(OperatorUnusableError) as caught:
+        made.plan((OperatorUse("bad"),))
+    assert caught.value.name == "bad"
+    assert entry.problem in str(caught.value)
+    # The good one beside it is as good as before.
+    assert made.entry("good").problem == ""
+    assert made.plan((OperatorUse("good"),)) is not None
+
+
+def test_what_was_served_is_named_beside_what_was_found(registry, tmp_path, artifact, remake, model_info):
+    store.save(tmp_path, "bad", remake(artifact, model="gpt-9", model_fingerprint=_OTHER))
+    problem = registry().entry("bad").problem
+    for part in ("gpt-9", _OTHER, model_info.model, model_info.fingerprint):
+        assert part in problem
+
+
+def test_a_model_under_another_name_is_known_by_its_fingerprint(tmp_path, artifact, with_name):
+    store.save(tmp_path, "good", artifact)
+    made = Registry(tmp_path, with_name(model="/some where/else"), max_bytes=_MAX_BYTES)
+    assert made.entry("good").problem == ""
+
+
+def test_an_oversized_file_is_not_read(registry, tmp_path):
+    path = tmp_path / "huge.safetensors"
+    with path.open("wb") as file:
+        file.truncate(64 << 30)
+    entry = registry().entry("huge")
+    assert f"at most {_MAX_BYTES}" in entry.problem
+    assert entry.size_bytes == 64 << 30
+
+
+def test_a_symbolic_link_is_not_followed(registry, tmp_path, tmp_path_factory, artifact):
+    elsewhere = store.save(tmp_path_factory.mktemp("elsewhere"), "good", artifact)
+    (tmp_path / "link.safetensors").symlink_to(elsewhere)
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nothing")
+    made = registry()
+    for name in ("link", "dangling"):
+        assert "symbolic link" in made.entry(name).problem
+        with pytest.raises(OperatorUnusableError):
+            made.plan((OperatorUse(name),))
+
+
+def test_what_is_no_regular_file_is_not_opened_for_long(registry, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    made = registry()
+    assert "not a regular file" in made.entry("folder").problem
+    assert "not a regular file" in made.entry("pipe").problem
+
+
+def test_a_pickle_is_never_unpickled(registry, tmp_path):
+    trap = tmp_path / "sprung"
+    (tmp_path / "bomb.safetensors").write_bytes(pickle.dumps(_Bomb(trap), protocol=4))
+    torch.save(_Bomb(trap), tmp_path / "archive.safetensors")
+    made = registry()
+    assert "pickle" in made.entry("bomb").problem
+    assert "pickle or zip" in made.entry("archive").problem
+    assert not trap.exists()
+
+
+def test_files_of_other_names_are_no_operators(registry, tmp_path, artifact):
+    for name in ("UPPER.safetensors", ".hidden.safetensors", "notes.txt", "a b.safetensors"):
+        (tmp_path / name).write_bytes(to_bytes(artifact))
+    assert [entry.name for entry in registry().entries()] == ["good"]
+
+
+@pytest.mark.parametrize("name", ["missing", "", "../good", "good.safetensors", "/etc/passwd", "good\0", "GOOD"])
+def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(registry, name):
+    with pytest.raises(UnknownOperatorError, match="there are: good") as caught:
+        registry().plan((OperatorUse(name),))
+    assert caught.value.name == name
+    assert repr(name) in str(caught.value)
+
+
+def test_an_empty_store_says_so(tmp_path, model_info):
+    made = Registry(tmp_path / "not made yet", model_info, max_bytes=_MAX_BYTES)
+    assert made.entries() == ()
+    with pytest.raises(UnknownOperatorError, match="there are: none"):
+        made.entry("x")
+
+
+def test_a_reload_reports_what_it_found(registry, tmp_path, artifact, other_artifact):
+    store.save(tmp_path, "going", artifact)
+    store.save(tmp_path, "changing", artifact)
+    store.save(tmp_path, "breaking", artifact)
+    made = registry()
+    store.delete(tmp_path, "going")
+    store.save(tmp_path, "changing", other_artifact, replace=True)
+    store.save(tmp_path, "new", artifact)
+    (tmp_path / "breaking.safetensors").write_bytes(b"")
+    (tmp_path / "broken.safetensors").write_bytes(b"")
+    report = made.reload()
+    assert report.added == ("broken", "new")
+    assert report.changed == ("breaking", "changing")
+    assert report.removed == ("going",)
+    assert report.unusable == ("breaking", "broken")
+    again = made.reload()
+    assert again.added == again.changed == again.removed == ()
+    assert again.unusable == report.unusable
+
+
+def test_a_file_that_is_repaired_can_be_used_after_a_reload(registry, tmp_path, artifact):
+    (tmp_path / "late.safetensors").write_bytes(b"")
+    made = registry()
+    store.save(tmp_path, "late", artifact, replace=True)
+    with pytest.raises(OperatorUnusableError):
+        made.plan((OperatorUse("late"),))
+    assert made.reload().changed == ("late",)
+    assert made.plan((OperatorUse("late"),)) is not None
+
+
+def test_a_plan_keeps_its_version_whatever_a_reload_brings(registry, tmp_path, artifact, other_artifact):
+    made = registry()
+    before = made.plan((OperatorUse("good"),))
+    store.save(tmp_path, "good", other_artifact, replace=True)
+    made.reload()
+    after = made.plan((OperatorUse("good"),))
+    store.delete(tmp_path, "good")
+    made.reload()
+    assert before.applications[0].artifact.digest == artifact.digest
+    assert after.applications[0].artifact.digest == other_artifact.digest
+    with pytest.raises(UnknownOperatorError):
+        made.plan((OperatorUse("good"),))
+
+
+def test_what_a_request_leaves_open_is_what_the_artifact_recommends(registry):
+    (use,) = registry().plan((OperatorUse("good"),)).applications
+    assert (use.setting.strength, use.setting.rule, use.setting.blend) == (0.6, "substitute", 0.25)
+    assert use.defaulted == ("strength", "rule", "blend")
+
+
+def test_what_a_request_sets_is_kept_zero_included(registry):
+    (use,) = registry().plan((OperatorUse("good", strength=0.0, rule="cumulative", blend=0.0),)).applications
+    assert (use.setting.strength, use.setting.rule, use.setting.blend) == (0.0, "cumulative", 0.0)
+    assert use.defaulted == ()
+    (use,) = registry().plan((OperatorUse("good", strength=-1.0),)).applications
+    assert (use.setting.strength, use.defaulted) == (-1.0, ("rule", "blend"))
+
+
+def test_each_artifact_recommends_for_itself(registry, tmp_path, artifact, remake):
+    store.save(tmp_path, "loud", remake(artifact, recommended=Recommended(strength=2.0)))
+    uses = registry().plan((OperatorUse("good"), OperatorUse("loud"))).applications
+    assert [use.setting.strength for use in uses] == [0.6, 2.0]
+
+
+def test_no_operators_make_no_plan(registry):
+    assert registry().plan(()) is None
+
+
+def test_the_field_of_a_refused_value_is_in_the_callers_words(registry):
+    with pytest.raises(InvalidRequestError) as caught:
+        registry().plan((OperatorUse("good", blend=2.0),), field="arms[3].operators")
+    assert caught.value.field == "arms[3].operators[0]"

@@ -1,0 +1,202 @@
+import asyncio
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+import steer_client
+from google.rpc import error_details_pb2, status_pb2
+from steer_client import AsyncSteerClient, OperatorUse, SteerClient
+
+from steer_server import errors
+from steer_server.config import ServerConfig
+from steer_server.errors import SteerServerError
+from steer_server.rpc.server import SteerServer
+from steer_server.rpc.status import DOMAIN, TABLE, code_of, status_of
+from steer_server.types import ModelInfo
+
+# Each server error, the SDK's exception that it arrives as, and what must survive the way.
+ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, Any]]] = {
+    errors.InvalidRequestError("sampling.top_p", "is 7"): (
+        steer_client.InvalidRequestError,
+        {"field": "sampling.top_p"},
+    ),
+    errors.PromptTooLongError(900, 256): (steer_client.PromptTooLongError, {"field": "prompt"}),
+    errors.UnknownOperatorError("gölden", ("a", "b")): (steer_client.UnknownOperatorError, {"name": "gölden"}),
+    errors.OperatorUnusableError("broken", "it is damaged"): (steer_client.OperatorUnusableError, {"name": "broken"}),
+    errors.QueueFullError(32, 2.25): (steer_client.ServerBusyError, {"retry_after": 2.25}),
+    errors.SteeringNotAppliedError("layer 3 was not reached"): (steer_client.SteeringNotAppliedError, {}),
+    errors.EngineFailedError("out of memory"): (steer_client.EngineFailedError, {}),
+    errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
+}
+_CASES = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+@dataclass
+class _BrokenEngine:
+    """Fails every request with the error that a test gives it."""
+
+    model: ModelInfo
+    error: BaseException | None = None
+    running: int = 0
+    waiting: int = 0
+    closed: list[bool] = field(default_factory=list)
+
+    def encode(self, prompt: object) -> tuple[int, ...]:
+        raise self.error
+
+    async def close(self) -> None:
+        self.closed.append(True)
+
+
+class _EmptyRegistry:
+    def entries(self) -> tuple[()]:
+        return ()
+
+    def plan(self, uses: object, *, field: str = "") -> None:
+        return None
+
+
+@pytest.fixture
+async def broken(model_info):
+    engine = _BrokenEngine(model_info)
+    server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
+    port = await server.start()
+    yield engine, f"127.0.0.1:{port}"
+    await server.stop()
+
+
+def _details(caught, kind):
+    """The detail of a kind in the status as it came over the wire."""
+    status = status_pb2.Status.FromString(dict(caught.__cause__.trailing_metadata())["grpc-status-details-bin"])
+    for packed in status.details:
+        message = kind()
+        if packed.Unpack(message):
+            return message
+    return None
+
+
+def _check(error, caught):
+    kind, expected = ERRORS[error]
+    assert type(caught) is kind
+    assert str(caught) == str(error)
+    assert (caught.code, caught.reason) == TABLE[type(error)]
+    assert _details(caught, error_details_pb2.ErrorInfo).domain == DOMAIN
+    for name in ("field", "retry_after"):
+        if name in expected:
+            assert getattr(caught, name) == expected[name]
+    if "name" in expected:
+        assert _details(caught, error_details_pb2.ResourceInfo).resource_name == expected["name"]
+        assert expected["name"] in str(caught)
+
+
+def test_every_error_has_its_line_in_the_table():
+    assert set(TABLE) == set(_subclasses(SteerServerError))
+
+
+def test_every_error_is_in_the_picture_of_the_table():
+    import steer_server.rpc.status as module
+
+    lines = re.findall(r"^(\w+Error)\s+([A-Z_]+)\s+([A-Z_]+)", module.__doc__, flags=re.MULTILINE)
+    assert lines == [(kind.__name__, code.name, reason) for kind, (code, reason) in TABLE.items()]
+
+
+def test_every_error_is_sent_in_these_tests():
+    assert {type(error) for error in ERRORS} == set(TABLE)
+
+
+def test_every_reason_belongs_to_one_error():
+    assert len({reason for _, reason in TABLE.values()}) == len(TABLE)
+
+
+@_CASES
+def test_an_error_has_the_status_of_its_line(error):
+    code, _ = TABLE[type(error)]
+    assert code_of(error) is code
+    assert status_of(error).code is code
+
+
+@_CASES
+async def test_an_error_reaches_the_async_client_as_its_exception(broken, error):
+    engine, target = broken
+    engine.error = error
+    use = [OperatorUse("g")]
+    async with AsyncSteerClient(target) as client:
+        for call in (client.generate("x"), client.compare("x", operators=use), client.tokenize("x")):
+            with pytest.raises(steer_client.SteerError) as caught:
+                await call
+            _check(error, caught.value)
+        with pytest.raises(steer_client.SteerError) as caught:
+            async for _ in client.stream("x"):
+                pass
+        _check(error, caught.value)
+
+
+@_CASES
+async def test_an_error_reaches_the_blocking_client_as_its_exception(broken, error):
+    engine, target = broken
+    engine.error = error
+
+    def calls():
+        with SteerClient(target) as client:
+            for call in (
+                lambda: client.generate("x"),
+                lambda: list(client.stream("x")),
+                lambda: client.compare("x", operators=[OperatorUse("g")]),
+                lambda: client.tokenize("x"),
+            ):
+                with pytest.raises(steer_client.SteerError) as caught:
+                    call()
+                _check(error, caught.value)
+
+    await asyncio.to_thread(calls)
+
+
+async def test_a_bug_in_the_server_arrives_as_a_failed_engine_without_its_details(broken):
+    engine, target = broken
+    engine.error = ZeroDivisionError("a secret")
+    async with AsyncSteerClient(target) as client:
+        with pytest.raises(steer_client.EngineFailedError) as caught:
+            await client.generate("x")
+    assert "ZeroDivisionError" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_message_of_any_length_and_alphabet_crosses(broken):
+    engine, target = broken
+    engine.error = errors.EngineFailedError("東京\n" * 5000)
+    async with AsyncSteerClient(target) as client:
+        with pytest.raises(steer_client.EngineFailedError) as caught:
+            await client.generate("x")
+    assert str(caught.value).startswith("東京\n東京")
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream", "Tokenize"])
+async def test_bytes_that_are_no_message_are_an_invalid_request(broken, method):
+    _, target = broken
+    async with grpc.aio.insecure_channel(target) as channel:
+        path = f"/steering.v1.GenerationService/{method}"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            if method == "GenerateStream":
+                async for _ in channel.unary_stream(path)(b"\xff\xff\xff\xff"):
+                    pass
+            else:
+                await channel.unary_unary(path)(b"\xff\xff\xff\xff")
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "not a message of this method" in caught.value.details()
+
+
+async def test_stopping_closes_the_engine(model_info):
+    engine = _BrokenEngine(model_info)
+    server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
+    await server.start()
+    await server.stop()
+    assert engine.closed == [True]

@@ -1,0 +1,167 @@
+"""The whole line once: concept -> operator -> server -> normal and steered text, side by side.
+
+Runs the project's own commands as a user would, each in its own process, and keeps what it builds in .demo/.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from steer_client import ABResult, OperatorUse, SamplingParams, SteerClient
+
+STORE = Path(".demo/store")
+BIN = Path(sys.executable).parent
+MODEL = "smollm2-135m"
+PROMPTS = (
+    "Here is a painting of the",
+    "I went to new york to see the",
+    "On Saturday my family and I",
+)
+# The same for every arm. The penalty keeps so small a model from repeating itself, steered or not.
+SAMPLING = SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=32)
+START_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator of the demo, and the column it fills."""
+
+    name: str
+    column: str
+    text: str
+    profile: str
+    layer: int
+    strength: float
+    blend: float
+
+    @property
+    def options(self) -> list[str]:
+        """Of ``steer-operators build``."""
+        return [
+            *("--text", self.text, "--model", MODEL, "--profile", self.profile, "--layer", str(self.layer)),
+            *("--strength", str(self.strength), "--blend", str(self.blend)),
+        ]
+
+
+OPERATORS = (
+    Operator("golden-gate-published", "published", "The Golden Gate Bridge in San", "golden", 21, 0.55, 0.0),
+    Operator("golden-gate", "best setting", "The Golden Gate Bridge in San Francisco", "residual", 15, 0.4, 0.5),
+)
+console = Console(highlight=False, width=min(Console().width, 132) if sys.stdout.isatty() else 120)
+
+
+def main() -> None:
+    """Runs the demo; exits non-zero with one line when a step fails."""
+    began = time.monotonic()
+    _step(f"1  model {MODEL}")
+    _run(sys.executable, "-m", "operators.models", MODEL)
+    _step("2  operators")
+    for operator in OPERATORS:
+        if _is_built(operator):
+            console.print(f"   {operator.name} is in {STORE} already", style="dim")
+        else:
+            _run(BIN / "steer-operators", "build", operator.name, *operator.options, "--store", STORE, "--replace")
+    _step("3  server, in a process of its own")
+    with _server() as target, SteerClient(target) as client:
+        info = client.model_info()
+        console.print(f"   {info.model} on {info.engine}, {info.dtype}, {info.device}, at {target}", style="dim")
+        _step("4  normal and steered, in one batch")
+        for prompt in PROMPTS:
+            arms = {operator.column: [OperatorUse(operator.name)] for operator in OPERATORS}
+            _show(prompt, client.compare(prompt, arms=arms, sampling=SAMPLING))
+    console.print(f"\nThe server has stopped. {time.monotonic() - began:.0f} s in all. Your turn: [b]make serve[/b], then")
+    console.print(f'  {BIN / "steer"} ab "Here is a painting of the" --operator golden-gate', style="bold", soft_wrap=True)
+
+
+def _step(text: str) -> None:
+    console.print(f"\n[bold cyan]{text}[/]")
+
+
+def _run(*command: str | Path) -> None:
+    words = [str(word) for word in command]
+    console.print("   $ " + " ".join(json.dumps(w) if " " in w else w for w in words), style="dim", soft_wrap=True)
+    if subprocess.run(words, check=False).returncode != 0:
+        sys.exit(f"demo: this step failed: {' '.join(words)}")
+
+
+def _is_built(operator: Operator) -> bool:
+    command = [BIN / "steer-operators", "show", operator.name, "--store", STORE, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return False
+    found = json.loads(done.stdout)
+    recommended = found["recommended"]
+    wanted = (operator.text, operator.profile, operator.layer, operator.strength, operator.blend)
+    return wanted == (
+        *(found["concept"], found["profile"], found["layer"]),
+        *(recommended["strength"], recommended["blend"]),
+    )
+
+
+@contextmanager
+def _server() -> Iterator[str]:
+    command = [BIN / "steer-server", "--model", MODEL, "--store", STORE, "--listen", "127.0.0.1:0"]
+    log = STORE.parent / "server.log"
+    with log.open("w+") as file:
+        process = subprocess.Popen([*command, "--log-format", "json"], stderr=file)
+        try:
+            with console.status("   loading the model"):
+                target = _address(process, log)
+            yield target
+        finally:
+            process.terminate()
+            code = process.wait(timeout=30)
+    if code != 0:
+        sys.exit(f"demo: the server ended with exit code {code}; its log is {log}")
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        for line in log.read_text().splitlines():
+            if line.startswith("{") and (entry := json.loads(line))["event"] == "serving":
+                return str(entry["listen"])
+        time.sleep(0.1)
+    sys.exit(f"demo: the server did not start:\n{log.read_text()}")
+
+
+def _show(prompt: str, result: ABResult) -> None:
+    columns = Table.grid(expand=True, padding=(0, 0))
+    names = ["normal", *result.steered]
+    for _ in names:
+        columns.add_column(ratio=1)
+    texts = [result.normal.text, *(arm.generation.text for arm in result.steered.values())]
+    styles = ["white", *["green"] * len(result.steered)]
+    columns.add_row(
+        *(
+            Panel(f"[dim]{prompt}[/]{text.rstrip()}", title=name, border_style=style, height=9)
+            for name, text, style in zip(names, texts, styles, strict=True)
+        )
+    )
+    console.print(columns)
+    for name, arm in result.steered.items():
+        assert arm.kl is not None and arm.steered_perplexity is not None  # scored by default
+        receipt = arm.generation.receipts[0]
+        console.print(
+            f"   {name}: ✓ {receipt.operator} {receipt.digest[:15]}… layer {receipt.layer}, {receipt.rule}, "
+            f"λ {receipt.strength:g}, β {receipt.blend:g}; {receipt.prompt_tokens_steered} prompt + "
+            f"{receipt.generated_tokens_steered} generated tokens steered, dose {receipt.mean_dose:.3f} "
+            f"(max {receipt.max_dose:.3f}); KL {arm.kl.mean:.2f} nats/token; perplexity "
+            f"{arm.steered_perplexity:.1f}, normal {arm.normal_perplexity or 0.0:.1f}",
+            style="dim",
+        )
+
+
+if __name__ == "__main__":
+    main()
