@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-
 from steer_client import ABResult, OperatorUse, SamplingParams, SteerClient
 
 STORE = Path(".demo/store")
@@ -62,7 +61,8 @@ console = Console(highlight=False, width=min(Console().width, 132) if sys.stdout
 
 
 def main() -> None:
-    """Runs the demo; exits non-zero with one line when a step fails."""
+    """Runs the demo; exits non-zero with one line when a step fails. ``--svg FILE`` keeps step 4 as a picture."""
+    picture = sys.argv[sys.argv.index("--svg") + 1] if "--svg" in sys.argv else None
     began = time.monotonic()
     _step(f"1  model {MODEL}")
     _run(sys.executable, "-m", "operators.models", MODEL)
@@ -77,11 +77,18 @@ def main() -> None:
         info = client.model_info()
         console.print(f"   {info.model} on {info.engine}, {info.dtype}, {info.device}, at {target}", style="dim")
         _step("4  normal and steered, in one batch")
+        console.record = picture is not None
         for prompt in PROMPTS:
             arms = {operator.column: [OperatorUse(operator.name)] for operator in OPERATORS}
             _show(prompt, client.compare(prompt, arms=arms, sampling=SAMPLING))
-    console.print(f"\nThe server has stopped. {time.monotonic() - began:.0f} s in all. Your turn: [b]make serve[/b], then")
-    console.print(f'  {BIN / "steer"} ab "Here is a painting of the" --operator golden-gate', style="bold", soft_wrap=True)
+    if picture is not None:
+        console.save_svg(picture, title="steering operators: one prompt, three arms, one batch")
+        console.record = False
+    console.print(f"\nThe server has stopped; {time.monotonic() - began:.0f} s in all. Your turn, in two terminals:")
+    console.print(f'  make serve ARGS="--store {STORE}"', style="bold")
+    console.print(
+        '  .venv/bin/steer ab "My dream holiday is" --operator golden-gate --repetition-penalty 1.2', style="bold"
+    )
 
 
 def _step(text: str) -> None:
@@ -150,17 +157,26 @@ def _show(prompt: str, result: ABResult) -> None:
         )
     )
     console.print(columns)
+    receipts = Table(box=None, padding=(0, 2, 0, 1), header_style="dim")
+    for title in ("arm", "receipt", "layer", "λ", "β", "tokens steered", "dose", "KL, nats/token", "perplexity"):
+        receipts.add_column(title, no_wrap=True)
+    plain = f"{next(iter(result.steered.values())).normal_perplexity:.1f}"
+    receipts.add_row("normal", "", "", "", "", "", "", "", plain)
     for name, arm in result.steered.items():
-        assert arm.kl is not None and arm.steered_perplexity is not None  # scored by default
         receipt = arm.generation.receipts[0]
-        console.print(
-            f"   {name}: ✓ {receipt.operator} {receipt.digest[:15]}… layer {receipt.layer}, {receipt.rule}, "
-            f"λ {receipt.strength:g}, β {receipt.blend:g}; {receipt.prompt_tokens_steered} prompt + "
-            f"{receipt.generated_tokens_steered} generated tokens steered, dose {receipt.mean_dose:.3f} "
-            f"(max {receipt.max_dose:.3f}); KL {arm.kl.mean:.2f} nats/token; perplexity "
-            f"{arm.steered_perplexity:.1f}, normal {arm.normal_perplexity or 0.0:.1f}",
-            style="dim",
+        assert arm.kl is not None  # scored by default
+        receipts.add_row(
+            f"[green]{name}[/]",
+            f"✓ {receipt.digest.removeprefix('sha256:')[:12]}",
+            str(receipt.layer),
+            f"{receipt.strength:g}",
+            f"{receipt.blend:g}",
+            f"{receipt.prompt_tokens_steered} prompt + {receipt.generated_tokens_steered}",
+            f"{receipt.mean_dose:.3f}",
+            f"{arm.kl.mean:.2f}",
+            f"{arm.steered_perplexity:.1f}",
         )
+    console.print(receipts)
 
 
 if __name__ == "__main__":

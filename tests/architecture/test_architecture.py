@@ -114,9 +114,7 @@ def test_the_generated_stubs_are_those_of_the_proto_files():
     command = ("build", "protos", "--as-file-descriptor-set", "--exclude-source-info", "-o", "-#format=binpb")
     built = run(BIN / "buf", *command)
     assert built.returncode == 0, built.stderr.decode()
-    sources = sorted(
-        path.relative_to(ROOT / "protos").as_posix() for path in (ROOT / "protos").rglob("*.proto")
-    )
+    sources = sorted(path.relative_to(ROOT / "protos").as_posix() for path in (ROOT / "protos").rglob("*.proto"))
     files = {file.name: file for file in FileDescriptorSet.FromString(built.stdout).file}
     assert sources
     for name in sources:

@@ -42,9 +42,7 @@ async def test_plain_rows_and_rows_of_strength_0_give_the_ids_of_transformers_ge
 async def test_the_repetition_penalty_is_that_of_transformers(smollm, engine, decode):
     prompt = "I like it. I like it. I like"
     expected = generate(smollm(), prompt, do_sample=False, repetition_penalty=1.3)
-    [(ids, _)] = await decode(
-        engine, prompt, SamplingParams(max_tokens=TOKENS, repetition_penalty=1.3), Row()
-    )
+    [(ids, _)] = await decode(engine, prompt, SamplingParams(max_tokens=TOKENS, repetition_penalty=1.3), Row())
     assert ids == expected
 
 

@@ -42,9 +42,7 @@ async def test_the_plain_log_probability_of_each_token_is_that_of_one_pass_over_
 async def test_kl_is_zero_for_a_plain_arm_and_positive_for_a_steered_one(smollm, engine, operator_of, steered_row):
     operator = operator_of("The Golden Gate Bridge in San", "golden", 21)
     silent, loud = steered_row(operator, 0.0), steered_row(operator, 0.55)
-    _, scores = await scored(
-        engine, [Row(score=True), Row(silent.plan, score=True), Row(loud.plan, score=True)]
-    )
+    _, scores = await scored(engine, [Row(score=True), Row(silent.plan, score=True), Row(loud.plan, score=True)])
     assert max(score.kl for score in scores[0]) < 1e-6
     assert max(score.kl for score in scores[1]) < 1e-6
     assert min(score.kl for score in scores[2]) > 1e-4

@@ -7,11 +7,11 @@ import urllib.request
 
 import pytest
 import torch
+from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
 
 from operators import store
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
-from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
 
 PROMPTS = (
     "Here is a painting of the",

@@ -149,6 +149,16 @@ def test_a_damaged_model_is_refused_in_one_line(damage, tiny_directory, tmp_path
     assert "\n" not in str(refusal.value)
 
 
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tiny_directory, tmp_path, monkeypatch):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    _own_code(directory)
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "y")
+    with pytest.raises(ModelError, match="contains custom code"):
+        load_model(str(directory), dtype="float32")
+    assert not questions
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_refused_before_the_model_is_looked_for():
     with pytest.raises(ModelError, match="device 'cuda': this machine has no CUDA device"):

@@ -49,9 +49,7 @@ def remake() -> Callable[..., OperatorArtifact]:
 def plan_of() -> Callable[..., SteeringPlan]:
     """``plan_of((artifact, strength), ...)``, with rule and blend as options."""
 
-    def make(
-        *uses: tuple[OperatorArtifact, float], rule: str = "cumulative", blend: float = 0.0
-    ) -> SteeringPlan:
+    def make(*uses: tuple[OperatorArtifact, float], rule: str = "cumulative", blend: float = 0.0) -> SteeringPlan:
         return SteeringPlan(
             tuple(
                 Application(f"operator-{place}", artifact, Setting(strength, rule, blend), ())

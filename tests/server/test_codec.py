@@ -213,9 +213,7 @@ def test_an_unknown_rule_is_refused_by_its_name():
         *(("blend", value) for value in (math.nan, math.inf, -0.01, 1.01)),
     ],
 )
-def test_an_operators_value_out_of_range_is_refused_by_the_registry(
-    name, value, artifact, model_info, tmp_path
-):
+def test_an_operators_value_out_of_range_is_refused_by_the_registry(name, value, artifact, model_info, tmp_path):
     from operators import store
 
     store.save(tmp_path, "g", artifact)

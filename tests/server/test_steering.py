@@ -51,7 +51,10 @@ def _decode(loaded, *plans, **options):
         events = list(_decoder(loaded, [Row(plan) for plan in plans], **options).run())
     finally:
         handle.remove()
-    ids = [[event.token_id for event in events if isinstance(event, TokenEvent) and event.row == row] for row in range(len(plans))]
+    ids = [
+        [event.token_id for event in events if isinstance(event, TokenEvent) and event.row == row]
+        for row in range(len(plans))
+    ]
     ends = {event.row: event for event in events if isinstance(event, RowFinished)}
     return ids, [ends[row].receipts for row in range(len(plans))], logits
 

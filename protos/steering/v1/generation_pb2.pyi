@@ -4,9 +4,17 @@ isort:skip_file
 Text generation steered by detached-Jacobian operators.
 
 Unset scalars take the documented default; a set value is never replaced in
-silence. Invalid input ends the call with a gRPC status whose details carry
-google.rpc.ErrorInfo (reason, metadata) and, where a field is at fault,
-google.rpc.BadRequest.
+silence. A failed call ends with a gRPC status whose details carry
+google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
+
+  INVALID_ARGUMENT     INVALID_REQUEST       BadRequest names the field
+  INVALID_ARGUMENT     PROMPT_TOO_LONG       BadRequest names the field
+  NOT_FOUND            UNKNOWN_OPERATOR      ResourceInfo names the operator
+  FAILED_PRECONDITION  OPERATOR_UNUSABLE     ResourceInfo names the operator
+  RESOURCE_EXHAUSTED   QUEUE_FULL            RetryInfo says when to try again
+  INTERNAL             STEERING_NOT_APPLIED  a plan was not applied at every position, so there is no result
+  INTERNAL             ENGINE_FAILED
+  UNAVAILABLE          SHUTTING_DOWN
 """
 
 from collections import abc as _abc
@@ -382,6 +390,8 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
+    """Always set, but for time_to_first_token where there was no token."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUED_FIELD_NUMBER: _builtins.int
@@ -416,7 +426,9 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class Receipt(_message.Message):
-    """Proof that an operator was applied: measured on the hidden states, not copied from the request."""
+    """Proof that an operator was applied. Counts and doses are measured on the hidden states. With a strength other than 0,
+    every position fed to the model was changed; a push that is lost in rounding fails the call.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -437,6 +449,7 @@ class Receipt(_message.Message):
     layer: _builtins.int
     """The decoder layer whose input was pushed."""
     rule: Global___Rule.ValueType
+    """The values that were applied: those of the request, exactly, or the recommended ones where it named none."""
     strength: _builtins.float
     blend: _builtins.float
     prompt_tokens_steered: _builtins.int
@@ -648,7 +661,7 @@ class GenerateEvent(_message.Message):
     def delta(self) -> Global___Delta: ...
     @_builtins.property
     def finished(self) -> Global___GenerateResponse:
-        """The whole result; `text` equals the concatenated deltas."""
+        """The whole result; `text` and `token_ids` equal the concatenated deltas."""
 
     def __init__(
         self,
@@ -676,7 +689,9 @@ class Arm(_message.Message):
     name: _builtins.str
     """Unique in the request; "normal" is taken by the plain arm, which always runs."""
     @_builtins.property
-    def operators(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorUse]: ...
+    def operators(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorUse]:
+        """At least one."""
+
     def __init__(
         self,
         *,

@@ -4,9 +4,17 @@ isort:skip_file
 Text generation steered by detached-Jacobian operators.
 
 Unset scalars take the documented default; a set value is never replaced in
-silence. Invalid input ends the call with a gRPC status whose details carry
-google.rpc.ErrorInfo (reason, metadata) and, where a field is at fault,
-google.rpc.BadRequest.
+silence. A failed call ends with a gRPC status whose details carry
+google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
+
+  INVALID_ARGUMENT     INVALID_REQUEST       BadRequest names the field
+  INVALID_ARGUMENT     PROMPT_TOO_LONG       BadRequest names the field
+  NOT_FOUND            UNKNOWN_OPERATOR      ResourceInfo names the operator
+  FAILED_PRECONDITION  OPERATOR_UNUSABLE     ResourceInfo names the operator
+  RESOURCE_EXHAUSTED   QUEUE_FULL            RetryInfo says when to try again
+  INTERNAL             STEERING_NOT_APPLIED  a plan was not applied at every position, so there is no result
+  INTERNAL             ENGINE_FAILED
+  UNAVAILABLE          SHUTTING_DOWN
 """
 
 from collections import abc as _abc
