@@ -6,6 +6,7 @@ Runs the project's own commands as a user would, each in its own process, and ke
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -82,7 +83,9 @@ def main() -> None:
             arms = {operator.column: [OperatorUse(operator.name)] for operator in OPERATORS}
             _show(prompt, client.compare(prompt, arms=arms, sampling=SAMPLING))
     if picture is not None:
-        console.save_svg(picture, title="steering operators: one prompt, three arms, one batch")
+        svg = console.export_svg(title="steering operators: one prompt, three arms, one batch")
+        # Without the web fonts that rich refers to: a picture should ask no other host for anything.
+        Path(picture).write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
         console.record = False
     console.print(f"\nThe server has stopped; {time.monotonic() - began:.0f} s in all. Your turn, in two terminals:")
     console.print(f'  make serve ARGS="--store {STORE}"', style="bold")

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from steer_server.errors import EngineFailedError, InvalidRequestError, SteerServerError
 from steer_server.metrics import Metrics
-from steer_server.rpc.status import code_of, status_of
+from steer_server.rpc.status import code_of, message_of, status_of
 
 log = structlog.get_logger(__name__)
 
@@ -120,7 +120,7 @@ class _Outcome:
         self._metrics.handled.labels(*self._labels, code.name).inc()
         self._metrics.handling.labels(*self._labels).observe(seconds)
         level = "info" if code is grpc.StatusCode.OK else "warning"
-        text = str(failure) if isinstance(failure, SteerServerError) else None
+        text = message_of(failure) if isinstance(failure, SteerServerError) else None
         getattr(log, level)(
             self._labels[2], code=code.name, seconds=round(seconds, 3), **({"problem": text} if text else {})
         )

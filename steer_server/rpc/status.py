@@ -32,6 +32,10 @@ from steer_server.errors import (
 )
 
 DOMAIN = "steering.v1"
+# A status crosses the wire in headers: the message percent-encoded, and once more, with the details, in base64. gRPC
+# takes 8 KiB of headers; beyond that the client gets RESOURCE_EXHAUSTED instead of the status.
+_MAX_MESSAGE_BYTES = 1024
+_MAX_NAME_BYTES = 256
 TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     PromptTooLongError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG"),
@@ -49,17 +53,25 @@ def code_of(error: SteerServerError) -> grpc.StatusCode:
     return TABLE[type(error)][0]
 
 
+def message_of(error: SteerServerError) -> str:
+    """The error's text, cut to what fits into a header."""
+    return _cut(str(error), _MAX_MESSAGE_BYTES)
+
+
 def status_of(error: SteerServerError) -> grpc.Status:
     """Status, message and details, ready for ``abort_with_status``."""
     code, reason = TABLE[type(error)]
+    message = message_of(error)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
     if isinstance(error, InvalidRequestError):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=str(error))
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, UnknownOperatorError | OperatorUnusableError):
         details.append(
             error_details_pb2.ResourceInfo(
-                resource_type="steering.v1.Operator", resource_name=error.name, description=str(error)
+                resource_type="steering.v1.Operator",
+                resource_name=_cut(error.name, _MAX_NAME_BYTES),
+                description=message,
             )
         )
     if isinstance(error, QueueFullError):
@@ -69,8 +81,13 @@ def status_of(error: SteerServerError) -> grpc.Status:
     for detail in details:
         packed.append(AnyMessage())
         packed[-1].Pack(detail)
-    # The message crosses the wire in a header, which proxies limit to a few kilobytes.
-    status: grpc.Status = rpc_status.to_status(
-        status_pb2.Status(code=code.value[0], message=str(error)[:1024], details=packed)
-    )
+    status: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
     return status
+
+
+def _cut(text: str, size: int) -> str:
+    """The beginning of a text that is at most ``size`` bytes long."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) <= size:
+        return text
+    return encoded[: size - len("…".encode())].decode(errors="ignore") + "…"

@@ -7,6 +7,8 @@ import torch
 
 from steer_server.types import FinishReason, Row, SamplingParams
 
+pytestmark = pytest.mark.model
+
 PROMPTS = (
     "Here is a painting of the",
     "I went to new york to see the",

@@ -7,6 +7,8 @@ import torch
 
 from steer_server.types import SamplingParams
 
+pytestmark = pytest.mark.model
+
 CONCEPTS = (
     "The Golden Gate Bridge in San",
     "The capital of France is",

@@ -7,6 +7,8 @@ import torch
 
 from steer_server.types import Admitted, DecodeJob, Prompt, Row, RowFinished, SamplingParams
 
+pytestmark = pytest.mark.model
+
 PROMPT = "Here is a painting of the"
 
 

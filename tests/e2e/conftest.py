@@ -103,12 +103,16 @@ def _free_port() -> int:
 
 
 @contextmanager
-def _start(*arguments: str, model: str | Path, metrics: bool = False, timeout: float = 120.0) -> Iterator[Running]:
+def _start(
+    *arguments: str, model: str | Path, metrics: bool = False, threads: int | None = None, timeout: float = 120.0
+) -> Iterator[Running]:
     command = [BIN / "steer-server", "--model", model, "--listen", "127.0.0.1:0", *arguments]
     port = _free_port() if metrics else 0
     if metrics:
         command += ["--metrics-port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STEER_")}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(
         [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -123,8 +127,14 @@ def _start(*arguments: str, model: str | Path, metrics: bool = False, timeout: f
 
 @pytest.fixture(scope="session")
 def start_server() -> Callable[..., AbstractContextManager[Running]]:
-    """``with start_server(*options, model=..., metrics=False) as server:`` - a process, killed at the end."""
+    """``with start_server(*options, model=..., metrics=False, threads=None) as server:`` - killed at the end."""
     return _start
+
+
+@pytest.fixture(scope="session")
+def start_tiny(tiny_model: Path, tiny_store: Path) -> Callable[..., AbstractContextManager[Running]]:
+    """``with start_tiny(*options) as server:`` - on the tiny model, whose steps are too small for two threads."""
+    return lambda *options: _start("--store", str(tiny_store), *options, model=tiny_model, metrics=True, threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -184,11 +194,9 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, golden: OperatorArtifac
 
 
 @pytest.fixture(scope="session")
-def server(
-    tiny_model: Path, tiny_store: Path, start_server: Callable[..., AbstractContextManager[Running]]
-) -> Iterator[Running]:
+def server(start_tiny: Callable[..., AbstractContextManager[Running]]) -> Iterator[Running]:
     """The server that most tests share: 8 may wait."""
-    with start_server("--store", str(tiny_store), "--max-queue", "8", model=tiny_model, metrics=True) as running:
+    with start_tiny("--max-queue", "8") as running:
         yield running
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
 
 import pytest
-import torch
 from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
 
 from operators import store
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
+
+pytestmark = pytest.mark.model
 
 PROMPTS = (
     "Here is a painting of the",
@@ -68,14 +68,7 @@ def same_but_for_close_calls(found, solo, gaps):
     return len(found) == len(solo)
 
 
-def jobs(server):
-    with urllib.request.urlopen(f"http://{server.metrics}/metrics") as page:
-        lines = page.read().decode().splitlines()
-    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("steer_jobs")}
-
-
 async def test_32_mixed_streams_at_once_give_the_ids_of_their_solo_runs(server):
-    torch.set_num_threads(1)
     async with AsyncSteerClient(server.target) as client:
         solo = {}
         for index in range(8):
@@ -84,14 +77,14 @@ async def test_32_mixed_streams_at_once_give_the_ids_of_their_solo_runs(server):
     for index, (found, _) in enumerate(together):
         expected, gaps = solo[index % 8]
         assert same_but_for_close_calls(found, expected, gaps), STREAMS[index]
-    assert jobs(server) == {"steer_jobs_running": 0.0, "steer_jobs_waiting": 0.0}
+    server.wait_for_jobs(0, 0)
 
 
 async def test_cancelling_8_of_32_streams_leaves_the_others_unchanged_and_nothing_running(server):
     async with AsyncSteerClient(server.target) as client:
         solo = [await run(client, *STREAMS[index]) for index in range(8)]
 
-        async def leave(prompt, uses):
+        async def leave(client, prompt, uses):
             stream = client.stream(
                 prompt, operators=uses, sampling=SamplingParams(max_tokens=2000, ignore_eos=True), timeout=300
             )
@@ -107,8 +100,4 @@ async def test_cancelling_8_of_32_streams_leaves_the_others_unchanged_and_nothin
             if index not in leaving:
                 expected, gaps = solo[index % 8]
                 assert same_but_for_close_calls(result[0], expected, gaps), STREAMS[index]
-        for _ in range(50):
-            if not any(jobs(server).values()):
-                break
-            await asyncio.sleep(0.1)
-        assert jobs(server) == {"steer_jobs_running": 0.0, "steer_jobs_waiting": 0.0}
+        server.wait_for_jobs(0, 0)

@@ -64,7 +64,7 @@ def _hooks_left(loaded):
 
 
 class _Inputs:
-    """``with _Inputs(loaded) as inputs:`` - what leaves the layer before, and what the steered layer really works on."""
+    """``with _Inputs(loaded) as inputs:`` - what leaves the layer before, and what the steered layer works on."""
 
     def __init__(self, loaded):
         layers = decoder_layers(loaded.model)

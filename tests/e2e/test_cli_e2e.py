@@ -1,0 +1,195 @@
+"""The ``steer`` command as a process of its own against a real server."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEER = Path(sys.executable).parent / "steer"
+GENERATION = {
+    "text",
+    "token_ids",
+    "finish_reason",
+    "usage",
+    "receipts",
+    "request_id",
+    "seed",
+    "stop_string",
+    "timings",
+}
+RECEIPT = {
+    "operator",
+    "digest",
+    "layer",
+    "rule",
+    "strength",
+    "blend",
+    "prompt_tokens_steered",
+    "generated_tokens_steered",
+    "mean_dose",
+    "max_dose",
+    "defaulted",
+}
+FEW = ("--max-tokens", "5", "--ignore-eos")
+
+
+@pytest.fixture
+def steer(server):
+    def run(*arguments, target=server.target):
+        return subprocess.run(
+            [STEER, *arguments],
+            env=os.environ | {"STEER_TARGET": target, "COLUMNS": "100"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def _json(done, code=0):
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+def _is_generation(value, tokens=5):
+    assert set(value) == GENERATION
+    assert isinstance(value["text"], str)
+    assert len(value["token_ids"]) == tokens
+    assert all(isinstance(token, int) for token in value["token_ids"])
+    assert value["finish_reason"] == "MAX_TOKENS"
+    assert set(value["usage"]) == {"prompt_tokens", "completion_tokens"}
+    assert value["usage"]["completion_tokens"] == tokens
+    assert set(value["timings"]) == {"queued", "time_to_first_token", "total"}
+    assert all(set(receipt) == RECEIPT for receipt in value["receipts"])
+
+
+def test_generate_answers_with_a_plain_text(steer):
+    value = _json(steer("generate", "the golden gate", *FEW, "--json"))
+    _is_generation(value)
+    assert value["receipts"] == []
+
+
+def test_generate_answers_with_a_steered_text_and_its_proof(steer):
+    value = _json(steer("generate", "the golden gate", "-o", "golden=0.5@0.25", "-o", "dress", *FEW, "--json"))
+    _is_generation(value)
+    first, second = value["receipts"]
+    assert (first["operator"], first["strength"], first["blend"], first["defaulted"]) == ("golden", 0.5, 0.25, ["rule"])
+    assert (second["operator"], second["defaulted"]) == ("dress", ["strength", "rule", "blend"])
+    for receipt in (first, second):
+        assert receipt["prompt_tokens_steered"] == value["usage"]["prompt_tokens"]
+        assert receipt["generated_tokens_steered"] == 4
+    assert first["mean_dose"] == pytest.approx(0.25, abs=1e-4)
+
+
+def test_generate_repeats_itself_with_a_seed(steer):
+    drawn = ("generate", "the bay", "--temperature", "1.5", "--seed", "11", *FEW, "--json")
+    first, second = _json(steer(*drawn)), _json(steer(*drawn))
+    assert first["token_ids"] == second["token_ids"]
+    assert first["seed"] == 11
+
+
+def test_generate_without_json_prints_the_text_and_sums_up_beside_it(steer):
+    value = _json(steer("generate", "the bay", "-o", "golden", *FEW, "--json"))
+    done = steer("generate", "the bay", "-o", "golden", *FEW)
+    assert done.returncode == 0
+    assert done.stdout == value["text"] + "\n"
+    assert "golden" in done.stderr
+    assert "MAX_TOKENS" in done.stderr
+
+
+def test_ab_answers_with_both_texts_and_what_is_between_them(steer):
+    value = _json(steer("ab", "the golden gate", "-o", "golden=1.5", *FEW, "--json"))
+    assert set(value) == {"normal", "steered", "first_divergence", "kl", "perplexity"}
+    _is_generation(value["normal"])
+    _is_generation(value["steered"])
+    assert value["normal"]["receipts"] == []
+    assert [receipt["operator"] for receipt in value["steered"]["receipts"]] == ["golden"]
+    pairs = enumerate(zip(value["normal"]["token_ids"], value["steered"]["token_ids"], strict=True))
+    assert value["first_divergence"] == next((place for place, (a, b) in pairs if a != b), None)
+    assert set(value["kl"]) == {"mean", "p95", "per_token"}
+    assert len(value["kl"]["per_token"]) == 5
+    assert value["kl"]["mean"] == pytest.approx(sum(value["kl"]["per_token"]) / 5)
+    assert set(value["perplexity"]) == {"normal", "steered"}
+    assert all(number >= 1 for number in value["perplexity"].values())
+
+
+def test_ab_of_strength_zero_finds_no_difference(steer):
+    value = _json(steer("ab", "the golden gate", "-o", "golden=0", *FEW, "--json"))
+    assert value["first_divergence"] is None
+    assert value["normal"]["token_ids"] == value["steered"]["token_ids"]
+    assert value["kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
+    assert value["perplexity"]["normal"] == pytest.approx(value["perplexity"]["steered"], rel=1e-5)
+
+
+def test_ab_that_is_not_scored_measures_nothing(steer):
+    value = _json(steer("ab", "the golden gate", "-o", "golden", "--no-score", *FEW, "--json"))
+    assert value["kl"] is None
+    assert value["perplexity"] is None
+    _is_generation(value["steered"])
+
+
+def test_operators_lists_the_store_and_reloads_it(steer):
+    value = _json(steer("operators", "--json"))
+    assert [info["name"] for info in value["operators"]] == ["dress", "golden"]
+    assert all(info["problem"] is None for info in value["operators"])
+    assert all(info["digest"].startswith("sha256:") for info in value["operators"])
+    value = _json(steer("operators", "--reload", "--json"))
+    assert value["reload"] == {"added": [], "changed": [], "removed": [], "unusable": []}
+
+
+def test_info_describes_the_model(steer, loaded, server):
+    value = _json(steer("info", "--json"))
+    assert value["model"] == loaded.name
+    assert (value["num_layers"], value["hidden_size"]) == (4, 32)
+    assert value["model_fingerprint"] == loaded.fingerprint
+    assert value["tokenizer_fingerprint"] == loaded.tokenizer_fingerprint
+    assert (value["engine"], value["dtype"], value["device"]) == ("hf", "float32", "cpu")
+    assert value["max_queue"] == 8
+    assert value["has_chat_template"] is True
+
+
+def test_health_says_that_the_server_serves(steer):
+    done = steer("health")
+    assert (done.returncode, done.stdout) == (0, "serving\n")
+
+
+def test_tokenize_shows_the_tokens_of_a_prompt(steer, loaded):
+    value = _json(steer("tokenize", "the golden gate", "--json"))
+    assert set(value) == {"token_ids", "tokens"}
+    assert value["token_ids"] == loaded.tokenizer("the golden gate")["input_ids"]
+    assert "".join(value["tokens"]) == "the golden gate"
+    chat = _json(steer("tokenize", "hello", "--chat", "--json"))
+    assert "".join(chat["tokens"]) == "user: hello\nassistant: "
+
+
+def test_a_failed_request_ends_with_one_and_says_why(steer):
+    done = steer("generate", "x", "-o", "nothing", "--json")
+    value = _json(done, code=1)
+    assert value["error"]["code"] == "NOT_FOUND"
+    assert value["error"]["reason"] == "UNKNOWN_OPERATOR"
+    assert "'nothing'" in value["error"]["message"]
+    assert done.stderr.startswith("steer: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_invalid_value_names_its_field(steer):
+    value = _json(steer("generate", "x", "--top-p", "7", "--json"), code=1)
+    assert value["error"]["field"] == "sampling.top_p"
+
+
+def test_a_wrong_option_ends_with_two(steer):
+    assert steer("generate", "x", "--no-such-option").returncode == 2
+    assert steer("ab", "x").returncode == 2
+    assert steer("generate", "x", "-o", "golden=loud").returncode == 2
+
+
+@pytest.mark.parametrize("command", [("health",), ("generate", "x"), ("info", "--json")], ids=lambda words: words[0])
+def test_no_server_ends_with_one_and_names_the_target(steer, command):
+    done = steer(*command, "--timeout", "5", target="127.0.0.1:1")
+    assert done.returncode == 1
+    assert "127.0.0.1:1" in done.stderr

@@ -1,0 +1,113 @@
+"""Stopping a server: what runs ends whole or is cut short with its proof, what waits is refused, the exit is clean."""
+
+import signal
+import threading
+import time
+
+import pytest
+from steer_client import (
+    FinishReason,
+    OperatorUse,
+    RequestCancelledError,
+    SamplingParams,
+    ServerUnavailableError,
+    SteerClient,
+)
+
+GOLDEN = [OperatorUse("golden", 0.5)]
+
+
+def _clean(server):
+    log = "\n".join(server.log)
+    assert "Traceback" not in log
+    assert "stopping" in log
+
+
+def _read(stream, into):
+    def run():
+        for _ in stream:
+            pass
+        into.append(stream.result)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return thread
+
+
+def _refused(target):
+    """New requests are refused, on a channel of their own, from now on or very soon.
+
+    One that arrives while the port is being closed may still be served, or cut off.
+    """
+    end = time.monotonic() + 3
+    while True:
+        with SteerClient(target, timeout=5) as client:
+            try:
+                client.generate("x", sampling=SamplingParams(max_tokens=1))
+            except ServerUnavailableError:
+                return
+            except RequestCancelledError:
+                pass
+        assert time.monotonic() < end, "the server still takes requests"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_an_idle_server_stops_at_once(start_tiny, number):
+    with start_tiny() as server:
+        with SteerClient(server.target, timeout=10) as client:
+            assert client.health()
+            began = time.monotonic()
+            server.signal(number)
+            assert server.exit_code(5) == 0
+            assert time.monotonic() - began < 5
+            with pytest.raises(ServerUnavailableError):
+                client.health()
+        _clean(server)
+
+
+def test_a_text_that_ends_within_the_grace_is_whole(start_tiny):
+    sampling = SamplingParams(max_tokens=700, ignore_eos=True)
+    with start_tiny("--grace", "60") as server, SteerClient(server.target, timeout=60) as client:
+        stream = client.stream("the bay", operators=GOLDEN, sampling=sampling)
+        items = iter(stream)
+        next(items)
+        server.signal()
+        _refused(server.target)
+        for _ in items:
+            pass
+        assert stream.result.finish_reason is FinishReason.MAX_TOKENS
+        assert stream.result.usage.completion_tokens == 700
+        assert stream.result.receipts[0].generated_tokens_steered == 699
+        # It does not sit out the rest of the grace.
+        assert server.exit_code(20) == 0
+        _clean(server)
+
+
+def test_what_outlasts_the_grace_is_cut_short_with_its_receipts_and_what_waits_is_refused(start_tiny):
+    sampling = SamplingParams(max_tokens=4000, ignore_eos=True)
+    with start_tiny("--grace", "1.5") as server, SteerClient(server.target, timeout=60) as client:
+        running = client.stream("the bay", operators=GOLDEN, sampling=sampling)
+        items = iter(running)
+        next(items)
+        waiting = client.stream("the bay", sampling=sampling)
+        refused = []
+
+        def wait():
+            with pytest.raises(ServerUnavailableError) as caught:
+                for _ in waiting:
+                    pass
+            refused.append(caught.value)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        server.wait_for_jobs(1, 1)
+        server.signal()
+        count = 1 + sum(len(delta.token_ids) for delta in items)
+        waiter.join(10)
+        result = running.result
+        assert result.finish_reason is FinishReason.CANCELLED
+        assert 1 < result.usage.completion_tokens == count < 4000
+        assert result.receipts[0].generated_tokens_steered == count - 1
+        assert refused[0].reason == "SHUTTING_DOWN"
+        assert server.exit_code(10) == 0
+        _clean(server)
