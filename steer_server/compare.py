@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
 
@@ -35,7 +36,7 @@ async def compare(
     if len(request.arms) > max_arms:
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
     plans = [registry.plan(arm.operators, field=f"arms[{index}].operators") for index, arm in enumerate(request.arms)]
-    ids = engine.encode(request.prompt)
+    ids = await asyncio.to_thread(engine.encode, request.prompt)
     names = (NORMAL, *(arm.name for arm in request.arms))
     # The plain row is scored too: its own log-probabilities give its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))

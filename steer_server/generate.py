@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ async def generate(
     Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
     """
     plan = registry.plan(request.operators)
-    ids = engine.encode(request.prompt)
+    # Beside the event loop: a long prompt takes seconds, and every other stream would stand still.
+    ids = await asyncio.to_thread(engine.encode, request.prompt)
     row = Gatherer(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:

@@ -43,7 +43,7 @@ class Engine(Protocol):
         ...
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt.
+        """Token ids of a prompt. May be called from any thread.
 
         Raises:
             InvalidRequestError: no tokens, an id outside of the vocabulary, a chat without a template.

@@ -6,6 +6,7 @@ import functools
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+import torch
 
 from operators.apply import Setting
 from operators.artifact import OperatorArtifact
@@ -77,3 +78,48 @@ def steered_row() -> Callable[..., Row]:
         return Row(SteeringPlan((Application("operator", artifact, setting, ()),)))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def recompute() -> Callable[..., list[int]]:
+    """``recompute(model, artifact, prompt_ids, strength, tokens, rule="cumulative", blend=0.0)``: greedy ids.
+
+    The procedure as it is written down and as slowly as it reads: everything again for every token, one row, no KV
+    cache, no code shared with the engine. Position k of the input of the injection layer gets
+    (strength/2) |h_k| d_k/|d_k|, with d_k between a_k/|a_k| and y/|y|.
+    """
+
+    def directions(artifact: OperatorArtifact, x: torch.Tensor, rule: str, blend: float) -> list[torch.Tensor]:
+        blocks = artifact.jacobian.double()
+        n, y = len(blocks), artifact.anchor.double()
+        units, total = [], torch.zeros_like(y)
+        for k in range(len(x)):
+            total = total + blocks[k % n] @ x[k].double()
+            a = total if rule == "cumulative" else artifact.substitute_base.double() + blocks[n - 1] @ x[k].double()
+            d = (1 - blend) * a / a.norm() + blend * y / y.norm()
+            units.append(d / d.norm())
+        return units
+
+    def run(model, artifact, prompt_ids, strength, tokens, rule="cumulative", blend=0.0):  # type: ignore[no-untyped-def]
+        site = model.model.layers[artifact.header.injection_layer]
+        ids = list(prompt_ids)
+        for _ in range(tokens):
+            units = directions(artifact, model.get_input_embeddings()(torch.tensor(ids)), rule, blend)
+
+            def add(_module, args, units=units):  # type: ignore[no-untyped-def]
+                hidden = args[0].clone()
+                for k, unit in enumerate(units):
+                    h = hidden[0, k]
+                    hidden[0, k] = h + ((strength / 2) * h.norm() * unit).to(h.dtype)
+                return (hidden, *args[1:])
+
+            handle = site.register_forward_pre_hook(add)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+            handle.remove()
+            ids.append(int(logits.argmax()))
+            if ids[-1] == model.config.eos_token_id:
+                break
+        return ids[len(prompt_ids) :]
+
+    return run

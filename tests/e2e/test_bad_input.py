@@ -267,6 +267,38 @@ def test_a_message_over_the_limit_is_refused_and_is_no_busy_server(client):
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_a_huge_prompt_is_refused_and_holds_up_nobody(server, client):
+    refused = []
+
+    def send():
+        with SteerClient(server.target, timeout=60) as other, pytest.raises(PromptTooLongError):
+            other.generate("the bridge over the bay " * (1 << 16))
+        refused.append(True)
+
+    began = time.monotonic()
+    sender = threading.Thread(target=send)
+    sender.start()
+    waits = []
+    while sender.is_alive():
+        asked = time.monotonic()
+        assert client.health()
+        waits.append(time.monotonic() - asked)
+    assert refused
+    assert max(waits) < (time.monotonic() - began) / 2
+
+
+def test_many_prompts_at_once_are_each_read_as_if_alone(server, loaded):
+    texts = [f"the bay {number} " * (number + 1) for number in range(24)]
+
+    def ask(text):
+        with SteerClient(server.target, timeout=30) as client:
+            return list(client.tokenize(text).token_ids)
+
+    with ThreadPoolExecutor(24) as pool:
+        found = list(pool.map(ask, texts * 4))
+    assert found == [loaded.tokenizer(text)["input_ids"] for text in texts] * 4
+
+
 @pytest.fixture
 def unfinished(server):
     """Asserts that the test's long requests were stopped, not worked off."""
