@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from operators.artifact import OperatorArtifact, Rule
-from operators.errors import SteeringError
+from operators.errors import SettingError, SteeringError
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Setting:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
-            raise SteeringError(f"strength is {self.strength}; a finite number is accepted")
+            raise SettingError("strength", f"is {self.strength}; a finite number is accepted")
         if not 0.0 <= self.blend <= 1.0:
-            raise SteeringError(f"blend is {self.blend}; a number from 0 (operator) to 1 (anchor) is accepted")
+            raise SettingError("blend", f"is {self.blend}; a number from 0 (operator) to 1 (anchor) is accepted")
         if self.rule not in ("cumulative", "substitute"):
-            raise SteeringError(f"rule is {self.rule!r}; 'cumulative' and 'substitute' are accepted")
+            raise SettingError("rule", f"is {self.rule!r}; 'cumulative' and 'substitute' are accepted")
 
 
 @dataclass(frozen=True, eq=False)

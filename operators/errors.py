@@ -10,6 +10,7 @@ OperatorError
 ├── ArtifactError           a file is not a whole, valid operator
 │   └── IncompatibleOperatorError   it is valid, and belongs to another model
 └── SteeringError           a direction that cannot be formed
+    └── SettingError            a strength, rule or blend that is not accepted
 
 Every message names the thing, the value that was found and what is accepted.
 """
@@ -53,3 +54,12 @@ class IncompatibleOperatorError(ArtifactError):
 
 class SteeringError(OperatorError):
     """The steering direction cannot be formed (zero or not finite)."""
+
+
+class SettingError(SteeringError):
+    """A strength, rule or blend is not accepted; ``field`` says which."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field} {problem}")
+        self.field = field
+        self.problem = problem

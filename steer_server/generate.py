@@ -61,7 +61,7 @@ class Gatherer:
     sampling: SamplingParams
     plan: SteeringPlan | None
     _began: float = field(default_factory=time.monotonic)
-    _admitted: float = 0.0
+    _admitted: float | None = None
     _first_token: float = 0.0
     _text: list[str] = field(default_factory=list)
     _ids: list[int] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Gatherer:
             reason=event.reason,
             stop_string=event.stop_string,
             prompt_tokens=self.prompt_tokens,
-            timings=Timings(self._admitted, self._first_token, elapsed),
+            timings=Timings(elapsed if self._admitted is None else self._admitted, self._first_token, elapsed),
             receipts=event.receipts,
             logprobs=tuple(self._logprobs),
             scores=tuple(self._scores),
@@ -109,13 +109,14 @@ class Gatherer:
     def _check_receipts(self, receipts: tuple[Receipt, ...]) -> None:
         """The last line of defence: an engine that forgot a plan, or part of a row, gives no text to the caller."""
         uses = self.plan.applications if self.plan else ()
-        fed_back = max(0, len(self._ids) - 1)
+        # What was fed to the model: all of the prompt once there is a token, and each token but the last.
+        fed = (self.prompt_tokens, len(self._ids) - 1) if self._ids else None
         if [use.artifact.digest for use in uses] != [receipt.digest for receipt in receipts]:
             raise SteeringNotAppliedError("the engine's receipts are not those of the plan")
         for use, receipt in zip(uses, receipts, strict=True):
             steered = receipt.prompt_tokens_steered, receipt.generated_tokens_steered
-            if use.setting.strength != 0.0 and steered != (self.prompt_tokens, fed_back):
+            if use.setting.strength != 0.0 and fed is not None and steered != fed:
                 raise SteeringNotAppliedError(
                     f"{use.name}: {steered[0]} prompt and {steered[1]} generated tokens were steered; "
-                    f"{self.prompt_tokens} and {fed_back} were fed to the model"
+                    f"{fed[0]} and {fed[1]} were fed to the model"
                 )

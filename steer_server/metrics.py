@@ -41,7 +41,10 @@ class Metrics:
             "steer_mean_dose", "Mean relative dose of an operator", buckets=_DOSES, registry=registry
         )
         self._first_token = Histogram(
-            "steer_time_to_first_token_seconds", "Admission to first token", buckets=_SECONDS, registry=registry
+            "steer_time_to_first_token_seconds",
+            "Entering the queue to first token",
+            buckets=_SECONDS,
+            registry=registry,
         )
         self._queued = Histogram("steer_queue_seconds", "Time in the queue", buckets=_SECONDS, registry=registry)
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (

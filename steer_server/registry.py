@@ -14,7 +14,7 @@ from types import MappingProxyType
 from operators import store
 from operators.apply import Setting
 from operators.artifact import OperatorArtifact
-from operators.errors import ArtifactError, SteeringError, StoreError
+from operators.errors import ArtifactError, SettingError, StoreError
 from steer_server.errors import InvalidRequestError, OperatorUnusableError, UnknownOperatorError
 from steer_server.types import Application, ModelInfo, OperatorEntry, OperatorUse, ReloadReport, SteeringPlan
 
@@ -74,8 +74,8 @@ class Registry:
                 rule=use.rule or recommended.rule,
                 blend=recommended.blend if use.blend is None else use.blend,
             )
-        except SteeringError as error:
-            raise InvalidRequestError(field, str(error)) from error
+        except SettingError as error:
+            raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
         defaulted = tuple(name for name in ("strength", "rule", "blend") if getattr(use, name) is None)
         return Application(use.name, entry.artifact, setting, defaulted)
 

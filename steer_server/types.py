@@ -76,7 +76,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     time_limit: float | None = None
-    """Seconds from admission."""
+    """Seconds, waiting included."""
 
     def __post_init__(self) -> None:
         # Comparisons are written so that NaN fails them.
@@ -90,7 +90,7 @@ class SamplingParams:
         _require("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")
         _require("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "a number from 0 to 1")
         penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, 0.0 < penalty < math.inf, "a finite number above 0")
+        _require("repetition_penalty", penalty, 0.01 <= penalty <= 100.0, "a number from 0.01 to 100")
         _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
         _require("stop_strings", self.stop_strings, "" not in self.stop_strings, "no empty string")
         if self.logprobs is not None:
@@ -267,7 +267,7 @@ EngineEvent = Admitted | TokenEvent | RowFinished
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds from admission to the queue."""
+    """Seconds from entering the queue."""
 
     queued: float
     time_to_first_token: float

@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 
+from steer_server.engine.steering import untouched_receipts
 from steer_server.errors import QueueFullError, ShuttingDownError, SteerServerError
-from steer_server.types import DecodeJob, EngineEvent, FinishReason
+from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished
 
 _Message = EngineEvent | SteerServerError | None
 """An event, the job's error, or None for the end."""
@@ -23,16 +24,30 @@ class QueuedJob:
         self._queue = queue
         self._loop = asyncio.get_running_loop()
         self._messages: asyncio.Queue[_Message] = asyncio.Queue()
+        self._taken = asyncio.Event()
         self._cancelled = threading.Event()
         limit = job.sampling.time_limit
         self._deadline = None if limit is None else time.monotonic() + limit
 
     async def __aiter__(self) -> AsyncIterator[EngineEvent]:
         """The engine's events; raises the job's error."""
+        if await self._expires_waiting():
+            for index, row in enumerate(self.job.rows):
+                yield RowFinished(index, FinishReason.TIME_LIMIT, "", "", untouched_receipts(row.plan))
+            return
         while (message := await self._messages.get()) is not None:
             if isinstance(message, SteerServerError):
                 raise message
             yield message
+
+    async def _expires_waiting(self) -> bool:
+        """Waits for the job to be taken; true when its time limit runs out first."""
+        try:
+            async with asyncio.timeout(None if self._deadline is None else self._deadline - time.monotonic()):
+                await self._taken.wait()
+        except TimeoutError:
+            return self._queue.discard(self)
+        return False
 
     def cancel(self) -> None:
         """Frees the place in the queue, or stops the work at the next step."""
@@ -55,6 +70,7 @@ class QueuedJob:
         """Hands a message to the loop, from the decoding thread."""
         try:
             self._loop.call_soon_threadsafe(self._messages.put_nowait, message)
+            self._loop.call_soon_threadsafe(self._taken.set)
         except RuntimeError:
             # The loop has been closed: nobody is left to read.
             self._cancelled.set()
@@ -105,11 +121,13 @@ class JobQueue:
         """Keeps a moving average of a job's duration, for retry hints."""
         self._seconds_per_job += 0.2 * (seconds - self._seconds_per_job)
 
-    def discard(self, queued: QueuedJob) -> None:
-        """Removes a job that still waits."""
+    def discard(self, queued: QueuedJob) -> bool:
+        """Removes a job that still waits; false when it does not wait any more."""
         with self._changed:
-            if queued in self._waiting:
+            waits = queued in self._waiting
+            if waits:
                 self._waiting.remove(queued)
+            return waits
 
     def close(self) -> None:
         """Refuses the waiting jobs and stops the running one."""

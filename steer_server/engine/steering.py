@@ -91,7 +91,10 @@ class RowSteering:
 
     def receipts(self) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
-        return tuple(self._receipt(use) for use in self._plan.applications)
+        return tuple(
+            _receipt(use, self._doses.get(use.artifact.header.injection_layer) if use.setting.strength else None)
+            for use in self._plan.applications
+        )
 
     def describe(self) -> str:
         """The operators and strengths, for messages."""
@@ -101,23 +104,28 @@ class RowSteering:
         uses = [use for use in self._plan.applications if use.artifact.header.injection_layer == layer]
         return ", ".join(f"{use.name}={use.setting.strength:g}" for use in uses)
 
-    def _receipt(self, use: Application) -> Receipt:
-        layer = use.artifact.header.injection_layer
-        dose = self._doses[layer] if use.setting.strength != 0.0 else _Dose()
-        count = dose.prompt_tokens + dose.generated_tokens
-        return Receipt(
-            operator=use.name,
-            digest=use.artifact.digest,
-            layer=layer,
-            rule=use.setting.rule,
-            strength=use.setting.strength,
-            blend=use.setting.blend,
-            prompt_tokens_steered=dose.prompt_tokens,
-            generated_tokens_steered=dose.generated_tokens,
-            mean_dose=dose.total / count if count else 0.0,
-            max_dose=dose.highest,
-            defaulted=use.defaulted,
-        )
+
+def untouched_receipts(plan: SteeringPlan | None) -> tuple[Receipt, ...]:
+    """The receipts of a row that never reached the model."""
+    return tuple(_receipt(use, None) for use in plan.applications) if plan else ()
+
+
+def _receipt(use: Application, dose: _Dose | None) -> Receipt:
+    dose = dose or _Dose()
+    count = dose.prompt_tokens + dose.generated_tokens
+    return Receipt(
+        operator=use.name,
+        digest=use.artifact.digest,
+        layer=use.artifact.header.injection_layer,
+        rule=use.setting.rule,
+        strength=use.setting.strength,
+        blend=use.setting.blend,
+        prompt_tokens_steered=dose.prompt_tokens,
+        generated_tokens_steered=dose.generated_tokens,
+        mean_dose=dose.total / count if count else 0.0,
+        max_dose=dose.highest,
+        defaulted=use.defaulted,
+    )
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from dataclasses import dataclass
 
 import grpc
@@ -27,6 +28,8 @@ SERVICES = (
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
 _MAX_MESSAGE_BYTES = 16 << 20
+_LAST_ANSWERS = 0.5
+"""Seconds for answers on their way once the engine has stopped."""
 
 
 @dataclass(eq=False)
@@ -78,9 +81,14 @@ class SteerServer:
         """Reports NOT_SERVING, lets running calls finish within the grace period, then ends them."""
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.ensure_future(self._server.stop(self.config.grace))
-        # Calls that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
-        await asyncio.wait({stopping}, timeout=max(0.0, self.config.grace * 0.8))
+        deadline = time.monotonic() + self.config.grace * 0.8
+        while not stopping.done() and time.monotonic() < deadline and (self.engine.running or self.engine.waiting):
+            await asyncio.sleep(0.05)
+        # Jobs that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
         await self.engine.close()
+        # Calls without an end of their own (a health Watch) are not waited for; the last answers are.
+        await asyncio.wait({stopping}, timeout=_LAST_ANSWERS)
+        await self._server.stop(0)
         await stopping
 
     async def serve_until_signalled(self) -> None:

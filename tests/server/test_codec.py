@@ -221,9 +221,9 @@ def test_an_operators_value_out_of_range_is_refused_by_the_registry(name, value,
     (_, use) = codec.generation_request(
         _request(operators=[pb.OperatorUse(name="g"), pb.OperatorUse(name="g", **{name: value})])
     ).operators
-    with pytest.raises(InvalidRequestError, match=f"{name} is ") as caught:
+    with pytest.raises(InvalidRequestError, match=f"{name}: is ") as caught:
         registry.plan((OperatorUse("g"), use))
-    assert caught.value.field == "operators[1]"
+    assert caught.value.field == f"operators[1].{name}"
 
 
 def test_a_negative_strength_is_accepted():

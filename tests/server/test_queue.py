@@ -151,3 +151,24 @@ def test_posting_after_the_loop_has_ended_stops_the_job():
     queued = asyncio.run(put())
     queued.post(Admitted())
     assert queued.interrupted() is FinishReason.CANCELLED
+
+
+async def test_a_job_whose_time_runs_out_while_it_waits_ends_without_the_engine_and_frees_its_place():
+    queue = JobQueue(2)
+    queue.put(_job())
+    queue.take()
+    queued = queue.put(_job(time_limit=0.05))
+    [end] = await asyncio.wait_for(_drain(queued), 2)
+    assert (end.row, end.reason, end.text, end.receipts) == (0, FinishReason.TIME_LIMIT, "", ())
+    assert len(queue) == 0
+
+
+async def test_a_job_taken_just_before_its_time_runs_out_is_the_engines_to_end():
+    queue = JobQueue(1)
+    queued = queue.put(_job(time_limit=0.05))
+    queue.take()
+    drained = asyncio.ensure_future(_drain(queued))
+    await asyncio.sleep(0.1)
+    queued.post(Admitted())
+    queued.post(None)
+    assert await asyncio.wait_for(drained, 2) == [Admitted()]

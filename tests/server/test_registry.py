@@ -219,4 +219,4 @@ def test_no_operators_make_no_plan(registry):
 def test_the_field_of_a_refused_value_is_in_the_callers_words(registry):
     with pytest.raises(InvalidRequestError) as caught:
         registry().plan((OperatorUse("good", blend=2.0),), field="arms[3].operators")
-    assert caught.value.field == "arms[3].operators[0]"
+    assert caught.value.field == "arms[3].operators[0].blend"

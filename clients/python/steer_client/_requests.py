@@ -92,7 +92,7 @@ class SamplingParams:
     ignore_eos: bool | None = None
     #: Alternatives to report beside each token's own log-probability (0 to 20). None: no log-probabilities.
     logprobs: int | None = None
-    #: Seconds from admission after which the text so far is returned. Default: none.
+    #: Seconds, waiting included, after which the text so far is returned. Default: none.
     time_limit: float | None = None
 
 

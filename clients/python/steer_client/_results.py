@@ -33,7 +33,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds. `queued` ends at admission, where the other two begin."""
+    """Seconds from entering the queue: until decoding began, until the first token, until the end."""
 
     queued: float
     #: None when no token was produced.

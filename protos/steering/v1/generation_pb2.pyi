@@ -216,7 +216,7 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """In [0, 1]. Default 0 (off)."""
     repetition_penalty: _builtins.float
-    """Positive; 1 is off. Default 1."""
+    """0.01 to 100; 1 is off. Default 1."""
     seed: _builtins.int
     """Sampling with the same seed repeats itself. Default: drawn by the server and reported."""
     max_tokens: _builtins.int
@@ -231,7 +231,7 @@ class SamplingParams(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
-        """Wall-clock budget from admission; the text so far is returned when it runs out. Default: none."""
+        """Wall-clock budget, waiting included; the text so far (perhaps none) is returned when it runs out. Default: none."""
 
     def __init__(
         self,
@@ -390,7 +390,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """Always set, but for time_to_first_token where there was no token."""
+    """From the moment the request entered the queue. Always set, but for time_to_first_token where there was no token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -399,15 +399,15 @@ class Timings(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def queued(self) -> _duration_pb2.Duration:
-        """Waiting in the admission queue."""
+        """Until decoding began."""
 
     @_builtins.property
     def time_to_first_token(self) -> _duration_pb2.Duration:
-        """From admission to the first token."""
+        """Until the first token."""
 
     @_builtins.property
     def total(self) -> _duration_pb2.Duration:
-        """From admission to the end."""
+        """Until the end."""
 
     def __init__(
         self,
@@ -427,7 +427,8 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 @_typing.final
 class Receipt(_message.Message):
     """Proof that an operator was applied. Counts and doses are measured on the hidden states. With a strength other than 0,
-    every position fed to the model was changed; a push that is lost in rounding fails the call.
+    every position fed to the model was changed; a push that is lost in rounding fails the call. Both counts are 0 where
+    the time limit ran out before the first token.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
