@@ -5,6 +5,7 @@ The heavy imports are made inside the commands, so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,7 +206,10 @@ def _device() -> DeviceChoice:
 
 def main() -> None:
     """Entry point of the command; Ctrl-C exits with 130."""
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        sys.exit(f"{report.COMMAND}: {error.name} is not installed; building needs its extra: pip install '.[build]'")
 
 
 if __name__ == "__main__":

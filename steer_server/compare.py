@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
 
@@ -36,7 +35,7 @@ async def compare(
     if len(request.arms) > max_arms:
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
     plans = [registry.plan(arm.operators, field=f"arms[{index}].operators") for index, arm in enumerate(request.arms)]
-    ids = await asyncio.to_thread(engine.encode, request.prompt)
+    ids = await engine.encode(request.prompt)
     names = (NORMAL, *(arm.name for arm in request.arms))
     # The plain row is scored too: its own log-probabilities give its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))
@@ -93,4 +92,6 @@ def perplexity(scores: Sequence[Score]) -> float | None:
     """exp of the mean negative log-probability under the plain model; None where nothing was scored."""
     if not scores:
         return None
-    return math.exp(-math.fsum(score.plain_logprob for score in scores) / len(scores))
+    mean = math.fsum(score.plain_logprob for score in scores) / len(scores)
+    # Beyond the range of a float it is called infinite: one text that the model finds impossible loses no comparison.
+    return math.exp(-mean) if mean > -700.0 else math.inf

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class ServerConfig(BaseSettings):
     """Everything that can be set, checked once at start."""
 
-    model_config = SettingsConfigDict(env_prefix="STEER_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="STEER_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     model: str = "smollm2-135m"
     engine: Literal["hf"] = "hf"
@@ -22,7 +22,7 @@ class ServerConfig(BaseSettings):
     """None: CUDA where there is one."""
     store: Path | None = None
     """None: the user's data directory."""
-    listen: str = "127.0.0.1:50051"
+    listen: str = Field(default="127.0.0.1:50051", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")
     """HOST:PORT; port 0 takes a free one."""
     metrics_host: str = "127.0.0.1"
     metrics_port: int = Field(default=0, ge=0, le=65535)

@@ -7,6 +7,7 @@ SteerServerError
 ├── OperatorUnusableError       it is there and cannot be used: damaged, or for another model
 ├── QueueFullError              too many requests wait; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
+├── StoreUnreadableError        the store cannot be read again
 ├── EngineFailedError           the engine broke while it worked on this request
 └── ShuttingDownError           the server is stopping
 
@@ -41,7 +42,10 @@ class UnknownOperatorError(SteerServerError):
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
         there = ", ".join(known) if known else "none"
-        super().__init__(f"operator {name!r} is not in the store; there are: {there} (a reload picks up new ones)")
+        super().__init__(
+            f"no operator {name!r} has been read from the store; there are: {there} "
+            "(steer operators --reload reads new ones)"
+        )
         self.name = name
 
 
@@ -63,6 +67,10 @@ class QueueFullError(SteerServerError):
 
 class SteeringNotAppliedError(SteerServerError):
     """Steering could not be applied at every step, so the text is withheld."""
+
+
+class StoreUnreadableError(SteerServerError):
+    """The store cannot be read; the operators of the last reading stay."""
 
 
 class EngineFailedError(SteerServerError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -39,8 +38,7 @@ async def generate(
     Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
     """
     plan = registry.plan(request.operators)
-    # Beside the event loop: a long prompt takes seconds, and every other stream would stand still.
-    ids = await asyncio.to_thread(engine.encode, request.prompt)
+    ids = await engine.encode(request.prompt)
     row = Gatherer(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:
@@ -70,7 +68,7 @@ class Gatherer:
 
     def add(self, event: EngineEvent) -> tuple[Delta | Completion, ...]:
         """What this event gives the reader."""
-        elapsed = time.monotonic() - self._began
+        elapsed = event.at - self._began
         if isinstance(event, Admitted):
             self._admitted = elapsed
             return ()

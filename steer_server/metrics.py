@@ -5,6 +5,7 @@ Each server has a registry of its own, so several in one process do not mix.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
@@ -23,6 +24,8 @@ class Metrics:
 
     def __init__(self, engine: Engine, operators: Registry) -> None:
         registry = self.registry = CollectorRegistry()
+        self.in_flight: dict[str, int] = defaultdict(int)
+        """Running calls by service."""
         self.started = Counter("grpc_server_started", "RPCs started", _CALL, registry=registry)
         self.handled = Counter("grpc_server_handled", "RPCs ended, by status", (*_CALL, "grpc_code"), registry=registry)
         self.handling = Histogram(

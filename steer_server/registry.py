@@ -15,8 +15,16 @@ from operators import store
 from operators.apply import Setting
 from operators.artifact import OperatorArtifact
 from operators.errors import ArtifactError, SettingError, StoreError
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, UnknownOperatorError
-from steer_server.types import Application, ModelInfo, OperatorEntry, OperatorUse, ReloadReport, SteeringPlan
+from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
+from steer_server.types import (
+    MAX_OPERATORS,
+    Application,
+    ModelInfo,
+    OperatorEntry,
+    OperatorUse,
+    ReloadReport,
+    SteeringPlan,
+)
 
 
 class Registry:
@@ -41,9 +49,15 @@ class Registry:
         return entry
 
     def reload(self) -> ReloadReport:
-        """Reads the store again and swaps the snapshot in one assignment."""
+        """Reads the store again and swaps the snapshot in one assignment. Unchanged operators stay the same objects.
+
+        Raises :class:`StoreUnreadableError`; the snapshot is then as before.
+        """
         before = self._entries
-        after = {name: self._read(name) for name in store.names(self._directory)}
+        try:
+            after = {name: _kept(before.get(name), self._read(name)) for name in store.names(self._directory)}
+        except StoreError as error:
+            raise StoreUnreadableError(str(error)) from error
         self._entries = MappingProxyType(after)
         kept = before.keys() & after.keys()
         return ReloadReport(
@@ -60,6 +74,8 @@ class Registry:
             UnknownOperatorError, OperatorUnusableError: an operator is not there, or not usable.
             InvalidRequestError: a strength, rule or blend is not accepted; names the field.
         """
+        if len(uses) > MAX_OPERATORS:
+            raise InvalidRequestError(field, f"has {len(uses)} operators; at most {MAX_OPERATORS} are accepted")
         applications = tuple(self._application(use, f"{field}[{index}]") for index, use in enumerate(uses))
         return SteeringPlan(applications) if applications else None
 
@@ -85,21 +101,30 @@ class Registry:
             size = store.path_of(self._directory, name).lstat().st_size
             artifact = store.load(self._directory, name, max_bytes=self._max_bytes)
             self._check_fits(artifact)
-        except (ArtifactError, StoreError, OSError) as error:
-            return OperatorEntry(name, str(error), size, None)
+        except (ArtifactError, StoreError, OSError, MemoryError) as error:
+            return OperatorEntry(name, str(error) or type(error).__name__, size, None)
         return OperatorEntry(name, "", size, artifact)
 
     def _check_fits(self, artifact: OperatorArtifact) -> None:
         header, model = artifact.header, self._model
+        # Not by name: a model may be served from a path or a mirror. Its fingerprint decides.
         for what, found, served in (
-            ("model", f"{header.model} {header.model_fingerprint}", f"{model.model} {model.fingerprint}"),
+            ("hidden size", header.hidden_size, model.hidden_size),
+            ("number of layers", header.num_layers, model.num_layers),
+            (f"model {header.model}", header.model_fingerprint, model.fingerprint),
             ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
-            ("hidden size", str(header.hidden_size), str(model.hidden_size)),
-            ("number of layers", str(header.num_layers), str(model.num_layers)),
         ):
-            # A model may be served under another name (a path, a mirror): its fingerprint decides.
-            if found.split()[-1] != served.split()[-1]:
-                raise ArtifactError(f"built for {what} {found}; this server has {served}")
+            if found != served:
+                raise ArtifactError(f"built for {what} {found}; this server has {served} ({model.model})")
+        if max(header.concept_ids) >= model.vocab_size:
+            raise ArtifactError(f"its concept has token {max(header.concept_ids)}; the model has {model.vocab_size}")
+
+
+def _kept(before: OperatorEntry | None, read: OperatorEntry) -> OperatorEntry:
+    """The entry as it was where the artifact is the same: requests and the device hold that object already."""
+    if before is None or before.artifact is None or read.artifact is None:
+        return read
+    return before if before.artifact.digest == read.artifact.digest else read
 
 
 def _version(entry: OperatorEntry) -> str:

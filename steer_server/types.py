@@ -8,7 +8,8 @@ into a :class:`DecodeJob`; the engine answers with :data:`EngineEvent`; ``genera
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from operators.apply import Setting
@@ -17,6 +18,9 @@ from steer_server.errors import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LOGPROBS = 20
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 1024
+MAX_OPERATORS = 16
 NORMAL = "normal"
 """Name of the plain arm of a comparison."""
 
@@ -92,16 +96,22 @@ class SamplingParams:
         penalty = self.repetition_penalty
         _require("repetition_penalty", penalty, 0.01 <= penalty <= 100.0, "a number from 0.01 to 100")
         _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more")
-        _require("stop_strings", self.stop_strings, "" not in self.stop_strings, "no empty string")
+        sizes = [len(stop) for stop in self.stop_strings]
+        fit = len(sizes) <= MAX_STOPS and all(1 <= size <= MAX_STOP_CHARACTERS for size in sizes)
+        _require("stop_strings", f"{len(sizes)} strings of {sizes[:4]} characters", fit, _STOPS)
+        _require("stop_token_ids", f"{len(self.stop_token_ids)} ids", len(self.stop_token_ids) <= MAX_STOPS, _STOPS)
         if self.logprobs is not None:
             _require("logprobs", self.logprobs, 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}")
         if self.time_limit is not None:
             _require("time_limit", self.time_limit, self.time_limit > 0, "a duration above 0")
 
 
-def _require(field: str, value: object, holds: bool, accepted: str) -> None:
+_STOPS = f"at most {MAX_STOPS}, of 1 to {MAX_STOP_CHARACTERS} characters"
+
+
+def _require(name: str, value: object, holds: bool, accepted: str) -> None:
     if not holds:
-        raise InvalidRequestError(f"sampling.{field}", f"is {value}; accepted: {accepted}")
+        raise InvalidRequestError(f"sampling.{name}", f"is {value}; accepted: {accepted}")
 
 
 @dataclass(frozen=True)
@@ -237,7 +247,9 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Admitted:
-    """The job has left the queue."""
+    """The job has left the queue. ``at``, in every event: when it happened, in seconds of the monotonic clock."""
+
+    at: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True)
@@ -249,6 +261,7 @@ class TokenEvent:
     text: str
     logprob: TokenLogprob | None = None
     score: Score | None = None
+    at: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True)
@@ -260,6 +273,7 @@ class RowFinished:
     text: str
     stop_string: str
     receipts: tuple[Receipt, ...]
+    at: float = field(default_factory=time.monotonic, compare=False)
 
 
 EngineEvent = Admitted | TokenEvent | RowFinished

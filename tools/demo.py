@@ -5,6 +5,7 @@ Runs the project's own commands as a user would, each in its own process, and ke
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -18,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from steer_client import ABResult, OperatorUse, SamplingParams, SteerClient
+from steer_client import ABResult, OperatorUse, SamplingParams, SteerClient, SteerError
 
 STORE = Path(".demo/store")
 BIN = Path(sys.executable).parent
@@ -62,8 +63,10 @@ console = Console(highlight=False, width=min(Console().width, 132) if sys.stdout
 
 
 def main() -> None:
-    """Runs the demo; exits non-zero with one line when a step fails. ``--svg FILE`` keeps step 4 as a picture."""
-    picture = sys.argv[sys.argv.index("--svg") + 1] if "--svg" in sys.argv else None
+    """Runs the demo; exits non-zero with one line when a step fails."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--svg", help="file for step 4 as a picture")
+    picture = options.parse_args().svg
     began = time.monotonic()
     _step(f"1  model {MODEL}")
     _run(sys.executable, "-m", "operators.models", MODEL)
@@ -78,10 +81,19 @@ def main() -> None:
         info = client.model_info()
         console.print(f"   {info.model} on {info.engine}, {info.dtype}, {info.device}, at {target}", style="dim")
         _step("4  normal and steered, in one batch")
+        console.print(
+            "   published: the paper's operator.  best setting: one blended with the concept's own hidden state.\n"
+            "   dose: size of the push over that of the hidden state.  KL: nats per token, from the plain model.\n"
+            "   perplexity: of the text, under the plain model.",
+            style="dim",
+        )
         console.record = picture is not None
         for prompt in PROMPTS:
             arms = {operator.column: [OperatorUse(operator.name)] for operator in OPERATORS}
-            _show(prompt, client.compare(prompt, arms=arms, sampling=SAMPLING))
+            try:
+                _show(prompt, client.compare(prompt, arms=arms, sampling=SAMPLING))
+            except SteerError as error:
+                sys.exit(f"demo: {error} (to begin anew, remove .demo)")
     if picture is not None:
         svg = console.export_svg(title="steering operators: one prompt, three arms, one batch")
         # Without the web fonts that rich refers to: a picture should ask no other host for anything.
@@ -100,7 +112,8 @@ def _step(text: str) -> None:
 
 def _run(*command: str | Path) -> None:
     words = [str(word) for word in command]
-    console.print("   $ " + " ".join(json.dumps(w) if " " in w else w for w in words), style="dim", soft_wrap=True)
+    shown = [Path(words[0]).name, *(json.dumps(word) if " " in word else word for word in words[1:])]
+    console.print(f"   $ {' '.join(shown)}", style="dim", soft_wrap=True)
     if subprocess.run(words, check=False).returncode != 0:
         sys.exit(f"demo: this step failed: {' '.join(words)}")
 
@@ -131,7 +144,11 @@ def _server() -> Iterator[str]:
             yield target
         finally:
             process.terminate()
-            code = process.wait(timeout=30)
+            try:
+                code = process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
     if code != 0:
         sys.exit(f"demo: the server ended with exit code {code}; its log is {log}")
 
@@ -139,9 +156,8 @@ def _server() -> Iterator[str]:
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        for line in log.read_text().splitlines():
-            if line.startswith("{") and (entry := json.loads(line))["event"] == "serving":
-                return str(entry["listen"])
+        if found := re.search(r'"listen": "([^"]+)".*"event": "serving"', log.read_text()):
+            return found[1]
         time.sleep(0.1)
     sys.exit(f"demo: the server did not start:\n{log.read_text()}")
 
@@ -160,9 +176,9 @@ def _show(prompt: str, result: ABResult) -> None:
         )
     )
     console.print(columns)
-    receipts = Table(box=None, padding=(0, 2, 0, 1), header_style="dim")
-    for title in ("arm", "receipt", "layer", "λ", "β", "tokens steered", "dose", "KL, nats/token", "perplexity"):
-        receipts.add_column(title, no_wrap=True)
+    receipts = Table(box=None, padding=(0, 1), header_style="dim")
+    for title in ("arm", "receipt", "block", "λ", "β", "tokens steered", "dose", "KL", "perplexity"):
+        receipts.add_column(title, no_wrap=True, min_width=len(title))
     plain = f"{next(iter(result.steered.values())).normal_perplexity:.1f}"
     receipts.add_row("normal", "", "", "", "", "", "", "", plain)
     for name, arm in result.steered.items():
@@ -170,7 +186,7 @@ def _show(prompt: str, result: ABResult) -> None:
         assert arm.kl is not None  # scored by default
         receipts.add_row(
             f"[green]{name}[/]",
-            f"✓ {receipt.digest.removeprefix('sha256:')[:12]}",
+            f"✓ {receipt.digest.removeprefix('sha256:')[:8]}",
             str(receipt.layer),
             f"{receipt.strength:g}",
             f"{receipt.blend:g}",

@@ -42,12 +42,13 @@ class Engine(Protocol):
         """Jobs in the queue."""
         ...
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt. May be called from any thread.
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a prompt, worked out beside the event loop.
 
         Raises:
             InvalidRequestError: no tokens, an id outside of the vocabulary, a chat without a template.
             PromptTooLongError: no room for one more token.
+            QueueFullError: too many prompts wait for it.
         """
         ...
 

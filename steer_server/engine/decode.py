@@ -6,16 +6,15 @@ follower: a plain row that is fed the same tokens and never chooses one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from transformers import DynamicCache
 
-from operators.apply import PreparedOperator
 from operators.models import LoadedModel, decoder_layers, embed
 from steer_server.engine.sampling import Sampler
-from steer_server.engine.steering import RowSteering, SteeringHooks
+from steer_server.engine.steering import PreparedOperators, RowSteering, SteeringHooks
 from steer_server.engine.text import Detokenizer, StopStrings
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
 from steer_server.types import (
@@ -31,6 +30,10 @@ from steer_server.types import (
 
 Interrupted = Callable[[], FinishReason | None]
 """Asked between steps: TIME_LIMIT or CANCELLED when the job must end, else None."""
+
+
+_PREFILL_CHUNK = 1024
+"""Prompt tokens between two looks at whether the job is still wanted."""
 
 
 @dataclass(eq=False)
@@ -65,7 +68,7 @@ class Decoder:
 
     loaded: LoadedModel
     job: DecodeJob
-    prepared: Mapping[str, PreparedOperator]
+    prepared: PreparedOperators
     interrupted: Interrupted
     eos_ids: frozenset[int]
     _cache: DynamicCache = field(init=False)
@@ -81,12 +84,12 @@ class Decoder:
         """
         leaders = [self._leader(index) for index in range(len(self.job.rows))]
         slots = [_Slot(leader) for leader in leaders]
-        slots += [_Slot(leader, follower=True) for leader in leaders if leader.scored]
+        # A plain row is its own plain model.
+        slots += [_Slot(leader, follower=True) for leader in leaders if leader.scored and leader.steering]
         layers = {layer for leader in leaders if leader.steering for layer in leader.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
         with SteeringHooks(decoder_layers(self.loaded.model), layers) as self._hooks:
-            logits = self._prefill(slots)
-            interruption = self.interrupted()
+            logits, interruption = self._prefill(slots)
             while True:
                 ended: set[_Leader] = set()
                 for event, leader in self._choose(slots, logits, interruption):
@@ -109,7 +112,7 @@ class Decoder:
         row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
         return _Leader(
             index=index,
-            steering=RowSteering(row.plan, self.prepared) if row.plan else None,
+            steering=RowSteering(row.plan, self.prepared, self.loaded.dtype) if row.plan else None,
             scored=row.score,
             sampler=Sampler(sampling, device),
             detokenizer=Detokenizer(self.loaded.tokenizer, self.job.prompt_ids),
@@ -117,8 +120,11 @@ class Decoder:
             sequence=torch.tensor(self.job.prompt_ids, device=device),
         )
 
-    def _prefill(self, slots: list[_Slot]) -> torch.Tensor:
-        """Logits (B, V) after the prompt. Plain rows are one row here and are copied afterwards."""
+    def _prefill(self, slots: list[_Slot]) -> tuple[torch.Tensor, FinishReason | None]:
+        """Logits (B, V) after the prompt, read in chunks; and what interrupted the reading, if anything did.
+
+        Plain rows are one row here and are copied afterwards.
+        """
         unique: list[_Slot] = []
         source: list[int] = []
         for slot in slots:
@@ -126,20 +132,21 @@ class Decoder:
             source.append(len(unique) if plain is None else plain)
             if plain is None:
                 unique.append(slot)
-        prompt = slots[0].leader.sequence.expand(len(unique), -1)
-        logits = self._forward(unique, prompt, prompt=True)
+        rows = torch.tensor(source, device=self.loaded.device)
+        logits = torch.empty(len(unique), 0, device=self.loaded.device)
+        for chunk in torch.split(slots[0].leader.sequence, _PREFILL_CHUNK):
+            if interruption := self.interrupted():
+                return logits[rows], interruption
+            logits = self._forward(unique, chunk.expand(len(unique), -1), prompt=True)
         if len(unique) < len(slots):
-            rows = torch.tensor(source, device=self.loaded.device)
             self._cache.batch_select_indices(rows)
-            logits = logits[rows]
-        return logits
+        return logits[rows], self.interrupted()
 
     def _forward(self, slots: list[_Slot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
         """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
         steered = [(row, slot.steering) for row, slot in enumerate(slots) if slot.steering is not None]
-        x = embed(self.loaded.model, ids)
-        self._hooks.load(steered, x)
-        output = self.loaded.model(inputs_embeds=x, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        self._hooks.load(steered, {row: embed(self.loaded.model, ids[row]) for row, _ in steered})
+        output = self.loaded.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits: torch.Tensor = output.logits[:, -1].float()
         finite = torch.isfinite(logits).all(-1).tolist()
         for slot, whole in zip(slots, finite, strict=True):
@@ -174,7 +181,7 @@ class Decoder:
                     token_id=token,
                     text=piece.text,
                     logprob=self._logprob(token, logits[row]),
-                    score=_score(token, logits[row], followers.get(leader)),
+                    score=_score(token, logits[row], followers.get(leader, logits[row])) if leader.scored else None,
                 ),
                 leader,
             )
@@ -215,10 +222,8 @@ class Decoder:
         return str(self.loaded.tokenizer.decode([token]))
 
 
-def _score(token: int, logits: torch.Tensor, plain: torch.Tensor | None) -> Score | None:
+def _score(token: int, logits: torch.Tensor, plain: torch.Tensor) -> Score:
     """KL(plain || this row) in nats, and the token's log-probability under the plain model."""
-    if plain is None:
-        return None
     p, q = plain.log_softmax(-1), logits.log_softmax(-1)
     # Rounding can leave a tiny negative sum where the two are the same.
     kl = float((p.exp() * (p - q)).sum().clamp_min(0.0))

@@ -10,28 +10,32 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 import torch
 
-from operators.apply import PreparedOperator
 from operators.errors import OperatorError
 from operators.models import LoadedModel, decoder_layers
 from steer_server.engine.decode import Decoder
 from steer_server.engine.queue import JobQueue, QueuedJob
-from steer_server.engine.steering import prepare_all
+from steer_server.engine.steering import PreparedOperators
 from steer_server.errors import (
     EngineFailedError,
     InvalidRequestError,
     PromptTooLongError,
+    QueueFullError,
+    StartupError,
     SteerServerError,
 )
 from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
 
-_PREPARED_OPERATORS = 64
+_PREPARED_BYTES = 4 << 30
 """Operators kept on the device between jobs."""
+_CLOSE_SECONDS = 5.0
+"""How long closing waits for a forward pass that is under way."""
 
 
 class HFEngine:
@@ -41,9 +45,13 @@ class HFEngine:
         self._loaded = loaded
         self._tokenizer = loaded.tokenizer
         self._eos_ids = _eos_ids(loaded)
-        self._prepared: dict[str, PreparedOperator] = {}
+        self._prepared = PreparedOperators(loaded.device, budget=_PREPARED_BYTES)
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self._encoding = 0
+        self._max_encoding = max_queue
         self._queue = JobQueue(max_queue)
         self._model = _describe(loaded, self._eos_ids)
+        self._longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         self._thread = threading.Thread(target=self._work, name="hf-engine", daemon=True)
         self._thread.start()
 
@@ -62,14 +70,35 @@ class HFEngine:
         """Jobs in the queue."""
         return len(self._queue)
 
-    def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """See :meth:`steer_server.engine.base.Engine.encode`."""
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """See :meth:`steer_server.engine.base.Engine.encode`.
+
+        In a thread of its own, with as many prompts waiting as jobs may: a long one takes seconds, and streams go on.
+        """
+        if self._encoding > self._max_encoding:
+            raise QueueFullError(self._max_encoding, retry_after=1.0)
+        self._encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, self._encode, prompt)
+        finally:
+            self._encoding -= 1
+
+    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
         ids = self._ids(prompt)
         if not ids:
             raise InvalidRequestError("prompt", "has no tokens; at least one is needed")
         if len(ids) >= self._model.context_length:
             raise PromptTooLongError(len(ids), self._model.context_length)
+        # Of text too: a tokenizer may know more tokens than the model has embeddings for.
+        _check_ids("prompt.token_ids", ids, self._model.vocab_size)
         return ids
+
+    def _tokenise(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
+        fewest = len(text.encode()) // self._longest_token
+        if fewest > self._model.context_length:
+            # Known without tokenising, which for megabytes takes long.
+            raise PromptTooLongError(fewest, self._model.context_length)
+        return tuple(self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
     def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """Each token on its own, as text."""
@@ -83,14 +112,14 @@ class HFEngine:
     async def close(self) -> None:
         """Ends the running job as CANCELLED, refuses waiting ones, joins the thread."""
         self._queue.close()
-        await asyncio.to_thread(self._thread.join)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         if prompt.token_ids is not None:
-            _check_ids("prompt.token_ids", prompt.token_ids, self._model.vocab_size)
             return prompt.token_ids
         if prompt.text is not None:
-            return tuple(self._tokenizer(prompt.text)["input_ids"])
+            return self._tokenise(prompt.text, special_tokens=True)
         if not self._model.has_chat_template:
             raise InvalidRequestError("prompt.chat", f"{self._model.model} has no chat template; send text")
         messages = [{"role": turn.role, "content": turn.content} for turn in prompt.chat or ()]
@@ -98,7 +127,7 @@ class HFEngine:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:
             raise InvalidRequestError("prompt.chat", f"the chat template refuses it: {error}") from error
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._tokenise(text, special_tokens=False)
 
     def _work(self) -> None:
         while (queued := self._queue.take()) is not None:
@@ -115,18 +144,18 @@ class HFEngine:
 
     def _decode(self, queued: QueuedJob) -> None:
         queued.post(Admitted())
-        plans = [row.plan for row in queued.job.rows if row.plan is not None]
-        if len(self._prepared) > _PREPARED_OPERATORS:
-            self._prepared.clear()
         decoder = Decoder(
             loaded=self._loaded,
             job=queued.job,
-            prepared=prepare_all(plans, self._loaded.device, self._prepared),
+            prepared=self._prepared,
             interrupted=queued.interrupted,
             eos_ids=frozenset(self._eos_ids),
         )
-        for event in decoder.run():
-            queued.post(event)
+        try:
+            for event in decoder.run():
+                queued.post(event)
+        finally:
+            self._prepared.trim()
 
 
 def _check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
@@ -143,10 +172,17 @@ def _eos_ids(loaded: LoadedModel) -> tuple[int, ...]:
 
 
 def _describe(loaded: LoadedModel, eos_ids: tuple[int, ...]) -> ModelInfo:
+    """Raises :class:`StartupError` for a model that this engine cannot decode or steer."""
+    if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
+        raise StartupError(
+            f"{loaded.name}: its tokenizer {type(loaded.tokenizer).__name__} has no fast form, which streaming needs"
+        )
     try:
         layers = len(decoder_layers(loaded.model))
-    except OperatorError as error:
-        raise EngineFailedError(str(error)) from error
+        vocab_size = int(loaded.model.config.get_text_config().vocab_size)
+        context_length = loaded.context_length
+    except (OperatorError, AttributeError) as error:
+        raise StartupError(f"{loaded.name} ({type(loaded.model).__name__}) cannot be served: {error}") from error
     return ModelInfo(
         model=loaded.name,
         architecture=type(loaded.model).__name__,
@@ -154,8 +190,8 @@ def _describe(loaded: LoadedModel, eos_ids: tuple[int, ...]) -> ModelInfo:
         tokenizer_fingerprint=loaded.tokenizer_fingerprint,
         num_layers=layers,
         hidden_size=loaded.hidden_size,
-        vocab_size=int(loaded.model.config.vocab_size),
-        context_length=loaded.context_length,
+        vocab_size=vocab_size,
+        context_length=context_length,
         eos_token_ids=eos_ids,
         has_chat_template=bool(getattr(loaded.tokenizer, "chat_template", None)),
         engine="hf",

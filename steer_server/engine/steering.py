@@ -7,6 +7,7 @@ path on which a plan is dropped and the text goes on.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -50,13 +51,22 @@ class _Source:
 class RowSteering:
     """The state of one row's plan: a running sum per operator, a measured dose per layer."""
 
-    def __init__(self, plan: SteeringPlan, prepared: Mapping[str, PreparedOperator]) -> None:
+    def __init__(self, plan: SteeringPlan, prepared: PreparedOperators, dtype: torch.dtype) -> None:
+        """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
         self._plan = plan
+        resolution = torch.finfo(dtype).eps
+        for use in plan.applications:
+            # A smaller push moves a few of the state's elements and leaves the rest: no longer in its direction.
+            if 0.0 < abs(use.setting.strength) < resolution:
+                raise SteeringNotAppliedError(
+                    f"{use.name}: strength {use.setting.strength:g} is lost in rounding: hidden states in "
+                    f"{str(dtype).removeprefix('torch.')} resolve strengths of {resolution:.1g} and more"
+                )
         self._sources = [
             _Source(
                 use.artifact.header.injection_layer,
                 use.setting.strength / 2.0,
-                Direction(prepared[use.artifact.digest], use.setting),
+                Direction(prepared.get(use), use.setting),
             )
             for use in plan.applications
             if use.setting.strength != 0.0
@@ -160,8 +170,8 @@ class SteeringHooks:
     ) -> None:
         self._undo.close()
 
-    def load(self, steered: Sequence[tuple[int, RowSteering]], x: torch.Tensor) -> None:
-        """Prepares the next forward pass: (row of the batch, its steering) for embeddings ``x`` (B, T, d)."""
+    def load(self, steered: Sequence[tuple[int, RowSteering]], x: Mapping[int, torch.Tensor]) -> None:
+        """Prepares the next forward pass: (row of the batch, its steering) for that row's embeddings (T, d)."""
         self._sites = {layer: _Site() for layer in self._which}
         for row, steering in steered:
             for layer, push in steering.pushes(x[row]).items():
@@ -195,15 +205,30 @@ class SteeringHooks:
         return hook
 
 
-def prepare_all(
-    plans: Iterable[SteeringPlan], device: torch.device, cache: dict[str, PreparedOperator]
-) -> Mapping[str, PreparedOperator]:
-    """The operators of some plans on ``device``, by digest; taken from and added to ``cache``."""
-    for plan in plans:
-        for use in plan.applications:
-            if use.artifact.digest not in cache:
-                try:
-                    cache[use.artifact.digest] = prepare(use.artifact, device)
-                except SteeringError as error:
-                    raise SteeringNotAppliedError(f"{use.name}: {error}") from error
-    return cache
+class PreparedOperators:
+    """Operators on the device that steers, kept between jobs; the least recently used go when ``budget`` is passed."""
+
+    def __init__(self, device: torch.device, *, budget: int) -> None:
+        """``budget``: bytes. One job's operators may pass it while the job runs."""
+        self._device = device
+        self._budget = budget
+        self._kept: OrderedDict[str, PreparedOperator] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, use: Application) -> PreparedOperator:
+        """Raises :class:`SteeringNotAppliedError` for an operator that has no direction."""
+        digest = use.artifact.digest
+        if digest not in self._kept:
+            try:
+                self._kept[digest] = prepare(use.artifact, self._device)
+            except SteeringError as error:
+                raise SteeringNotAppliedError(f"{use.name}: {error}") from error
+        self._kept.move_to_end(digest)
+        return self._kept[digest]
+
+    def trim(self) -> None:
+        """Drops what passes the budget."""
+        while self._kept and sum(kept.jacobian.nbytes for kept in self._kept.values()) > self._budget:
+            self._kept.popitem(last=False)

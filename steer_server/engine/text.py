@@ -23,12 +23,20 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(ids=self._whole(prompt_ids), skip_special_tokens=True)
+        self._seen = list(prompt_ids)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
         """The text that this token completes; often empty in the middle of a character."""
+        self._seen.append(token_id)
         self._pending.append(token_id)
-        piece = self._stream.step(self._backend, token_id)
+        try:
+            piece = self._stream.step(self._backend, token_id)
+        except Exception:  # noqa: BLE001 - the bare class is what it raises
+            # Bytes that cannot be text rewrite what was read before them (byte-fallback tokenizers): the stream gives
+            # up. What is pending is shown as it decodes, and the stream begins anew.
+            self._stream = DecodeStream(ids=self._whole(self._seen), skip_special_tokens=True)
+            return self.flush()
         if piece is None:
             return ""
         self._pending.clear()

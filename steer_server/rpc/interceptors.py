@@ -109,8 +109,10 @@ class _Outcome:
     async def __aenter__(self) -> None:
         self._began = time.monotonic()
         self._metrics.started.labels(*self._labels).inc()
+        self._metrics.in_flight[self._labels[1]] += 1
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._metrics.in_flight[self._labels[1]] -= 1
         failure = error
         if isinstance(error, Exception) and not isinstance(error, SteerServerError | grpc.aio.AbortError):
             log.exception("call failed", service=self._labels[1], method=self._labels[2], exc_info=error)
@@ -119,7 +121,7 @@ class _Outcome:
         seconds = time.monotonic() - self._began
         self._metrics.handled.labels(*self._labels, code.name).inc()
         self._metrics.handling.labels(*self._labels).observe(seconds)
-        level = "info" if code is grpc.StatusCode.OK else "warning"
+        level = "warning" if code is not grpc.StatusCode.OK else "debug" if "Health" in self._labels[1] else "info"
         text = message_of(failure) if isinstance(failure, SteerServerError) else None
         getattr(log, level)(
             self._labels[2], code=code.name, seconds=round(seconds, 3), **({"problem": text} if text else {})

@@ -28,8 +28,8 @@ SERVICES = (
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
 _MAX_MESSAGE_BYTES = 16 << 20
-_LAST_ANSWERS = 0.5
-"""Seconds for answers on their way once the engine has stopped."""
+_LAST_WRITES = 0.2
+"""Seconds for what has been answered to leave the socket."""
 
 
 @dataclass(eq=False)
@@ -42,14 +42,16 @@ class SteerServer:
 
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
-        metrics = Metrics(self.engine, self.registry)
+        metrics = self._metrics = Metrics(self.engine, self.registry)
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(metrics)],
             options=[
                 # Two servers on one port would share it silently; the second must fail.
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+                # A client that vanished without a word is noticed, and its work stops.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
             ],
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config)
@@ -81,15 +83,21 @@ class SteerServer:
         """Reports NOT_SERVING, lets running calls finish within the grace period, then ends them."""
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.ensure_future(self._server.stop(self.config.grace))
-        deadline = time.monotonic() + self.config.grace * 0.8
-        while not stopping.done() and time.monotonic() < deadline and (self.engine.running or self.engine.waiting):
-            await asyncio.sleep(0.05)
+        deadline = time.monotonic() + self.config.grace
+        await self._idle_until(deadline - self.config.grace * 0.2)
         # Jobs that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
         await self.engine.close()
-        # Calls without an end of their own (a health Watch) are not waited for; the last answers are.
-        await asyncio.wait({stopping}, timeout=_LAST_ANSWERS)
+        await self._idle_until(deadline)
+        # Calls without an end of their own (a health Watch) are not waited for.
+        await asyncio.wait({stopping}, timeout=_LAST_WRITES)
         await self._server.stop(0)
         await stopping
+        log.info("stopped")
+
+    async def _idle_until(self, deadline: float) -> None:
+        """Returns when no call of this contract runs, or at the deadline (in seconds of the monotonic clock)."""
+        while time.monotonic() < deadline and any(self._metrics.in_flight[service] for service in SERVICES):
+            await asyncio.sleep(0.02)
 
     async def serve_until_signalled(self) -> None:
         """Runs until SIGTERM or SIGINT, then stops gracefully."""

@@ -63,7 +63,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""
-        ids = await asyncio.to_thread(self._engine.encode, codec.prompt(request.prompt))
+        ids = await self._engine.encode(codec.prompt(request.prompt))
         return pb.TokenizeResponse(token_ids=ids, tokens=await asyncio.to_thread(self._engine.token_texts, ids))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _Context) -> pb.GetModelInfoResponse:

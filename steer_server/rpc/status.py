@@ -6,6 +6,7 @@ UnknownOperatorError      NOT_FOUND            UNKNOWN_OPERATOR       ResourceIn
 OperatorUnusableError     FAILED_PRECONDITION  OPERATOR_UNUSABLE      ResourceInfo names the operator
 QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL             RetryInfo says when to try again
 SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
+StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
 EngineFailedError         INTERNAL             ENGINE_FAILED
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
 """
@@ -28,6 +29,7 @@ from steer_server.errors import (
     ShuttingDownError,
     SteeringNotAppliedError,
     SteerServerError,
+    StoreUnreadableError,
     UnknownOperatorError,
 )
 
@@ -43,6 +45,7 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     OperatorUnusableError: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"),
     QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     SteeringNotAppliedError: (grpc.StatusCode.INTERNAL, "STEERING_NOT_APPLIED"),
+    StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
 }

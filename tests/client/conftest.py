@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -22,23 +23,28 @@ from steering.v1 import operators_pb2 as ops
 DIGEST = "sha256:" + "1a2b3c4d" * 8
 
 
-def make_receipt(operator: str = "golden-gate", **changes) -> pb.Receipt:
+RECOMMENDED = {"strength": 0.55, "rule": pb.RULE_CUMULATIVE, "blend": 0.0}
+
+
+def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> pb.Receipt:
+    """The truth about one use of an operator in the text of make_response, but for `changes`."""
+    use = pb.OperatorUse(name=operator) if isinstance(operator, str) else operator
+    asked = {field.name: value for field, value in use.ListFields() if field.name in RECOMMENDED}
     values = {
+        "operator": use.name,
         "digest": DIGEST,
         "layer": 20,
-        "rule": pb.RULE_CUMULATIVE,
-        "strength": 0.55,
-        "blend": 0.0,
-        "prompt_tokens_steered": 6,
-        "generated_tokens_steered": 2,
-        "mean_dose": 0.27,
-        "max_dose": 0.275,
-        "defaulted": ["strength", "rule", "blend"],
+        "defaulted": [name for name in RECOMMENDED if name not in asked],
     }
-    return pb.Receipt(operator=operator, **(values | changes))
+    values |= RECOMMENDED | asked
+    if values["strength"] != 0:
+        values |= {"prompt_tokens_steered": 6, "generated_tokens_steered": 2, "mean_dose": 0.27, "max_dose": 0.275}
+    return pb.Receipt(**(values | changes))
 
 
-def make_response(text: str = "one two", *, operators: tuple[str, ...] = (), **changes) -> pb.GenerateResponse:
+def make_response(
+    text: str = "one two", *, operators: Iterable[str | pb.OperatorUse] = (), **changes
+) -> pb.GenerateResponse:
     values = {
         "request_id": "r1",
         "token_ids": [11, 12, 13],
@@ -49,7 +55,7 @@ def make_response(text: str = "one two", *, operators: tuple[str, ...] = (), **c
             time_to_first_token=Duration(nanos=250_000_000),
             total=Duration(seconds=1, nanos=500_000_000),
         ),
-        "receipts": [make_receipt(name) for name in operators],
+        "receipts": [make_receipt(use) for use in operators],
         "seed": 7,
     }
     return pb.GenerateResponse(text=text, **(values | changes))
@@ -59,8 +65,8 @@ def make_events(response: pb.GenerateResponse) -> list[pb.GenerateEvent]:
     words = response.text.partition(" ")
     return [
         pb.GenerateEvent(started=pb.Started(request_id="r1", prompt_token_ids=[1, 2, 3])),
-        pb.GenerateEvent(delta=pb.Delta(text=words[0], token_ids=[11])),
-        pb.GenerateEvent(delta=pb.Delta(text=words[1] + words[2], token_ids=[12, 13])),
+        pb.GenerateEvent(delta=pb.Delta(text=words[0], token_ids=response.token_ids[:1])),
+        pb.GenerateEvent(delta=pb.Delta(text=words[1] + words[2], token_ids=response.token_ids[1:])),
         pb.GenerateEvent(finished=response),
     ]
 
@@ -130,6 +136,8 @@ class FakeServer:
         self.target = ""
         self.fault: Fault | None = None
         self.response = make_response()
+        #: What every text with operators is, where it is not to be the truth or `response`.
+        self.steered: pb.GenerateResponse | None = None
         self.events: list | None = None
         #: How many events to send before waiting for the caller to leave; None sends them all.
         self.hang_after: int | None = None
@@ -137,6 +145,9 @@ class FakeServer:
         self.requests: list = []
         self.left = threading.Event()
         self.health = health.HealthServicer()
+
+    def text(self, request) -> pb.GenerateResponse:
+        return self.steered if self.steered is not None and request.operators else self.response
 
     def unary(self, request, context):
         self.watch(request, context)
@@ -169,15 +180,14 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
 
     def Generate(self, request, context):  # noqa: N802
         self.fake.unary(request, context)
-        return self.fake.response
+        return self.fake.text(request)
 
     def GenerateStream(self, request, context):  # noqa: N802
-        yield from self.fake.stream(request, context, make_events(self.fake.response))
+        yield from self.fake.stream(request, context, make_events(self.fake.text(request)))
 
     def Compare(self, request, context):  # noqa: N802
         arms = {
-            arm.name: make_response("one more", operators=tuple(use.name for use in arm.operators))
-            for arm in request.arms
+            arm.name: self.fake.steered or make_response("one more", operators=arm.operators) for arm in request.arms
         }
         default = make_comparison(self.fake.response, arms, scored=request.score)
         yield from self.fake.stream(request, context, default)

@@ -102,7 +102,11 @@ def test_what_json_cannot_say_is_null(steer, fake, make):
 
 
 def test_every_option_reaches_the_server(steer, fake, make):
-    fake.response = make.response(operators=("a", "b"))
+    uses = [
+        pb.OperatorUse(name="a", strength=-0.5, rule=pb.RULE_SUBSTITUTE),
+        pb.OperatorUse(name="b", strength=0.25, blend=1.0, rule=pb.RULE_SUBSTITUTE),
+    ]
+    fake.response = make.response(operators=uses)
     result = steer(
         *("generate", "hello", "--operator", "a=-0.5", "--operator", "b=0.25@1", "--rule", "substitute"),
         *("--max-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1"),
@@ -112,10 +116,7 @@ def test_every_option_reaches_the_server(steer, fake, make):
     assert result.exit_code == 0, result.stderr
     (sent,) = fake.requests
     assert sent.prompt.chat.messages[0] == pb.ChatMessage(role="user", content="hello")
-    assert list(sent.operators) == [
-        pb.OperatorUse(name="a", strength=-0.5, rule=pb.RULE_SUBSTITUTE),
-        pb.OperatorUse(name="b", strength=0.25, blend=1.0, rule=pb.RULE_SUBSTITUTE),
-    ]
+    assert list(sent.operators) == uses
     expected = pb.SamplingParams(
         temperature=0.7,
         top_p=0.9,

@@ -22,7 +22,11 @@ from steering.v1 import operators_pb2 as ops
 
 
 def test_a_request_arrives_as_it_was_asked(fake, make, generate):
-    fake.response = make.response(operators=("golden-gate", "baseball"))
+    sent = [
+        pb.OperatorUse(name="golden-gate", strength=0.4, rule=pb.RULE_SUBSTITUTE, blend=0.5),
+        pb.OperatorUse(name="baseball"),
+    ]
+    fake.response = make.response(operators=sent)
     result = generate(
         fake.target,
         [ChatMessage("user", "hi")],
@@ -35,10 +39,7 @@ def test_a_request_arrives_as_it_was_asked(fake, make, generate):
             request_id="mine",
             prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])),
             sampling=pb.SamplingParams(max_tokens=8, seed=0),
-            operators=[
-                pb.OperatorUse(name="golden-gate", strength=0.4, rule=pb.RULE_SUBSTITUTE, blend=0.5),
-                pb.OperatorUse(name="baseball"),
-            ],
+            operators=sent,
         )
     ]
     assert result.text == "one two"

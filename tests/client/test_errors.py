@@ -6,7 +6,6 @@ from steer_client import (
     EngineFailedError,
     InvalidRequestError,
     OperatorUnusableError,
-    OperatorUse,
     PromptTooLongError,
     RequestCancelledError,
     ServerBusyError,
@@ -114,51 +113,3 @@ def test_a_deadline_ends_the_call_on_the_server_too(fake, any_call):
         any_call(fake.target, timeout=0.2)
     # On a slow machine the time can run out before the request gets there.
     assert not fake.requests or fake.left.wait(5)
-
-
-def test_a_missing_receipt_is_never_overlooked(fake, make, generate):
-    fake.response = make.response(operators=("golden-gate",))
-    uses = [OperatorUse("golden-gate"), OperatorUse("baseball")]
-    with pytest.raises(SteeringNotAppliedError, match="golden-gate, baseball") as caught:
-        generate(fake.target, operators=uses)
-    assert caught.value.metadata == {"request_id": "r1"}
-    assert caught.value.reason == "STEERING_NOT_APPLIED"
-
-
-def test_a_receipt_of_another_operator_is_no_proof(fake, make, generate):
-    fake.response = make.response(operators=("baseball",))
-    with pytest.raises(SteeringNotAppliedError, match="receipts are for baseball"):
-        generate(fake.target, operators=[OperatorUse("golden-gate")])
-
-
-def test_a_plain_text_that_comes_back_steered_is_refused(fake, make, generate):
-    fake.response = make.response(operators=("golden-gate",))
-    with pytest.raises(SteeringNotAppliedError, match="asked for no operator"):
-        generate(fake.target)
-
-
-@pytest.mark.parametrize("strength", [0.4, -0.4, None])
-def test_a_receipt_without_a_steered_token_is_no_proof(fake, make, generate, strength):
-    idle = make.receipt(prompt_tokens_steered=0, generated_tokens_steered=0)
-    fake.response = make.response(receipts=[idle])
-    with pytest.raises(SteeringNotAppliedError, match="steered none of the tokens"):
-        generate(fake.target, operators=[OperatorUse("golden-gate", strength=strength)])
-
-
-def test_an_operator_of_strength_zero_steers_nothing_and_that_is_right(fake, make, generate):
-    idle = make.receipt(strength=0, prompt_tokens_steered=0, generated_tokens_steered=0)
-    fake.response = make.response(receipts=[idle])
-    result = generate(fake.target, operators=[OperatorUse("golden-gate", strength=0)])
-    assert result.receipts[0].generated_tokens_steered == 0
-
-
-def test_a_text_without_tokens_needs_no_steered_token(fake, make, generate):
-    idle = make.receipt(prompt_tokens_steered=0, generated_tokens_steered=0)
-    fake.response = make.response("", receipts=[idle], token_ids=[], usage={"prompt_tokens": 6, "completion_tokens": 0})
-    assert generate(fake.target, operators=[OperatorUse("golden-gate")]).text == ""
-
-
-def test_every_arm_of_a_comparison_owes_its_receipts(fake, make, compare):
-    fake.events = make.comparison(make.response(), {"steered": make.response("one more")})
-    with pytest.raises(SteeringNotAppliedError):
-        compare(fake.target, operators=[OperatorUse("golden-gate")])

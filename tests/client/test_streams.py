@@ -294,8 +294,8 @@ def started() -> pb.GenerateEvent:
     return pb.GenerateEvent(started=pb.Started(prompt_token_ids=[1]))
 
 
-def delta(text: str = "one two") -> pb.GenerateEvent:
-    return pb.GenerateEvent(delta=pb.Delta(text=text))
+def delta(text: str = "one two", token_ids: tuple[int, ...] = (11, 12, 13)) -> pb.GenerateEvent:
+    return pb.GenerateEvent(delta=pb.Delta(text=text, token_ids=token_ids))
 
 
 BROKEN = {
@@ -306,6 +306,10 @@ BROKEN = {
     "more after finished": (lambda end: [started(), delta(), end, delta()], "out of order at `delta`"),
     "an unknown event": (lambda end: [started(), pb.GenerateEvent()], "update the client"),
     "another text": (lambda end: [started(), delta("else"), end], "differs from the text"),
+    "another token": (lambda end: [started(), delta(token_ids=(11, 12, 14)), end], "token ids .* differ from those"),
+    "a token withheld": (lambda end: [started(), delta(token_ids=(11, 12)), end], r"\(3\) differ .* \(2\)"),
+    "a token too many": (lambda end: [started(), delta(), delta("", (14,)), end], r"\(3\) differ .* \(4\)"),
+    "tokens out of order": (lambda end: [started(), delta("one two", (12, 13)), delta("", (11,)), end], "token ids"),
 }
 
 
@@ -326,10 +330,20 @@ def test_a_broken_stream_is_cancelled_on_the_server(client, fake):
     assert fake.left.wait(5)
 
 
+def changed_token(event: pb.CompareEvent) -> pb.CompareEvent:
+    if event.arm == "steered" and list(event.delta.token_ids) == [11]:
+        event.delta.token_ids[0] = 14
+    return event
+
+
 BROKEN_COMPARISONS = {
     "no compared": (lambda events: events[:-1], "ended without `compared`"),
     "an arm unfinished": (lambda events: [*events[:-2], events[-1]], "'steered' ended without `finished`"),
     "more after compared": (lambda events: [*events, events[-1]], "after `compared`"),
+    "another token of one arm": (
+        lambda events: [changed_token(event) for event in events],
+        "token ids of arm 'steered' .* differ",
+    ),
     "an unknown arm": (lambda events: [pb.CompareEvent(arm="other"), *events], "'other', which was not"),
     "no comparison": (
         lambda events: [*events[:-1], pb.CompareEvent(compared=pb.CompareFinished())],

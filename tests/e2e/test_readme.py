@@ -51,6 +51,10 @@ def run(command, environment, **options):
     return done.stdout
 
 
+def test_no_placeholder_was_left():
+    assert re.findall(r"@[A-Z0-9]+@|TODO|TBD", README) == []
+
+
 def test_the_commands_run_and_the_steered_ones_print_text(environment, target):
     _, online = blocks("console")
     for command in commands(online):
@@ -104,4 +108,4 @@ def first_panels(printed):
 
 def constant(line):
     """The columns that follow from the operator and the prompt: layer, λ, β, tokens steered, dose."""
-    return re.search(r"[0-9a-f]{12}\s+(\S+)\s+(\S+)\s+(\S+)\s+(.*?)\s{2,}(\S+)", line).groups()
+    return re.search(r"✓ [0-9a-f]{8}\s+(\S+)\s+(\S+)\s+(\S+)\s+(.*?)\s{2,}(\S+)", line).groups()

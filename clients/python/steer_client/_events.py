@@ -40,11 +40,15 @@ class GenerationReducer:
         self._uses = uses
         self._of = f" of arm {arm!r}" if arm else ""
         self._text: list[str] = []
+        self._token_ids: list[int] = []
         self._result: Generation | None = None
         self.prompt_token_ids: tuple[int, ...] | None = None
 
     def feed(self, event: pb.GenerateEvent | pb.CompareEvent) -> TextDelta | None:
-        """Raises ProtocolError for an event out of order, SteeringNotAppliedError for missing proof."""
+        """Raises ProtocolError for an event out of order, or a result other than what was streamed.
+
+        Raises SteeringNotAppliedError for missing proof.
+        """
         kind = event.WhichOneof("event")
         if kind is None:
             raise ProtocolError("the server sent an event that this client does not know: update the client")
@@ -55,10 +59,16 @@ class GenerationReducer:
             return None
         if kind == "delta":
             self._text.append(event.delta.text)
+            self._token_ids.extend(event.delta.token_ids)
             return decode.delta(event.delta)
         result = decode.generation(event.finished)
         if result.text != "".join(self._text):
             raise ProtocolError(f"the server's final text{self._of} differs from the text that it streamed")
+        if result.token_ids != tuple(self._token_ids):
+            raise ProtocolError(
+                f"the server's final token ids{self._of} ({len(result.token_ids)}) differ from those that it streamed "
+                f"({len(self._token_ids)})"
+            )
         self._result = check_receipts(self._uses, result)
         return None
 

@@ -2,34 +2,87 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Final
 
 from steer_client._errors import SteeringNotAppliedError
 from steer_client._requests import OperatorUse
-from steer_client._results import Generation
+from steer_client._results import Generation, Receipt, Usage
+
+_SETTINGS: Final = ("strength", "rule", "blend")
 
 
 def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Generation:
     """Gives `generation` back when its receipts answer for `uses`, one for one and in order.
 
-    Raises SteeringNotAppliedError when a receipt is missing or unasked for, or when an operator of non-zero
-    strength changed no position of a text that has tokens.
+    Raises SteeringNotAppliedError, naming the operator, for a receipt
+
+    - that is missing or was not asked for,
+    - whose strength, rule or blend is not the request's, or whose `defaulted` is not what the request left unset,
+    - of a strength other than 0 that leaves out a position fed to the model, or whose doses are not positive,
+      finite and in order (0 < mean <= max),
+    - of strength 0 that reports a change.
+
+    A text without any token (its time ran out first) owes no measurement: only the first two are asked of it.
     """
     asked = [use.name for use in uses]
     proven = [receipt.operator for receipt in generation.receipts]
     if asked != proven:
         raise _error(f"asked for {_names(asked)}, but the server's receipts are for {_names(proven)}", generation)
-    if generation.usage.completion_tokens == 0:
-        return generation
     for use, receipt in zip(uses, generation.receipts, strict=True):
-        strength = receipt.strength if use.strength is None else use.strength
-        if strength != 0 and receipt.prompt_tokens_steered + receipt.generated_tokens_steered == 0:
-            raise _error(f"{use.name} (λ {strength:g}) steered none of the tokens", generation)
+        problem = _setting_problem(use, receipt)
+        if problem is None and _has_tokens(generation):
+            problem = _count_problem(receipt, generation.usage) or _dose_problem(receipt)
+        if problem is not None:
+            raise _error(f"{use.name}: {problem}", generation)
     return generation
 
 
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "no operator"
+def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
+    for name in _SETTINGS:
+        asked, applied = getattr(use, name), getattr(receipt, name)
+        # A number crosses the wire as a double, unchanged, whatever type the caller gave it.
+        if asked is not None and applied != (asked if name == "rule" else float(asked)):
+            return f"the receipt says {name} {applied}, asked for was {asked}"
+    unset = [name for name in _SETTINGS if getattr(use, name) is None]
+    if sorted(receipt.defaulted) != sorted(unset):
+        given = _names(receipt.defaulted, none="nothing")
+        return f"the receipt says that {given} took a recommended value, left unset was {_names(unset, none='nothing')}"
+    return None
+
+
+def _has_tokens(generation: Generation) -> bool:
+    # Not by the usage alone: a count of 0 beside a text would excuse it from every measurement.
+    return bool(generation.usage.completion_tokens or generation.token_ids or generation.text)
+
+
+def _count_problem(receipt: Receipt, usage: Usage) -> str | None:
+    # The last generated token is never fed back to the model.
+    prompt, generated = (usage.prompt_tokens, usage.completion_tokens - 1) if receipt.strength != 0 else (0, 0)
+    if (receipt.prompt_tokens_steered, receipt.generated_tokens_steered) == (prompt, generated):
+        return None
+    return (
+        f"the receipt says {receipt.prompt_tokens_steered} prompt + {receipt.generated_tokens_steered} generated tokens "
+        f"steered at strength {receipt.strength}, expected were {prompt} + {generated}"
+    )
+
+
+def _dose_problem(receipt: Receipt) -> str | None:
+    if receipt.strength != 0:
+        proven, expected = 0 < receipt.mean_dose <= receipt.max_dose < math.inf, "0 < mean <= max < inf"
+    else:
+        proven, expected = receipt.mean_dose == receipt.max_dose == 0, "0"
+    if proven:
+        return None
+    return (
+        f"the receipt says dose mean {receipt.mean_dose}, max {receipt.max_dose} at strength {receipt.strength}, "
+        f"expected was {expected}"
+    )
+
+
+def _names(names: Sequence[str], none: str = "no operator") -> str:
+    return ", ".join(names) if names else none
 
 
 def _error(what: str, generation: Generation) -> SteeringNotAppliedError:

@@ -13,6 +13,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   FAILED_PRECONDITION  OPERATOR_UNUSABLE     ResourceInfo names the operator
   RESOURCE_EXHAUSTED   QUEUE_FULL            RetryInfo says when to try again
   INTERNAL             STEERING_NOT_APPLIED  a plan was not applied at every position, so there is no result
+  FAILED_PRECONDITION  STORE_UNREADABLE      the operators of the last reading stay
   INTERNAL             ENGINE_FAILED
   UNAVAILABLE          SHUTTING_DOWN
 """
@@ -122,7 +123,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """"system", "user" or "assistant"."""
+    """As the model's template knows it: "system", "user", "assistant", ..."""
     content: _builtins.str
     def __init__(
         self,
@@ -427,7 +428,7 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 @_typing.final
 class Receipt(_message.Message):
     """Proof that an operator was applied. Counts and doses are measured on the hidden states. With a strength other than 0,
-    every position fed to the model was changed; a push that is lost in rounding fails the call. Both counts are 0 where
+    every position fed to the model was changed; a strength below the resolution of the model's dtype fails the call. Both counts are 0 where
     the time limit ran out before the first token.
     """
 

@@ -13,6 +13,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   FAILED_PRECONDITION  OPERATOR_UNUSABLE     ResourceInfo names the operator
   RESOURCE_EXHAUSTED   QUEUE_FULL            RetryInfo says when to try again
   INTERNAL             STEERING_NOT_APPLIED  a plan was not applied at every position, so there is no result
+  FAILED_PRECONDITION  STORE_UNREADABLE      the operators of the last reading stay
   INTERNAL             ENGINE_FAILED
   UNAVAILABLE          SHUTTING_DOWN
 """

@@ -1,0 +1,163 @@
+from decimal import Decimal
+from fractions import Fraction
+from math import inf, nan, nextafter
+
+import pytest
+from steer_client import OperatorUse, SteeringNotAppliedError
+from steer_client import _encode as encode
+from steering.v1 import generation_pb2 as pb
+
+# Every choice made, every choice left open, and a plan that is to change nothing.
+SET = OperatorUse("golden-gate", 0.4, "substitute", 0.5)
+OPEN = OperatorUse("golden-gate")
+ZERO = OperatorUse("golden-gate", 0.0)
+
+IDLE = {"prompt_tokens_steered": 0, "generated_tokens_steered": 0, "mean_dose": 0, "max_dose": 0}
+
+FORGED = {
+    "another strength": (SET, {"strength": 0.3}, "says strength 0.3, asked for was 0.4"),
+    "the next double": (SET, {"strength": nextafter(0.4, 1)}, "says strength 0.4000000000000000.*was 0.4"),
+    "the other sign": (SET, {"strength": -0.4}, "says strength -0.4, asked for was 0.4"),
+    "strength nan": (SET, {"strength": nan}, "says strength nan, asked for was 0.4"),
+    "strength 0 instead": (SET, {"strength": 0} | IDLE, "says strength 0.0, asked for was 0.4"),
+    "a strength instead of 0": (ZERO, {"strength": 0.55}, "says strength 0.55, asked for was 0.0"),
+    "another rule": (SET, {"rule": pb.RULE_CUMULATIVE}, "says rule cumulative, asked for was substitute"),
+    "another blend": (SET, {"blend": 0}, "says blend 0.0, asked for was 0.5"),
+    "blend recommended, but set": (SET, {"defaulted": ["blend"]}, "that blend took .* unset was nothing"),
+    "rule set, but left open": (OPEN, {"defaulted": ["strength", "blend"]}, "unset was strength, rule, blend"),
+    "nothing recommended": (OPEN, {"defaulted": []}, "that nothing took a recommended value"),
+    "recommended twice": (OPEN, {"defaulted": ["strength", "rule", "blend", "blend"]}, "blend, blend took"),
+    "something else recommended": (OPEN, {"defaulted": ["strength", "rule", "blend", "layer"]}, "layer took"),
+    "one prompt token less": (SET, {"prompt_tokens_steered": 5}, r"says 5 prompt \+ 2 .* were 6 \+ 2"),
+    "one prompt token more": (OPEN, {"prompt_tokens_steered": 7}, r"says 7 prompt \+ 2 .* were 6 \+ 2"),
+    "one generated token less": (SET, {"generated_tokens_steered": 1}, r"says 6 prompt \+ 1 .* were 6 \+ 2"),
+    "the last token too": (OPEN, {"generated_tokens_steered": 3}, r"says 6 prompt \+ 3 .* were 6 \+ 2"),
+    "no token of the prompt": (SET, {"prompt_tokens_steered": 0}, r"says 0 prompt \+ 2 .* were 6 \+ 2"),
+    "nothing at all": (OPEN, IDLE, r"says 0 prompt \+ 0 generated tokens steered at strength 0.55, .* were 6 \+ 2"),
+    "dose zero": (SET, {"mean_dose": 0, "max_dose": 0}, "says dose mean 0.0, max 0.0 at strength 0.4, expected"),
+    "mean dose zero": (SET, {"mean_dose": 0}, "says dose mean 0.0, max 0.275"),
+    "a negative dose": (SET, {"mean_dose": -0.27}, "says dose mean -0.27, max 0.275"),
+    "mean dose nan": (SET, {"mean_dose": nan}, "says dose mean nan, max 0.275"),
+    "max dose nan": (OPEN, {"max_dose": nan}, "says dose mean 0.27, max nan"),
+    "max dose inf": (SET, {"max_dose": inf}, "says dose mean 0.27, max inf"),
+    "both doses inf": (SET, {"mean_dose": inf, "max_dose": inf}, "says dose mean inf, max inf"),
+    "mean above max": (SET, {"mean_dose": 0.28}, "says dose mean 0.28, max 0.275"),
+    "a prompt steered at 0": (ZERO, {"prompt_tokens_steered": 6}, r"says 6 prompt \+ 0 .* 0.0, expected were 0 \+ 0"),
+    "a token steered at 0": (ZERO, {"generated_tokens_steered": 1}, r"says 0 prompt \+ 1 .* expected were 0 \+ 0"),
+    "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says dose mean 0.1, max 0.0 at strength 0.0, expected was 0"),
+    "a max dose at 0": (ZERO, {"max_dose": nan}, "says dose mean 0.0, max nan at strength 0.0, expected was 0"),
+}
+
+TRUE = {
+    "all set": (SET, {}),
+    "all left open": (OPEN, {}),
+    "a strength below 0": (OperatorUse("golden-gate", -0.4), {}),
+    "strength 0": (ZERO, {}),
+    "strength -0": (OperatorUse("golden-gate", -0.0), {}),
+    "recommended strength 0": (OPEN, {"strength": 0} | IDLE),
+    "a strength of whole numbers": (OperatorUse("golden-gate", 1, blend=0), {}),
+    "decimals and fractions": (OperatorUse("golden-gate", Decimal("0.1"), blend=Fraction(1, 3)), {}),
+    "defaulted in another order": (OPEN, {"defaulted": ["rule", "blend", "strength"]}),
+    "the same dose everywhere": (SET, {"mean_dose": 0.275}),
+}
+
+NO_TOKEN = {"text": "", "token_ids": [], "usage": pb.Usage(prompt_tokens=6, completion_tokens=0)}
+
+
+@pytest.fixture
+def answer(fake, make):
+    """Has the server answer a request for `use` with one receipt, true but for `changes`."""
+
+    def script(use, changes, **response):
+        receipt = make.receipt(encode.operator_use(use, "operators[0]"), **changes)
+        fake.steered = make.response(receipts=[receipt], **response)
+        return fake.target
+
+    return script
+
+
+def text_of(result):
+    """The steered text, be it a Generation or an arm of an ABResult."""
+    return result.steered["steered"].generation if hasattr(result, "steered") else result
+
+
+@pytest.mark.parametrize("forged", FORGED)
+def test_a_forged_receipt_is_refused_by_every_call(answer, any_call, forged):
+    use, changes, says = FORGED[forged]
+    with pytest.raises(SteeringNotAppliedError, match=f"golden-gate: the receipt {says}") as caught:
+        any_call(answer(use, changes), operators=[use])
+    assert caught.value.metadata == {"request_id": "r1"}
+    assert caught.value.reason == "STEERING_NOT_APPLIED"
+
+
+@pytest.mark.parametrize("true", TRUE)
+def test_a_true_receipt_is_taken_by_every_call(answer, any_call, true):
+    use, changes = TRUE[true]
+    result = any_call(answer(use, changes), operators=[use])
+    assert [receipt.operator for receipt in text_of(result).receipts] == ["golden-gate"]
+
+
+def test_a_text_of_one_token_has_only_its_prompt_steered(answer, any_call):
+    one = {"token_ids": [11], "usage": pb.Usage(prompt_tokens=6, completion_tokens=1)}
+    result = any_call(answer(SET, {"generated_tokens_steered": 0}, **one), operators=[SET])
+    assert text_of(result).receipts[0].prompt_tokens_steered == 6
+
+
+def test_a_text_without_tokens_owes_no_measurement(answer, any_call):
+    assert text_of(any_call(answer(SET, IDLE, **NO_TOKEN), operators=[SET])).text == ""
+
+
+@pytest.mark.parametrize(
+    "forged", [name for name in FORGED if "asked for" in FORGED[name][2] or "took" in FORGED[name][2]]
+)
+def test_a_text_without_tokens_owes_its_settings(answer, generate, forged):
+    use, changes, says = FORGED[forged]
+    with pytest.raises(SteeringNotAppliedError, match=says):
+        generate(answer(use, IDLE | changes, **NO_TOKEN), operators=[use])
+
+
+@pytest.mark.parametrize("left", [{"token_ids": [11]}, {"text": "one two"}], ids=["token ids", "text"])
+def test_a_text_counted_as_no_token_owes_its_measurement(answer, any_call, left):
+    with pytest.raises(SteeringNotAppliedError, match=r"golden-gate: the receipt says 0 prompt \+ 0"):
+        any_call(answer(SET, IDLE, **(NO_TOKEN | left)), operators=[SET])
+
+
+def test_the_operator_whose_receipt_is_forged_is_named(fake, make, any_call):
+    uses = [OperatorUse("golden-gate"), OperatorUse("baseball", 0.2)]
+    fake.steered = make.response(operators=["golden-gate", pb.OperatorUse(name="baseball", strength=0.3)])
+    with pytest.raises(SteeringNotAppliedError, match=r"asked: baseball: the receipt says strength 0\.3"):
+        any_call(fake.target, operators=uses)
+
+
+def test_a_missing_receipt_is_never_overlooked(fake, make, any_call):
+    fake.steered = make.response(operators=["golden-gate"])
+    uses = [OperatorUse("golden-gate"), OperatorUse("baseball")]
+    with pytest.raises(SteeringNotAppliedError, match="golden-gate, baseball") as caught:
+        any_call(fake.target, operators=uses)
+    assert caught.value.metadata == {"request_id": "r1"}
+
+
+def test_receipts_in_another_order_are_no_proof(fake, make, any_call):
+    fake.steered = make.response(operators=["baseball", "golden-gate"])
+    with pytest.raises(SteeringNotAppliedError, match="receipts are for baseball, golden-gate"):
+        any_call(fake.target, operators=[OperatorUse("golden-gate"), OperatorUse("baseball")])
+
+
+def test_a_receipt_of_another_operator_is_no_proof(fake, make, any_call):
+    fake.steered = make.response(operators=["baseball"])
+    with pytest.raises(SteeringNotAppliedError, match="receipts are for baseball"):
+        any_call(fake.target, operators=[OperatorUse("golden-gate")])
+
+
+def test_a_plain_text_that_comes_back_steered_is_refused(fake, make, any_call):
+    fake.response = make.response(operators=["golden-gate"])
+    with pytest.raises(SteeringNotAppliedError, match="asked for no operator"):
+        any_call(fake.target)
+
+
+def test_every_arm_of_a_comparison_owes_its_receipts(fake, make, compare):
+    arms = {"weak": [OperatorUse("golden-gate", 0.1)], "strong": [OperatorUse("golden-gate", 0.9)]}
+    weak = make.response("one more", operators=[pb.OperatorUse(name="golden-gate", strength=0.1)])
+    fake.events = make.comparison(make.response(), {"weak": weak, "strong": weak})
+    with pytest.raises(SteeringNotAppliedError, match=r"says strength 0\.1, asked for was 0\.9"):
+        compare(fake.target, arms=arms)
