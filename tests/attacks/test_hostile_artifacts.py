@@ -216,10 +216,29 @@ ATTACKS = {
     "header field of another type": (lambda data: _signed(data, model=["a"]), HEADER + "'model'"),
     "unknown profile": (lambda data: _signed(data, profile="silver"), HEADER + "'profile'"),
     "unknown dtype": (lambda data: _signed(data, dtype="int8"), HEADER + "'dtype'"),
-    "huge width": (
-        lambda data: _signed(data, hidden_size=10**30),
-        f"the header asks for (3, {10**30}, {10**30})",
+    "huge width": (lambda data: _signed(data, hidden_size=10**30), HEADER + "'hidden_size'"),
+    "width of a larger file": (
+        lambda data: _signed(data, hidden_size=(1 << 31) - 1),
+        f"the header asks for (3, {(1 << 31) - 1}, {(1 << 31) - 1})",
     ),
+    "token past 31 bits": (lambda data: _signed(data, concept_ids=[0, 1, 1 << 31]), HEADER + "'concept_ids.2'"),
+    "more tokens than are read": (
+        lambda data: _signed(data, concept_ids=[0] * ((1 << 16) + 1)),
+        HEADER + "'concept_ids'",
+    ),
+    "layer past 31 bits": (
+        lambda data: _signed(data, layer=1 << 31, injection_layer=1 << 31, num_layers=1 << 32),
+        HEADER + "'layer'",
+    ),
+    "depth past 31 bits": (lambda data: _signed(data, num_layers=1 << 31), HEADER + "'num_layers'"),
+    "long concept": (lambda data: _signed(data, concept="x" * ((1 << 16) + 1)), HEADER + "'concept'"),
+    "long model": (lambda data: _signed(data, model="x" * 1025), HEADER + "'model'"),
+    "long architecture": (lambda data: _signed(data, architecture="x" * 1025), HEADER + "'architecture'"),
+    "long rule set": (lambda data: _signed(data, rule_set="x" * 1025), HEADER + "'rule_set'"),
+    "long builder version": (lambda data: _signed(data, builder_version="x" * 1025), HEADER + "'builder_version'"),
+    "year 1": (lambda data: _signed(data, created="0001-01-01T00:00:00+14:00"), HEADER + "'created'"),
+    "year 1969": (lambda data: _signed(data, created="1969-12-31T23:59:59Z"), HEADER + "'created'"),
+    "year 9999": (lambda data: _signed(data, created="9999-12-31T23:59:59-12:00"), HEADER + "'created'"),
     "blend past 1": (
         lambda data: _signed(data, recommended={"strength": 1.0, "rule": "cumulative", "blend": 2.0}),
         HEADER + "'recommended.blend'",
@@ -247,6 +266,15 @@ def test_the_tools_of_these_attacks_leave_a_valid_file_valid(data):
     assert from_bytes(_tensors(data, lambda tensors: None), source="x")
     assert from_bytes(_signed(data), source="x")
     assert from_bytes(_signed(data, concept="another"), source="x").header.concept == "another"
+
+
+def test_the_largest_header_that_is_accepted_is_read(data):
+    concept = "東" * (1 << 16)
+    made = from_bytes(_signed(data, concept=concept, model="x" * 1024, concept_ids=[0, 1, (1 << 31) - 1]), source="x")
+    assert made.header.concept == concept
+    assert made.header.concept_ids[-1] == (1 << 31) - 1
+    for year in (1971, 9998):
+        assert from_bytes(_signed(data, created=f"{year}-01-01T00:00:00Z"), source="x").header.created.year == year
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

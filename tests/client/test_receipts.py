@@ -16,18 +16,26 @@ IDLE = {"prompt_tokens_steered": 0, "generated_tokens_steered": 0, "mean_dose": 
 
 FORGED = {
     "another strength": (SET, {"strength": 0.3}, "says strength 0.3, asked for was 0.4"),
-    "the next double": (SET, {"strength": nextafter(0.4, 1)}, "says strength 0.4000000000000000.*was 0.4"),
+    "the next double": (SET, {"strength": nextafter(0.4, 1)}, r"says strength 0\.40{10,}\d+, asked for was 0\.4$"),
     "the other sign": (SET, {"strength": -0.4}, "says strength -0.4, asked for was 0.4"),
     "strength nan": (SET, {"strength": nan}, "says strength nan, asked for was 0.4"),
     "strength 0 instead": (SET, {"strength": 0} | IDLE, "says strength 0.0, asked for was 0.4"),
     "a strength instead of 0": (ZERO, {"strength": 0.55}, "says strength 0.55, asked for was 0.0"),
     "another rule": (SET, {"rule": pb.RULE_CUMULATIVE}, "says rule cumulative, asked for was substitute"),
     "another blend": (SET, {"blend": 0}, "says blend 0.0, asked for was 0.5"),
-    "blend recommended, but set": (SET, {"defaulted": ["blend"]}, "that blend took .* unset was nothing"),
-    "rule set, but left open": (OPEN, {"defaulted": ["strength", "blend"]}, "unset was strength, rule, blend"),
-    "nothing recommended": (OPEN, {"defaulted": []}, "that nothing took a recommended value"),
-    "recommended twice": (OPEN, {"defaulted": ["strength", "rule", "blend", "blend"]}, "blend, blend took"),
-    "something else recommended": (OPEN, {"defaulted": ["strength", "rule", "blend", "layer"]}, "layer took"),
+    "blend recommended, but set": (SET, {"defaulted": ["blend"]}, "says that blend took .* unset was nothing"),
+    "rule set, but left open": (
+        OPEN,
+        {"defaulted": ["strength", "blend"]},
+        "says that strength, blend took .* unset was strength, rule, blend",
+    ),
+    "nothing recommended": (OPEN, {"defaulted": []}, "says that nothing took a recommended value"),
+    "recommended twice": (OPEN, {"defaulted": ["strength", "rule", "blend", "blend"]}, "says that .*blend, blend took"),
+    "something else recommended": (
+        OPEN,
+        {"defaulted": ["strength", "rule", "blend", "layer"]},
+        "says that .*layer took",
+    ),
     "one prompt token less": (SET, {"prompt_tokens_steered": 5}, r"says 5 prompt \+ 2 .* were 6 \+ 2"),
     "one prompt token more": (OPEN, {"prompt_tokens_steered": 7}, r"says 7 prompt \+ 2 .* were 6 \+ 2"),
     "one generated token less": (SET, {"generated_tokens_steered": 1}, r"says 6 prompt \+ 1 .* were 6 \+ 2"),
@@ -47,6 +55,8 @@ FORGED = {
     "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says dose mean 0.1, max 0.0 at strength 0.0, expected was 0"),
     "a max dose at 0": (ZERO, {"max_dose": nan}, "says dose mean 0.0, max nan at strength 0.0, expected was 0"),
 }
+
+SETTINGS_FORGED = [name for name, (_, _, says) in FORGED.items() if "asked for" in says or "took" in says]
 
 TRUE = {
     "all set": (SET, {}),
@@ -107,9 +117,7 @@ def test_a_text_without_tokens_owes_no_measurement(answer, any_call):
     assert text_of(any_call(answer(SET, IDLE, **NO_TOKEN), operators=[SET])).text == ""
 
 
-@pytest.mark.parametrize(
-    "forged", [name for name in FORGED if "asked for" in FORGED[name][2] or "took" in FORGED[name][2]]
-)
+@pytest.mark.parametrize("forged", SETTINGS_FORGED)
 def test_a_text_without_tokens_owes_its_settings(answer, generate, forged):
     use, changes, says = FORGED[forged]
     with pytest.raises(SteeringNotAppliedError, match=says):
@@ -118,8 +126,14 @@ def test_a_text_without_tokens_owes_its_settings(answer, generate, forged):
 
 @pytest.mark.parametrize("left", [{"token_ids": [11]}, {"text": "one two"}], ids=["token ids", "text"])
 def test_a_text_counted_as_no_token_owes_its_measurement(answer, any_call, left):
-    with pytest.raises(SteeringNotAppliedError, match=r"golden-gate: the receipt says 0 prompt \+ 0"):
+    with pytest.raises(SteeringNotAppliedError, match=r"golden-gate: the receipt says 0 prompt \+ 0 .* were 6 \+ 0"):
         any_call(answer(SET, IDLE, **(NO_TOKEN | left)), operators=[SET])
+
+
+def test_a_usage_below_the_tokens_that_came_does_not_lower_what_is_owed(answer, any_call):
+    usage = pb.Usage(prompt_tokens=6, completion_tokens=1)
+    with pytest.raises(SteeringNotAppliedError, match=r"says 6 prompt \+ 0 .* were 6 \+ 2"):
+        any_call(answer(SET, {"generated_tokens_steered": 0}, usage=usage), operators=[SET])
 
 
 def test_the_operator_whose_receipt_is_forged_is_named(fake, make, any_call):

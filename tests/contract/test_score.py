@@ -15,7 +15,7 @@ PROMPT = "Here is a painting of the"
 async def scored(engine, rows, tokens=16):
     ids, scores = [[] for _ in rows], [[] for _ in rows]
     async for event in engine.submit(
-        DecodeJob(engine.encode(Prompt(text=PROMPT)), SamplingParams(max_tokens=tokens), tuple(rows))
+        DecodeJob(await engine.encode(Prompt(text=PROMPT)), SamplingParams(max_tokens=tokens), tuple(rows))
     ):
         if not isinstance(event, Admitted | RowFinished):
             ids[event.row].append(event.token_id)
@@ -45,7 +45,7 @@ async def test_kl_is_zero_for_a_plain_arm_and_positive_for_a_steered_one(smollm,
     operator = operator_of("The Golden Gate Bridge in San", "golden", 21)
     silent, loud = steered_row(operator, 0.0), steered_row(operator, 0.55)
     _, scores = await scored(engine, [Row(score=True), Row(silent.plan, score=True), Row(loud.plan, score=True)])
-    assert max(score.kl for score in scores[0]) < 1e-6
+    assert max(score.kl for score in scores[0]) == 0.0
     assert max(score.kl for score in scores[1]) < 1e-6
     assert min(score.kl for score in scores[2]) > 1e-4
 
@@ -57,7 +57,6 @@ async def test_kl_is_that_of_the_steered_and_the_plain_distribution_at_each_posi
     row = steered_row(artifact, 0.5, blend=1.0)
     ids, scores = await scored(engine, [Row(score=True), Row(row.plan, score=True)], tokens=8)
     loaded = smollm()
-    prompt = loaded.tokenizer(PROMPT)["input_ids"]
     unit = artifact.anchor / artifact.anchor.norm()
 
     def push(_module, args):
@@ -68,6 +67,4 @@ async def test_kl_is_that_of_the_steered_and_the_plain_distribution_at_each_posi
     handle.remove()
     plain = plain_logprobs(loaded, ids[1])
     expected = (plain.exp() * (plain - steered)).sum(-1)
-    assert len(prompt) + len(ids[1]) > len(scores[1])
     torch.testing.assert_close(torch.tensor([score.kl for score in scores[1]]), expected, atol=1e-3, rtol=1e-3)
-    assert [score.kl for score in scores[1]] == pytest.approx(expected.tolist(), abs=1e-3)

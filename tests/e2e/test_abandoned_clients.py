@@ -1,4 +1,4 @@
-"""Whatever a caller sends or a store holds, the error is typed and names the thing, and the server goes on serving."""
+"""Work that nobody waits for any more is stopped, and the server goes on serving."""
 
 import signal
 import subprocess

@@ -57,12 +57,37 @@ def serves_afterwards(server):
         ({"prompt": [5] * 4096}, PromptTooLongError, "prompt", "4096 tokens"),
         ({"prompt": [3, 100_000]}, InvalidRequestError, "prompt.token_ids[1]", "100000"),
         ({"prompt": [-1]}, InvalidRequestError, "prompt.token_ids[0]", "-1"),
-        ({"operators": [OperatorUse("golden", math.nan)]}, InvalidRequestError, "operators[0].strength", "strength: is nan"),
-        ({"operators": [OperatorUse("golden", math.inf)]}, InvalidRequestError, "operators[0].strength", "strength: is inf"),
-        ({"operators": [OperatorUse("golden", -math.inf)]}, InvalidRequestError, "operators[0].strength", "strength: is -inf"),
+        (
+            {"operators": [OperatorUse("golden", math.nan)]},
+            InvalidRequestError,
+            "operators[0].strength",
+            "strength: is nan",
+        ),
+        (
+            {"operators": [OperatorUse("golden", math.inf)]},
+            InvalidRequestError,
+            "operators[0].strength",
+            "strength: is inf",
+        ),
+        (
+            {"operators": [OperatorUse("golden", -math.inf)]},
+            InvalidRequestError,
+            "operators[0].strength",
+            "strength: is -inf",
+        ),
         ({"operators": [OperatorUse("golden", blend=1.5)]}, InvalidRequestError, "operators[0].blend", "blend: is 1.5"),
-        ({"operators": [OperatorUse("golden", blend=-0.1)]}, InvalidRequestError, "operators[0].blend", "blend: is -0.1"),
-        ({"operators": [OperatorUse("golden", blend=math.nan)]}, InvalidRequestError, "operators[0].blend", "blend: is nan"),
+        (
+            {"operators": [OperatorUse("golden", blend=-0.1)]},
+            InvalidRequestError,
+            "operators[0].blend",
+            "blend: is -0.1",
+        ),
+        (
+            {"operators": [OperatorUse("golden", blend=math.nan)]},
+            InvalidRequestError,
+            "operators[0].blend",
+            "blend: is nan",
+        ),
         ({"sampling": SamplingParams(max_tokens=-5)}, InvalidRequestError, "sampling.max_tokens", "-5"),
         ({"sampling": SamplingParams(max_tokens=0)}, InvalidRequestError, "sampling.max_tokens", "0"),
         ({"sampling": SamplingParams(temperature=math.nan)}, InvalidRequestError, "sampling.temperature", "nan"),
@@ -180,24 +205,50 @@ def test_a_message_over_the_limit_is_refused_and_is_no_busy_server(client):
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_a_huge_prompt_is_refused_and_holds_up_nobody(server, client):
-    refused = []
+def test_huge_prompts_are_refused_and_hold_up_nobody(server, client):
+    huge = "the bridge over the bay " * 75_000
+    assert len(huge) == 1_800_000
+    start, served = threading.Barrier(9), threading.Event()
 
     def send():
-        with SteerClient(server.target, timeout=60) as other, pytest.raises(PromptTooLongError):
-            other.generate("the bridge over the bay " * (1 << 16))
-        refused.append(True)
+        refused = 0
+        with SteerClient(server.target, timeout=60) as other:
+            start.wait(30)
+            while not (refused and served.is_set()):
+                with pytest.raises(PromptTooLongError):
+                    other.generate(huge)
+                refused += 1
+        return refused
 
-    began = time.monotonic()
-    sender = threading.Thread(target=send)
-    sender.start()
-    waits = []
-    while sender.is_alive():
-        asked = time.monotonic()
-        assert client.health()
-        waits.append(time.monotonic() - asked)
-    assert refused
-    assert max(waits) < (time.monotonic() - began) / 2
+    with ThreadPoolExecutor(8) as pool:
+        senders = [pool.submit(send) for _ in range(8)]
+        start.wait(30)
+        waits = []
+        try:
+            for _ in range(5):
+                began = time.monotonic()
+                result = client.generate("the golden gate", operators=GOLDEN, sampling=SHORT)
+                waits.append(time.monotonic() - began)
+                assert result.usage.completion_tokens == 4
+        finally:
+            served.set()
+    assert all(sender.result() > 0 for sender in senders)
+    assert max(waits) < 5
+
+
+def test_more_than_is_accepted_is_refused_by_name(client):
+    for arguments, field in (
+        ({"operators": GOLDEN * 17}, "operators"),
+        ({"sampling": replace(SHORT, stop_strings=["x"] * 65)}, "sampling.stop_strings"),
+        ({"sampling": replace(SHORT, stop_strings=["x" * 1025])}, "sampling.stop_strings"),
+        ({"sampling": replace(SHORT, stop_token_ids=[1] * 65)}, "sampling.stop_token_ids"),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            client.generate("x", **{"sampling": SHORT} | arguments)
+        assert caught.value.field == field
+    with pytest.raises(InvalidRequestError) as caught:
+        client.compare("x", arms={"a": GOLDEN, "b": GOLDEN * 17}, sampling=SHORT)
+    assert caught.value.field == "arms[1].operators"
 
 
 def test_many_prompts_at_once_are_each_read_as_if_alone(server, loaded):

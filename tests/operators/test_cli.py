@@ -320,7 +320,9 @@ def test_the_module_is_the_command(shelf, tiny_directory):
     assert json.loads(built.stdout)["name"] == "a"
     again = _process("build", "a", "--text", TEXT, STEER_STORE=str(shelf))
     assert (again.returncode, again.stdout) == (1, "")
-    assert again.stderr == f"steer-operators: operator 'a' is already in {shelf}; delete it or ask to replace it\n"
+    assert (
+        again.stderr == f"steer-operators: operator 'a' is already in {shelf}; delete it, or replace it (--replace)\n"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")

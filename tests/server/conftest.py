@@ -1,6 +1,6 @@
 """A tiny model with an operator of its own, for tests of the server's rooms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,18 @@ from operators.artifact import OperatorArtifact, Recommended, make_artifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
 from operators.models import LoadedModel
-from steer_server.types import Application, ModelInfo, SteeringPlan
+from steer_server.engine.decode import Decoder, Interrupted
+from steer_server.engine.steering import PreparedOperators
+from steer_server.types import (
+    Application,
+    DecodeJob,
+    ModelInfo,
+    Row,
+    RowFinished,
+    SamplingParams,
+    SteeringPlan,
+    TokenEvent,
+)
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +95,55 @@ def model_info(llama: LoadedModel) -> ModelInfo:
 def with_name(model_info: ModelInfo) -> Callable[..., ModelInfo]:
     """The same model with some of its description replaced."""
     return lambda **fields: replace(model_info, **fields)
+
+
+@pytest.fixture(scope="session")
+def prompt_ids(llama: LoadedModel) -> tuple[int, ...]:
+    """The prompt of every decoder that is made here."""
+    return tuple(llama.tokenizer("the golden bridge in the bay")["input_ids"])
+
+
+@pytest.fixture(scope="session")
+def make_decoder(prompt_ids: tuple[int, ...]) -> Callable[..., Decoder]:
+    """``make_decoder(loaded, rows, max_tokens=6, interrupted=..., ids=..., **sampling)``: one job, not yet begun."""
+
+    def make(
+        loaded: LoadedModel,
+        rows: Sequence[Row],
+        *,
+        max_tokens: int = 6,
+        interrupted: Interrupted = lambda: None,
+        ids: tuple[int, ...] = prompt_ids,
+        **sampling: object,
+    ) -> Decoder:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
+        return Decoder(
+            loaded=loaded,
+            job=DecodeJob(ids, params, tuple(rows)),
+            prepared=PreparedOperators(loaded.device, budget=1 << 30),
+            interrupted=interrupted,
+            eos_ids=frozenset(),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def decode(make_decoder: Callable[..., Decoder]) -> Callable[..., tuple[list, list, list]]:
+    """``decode(loaded, *plans, **options)``: token ids and receipts of each row, and the logits of every step."""
+
+    def run(loaded: LoadedModel, *plans: SteeringPlan | None, **options: object) -> tuple[list, list, list]:
+        logits = []
+        handle = loaded.model.register_forward_hook(lambda module, args, output: logits.append(output.logits.clone()))
+        try:
+            events = list(make_decoder(loaded, [Row(plan) for plan in plans], **options).run())
+        finally:
+            handle.remove()
+        ids = [
+            [event.token_id for event in events if isinstance(event, TokenEvent) and event.row == row]
+            for row in range(len(plans))
+        ]
+        ends = {event.row: event for event in events if isinstance(event, RowFinished)}
+        return ids, [ends[row].receipts for row in range(len(plans))], logits
+
+    return run

@@ -67,6 +67,17 @@ def test_a_fair_coin_has_perplexity_two():
     assert perplexity([Score(0.0, math.log(0.5))] * 5) == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("logprob", [-1e4, -1e300, -math.inf])
+def test_a_text_that_is_impossible_to_the_model_has_an_infinite_perplexity(logprob):
+    assert perplexity([Score(0.0, logprob)] * 3) == math.inf
+    found = hold_against(_completion([1]), _completion([1], [Score(0.0, logprob)]), "loud")
+    assert found.steered_perplexity == math.inf
+
+
+def test_the_largest_perplexity_is_still_a_number():
+    assert perplexity([Score(0.0, -690.0)]) == pytest.approx(math.exp(690.0))
+
+
 def test_what_was_not_scored_has_no_perplexity():
     assert perplexity([]) is None
 

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 
 from operators import store
 from operators.artifact import Recommended, to_bytes
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, UnknownOperatorError
+from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
 from steer_server.registry import Registry
 from steer_server.types import OperatorUse
 
@@ -220,3 +222,74 @@ def test_the_field_of_a_refused_value_is_in_the_callers_words(registry):
     with pytest.raises(InvalidRequestError) as caught:
         registry().plan((OperatorUse("good", blend=2.0),), field="arms[3].operators")
     assert caught.value.field == "arms[3].operators[0].blend"
+
+
+def test_a_reload_of_an_unchanged_store_keeps_the_very_same_artifacts(registry, tmp_path, artifact, other_artifact):
+    store.save(tmp_path, "changing", artifact)
+    made = registry()
+    before = {entry.name: entry for entry in made.entries()}
+    made.reload()
+    assert all(entry.artifact is before[entry.name].artifact for entry in made.entries())
+    store.save(tmp_path, "changing", other_artifact, replace=True)
+    made.reload()
+    assert made.entry("good").artifact is before["good"].artifact
+    assert made.entry("changing").artifact.digest == other_artifact.digest
+
+
+@pytest.mark.parametrize("words", ["", "cannot allocate"])
+def test_a_file_that_memory_does_not_hold_is_listed_with_a_problem(registry, tmp_path, artifact, monkeypatch, words):
+    store.save(tmp_path, "large", artifact)
+    load = store.load
+
+    def exhausted(directory, name, **options):
+        if name == "large":
+            raise MemoryError(words)
+        return load(directory, name, **options)
+
+    monkeypatch.setattr(store, "load", exhausted)
+    made = registry()
+    assert made.entry("large").problem == (words or "MemoryError")
+    assert made.entry("good").problem == ""
+
+
+def test_a_store_that_became_a_file_is_an_error_and_the_old_operators_stay(tmp_path, artifact, model_info):
+    directory = tmp_path / "store"
+    store.save(directory, "good", artifact)
+    made = Registry(directory, model_info, max_bytes=_MAX_BYTES)
+    directory.rename(tmp_path / "elsewhere")
+    directory.write_text("no directory")
+    with pytest.raises(StoreUnreadableError, match="not a directory"):
+        made.reload()
+    assert made.plan((OperatorUse("good"),)).applications[0].artifact.digest == artifact.digest
+    with pytest.raises(StoreUnreadableError):
+        Registry(directory, model_info, max_bytes=_MAX_BYTES)
+
+
+def test_a_concept_of_tokens_that_the_model_does_not_have_is_listed_with_its_problem(
+    registry, tmp_path, artifact, remake
+):
+    size = 320
+    ids = artifact.header.concept_ids
+    store.save(tmp_path, "outside", remake(artifact, concept_ids=(*ids[:-1], size)))
+    store.save(tmp_path, "inside", remake(artifact, concept_ids=(*ids[:-1], size - 1)))
+    made = registry()
+    assert f"token {size}; the model has {size}" in made.entry("outside").problem
+    assert made.entry("inside").problem == ""
+    with pytest.raises(OperatorUnusableError):
+        made.plan((OperatorUse("outside"),))
+
+
+def test_a_problem_is_no_longer_than_a_person_reads(registry, tmp_path, artifact, remake):
+    data = save(load_tensors(to_bytes(artifact)), metadata={"format": "x" * (1 << 19)})
+    (tmp_path / "talker.safetensors").write_bytes(data)
+    problem = registry().entry("talker").problem
+    assert "metadata format is 'xxx" in problem
+    assert len(problem) < 2000
+
+
+def test_more_operators_than_are_accepted_are_refused_by_name(registry):
+    made = registry()
+    assert len(made.plan((OperatorUse("good"),) * 16).applications) == 16
+    with pytest.raises(InvalidRequestError, match="17 operators; at most 16") as caught:
+        made.plan((OperatorUse("good"),) * 17, field="arms[1].operators")
+    assert caught.value.field == "arms[1].operators"

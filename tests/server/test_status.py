@@ -28,6 +28,8 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     errors.OperatorUnusableError("broken", "it is damaged"): (steer_client.OperatorUnusableError, {"name": "broken"}),
     errors.QueueFullError(32, 2.25): (steer_client.ServerBusyError, {"retry_after": 2.25}),
     errors.SteeringNotAppliedError("layer 3 was not reached"): (steer_client.SteeringNotAppliedError, {}),
+    # Nothing is wrong with the operator that a caller named, if any.
+    errors.StoreUnreadableError("store x is not a directory"): (steer_client.ServerError, {}),
     errors.EngineFailedError("out of memory"): (steer_client.EngineFailedError, {}),
     errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
 }
@@ -50,7 +52,7 @@ class _BrokenEngine:
     waiting: int = 0
     closed: list[bool] = field(default_factory=list)
 
-    def encode(self, prompt: object) -> tuple[int, ...]:
+    async def encode(self, prompt: object) -> tuple[int, ...]:
         raise self.error
 
     async def close(self) -> None:

@@ -8,7 +8,7 @@ from operators.apply import Setting
 from operators.artifact import make_artifact
 from operators.models import decoder_layers, embed
 from steer_server.engine import decode as decode_module
-from steer_server.engine.steering import RowSteering, SteeringHooks, prepare_all
+from steer_server.engine.steering import PreparedOperators, RowSteering, SteeringHooks
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import (
     Application,
@@ -73,8 +73,8 @@ def test_a_hook_that_never_fires_is_an_error(llama, artifact, plan_of, monkeypat
         decode(llama, plan_of((artifact, 0.5)))
 
 
-def test_a_hook_that_stops_firing_half_way_is_an_error(llama, artifact, plan_of, decoder):
-    decoder = decoder(llama, [Row(plan_of((artifact, 0.5)))])
+def test_a_hook_that_stops_firing_half_way_is_an_error(llama, artifact, plan_of, make_decoder):
+    decoder = make_decoder(llama, [Row(plan_of((artifact, 0.5)))])
     events = decoder.run()
     next(events)
     decoder_layers(llama.model)[_LAYER]._forward_pre_hooks.clear()
@@ -130,13 +130,15 @@ def test_steering_changes_the_text(llama, artifact, plan_of, decode):
     assert decode(llama, None)[0] != decode(llama, plan_of((artifact, 1.5)))[0]
 
 
-def test_the_model_is_left_as_it_was_after_success_and_after_every_error(llama, artifact, plan_of, decode, decoder):
+def test_the_model_is_left_as_it_was_after_success_and_after_every_error(
+    llama, artifact, plan_of, decode, make_decoder
+):
     decode(llama, plan_of((artifact, 0.5)))
     assert _hooks_left(llama) == 0
     with pytest.raises(SteeringNotAppliedError):
         decode(llama, plan_of((artifact, 0.5), (artifact, -0.5)))
     assert _hooks_left(llama) == 0
-    events = decoder(llama, [Row(plan_of((artifact, 0.5)))]).run()
+    events = make_decoder(llama, [Row(plan_of((artifact, 0.5)))]).run()
     next(events)
     assert _hooks_left(llama) == 1
     events.close()
@@ -146,7 +148,7 @@ def test_the_model_is_left_as_it_was_after_success_and_after_every_error(llama, 
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        list(decoder(llama, [Row(plan_of((artifact, 0.5)))], interrupted=fail).run())
+        list(make_decoder(llama, [Row(plan_of((artifact, 0.5)))], interrupted=fail).run())
     assert _hooks_left(llama) == 0
 
 
@@ -224,7 +226,7 @@ def exact(tiny, artifact):
 
 @pytest.mark.parametrize("rule", ["cumulative", "substitute"])
 @pytest.mark.parametrize("prefill", [1, 3, 7])
-def test_a_cached_step_at_a_time_equals_recomputing_everything(exact, rule, prefill, decoder):
+def test_a_cached_step_at_a_time_equals_recomputing_everything(exact, rule, prefill, make_decoder):
     loaded, artifact = exact
     plan = SteeringPlan((Application("g", artifact, Setting(0.8, rule, 0.3), ()),))
     ids = torch.tensor(loaded.tokenizer(_PROMPT + " is orange and wide")["input_ids"])[None]
@@ -232,13 +234,13 @@ def test_a_cached_step_at_a_time_equals_recomputing_everything(exact, rule, pref
     assert length > 2 * artifact.positions
 
     def run(cuts, cache):
-        steering = RowSteering(plan, prepare_all([plan], loaded.device, {}))
+        steering = RowSteering(plan, PreparedOperators(loaded.device, budget=1 << 30), torch.float64)
         hidden = []
         with torch.inference_mode(), SteeringHooks(decoder_layers(loaded.model), steering.layers) as hooks:
             for start, end in cuts:
                 x = embed(loaded.model, ids[:, start:end])
-                hooks.load([(0, steering)], x)
-                output = loaded.model.getdecoder()(inputs_embeds=x, past_key_values=cache, use_cache=cache is not None)
+                hooks.load([(0, steering)], {0: x[0]})
+                output = loaded.model.get_decoder()(inputs_embeds=x, past_key_values=cache, use_cache=cache is not None)
                 hooks.collect([(0, steering)], prompt=start == 0)
                 hidden.append(output.last_hidden_state)
         return torch.cat(hidden, dim=1)

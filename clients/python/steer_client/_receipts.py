@@ -8,7 +8,7 @@ from typing import Final
 
 from steer_client._errors import SteeringNotAppliedError
 from steer_client._requests import OperatorUse
-from steer_client._results import Generation, Receipt, Usage
+from steer_client._results import Generation, Receipt
 
 _SETTINGS: Final = ("strength", "rule", "blend")
 
@@ -33,7 +33,7 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     for use, receipt in zip(uses, generation.receipts, strict=True):
         problem = _setting_problem(use, receipt)
         if problem is None and _has_tokens(generation):
-            problem = _count_problem(receipt, generation.usage) or _dose_problem(receipt)
+            problem = _count_problem(receipt, generation) or _dose_problem(receipt)
         if problem is not None:
             raise _error(f"{use.name}: {problem}", generation)
     return generation
@@ -57,14 +57,17 @@ def _has_tokens(generation: Generation) -> bool:
     return bool(generation.usage.completion_tokens or generation.token_ids or generation.text)
 
 
-def _count_problem(receipt: Receipt, usage: Usage) -> str | None:
-    # The last generated token is never fed back to the model.
-    prompt, generated = (usage.prompt_tokens, usage.completion_tokens - 1) if receipt.strength != 0 else (0, 0)
-    if (receipt.prompt_tokens_steered, receipt.generated_tokens_steered) == (prompt, generated):
+def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
+    usage = generation.usage
+    steered = receipt.prompt_tokens_steered, receipt.generated_tokens_steered
+    # The last generated token is never fed back to the model. A usage that counts less than it sends is no excuse.
+    fed = usage.prompt_tokens, max(usage.completion_tokens, len(generation.token_ids), 1) - 1
+    expected = fed if receipt.strength != 0 else (0, 0)
+    if steered == expected:
         return None
     return (
-        f"the receipt says {receipt.prompt_tokens_steered} prompt + {receipt.generated_tokens_steered} generated tokens "
-        f"steered at strength {receipt.strength}, expected were {prompt} + {generated}"
+        f"the receipt says {steered[0]} prompt + {steered[1]} generated tokens steered at strength {receipt.strength}, "
+        f"expected were {expected[0]} + {expected[1]}"
     )
 
 

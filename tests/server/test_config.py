@@ -1,0 +1,56 @@
+"""Settings and their bounds."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from steer_server.config import ServerConfig
+from steer_server.errors import InvalidRequestError
+from steer_server.types import SamplingParams
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch):
+    for name in ServerConfig.model_fields:
+        monkeypatch.delenv(f"STEER_{name.upper()}", raising=False)
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch):
+    for name in ("STORE", "LISTEN", "DTYPE", "MAX_QUEUE"):
+        monkeypatch.setenv(f"STEER_{name}", "")
+    assert ServerConfig() == ServerConfig(store=None)
+    monkeypatch.setenv("STEER_STORE", "somewhere")
+    assert ServerConfig().store == Path("somewhere")
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:50051", "[::]:50051", "[::1]:1", "0.0.0.0:65535"])
+def test_an_address_is_a_host_and_a_port(listen):
+    assert ServerConfig(listen=listen).listen == listen
+
+
+@pytest.mark.parametrize(
+    "listen", ["127.0.0.1", "127.0.0.1:", ":50051", "::1:50051", "a b:1", "host:port", "host:123456"]
+)
+def test_an_address_without_host_or_port_is_refused_by_name(listen):
+    with pytest.raises(ValidationError) as caught:
+        ServerConfig(listen=listen)
+    assert [error["loc"] for error in caught.value.errors()] == [("listen",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "more"),
+    [
+        ("stop_strings", ("x",) * 64, ("x",) * 65),
+        ("stop_strings", ("x" * 1024,), ("x" * 1025,)),
+        ("stop_strings", ("東" * 1024,), ("ok", "東" * 1025)),
+        ("stop_strings", ("x",), ("x", "")),
+        ("stop_token_ids", (1,) * 64, (1,) * 65),
+    ],
+)
+def test_more_to_stop_at_than_is_accepted_is_refused_by_name(name, most, more):
+    assert getattr(SamplingParams(**{name: most}), name) == most
+    with pytest.raises(InvalidRequestError, match="at most 64, of 1 to 1024 characters") as caught:
+        SamplingParams(**{name: more})
+    assert caught.value.field == f"sampling.{name}"
+    assert len(str(caught.value)) < 300
