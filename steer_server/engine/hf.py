@@ -49,7 +49,8 @@ class HFEngine:
         self._prepared = PreparedOperators(loaded.device, budget=_PREPARED_BYTES)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._encoding = 0
-        self._max_encoding = max_queue
+        # Reading a prompt is quick beside decoding it; the queue of jobs is to be the one that fills.
+        self._max_encoding = 4 * max_queue
         self._closed = False
         self._queue = JobQueue(max_queue)
         self._model = _describe(loaded, self._eos_ids)
