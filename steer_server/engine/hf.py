@@ -80,7 +80,7 @@ class HFEngine:
         """
         if self._closed:
             raise ShuttingDownError
-        if self._encoding > self._max_encoding:
+        if self._encoding >= self._max_encoding:
             raise QueueFullError(self._max_encoding, retry_after=1.0)
         self._encoding += 1
         try:
