@@ -76,7 +76,7 @@ class HFEngine:
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode`.
 
-        In a thread of its own, with as many prompts waiting as jobs may: a long one takes seconds, and streams go on.
+        In a thread of its own, and not without bound: a long prompt takes seconds, and streams go on.
         """
         if self._closed:
             raise ShuttingDownError

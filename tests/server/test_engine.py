@@ -98,11 +98,11 @@ async def test_a_prompt_that_is_given_up_frees_its_place(engine, slow):
     await asyncio.sleep(0.05)
     tasks[7].cancel()
     with pytest.raises(asyncio.CancelledError):
-        await tasks[2]
-    tasks[2] = asyncio.ensure_future(engine.encode(Prompt(text="x")))
+        await tasks[7]
+    tasks[7] = asyncio.ensure_future(engine.encode(Prompt(text="x")))
     await asyncio.sleep(0.05)
     gate.set()
-    assert await asyncio.gather(*tasks) == [(1,)] * 3
+    assert await asyncio.gather(*tasks) == [(1,)] * 8
 
 
 async def test_prompts_that_wait_when_the_engine_closes_are_told_so(engine, slow):
