@@ -22,8 +22,9 @@ from operators.artifact import (
 from operators.concept import Concept
 from operators.detach import RULE_SET, detached
 from operators.errors import BuildError, IncompatibleOperatorError, ReconstructionError
-from operators.linear_map import Progress, detached_jacobian, hidden_state, relative_error
-from operators.models import LoadedModel, embed
+from operators.linear_map import Progress, detached_jacobian, relative_error
+from operators.models import LoadedModel, block_input, embed
+from operators.replay import hidden_state
 
 # Bounds on |sum J x - y| / |y|: an order of magnitude above what sound builds measure, far below what a wrong
 # rule gives.
@@ -57,7 +58,7 @@ def build_operator(spec: BuildSpec, loaded: LoadedModel, *, progress: Progress |
     found = detached_jacobian(loaded.model, spec.concept.ids, layer=layer, profile=spec.profile, progress=progress)
     if not bool(torch.isfinite(found.jacobian).all()):
         raise ReconstructionError(f"the Jacobian of {spec.concept.text!r} at layer {layer} is not finite in {dtype}")
-    _check_forward(found.x, found.y, loaded, layer=layer, profile=spec.profile)
+    _check_forward(spec.concept.ids, found.y, loaded, layer=layer, profile=spec.profile)
     _check_reconstruction(found.reconstruction_error, layer, dtype)
     anchor = found.reconstruction
     header = OperatorHeader(
@@ -80,7 +81,8 @@ def build_operator(spec: BuildSpec, loaded: LoadedModel, *, progress: Progress |
         created=datetime.now(UTC).replace(microsecond=0),
     )
     base = anchor - found.jacobian[-1] @ found.x[-1]
-    return make_artifact(header, found.jacobian, anchor, base)
+    offset = found.offset if bool(found.offset.any()) else None
+    return make_artifact(header, found.jacobian, anchor, base, offset)
 
 
 def check_layer(layer: int | None, profile: Profile, loaded: LoadedModel) -> int:
@@ -106,10 +108,11 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
     """
     check_compatible(artifact.header, loaded)
     header = artifact.header
-    x = embed(loaded.model, torch.tensor(header.concept_ids, device=loaded.device))
+    embeddings = embed(loaded.model, torch.tensor(header.concept_ids, device=loaded.device))
     with detached(loaded.model), torch.no_grad():
-        y = hidden_state(loaded.model, x[None], layer=header.layer, profile=header.profile)[0]
-    _check_forward(x, y, loaded, layer=header.layer, profile=header.profile)
+        y = hidden_state(loaded.model, embeddings[None], layer=header.layer, profile=header.profile)[0]
+    _check_forward(header.concept_ids, y, loaded, layer=header.layer, profile=header.profile)
+    x = block_input(loaded.model, embeddings)
     # In float64, one block at a time: all of them at once may not fit.
     terms = torch.stack(
         [
@@ -164,9 +167,10 @@ def _check_size(concept: Concept, loaded: LoadedModel) -> None:
         )
 
 
-def _check_forward(x: torch.Tensor, y: torch.Tensor, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
+def _check_forward(ids: tuple[int, ...], y: torch.Tensor, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
+    embeddings = embed(loaded.model, torch.tensor(ids, device=loaded.device))
     with torch.no_grad():
-        plain = hidden_state(loaded.model, x[None], layer=layer, profile=profile)[0]
+        plain = hidden_state(loaded.model, embeddings[None], layer=layer, profile=profile)[0]
     moved, dtype = relative_error(y, plain), _dtype_name(loaded)
     if not moved <= _FORWARD_TOLERANCE[dtype]:
         raise ReconstructionError(

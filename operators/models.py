@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +40,7 @@ _FINGERPRINT_SAMPLES = 64
 _FORWARD_SETTINGS = (
     *("hidden_act", "hidden_activation", "activation_function", "rms_norm_eps", "layer_norm_epsilon"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("layer_norm_eps", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"),
     *("rope_parameters", "sliding_window", "layer_types", "final_logit_softcapping", "tie_word_embeddings"),
 )
 _TOKENIZER_PROBE = "The Golden Gate Bridge, 1937: café, naïve, 東京, 🌉\n\tdef f(x): return x"
@@ -133,17 +134,44 @@ def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks of a causal language model, first to last. Raises :class:`ModelError`."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ModelError(f"{type(model).__name__}: no list of decoder layers at .get_decoder().layers")
-    return layers
+    return _part(model, ("layers", "h"), nn.ModuleList)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head. Raises :class:`ModelError`."""
+    return _part(model, ("norm", "ln_f"), nn.Module)
 
 
 def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """x, shape ids.shape + (d,): the embeddings of ``ids`` as the first block receives them, in its dtype."""
+    """Token embeddings, shape ids.shape + (d,): what the model takes as ``inputs_embeds``, in its dtype."""
     with torch.no_grad():
         x: torch.Tensor = model.get_input_embeddings()(ids)
     return x
+
+
+def block_input(model: PreTrainedModel, embeddings: torch.Tensor, *, start: int = 0) -> torch.Tensor:
+    """x as the first block receives it: ``embeddings`` (..., T, d) of the tokens at positions start, start+1, ...
+
+    The embeddings themselves, plus the learned positions in models that add them (GPT-2).
+    """
+    positions = getattr(model.get_decoder(), "wpe", None)
+    if positions is None:
+        return embeddings
+    with torch.no_grad():
+        x: torch.Tensor = embeddings + positions.weight[start : start + embeddings.shape[-2]]
+    return x
+
+
+_Part = TypeVar("_Part", bound=nn.Module)
+
+
+def _part(model: PreTrainedModel, names: tuple[str, ...], kind: type[_Part]) -> _Part:
+    decoder = model.get_decoder()
+    for name in names:
+        part = getattr(decoder, name, None)
+        if isinstance(part, kind):
+            return part
+    raise ModelError(f"{type(model).__name__}: its decoder {type(decoder).__name__} has none of {', '.join(names)}")
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -15,9 +15,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MinistralConfig,
+    MinistralForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -43,8 +55,33 @@ _SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+# The head size of these is d / heads, whatever the configuration says.
+_LIKE_LLAMA = {name: value for name, value in _SIZES.items() if name != "head_dim"} | {
+    "hidden_size": 40,
+    "num_hidden_layers": 4,
+}
 _FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES, hidden_size=40, num_hidden_layers=4)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_LIKE_LLAMA)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**_LIKE_LLAMA)),
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**_LIKE_LLAMA, sliding_window=None)),
+    "mistral": lambda: MistralForCausalLM(
+        MistralConfig(**_SIZES, hidden_size=40, num_hidden_layers=4, sliding_window=8)
+    ),
+    "ministral": lambda: MinistralForCausalLM(
+        MinistralConfig(**_SIZES, hidden_size=40, num_hidden_layers=4, sliding_window=8)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=_VOCABULARY,
+            n_positions=64,
+            n_embd=40,
+            n_layer=4,
+            n_head=4,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, hidden_size=32, num_hidden_layers=3)),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
@@ -101,8 +138,9 @@ def tiny(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedModel]:
             for name, parameter in model.named_parameters():
                 # Large weights, and norms that are not all ones: gates open, attention prefers, RMS differs.
                 if parameter.ndim == 1:
-                    torch.nn.init.normal_(parameter, mean=0.0 if family == "gemma3" else 1.0, std=0.3)
-                elif "embed" in name:
+                    around_zero = family == "gemma3" or name.endswith("bias")
+                    torch.nn.init.normal_(parameter, mean=0.0 if around_zero else 1.0, std=0.3)
+                elif "embed" in name or "wte" in name or "wpe" in name:
                     torch.nn.init.normal_(parameter, std=1.0)
                 else:
                     torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)

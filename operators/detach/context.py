@@ -1,17 +1,29 @@
-"""``with detached(model):`` - the one place that changes a model to differentiate it."""
+"""The ``with`` blocks that change a model: to differentiate it, to record its frozen factors, to replay them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import MethodType
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from operators.detach.families import family_of
-from operators.detach.rules import FrozenActivation, frozen_eager, frozen_sdpa
+from operators.detach.families import Attention, Family, GatedMLP, family_of
+from operators.detach.rules import (
+    AttentionOutput,
+    FrozenGate,
+    FrozenSlope,
+    Skipped,
+    Tape,
+    frozen_eager,
+    frozen_sdpa,
+    mix,
+    weights_too,
+)
 from operators.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -22,8 +34,9 @@ RULE_SET = "up-live/1"
 
 _FROZEN_ATTENTION = {"sdpa": frozen_sdpa, "eager": frozen_eager}
 for _name, _function in _FROZEN_ATTENTION.items():
-    AttentionInterface.register(f"detached_{_name}", _function)
-    AttentionMaskInterface.register(f"detached_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    for _use, _attention in (("detached", _function), ("recorded", weights_too(_function))):
+        AttentionInterface.register(f"{_use}_{_name}", _attention)
+        AttentionMaskInterface.register(f"{_use}_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
 @contextmanager
@@ -36,24 +49,91 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
         UnsupportedModelError: a module is in no table, or the attention implementation is neither sdpa nor
             eager. The model is untouched.
     """
+    with _frozen(model, Tape("live", {}), "detached"):
+        yield
+
+
+@contextmanager
+def recording(model: PreTrainedModel) -> Iterator[Tape]:
+    """Like :func:`detached`, and the tape keeps every frozen factor of the last forward pass, for :func:`replaying`."""
+    tape = Tape("record", {})
+    with _frozen(model, tape, "recorded") as family, ExitStack() as undo:
+        for module in model.modules():
+            if type(module) in family.attentions:
+                undo.callback(module.register_forward_hook(partial(_keep_weights, tape)).remove)
+        yield tape
+
+
+@contextmanager
+def replaying(model: PreTrainedModel, tape: Tape) -> Iterator[None]:
+    """Inside the block, the model's blocks are the affine map that was recorded, on any input of that length.
+
+    Call the blocks themselves, with hidden states (l, n, d) and nothing else: what needs positions and masks is
+    frozen. Queries, keys and gates are not computed.
+    """
     family = family_of(model)
-    attention = model.config._attn_implementation
-    if attention not in _FROZEN_ATTENTION:
+    tape = tape.replayed()
+    with ExitStack() as undo:
+        _freeze_norms_and_gates(model, family, tape, undo)
+        for module in list(model.modules()):
+            kind = type(module)
+            if kind in family.attentions:
+                _swap(module, "forward", partial(_replay_attention, module, family.attentions[kind], tape), undo)
+            table = family.mlps.get(kind)
+            if isinstance(table, GatedMLP) and table.gate is not None:
+                _swap(module, table.gate, Skipped(), undo)
+        yield
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel, tape: Tape, use: str) -> Iterator[Family]:
+    family = family_of(model)
+    own = model.config._attn_implementation
+    if own not in _FROZEN_ATTENTION:
         raise UnsupportedModelError(
-            f"attention implementation {attention!r} cannot be detached; load the model with one of "
+            f"attention implementation {own!r} cannot be detached; load the model with one of "
             f"{sorted(_FROZEN_ATTENTION)}"
         )
     with ExitStack() as undo:
-        for module in list(model.modules()):
-            kind = type(module)
-            if kind in family.norms:
-                module.forward = MethodType(family.norms[kind], module)
-                undo.callback(delattr, module, "forward")
-            elif kind in family.gated_mlps:
-                attribute = family.gated_mlps[kind]
-                activation = getattr(module, attribute)
-                setattr(module, attribute, FrozenActivation(activation))
-                undo.callback(setattr, module, attribute, activation)
-        undo.callback(model.set_attn_implementation, attention)
-        model.set_attn_implementation(f"detached_{attention}")
-        yield
+        _freeze_norms_and_gates(model, family, tape, undo)
+        undo.callback(model.set_attn_implementation, own)
+        model.set_attn_implementation(f"{use}_{own}")
+        yield family
+
+
+def _freeze_norms_and_gates(model: nn.Module, family: Family, tape: Tape, undo: ExitStack) -> None:
+    for module in list(model.modules()):
+        kind = type(module)
+        if kind in family.norms:
+            _swap(module, "forward", partial(_norm, family.norms[kind], module, tape), undo)
+        elif kind in family.mlps:
+            table = family.mlps[kind]
+            frozen = FrozenGate if isinstance(table, GatedMLP) else FrozenSlope
+            _swap(module, table.activation, frozen(getattr(module, table.activation), module, tape), undo)
+
+
+def _norm(rule: Callable[..., torch.Tensor], module: nn.Module, tape: Tape, x: torch.Tensor) -> torch.Tensor:
+    return rule(module, x, tape)
+
+
+def _swap(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> None:
+    if attribute == "forward" and attribute not in module.__dict__:
+        # An instance attribute will hide the method of the class.
+        undo.callback(delattr, module, attribute)
+    else:
+        undo.callback(setattr, module, attribute, getattr(module, attribute))
+    setattr(module, attribute, value)
+
+
+def _keep_weights(tape: Tape, module: nn.Module, _args: object, output: AttentionOutput) -> None:
+    weights = output[1]
+    assert weights is not None  # noqa: S101 - for the type checker; weights_too gives them
+    tape.keep(module, weights)
+
+
+def _replay_attention(
+    module: nn.Module, table: Attention, tape: Tape, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any
+) -> AttentionOutput:
+    weights = tape.factor(module, lambda: hidden_states)
+    output: torch.Tensor = getattr(module, table.output)(mix(weights[0], table.values(module, hidden_states)))
+    return output, None

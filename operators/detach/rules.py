@@ -1,31 +1,81 @@
 """What is frozen and what stays live.
 
     RMSNorm      live x                      frozen rsqrt(mean x^2 + eps)
+    LayerNorm    live x - mean(x)            frozen 1/std; its bias is an affine term
     attention    live V, output projection   frozen softmax weights (Q and K after RoPE are detached)
     gated MLP    live up                     frozen act(gate), whole
+    plain MLP    live x                      frozen act(x)/x
 
 Each rule leaves the value as it was. Norms are computed in at least float32 and never down-cast from float64.
+Every frozen factor goes through a :class:`Tape`, so that one rule serves three uses: differentiating the model as it
+runs, recording the factors of one prompt, and replaying them on other inputs.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
-NormForward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 """The output, and the weights where they were computed."""
+
+
+class Tape:
+    """The frozen factors of one prompt, by module.
+
+    ``live`` computes and forgets them, ``record`` keeps them, ``replay`` gives them back without computing.
+    """
+
+    def __init__(self, mode: Literal["live", "record", "replay"], factors: dict[nn.Module, torch.Tensor]) -> None:
+        self._mode = mode
+        self._factors = factors
+
+    def factor(self, module: nn.Module, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The detached factor of ``module``."""
+        if self._mode == "replay":
+            return self._factors[module]
+        value = compute().detach()
+        if self._mode == "record":
+            self._factors[module] = value
+        return value
+
+    def keep(self, module: nn.Module, factor: torch.Tensor) -> None:
+        """Stores a factor that was computed elsewhere (attention weights)."""
+        self._factors[module] = factor.detach()
+
+    def replayed(self) -> Tape:
+        """The same factors, to be replayed."""
+        return Tape("replay", self._factors)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Everything that is kept."""
+        yield from self._factors.values()
+
+
+NormForward = Callable[[nn.Module, torch.Tensor, Tape], torch.Tensor]
 
 
 def rms_norm(*, eps: str) -> NormForward:
     """``weight * (x * scale)``, rounded to the model's dtype before the weight; ``eps`` names the attribute."""
 
-    def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        scale, wide = _frozen_scale(x, getattr(module, eps))
-        return _weight(module) * (wide * scale).to(x.dtype)
+    def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
+        return _weight(module) * _scaled(module, _wide(x), eps, tape).to(x.dtype)
+
+    return forward
+
+
+def late_rms_norm(*, eps: str) -> NormForward:
+    """``weight * (x * scale)``, rounded to the model's dtype after the weight (OLMo 2)."""
+
+    def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
+        return (_weight(module) * _scaled(module, _wide(x), eps, tape)).to(x.dtype)
 
     return forward
 
@@ -33,33 +83,69 @@ def rms_norm(*, eps: str) -> NormForward:
 def offset_rms_norm(*, eps: str) -> NormForward:
     """Gemma's ``(1 + weight) * (x * scale)``, rounded to the model's dtype last."""
 
-    def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        scale, wide = _frozen_scale(x, getattr(module, eps))
-        return (wide * scale * (1.0 + _weight(module).to(wide.dtype))).to(x.dtype)
+    def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
+        wide = _wide(x)
+        return (_scaled(module, wide, eps, tape) * (1.0 + _weight(module).to(wide.dtype))).to(x.dtype)
 
     return forward
 
 
-class FrozenActivation(nn.Module):
+def layer_norm(*, eps: str) -> NormForward:
+    """``weight * ((x - mean x) * scale) + bias``. Subtracting the mean is linear and stays live."""
+
+    def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
+        wide = _wide(x)
+        centred = wide - wide.mean(-1, keepdim=True)
+        normed = _scaled(module, centred, eps, tape).to(x.dtype) * _weight(module)
+        bias = module.bias
+        return normed + bias if isinstance(bias, torch.Tensor) else normed
+
+    return forward
+
+
+class FrozenGate(nn.Module):
     """``act(gate)`` with its gradient stopped: the gate multiplies the linear path and is not on it."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self, activation: nn.Module, owner: nn.Module, tape: Tape) -> None:
         super().__init__()
         self.activation = activation
+        self._key, self._tape = (owner,), tape
 
     def forward(self, gate: torch.Tensor) -> torch.Tensor:
         """The activation of ``gate``, detached."""
-        frozen: torch.Tensor = self.activation(gate).detach()
-        return frozen
+        return self._tape.factor(self._key[0], lambda: self.activation(gate))
+
+
+class FrozenSlope(nn.Module):
+    """``x * (act(x)/x)`` with the ratio frozen: for GELU, x times its gate Phi(x)."""
+
+    def __init__(self, activation: nn.Module, owner: nn.Module, tape: Tape) -> None:
+        super().__init__()
+        self.activation = activation
+        self._key, self._tape = (owner,), tape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The activation of ``x``, linear in it."""
+        return x * self._tape.factor(self._key[0], lambda: self._ratio(x))
+
+    def _ratio(self, x: torch.Tensor) -> torch.Tensor:
+        # Where x is 0 the value is 0 whatever the ratio; the limit is taken there.
+        tiny = torch.finfo(x.dtype).tiny ** 0.5
+        safe = torch.where(x.abs() < tiny, torch.full_like(x, tiny), x)
+        ratio: torch.Tensor = self.activation(safe) / safe
+        return ratio
+
+
+class Skipped(nn.Module):
+    """Stands in for a projection whose result is frozen, where computing it again would be wasted."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The input, which nobody looks at."""
+        return x
 
 
 def frozen_sdpa(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *args: object,
-    **kwargs: object,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> AttentionOutput:
     """Scaled dot product attention whose weights are constants."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -69,21 +155,51 @@ def frozen_sdpa(
 
 
 def frozen_eager(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *args: object,
-    **kwargs: object,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> AttentionOutput:
     """The model's own eager attention (soft-caps and all) whose weights are constants."""
     own: Callable[..., AttentionOutput] = sys.modules[type(module).__module__].eager_attention_forward
     return own(module, query.detach(), key.detach(), value, *args, **kwargs)
 
 
-def _frozen_scale(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps).detach(), wide
+def weights_too(attention: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
+    """The same attention, showing its weights (b, H, n, n): what it makes of the identity in the place of V.
+
+    Any implementation can be asked this way, in its own precision, with its own masks and soft-caps.
+    """
+
+    def forward(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
+    ) -> AttentionOutput:
+        n = value.shape[-2]
+        identity = torch.eye(n, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n, n)
+        output, _ = attention(module, query, key, value, *args, **kwargs)
+        weights, _ = attention(module, query, key, identity, *args, **kwargs)
+        return output, weights.transpose(1, 2)
+
+    return forward
+
+
+def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Attention with given weights (H, n, n) on values (l, n, K, e) of K heads: (l, n, H e), one GEMM per head.
+
+    Query head h reads value head h // (H/K). The l inputs stand side by side, so that the weights are read once.
+    """
+    inputs, n, heads, size = values.shape
+    group = weights.shape[0] // heads
+    stacked = values.permute(2, 1, 0, 3).reshape(heads, n, inputs * size)
+    mixed = torch.bmm(weights.reshape(heads, group * n, n), stacked)
+    return mixed.view(heads, group, n, inputs, size).permute(3, 2, 0, 1, 4).reshape(inputs, n, -1)
+
+
+def _scaled(module: nn.Module, wide: torch.Tensor, eps: str, tape: Tape) -> torch.Tensor:
+    return wide * tape.factor(
+        module, lambda: torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + float(getattr(module, eps)))
+    )
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

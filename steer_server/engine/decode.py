@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
-from operators.models import LoadedModel, decoder_layers, embed
+from operators.models import LoadedModel, block_input, decoder_layers, embed
 from steer_server.engine.sampling import Sampler
 from steer_server.engine.steering import PreparedOperators, RowSteering, SteeringHooks
 from steer_server.engine.text import Detokenizer, StopStrings
@@ -145,8 +145,9 @@ class Decoder:
     def _forward(self, slots: list[_Slot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
         """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
         steered = [(row, slot.steering) for row, slot in enumerate(slots) if slot.steering is not None]
-        self._hooks.load(steered, {row: embed(self.loaded.model, ids[row]) for row, _ in steered})
-        output = self.loaded.model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        model, start = self.loaded.model, self._cache.get_seq_length()
+        self._hooks.load(steered, {row: block_input(model, embed(model, ids[row]), start=start) for row, _ in steered})
+        output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits: torch.Tensor = output.logits[:, -1].float()
         finite = torch.isfinite(logits).all(-1).tolist()
         for slot, whole in zip(slots, finite, strict=True):

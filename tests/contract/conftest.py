@@ -12,7 +12,7 @@ from operators.apply import Setting
 from operators.artifact import OperatorArtifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
-from operators.models import LoadedModel
+from operators.models import LoadedModel, block_input, decoder_layers
 from steer_server.engine.hf import HFEngine
 from steer_server.types import (
     Admitted,
@@ -92,7 +92,7 @@ def recompute() -> Callable[..., list[int]]:
     def directions(artifact: OperatorArtifact, x: torch.Tensor, rule: str, blend: float) -> list[torch.Tensor]:
         blocks = artifact.jacobian.double()
         n, y = len(blocks), artifact.anchor.double()
-        units, total = [], torch.zeros_like(y)
+        units, total = [], torch.zeros_like(y) if artifact.offset is None else artifact.offset.double()
         for k in range(len(x)):
             total = total + blocks[k % n] @ x[k].double()
             a = total if rule == "cumulative" else artifact.substitute_base.double() + blocks[n - 1] @ x[k].double()
@@ -101,10 +101,11 @@ def recompute() -> Callable[..., list[int]]:
         return units
 
     def run(model, artifact, prompt_ids, strength, tokens, rule="cumulative", blend=0.0):  # type: ignore[no-untyped-def]
-        site = model.model.layers[artifact.header.injection_layer]
+        site = decoder_layers(model)[artifact.header.injection_layer]
         ids = list(prompt_ids)
         for _ in range(tokens):
-            units = directions(artifact, model.get_input_embeddings()(torch.tensor(ids)), rule, blend)
+            x = block_input(model, model.get_input_embeddings()(torch.tensor(ids)))
+            units = directions(artifact, x, rule, blend)
 
             def add(_module, args, units=units):  # type: ignore[no-untyped-def]
                 hidden = args[0].clone()

@@ -10,7 +10,7 @@ from operators.concept import concept_from_text
 from steer_server.engine.hf import HFEngine
 from steer_server.types import Row, SamplingParams
 
-FAMILIES = ("llama", "qwen3", "gemma3")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "ministral", "olmo2", "phi3", "gpt2")
 PROMPT = "Here is a painting of the bridge"
 SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
 STRENGTH = 0.9

@@ -12,7 +12,7 @@ from steer_client import (
     SamplingParams,
     SteerClient,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertLMHeadModel
 
 from operators import store
 
@@ -81,8 +81,16 @@ def test_an_address_without_a_port_ends_the_server_at_once():
 
 
 def test_a_model_without_decoder_layers_ends_the_server_with_one_line(tiny_tokenizer, tmp_path):
-    config = GPT2Config(vocab_size=len(tiny_tokenizer), n_embd=8, n_layer=1, n_head=2, n_positions=64)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    config = BertConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        is_decoder=True,
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     options = ("--model", tmp_path / "model", "--listen", "127.0.0.1:0", "--store", tmp_path / "store")
     done, seconds = _run("steer-server", *options)
@@ -90,7 +98,7 @@ def test_a_model_without_decoder_layers_ends_the_server_with_one_line(tiny_token
     assert seconds < 60
     line = _only_line(done, "steer-server")
     assert str(tmp_path / "model") in line
-    assert "GPT2LMHeadModel" in line
+    assert "BertLMHeadModel" in line
 
 
 def test_a_store_that_is_a_file_ends_the_server_with_one_line(tiny_model, tmp_path):

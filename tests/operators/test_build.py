@@ -113,14 +113,18 @@ def test_a_dtype_that_no_artifact_has_is_refused(tiny):
         build_operator(BuildSpec(Concept("x", (1,))), loaded)
 
 
-def test_a_rule_that_leaves_a_gate_live_fails_the_build(tiny, monkeypatch):
-    monkeypatch.setattr(context, "FrozenActivation", lambda activation: activation)
+def test_a_replay_that_is_not_the_model_fails_the_build(tiny, monkeypatch):
+    monkeypatch.setattr(context, "mix", lambda weights, values: 1.1 * rules.mix(weights, values))
     with pytest.raises(ReconstructionError, match=r"sum J x misses the hidden state by .* at most 1e-11"):
         build_operator(BuildSpec(Concept("x", (1, 2))), tiny("llama"))
 
 
+def _louder(self, gate):
+    return self._tape.factor(self._key[0], lambda: 1.1 * self.activation(gate))
+
+
 def test_a_rule_that_changes_the_values_fails_the_build(tiny, monkeypatch):
-    monkeypatch.setattr(rules.FrozenActivation, "forward", lambda self, gate: 1.1 * self.activation(gate).detach())
+    monkeypatch.setattr(rules.FrozenGate, "forward", _louder)
     with pytest.raises(ReconstructionError, match="detached forward pass differs from the plain one by"):
         build_operator(BuildSpec(Concept("x", (1, 2))), tiny("llama"))
 
@@ -134,8 +138,8 @@ def test_a_model_with_nan_fails_the_build(tiny):
 
 def test_an_architecture_without_a_table_is_refused(tiny):
     loaded = tiny("llama", fresh=True)
-    loaded.model.model.layers[0].dropout = torch.nn.Dropout()
-    with pytest.raises(UnsupportedModelError, match="class Dropout"):
+    loaded.model.model.layers[0].extra = torch.nn.Tanh()
+    with pytest.raises(UnsupportedModelError, match="class Tanh"):
         build_operator(BuildSpec(Concept("x", (1,))), loaded)
 
 

@@ -6,10 +6,13 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from operators import linear_map
 from operators.detach import detached
 from operators.errors import UnsupportedModelError
-from operators.linear_map import detached_jacobian, hidden_state, jacobian, relative_error
+from operators.linear_map import detached_jacobian, jacobian, relative_error
 from operators.models import embed
+from operators.replay import Replay, hidden_state
 
-FAMILIES = ["llama", "qwen3", "gemma3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "mistral", "ministral", "olmo2", "phi3", "gpt2"]
+# Where the embeddings are what the first block receives, so that they can be fed in again.
+WITHOUT_POSITIONS = [family for family in FAMILIES if family != "gpt2"]
 ATTENTIONS = ["sdpa", "eager"]
 PROFILES = ["golden", "residual"]
 # Longer than the sliding window of the tiny Gemma.
@@ -44,7 +47,7 @@ def _outputs(model, ids):
     return [state[0, -1] for state in output.hidden_states], output.last_hidden_state[0, -1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITHOUT_POSITIONS)
 def test_the_target_is_the_models_own_hidden_state(tiny, family):
     model = tiny(family).model
     states, final = _outputs(model, IDS)
@@ -71,7 +74,7 @@ def test_stopping_at_a_layer_or_failing_on_the_way_leaves_no_hook_behind(tiny):
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITHOUT_POSITIONS)
 def test_the_jacobian_is_what_autograd_finds_row_by_row(tiny, family, profile, attention):
     loaded = tiny(family, attention)
     found = detached_jacobian(loaded.model, IDS, layer=2, profile=profile)
@@ -144,7 +147,7 @@ def test_the_jacobian_is_that_of_a_replay_written_by_hand_with_frozen_gains(tiny
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITHOUT_POSITIONS)
 def test_forward_and_reverse_derivatives_are_adjoint(tiny, family, attention):
     loaded = tiny(family, attention)
     generator = torch.Generator().manual_seed(5)
@@ -215,3 +218,39 @@ def test_the_ordinary_jacobian_of_the_default_model_is_far_off(smollm):
     loaded = smollm("float32")
     ids = tuple(loaded.tokenizer("The bridge")["input_ids"])
     assert jacobian(loaded.model, ids, layer=8, profile="residual").reconstruction_error > 0.3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("profile", ["golden", "residual"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_replay_is_autograd_through_the_detached_model(tiny, family, profile, attention):
+    loaded = tiny(family, attention)
+    for layer in (1, loaded.num_layers - 1, loaded.num_layers):
+        with detached(loaded.model):
+            oracle = jacobian(loaded.model, IDS, layer=layer, profile=profile)
+        found = detached_jacobian(loaded.model, IDS, layer=layer, profile=profile)
+        assert relative_error(found.jacobian, oracle.jacobian) <= 1e-12
+        assert found.reconstruction_error <= 1e-12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_push_and_pull_are_adjoint_and_are_the_jacobian(tiny, family):
+    loaded = tiny(family)
+    replay = Replay(loaded.model, IDS, layer=2, profile="golden")
+    n, d = replay.shape
+    generator = torch.Generator().manual_seed(7)
+    v = torch.randn(3, n, d, dtype=torch.float64, generator=generator)
+    u = torch.randn(3, d, dtype=torch.float64, generator=generator)
+    images, pull = replay.push_and_pull(v)
+    assert relative_error((pull(u) * v).sum((1, 2)), (u * images).sum(1)) <= 1e-12
+    assert relative_error(replay.push(v), images) <= 1e-14
+    dense = detached_jacobian(loaded.model, IDS, layer=2, profile="golden").jacobian
+    assert relative_error(images, torch.einsum("nij,lnj->li", dense, v)) <= 1e-12
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_biases_make_the_map_affine_and_its_offset_is_what_it_makes_of_nothing(tiny, family):
+    found = detached_jacobian(tiny(family).model, IDS, layer=2, profile="residual")
+    linear = torch.einsum("nij,nj->i", found.jacobian, found.x)
+    assert relative_error(linear, found.y) > 0.01
+    assert relative_error(linear + found.offset, found.y) <= 1e-13

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertLMHeadModel
 
 from operators.models import recognise
 from steer_server.engine.hf import HFEngine
@@ -119,9 +119,17 @@ async def test_prompts_that_wait_when_the_engine_closes_are_told_so(engine, slow
 
 
 def test_a_model_without_decoder_layers_cannot_be_served(tiny_tokenizer):
-    config = GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=2, n_positions=16)
-    with pytest.raises(StartupError, match=r"GPT2LMHeadModel.* cannot be served: .*decoder layers"):
-        HFEngine(recognise("gpt-tiny", GPT2LMHeadModel(config), tiny_tokenizer), max_queue=1)
+    config = BertConfig(
+        vocab_size=320,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        is_decoder=True,
+    )
+    with pytest.raises(StartupError, match=r"BertLMHeadModel.* cannot be served: .*none of layers, h"):
+        HFEngine(recognise("gpt-tiny", BertLMHeadModel(config), tiny_tokenizer), max_queue=1)
 
 
 def test_a_model_whose_tokenizer_has_no_fast_form_cannot_be_served(llama):
