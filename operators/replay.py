@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from operators.artifact import Profile
-from operators.detach import Tape, recording, replaying
+from operators.detach import recording, replaying
 from operators.models import block_input, decoder_layers, embed, final_norm
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ class Replay:
     def shape(self) -> tuple[int, int]:
         """(n, d)."""
         return int(self.x.shape[0]), int(self.x.shape[1])
-
-    @property
-    def tape(self) -> Tape:
-        """The frozen factors."""
-        return self._tape
 
     def push(self, columns: torch.Tensor) -> torch.Tensor:
         """J V, shape (l, d), for V (l, n, d)."""

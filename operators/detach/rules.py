@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 """The output, and the weights where they were computed."""
@@ -53,10 +50,6 @@ class Tape:
     def replayed(self) -> Tape:
         """The same factors, to be replayed."""
         return Tape("replay", self._factors)
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything that is kept."""
-        yield from self._factors.values()
 
 
 NormForward = Callable[[nn.Module, torch.Tensor, Tape], torch.Tensor]

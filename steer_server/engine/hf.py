@@ -138,6 +138,7 @@ class HFEngine:
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:
+            # Templates are programs of their authors, and raise what they like.
             raise InvalidRequestError("prompt.chat", f"the chat template refuses it: {error}") from error
         return self._tokenise(text, special_tokens=False)
 
@@ -150,6 +151,7 @@ class HFEngine:
             except SteerServerError as error:
                 queued.post(error)
             except Exception as error:
+                # One job's failure is its own: the thread goes on to serve the others.
                 log.exception("job failed")
                 queued.post(EngineFailedError(f"{type(error).__name__}: {error}"))
             self._queue.finished_in(time.monotonic() - started)
