@@ -5,6 +5,7 @@ Names and texts that come out of files are escaped, so that an operator cannot w
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from operators.errors import OperatorError
+import typer
+
+from operators.errors import ConceptFileError, OperatorError
 
 if TYPE_CHECKING:
     from operators.artifact import OperatorArtifact
@@ -27,6 +30,17 @@ def log_to_stderr() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+@contextmanager
+def reporting(as_json: bool) -> Iterator[None]:
+    """Around a command: what a user can cause is told, and the exit status is 1."""
+    log_to_stderr()
+    try:
+        yield
+    except OperatorError as error:
+        tell_error(error, as_json=as_json)
+        raise typer.Exit(1) from error
+
+
 def tell(answer: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> None:
     """Prints the answer on stdout: one JSON document, or ``lines``."""
     if as_json:
@@ -37,11 +51,12 @@ def tell(answer: Mapping[str, Any], lines: Iterable[str], *, as_json: bool) -> N
 
 
 def tell_error(error: OperatorError, *, as_json: bool) -> None:
-    """Prints what went wrong: an object on stdout, or one line on stderr."""
+    """Prints what went wrong: an object on stdout, or a line on stderr for each problem."""
     if as_json:
         print(json.dumps({"error": problem(error)}))
     else:
-        print(f"{COMMAND}: {printable(str(error))}", file=sys.stderr)
+        for line in error.problems if isinstance(error, ConceptFileError) else (str(error),):
+            print(f"{COMMAND}: {printable(line)}", file=sys.stderr)
 
 
 def problem(error: OperatorError) -> dict[str, str]:
@@ -66,42 +81,79 @@ def described(name: str, path: Path, artifact: OperatorArtifact) -> dict[str, An
     }
 
 
-def operator_lines(operator: Mapping[str, Any], **more: object) -> list[str]:
-    """One operator for a person. ``operator`` is what :func:`described` gives; ``more`` goes last."""
+def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
+    """One operator for a person. ``operator`` is what :func:`described` gives; ``further`` goes last."""
     recommended = operator["recommended"]
     tokens = operator.get("concept_tokens", operator["concept_ids"])
+    more = [repr(text["text"]) for text in operator["more_texts"]]
     fields: dict[str, object] = {
         "name": operator["name"],
         "digest": operator["digest"],
         "concept": repr(operator["concept"]),
         "tokens": f"{len(tokens)}: " + " ".join(repr(token) for token in tokens),
-        "model": f"{operator['model']} ({operator['architecture']}, {operator['dtype']})",
+        **({"more texts": "; ".join(more)} if more else {}),
+        **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),
+        "model": f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']})",
         "profile": operator["profile"],
         "layer": f"{operator['layer']} of {operator['num_layers']}, "
         f"added to the input of block {operator['injection_layer']}",
         "reconstruction": f"{operator['reconstruction_error']:.2e} (|sum J x - y| / |y|)",
+        "rank": _rank(operator),
         "recommended": f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}",
+        **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
         "file": f"{operator['path']} ({size(operator['bytes'])})",
-        **more,
+        **further,
     }
     return columns([(f"{key}:", str(value)) for key, value in fields.items()])
 
 
+def _rank(operator: Mapping[str, Any]) -> str:
+    found, d = operator["low_rank"], operator["hidden_size"]
+    if found is None:
+        return f"full ({d})"
+    residuals = found["residuals"]
+    return f"{found['rank']} of {d}, residual {min(residuals):.2g} to {max(residuals):.2g} per position"
+
+
+def _calibration(operator: Mapping[str, Any]) -> str:
+    found = operator["calibration"]
+    words = ", ".join(map(repr, found["words"]))
+    return (
+        f"{_at_recommended(operator)}; {found['prompts']} prompts x {found['tokens']} tokens, words {words} "
+        f"({found['plain_hit_rate']:.0%} of the plain texts), budget p95 KL {found['kl_budget']:g}"
+    )
+
+
+def _at_recommended(operator: Mapping[str, Any]) -> str:
+    """What the calibration measured at the recommended setting."""
+    setting = {**operator["recommended"], "layer": operator["layer"]}
+    points, chosen = operator["calibration"]["points"], operator["calibration"]["chosen"]
+    # One setting may have been tried twice, on few prompts and on all: the chosen point is the latter.
+    for point in points if chosen is None else [points[chosen], *points]:
+        if all(point[name] == value for name, value in setting.items()):
+            return f"{point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
+    return f"the recommended setting is not among the {len(points)} measured"
+
+
+def _list_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    if "problem" in entry:
+        return (entry["name"], f"broken: {entry['problem']['message']}")
+    more = len(entry["more_texts"])
+    return (
+        entry["name"],
+        f"{entry['profile']}: layer {entry['layer']} of {entry['num_layers']}, pushes block {entry['injection_layer']}",
+        f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
+        str(entry["model"]),
+        entry["digest"].removeprefix("sha256:")[:12],
+        repr(entry["concept"])
+        + (f" and {more} more" if more else "")
+        + (f" (calibrated: {_at_recommended(entry)})" if entry["calibration"] else ""),
+    )
+
+
 def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
     """One line per operator; a broken one says what is wrong with it."""
-    rows = [
-        (entry["name"], f"broken: {entry['problem']['message']}")
-        if "problem" in entry
-        else (
-            entry["name"],
-            f"{entry['profile']} {entry['layer']}/{entry['num_layers']}",
-            str(entry["model"]),
-            entry["digest"].removeprefix("sha256:")[:12],
-            repr(entry["concept"]),
-        )
-        for entry in operators
-    ]
-    return columns(rows)
+    return columns(map(_list_row, operators))
 
 
 def columns(rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -127,19 +179,7 @@ def size(num_bytes: int) -> str:
 
 
 @contextmanager
-def jacobian_progress() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left, on stderr, where somebody watches."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    with Progress(
-        TextColumn("Jacobian rows"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+def product_progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of the columns of one build."""
+    with shown() as tell:
+        yield functools.partial(tell, "Jacobian products")

@@ -1,16 +1,16 @@
 """The steering equation, once.
 
 For a sequence with embeddings x_0, x_1, ... (as the first block receives them) and an operator with blocks
-J_0..J_{n-1}:
+J_i = U B_i, i = 0..n-1 (U = 1 for an exact one):
 
-    cumulative   a_k = c + sum_{j<=k} J_{j mod n} x_j
-    substitute   a_k = b + J_{n-1} x_k,   b = y - J_{n-1} x_{n-1} (of the concept)
+    cumulative   a_k = c + U s_k,          s_k = sum_{j<=k} B_{j mod n} x_j
+    substitute   a_k = b + U B_{n-1} x_k,  b = y - J_{n-1} x_{n-1} (of the concept)
 
     d_k = (1-beta) a_k/|a_k| + beta y/|y|
     h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|
 
 a_k depends on token ids only, so it is worked out beside the model; the only request state is one running
-sum, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
+sum s_k of r numbers, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from operators.artifact import OperatorArtifact, Rule
+from operators.artifact import OperatorArtifact
 from operators.errors import SettingError, SteeringError
+from operators.header import Rule
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,22 @@ class Setting:
 
 @dataclass(frozen=True, eq=False)
 class PreparedOperator:
-    """An artifact's tensors in float32 on the device that steers. Immutable, shared between requests."""
+    """An artifact's tensors in float32 on the device that steers. Immutable, shared between requests.
 
-    jacobian: torch.Tensor
+    ``factors`` (n, r, d), ``basis`` (d, r) or None for the identity; ``offset``, ``base`` and ``unit_anchor`` (d,).
+    """
+
+    factors: torch.Tensor
+    basis: torch.Tensor | None
     offset: torch.Tensor | None
     base: torch.Tensor
     unit_anchor: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        tensors = (self.factors, self.basis, self.offset, self.base, self.unit_anchor)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperator:
@@ -62,7 +73,8 @@ def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperato
         return tensor.to(device=device, dtype=torch.float32)
 
     return PreparedOperator(
-        jacobian=place(artifact.jacobian),
+        factors=place(artifact.factors),
+        basis=None if artifact.basis is None else place(artifact.basis),
         offset=None if artifact.offset is None else place(artifact.offset),
         base=place(artifact.substitute_base),
         unit_anchor=_unit(place(artifact.anchor)[None], first=0)[0],
@@ -79,10 +91,8 @@ class Direction:
         self._operator = operator
         self._setting = setting
         self._position = 0
-        n, d, _ = operator.jacobian.shape
-        self._n = n
-        start = operator.offset if operator.offset is not None else operator.jacobian.new_zeros(d)
-        self._sum = start.clone()
+        self._n, rank, _ = operator.factors.shape
+        self._sum = operator.factors.new_zeros(rank)
 
     def advance(self, x: torch.Tensor) -> torch.Tensor:
         """Unit directions (T, d) for the next T tokens, whose embeddings are ``x`` (T, d).
@@ -91,7 +101,7 @@ class Direction:
             SteeringError: a direction is zero or not finite at some position.
         """
         if x.shape[0] == 0:
-            return self._operator.jacobian.new_empty(0, x.shape[1])
+            return self._operator.factors.new_empty(0, x.shape[1])
         x = x.to(torch.float32)
         first, blend = self._position, self._setting.blend
         self._position += x.shape[0]
@@ -104,16 +114,22 @@ class Direction:
         return _unit((1.0 - blend) * unit + blend * anchor, first)
 
     def _raw(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        jacobian = self._operator.jacobian
+        factors = self._operator.factors
         if self._setting.rule == "substitute":
-            return self._operator.base + x @ jacobian[-1].T
-        terms = torch.empty_like(x)
+            return self._operator.base + self._expand(x @ factors[-1].T)
+        terms = x.new_empty(x.shape[0], factors.shape[1])
         for token in range(min(self._n, x.shape[0])):
-            # Tokens that meet the same block J_{j mod n} are n apart.
-            terms[token :: self._n] = x[token :: self._n] @ jacobian[(first + token) % self._n].T
-        a = self._sum + terms.cumsum(0)
-        self._sum = a[-1].clone()
-        return a
+            # Tokens that meet the same block B_{j mod n} are n apart.
+            terms[token :: self._n] = x[token :: self._n] @ factors[(first + token) % self._n].T
+        sums = self._sum + terms.cumsum(0)
+        self._sum = sums[-1].clone()
+        a = self._expand(sums)
+        return a if self._operator.offset is None else a + self._operator.offset
+
+    def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """U s, (T, d), for s (T, r)."""
+        basis = self._operator.basis
+        return coefficients if basis is None else coefficients @ basis.T
 
 
 def steer(hidden: torch.Tensor, push: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

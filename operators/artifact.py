@@ -1,9 +1,9 @@
 """The operator artifact: one safetensors file, verified in full before anything in it is used.
 
-Tensors: ``jacobian`` (n, d, d), ``anchor`` (d,), ``substitute_base`` (d,) and, for affine maps, ``offset``
-(d,). The metadata holds one JSON header (:class:`OperatorHeader`) and the digest, a sha256 over the header and
-every tensor. A single flipped bit anywhere is therefore an error, and two files with the same digest are the
-same operator.
+Tensors: ``jacobian`` (n, d, d), or ``basis`` (d, r) and ``factors`` (n, r, d) of a low-rank one; ``anchor`` (d,),
+``substitute_base`` (d,) and, for affine maps, ``offset`` (d,). The metadata holds one JSON header
+(:class:`OperatorHeader`) and the digest, a sha256 over the header and every tensor. A single flipped bit anywhere is
+therefore an error, and two files with the same digest are the same operator.
 """
 
 from __future__ import annotations
@@ -14,96 +14,38 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from operators.errors import ArtifactError
+from operators.header import DTYPES, OperatorHeader, Profile
 
 FORMAT = "steering-operator"
 FORMAT_VERSION = "1"
 MAX_BYTES = 8 << 30
-"""Largest file that is read, in bytes: an exact operator of 16 tokens at d = 8192 in float32."""
+"""Largest file that is read, in bytes: an exact operator of 32 tokens at d = 8192 in float32."""
 
 _FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of zip archives (what torch.save writes) and of pickles."""
 
-Profile = Literal["golden", "residual"]
-Rule = Literal["cumulative", "substitute"]
-DTypeName = Literal["float32", "float64", "bfloat16"]
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-}
-
-_Fingerprint = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-_Count = Annotated[int, Field(ge=1, lt=1 << 31)]
-_Word = Annotated[str, Field(max_length=1024)]
-_MAX_CONCEPT = 1 << 16
-"""Characters, and tokens: a bound for everything that a listing of operators sends over a wire."""
-
-
-class Recommended(BaseModel):
-    """Values that a request gets when it names none."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    strength: float = 0.5
-    rule: Rule = "cumulative"
-    blend: float = Field(default=0.0, ge=0.0, le=1.0)
-
-
-class OperatorHeader(BaseModel):
-    """Everything about an operator but its numbers. Filled by :mod:`operators.build`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    concept: Annotated[str, Field(max_length=_MAX_CONCEPT)]
-    concept_ids: tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...] = Field(min_length=1, max_length=_MAX_CONCEPT)
-    model: _Word
-    architecture: _Word
-    model_fingerprint: _Fingerprint
-    tokenizer_fingerprint: _Fingerprint
-    profile: Profile
-    rule_set: _Word
-    layer: _Count
-    injection_layer: Annotated[int, Field(ge=0)]
-    num_layers: _Count
-    hidden_size: _Count
-    dtype: DTypeName
-    embedding: Literal["block-input"] = "block-input"
-    """x_i is what the first block receives: after any scaling of the embedding table."""
-    recommended: Recommended
-    reconstruction_error: Annotated[float, Field(ge=0.0)]
-    builder_version: _Word
-    created: AwareDatetime
-
-    @field_validator("created")
-    @classmethod
-    def _created_is_in_range(cls, created: datetime) -> datetime:
-        if not 1970 < created.year < 9999:
-            raise ValueError(f"{created} is no time at which an operator was built")
-        return created
-
 
 @dataclass(frozen=True, eq=False)
 class OperatorArtifact:
-    """One operator, whole and verified.
+    """One operator, whole and verified: J_i = U B_i, with U = 1 for an exact one.
 
-    Shapes: ``jacobian`` (n, d, d) with ``jacobian[i] = dh/dx_i`` (output, input); ``anchor`` (d,) = y =
-    sum J_i x_i + c; ``substitute_base`` (d,) = y - J_{n-1} x_{n-1}; ``offset`` (d,) = c, or None where the model
-    has no biases.
+    Shapes: ``factors`` (n, r, d) = B_i; ``basis`` (d, r) = U, or None for the identity, and then ``factors[i]`` is
+    J_i = dh/dx_i (output, input) itself; ``anchor`` (d,) = y, for one text sum J_i x_i + c; ``substitute_base`` (d,) =
+    y - J_{n-1} x_{n-1}; ``offset`` (d,) = c, or None where the model has no biases. Of several texts, each is the mean.
     """
 
     header: OperatorHeader
-    jacobian: torch.Tensor
+    factors: torch.Tensor
+    basis: torch.Tensor | None
     anchor: torch.Tensor
     substitute_base: torch.Tensor
     offset: torch.Tensor | None
@@ -114,26 +56,42 @@ class OperatorArtifact:
     @property
     def positions(self) -> int:
         """Number of concept tokens n."""
-        return int(self.jacobian.shape[0])
+        return int(self.factors.shape[0])
+
+    def jacobian(self) -> torch.Tensor:
+        """J (n, d, d), made anew for a low-rank operator."""
+        return self.factors if self.basis is None else self.basis @ self.factors
 
 
 def make_artifact(
     header: OperatorHeader,
-    jacobian: torch.Tensor,
+    factors: torch.Tensor,
     anchor: torch.Tensor,
     substitute_base: torch.Tensor,
     offset: torch.Tensor | None = None,
+    *,
+    basis: torch.Tensor | None = None,
 ) -> OperatorArtifact:
-    """Checks the parts against each other and signs them.
+    """Checks the parts against each other and signs them; without a ``basis``, ``factors`` is J itself.
 
     Raises:
         ArtifactError: a shape, dtype or value does not fit the header.
     """
-    tensors = {"jacobian": jacobian, "anchor": anchor, "substitute_base": substitute_base}
-    if offset is not None:
-        tensors["offset"] = offset
+    tensors = _tensors(factors, basis, anchor, substitute_base, offset)
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     return _from_parts(header, header.model_dump_json(), plain)
+
+
+def with_header(artifact: OperatorArtifact, **changes: object) -> OperatorArtifact:
+    """The same numbers under a changed header, signed again. Raises :class:`ArtifactError` where they do not fit."""
+    return make_artifact(
+        artifact.header.model_copy(update=changes),
+        artifact.factors,
+        artifact.anchor,
+        artifact.substitute_base,
+        artifact.offset,
+        basis=artifact.basis,
+    )
 
 
 def to_bytes(artifact: OperatorArtifact) -> bytes:
@@ -145,7 +103,8 @@ def to_bytes(artifact: OperatorArtifact) -> bytes:
         "header": artifact.header_json,
     }
     # safetensors writes the metadata in random order; sorting it makes the bytes a function of the artifact.
-    saved = save_tensors(_tensors(artifact), metadata=metadata)
+    tensors = _tensors(artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset)
+    saved = save_tensors(tensors, metadata=metadata)
     start = 8 + int.from_bytes(saved[:8], "little")
     head = json.dumps(json.loads(saved[8:start]), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -229,27 +188,42 @@ def _metadata(data: bytes) -> Mapping[str, str]:
     return dict(metadata)
 
 
-def _tensors(artifact: OperatorArtifact) -> dict[str, torch.Tensor]:
-    tensors = {
-        "jacobian": artifact.jacobian,
-        "anchor": artifact.anchor,
-        "substitute_base": artifact.substitute_base,
-    }
-    if artifact.offset is not None:
-        tensors["offset"] = artifact.offset
-    return tensors
+def _tensors(
+    factors: torch.Tensor,
+    basis: torch.Tensor | None,
+    anchor: torch.Tensor,
+    substitute_base: torch.Tensor,
+    offset: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    operator = {"jacobian": factors} if basis is None else {"basis": basis, "factors": factors}
+    tensors = {**operator, "anchor": anchor, "substitute_base": substitute_base}
+    return tensors if offset is None else {**tensors, "offset": offset}
+
+
+def _expected(header: OperatorHeader) -> dict[str, tuple[int, ...]]:
+    n, d = header.positions, header.hidden_size
+    vectors = {"anchor": (d,), "substitute_base": (d,), "offset": (d,)}
+    if header.low_rank is None:
+        return {"jacobian": (n, d, d), **vectors}
+    return {"basis": (d, header.low_rank.rank), "factors": (n, header.low_rank.rank, d), **vectors}
 
 
 def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
-    n, d = len(header.concept_ids), header.hidden_size
-    expected = {"jacobian": (n, d, d), "anchor": (d,), "substitute_base": (d,)}
-    unknown = sorted(set(tensors) - {*expected, "offset"})
-    missing = sorted(set(expected) - set(tensors))
+    expected = _expected(header)
+    unknown = sorted(set(tensors) - set(expected))
+    missing = sorted(set(expected) - set(tensors) - {"offset"})
     if unknown or missing:
-        raise ArtifactError(f"tensors missing: {missing}, unknown: {unknown}; accepted: {sorted(expected)}, offset")
-    if "offset" in tensors:
-        expected["offset"] = (d,)
+        raise ArtifactError(f"tensors missing: {missing}, unknown: {unknown}; accepted: {sorted(expected)}")
+    if header.low_rank is not None and len(header.low_rank.residuals) != header.positions:
+        raise ArtifactError(
+            f"header field 'low_rank.residuals' has {len(header.low_rank.residuals)} values for "
+            f"{header.positions} positions"
+        )
+    if header.low_rank is not None and header.low_rank.rank > header.hidden_size:
+        raise ArtifactError(f"rank {header.low_rank.rank} is above the hidden size {header.hidden_size}")
     for name, shape in expected.items():
+        if name not in tensors:
+            continue
         tensor = tensors[name]
         if tuple(tensor.shape) != shape:
             raise ArtifactError(f"tensor {name!r} has shape {tuple(tensor.shape)}; the header asks for {shape}")
@@ -266,7 +240,8 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
         raise ArtifactError(f"injection layer {header.injection_layer} of {header.num_layers} layers")
     return OperatorArtifact(
         header=header,
-        jacobian=tensors["jacobian"],
+        factors=tensors["jacobian" if header.low_rank is None else "factors"],
+        basis=tensors.get("basis"),
         anchor=tensors["anchor"],
         substitute_base=tensors["substitute_base"],
         offset=tensors.get("offset"),
@@ -286,7 +261,8 @@ def injection_layer(profile: Profile, layer: int) -> int:
 def _digest(header_json: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(f"{FORMAT}/{FORMAT_VERSION}\n{header_json}\n".encode())
     for name in sorted(tensors):
+        # Flat: a tensor with an axis of length 1 may be contiguous with strides that cannot be viewed as bytes.
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.view(torch.uint8).numpy().data)
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return f"sha256:{digest.hexdigest()}"

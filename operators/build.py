@@ -2,68 +2,120 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from types import MappingProxyType
+from typing import Literal
 
 import torch
 
-from operators import __version__
-from operators.artifact import (
-    MAX_BYTES,
-    DTypeName,
-    OperatorArtifact,
-    OperatorHeader,
-    Profile,
-    Recommended,
-    injection_layer,
-    make_artifact,
-)
+from operators import __version__, capacity, memory
+from operators.artifact import MAX_BYTES, OperatorArtifact, injection_layer, make_artifact
+from operators.checks import check_basis, check_map, check_reconstruction, dtype_name, reconstruction_error
 from operators.concept import Concept
-from operators.detach import RULE_SET, detached
-from operators.errors import BuildError, IncompatibleOperatorError, ReconstructionError
-from operators.linear_map import Progress, detached_jacobian, relative_error
-from operators.models import LoadedModel, block_input, embed
-from operators.replay import hidden_state
+from operators.detach import RULE_SET
+from operators.errors import BuildError, ReconstructionError
+from operators.header import ConceptText, LowRank, Member, OperatorHeader, Profile, Recommended
+from operators.linear_map import exact
+from operators.mean import MeanMap
+from operators.models import LoadedModel
+from operators.reduce import (
+    FIRST_RANK,
+    OVERSAMPLE,
+    POWER_ITERATIONS,
+    Reduced,
+    embedding_root,
+    num_products,
+    sketch,
+    sketch_within,
+)
+from operators.replay import COLUMNS_PER_PASS, Replay
 
-# Bounds on |sum J x - y| / |y|: an order of magnitude above what sound builds measure, far below what a wrong
-# rule gives.
-_RECONSTRUCTION_TOLERANCE = MappingProxyType({"float64": 1e-11, "float32": 5e-5, "bfloat16": 5e-2})
-# Bounds on the change of the forward pass. transformers' own norms compute in float32 even in a float64
-# model.
-_FORWARD_TOLERANCE = MappingProxyType({"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-2})
+DEFAULT_RANK = 64
+
+Progress = Callable[[int, int], None]
+"""Called with (columns done, columns in all); the second grows while a tolerance is searched for."""
 
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """What to build. ``layer`` None takes the profile's default, floor(2L/3)."""
+    """What to build: one concept of one or more texts.
 
-    concept: Concept
+    ``layer`` None takes the profile's default, floor(2L/3). ``rank`` None takes DEFAULT_RANK, or the exact operator
+    where that is no larger. ``tolerance`` asks for the smallest rank with that residual |J - U B|_F / |J|_F.
+    ``weights`` are those of a mixture's texts (:mod:`operators.combine`); without, the operator is their mean.
+    """
+
+    texts: tuple[Concept, ...]
     profile: Profile = "residual"
     layer: int | None = None
+    rank: int | Literal["full"] | None = None
+    tolerance: float | None = None
+    weighting: Literal["embedding", "white"] = "embedding"
+    seed: int = 0
+    words: tuple[str, ...] = ()
     recommended: Recommended = field(default_factory=Recommended)
+    weights: tuple[float, ...] = ()
+    members: tuple[Member, ...] = ()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weight of each text's map in the operator's."""
+        return self.weights or (1.0 / len(self.texts),) * len(self.texts)
 
 
-def build_operator(spec: BuildSpec, loaded: LoadedModel, *, progress: Progress | None = None) -> OperatorArtifact:
-    """Computes the exact operator and checks it against the model before anybody can use it.
+def build_operator(
+    spec: BuildSpec,
+    loaded: LoadedModel,
+    *,
+    root: torch.Tensor | None = None,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> OperatorArtifact:
+    """Computes an operator and checks it against the model before anybody can use it.
+
+    Args:
+        root: C^{1/2} of :func:`operators.reduce.embedding_root`, for those who build many; computed when not given.
+        max_memory: bytes beside the model; most of what is free when not given.
 
     Raises:
-        BuildError: the layer is out of range, or the artifact would be larger than any reader takes.
+        BuildError: the layer, rank or tolerance is out of range, or the operator takes more memory than there is,
+            or would be larger than any reader takes.
         UnsupportedModelError: the architecture has no detach table.
         ReconstructionError: the detached forward or the reconstruction is off.
     """
-    layer = check_layer(spec.layer, spec.profile, loaded)
-    dtype = _dtype_name(loaded)
-    _check_size(spec.concept, loaded)
-    found = detached_jacobian(loaded.model, spec.concept.ids, layer=layer, profile=spec.profile, progress=progress)
-    if not bool(torch.isfinite(found.jacobian).all()):
-        raise ReconstructionError(f"the Jacobian of {spec.concept.text!r} at layer {layer} is not finite in {dtype}")
-    _check_forward(spec.concept.ids, found.y, loaded, layer=layer, profile=spec.profile)
-    _check_reconstruction(found.reconstruction_error, layer, dtype)
-    anchor = found.reconstruction
+    layer, rank, columns = check_spec(spec, loaded, max_memory=max_memory)
+    exactly = rank is None and spec.tolerance is None
+    products = loaded.hidden_size if exactly else num_products(rank or FIRST_RANK, loaded.hidden_size)
+    ticker = _Ticker(progress, products * len(spec.texts))
+    replays = [
+        Replay(loaded.model, text.ids, layer=layer, profile=spec.profile, columns=columns, tick=ticker)
+        for text in spec.texts
+    ]
+    for text, replay in zip(spec.texts, replays, strict=True):
+        check_map(text, replay, loaded, layer=layer, profile=spec.profile)
+    concept = MeanMap(replays, spec.shares)
+
+    def check(tried: int) -> None:
+        _columns(spec, loaded, layer, tried, max_memory)
+
+    found = _reduced(spec, concept, rank, root, loaded, check)
+    if found is None:
+        _columns(spec, loaded, layer, None, max_memory)
+    factors, basis = (exact(concept), None) if found is None else (found.factors, found.basis)
+    ticker.finish()
+    if not bool(torch.isfinite(factors).all()):
+        raise ReconstructionError(f"the map of {spec.texts[0].text!r} at layer {layer} is not finite")
+    _check_reach(factors, spec, layer)
+    if basis is not None:
+        check_basis(basis, concept.y - concept.offset, dtype_name(loaded.dtype))
+    last = concept.last_term if basis is None else basis @ (basis.T @ concept.last_term)
     header = OperatorHeader(
-        concept=spec.concept.text,
-        concept_ids=spec.concept.ids,
+        concept=spec.texts[0].text,
+        concept_ids=spec.texts[0].ids,
+        more_texts=tuple(ConceptText(text=more.text, ids=more.ids) for more in spec.texts[1:]),
+        weights=spec.weights,
+        members=spec.members,
         model=loaded.name,
         architecture=type(loaded.model).__name__,
         model_fingerprint=loaded.fingerprint,
@@ -74,15 +126,32 @@ def build_operator(spec: BuildSpec, loaded: LoadedModel, *, progress: Progress |
         injection_layer=injection_layer(spec.profile, layer),
         num_layers=loaded.num_layers,
         hidden_size=loaded.hidden_size,
-        dtype=dtype,
+        dtype=dtype_name(concept.y.dtype),
+        model_dtype=dtype_name(loaded.dtype),
+        low_rank=None if found is None else _low_rank(spec, found),
+        tolerance=spec.tolerance,
+        words=spec.words,
         recommended=spec.recommended,
-        reconstruction_error=found.reconstruction_error,
+        reconstruction_error=max(reconstruction_error(replay, factors, basis, replays) for replay in replays),
         builder_version=__version__,
         created=datetime.now(UTC).replace(microsecond=0),
     )
-    base = anchor - found.jacobian[-1] @ found.x[-1]
-    offset = found.offset if bool(found.offset.any()) else None
-    return make_artifact(header, found.jacobian, anchor, base, offset)
+    check_reconstruction(header.reconstruction_error, layer, header.model_dtype)
+    offset = concept.offset if bool(concept.offset.any()) else None
+    return make_artifact(header, factors, concept.y, concept.y - last, offset, basis=basis)
+
+
+def check_spec(spec: BuildSpec, loaded: LoadedModel, *, max_memory: int | None = None) -> tuple[int, int | None, int]:
+    """The layer, the rank (None: exact, or what the tolerance needs) and the columns per pass of a build.
+
+    Raises:
+        BuildError: the layer, rank or tolerance is out of range, or the operator takes more memory than there is,
+            or would be larger than any reader takes.
+    """
+    layer = check_layer(spec.layer, spec.profile, loaded)
+    rank = _rank(spec, loaded)
+    first = FIRST_RANK if spec.tolerance is not None else rank
+    return layer, rank, _columns(spec, loaded, layer, first, max_memory)
 
 
 def check_layer(layer: int | None, profile: Profile, loaded: LoadedModel) -> int:
@@ -96,104 +165,101 @@ def check_layer(layer: int | None, profile: Profile, loaded: LoadedModel) -> int
     return layer
 
 
-def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
-    """Holds an artifact against the model it says it came from: |sum J x + c - y| / |y|, with y computed anew.
-
-    The model is best loaded in the artifact's dtype; in a coarser one, its own rounding is what is measured.
-
-    Raises:
-        IncompatibleOperatorError: another model, tokenizer, depth or width; names what was found and what was
-            expected.
-        ReconstructionError: the operator, its anchor or its substitute base is not what this model gives.
-    """
-    check_compatible(artifact.header, loaded)
-    header = artifact.header
-    embeddings = embed(loaded.model, torch.tensor(header.concept_ids, device=loaded.device))
-    with detached(loaded.model), torch.no_grad():
-        y = hidden_state(loaded.model, embeddings[None], layer=header.layer, profile=header.profile)[0]
-    _check_forward(header.concept_ids, y, loaded, layer=header.layer, profile=header.profile)
-    x = block_input(loaded.model, embeddings)
-    # In float64, one block at a time: all of them at once may not fit.
-    terms = torch.stack(
-        [
-            block.to(y.device, torch.float64) @ vector
-            for block, vector in zip(artifact.jacobian, x.double(), strict=True)
-        ]
-    )
-    value = terms.sum(0)
-    if artifact.offset is not None:
-        value = value + artifact.offset.to(value)
-    error = relative_error(value, y)
-    dtype = max(header.dtype, _dtype_name(loaded), key=_RECONSTRUCTION_TOLERANCE.__getitem__)
-    _check_reconstruction(error, header.layer, dtype)
-    for name, stored, expected in (
-        ("anchor", artifact.anchor, value),
-        ("substitute_base", artifact.substitute_base, value - terms[-1]),
-    ):
-        # Against |y|, not against itself: the base of a one-token concept is zero up to rounding.
-        off = float(torch.linalg.vector_norm(stored.to(expected) - expected) / torch.linalg.vector_norm(y.double()))
-        if not off <= _RECONSTRUCTION_TOLERANCE[dtype]:
-            raise ReconstructionError(f"tensor {name!r} is off by {off:.1e} of the hidden state that J gives")
-    return error
+def _rank(spec: BuildSpec, loaded: LoadedModel) -> int | None:
+    """The rank to sketch; None for the exact operator, or where a tolerance decides."""
+    d, n = loaded.hidden_size, max(len(text.ids) for text in spec.texts)
+    if spec.tolerance is not None:
+        if spec.rank is not None:
+            raise BuildError(f"rank {spec.rank} and tolerance {spec.tolerance:g} were both given; one is accepted")
+        if not 0.0 < spec.tolerance < 1.0:
+            raise BuildError(f"tolerance is {spec.tolerance:g}; a number between 0 and 1 is accepted")
+        return None
+    if spec.rank == "full":
+        return None
+    if spec.rank is None:
+        return DEFAULT_RANK if DEFAULT_RANK * (n + 1) < n * d and d > DEFAULT_RANK else None
+    if not 1 <= spec.rank <= d:
+        raise BuildError(f"rank is {spec.rank}; 1 to {d} (the hidden size of {loaded.name}) or 'full' are accepted")
+    return spec.rank
 
 
-def check_compatible(header: OperatorHeader, loaded: LoadedModel) -> None:
-    """Raises :class:`IncompatibleOperatorError` naming the first thing in which the model is not the header's."""
-    for what, expected, found in (
-        ("number of layers", header.num_layers, loaded.num_layers),
-        ("hidden size", header.hidden_size, loaded.hidden_size),
-        ("model fingerprint", header.model_fingerprint, loaded.fingerprint),
-        ("tokenizer fingerprint", header.tokenizer_fingerprint, loaded.tokenizer_fingerprint),
-        ("rule set", header.rule_set, RULE_SET),
-    ):
-        if found != expected:
-            raise IncompatibleOperatorError(
-                f"{what} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
-            )
-    size = int(loaded.model.get_input_embeddings().weight.shape[0])
-    if max(header.concept_ids) >= size:
-        raise IncompatibleOperatorError(
-            f"the concept has token {max(header.concept_ids)}; {loaded.name!r} has tokens 0 to {size - 1}"
-        )
-
-
-def _check_size(concept: Concept, loaded: LoadedModel) -> None:
-    n, d = len(concept.ids), loaded.hidden_size
-    size = n * d * d * loaded.dtype.itemsize
-    if size > MAX_BYTES:
+def _columns(spec: BuildSpec, loaded: LoadedModel, layer: int, rank: int | None, max_memory: int | None) -> int:
+    """Columns per pass, after checking that an operator of this rank (None: exact) fits into memory and into a file."""
+    n, d, texts = max(len(text.ids) for text in spec.texts), loaded.hidden_size, len(spec.texts)
+    itemsize = torch.promote_types(loaded.dtype, torch.float32).itemsize
+    numbers = n * d * d if rank is None else (n + 1) * rank * d
+    if numbers * itemsize > MAX_BYTES:
         raise BuildError(
-            f"the operator of {n} tokens at hidden size {d} in {loaded.dtype} takes {size} bytes; at most "
-            f"{MAX_BYTES} are accepted"
+            f"the operator of {n} tokens at hidden size {d} takes {numbers * itemsize} bytes; at most {MAX_BYTES} are "
+            "accepted"
+        )
+    if rank is None:
+        need = memory.exact_need(loaded, n, layer, texts)
+    else:
+        need = memory.sketch_need(loaded, n, layer, num_products(rank, d, power_iterations=0), texts)
+    budget = capacity.free(loaded.device) if max_memory is None else max_memory
+    what = f"the operator of {n} tokens of {loaded.name} at layer {layer}"
+    return memory.columns_within(budget, need, COLUMNS_PER_PASS, what)
+
+
+def _reduced(
+    spec: BuildSpec,
+    concept: MeanMap,
+    rank: int | None,
+    root: torch.Tensor | None,
+    loaded: LoadedModel,
+    check: Callable[[int], None],
+) -> Reduced | None:
+    if rank is not None:
+        return sketch(concept, rank, root=_root(spec, root, loaded), seed=spec.seed)
+    if spec.tolerance is not None:
+        return sketch_within(concept, spec.tolerance, root=_root(spec, root, loaded), seed=spec.seed, check=check)
+    return None
+
+
+def _root(spec: BuildSpec, given: torch.Tensor | None, loaded: LoadedModel) -> torch.Tensor | None:
+    if spec.weighting == "white":
+        return None
+    return embedding_root(loaded.model.get_input_embeddings().weight) if given is None else given
+
+
+def _low_rank(spec: BuildSpec, found: Reduced) -> LowRank:
+    return LowRank(
+        rank=found.basis.shape[1],
+        residuals=found.residuals,
+        weighting=spec.weighting,
+        oversample=OVERSAMPLE,
+        power_iterations=POWER_ITERATIONS,
+        seed=spec.seed,
+    )
+
+
+def _check_reach(factors: torch.Tensor, spec: BuildSpec, layer: int) -> None:
+    # Without a block, the published rule has no direction for a request's first token.
+    reached = factors.flatten(1).abs().amax(1) > 0
+    if not bool(reached.all()):
+        n, lost = len(reached), int((~reached).sum())
+        raise BuildError(
+            f"the first {lost} of the {n} tokens of {spec.texts[0].text!r} do not reach layer {layer} (attention "
+            f"windows end before them); concepts of at most {n - lost} tokens, or a later layer, are accepted"
         )
 
 
-def _check_forward(ids: tuple[int, ...], y: torch.Tensor, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
-    embeddings = embed(loaded.model, torch.tensor(ids, device=loaded.device))
-    with torch.no_grad():
-        plain = hidden_state(loaded.model, embeddings[None], layer=layer, profile=profile)[0]
-    moved, dtype = relative_error(y, plain), _dtype_name(loaded)
-    if not moved <= _FORWARD_TOLERANCE[dtype]:
-        raise ReconstructionError(
-            f"the detached forward pass differs from the plain one by {moved:.1e} at layer {layer}; at most "
-            f"{_FORWARD_TOLERANCE[dtype]:.0e} is accepted in {dtype}"
-        )
+class _Ticker:
+    """Counts columns for a progress bar. What a search for a tolerance will take is not known beforehand."""
 
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._done, self._total = progress, 0, total
 
-def _check_reconstruction(error: float, layer: int, dtype: DTypeName) -> None:
-    if not error <= _RECONSTRUCTION_TOLERANCE[dtype]:
-        raise ReconstructionError(
-            f"sum J x misses the hidden state by {error:.1e} at layer {layer}; at most "
-            f"{_RECONSTRUCTION_TOLERANCE[dtype]:.0e} is accepted in {dtype}"
-        )
+    def __call__(self, columns: int) -> None:
+        self._done += columns
+        self._total = max(self._total, self._done)
+        self._tell()
 
+    def finish(self) -> None:
+        self._total = self._done
+        self._tell()
 
-def _dtype_name(loaded: LoadedModel) -> DTypeName:
-    names: dict[torch.dtype, DTypeName] = {
-        torch.float32: "float32",
-        torch.float64: "float64",
-        torch.bfloat16: "bfloat16",
-    }
-    name = names.get(loaded.dtype)
-    if name is None:
-        raise BuildError(f"model dtype {loaded.dtype}; {', '.join(names.values())} are accepted")
-    return name
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from operators.errors import ConceptError
+from operators.header import MAX_CONCEPT
 from operators.models import LoadedModel
 
 
@@ -19,7 +20,11 @@ class Concept:
 def check_text(text: str) -> str:
     """The text itself, if some model could take it as a concept. Raises :class:`ConceptError`."""
     if not text.strip():
-        raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
+        raise ConceptError(f"concept {text[:40]!r} has no tokens; at least one is needed")
+    if len(text) > MAX_CONCEPT:
+        raise ConceptError(
+            f"concept has {len(text)} characters; at most {MAX_CONCEPT} are accepted (it begins {text[:40]!r})"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -34,9 +39,13 @@ def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
         ConceptError: the text is empty, not Unicode, or longer than the model's context.
     """
     check_text(text)
-    ids = tuple(int(token) for token in loaded.tokenizer(text)["input_ids"])
+    # Not verbose: what it would say of a long text, the error below says.
+    ids = tuple(int(token) for token in loaded.tokenizer(text, verbose=False)["input_ids"])
     if not ids:
         raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
-    if len(ids) > loaded.context_length:
-        raise ConceptError(f"concept has {len(ids)} tokens; {loaded.name} takes at most {loaded.context_length}")
+    most = min(loaded.context_length, MAX_CONCEPT)
+    if len(ids) > most:
+        raise ConceptError(
+            f"concept has {len(ids)} tokens; {loaded.name} takes at most {most} (it begins {text[:40]!r})"
+        )
     return Concept(text, ids)

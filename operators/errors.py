@@ -2,13 +2,16 @@
 
 OperatorError
 ├── ConceptError            the concept has no tokens, or too many
+├── ConceptFileError        a file of concepts has mistakes
 ├── ModelError              the model cannot be found or loaded
 │   └── UnsupportedModelError   its architecture has no detach table
 ├── BuildError              a build was asked for that makes no sense (layer out of range, ...)
 │   └── ReconstructionError     sum J x does not give back the hidden state
+├── AnalysisError           an analysis that cannot be made, read or written
 ├── StoreError              a name that is not allowed, is missing, or is taken
 ├── ArtifactError           a file is not a whole, valid operator
 │   └── IncompatibleOperatorError   it is valid, and belongs to another model
+├── TrialError              a calibration that makes no sense, or a prompt that cannot be tried
 └── SteeringError           a direction that cannot be formed
     └── SettingError            a strength, rule or blend that is not accepted
 
@@ -22,6 +25,14 @@ class OperatorError(Exception):
 
 class ConceptError(OperatorError):
     """The concept cannot be used: no tokens, or more than the model's context."""
+
+
+class ConceptFileError(OperatorError):
+    """A file of concepts cannot be used; each of ``problems`` names file, line and key."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
 
 
 class ModelError(OperatorError):
@@ -40,6 +51,10 @@ class ReconstructionError(BuildError):
     """The detached map does not reproduce the model: the operator would be wrong."""
 
 
+class AnalysisError(OperatorError):
+    """An analysis that cannot be made, or whose files cannot be read or written."""
+
+
 class StoreError(OperatorError):
     """A name in the store is not allowed, missing, or taken."""
 
@@ -50,6 +65,10 @@ class ArtifactError(OperatorError):
 
 class IncompatibleOperatorError(ArtifactError):
     """A valid operator that belongs to another model, tokenizer, layer or shape."""
+
+
+class TrialError(OperatorError):
+    """A calibration was asked for that makes no sense, or a prompt cannot be tried."""
 
 
 class SteeringError(OperatorError):

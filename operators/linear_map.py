@@ -16,15 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from operators.artifact import Profile
+from operators.header import Profile
 from operators.models import block_input, embed
-from operators.replay import Replay, hidden_state
+from operators.replay import Map, Replay, hidden_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all)."""
 
 _ROWS_PER_PASS = 64
 
@@ -55,26 +52,21 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(value.double() - reference) / torch.linalg.vector_norm(reference))
 
 
-def detached_jacobian(
-    model: PreTrainedModel,
-    ids: tuple[int, ...],
-    *,
-    layer: int,
-    profile: Profile,
-    progress: Progress | None = None,
-) -> LinearMap:
-    """The detached Jacobian at layer ``layer`` for the prompt ``ids``, row by row from its replay.
+def exact(concept: Map, *, columns: int = _ROWS_PER_PASS) -> torch.Tensor:
+    """J (n, d, d) of any map, row by row: ceil(d / columns) pulls."""
+    n, d = concept.shape
+    rows = min(columns, d)
+    return _rows(concept.pull, n, d, rows, concept.y)
+
+
+def detached_jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int, profile: Profile) -> LinearMap:
+    """The detached Jacobian at layer ``layer`` for the prompt ``ids``, from its replay.
 
     Raises:
         UnsupportedModelError: the model's architecture has no table.
     """
     replay = Replay(model, ids, layer=layer, profile=profile)
-    n, d = replay.shape
-    rows = min(_ROWS_PER_PASS, d)
-    # The graph is that of a linear map: any columns build it, and zeros do.
-    _, pull = replay.push_and_pull(replay.x.new_zeros(rows, n, d))
-    blocks = _rows(pull, n, d, rows, replay.x, progress)
-    return LinearMap(blocks, replay.x, replay.y, replay.offset)
+    return LinearMap(exact(replay), replay.x, replay.y, replay.offset)
 
 
 def jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int, profile: Profile) -> LinearMap:
@@ -94,7 +86,7 @@ def jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int, profil
         return answers
 
     x = block_input(model, embeddings)
-    return LinearMap(_rows(pull, n, d, rows, x, None), x, y[0].detach(), torch.zeros_like(x[0]))
+    return LinearMap(_rows(pull, n, d, rows, x), x, y[0].detach(), torch.zeros_like(x[0]))
 
 
 def _rows(
@@ -103,7 +95,6 @@ def _rows(
     d: int,
     rows: int,
     like: torch.Tensor,
-    progress: Progress | None,
 ) -> torch.Tensor:
     """J (n, d, d) from ceil(d / rows) pulls: copy r of a pass asks for output component start + r."""
     blocks = like.new_empty(n, d, d)
@@ -113,6 +104,4 @@ def _rows(
         questions = like.new_zeros(rows, d)
         questions[torch.arange(count), start + torch.arange(count)] = 1.0
         blocks[:, start : start + count] = pull(questions)[:count].transpose(0, 1)
-        if progress is not None:
-            progress(start + count, d)
     return blocks

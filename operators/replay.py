@@ -4,46 +4,88 @@ One forward pass records every frozen factor (norm scales, gates, attention weig
 affine in their input, f(X) = J X + c, and run on any X:
 
     J V    = f(V) - f(0)            a forward pass over all columns of V at once
-    J^T U  = the backward pass of f, whose graph holds constants only
+    J^T U  = the backward pass of f, whose graph holds constants only and is made once
     c      = f(0)
 
-Neither pass computes a query, a key, a gate, a softmax or a norm; what is left is GEMMs (Golden, section 3; the
-tangents that ``detach`` blocks in forward mode are why this does not go through ``torch.func.jvp``).
+Neither pass computes a query, a key, a gate, a softmax or a norm, nor anything but the last position after the last
+block's attention; what is left is GEMMs (Golden, section 3; the tangents that ``detach`` blocks in forward mode are
+why this does not go through ``torch.func.jvp``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from operators.artifact import Profile
 from operators.detach import recording, replaying
+from operators.header import Profile
 from operators.models import block_input, decoder_layers, embed, final_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Pull = Callable[[torch.Tensor], torch.Tensor]
-"""U (l, d) to J^T U (l, n, d)."""
+_POSITIONS_PER_PASS = 1024
+"""Columns go through the blocks in groups of so many positions: GEMMs are large by then, and temporaries small."""
+COLUMNS_PER_PASS = 32
+"""At most: the graph of a backward pass costs a forward pass of one group."""
+
+
+class Map(Protocol):
+    """An affine map of n block inputs: what :class:`Replay` is for one text."""
+
+    y: torch.Tensor
+    """(d,), its value at the concept."""
+    offset: torch.Tensor
+    """(d,) = c."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d)."""
+        ...
+
+    def push(self, columns: torch.Tensor) -> torch.Tensor:
+        """J V (l, d) for V (l, n, d)."""
+        ...
+
+    def pull(self, questions: torch.Tensor) -> torch.Tensor:
+        """J^T U (l, n, d) for U (l, d)."""
+        ...
 
 
 class Replay:
     """The map from block inputs x (n, d) to the target h (d,) at the last position, for one prompt and layer.
 
-    ``x``: (n, d). ``y``: (d,), the target's value. ``offset``: (d,) = c, zero without biases.
-    ``products`` counts the columns that went through a pass, forward or backward.
+    ``x``: (n, d). ``y``: (d,), the target's value. ``offset``: (d,) = c, zero without biases. All in float32 at least:
+    a bfloat16 model's weights are widened as they are used.
+    ``products`` counts the columns that were pushed and pulled.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: tuple[int, ...], *, layer: int, profile: Profile) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: tuple[int, ...],
+        *,
+        layer: int,
+        profile: Profile,
+        columns: int = COLUMNS_PER_PASS,
+        tick: Callable[[int], None] | None = None,
+    ) -> None:
+        """``columns``: how many go through a pass at most. ``tick`` is told of those that have."""
         self._model, self._layer, self._profile = model, layer, profile
         device = model.get_input_embeddings().weight.device
         embeddings = embed(model, torch.tensor(ids, device=device))
         with torch.no_grad(), recording(model) as self._tape:
-            self.y = hidden_state(model, embeddings[None], layer=layer, profile=profile)[0]
-        self.x = block_input(model, embeddings)
+            y = hidden_state(model, embeddings[None], layer=layer, profile=profile)[0]
+        wide = torch.promote_types(y.dtype, torch.float32)
+        self.y = y.to(wide)
+        self.x = block_input(model, embeddings).to(wide)
+        self._group = max(1, min(columns, _POSITIONS_PER_PASS // len(ids)))
+        self._graph: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tick = tick
         self.products = 0
         with torch.no_grad():
             self.offset = self._run(torch.zeros_like(self.x)[None])[0]
@@ -56,34 +98,41 @@ class Replay:
 
     def push(self, columns: torch.Tensor) -> torch.Tensor:
         """J V, shape (l, d), for V (l, n, d)."""
-        with torch.no_grad():
-            return self._linear(columns)
-
-    def push_and_pull(self, columns: torch.Tensor) -> tuple[torch.Tensor, Pull]:
-        """J V, and J^T for as many columns as V has: its graph is the one that J V leaves behind.
-
-        The pull may be called often; it holds the graph until it is dropped.
-        """
-        columns = columns.detach().requires_grad_(True)
-        with torch.enable_grad():
-            images = self._linear(columns)
-
-        def pull(questions: torch.Tensor) -> torch.Tensor:
-            self.products += len(questions)
-            (answers,) = torch.autograd.grad(images, columns, questions, retain_graph=True)
-            return answers
-
-        return images.detach(), pull
-
-    def _linear(self, columns: torch.Tensor) -> torch.Tensor:
-        self.products += len(columns)
-        images = self._run(columns)
+        groups = []
+        for group in torch.split(columns, self._group):
+            with torch.no_grad():
+                groups.append(self._run(group))
+            self._count(len(group))
+        images = torch.cat(groups)
         return images - self.offset if self._affine else images
+
+    def pull(self, questions: torch.Tensor) -> torch.Tensor:
+        """J^T U, shape (l, n, d), for U (l, d)."""
+        if self._graph is None:
+            # The graph of a linear map holds constants only: any columns make it, and zeros do.
+            columns = self.x.new_zeros(self._group, *self.shape, requires_grad=True)
+            with torch.enable_grad():
+                self._graph = columns, self._run(columns)
+        columns, images = self._graph
+        answers = []
+        for group in torch.split(questions, self._group):
+            # A short last group leaves the other columns without a question.
+            padded = F.pad(group, (0, 0, 0, self._group - len(group)))
+            (answer,) = torch.autograd.grad(images, columns, padded, retain_graph=True)
+            answers.append(answer[: len(group)])
+            self._count(len(group))
+        return torch.cat(answers)
+
+    def _count(self, columns: int) -> None:
+        self.products += columns
+        if self._tick is not None:
+            self._tick(columns)
 
     def _run(self, columns: torch.Tensor) -> torch.Tensor:
         hidden = columns
-        with replaying(self._model, self._tape):
-            for block in decoder_layers(self._model)[: self._layer]:
+        blocks = decoder_layers(self._model)[: self._layer]
+        with replaying(self._model, self._tape, final=blocks[-1]):
+            for block in blocks:
                 hidden = block(hidden)
             last = hidden[:, -1]
             normed: torch.Tensor = final_norm(self._model)(last) if self._profile == "golden" else last

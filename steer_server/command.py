@@ -14,6 +14,7 @@ import structlog
 import typer
 from pydantic import ValidationError
 
+from operators import __version__
 from steer_server.config import ServerConfig
 from steer_server.errors import StartupError, StoreUnreadableError
 
@@ -40,13 +41,21 @@ def serve(
     metrics_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus over HTTP; 0 is off.", show_default="0")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", show_default="32")] = None,
+    max_dose: Annotated[
+        float | None,
+        typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),
+    ] = None,
     grace: Annotated[
         float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
     ] = None,
     log_format: Annotated[str | None, typer.Option(help="console or json.", show_default="console")] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Serve steered text generation. Every option is also read from the environment as STEER_NAME."""
-    given = {name: value for name, value in locals().items() if value is not None}
+    given = {name: value for name, value in locals().items() if value is not None and name != "version"}
+    if version:
+        print(f"steer-server {__version__}")
+        return
     try:
         config = ServerConfig(**given)
         _configure_logging(config)
@@ -75,7 +84,7 @@ async def _run(config: ServerConfig) -> None:
     try:
         log.info("loading", model=config.model, dtype=dtype, device=device)
         engine = HFEngine(load_model(config.model, dtype=dtype, device=device), max_queue=config.max_queue)
-        registry = Registry(directory, engine.model, max_bytes=config.max_artifact_bytes)
+        registry = Registry(directory, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
     except (OperatorError, StoreUnreadableError) as error:
         raise StartupError(str(error)) from error
     for entry in registry.entries():

@@ -31,6 +31,8 @@ class ServerConfig(BaseSettings):
     """Requests that may wait while another is decoded."""
     max_arms: int = Field(default=16, ge=1)
     """Steered arms of one comparison: they share a batch."""
+    max_dose: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Most that the doses |strength|/2 of a request's operators at one layer may add up to."""
     max_artifact_bytes: int = Field(default=4 << 30, ge=1)
     """Larger files in the store are not read."""
     grace: float = Field(default=10.0, ge=0)

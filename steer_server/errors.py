@@ -2,7 +2,8 @@
 
 SteerServerError
 ├── InvalidRequestError         the caller's fault; names the field
-│   └── PromptTooLongError          prompt does not fit the context
+│   ├── PromptTooLongError          prompt does not fit the context
+│   └── DoseTooHighError            the operators at one layer push more than the server admits
 ├── UnknownOperatorError        no such operator in the store
 ├── OperatorUnusableError       it is there and cannot be used: damaged, or for another model
 ├── QueueFullError              too many requests wait; says when to try again
@@ -35,6 +36,19 @@ class PromptTooLongError(InvalidRequestError):
             "prompt",
             f"has {tokens} tokens; this model takes at most {context_length - 1}, to leave room for one more",
         )
+
+
+class DoseTooHighError(InvalidRequestError):
+    """The doses |strength|/2 of the operators at one layer add up to more than the server admits."""
+
+    def __init__(self, field: str, *, layer: int, dose: float, max_dose: float, parts: tuple[str, ...]) -> None:
+        """``parts``: each operator of that layer with its dose, in words."""
+        super().__init__(
+            field,
+            f"the doses at layer {layer} add up to {dose:.12g}; at most {max_dose:.12g} is accepted, strength "
+            f"{2.0 * max_dose:.12g} alone ({', '.join(parts)})",
+        )
+        self.layer, self.dose, self.max_dose = layer, dose, max_dose
 
 
 class UnknownOperatorError(SteerServerError):

@@ -8,6 +8,7 @@ it gets an error. Requests keep the artifact objects of their snapshot, whatever
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,28 +16,51 @@ from operators import store
 from operators.apply import Setting
 from operators.artifact import OperatorArtifact
 from operators.errors import ArtifactError, SettingError, StoreError
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
-from steer_server.types import (
-    MAX_OPERATORS,
-    Application,
-    ModelInfo,
-    OperatorEntry,
-    OperatorUse,
-    ReloadReport,
-    SteeringPlan,
+from operators.header import CalibrationPoint, OperatorHeader
+from steer_server.errors import (
+    DoseTooHighError,
+    InvalidRequestError,
+    OperatorUnusableError,
+    StoreUnreadableError,
+    UnknownOperatorError,
 )
+from steer_server.types import MAX_OPERATORS, Application, ModelInfo, OperatorUse, SteeringPlan
 
 _MAX_PROBLEM = 1024
 """Characters."""
+_ROUNDING = 1e-9
+"""Strengths that add up to the limit on paper may pass it by rounding."""
+
+
+@dataclass(frozen=True)
+class OperatorEntry:
+    """One name in the store. ``artifact`` is None where ``problem`` is not empty."""
+
+    name: str
+    problem: str
+    size_bytes: int
+    artifact: OperatorArtifact | None
+
+
+@dataclass(frozen=True)
+class ReloadReport:
+    """What a reload of the store changed, by name."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    unusable: tuple[str, ...]
 
 
 class Registry:
     """Operators by name."""
 
-    def __init__(self, directory: Path, model: ModelInfo, *, max_bytes: int) -> None:
+    def __init__(self, directory: Path, model: ModelInfo, *, max_bytes: int, max_dose: float) -> None:
+        """``max_bytes``: of a file. ``max_dose``: most that the |lambda|/2 of one request at one layer add up to."""
         self._directory = directory
         self._model = model
         self._max_bytes = max_bytes
+        self._max_dose = max_dose
         self._entries: Mapping[str, OperatorEntry] = MappingProxyType({})
         self.reload()
 
@@ -76,11 +100,30 @@ class Registry:
         Raises:
             UnknownOperatorError, OperatorUnusableError: an operator is not there, or not usable.
             InvalidRequestError: a strength, rule or blend is not accepted; names the field.
+            DoseTooHighError: the operators at one layer push too hard together.
         """
         if len(uses) > MAX_OPERATORS:
             raise InvalidRequestError(field, f"has {len(uses)} operators; at most {MAX_OPERATORS} are accepted")
         applications = tuple(self._application(use, f"{field}[{index}]") for index, use in enumerate(uses))
-        return SteeringPlan(applications) if applications else None
+        if not applications:
+            return None
+        plan = SteeringPlan(applications)
+        self._check_doses(plan, field)
+        return plan
+
+    def _check_doses(self, plan: SteeringPlan, field: str) -> None:
+        for layer in sorted({use.layer for use in plan.applications}):
+            dose = plan.dose_bound(layer)
+            if dose <= self._max_dose * (1.0 + _ROUNDING):
+                continue
+            there = [index for index, use in enumerate(plan.applications) if use.layer == layer]
+            raise DoseTooHighError(
+                f"{field}[{there[0]}].strength" if len(there) == 1 else field,
+                layer=layer,
+                dose=dose,
+                max_dose=self._max_dose,
+                parts=tuple(_dose_in_words(plan.applications[index]) for index in there),
+            )
 
     def _application(self, use: OperatorUse, field: str) -> Application:
         entry = self.entry(use.name)
@@ -96,12 +139,18 @@ class Registry:
         except SettingError as error:
             raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
         defaulted = tuple(name for name in ("strength", "rule", "blend") if getattr(use, name) is None)
-        return Application(use.name, entry.artifact, setting, defaulted)
+        as_recommended = setting == Setting(recommended.strength, recommended.rule, recommended.blend)
+        calibrated = as_recommended and calibrated_point(entry.artifact.header) is not None
+        return Application(use.name, entry.artifact, setting, defaulted, calibrated)
 
     def _read(self, name: str) -> OperatorEntry:
         size = 0
         try:
             size = store.path_of(self._directory, name).lstat().st_size
+            if size > self._max_bytes:
+                raise ArtifactError(
+                    f"{size} bytes; at most {self._max_bytes} are read (STEER_MAX_ARTIFACT_BYTES sets it)"
+                )
             artifact = store.load(self._directory, name, max_bytes=self._max_bytes)
             self._check_fits(artifact)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
@@ -120,8 +169,24 @@ class Registry:
         ):
             if found != served:
                 raise ArtifactError(f"built for {what} {found}; this server has {served} ({model.model})")
-        if max(header.concept_ids) >= model.vocab_size:
-            raise ArtifactError(f"its concept has token {max(header.concept_ids)}; the model has {model.vocab_size}")
+        highest = max(max(text.ids) for text in header.texts)
+        if highest >= model.vocab_size:
+            raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
+
+
+def calibrated_point(header: OperatorHeader) -> CalibrationPoint | None:
+    """What a calibration measured at the recommended setting; None where nothing was measured there."""
+    recommended = header.recommended
+    wanted = (header.layer, recommended.rule, recommended.blend, recommended.strength)
+    points = header.calibration.points if header.calibration else ()
+    at_it = [at for at in points if (at.layer, at.rule, at.blend, at.strength) == wanted]
+    # A setting may have been tried on few prompts and again on all.
+    return max(at_it, key=lambda at: at.texts, default=None)
+
+
+def _dose_in_words(use: Application) -> str:
+    recommended = ", the recommended strength" if "strength" in use.defaulted else ""
+    return f"{use.name} {abs(use.setting.strength) / 2.0:.12g}{recommended}"
 
 
 def _kept(before: OperatorEntry | None, read: OperatorEntry) -> OperatorEntry:

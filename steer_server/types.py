@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from operators.apply import Setting
-from operators.artifact import OperatorArtifact, Rule
+from operators.artifact import OperatorArtifact
+from operators.header import Rule
 from steer_server.errors import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 128
@@ -175,6 +176,13 @@ class Application:
     setting: Setting
     defaulted: tuple[str, ...]
     """Which of strength, rule and blend the artifact recommended."""
+    calibrated: bool = False
+    """Whether the setting is the recommended one, and the artifact holds what a calibration measured there."""
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer whose input is pushed."""
+        return self.artifact.header.injection_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +190,10 @@ class SteeringPlan:
     """What is added to the layer inputs of one row; never empty."""
 
     applications: tuple[Application, ...]
+
+    def dose_bound(self, layer: int) -> float:
+        """Sum of |lambda|/2 over the operators at ``layer``: what the dose there cannot pass, but for rounding."""
+        return sum(abs(use.setting.strength) / 2.0 for use in self.applications if use.layer == layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,7 +254,10 @@ class Receipt:
     generated_tokens_steered: int
     mean_dose: float
     max_dose: float
+    dose_bound: float
+    """Of the layer: sum of |lambda|/2 over its operators."""
     defaulted: tuple[str, ...]
+    calibrated: bool
 
 
 @dataclass(frozen=True)
@@ -373,23 +388,3 @@ class ModelInfo:
     engine: str
     dtype: str
     device: str
-
-
-@dataclass(frozen=True)
-class OperatorEntry:
-    """One name in the store. ``artifact`` is None where ``problem`` is not empty. Filled by the registry."""
-
-    name: str
-    problem: str
-    size_bytes: int
-    artifact: OperatorArtifact | None
-
-
-@dataclass(frozen=True)
-class ReloadReport:
-    """What a reload of the store changed, by name."""
-
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
-    unusable: tuple[str, ...]

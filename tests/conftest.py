@@ -34,7 +34,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from operators.artifact import OperatorArtifact, OperatorHeader, Recommended, make_artifact
+from operators.artifact import OperatorArtifact, make_artifact
+from operators.header import OperatorHeader, Recommended
 from operators.models import LoadedModel, load_model, recognise
 
 _VOCABULARY = 320
@@ -196,6 +197,7 @@ def make_operator() -> Callable[..., OperatorArtifact]:
                 "num_layers": 4,
                 "hidden_size": d,
                 "dtype": "float32",
+                "model_dtype": "float32",
                 "recommended": Recommended(),
                 "reconstruction_error": 1e-7,
                 "builder_version": "0.1.0",

@@ -51,7 +51,7 @@ class Operator:
         """Of ``steer-operators build``."""
         return [
             *("--text", self.text, "--model", MODEL, "--profile", self.profile, "--layer", str(self.layer)),
-            *("--strength", str(self.strength), "--blend", str(self.blend)),
+            *("--strength", str(self.strength), "--blend", str(self.blend), "--rank", "full"),
         ]
 
 

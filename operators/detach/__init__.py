@@ -5,15 +5,21 @@ that the model is at one prompt. :func:`recording` keeps what was frozen, and :f
 ``rules`` holds the rules, ``families`` a table per architecture, ``context`` the ``with`` blocks that apply a table
 and undo it.
 
-To support another architecture, add a :class:`Family` to ``families.py``: its norm classes with their rule, its MLP
-classes with the attribute of their activation (and of the gate's projection), its attention classes with how to get
-V and the attribute of the output projection, and the containers that only pass tensors on. Every module class of the
-model must be in one of these or among the linear ones; the error of an unknown model names the first that is not.
+docs/ARCHITECTURES.md says how another architecture gets its table, and :func:`register` takes it.
 """
 
 from operators.detach.context import RULE_SET, detached, recording, replaying
-from operators.detach.families import Attention, Family, GatedMLP, PlainMLP, family_of
-from operators.detach.rules import Tape
+from operators.detach.families import (
+    Attention,
+    Family,
+    GatedMLP,
+    PlainMLP,
+    families,
+    family_of,
+    projected_values,
+    register,
+)
+from operators.detach.rules import Tape, late_rms_norm, layer_norm, offset_rms_norm, rms_norm
 
 __all__ = [
     "RULE_SET",
@@ -23,7 +29,14 @@ __all__ = [
     "PlainMLP",
     "Tape",
     "detached",
+    "families",
     "family_of",
+    "late_rms_norm",
+    "layer_norm",
+    "offset_rms_norm",
+    "projected_values",
     "recording",
+    "register",
     "replaying",
+    "rms_norm",
 ]

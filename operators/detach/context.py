@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from operators.detach.families import Attention, Family, GatedMLP, family_of
 from operators.detach.rules import (
@@ -23,6 +24,7 @@ from operators.detach.rules import (
     frozen_sdpa,
     mix,
     weights_too,
+    wide_linear,
 )
 from operators.errors import UnsupportedModelError
 
@@ -65,23 +67,35 @@ def recording(model: PreTrainedModel) -> Iterator[Tape]:
 
 
 @contextmanager
-def replaying(model: PreTrainedModel, tape: Tape) -> Iterator[None]:
+def replaying(model: PreTrainedModel, tape: Tape, *, final: nn.Module | None = None) -> Iterator[None]:
     """Inside the block, the model's blocks are the affine map that was recorded, on any input of that length.
 
     Call the blocks themselves, with hidden states (l, n, d) and nothing else: what needs positions and masks is
-    frozen. Queries, keys and gates are not computed.
+    frozen. Queries, keys and gates are not computed. Hidden states may be wider than the weights: a bfloat16 model's
+    map is applied in float32. Of the block ``final``, where one is named, only the last position is computed; what it
+    returns for the others is meaningless.
     """
     family = family_of(model)
     tape = tape.replayed()
     with ExitStack() as undo:
         _freeze_norms_and_gates(model, family, tape, undo)
+        ends = set() if final is None else set(final.modules())
         for module in list(model.modules()):
             kind = type(module)
             if kind in family.attentions:
-                _swap(module, "forward", partial(_replay_attention, module, family.attentions[kind], tape), undo)
+                # Adding one position to the stream of all of them leaves the last one right.
+                asked = slice(-1, None) if module in ends else slice(None)
+                replay = partial(_replay_attention, module, family.attentions[kind], tape, asked)
+                _swap(module, "forward", replay, undo)
+            if isinstance(module, nn.Linear):
+                _swap(module, "forward", partial(_apply_linear, module), undo)
+            elif isinstance(module, Conv1D):
+                _swap(module, "forward", partial(_apply_conv1d, module), undo)
             table = family.mlps.get(kind)
             if isinstance(table, GatedMLP) and table.gate is not None:
                 _swap(module, table.gate, Skipped(), undo)
+            if table is not None and module in ends:
+                _swap(module, "forward", partial(_at_the_last_position, module.forward), undo)
         yield
 
 
@@ -112,6 +126,14 @@ def _freeze_norms_and_gates(model: nn.Module, family: Family, tape: Tape, undo: 
             _swap(module, table.activation, frozen(getattr(module, table.activation), module, tape), undo)
 
 
+def _apply_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return wide_linear(x, module.weight, module.bias)
+
+
+def _apply_conv1d(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return wide_linear(x, module.weight.T, module.bias)
+
+
 def _norm(rule: Callable[..., torch.Tensor], module: nn.Module, tape: Tape, x: torch.Tensor) -> torch.Tensor:
     return rule(module, x, tape)
 
@@ -132,8 +154,18 @@ def _keep_weights(tape: Tape, module: nn.Module, _args: object, output: Attentio
 
 
 def _replay_attention(
-    module: nn.Module, table: Attention, tape: Tape, hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    module: nn.Module,
+    table: Attention,
+    tape: Tape,
+    asked: slice,
+    hidden_states: torch.Tensor,
+    *_args: Any,
+    **_kwargs: Any,
 ) -> AttentionOutput:
-    weights = tape.factor(module, lambda: hidden_states)
-    output: torch.Tensor = getattr(module, table.output)(mix(weights[0], table.values(module, hidden_states)))
+    weights = tape.factor(module, lambda: hidden_states)[0, :, asked]
+    output: torch.Tensor = getattr(module, table.output)(mix(weights, table.values(module, hidden_states)))
     return output, None
+
+
+def _at_the_last_position(mlp: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return mlp(x[:, -1:])

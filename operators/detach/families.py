@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gpt2 import modeling_gpt2 as gpt2
@@ -21,7 +20,7 @@ from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.pytorch_utils import Conv1D
 
-from operators.detach.rules import NormForward, late_rms_norm, layer_norm, offset_rms_norm, rms_norm
+from operators.detach.rules import NormForward, late_rms_norm, layer_norm, offset_rms_norm, rms_norm, wide_linear
 from operators.errors import UnsupportedModelError
 
 # Linear (or affine) in their input, looked up before the map begins, or the identity in evaluation mode.
@@ -66,20 +65,20 @@ class Family:
     containers: frozenset[type[nn.Module]]
 
 
-def _projected_values(module: Any, x: torch.Tensor) -> torch.Tensor:
+def projected_values(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """V (l, n, K, e) where the attention has a projection ``v_proj`` of its own."""
     values: torch.Tensor = module.v_proj(x).view(*x.shape[:2], -1, module.head_dim)
     return values
 
 
 def _phi3_values(module: Any, x: torch.Tensor) -> torch.Tensor:
     size = module.num_key_value_heads * module.head_dim
-    return F.linear(x, module.qkv_proj.weight[-size:]).view(*x.shape[:2], -1, module.head_dim)
+    return wide_linear(x, module.qkv_proj.weight[-size:], None).view(*x.shape[:2], -1, module.head_dim)
 
 
 def _gpt2_values(module: Any, x: torch.Tensor) -> torch.Tensor:
     weight, bias = module.c_attn.weight[:, -module.embed_dim :], module.c_attn.bias[-module.embed_dim :]
-    values: torch.Tensor = (x @ weight + bias).view(*x.shape[:2], -1, module.head_dim)
-    return values
+    return wide_linear(x, weight.T, bias).view(*x.shape[:2], -1, module.head_dim)
 
 
 def _llama_like(
@@ -97,7 +96,7 @@ def _llama_like(
         causal_lm=cls("ForCausalLM"),
         norms={cls("RMSNorm"): norm},
         mlps={cls("MLP"): GatedMLP("act_fn", gate="gate_proj")},
-        attentions={cls("Attention"): Attention(_projected_values, output="o_proj")},
+        attentions={cls("Attention"): Attention(projected_values, output="o_proj")},
         containers=frozenset(map(cls, (decoder, "DecoderLayer", "RotaryEmbedding", *containers))),
     )
 
@@ -135,19 +134,40 @@ _FAMILIES = (
 )
 
 
-def family_of(model: nn.Module, families: tuple[Family, ...] = _FAMILIES) -> Family:
+_registered: tuple[Family, ...] = ()
+_GUIDE = "docs/ARCHITECTURES.md says how to add"
+
+
+def families() -> tuple[Family, ...]:
+    """Every table there is: those of this package, then the registered ones."""
+    return _FAMILIES + _registered
+
+
+def register(family: Family) -> None:
+    """Adds the table of another architecture, for the rest of this process.
+
+    Raises:
+        ValueError: the class has a table already. Tables are never replaced: an operator must not depend on
+            what was imported before it was built.
+    """
+    global _registered
+    if any(family.causal_lm is known.causal_lm for known in families()):
+        raise ValueError(f"{family.causal_lm.__name__} has a detach table already; a table cannot be replaced")
+    _registered = (*_registered, family)
+
+
+def family_of(model: nn.Module) -> Family:
     """The table of this model, after checking that every module is in it.
 
     Raises:
         UnsupportedModelError: names the first module, and its class, that no rule covers; or the model is not
             in evaluation mode.
     """
-    family = next((family for family in families if family.causal_lm is type(model)), None)
+    family = next((family for family in families() if family.causal_lm is type(model)), None)
     if family is None:
-        known = ", ".join(sorted(family.causal_lm.__name__ for family in families))
+        known = ", ".join(sorted(family.causal_lm.__name__ for family in families()))
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no detach table; there are tables for {known}. "
-            "operators/detach says how to add one"
+            f"{type(model).__name__} has no detach table; there are tables for {known}. {_GUIDE} one"
         )
     if model.training:
         raise UnsupportedModelError(
@@ -165,6 +185,6 @@ def family_of(model: nn.Module, families: tuple[Family, ...] = _FAMILIES) -> Fam
         if type(module) not in known_classes and not inside_activation:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: module {name!r} of class {type(module).__name__} is in no rule of "
-                f"the {family.name!r} table; operators/detach says how to add it"
+                f"the {family.name!r} table; {_GUIDE} it"
             )
     return family

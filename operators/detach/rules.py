@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
@@ -34,10 +35,13 @@ class Tape:
         self._mode = mode
         self._factors = factors
 
-    def factor(self, module: nn.Module, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The detached factor of ``module``."""
+    def factor(
+        self, module: nn.Module, compute: Callable[[], torch.Tensor], *, of: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The detached factor of ``module``; replayed, for the last positions, as many as ``of`` (..., n, d) has."""
         if self._mode == "replay":
-            return self._factors[module]
+            factor = self._factors[module]
+            return factor if of is None else factor[..., -of.shape[-2] :, :]
         value = compute().detach()
         if self._mode == "record":
             self._factors[module] = value
@@ -84,14 +88,17 @@ def offset_rms_norm(*, eps: str) -> NormForward:
 
 
 def layer_norm(*, eps: str) -> NormForward:
-    """``weight * ((x - mean x) * scale) + bias``. Subtracting the mean is linear and stays live."""
+    """``weight * ((x - mean x) * scale) + bias``, with a bias or without, rounded to the model's dtype last.
+
+    The mean is linear and stays live.
+    """
 
     def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
         wide = _wide(x)
         centred = wide - wide.mean(-1, keepdim=True)
-        normed = _scaled(module, centred, eps, tape).to(x.dtype) * _weight(module)
-        bias = module.bias
-        return normed + bias if isinstance(bias, torch.Tensor) else normed
+        normed = _scaled(module, centred, eps, tape) * _weight(module).to(wide.dtype)
+        bias = getattr(module, "bias", None)
+        return (normed if bias is None else normed + bias.to(wide.dtype)).to(x.dtype)
 
     return forward
 
@@ -106,7 +113,7 @@ class FrozenGate(nn.Module):
 
     def forward(self, gate: torch.Tensor) -> torch.Tensor:
         """The activation of ``gate``, detached."""
-        return self._tape.factor(self._key[0], lambda: self.activation(gate))
+        return self._tape.factor(self._key[0], lambda: self.activation(gate), of=gate)
 
 
 class FrozenSlope(nn.Module):
@@ -119,7 +126,7 @@ class FrozenSlope(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The activation of ``x``, linear in it."""
-        return x * self._tape.factor(self._key[0], lambda: self._ratio(x))
+        return x * self._tape.factor(self._key[0], lambda: self._ratio(x), of=x)
 
     def _ratio(self, x: torch.Tensor) -> torch.Tensor:
         # Where x is 0 the value is 0 whatever the ratio; the limit is taken there.
@@ -173,22 +180,48 @@ def weights_too(attention: Callable[..., AttentionOutput]) -> Callable[..., Atte
     return forward
 
 
+class _WideLinear(torch.autograd.Function):
+    """x W^T for x wider than W. Weights are widened for the moment of the product, forwards and backwards: a graph
+    that kept them so would be a second, larger copy of the model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return x @ weight.to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.weight.to(gradient.dtype), None
+
+
+def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + bias, with ``weight`` (out, in), in the precision of ``x``."""
+    if weight.dtype == x.dtype:
+        # In two dimensions: of many inputs with one position each, torch would make as many small products.
+        return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    product: torch.Tensor = _WideLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+    return product if bias is None else product + bias.to(x.dtype)
+
+
 def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Attention with given weights (H, n, n) on values (l, n, K, e) of K heads: (l, n, H e), one GEMM per head.
+    """Attention with given weights (H, m, n) on values (l, n, K, e) of K heads: (l, m, H e), one GEMM per head.
 
     Query head h reads value head h // (H/K). The l inputs stand side by side, so that the weights are read once.
     """
     inputs, n, heads, size = values.shape
     group = weights.shape[0] // heads
     stacked = values.permute(2, 1, 0, 3).reshape(heads, n, inputs * size)
-    mixed = torch.bmm(weights.reshape(heads, group * n, n), stacked)
-    return mixed.view(heads, group, n, inputs, size).permute(3, 2, 0, 1, 4).reshape(inputs, n, -1)
+    asked = weights.shape[1]
+    mixed = torch.bmm(weights.to(values.dtype).reshape(heads, group * asked, n), stacked)
+    return mixed.view(heads, group, asked, inputs, size).permute(3, 2, 0, 1, 4).reshape(inputs, asked, -1)
 
 
 def _scaled(module: nn.Module, wide: torch.Tensor, eps: str, tape: Tape) -> torch.Tensor:
-    return wide * tape.factor(
-        module, lambda: torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + float(getattr(module, eps)))
-    )
+    def scale() -> torch.Tensor:
+        return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + float(getattr(module, eps)))
+
+    return wide * tape.factor(module, scale, of=wide)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,10 @@ class _Dose:
         self.highest = max(self.highest, *doses)
 
 
+_ARITHMETIC = 1e-5
+"""Relative error of norms and unit vectors of any hidden size, worked out in float32."""
+
+
 @dataclass(frozen=True)
 class _Source:
     layer: int
@@ -64,7 +68,7 @@ class RowSteering:
                 )
         self._sources = [
             _Source(
-                use.artifact.header.injection_layer,
+                use.layer,
                 use.setting.strength / 2.0,
                 Direction(prepared.get(use), use.setting),
             )
@@ -72,6 +76,7 @@ class RowSteering:
             if use.setting.strength != 0.0
         ]
         self._doses = {source.layer: _Dose() for source in self._sources}
+        self._limits = {layer: _limit(plan.dose_bound(layer), dtype) for layer in self._doses}
 
     @property
     def layers(self) -> frozenset[int]:
@@ -90,19 +95,28 @@ class RowSteering:
         return pushes
 
     def record(self, layer: int, doses: Sequence[float], *, prompt: bool) -> None:
-        """Takes note of the measured doses of one step. Raises :class:`SteeringNotAppliedError` for an empty one."""
+        """Takes note of the measured doses of one step.
+
+        Raises:
+            SteeringNotAppliedError: a dose that is empty, not finite, or above what the strengths can give.
+        """
         for dose in doses:
             if not 0.0 < dose < float("inf"):
                 raise SteeringNotAppliedError(
                     f"{self._names(layer)} at layer {layer}: the hidden state moved by {dose} of its norm; a positive, "
                     "finite change is needed (strengths may cancel, or be lost in rounding to the model's dtype)"
                 )
+            if dose > self._limits[layer]:
+                raise SteeringNotAppliedError(
+                    f"{self._names(layer)} at layer {layer}: the hidden state moved by {dose:g} of its norm; these "
+                    f"strengths give at most {self._plan.dose_bound(layer):g}"
+                )
         self._doses[layer].add(doses, prompt=prompt)
 
     def receipts(self) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
         return tuple(
-            _receipt(use, self._doses.get(use.artifact.header.injection_layer) if use.setting.strength else None)
+            _receipt(self._plan, use, self._doses.get(use.layer) if use.setting.strength else None)
             for use in self._plan.applications
         )
 
@@ -111,22 +125,27 @@ class RowSteering:
         return ", ".join(f"{use.name}={use.setting.strength:g}" for use in self._plan.applications)
 
     def _names(self, layer: int) -> str:
-        uses = [use for use in self._plan.applications if use.artifact.header.injection_layer == layer]
+        uses = [use for use in self._plan.applications if use.layer == layer]
         return ", ".join(f"{use.name}={use.setting.strength:g}" for use in uses)
 
 
 def untouched_receipts(plan: SteeringPlan | None) -> tuple[Receipt, ...]:
     """The receipts of a row that never reached the model."""
-    return tuple(_receipt(use, None) for use in plan.applications) if plan else ()
+    return tuple(_receipt(plan, use, None) for use in plan.applications) if plan else ()
 
 
-def _receipt(use: Application, dose: _Dose | None) -> Receipt:
+def _limit(bound: float, dtype: torch.dtype) -> float:
+    """What a measured dose may be where the strengths give at most ``bound``, h' = h + |h| push being rounded."""
+    return bound * (1.0 + _ARITHMETIC) + (1.0 + bound) * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _receipt(plan: SteeringPlan, use: Application, dose: _Dose | None) -> Receipt:
     dose = dose or _Dose()
     count = dose.prompt_tokens + dose.generated_tokens
     return Receipt(
         operator=use.name,
         digest=use.artifact.digest,
-        layer=use.artifact.header.injection_layer,
+        layer=use.layer,
         rule=use.setting.rule,
         strength=use.setting.strength,
         blend=use.setting.blend,
@@ -134,7 +153,9 @@ def _receipt(use: Application, dose: _Dose | None) -> Receipt:
         generated_tokens_steered=dose.generated_tokens,
         mean_dose=dose.total / count if count else 0.0,
         max_dose=dose.highest,
+        dose_bound=plan.dose_bound(use.layer),
         defaulted=use.defaulted,
+        calibrated=use.calibrated,
     )
 
 
@@ -230,5 +251,5 @@ class PreparedOperators:
 
     def trim(self) -> None:
         """Drops what passes the budget."""
-        while self._kept and sum(kept.jacobian.nbytes for kept in self._kept.values()) > self._budget:
+        while self._kept and sum(kept.nbytes for kept in self._kept.values()) > self._budget:
             self._kept.popitem(last=False)

@@ -8,11 +8,9 @@ from datetime import timedelta
 from typing import Any, Literal, get_args
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import operators_pb2 as ops
 
-from operators.artifact import Rule
+from operators.header import Rule
 from steer_server.errors import InvalidRequestError
 from steer_server.types import (
     Arm,
@@ -28,7 +26,6 @@ from steer_server.types import (
     GenerateEvent,
     GenerationRequest,
     ModelInfo,
-    OperatorEntry,
     OperatorUse,
     Prompt,
     Receipt,
@@ -38,7 +35,7 @@ from steer_server.types import (
 )
 
 _RULES: dict[pb.Rule.ValueType, Rule] = {pb.RULE_CUMULATIVE: "cumulative", pb.RULE_SUBSTITUTE: "substitute"}
-_WIRE_RULES: dict[Rule, pb.Rule.ValueType] = {rule: number for number, rule in _RULES.items()}
+WIRE_RULES: dict[Rule, pb.Rule.ValueType] = {rule: number for number, rule in _RULES.items()}
 _REASONS = {reason: pb.FinishReason.Value(f"FINISH_REASON_{reason.value}") for reason in FinishReason}
 _MAX_REQUEST_ID = 128
 _SamplingScalar = Literal[
@@ -160,7 +157,9 @@ def completion(result: Completion) -> pb.GenerateResponse:
     )
 
 
-def model_info(model: ModelInfo, *, version: str, max_queue: int, max_arms: int) -> pb.GetModelInfoResponse:
+def model_info(
+    model: ModelInfo, *, version: str, max_queue: int, max_arms: int, max_dose: float
+) -> pb.GetModelInfoResponse:
     """The model being served and the server's limits."""
     return pb.GetModelInfoResponse(
         model=model.model,
@@ -179,37 +178,7 @@ def model_info(model: ModelInfo, *, version: str, max_queue: int, max_arms: int)
         server_version=version,
         max_queue=max_queue,
         max_arms=max_arms,
-    )
-
-
-def operator(entry: OperatorEntry) -> ops.Operator:
-    """One entry of the store."""
-    if entry.artifact is None:
-        return ops.Operator(name=entry.name, problem=entry.problem, size_bytes=entry.size_bytes)
-    header = entry.artifact.header
-    created = Timestamp()
-    created.FromDatetime(header.created)
-    return ops.Operator(
-        name=entry.name,
-        digest=entry.artifact.digest,
-        concept=header.concept,
-        concept_token_ids=header.concept_ids,
-        model=header.model,
-        model_fingerprint=header.model_fingerprint,
-        profile=header.profile,
-        rule_set=header.rule_set,
-        layer=header.layer,
-        injection_layer=header.injection_layer,
-        hidden_size=header.hidden_size,
-        positions=entry.artifact.positions,
-        dtype=header.dtype,
-        recommended_strength=header.recommended.strength,
-        recommended_rule=_WIRE_RULES[header.recommended.rule],
-        recommended_blend=header.recommended.blend,
-        reconstruction_error=header.reconstruction_error,
-        created=created,
-        size_bytes=entry.size_bytes,
-        builder_version=header.builder_version,
+        max_dose=max_dose,
     )
 
 
@@ -235,14 +204,16 @@ def _receipt(receipt: Receipt) -> pb.Receipt:
         operator=receipt.operator,
         digest=receipt.digest,
         layer=receipt.layer,
-        rule=_WIRE_RULES[receipt.rule],
+        rule=WIRE_RULES[receipt.rule],
         strength=receipt.strength,
         blend=receipt.blend,
         prompt_tokens_steered=receipt.prompt_tokens_steered,
         generated_tokens_steered=receipt.generated_tokens_steered,
         mean_dose=receipt.mean_dose,
         max_dose=receipt.max_dose,
+        dose_bound=receipt.dose_bound,
         defaulted=receipt.defaulted,
+        calibrated=receipt.calibrated,
     )
 
 

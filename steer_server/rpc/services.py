@@ -21,6 +21,7 @@ from steer_server.generate import generate
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc import codec
+from steer_server.rpc.operator_codec import operator
 from steer_server.types import ArmEvent, Completion
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -73,6 +74,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             version=__version__,
             max_queue=self._config.max_queue,
             max_arms=self._config.max_arms,
+            max_dose=self._config.max_dose,
         )
 
 
@@ -85,11 +87,11 @@ class OperatorService(operators_pb2_grpc.OperatorServiceServicer):
 
     async def ListOperators(self, request: ops.ListOperatorsRequest, context: _Context) -> ops.ListOperatorsResponse:
         """All of the snapshot."""
-        return ops.ListOperatorsResponse(operators=map(codec.operator, self._registry.entries()))
+        return ops.ListOperatorsResponse(operators=map(operator, self._registry.entries()))
 
     async def GetOperator(self, request: ops.GetOperatorRequest, context: _Context) -> ops.GetOperatorResponse:
         """One by name."""
-        return ops.GetOperatorResponse(operator=codec.operator(self._registry.entry(request.name)))
+        return ops.GetOperatorResponse(operator=operator(self._registry.entry(request.name)))
 
     async def ReloadOperators(
         self, request: ops.ReloadOperatorsRequest, context: _Context

@@ -2,6 +2,7 @@
 
 InvalidRequestError       INVALID_ARGUMENT     INVALID_REQUEST        BadRequest names the field
 PromptTooLongError        INVALID_ARGUMENT     PROMPT_TOO_LONG        BadRequest names the field
+DoseTooHighError          INVALID_ARGUMENT     DOSE_TOO_HIGH          BadRequest names the field
 UnknownOperatorError      NOT_FOUND            UNKNOWN_OPERATOR       ResourceInfo names the operator
 OperatorUnusableError     FAILED_PRECONDITION  OPERATOR_UNUSABLE      ResourceInfo names the operator
 QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL             RetryInfo says when to try again
@@ -21,6 +22,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from steer_server.errors import (
+    DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
     OperatorUnusableError,
@@ -41,6 +43,7 @@ _MAX_NAME_BYTES = 256
 TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     InvalidRequestError: (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
     PromptTooLongError: (grpc.StatusCode.INVALID_ARGUMENT, "PROMPT_TOO_LONG"),
+    DoseTooHighError: (grpc.StatusCode.INVALID_ARGUMENT, "DOSE_TOO_HIGH"),
     UnknownOperatorError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_OPERATOR"),
     OperatorUnusableError: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"),
     QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
@@ -65,7 +68,7 @@ def status_of(error: SteerServerError) -> grpc.Status:
     """Status, message and details, ready for ``abort_with_status``."""
     code, reason = TABLE[type(error)]
     message = message_of(error)
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_metadata(error))]
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
@@ -86,6 +89,12 @@ def status_of(error: SteerServerError) -> grpc.Status:
         packed[-1].Pack(detail)
     status: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
     return status
+
+
+def _metadata(error: SteerServerError) -> dict[str, str]:
+    if isinstance(error, DoseTooHighError):
+        return {"layer": str(error.layer), "dose": repr(error.dose), "max_dose": repr(error.max_dose)}
+    return {}
 
 
 def _cut(text: str, size: int) -> str:

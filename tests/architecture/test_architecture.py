@@ -146,7 +146,7 @@ def pins() -> dict[str, str]:
     return {requirement_name(line): line for line in lines if line and not line.startswith("#")}
 
 
-HEAVY = {"accelerate", "gguf", "numpy", "safetensors", "torch", "transformers", "vllm"}
+HEAVY = {"accelerate", "gguf", "matplotlib", "numpy", "safetensors", "torch", "transformers", "vllm"}
 
 
 def test_the_base_install_has_no_numeric_library(project):
@@ -168,7 +168,7 @@ def test_every_pin_is_exact_and_free_of_local_versions(pins):
 
 def test_every_dependency_of_server_and_dev_is_pinned(project, pins):
     extras = project["optional-dependencies"]
-    wanted = {*project["dependencies"], *extras["build"], *extras["server"], *extras["dev"]}
+    wanted = {*project["dependencies"], *extras["build"], *extras["server"], *extras["analyse"], *extras["dev"]}
     assert {requirement_name(name) for name in wanted} - {project["name"]} - set(pins) == set()
 
 

@@ -390,4 +390,4 @@ def test_a_broken_operator_in_the_store_is_named_by_its_file(data, tmp_path):
 def test_values_that_are_not_finite_cannot_be_signed_either(make_operator):
     good = make_operator()
     with pytest.raises(ArtifactError, match="not finite"):
-        make_artifact(good.header, good.jacobian, good.anchor, torch.full((5,), float("nan")))
+        make_artifact(good.header, good.factors, good.anchor, torch.full((5,), float("nan")))

@@ -15,7 +15,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from steer_client import AsyncSteerClient, SteerClient
+from steer_client import AsyncSteerClient, OperatorUse, SteerClient
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
@@ -27,7 +27,7 @@ RECOMMENDED = {"strength": 0.55, "rule": pb.RULE_CUMULATIVE, "blend": 0.0}
 
 
 def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> pb.Receipt:
-    """The truth about one use of an operator in the text of make_response, but for `changes`."""
+    """The truth about one use of an operator alone at its layer in the text of make_response, but for `changes`."""
     use = pb.OperatorUse(name=operator) if isinstance(operator, str) else operator
     asked = {field.name: value for field, value in use.ListFields() if field.name in RECOMMENDED}
     values = {
@@ -37,14 +37,25 @@ def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> p
         "defaulted": [name for name in RECOMMENDED if name not in asked],
     }
     values |= RECOMMENDED | asked
+    bound = values["dose_bound"] = abs(values["strength"]) / 2
     if values["strength"] != 0:
-        values |= {"prompt_tokens_steered": 6, "generated_tokens_steered": 2, "mean_dose": 0.27, "max_dose": 0.275}
+        values |= {
+            "prompt_tokens_steered": 6,
+            "generated_tokens_steered": 2,
+            "mean_dose": bound / 2,
+            "max_dose": bound,
+        }
     return pb.Receipt(**(values | changes))
 
 
 def make_response(
     text: str = "one two", *, operators: Iterable[str | pb.OperatorUse] = (), **changes
 ) -> pb.GenerateResponse:
+    receipts = [make_receipt(use) for use in operators]
+    # All at one layer, so they share its bound.
+    bound = sum(receipt.dose_bound for receipt in receipts)
+    for receipt in receipts:
+        receipt.dose_bound = bound
     values = {
         "request_id": "r1",
         "token_ids": [11, 12, 13],
@@ -55,7 +66,7 @@ def make_response(
             time_to_first_token=Duration(nanos=250_000_000),
             total=Duration(seconds=1, nanos=500_000_000),
         ),
-        "receipts": [make_receipt(use) for use in operators],
+        "receipts": receipts,
         "seed": 7,
     }
     return pb.GenerateResponse(text=text, **(values | changes))
@@ -142,6 +153,7 @@ class FakeServer:
         #: How many events to send before waiting for the caller to leave; None sends them all.
         self.hang_after: int | None = None
         self.listed = ops.ListOperatorsResponse()
+        self.operator: ops.Operator | None = None
         self.requests: list = []
         self.left = threading.Event()
         self.health = health.HealthServicer()
@@ -211,7 +223,8 @@ class _Operators(operators_pb2_grpc.OperatorServiceServicer):
 
     def GetOperator(self, request, context):  # noqa: N802
         self.fake.unary(request, context)
-        return ops.GetOperatorResponse(operator=ops.Operator(name=request.name, recommended_rule=pb.RULE_CUMULATIVE))
+        default = ops.Operator(name=request.name, recommended_rule=pb.RULE_CUMULATIVE)
+        return ops.GetOperatorResponse(operator=self.fake.operator or default)
 
     def ReloadOperators(self, request, context):  # noqa: N802
         self.fake.unary(request, context)
@@ -259,12 +272,17 @@ def make():
     return Make
 
 
+def _compared(options: dict) -> dict:
+    """The options with something to compare, where a test does not care what."""
+    return options if "arms" in options else {"operators": [OperatorUse("golden-gate")]} | options
+
+
 def _sync(target: str, way: str, prompt, options: dict):
     with SteerClient(target, timeout=20) as each:
         if way == "unary":
             return each.generate(prompt, **options)
         if way == "compare":
-            return each.compare(prompt, **options)
+            return each.compare(prompt, **_compared(options))
         stream = each.stream(prompt, **options)
         for _ in stream:
             pass
@@ -276,7 +294,7 @@ async def _async(target: str, way: str, prompt, options: dict):
         if way == "unary":
             return await each.generate(prompt, **options)
         if way == "compare":
-            return await each.compare(prompt, **options)
+            return await each.compare(prompt, **_compared(options))
         stream = each.stream(prompt, **options)
         async for _ in stream:
             pass

@@ -143,8 +143,8 @@ def test_down_a_pipe_goes_the_text_alone(steer, fake, make):
     assert result.stdout == "one two\n"
     assert "MAX_TOKENS · 6 prompt + 3 generated tokens · 1.50 s · 2.0 tok/s" in result.stderr
     assert (
-        "✓ golden-gate sha256:1a2b3c4d… layer 20, cumulative, λ 0.55, β 0: "
-        "6 prompt + 2 generated tokens steered, dose mean 0.27, max 0.275 (recommended values)"
+        "✓ golden-gate sha256:1a2b3c4d… layer 20, strength 0.55, blend 0, cumulative (recommended): "
+        "6 prompt + 2 generated tokens steered, dose mean 0.138, max 0.275 of 0.275"
     ) in result.stderr
 
 

@@ -70,6 +70,34 @@ def test_operators_and_arms_together_are_refused(fake, compare):
     assert fake.requests == []
 
 
+def test_a_comparison_of_nothing_says_what_it_needs(fake, compare):
+    for nothing in ((), iter(())):
+        with pytest.raises(InvalidRequestError, match="at least one OperatorUse, or `arms`") as caught:
+            compare(fake.target, operators=nothing)
+        assert caught.value.field == "operators"
+    assert fake.requests == []
+
+
+def test_operators_to_compare_may_come_from_an_iterator(fake, compare):
+    compare(fake.target, operators=(OperatorUse(name) for name in "ab"))
+    assert [use.name for use in fake.requests[0].arms[0].operators] == ["a", "b"]
+
+
+@pytest.mark.parametrize("target", ["localhost", "127.0.0.1:", ":50051", "a b:1", "::1", "::1:50051", "http://a:1"])
+def test_a_target_without_host_or_port_is_refused_by_name(target, monkeypatch):
+    monkeypatch.setenv("STEER_TARGET", target)
+    for make in (SteerClient, AsyncSteerClient, lambda: SteerClient(target)):
+        with pytest.raises(InvalidRequestError, match="is not HOST:PORT") as caught:
+            make()
+        assert (caught.value.field, repr(target) in str(caught.value)) == ("target", True)
+
+
+@pytest.mark.parametrize("target", ["a-host.example:1", "[::1]:50051", "unix:/tmp/socket", "dns:///steer.example"])
+def test_a_target_that_grpc_can_find_is_taken(target):
+    with SteerClient(target) as client:
+        assert client.target == target
+
+
 def test_what_cannot_be_sent_is_refused_before_it_is_sent(fake, any_call):
     with pytest.raises(InvalidRequestError) as caught:
         any_call(fake.target, [2**31])

@@ -3,6 +3,7 @@ import pytest
 import steer_client
 from steer_client import (
     DeadlineExceededError,
+    DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
     OperatorUnusableError,
@@ -20,6 +21,7 @@ C = grpc.StatusCode
 TABLE = [
     (C.INVALID_ARGUMENT, "INVALID_REQUEST", InvalidRequestError),
     (C.INVALID_ARGUMENT, "PROMPT_TOO_LONG", PromptTooLongError),
+    (C.INVALID_ARGUMENT, "DOSE_TOO_HIGH", DoseTooHighError),
     (C.NOT_FOUND, "UNKNOWN_OPERATOR", UnknownOperatorError),
     (C.FAILED_PRECONDITION, "OPERATOR_UNUSABLE", OperatorUnusableError),
     (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
@@ -98,7 +100,7 @@ def test_a_reason_of_another_domain_is_not_taken_for_ours(fake, make, client):
 
 def test_every_exception_of_the_package_is_a_steer_error():
     kinds = [getattr(steer_client, name) for name in steer_client.__all__ if name.endswith("Error")]
-    assert len(kinds) == 13
+    assert len(kinds) == 14
     assert all(issubclass(kind, SteerError) for kind in kinds)
 
 

@@ -43,20 +43,27 @@ FORGED = {
     "no token of the prompt": (SET, {"prompt_tokens_steered": 0}, r"says 0 prompt \+ 2 .* were 6 \+ 2"),
     "nothing at all": (OPEN, IDLE, r"says 0 prompt \+ 0 generated tokens steered at strength 0.55, .* were 6 \+ 2"),
     "dose zero": (SET, {"mean_dose": 0, "max_dose": 0}, "says dose mean 0.0, max 0.0 at strength 0.4, expected"),
-    "mean dose zero": (SET, {"mean_dose": 0}, "says dose mean 0.0, max 0.275"),
-    "a negative dose": (SET, {"mean_dose": -0.27}, "says dose mean -0.27, max 0.275"),
-    "mean dose nan": (SET, {"mean_dose": nan}, "says dose mean nan, max 0.275"),
-    "max dose nan": (OPEN, {"max_dose": nan}, "says dose mean 0.27, max nan"),
-    "max dose inf": (SET, {"max_dose": inf}, "says dose mean 0.27, max inf"),
+    "mean dose zero": (SET, {"mean_dose": 0}, "says dose mean 0.0, max 0.2 "),
+    "a negative dose": (SET, {"mean_dose": -0.1}, "says dose mean -0.1, max 0.2 "),
+    "mean dose nan": (SET, {"mean_dose": nan}, "says dose mean nan, max 0.2 "),
+    "max dose nan": (OPEN, {"max_dose": nan}, "says dose mean 0.1375, max nan"),
+    "max dose inf": (SET, {"max_dose": inf}, "says dose mean 0.1, max inf"),
     "both doses inf": (SET, {"mean_dose": inf, "max_dose": inf}, "says dose mean inf, max inf"),
-    "mean above max": (SET, {"mean_dose": 0.28}, "says dose mean 0.28, max 0.275"),
+    "mean above max": (SET, {"mean_dose": 0.3}, "says dose mean 0.3, max 0.2 "),
+    "a dose above its bound": (SET, {"max_dose": 0.23}, "says dose mean 0.1, max 0.23 .* mean <= max <= 0.2$"),
+    "no bound": (SET, {"dose_bound": 0}, "says dose bound 0.0, the strengths at layer 20 give 0.2$"),
+    "a higher bound": (SET, {"dose_bound": 0.3}, "says dose bound 0.3, the strengths at layer 20 give 0.2$"),
+    "bound nan": (OPEN, {"dose_bound": nan}, "says dose bound nan, the strengths at layer 20 give 0.275$"),
+    "a bound at 0": (ZERO, {"dose_bound": 0.2}, "says dose bound 0.2, the strengths at layer 20 give 0.0$"),
     "a prompt steered at 0": (ZERO, {"prompt_tokens_steered": 6}, r"says 6 prompt \+ 0 .* 0.0, expected were 0 \+ 0"),
     "a token steered at 0": (ZERO, {"generated_tokens_steered": 1}, r"says 0 prompt \+ 1 .* expected were 0 \+ 0"),
     "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says dose mean 0.1, max 0.0 at strength 0.0, expected was 0"),
     "a max dose at 0": (ZERO, {"max_dose": nan}, "says dose mean 0.0, max nan at strength 0.0, expected was 0"),
 }
 
-SETTINGS_FORGED = [name for name, (_, _, says) in FORGED.items() if "asked for" in says or "took" in says]
+SETTINGS_FORGED = [
+    name for name, (_, _, says) in FORGED.items() if "asked for" in says or "took" in says or "says dose bound" in says
+]
 
 TRUE = {
     "all set": (SET, {}),
@@ -64,11 +71,12 @@ TRUE = {
     "a strength below 0": (OperatorUse("golden-gate", -0.4), {}),
     "strength 0": (ZERO, {}),
     "strength -0": (OperatorUse("golden-gate", -0.0), {}),
-    "recommended strength 0": (OPEN, {"strength": 0} | IDLE),
+    "recommended strength 0": (OPEN, {"strength": 0, "dose_bound": 0} | IDLE),
     "a strength of whole numbers": (OperatorUse("golden-gate", 1, blend=0), {}),
     "decimals and fractions": (OperatorUse("golden-gate", Decimal("0.1"), blend=Fraction(1, 3)), {}),
     "defaulted in another order": (OPEN, {"defaulted": ["rule", "blend", "strength"]}),
-    "the same dose everywhere": (SET, {"mean_dose": 0.275}),
+    "the same dose everywhere": (SET, {"mean_dose": 0.2}),
+    "a dose rounded up in bfloat16": (SET, {"max_dose": 0.205}),
 }
 
 NO_TOKEN = {"text": "", "token_ids": [], "usage": pb.Usage(prompt_tokens=6, completion_tokens=0)}
@@ -134,6 +142,28 @@ def test_a_usage_below_the_tokens_that_came_does_not_lower_what_is_owed(answer, 
     usage = pb.Usage(prompt_tokens=6, completion_tokens=1)
     with pytest.raises(SteeringNotAppliedError, match=r"says 6 prompt \+ 0 .* were 6 \+ 2"):
         any_call(answer(SET, {"generated_tokens_steered": 0}, usage=usage), operators=[SET])
+
+
+def test_operators_at_one_layer_share_a_bound_and_those_at_another_have_their_own(fake, make, any_call):
+    uses = [OperatorUse("a", 0.4), OperatorUse("b", -0.6), OperatorUse("c", 0.2), OperatorUse("d", 0.0)]
+    sent = [encode.operator_use(use, "operators") for use in uses]
+
+    def answer(bounds):
+        places = zip(sent, bounds, (20, 20, 7, 20), strict=True)
+        fake.steered = make.response(
+            receipts=[
+                make.receipt(use, dose_bound=bound, layer=layer, **({} if use.strength == 0 else {"max_dose": bound}))
+                for use, bound, layer in places
+            ]
+        )
+        return any_call(fake.target, operators=uses)
+
+    assert len(text_of(answer((0.5, 0.5, 0.1, 0.5))).receipts) == 4
+    for place, problem in ((0, "a: .* bound 0.2, .* give 0.5"), (2, "c: .* bound 0.2, .* give 0.1")):
+        bounds = [0.5, 0.5, 0.1, 0.5]
+        bounds[place] = 0.2
+        with pytest.raises(SteeringNotAppliedError, match=problem):
+            answer(bounds)
 
 
 def test_the_operator_whose_receipt_is_forged_is_named(fake, make, any_call):

@@ -26,17 +26,17 @@ from steer_server.types import (
     SteeringPlan,
 )
 
-Build = Callable[[str, str, int], OperatorArtifact]
+Build = Callable[..., OperatorArtifact]
 
 
 @pytest.fixture(scope="session")
 def operator_of(smollm: Callable[..., LoadedModel]) -> Build:
-    """``operator_of(text, profile, layer)``: an operator of the default model, built once."""
+    """``operator_of(text, profile, layer, rank=None)``: an operator of the default model, built once."""
 
     @functools.cache
-    def build(text: str, profile: str, layer: int) -> OperatorArtifact:
+    def build(text: str, profile: str, layer: int, rank: int | str | None = None) -> OperatorArtifact:
         loaded = smollm()
-        return build_operator(BuildSpec(concept_from_text(text, loaded), profile, layer), loaded)
+        return build_operator(BuildSpec((concept_from_text(text, loaded),), profile, layer, rank), loaded)
 
     return build
 
@@ -89,8 +89,9 @@ def recompute() -> Callable[..., list[int]]:
     (strength/2) |h_k| d_k/|d_k|, with d_k between a_k/|a_k| and y/|y|.
     """
 
-    def directions(artifact: OperatorArtifact, x: torch.Tensor, rule: str, blend: float) -> list[torch.Tensor]:
-        blocks = artifact.jacobian.double()
+    def directions(
+        artifact: OperatorArtifact, blocks: torch.Tensor, x: torch.Tensor, rule: str, blend: float
+    ) -> list[torch.Tensor]:
         n, y = len(blocks), artifact.anchor.double()
         units, total = [], torch.zeros_like(y) if artifact.offset is None else artifact.offset.double()
         for k in range(len(x)):
@@ -102,10 +103,10 @@ def recompute() -> Callable[..., list[int]]:
 
     def run(model, artifact, prompt_ids, strength, tokens, rule="cumulative", blend=0.0):  # type: ignore[no-untyped-def]
         site = decoder_layers(model)[artifact.header.injection_layer]
-        ids = list(prompt_ids)
+        ids, blocks = list(prompt_ids), artifact.jacobian().double()
         for _ in range(tokens):
             x = block_input(model, model.get_input_embeddings()(torch.tensor(ids)))
-            units = directions(artifact, x, rule, blend)
+            units = directions(artifact, blocks, x, rule, blend)
 
             def add(_module, args, units=units):  # type: ignore[no-untyped-def]
                 hidden = args[0].clone()

@@ -37,7 +37,7 @@ async def test_cached_steering_equals_recomputing_everything(
     profile, rule, blend, served, decode, steered_row, recompute
 ):
     loaded, engine = served
-    artifact = build_operator(BuildSpec(concept_from_text("the golden dress", loaded), profile, 2), loaded)
+    artifact = build_operator(BuildSpec((concept_from_text("the golden dress", loaded),), profile, 2), loaded)
     prompt_ids = loaded.tokenizer(PROMPT)["input_ids"]
     row = steered_row(artifact, STRENGTH, rule, blend)
     [(ids, end)] = await decode(engine, PROMPT, SAMPLING, row)
@@ -49,7 +49,7 @@ async def test_cached_steering_equals_recomputing_everything(
 
 async def test_rows_of_different_length_in_one_batch_give_the_ids_of_their_solo_runs(served, decode, steered_row):
     loaded, engine = served
-    artifact = build_operator(BuildSpec(concept_from_text("the golden dress", loaded), "residual", 2), loaded)
+    artifact = build_operator(BuildSpec((concept_from_text("the golden dress", loaded),), "residual", 2), loaded)
     strengths = (0.9, -0.9, 2.0, 0.0)
     rows = [Row(), *(steered_row(artifact, strength) for strength in strengths)]
     solo = [(await decode(engine, PROMPT, SAMPLING, row))[0][0] for row in rows]

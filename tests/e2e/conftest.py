@@ -23,9 +23,10 @@ from steer_client import SteerClient
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from operators import store
-from operators.artifact import OperatorArtifact, Recommended, make_artifact
+from operators.artifact import OperatorArtifact, make_artifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
+from operators.header import Recommended
 from operators.models import LoadedModel, load_model
 
 BIN = Path(sys.executable).parent
@@ -180,7 +181,7 @@ def loaded(tiny_model: Path) -> LoadedModel:
 def golden(loaded: LoadedModel) -> OperatorArtifact:
     """An operator of that model."""
     concept = concept_from_text("golden gate", loaded)
-    return build_operator(BuildSpec(concept, layer=2, recommended=Recommended(strength=0.6)), loaded)
+    return build_operator(BuildSpec((concept,), layer=2, recommended=Recommended(strength=0.6)), loaded)
 
 
 @pytest.fixture(scope="session")
@@ -188,7 +189,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, golden: OperatorArtifac
     """A store with the operators ``golden`` and ``dress``."""
     directory = tmp_path_factory.mktemp("store")
     store.save(directory, "golden", golden)
-    dress = build_operator(BuildSpec(concept_from_text("wedding dress", loaded), layer=3), loaded)
+    dress = build_operator(BuildSpec((concept_from_text("wedding dress", loaded),), layer=3), loaded)
     store.save(directory, "dress", dress)
     return directory
 
@@ -214,7 +215,7 @@ def remake() -> Callable[..., OperatorArtifact]:
     def make(artifact: OperatorArtifact, **fields: object) -> OperatorArtifact:
         header = artifact.header.model_copy(update=fields)
         d = header.hidden_size
-        cut = replace(artifact, jacobian=artifact.jacobian[:, :d, :d])
-        return make_artifact(header, cut.jacobian, artifact.anchor[:d], artifact.substitute_base[:d])
+        cut = replace(artifact, factors=artifact.factors[:, :d, :d])
+        return make_artifact(header, cut.factors, artifact.anchor[:d], artifact.substitute_base[:d])
 
     return make

@@ -64,7 +64,14 @@ def test_a_port_in_use_ends_the_second_server_with_one_line(server, tiny_model, 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("engine", "warp"), ("dtype", "float8"), ("device", "abacus"), ("metrics_port", "70000"), ("max_queue", "0")],
+    [
+        ("engine", "warp"),
+        ("dtype", "float8"),
+        ("device", "abacus"),
+        ("metrics_port", "70000"),
+        ("max_queue", "0"),
+        ("max_dose", "0"),
+    ],
 )
 def test_a_setting_that_is_not_accepted_ends_the_server_at_once(option, value):
     done, seconds = _run("steer-server", f"--{option.replace('_', '-')}", value)

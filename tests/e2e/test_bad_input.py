@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from steer_client import (
     Chat,
     ChatMessage,
+    DoseTooHighError,
     FinishReason,
     InvalidRequestError,
     OperatorUse,
@@ -249,6 +250,19 @@ def test_more_than_is_accepted_is_refused_by_name(client):
     with pytest.raises(InvalidRequestError) as caught:
         client.compare("x", arms={"a": GOLDEN, "b": GOLDEN * 17}, sampling=SHORT)
     assert caught.value.field == "arms[1].operators"
+
+
+def test_doses_that_add_up_to_more_than_is_accepted_are_refused_by_name(client):
+    together = [OperatorUse("golden", 1.8), OperatorUse("golden", -0.9), OperatorUse("dress", 2.0)]
+    for call, field in (
+        (lambda: client.generate("x", operators=together, sampling=SHORT), "operators"),
+        (lambda: client.compare("x", arms={"a": GOLDEN, "b": together}, sampling=SHORT), "arms[1].operators"),
+        (lambda: client.generate("x", operators=[OperatorUse("dress", 2.7)], sampling=SHORT), "operators[0].strength"),
+    ):
+        with pytest.raises(DoseTooHighError, match=r"add up to 1\.35; at most 1 is accepted") as caught:
+            call()
+        assert caught.value.field == field
+        assert caught.value.metadata["dose"] == "1.35"
 
 
 def test_many_prompts_at_once_are_each_read_as_if_alone(server, loaded):

@@ -31,7 +31,9 @@ RECEIPT = {
     "generated_tokens_steered",
     "mean_dose",
     "max_dose",
+    "dose_bound",
     "defaulted",
+    "calibrated",
 }
 FEW = ("--max-tokens", "5", "--ignore-eos")
 

@@ -43,7 +43,7 @@ def server(smollm, tmp_path_factory, start_server):
         ("bridge", "The Golden Gate Bridge in San", 21),
         ("paris", "The capital of France is", 24),
     ):
-        spec = BuildSpec(concept_from_text(text, loaded), "golden", layer)
+        spec = BuildSpec((concept_from_text(text, loaded),), "golden", layer)
         store.save(directory, name, build_operator(spec, loaded))
     with start_server("--store", str(directory), "--dtype", "float32", model="smollm2-135m", metrics=True) as running:
         yield running

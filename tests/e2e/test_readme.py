@@ -84,6 +84,13 @@ def test_the_server_command_names_options_that_exist(environment):
     assert options <= set(re.findall(r"--[a-z-]+", run("steer-server --help", environment)))
 
 
+def test_the_commands_of_the_builder_name_options_that_exist(environment):
+    shown = "".join(block for block in blocks("sh") if block.startswith("steer-operators"))
+    for line in shown.splitlines():
+        options = set(re.findall(r"--[a-z-]+", line))
+        assert options <= set(re.findall(r"--[a-z-]+", run(f"steer-operators {line.split()[1]} --help", environment)))
+
+
 def test_the_demo_ends_well_and_prints_what_the_readme_shows(environment, tmp_path):
     printed = run(f"{sys.executable} {ROOT / 'tools/demo.py'} --svg {tmp_path / 'demo.svg'}", environment, cwd=tmp_path)
     normal, published, best = first_panels(printed)

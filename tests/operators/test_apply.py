@@ -15,7 +15,7 @@ RULES = ["cumulative", "substitute"]
 
 def _naive(artifact, x, rule, blend):
     """The unit directions d_k/|d_k|, from the equations at the top of ``operators.apply``, in float64."""
-    blocks, y = artifact.jacobian.double(), artifact.anchor.double()
+    blocks, y = artifact.jacobian().double(), artifact.anchor.double()
     n = artifact.positions
     directions = []
     for k in range(len(x)):
@@ -131,7 +131,7 @@ def test_any_finite_strength_is_accepted(strength):
 
 def test_a_zero_direction_is_refused_with_its_position():
     blocks = torch.stack([torch.eye(5), torch.eye(5), -torch.eye(5)])
-    operator = PreparedOperator(blocks, None, torch.zeros(5), torch.ones(5))
+    operator = PreparedOperator(blocks, None, None, torch.zeros(5), torch.ones(5))
     direction = Direction(operator, Setting(0.5, "cumulative", 0.0))
     direction.advance(torch.ones(1, 5))
     # a_2 = 1 + 1 - 2.
@@ -148,7 +148,7 @@ def test_a_direction_that_is_not_finite_is_refused_with_its_position(make_operat
 
 
 def test_an_operator_that_cancels_its_anchor_is_refused():
-    operator = PreparedOperator(-torch.eye(5)[None], None, torch.zeros(5), torch.eye(5)[0])
+    operator = PreparedOperator(-torch.eye(5)[None], None, None, torch.zeros(5), torch.eye(5)[0])
     direction = Direction(operator, Setting(0.5, "cumulative", 0.5))
     with pytest.raises(SteeringError, match=r"position 0 has norm 0\.0"):
         direction.advance(torch.eye(5)[:1])

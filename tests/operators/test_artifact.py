@@ -8,20 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from operators.artifact import (
-    OperatorHeader,
-    Recommended,
-    from_bytes,
-    injection_layer,
-    make_artifact,
-    read_artifact,
-    to_bytes,
-)
+from operators.artifact import from_bytes, injection_layer, make_artifact, read_artifact, to_bytes
 from operators.errors import ArtifactError
+from operators.header import OperatorHeader, Recommended
 
 
 def _tensors(artifact):
-    return [artifact.jacobian, artifact.anchor, artifact.substitute_base, artifact.offset]
+    return [artifact.factors, artifact.anchor, artifact.substitute_base, artifact.offset]
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -44,8 +37,8 @@ def test_every_dtype_survives_the_round_trip(make_operator, name, dtype):
     header = plain.header.model_copy(update={"dtype": name})
     tensors = [tensor.to(dtype) for tensor in _tensors(plain) if tensor is not None]
     read = from_bytes(to_bytes(make_artifact(header, *tensors)), source="x")
-    assert read.jacobian.dtype == dtype
-    assert torch.equal(read.jacobian, tensors[0])
+    assert read.factors.dtype == dtype
+    assert torch.equal(read.factors, tensors[0])
 
 
 def test_equal_artifacts_give_equal_bytes(make_operator):
@@ -73,7 +66,7 @@ def test_one_changed_number_changes_the_digest(make_operator):
     artifact = make_operator()
     anchor = artifact.anchor.clone()
     anchor[2] = torch.nextafter(anchor[2], torch.tensor(9.0))
-    changed = make_artifact(artifact.header, artifact.jacobian, anchor, artifact.substitute_base)
+    changed = make_artifact(artifact.header, artifact.factors, anchor, artifact.substitute_base)
     assert changed.digest != artifact.digest
 
 
@@ -92,11 +85,11 @@ def test_no_length_of_the_header_is_mistaken_for_another_format(make_operator):
 
 def test_tensors_are_stored_without_their_graph_and_in_rows(make_operator):
     artifact = make_operator()
-    jacobian = artifact.jacobian.transpose(1, 2).requires_grad_(True)
+    jacobian = artifact.factors.transpose(1, 2).requires_grad_(True)
     copied = make_artifact(artifact.header, jacobian, artifact.anchor, artifact.substitute_base)
     read = from_bytes(to_bytes(copied), source="x")
-    assert torch.equal(read.jacobian, jacobian)
-    assert not read.jacobian.requires_grad
+    assert torch.equal(read.factors, jacobian)
+    assert not read.factors.requires_grad
 
 
 def test_the_profile_decides_where_the_operator_is_added():
@@ -140,8 +133,8 @@ def test_a_header_cannot_be_changed(make_operator):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda a: {"jacobian": a.jacobian[:2]}, r"'jacobian' has shape \(2, 5, 5\).*\(3, 5, 5\)"),
-        (lambda a: {"jacobian": a.jacobian.double()}, r"'jacobian' is torch\.float64.*float32"),
+        (lambda a: {"factors": a.factors[:2]}, r"'jacobian' has shape \(2, 5, 5\).*\(3, 5, 5\)"),
+        (lambda a: {"factors": a.factors.double()}, r"'jacobian' is torch\.float64.*float32"),
         (lambda a: {"anchor": a.anchor[:4]}, r"'anchor' has shape \(4,\)"),
         (lambda a: {"substitute_base": a.anchor / 0}, "'substitute_base' has values that are not finite"),
         (lambda a: {"offset": a.anchor[None]}, r"'offset' has shape \(1, 5\)"),
@@ -150,7 +143,7 @@ def test_a_header_cannot_be_changed(make_operator):
 def test_parts_that_do_not_fit_together_are_not_signed(make_operator, change, named):
     artifact = make_operator()
     parts = {
-        "jacobian": artifact.jacobian,
+        "factors": artifact.factors,
         "anchor": artifact.anchor,
         "substitute_base": artifact.substitute_base,
         **change(artifact),

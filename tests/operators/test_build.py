@@ -6,8 +6,9 @@ import torch
 
 import operators
 from operators import build as builder
-from operators.artifact import Recommended, from_bytes, make_artifact, to_bytes
-from operators.build import BuildSpec, build_operator, check_layer, verify_operator
+from operators import checks, verify
+from operators.artifact import from_bytes, make_artifact, to_bytes
+from operators.build import BuildSpec, build_operator, check_layer
 from operators.concept import Concept, check_text, concept_from_text
 from operators.detach import context, rules
 from operators.errors import (
@@ -17,7 +18,9 @@ from operators.errors import (
     ReconstructionError,
     UnsupportedModelError,
 )
+from operators.header import Recommended
 from operators.models import recognise
+from operators.verify import verify_operator
 
 TEXT = "The Golden Gate Bridge"
 
@@ -29,7 +32,7 @@ def built(tiny):
     def build(family="llama", dtype="float64", **spec):
         loaded = tiny(family, dtype=dtype)
         concept = concept_from_text(TEXT, loaded)
-        return build_operator(BuildSpec(concept=concept, **spec), loaded), loaded
+        return build_operator(BuildSpec((concept,), **spec), loaded), loaded
 
     return build
 
@@ -61,20 +64,20 @@ def test_the_header_says_what_was_built(built):
 def test_anchor_and_base_are_those_of_the_equations(built):
     artifact, loaded = built("gemma3")
     x = loaded.model.get_input_embeddings()(torch.tensor(artifact.header.concept_ids))
-    y = sum(block @ vector for block, vector in zip(artifact.jacobian, x, strict=True))
+    y = sum(block @ vector for block, vector in zip(artifact.factors, x, strict=True))
     torch.testing.assert_close(artifact.anchor, y, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(artifact.substitute_base, y - artifact.jacobian[-1] @ x[-1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(artifact.substitute_base, y - artifact.factors[-1] @ x[-1], rtol=1e-12, atol=1e-12)
 
 
 def test_building_twice_gives_the_same_numbers(built):
     first, second = built()[0], built()[0]
-    assert torch.equal(first.jacobian, second.jacobian)
+    assert torch.equal(first.factors, second.factors)
 
 
 def test_float32_and_float64_give_the_same_operator_up_to_rounding(built):
     narrow, wide = built(dtype="float32")[0], built(dtype="float64")[0]
     assert (narrow.header.dtype, wide.header.dtype) == ("float32", "float64")
-    assert float((narrow.jacobian.double() - wide.jacobian).norm() / wide.jacobian.norm()) < 1e-5
+    assert float((narrow.factors.double() - wide.factors).norm() / wide.factors.norm()) < 1e-5
 
 
 @pytest.mark.parametrize(("family", "layer"), [("llama", 2), ("qwen3", 2), ("gemma3", 2)])
@@ -92,31 +95,35 @@ def test_layers_from_1_to_the_last_of_the_profile_are_accepted(tiny, profile, la
             check_layer(layer, profile, loaded)
 
 
-def test_progress_ends_with_every_row(tiny):
+@pytest.mark.parametrize("size", [{"rank": "full"}, {"rank": 8}, {"tolerance": 0.5}])
+@pytest.mark.parametrize("texts", [((1, 2),), ((1, 2), (3, 4, 5))])
+def test_progress_only_grows_and_ends_at_its_end(tiny, texts, size):
     calls = []
-    spec = BuildSpec(Concept("x", (1, 2)), layer=1)
+    spec = BuildSpec(tuple(Concept("x", ids) for ids in texts), layer=1, **size)
     build_operator(spec, tiny("llama"), progress=lambda *call: calls.append(call))
-    assert calls[-1] == (40, 40)
+    done, total = zip(*calls, strict=True)
+    assert done[-1] == total[-1]
+    assert list(done) == sorted(done)
 
 
 def test_an_operator_that_no_reader_would_take_is_refused_before_it_is_computed(tiny, monkeypatch):
     monkeypatch.setattr(builder, "MAX_BYTES", 2 * 40 * 40 * 8)
-    monkeypatch.setattr(builder, "detached_jacobian", None)
-    with pytest.raises(BuildError, match=r"operator of 3 tokens at hidden size 40 .* takes 38400 bytes; at most"):
-        build_operator(BuildSpec(Concept("x", (1, 2, 3))), tiny("llama"))
+    monkeypatch.setattr(builder, "exact", None)
+    with pytest.raises(BuildError, match=r"operator of 3 tokens at hidden size 40 takes 38400 bytes; at most"):
+        build_operator(BuildSpec((Concept("x", (1, 2, 3)),)), tiny("llama"))
 
 
 def test_a_dtype_that_no_artifact_has_is_refused(tiny):
     loaded = tiny("llama", dtype="float32", fresh=True)
     loaded.model.to(torch.float16)
     with pytest.raises(BuildError, match=r"torch\.float16; float32, float64, bfloat16 are accepted"):
-        build_operator(BuildSpec(Concept("x", (1,))), loaded)
+        build_operator(BuildSpec((Concept("x", (1,)),)), loaded)
 
 
 def test_a_replay_that_is_not_the_model_fails_the_build(tiny, monkeypatch):
     monkeypatch.setattr(context, "mix", lambda weights, values: 1.1 * rules.mix(weights, values))
     with pytest.raises(ReconstructionError, match=r"sum J x misses the hidden state by .* at most 1e-11"):
-        build_operator(BuildSpec(Concept("x", (1, 2))), tiny("llama"))
+        build_operator(BuildSpec((Concept("x", (1, 2)),)), tiny("llama"))
 
 
 def _louder(self, gate):
@@ -126,21 +133,21 @@ def _louder(self, gate):
 def test_a_rule_that_changes_the_values_fails_the_build(tiny, monkeypatch):
     monkeypatch.setattr(rules.FrozenGate, "forward", _louder)
     with pytest.raises(ReconstructionError, match="detached forward pass differs from the plain one by"):
-        build_operator(BuildSpec(Concept("x", (1, 2))), tiny("llama"))
+        build_operator(BuildSpec((Concept("x", (1, 2)),)), tiny("llama"))
 
 
 def test_a_model_with_nan_fails_the_build(tiny):
     loaded = tiny("llama", fresh=True)
     loaded.model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(ReconstructionError, match="is not finite in float64"):
-        build_operator(BuildSpec(Concept("x", (1, 2))), loaded)
+        build_operator(BuildSpec((Concept("x", (1, 2)),)), loaded)
 
 
 def test_an_architecture_without_a_table_is_refused(tiny):
     loaded = tiny("llama", fresh=True)
     loaded.model.model.layers[0].extra = torch.nn.Tanh()
     with pytest.raises(UnsupportedModelError, match="class Tanh"):
-        build_operator(BuildSpec(Concept("x", (1,))), loaded)
+        build_operator(BuildSpec((Concept("x", (1,)),)), loaded)
 
 
 # Concepts.
@@ -174,7 +181,7 @@ def test_an_operator_fits_its_model_in_another_dtype_too(built, tiny):
 
 def test_an_operator_of_one_token_fits_its_model(tiny):
     loaded = tiny("llama", dtype="float32")
-    artifact = build_operator(BuildSpec(Concept("x", (7,))), loaded)
+    artifact = build_operator(BuildSpec((Concept("x", (7,)),)), loaded)
     assert verify_operator(artifact, loaded) < 5e-5
 
 
@@ -210,7 +217,7 @@ def test_an_operator_of_a_model_of_another_shape_is_refused(built, tiny, family,
 
 def _changed(artifact, header=None, **tensors):
     parts = {
-        "jacobian": artifact.jacobian,
+        "factors": artifact.factors,
         "anchor": artifact.anchor,
         "substitute_base": artifact.substitute_base,
         **tensors,
@@ -231,7 +238,7 @@ def test_a_concept_token_that_the_model_does_not_have_is_refused(built):
         verify_operator(_changed(artifact, {"concept_ids": ids}), loaded)
 
 
-@pytest.mark.parametrize("name", ["jacobian", "anchor", "substitute_base"])
+@pytest.mark.parametrize("name", ["factors", "anchor", "substitute_base"])
 def test_a_well_signed_operator_with_wrong_numbers_is_found_out(built, name):
     artifact, loaded = built()
     wrong = _changed(artifact, **{name: getattr(artifact, name) * 1.001})
@@ -248,7 +255,8 @@ def test_an_operator_of_another_layer_is_found_out(built):
 def test_an_operator_is_not_held_to_a_finer_bound_than_its_model(built, tiny, monkeypatch):
     artifact, _ = built(dtype="float64", layer=1)
     coarse = MappingProxyType({"float64": 1e-30, "float32": 1e-29, "bfloat16": 0.2})
-    monkeypatch.setattr(builder, "_RECONSTRUCTION_TOLERANCE", coarse)
+    monkeypatch.setattr(checks, "RECONSTRUCTION_TOLERANCE", coarse)
+    monkeypatch.setattr(verify, "RECONSTRUCTION_TOLERANCE", coarse)
     with pytest.raises(ReconstructionError, match="in float32"):
         verify_operator(artifact, tiny("llama", dtype="float32"))
     assert verify_operator(artifact, tiny("llama", dtype="bfloat16")) < 0.2

@@ -1,4 +1,3 @@
-import contextlib
 import json
 import os
 import re
@@ -11,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
-from operators import _report as report
-from operators import artifact, models, store
+from operators import __version__, header, models, store
+from operators.artifact import make_artifact
+from operators.commands import _options
 
 TEXT = "The Golden Gate Bridge"
 
@@ -116,6 +116,14 @@ REFUSED_EARLY = [
     (["a", "--text", ""], "ConceptError", "concept '' has no tokens"),
     (["a", "--text", " \n"], "ConceptError", "has no tokens"),
     (["a", "--text", "caf\udce9"], "ConceptError", "is not Unicode text"),
+    (["a", "--text", "x" * 65537], "ConceptError", "concept has 65537 characters; at most 65536 are accepted"),
+    (["a", "--text", TEXT, "--layer", "-1"], "BuildError", "layer is -1; a whole number of at least 1 is accepted"),
+    (["a", "--text", TEXT, "--rank", "0"], "BuildError", "rank is 0; a whole number of at least 1 or 'full' is"),
+    (["a", "--text", TEXT, "--rank", "all"], "BuildError", "rank is 'all'; a whole number of at least 1 or 'full' is"),
+    (["a", "--text", TEXT, "--tol", "0"], "BuildError", "tolerance is 0.0; a number between 0 and 1 is accepted"),
+    (["a", "--text", TEXT, "--tol", "nan"], "BuildError", "tolerance is nan; a number between 0 and 1 is accepted"),
+    (["a", "--text", TEXT, "--tol", "0.1", "--rank", "3"], "BuildError", "were both given; one is accepted"),
+    (["a", "--text", TEXT, "--max-memory", "much"], "BuildError", "memory 'much'; a size such as 8GiB"),
 ]
 
 
@@ -146,7 +154,10 @@ def test_replace_replaces_a_taken_name(run, shelf, make_operator):
     ("arguments", "words"),
     [
         (["--layer", "4"], "layer 4 of .* for profile 'residual'; 1 to 3 are accepted"),
-        (["--layer", "-1"], "layer -1 of .*; 1 to 3 are accepted"),
+        (["--layer", "5", "--profile", "golden"], "layer 5 of .* for profile 'golden'; 1 to 4 are accepted"),
+        (["--rank", "41"], "rank is 41; 1 to 40 .the hidden size of .*. or 'full' are accepted"),
+        (["--text", "q" * 65], r"concept has 65 tokens; .* takes at most 64 \(it begins 'q{40}'\)"),
+        (["--max-memory", "1KiB"], r"needs about .* of memory beside the model; 1.0 KiB may be used"),
         (["--model", "no/such-model"], "model 'no/such-model' cannot be loaded: .*'smollm2-135m'"),
     ],
 )
@@ -179,6 +190,8 @@ def test_ctrl_c_exits_with_130_and_leaves_the_store_empty(run, shelf, monkeypatc
         ["build", "a", "--text", TEXT, "--dtype", "int8"],
         ["build", "a", "--text", TEXT, "--strength", "much"],
         ["build", "a", "--text", TEXT, "--lambda", "1"],
+        ["build", "a", "--text", TEXT, "--only", "a"],
+        ["build", "--text", TEXT],
         ["show"],
         ["list", "a"],
     ],
@@ -208,7 +221,7 @@ def test_list_shows_broken_operators_beside_sound_ones(run, shelf, make_operator
     lines = run("list").stdout.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("broken  broken: ")
-    assert "residual 2/4" in lines[2]
+    assert "residual: layer 2 of 4, pushes block 2  rank full" in lines[2]
     assert "'a golden bridge'" in lines[2]
 
 
@@ -271,7 +284,7 @@ def test_verify_names_what_another_model_has_instead(run, tiny_directory):
 def test_verify_finds_wrong_numbers_behind_a_right_digest(run, shelf):
     run("build", "a", "--text", TEXT)
     good = store.load(shelf, "a")
-    wrong = artifact.make_artifact(good.header, 1.01 * good.jacobian, good.anchor, good.substitute_base)
+    wrong = make_artifact(good.header, 1.01 * good.factors, good.anchor, good.substitute_base)
     store.save(shelf, "a", wrong, replace=True)
     result = run("verify", "a")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -297,21 +310,27 @@ def test_verify_refuses_a_damaged_file_without_loading_a_model(run, shelf, make_
 
 def test_the_choices_of_the_command_are_those_of_the_artifact():
     for choice, own in (
-        (cli.ProfileChoice, artifact.Profile),
-        (cli.RuleChoice, artifact.Rule),
-        (cli.DTypeChoice, artifact.DTypeName),
+        (_options.ProfileChoice, header.Profile),
+        (_options.RuleChoice, header.Rule),
+        (_options.DTypeChoice, header.DTypeName),
     ):
         assert get_args(choice) == get_args(own)
+
+
+def test_the_version_is_told(run):
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"steer-operators {__version__}\n")
 
 
 def test_help_imports_nothing_heavy():
     program = (
         "import sys\nfrom typer.testing import CliRunner\nfrom operators.__main__ import app\n"
-        "codes = [CliRunner().invoke(app, line.split()).exit_code for line in ('--help', 'list --help', 'x')]\n"
+        "lines = ('--help', 'build --help', '--version', 'x')\n"
+        "codes = [CliRunner().invoke(app, line.split()).exit_code for line in lines]\n"
         "print(codes, sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "[0, 0, 2] []\n"
+    assert done.stdout == "[0, 0, 0, 2] []\n"
 
 
 def test_the_module_is_the_command(shelf, tiny_directory):
@@ -324,32 +343,3 @@ def test_the_module_is_the_command(shelf, tiny_directory):
     assert (
         again.stderr == f"steer-operators: operator 'a' is already in {shelf}; delete it, or replace it (--replace)\n"
     )
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
-def test_the_progress_bar_is_drawn_on_a_terminal_and_only_there(capfd, monkeypatch):
-    with report.jacobian_progress() as progress:
-        progress(1, 2)
-    assert capfd.readouterr().err == ""
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with report.jacobian_progress() as progress:
-            progress(64, 576)
-    drawn = b""
-    # A terminal hands over what it has piece by piece, and ends with an error.
-    with contextlib.suppress(OSError):
-        while piece := os.read(ours, 4096):
-            drawn += piece
-    os.close(ours)
-    drawn = drawn.decode()
-    assert "Jacobian rows" in drawn
-    assert "64/576" in drawn
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(0, "0 B"), (999, "999 B"), (7_970_000, "7.97 MB"), (12_500_000_000, "12.5 GB")]
-)
-def test_sizes_are_told_in_the_unit_that_fits(number, words):
-    assert report.size(number) == words

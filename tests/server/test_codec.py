@@ -1,6 +1,5 @@
 import math
 from dataclasses import fields, replace
-from datetime import UTC, datetime
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
@@ -17,7 +16,6 @@ from steer_server.types import (
     Completion,
     Delta,
     FinishReason,
-    OperatorEntry,
     OperatorUse,
     Receipt,
     Started,
@@ -48,7 +46,10 @@ def _completion(**changes):
         "prompt_tokens": 3,
         "timings": Timings(0.25, 0.5, 1.75),
         "receipts": (
-            Receipt("g", "sha256:" + "0" * 64, 2, "substitute", -0.5, 0.25, 3, 1, 0.25, 0.26, ("rule", "blend")),
+            Receipt(
+                *("g", "sha256:" + "0" * 64, 2, "substitute", -0.5, 0.25),
+                *(3, 1, 0.2, 0.25, 0.25, ("rule", "blend"), True),
+            ),
         ),
         "logprobs": (TokenLogprob(4, "one", -0.5, (TopLogprob(4, "one", -0.5), TopLogprob(7, "uno", -1.5))),),
         "scores": (),
@@ -217,7 +218,7 @@ def test_an_operators_value_out_of_range_is_refused_by_the_registry(name, value,
     from operators import store
 
     store.save(tmp_path, "g", artifact)
-    registry = Registry(tmp_path, model_info, max_bytes=1 << 20)
+    registry = Registry(tmp_path, model_info, max_bytes=1 << 20, max_dose=1.0)
     (_, use) = codec.generation_request(
         _request(operators=[pb.OperatorUse(name="g"), pb.OperatorUse(name="g", **{name: value})])
     ).operators
@@ -263,9 +264,11 @@ def test_a_completion_crosses_whole():
         blend=0.25,
         prompt_tokens_steered=3,
         generated_tokens_steered=1,
-        mean_dose=0.25,
-        max_dose=0.26,
+        mean_dose=0.2,
+        max_dose=0.25,
+        dose_bound=0.25,
         defaulted=["rule", "blend"],
+        calibrated=True,
     )
     (logprob,) = message.logprobs
     assert (logprob.token_id, logprob.token, logprob.logprob) == (4, "one", -0.5)
@@ -302,29 +305,11 @@ def test_a_comparison_says_what_was_not_measured_by_leaving_it_unset():
     assert (second.normal_perplexity, second.steered_perplexity) == (3.0, 4.0)
 
 
-def test_an_operator_is_described_by_its_header(artifact):
-    message = codec.operator(OperatorEntry("g", "", 1234, artifact))
-    header = artifact.header
-    assert (message.name, message.problem, message.digest) == ("g", "", artifact.digest)
-    assert (message.concept, list(message.concept_token_ids)) == (header.concept, list(header.concept_ids))
-    assert (message.layer, message.injection_layer, message.hidden_size) == (2, 2, header.hidden_size)
-    assert (message.positions, message.size_bytes) == (len(header.concept_ids), 1234)
-    assert (message.recommended_strength, message.recommended_blend) == (0.6, 0.25)
-    assert message.recommended_rule == pb.RULE_SUBSTITUTE
-    assert message.created.ToDatetime(UTC) == header.created
-    assert message.created.ToDatetime(UTC) <= datetime.now(UTC)
-    assert message.reconstruction_error == header.reconstruction_error
-
-
-def test_an_unusable_operator_has_its_problem_and_nothing_that_was_not_read():
-    message = codec.operator(OperatorEntry("g", "it is damaged", 7, None))
-    assert {descriptor.name for descriptor, _ in message.ListFields()} == {"name", "problem", "size_bytes"}
-
-
 def test_the_model_is_described_in_full(model_info):
-    message = codec.model_info(model_info, version="1.2.3", max_queue=4, max_arms=5)
+    message = codec.model_info(model_info, version="1.2.3", max_queue=4, max_arms=5, max_dose=1.5)
     assert {descriptor.name for descriptor, _ in message.ListFields()} | {"has_chat_template"} == {
         field.name for field in message.DESCRIPTOR.fields
     }
     assert (message.model, message.num_layers) == (model_info.model, 4)
     assert (message.server_version, message.max_queue, message.max_arms) == ("1.2.3", 4, 5)
+    assert message.max_dose == 1.5

@@ -24,6 +24,16 @@ def test_an_empty_variable_counts_as_unset(monkeypatch):
     assert ServerConfig().store == Path("somewhere")
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
+def test_a_limit_of_the_dose_is_a_positive_number(monkeypatch, value):
+    monkeypatch.setenv("STEER_MAX_DOSE", "1.5")
+    assert (ServerConfig().max_dose, ServerConfig(max_dose=0.25).max_dose) == (1.5, 0.25)
+    monkeypatch.setenv("STEER_MAX_DOSE", value)
+    with pytest.raises(ValidationError) as caught:
+        ServerConfig()
+    assert [error["loc"] for error in caught.value.errors()] == [("max_dose",)]
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:50051", "[::]:50051", "[::1]:1", "0.0.0.0:65535"])
 def test_an_address_is_a_host_and_a_port(listen):
     assert ServerConfig(listen=listen).listen == listen

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from operators.apply import prepare
 from steer_server.engine import hf, steering
 from steer_server.engine.steering import PreparedOperators, RowSteering
 from steer_server.errors import SteeringNotAppliedError
@@ -80,7 +81,7 @@ def test_the_least_recently_used_operator_goes_first_and_comes_back_on_demand(
 ):
     third = remake(artifact, concept="a third")
     uses = plan_of((artifact, 0.5), (other_artifact, 0.5), (third, 0.5)).applications
-    sizes = [use.artifact.jacobian.nbytes for use in uses]
+    sizes = [prepare(use.artifact, torch.device("cpu")).nbytes for use in uses]
     prepared = _prepared(budget=sizes[0] + sizes[2])
     kept = [prepared.get(use) for use in uses]
     assert prepared.get(uses[0]) is kept[0]
@@ -92,14 +93,22 @@ def test_the_least_recently_used_operator_goes_first_and_comes_back_on_demand(
     assert prepared.get(uses[2]) is kept[2]
     assert len(prepared_digests) == 3
     again = prepared.get(uses[1])
-    assert torch.equal(again.jacobian, kept[1].jacobian)
+    assert torch.equal(again.factors, kept[1].factors)
     assert prepared_digests[3:] == [other_artifact.digest]
+
+
+def test_a_prepared_operator_counts_all_that_it_keeps(artifact, low_artifact):
+    for made in (artifact, low_artifact):
+        n, d, low = made.positions, made.header.hidden_size, made.header.low_rank
+        blocks = n * d * d if low is None else n * low.rank * d + d * low.rank
+        # Base and unit anchor; this model has no biases, so there is no offset.
+        assert prepare(made, _CPU).nbytes == 4 * (blocks + 2 * d)
 
 
 @pytest.mark.parametrize("spare", [0, -1])
 def test_the_budget_is_in_bytes_and_may_be_used_up(artifact, plan_of, spare):
     (use,) = plan_of((artifact, 0.5)).applications
-    prepared = _prepared(budget=use.artifact.jacobian.nbytes + spare)
+    prepared = _prepared(budget=prepare(use.artifact, torch.device("cpu")).nbytes + spare)
     prepared.get(use)
     prepared.trim()
     assert len(prepared) == (1 if spare == 0 else 0)
@@ -108,7 +117,7 @@ def test_the_budget_is_in_bytes_and_may_be_used_up(artifact, plan_of, spare):
 async def test_the_engine_keeps_no_more_than_its_budget(
     llama, artifact, other_artifact, plan_of, prompt_ids, monkeypatch
 ):
-    monkeypatch.setattr(hf, "_PREPARED_BYTES", artifact.jacobian.nbytes)
+    monkeypatch.setattr(hf, "_PREPARED_BYTES", prepare(artifact, torch.device("cpu")).nbytes)
     engine = hf.HFEngine(llama, max_queue=2)
     plan = plan_of((artifact, 0.5), (other_artifact, 0.5))
     job = DecodeJob(prompt_ids, SamplingParams(max_tokens=3, ignore_eos=True), (Row(plan),))

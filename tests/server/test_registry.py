@@ -8,7 +8,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
 from operators import store
-from operators.artifact import Recommended, to_bytes
+from operators.artifact import to_bytes
+from operators.header import Recommended
 from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
 from steer_server.registry import Registry
 from steer_server.types import OperatorUse
@@ -28,7 +29,7 @@ class _Bomb:
 @pytest.fixture
 def registry(tmp_path, artifact, model_info):
     store.save(tmp_path, "good", artifact)
-    return lambda: Registry(tmp_path, model_info, max_bytes=_MAX_BYTES)
+    return lambda: Registry(tmp_path, model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
 
 
 def _flip(data, place):
@@ -39,7 +40,7 @@ def _narrow(artifact, remake):
     """The same operator cut down to half of its hidden size."""
     d = artifact.header.hidden_size // 2
     parts = {"anchor": artifact.anchor[:d], "substitute_base": artifact.substitute_base[:d]}
-    cut = replace(artifact, jacobian=artifact.jacobian[:, :d, :d], **parts)
+    cut = replace(artifact, factors=artifact.factors[:, :d, :d], **parts)
     return remake(cut, hidden_size=d)
 
 
@@ -54,7 +55,7 @@ BAD = {
     "trailing bytes": ("not a whole safetensors file", lambda a, _: to_bytes(a) + b"\0"),
     "not a number": (
         "not finite",
-        lambda a, _: to_bytes(replace(a, jacobian=torch.full_like(a.jacobian, float("nan")))),
+        lambda a, _: to_bytes(replace(a, factors=torch.full_like(a.factors, float("nan")))),
     ),
     "a pickle": ("pickle", lambda a, _: pickle.dumps({"jacobian": [1.0]}, protocol=4)),
     "text": ("not a whole safetensors file", lambda a, _: b"hello, this is not an operator at all"),
@@ -87,7 +88,7 @@ def test_what_was_served_is_named_beside_what_was_found(registry, tmp_path, arti
 
 def test_a_model_under_another_name_is_known_by_its_fingerprint(tmp_path, artifact, with_name):
     store.save(tmp_path, "good", artifact)
-    made = Registry(tmp_path, with_name(model="/some where/else"), max_bytes=_MAX_BYTES)
+    made = Registry(tmp_path, with_name(model="/some where/else"), max_bytes=_MAX_BYTES, max_dose=1.0)
     assert made.entry("good").problem == ""
 
 
@@ -96,7 +97,7 @@ def test_an_oversized_file_is_not_read(registry, tmp_path):
     with path.open("wb") as file:
         file.truncate(64 << 30)
     entry = registry().entry("huge")
-    assert f"at most {_MAX_BYTES}" in entry.problem
+    assert f"at most {_MAX_BYTES} are read (STEER_MAX_ARTIFACT_BYTES sets it)" in entry.problem
     assert entry.size_bytes == 64 << 30
 
 
@@ -144,7 +145,7 @@ def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(registry, name
 
 
 def test_an_empty_store_says_so(tmp_path, model_info):
-    made = Registry(tmp_path / "not made yet", model_info, max_bytes=_MAX_BYTES)
+    made = Registry(tmp_path / "not made yet", model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
     assert made.entries() == ()
     with pytest.raises(UnknownOperatorError, match="there are: none"):
         made.entry("x")
@@ -209,9 +210,9 @@ def test_what_a_request_sets_is_kept_zero_included(registry):
 
 
 def test_each_artifact_recommends_for_itself(registry, tmp_path, artifact, remake):
-    store.save(tmp_path, "loud", remake(artifact, recommended=Recommended(strength=2.0)))
+    store.save(tmp_path, "loud", remake(artifact, recommended=Recommended(strength=1.2)))
     uses = registry().plan((OperatorUse("good"), OperatorUse("loud"))).applications
-    assert [use.setting.strength for use in uses] == [0.6, 2.0]
+    assert [use.setting.strength for use in uses] == [0.6, 1.2]
 
 
 def test_no_operators_make_no_plan(registry):
@@ -255,14 +256,14 @@ def test_a_file_that_memory_does_not_hold_is_listed_with_a_problem(registry, tmp
 def test_a_store_that_became_a_file_is_an_error_and_the_old_operators_stay(tmp_path, artifact, model_info):
     directory = tmp_path / "store"
     store.save(directory, "good", artifact)
-    made = Registry(directory, model_info, max_bytes=_MAX_BYTES)
+    made = Registry(directory, model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
     directory.rename(tmp_path / "elsewhere")
     directory.write_text("no directory")
     with pytest.raises(StoreUnreadableError, match="not a directory"):
         made.reload()
     assert made.plan((OperatorUse("good"),)).applications[0].artifact.digest == artifact.digest
     with pytest.raises(StoreUnreadableError):
-        Registry(directory, model_info, max_bytes=_MAX_BYTES)
+        Registry(directory, model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
 
 
 def test_a_concept_of_tokens_that_the_model_does_not_have_is_listed_with_its_problem(
@@ -279,6 +280,18 @@ def test_a_concept_of_tokens_that_the_model_does_not_have_is_listed_with_its_pro
         made.plan((OperatorUse("outside"),))
 
 
+def test_a_further_text_of_tokens_that_the_model_does_not_have_is_listed_with_its_problem(
+    registry, tmp_path, low_artifact, remake
+):
+    first, second = low_artifact.header.more_texts
+    foreign = second.model_copy(update={"ids": (*second.ids[:-1], 320)})
+    store.save(tmp_path, "outside", remake(low_artifact, more_texts=(first, foreign)))
+    store.save(tmp_path, "inside", low_artifact)
+    made = registry()
+    assert "token 320; the model has 320" in made.entry("outside").problem
+    assert made.entry("inside").problem == ""
+
+
 def test_a_problem_is_no_longer_than_a_person_reads(registry, tmp_path, artifact, remake):
     data = save(load_tensors(to_bytes(artifact)), metadata={"format": "x" * (1 << 19)})
     (tmp_path / "talker.safetensors").write_bytes(data)
@@ -289,7 +302,7 @@ def test_a_problem_is_no_longer_than_a_person_reads(registry, tmp_path, artifact
 
 def test_more_operators_than_are_accepted_are_refused_by_name(registry):
     made = registry()
-    assert len(made.plan((OperatorUse("good"),) * 16).applications) == 16
+    assert len(made.plan((OperatorUse("good", 0.125),) * 16).applications) == 16
     with pytest.raises(InvalidRequestError, match="17 operators; at most 16") as caught:
         made.plan((OperatorUse("good"),) * 17, field="arms[1].operators")
     assert caught.value.field == "arms[1].operators"

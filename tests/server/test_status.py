@@ -24,6 +24,10 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
         {"field": "sampling.top_p"},
     ),
     errors.PromptTooLongError(900, 256): (steer_client.PromptTooLongError, {"field": "prompt"}),
+    errors.DoseTooHighError("operators", layer=15, dose=1.35, max_dose=1.0, parts=("a 0.9", "b 0.45")): (
+        steer_client.DoseTooHighError,
+        {"field": "operators", "metadata": {"layer": "15", "dose": "1.35", "max_dose": "1.0"}},
+    ),
     errors.UnknownOperatorError("gölden", ("a", "b")): (steer_client.UnknownOperatorError, {"name": "gölden"}),
     errors.OperatorUnusableError("broken", "it is damaged"): (steer_client.OperatorUnusableError, {"name": "broken"}),
     errors.QueueFullError(32, 2.25): (steer_client.ServerBusyError, {"retry_after": 2.25}),
@@ -92,7 +96,7 @@ def _check(error, caught):
     assert str(caught) == str(error)
     assert (caught.code, caught.reason) == TABLE[type(error)]
     assert _details(caught, error_details_pb2.ErrorInfo).domain == DOMAIN
-    for name in ("field", "retry_after"):
+    for name in ("field", "retry_after", "metadata"):
         if name in expected:
             assert getattr(caught, name) == expected[name]
     if "name" in expected:

@@ -48,7 +48,7 @@ class _Inputs:
 def _naive_unit(loaded, artifact, setting, ids):
     """d_k/|d_k| for each position, term by term in float64, straight from the definition."""
     jacobian, base, anchor = (
-        tensor.double() for tensor in (artifact.jacobian, artifact.substitute_base, artifact.anchor)
+        tensor.double() for tensor in (artifact.jacobian(), artifact.substitute_base, artifact.anchor)
     )
     x = embed(loaded.model, torch.tensor(ids)).double()
     n = jacobian.shape[0]
@@ -96,10 +96,10 @@ def test_a_strength_that_breaks_the_numbers_is_an_error_and_no_text(llama, artif
 
 def test_a_direction_that_does_not_exist_is_an_error(llama, artifact, plan_of, decode):
     zero = torch.zeros_like
-    dead = make_artifact(artifact.header, zero(artifact.jacobian), artifact.anchor, zero(artifact.substitute_base))
+    dead = make_artifact(artifact.header, zero(artifact.factors), artifact.anchor, zero(artifact.substitute_base))
     with pytest.raises(SteeringNotAppliedError, match="position 0 has norm 0"):
         decode(llama, plan_of((dead, 0.5)))
-    nowhere = make_artifact(artifact.header, artifact.jacobian, zero(artifact.anchor), artifact.substitute_base)
+    nowhere = make_artifact(artifact.header, artifact.factors, zero(artifact.anchor), artifact.substitute_base)
     with pytest.raises(SteeringNotAppliedError, match="operator-0"):
         decode(llama, plan_of((nowhere, 0.5)))
 
@@ -216,7 +216,7 @@ def exact(tiny, artifact):
     generator = torch.Generator().manual_seed(0)
     weight = loaded.model.get_input_embeddings().weight
     weight.copy_((weight * 4).round().clamp(-8, 8) / 4)
-    shape, d = artifact.jacobian.shape, artifact.header.hidden_size
+    shape, d = artifact.factors.shape, artifact.header.hidden_size
 
     def quarters(*size):
         return torch.randint(-8, 9, size, generator=generator).float() / 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +19,7 @@ from steering.v1 import operators_pb2 as operators_pb
 from steer_client import _decode as decode
 from steer_client import _encode as encode
 from steer_client import _results as results
+from steer_client import _store as store
 from steer_client._errors import InvalidRequestError
 from steer_client._events import ComparisonReducer, GenerationReducer, Reducer
 from steer_client._receipts import check_receipts
@@ -30,6 +32,10 @@ DEFAULT_TARGET: Final = "127.0.0.1:50051"
 DEFAULT_TIMEOUT: Final = 120.0
 #: The arm's name where a comparison is asked for with `operators` alone.
 STEERED: Final = "steered"
+
+_HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
+# Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
+_NAME_SCHEME: Final = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):.")
 
 # Log-probabilities make an answer longer than the 4 MiB that gRPC takes by default.
 CHANNEL_OPTIONS: Final = (("grpc.max_receive_message_length", -1),)
@@ -80,8 +86,14 @@ class Stubs:
 
 
 def target_or_default(target: str | None) -> str:
-    """The target as given, else STEER_TARGET, else this machine."""
-    return target or os.environ.get("STEER_TARGET") or DEFAULT_TARGET
+    """The target as given, else STEER_TARGET, else this machine. Raises InvalidRequestError where it has no port."""
+    found = target or os.environ.get("STEER_TARGET") or DEFAULT_TARGET
+    # Without a port gRPC would take 443, and without a word.
+    if not (_HOST_AND_PORT.fullmatch(found) or _NAME_SCHEME.match(found)):
+        raise InvalidRequestError(
+            f"target: {found!r} is not HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051", field="target"
+        )
+    return found
 
 
 def generate(
@@ -112,6 +124,13 @@ def compare(
 ) -> Streaming[results.ArmDelta, results.ABResult]:
     """`operators` alone make one arm named "steered"."""
     if arms is None:
+        operators = encode.uses(operators, "operators")
+        if not operators:
+            raise InvalidRequestError(
+                "operators: a comparison needs at least one OperatorUse, or `arms` with some in each; a plain text "
+                "alone is what `generate` gives",
+                field="operators",
+            )
         arms = {STEERED: operators}
     elif operators:
         raise InvalidRequestError("give `operators` for one steered arm, or `arms`, not both", field="arms")
@@ -122,18 +141,18 @@ def compare(
     return Streaming("Compare", request, ComparisonReducer(every))
 
 
-def list_operators() -> Unary[tuple[results.OperatorInfo, ...]]:
+def list_operators() -> Unary[tuple[store.OperatorInfo, ...]]:
     """Every artifact in the store."""
     return Unary("operators", "ListOperators", operators_pb.ListOperatorsRequest(), decode.operator_list)
 
 
-def get_operator(name: str) -> Unary[results.OperatorInfo]:
+def get_operator(name: str) -> Unary[store.OperatorInfo]:
     """One artifact."""
     request = operators_pb.GetOperatorRequest(name=encode.name(name, "name"))
     return Unary("operators", "GetOperator", request, decode.one_operator)
 
 
-def reload_operators() -> Unary[results.ReloadReport]:
+def reload_operators() -> Unary[store.ReloadReport]:
     """Reads the store again."""
     return Unary("operators", "ReloadOperators", operators_pb.ReloadOperatorsRequest(), decode.reload_report)
 

@@ -16,6 +16,7 @@ from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators
 
 from steer_client import _results as results
+from steer_client import _store as store
 from steer_client._errors import ProtocolError
 from steer_client._requests import Rule
 
@@ -66,30 +67,40 @@ def arm_result(message: pb.Comparison, steered: results.Generation) -> results.A
     )
 
 
-def operator_info(message: operators.Operator) -> results.OperatorInfo:
+def operator_info(message: operators.Operator) -> store.OperatorInfo:
     """An artifact; one that cannot be used may lack anything but its name."""
     problem = message.problem or None
     rule = _RULES.get(message.recommended_rule)
     if rule is None and (problem is None or message.recommended_rule != pb.RULE_UNSPECIFIED):
         raise _unknown(f"recommended rule of {message.name!r}", message.recommended_rule)
-    return results.OperatorInfo(
+    return store.OperatorInfo(
         name=message.name,
         problem=problem,
         digest=message.digest,
         concept=message.concept,
         concept_token_ids=tuple(message.concept_token_ids),
+        concept_weight=message.concept_weight,
+        num_texts=message.num_texts,
+        more_texts=tuple(
+            store.ConceptText(each.text, tuple(each.token_ids), each.weight) for each in message.more_texts
+        ),
+        members=tuple(store.Member(each.name, each.digest, each.weight) for each in message.members),
         model=message.model,
         model_fingerprint=message.model_fingerprint,
+        model_dtype=message.model_dtype,
         profile=message.profile,
         rule_set=message.rule_set,
         layer=message.layer,
         injection_layer=message.injection_layer,
         hidden_size=message.hidden_size,
         positions=message.positions,
+        rank=message.rank,
+        low_rank=_low_rank(message.low_rank) if message.HasField("low_rank") else None,
         dtype=message.dtype,
         recommended_strength=message.recommended_strength,
         recommended_rule=rule,
         recommended_blend=message.recommended_blend,
+        calibration=_calibration(message.calibration) if message.HasField("calibration") else None,
         reconstruction_error=message.reconstruction_error,
         created=message.created.ToDatetime(UTC) if message.HasField("created") else None,
         size_bytes=message.size_bytes,
@@ -97,20 +108,38 @@ def operator_info(message: operators.Operator) -> results.OperatorInfo:
     )
 
 
-def operator_list(message: operators.ListOperatorsResponse) -> tuple[results.OperatorInfo, ...]:
+def _low_rank(message: operators.LowRank) -> store.LowRank:
+    return store.LowRank(message.min_residual, message.max_residual, message.weighting)
+
+
+def _calibration(message: operators.Calibration) -> store.Calibration:
+    point = message.recommended
+    return store.Calibration(
+        recommended=store.CalibrationPoint(point.kl_p95, point.hit_rate, point.perplexity_ratio, point.distinct_2)
+        if message.HasField("recommended")
+        else None,
+        plain_hit_rate=message.plain_hit_rate,
+        kl_budget=message.kl_budget,
+        max_perplexity_ratio=message.max_perplexity_ratio,
+        prompts=message.prompts,
+        tokens=message.tokens,
+    )
+
+
+def operator_list(message: operators.ListOperatorsResponse) -> tuple[store.OperatorInfo, ...]:
     """The store, in the server's order."""
     return tuple(operator_info(each) for each in message.operators)
 
 
-def one_operator(message: operators.GetOperatorResponse) -> results.OperatorInfo:
+def one_operator(message: operators.GetOperatorResponse) -> store.OperatorInfo:
     """The answer to a question about one name."""
     _require(message, "operator")
     return operator_info(message.operator)
 
 
-def reload_report(message: operators.ReloadOperatorsResponse) -> results.ReloadReport:
+def reload_report(message: operators.ReloadOperatorsResponse) -> store.ReloadReport:
     """What a reload changed."""
-    return results.ReloadReport(
+    return store.ReloadReport(
         tuple(message.added), tuple(message.changed), tuple(message.removed), tuple(message.unusable)
     )
 
@@ -141,6 +170,7 @@ def model_info(message: pb.GetModelInfoResponse) -> results.ModelInfo:
         server_version=message.server_version,
         max_queue=message.max_queue,
         max_arms=message.max_arms,
+        max_dose=message.max_dose,
     )
 
 
@@ -170,7 +200,9 @@ def _receipt(message: pb.Receipt) -> results.Receipt:
         generated_tokens_steered=message.generated_tokens_steered,
         mean_dose=message.mean_dose,
         max_dose=message.max_dose,
+        dose_bound=message.dose_bound,
         defaulted=tuple(message.defaulted),
+        calibrated=message.calibrated,
     )
 
 

@@ -2,7 +2,8 @@
 
 SteerError
 ├── InvalidRequestError        the request is at fault; `.field` names the place
-│   └── PromptTooLongError     the prompt leaves no room in the model's context
+│   ├── PromptTooLongError     the prompt leaves no room in the model's context
+│   └── DoseTooHighError       the operators at one layer push more than the server admits
 ├── UnknownOperatorError       no such operator in the server's store
 ├── OperatorUnusableError      it is there, but does not fit or cannot be read
 ├── ServerBusyError            the queue is full; `.retry_after` in seconds
@@ -71,6 +72,15 @@ class PromptTooLongError(InvalidRequestError):
     """The prompt, with room for an answer, exceeds the model's context."""
 
     default_reason = "PROMPT_TOO_LONG"
+
+
+class DoseTooHighError(InvalidRequestError):
+    """The doses |strength|/2 of the operators at one layer pass the server's `max_dose`.
+
+    `metadata` has the "layer", their "dose" in all, and "max_dose".
+    """
+
+    default_reason = "DOSE_TOO_HIGH"
 
 
 class UnknownOperatorError(SteerError):

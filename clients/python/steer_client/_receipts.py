@@ -11,6 +11,10 @@ from steer_client._requests import OperatorUse
 from steer_client._results import Generation, Receipt
 
 _SETTINGS: Final = ("strength", "rule", "blend")
+# Relative, of sums of a few numbers.
+_SUM_TOLERANCE: Final = 1e-9
+# Twice the resolution of bfloat16, the coarsest dtype that hidden states come in.
+_ROUNDING: Final = 2.0**-6
 
 
 def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Generation:
@@ -20,18 +24,19 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
 
     - that is missing or was not asked for,
     - whose strength, rule or blend is not the request's, or whose `defaulted` is not what the request left unset,
-    - of a strength other than 0 that leaves out a position fed to the model, or whose doses are not positive,
-      finite and in order (0 < mean <= max),
+    - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
+    - of a strength other than 0 that leaves out a position fed to the model, or whose doses are not positive and in
+      order (0 < mean <= max <= bound, but for rounding to the model's dtype),
     - of strength 0 that reports a change.
 
-    A text without any token (its time ran out first) owes no measurement: only the first two are asked of it.
+    A text without any token (its time ran out first) owes no measurement: only the first three are asked of it.
     """
     asked = [use.name for use in uses]
     proven = [receipt.operator for receipt in generation.receipts]
     if asked != proven:
         raise _error(f"asked for {_names(asked)}, but the server's receipts are for {_names(proven)}", generation)
     for use, receipt in zip(uses, generation.receipts, strict=True):
-        problem = _setting_problem(use, receipt)
+        problem = _setting_problem(use, receipt) or _bound_problem(receipt, generation.receipts)
         if problem is None and _has_tokens(generation):
             problem = _count_problem(receipt, generation) or _dose_problem(receipt)
         if problem is not None:
@@ -50,6 +55,13 @@ def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
         given = _names(receipt.defaulted, none="nothing")
         return f"the receipt says that {given} took a recommended value, left unset was {_names(unset, none='nothing')}"
     return None
+
+
+def _bound_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:
+    bound = sum(abs(other.strength) / 2 for other in receipts if other.layer == receipt.layer)
+    if math.isclose(receipt.dose_bound, bound, rel_tol=_SUM_TOLERANCE):
+        return None
+    return f"the receipt says dose bound {receipt.dose_bound}, the strengths at layer {receipt.layer} give {bound}"
 
 
 def _has_tokens(generation: Generation) -> bool:
@@ -72,8 +84,10 @@ def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
 
 
 def _dose_problem(receipt: Receipt) -> str | None:
+    bound = receipt.dose_bound
     if receipt.strength != 0:
-        proven, expected = 0 < receipt.mean_dose <= receipt.max_dose < math.inf, "0 < mean <= max < inf"
+        proven = 0 < receipt.mean_dose <= receipt.max_dose <= bound + (1 + bound) * _ROUNDING < math.inf
+        expected = f"0 < mean <= max <= {bound}"
     else:
         proven, expected = receipt.mean_dose == receipt.max_dose == 0, "0"
     if proven:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 
 from steer_client._requests import Rule
@@ -58,8 +57,12 @@ class Receipt:
     #: Norm of the change over the norm of the hidden state, at this layer, after rounding.
     mean_dose: float
     max_dose: float
+    #: Sum of |strength|/2 over the request's operators at this layer: what its dose cannot pass, but for rounding.
+    dose_bound: float
     #: Which of "strength", "rule" and "blend" came from the operator's recommendation.
     defaulted: tuple[str, ...]
+    #: The setting is the recommended one, and the operator holds the measurements of a calibration there.
+    calibrated: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,58 +153,6 @@ class ABResult:
 
 
 @dataclass(frozen=True, slots=True)
-class OperatorInfo:
-    """An artifact in the server's store.
-
-    `problem` says why an operator cannot be used; what could not be read is then None, 0 or empty.
-    """
-
-    name: str
-    problem: str | None
-    digest: str
-    concept: str
-    concept_token_ids: tuple[int, ...]
-    #: The model that it was built for.
-    model: str
-    model_fingerprint: str
-    #: "golden" or "residual".
-    profile: str
-    rule_set: str
-    #: Layer of the Jacobian's target.
-    layer: int
-    #: The layer whose input is pushed.
-    injection_layer: int
-    hidden_size: int
-    #: Number of Jacobian blocks (concept tokens).
-    positions: int
-    dtype: str
-    recommended_strength: float
-    recommended_rule: Rule | None
-    recommended_blend: float
-    #: Relative error of Σ J x + c against the hidden state, measured when it was built.
-    reconstruction_error: float
-    #: In UTC.
-    created: datetime | None
-    size_bytes: int
-    builder_version: str
-
-    @property
-    def usable(self) -> bool:
-        """Whether a request may name it."""
-        return self.problem is None
-
-
-@dataclass(frozen=True, slots=True)
-class ReloadReport:
-    """Names of the operators that a reload touched, and of those that cannot be used after it."""
-
-    added: tuple[str, ...]
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
-    unusable: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Tokenization:
     """A prompt as it reaches the model."""
 
@@ -230,3 +181,5 @@ class ModelInfo:
     server_version: str
     max_queue: int
     max_arms: int
+    #: Most that the doses |strength|/2 of a request's operators at one layer may add up to.
+    max_dose: float

@@ -19,11 +19,10 @@ from steer_client._results import (
     ArmDelta,
     Generation,
     ModelInfo,
-    OperatorInfo,
-    ReloadReport,
     TextDelta,
     Tokenization,
 )
+from steer_client._store import OperatorInfo, ReloadReport
 from steer_client._streams import StreamState
 from steer_client._translate import cancelled, translate
 

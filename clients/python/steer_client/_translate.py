@@ -19,6 +19,7 @@ _Code = grpc.StatusCode
 _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
     (_Code.INVALID_ARGUMENT, "INVALID_REQUEST"): errors.InvalidRequestError,
     (_Code.INVALID_ARGUMENT, "PROMPT_TOO_LONG"): errors.PromptTooLongError,
+    (_Code.INVALID_ARGUMENT, "DOSE_TOO_HIGH"): errors.DoseTooHighError,
     (_Code.NOT_FOUND, "UNKNOWN_OPERATOR"): errors.UnknownOperatorError,
     (_Code.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"): errors.OperatorUnusableError,
     (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"): errors.ServerBusyError,

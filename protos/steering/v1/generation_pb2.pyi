@@ -9,6 +9,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
 
   INVALID_ARGUMENT     INVALID_REQUEST       BadRequest names the field
   INVALID_ARGUMENT     PROMPT_TOO_LONG       BadRequest names the field
+  INVALID_ARGUMENT     DOSE_TOO_HIGH         BadRequest names the field; metadata: layer, dose, max_dose
   NOT_FOUND            UNKNOWN_OPERATOR      ResourceInfo names the operator
   FAILED_PRECONDITION  OPERATOR_UNUSABLE     ResourceInfo names the operator
   RESOURCE_EXHAUSTED   QUEUE_FULL            RetryInfo says when to try again
@@ -348,7 +349,9 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def operators(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorUse]:
-        """Several operators add up, each at its own layer. Empty: plain generation."""
+        """Several operators add up, each at its own layer. Empty: plain generation. At each layer the sum of |strength|/2
+        must not pass the server's `max_dose`.
+        """
 
     def __init__(
         self,
@@ -428,8 +431,8 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 @_typing.final
 class Receipt(_message.Message):
     """Proof that an operator was applied. Counts and doses are measured on the hidden states. With a strength other than 0,
-    every position fed to the model was changed; a strength below the resolution of the model's dtype fails the call. Both counts are 0 where
-    the time limit ran out before the first token.
+    every position fed to the model was changed; a strength below the resolution of the model's dtype fails the call.
+    Both counts are 0 where the time limit ran out before the first token.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -445,6 +448,8 @@ class Receipt(_message.Message):
     MEAN_DOSE_FIELD_NUMBER: _builtins.int
     MAX_DOSE_FIELD_NUMBER: _builtins.int
     DEFAULTED_FIELD_NUMBER: _builtins.int
+    DOSE_BOUND_FIELD_NUMBER: _builtins.int
+    CALIBRATED_FIELD_NUMBER: _builtins.int
     operator: _builtins.str
     digest: _builtins.str
     """sha256 of the artifact's content, "sha256:<64 hex digits>"."""
@@ -462,6 +467,12 @@ class Receipt(_message.Message):
     Operators that share a layer share the measurement: the dose is that of their sum.
     """
     max_dose: _builtins.float
+    dose_bound: _builtins.float
+    """Sum of |strength|/2 over the operators of this request at this layer: what the layer's dose cannot pass, but for
+    rounding to the model's dtype. It is reached where their directions agree. A dose above it fails the call.
+    """
+    calibrated: _builtins.bool
+    """The setting that was applied is the recommended one, and the artifact holds the measurements of a calibration there."""
     @_builtins.property
     def defaulted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Which of strength, rule and blend came from the artifact's recommendation."""
@@ -480,10 +491,12 @@ class Receipt(_message.Message):
         mean_dose: _builtins.float = ...,
         max_dose: _builtins.float = ...,
         defaulted: _abc.Iterable[_builtins.str] | None = ...,
+        dose_bound: _builtins.float = ...,
+        calibrated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "defaulted", b"defaulted", "digest", b"digest", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -953,6 +966,7 @@ class GetModelInfoResponse(_message.Message):
     SERVER_VERSION_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_FIELD_NUMBER: _builtins.int
     MAX_ARMS_FIELD_NUMBER: _builtins.int
+    MAX_DOSE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As given to the server: a built-in name, a hub id or a directory."""
     architecture: _builtins.str
@@ -971,6 +985,8 @@ class GetModelInfoResponse(_message.Message):
     server_version: _builtins.str
     max_queue: _builtins.int
     max_arms: _builtins.int
+    max_dose: _builtins.float
+    """Most that the doses at one layer may add up to: the sum of |strength|/2 over the operators pushed there."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -992,10 +1008,11 @@ class GetModelInfoResponse(_message.Message):
         server_version: _builtins.str = ...,
         max_queue: _builtins.int = ...,
         max_arms: _builtins.int = ...,
+        max_dose: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "max_arms", b"max_arms", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

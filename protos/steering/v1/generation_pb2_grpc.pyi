@@ -9,6 +9,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
 
   INVALID_ARGUMENT     INVALID_REQUEST       BadRequest names the field
   INVALID_ARGUMENT     PROMPT_TOO_LONG       BadRequest names the field
+  INVALID_ARGUMENT     DOSE_TOO_HIGH         BadRequest names the field; metadata: layer, dose, max_dose
   NOT_FOUND            UNKNOWN_OPERATOR      ResourceInfo names the operator
   FAILED_PRECONDITION  OPERATOR_UNUSABLE     ResourceInfo names the operator
   RESOURCE_EXHAUSTED   QUEUE_FULL            RetryInfo says when to try again

@@ -21,6 +21,171 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ConceptText(_message.Message):
+    """One of the texts that an operator was built from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    weight: _builtins.float
+    """Share of this text's map in the operator's. Of a mean of T texts 1/T; in a mixture it may be negative."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConceptText: _TypeAlias = ConceptText  # noqa: Y015
+
+@_typing.final
+class Member(_message.Message):
+    """One operator of a mixture, as it was when the mixture was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    digest: _builtins.str
+    """sha256 of its content, "sha256:<64 hex digits>"."""
+    weight: _builtins.float
+    """Of its direction among the members' directions; negative pushes away."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        weight: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Member: _TypeAlias = Member  # noqa: Y015
+
+@_typing.final
+class LowRank(_message.Message):
+    """How J_i ~ U B_i of a low-rank operator was found, and what it leaves out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIN_RESIDUAL_FIELD_NUMBER: _builtins.int
+    MAX_RESIDUAL_FIELD_NUMBER: _builtins.int
+    WEIGHTING_FIELD_NUMBER: _builtins.int
+    min_residual: _builtins.float
+    """|J_i - U B_i| / |J_i| in the Frobenius norm, measured with random probes when it was built: the smallest and the
+    largest over the positions i.
+    """
+    max_residual: _builtins.float
+    weighting: _builtins.str
+    """Covariance of the test vectors: "embedding" (that of the model's embedding table) or "white"."""
+    def __init__(
+        self,
+        *,
+        min_residual: _builtins.float = ...,
+        max_residual: _builtins.float = ...,
+        weighting: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_residual", b"max_residual", "min_residual", b"min_residual", "weighting", b"weighting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LowRank: _TypeAlias = LowRank  # noqa: Y015
+
+@_typing.final
+class CalibrationPoint(_message.Message):
+    """One setting of an operator, measured over the prompts of its calibration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KL_P95_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_RATIO_FIELD_NUMBER: _builtins.int
+    DISTINCT_2_FIELD_NUMBER: _builtins.int
+    kl_p95: _builtins.float
+    """95th percentile over the tokens of the steered texts of KL(plain || steered), in nats."""
+    hit_rate: _builtins.float
+    """Share of the texts that hold one of the concept's words."""
+    perplexity_ratio: _builtins.float
+    """Perplexity of the steered texts under the plain model, over that of the plain texts."""
+    distinct_2: _builtins.float
+    """Distinct pairs of neighbouring tokens over all pairs."""
+    def __init__(
+        self,
+        *,
+        kl_p95: _builtins.float = ...,
+        hit_rate: _builtins.float = ...,
+        perplexity_ratio: _builtins.float = ...,
+        distinct_2: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distinct_2", b"distinct_2", "hit_rate", b"hit_rate", "kl_p95", b"kl_p95", "perplexity_ratio", b"perplexity_ratio"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrationPoint: _TypeAlias = CalibrationPoint  # noqa: Y015
+
+@_typing.final
+class Calibration(_message.Message):
+    """What the recommended setting was read off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECOMMENDED_FIELD_NUMBER: _builtins.int
+    PLAIN_HIT_RATE_FIELD_NUMBER: _builtins.int
+    KL_BUDGET_FIELD_NUMBER: _builtins.int
+    MAX_PERPLEXITY_RATIO_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    plain_hit_rate: _builtins.float
+    """Share of the plain texts that hold one of the concept's words."""
+    kl_budget: _builtins.float
+    """Bounds that the search kept to."""
+    max_perplexity_ratio: _builtins.float
+    prompts: _builtins.int
+    """Prompts of the experiment, and tokens decoded from each."""
+    tokens: _builtins.int
+    @_builtins.property
+    def recommended(self) -> Global___CalibrationPoint:
+        """The recommended setting itself. Unset where it is none of those that were measured: it was then chosen by hand."""
+
+    def __init__(
+        self,
+        *,
+        recommended: Global___CalibrationPoint | None = ...,
+        plain_hit_rate: _builtins.float = ...,
+        kl_budget: _builtins.float = ...,
+        max_perplexity_ratio: _builtins.float = ...,
+        prompts: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["recommended", b"recommended"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl_budget", b"kl_budget", "max_perplexity_ratio", b"max_perplexity_ratio", "plain_hit_rate", b"plain_hit_rate", "prompts", b"prompts", "recommended", b"recommended", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
+
+@_typing.final
 class Operator(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -45,11 +210,20 @@ class Operator(_message.Message):
     CREATED_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     BUILDER_VERSION_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    LOW_RANK_FIELD_NUMBER: _builtins.int
+    MODEL_DTYPE_FIELD_NUMBER: _builtins.int
+    NUM_TEXTS_FIELD_NUMBER: _builtins.int
+    MORE_TEXTS_FIELD_NUMBER: _builtins.int
+    CONCEPT_WEIGHT_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     problem: _builtins.str
     """Empty when the operator can be used; else why it cannot. Fields that could not be read are then unset."""
     digest: _builtins.str
     concept: _builtins.str
+    """Its first text; the others are in `more_texts`."""
     model: _builtins.str
     """The model that it was built for."""
     model_fingerprint: _builtins.str
@@ -61,19 +235,44 @@ class Operator(_message.Message):
     injection_layer: _builtins.int
     hidden_size: _builtins.int
     positions: _builtins.int
-    """Number of Jacobian blocks (concept tokens)."""
+    """Number of Jacobian blocks: the tokens of the longest text."""
     dtype: _builtins.str
+    """Of the operator's numbers: "float32", "float64" or "bfloat16"."""
     recommended_strength: _builtins.float
     recommended_rule: _generation_pb2.Rule.ValueType
     recommended_blend: _builtins.float
     reconstruction_error: _builtins.float
-    """Relative error of sum J x + c against the hidden state, measured when it was built."""
+    """Relative error of sum J x + c against the hidden state, measured when it was built; of several texts, the worst."""
     size_bytes: _builtins.int
     builder_version: _builtins.str
+    rank: _builtins.int
+    """r of J_i = U B_i, the numbers of request state; the hidden size for an exact operator."""
+    model_dtype: _builtins.str
+    """Of the model that it was built on, whose rounding bounds the reconstruction error."""
+    num_texts: _builtins.int
+    """How many texts it was built from, `concept` included."""
+    concept_weight: _builtins.float
+    """Share of the first text's map in the operator's; 1 where it is the only text."""
     @_builtins.property
     def concept_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def created(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def low_rank(self) -> Global___LowRank:
+        """Set for a low-rank operator, unset for an exact one."""
+
+    @_builtins.property
+    def more_texts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConceptText]:
+        """The texts after the first, in order: as many as a budget of 64 KiB holds. Compare with `num_texts`."""
+
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
+        """Set for a mixture: the operators that it was made of."""
+
+    @_builtins.property
+    def calibration(self) -> Global___Calibration:
+        """Set where the operator was calibrated."""
+
     def __init__(
         self,
         *,
@@ -98,10 +297,18 @@ class Operator(_message.Message):
         created: _timestamp_pb2.Timestamp | None = ...,
         size_bytes: _builtins.int = ...,
         builder_version: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        low_rank: Global___LowRank | None = ...,
+        model_dtype: _builtins.str = ...,
+        num_texts: _builtins.int = ...,
+        more_texts: _abc.Iterable[Global___ConceptText] | None = ...,
+        concept_weight: _builtins.float = ...,
+        members: _abc.Iterable[Global___Member] | None = ...,
+        calibration: Global___Calibration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "low_rank", b"low_rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "created", b"created", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "model", b"model", "model_fingerprint", b"model_fingerprint", "name", b"name", "positions", b"positions", "problem", b"problem", "profile", b"profile", "recommended_blend", b"recommended_blend", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_blend", b"recommended_blend", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version as package_version
+from typing import Annotated
 
 import typer
 
 from steer_client._calls import DEFAULT_TARGET, DEFAULT_TIMEOUT, STEERED
+from steer_client._cli import details, output, show, tables
 from steer_client._cli import options as o
-from steer_client._cli import output, show, tables
 from steer_client._sync import SteerClient
 
 app = typer.Typer(
-    help="Generate text with steering operators, and hold it against the plain text.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"steer {package_version('steering-operators')}")
+        raise typer.Exit
+
+
+@app.callback()
+def steer(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Generate text with steering operators, and hold it against the plain text."""
 
 
 @app.command()
@@ -121,21 +137,25 @@ def ab(
 
 @app.command()
 def operators(
+    name: o.NameArgument = None,
     reload: o.ReloadOption = False,
     target: o.TargetOption = DEFAULT_TARGET,
     timeout: o.TimeoutOption = DEFAULT_TIMEOUT,
     as_json: o.JsonOption = False,
 ) -> None:
-    """List the operators in the server's store."""
+    """List the operators in the server's store, or show all about one."""
     with output.reported(as_json=as_json), SteerClient(target, timeout=timeout) as client:
         report = client.reload_operators() if reload else None
-        infos = client.operators()
+        infos = client.operators() if name is None else (client.operator(name),)
         if as_json:
             output.print_json({"operators": infos} | ({} if report is None else {"reload": report}))
             return
         if report is not None:
             print(f"reloaded: {tables.reload(report)}", file=sys.stderr)
-        tables.show_operators(infos)
+        if name is None:
+            tables.show_operators(infos)
+        else:
+            details.show_operator(infos[0])
 
 
 @app.command()

@@ -41,9 +41,10 @@ class Column:
 class Columns:
     """The normal text and a steered one; the steered one is bold from where they part."""
 
-    def __init__(self, steered: str, *, live: bool = False) -> None:
+    def __init__(self, steered: str, *, live: bool = False, cut: bool = False) -> None:
         self._steered = steered
         self._live = live
+        self._cut = cut
         self._columns = {NORMAL: Column(), steered: Column()}
 
     def add(self, piece: ArmDelta) -> None:
@@ -52,15 +53,22 @@ class Columns:
 
     def finished(self) -> Columns:
         """The same columns, at their full height."""
-        done = Columns(self._steered)
+        return self._again(cut=False)
+
+    def cut(self) -> Columns | None:
+        """What has come of a request that was ended early, marked as cut; None where nothing has."""
+        return self._again(cut=True) if any(column.text for column in self._columns.values()) else None
+
+    def _again(self, *, cut: bool) -> Columns:
+        done = Columns(self._steered, cut=cut)
         done._columns = self._columns
         return done
 
     def divergence(self) -> int | None:
         """Index of the first token that differs, as far as both texts have come."""
         normal, steered = (column.token_ids for column in self._columns.values())
-        # While they stream, a text that is merely behind does not differ yet.
-        pairs = zip(normal, steered, strict=False) if self._live else zip_longest(normal, steered)
+        # Of texts that are not whole, one that is merely behind does not differ yet.
+        pairs = zip(normal, steered, strict=False) if self._live or self._cut else zip_longest(normal, steered)
         return next((at for at, (left, right) in enumerate(pairs) if left != right), None)
 
     def texts(self) -> tuple[Text, Text]:
@@ -83,10 +91,13 @@ class Columns:
         grid.add_column(ratio=1)
         grid.add_column(ratio=1)
         grid.add_row(
-            _panel(NORMAL, left[-height:], height),
-            _panel(self._steered, right[-height:], height, border="magenta"),
+            _panel(self._title(NORMAL), left[-height:], height),
+            _panel(self._title(self._steered), right[-height:], height, border="magenta"),
         )
         yield grid
+
+    def _title(self, arm: str) -> str:
+        return f"{arm} – cut, without receipts" if self._cut else arm
 
 
 def _panel(title: str, lines: list[Text], height: int, border: str = "none") -> Panel:

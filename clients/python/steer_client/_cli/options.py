@@ -7,6 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
+from steer_client._calls import target_or_default
+from steer_client._errors import InvalidRequestError
 from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
 
 _STEERING = "Steering"
@@ -19,6 +21,13 @@ class RuleChoice(StrEnum):
 
     cumulative = "cumulative"
     substitute = "substitute"
+
+
+def _checked_target(target: str) -> str:
+    try:
+        return target_or_default(target)
+    except InvalidRequestError as error:
+        raise typer.BadParameter(error.message, param_hint="'--target'") from None
 
 
 # typer reads these annotations at run time.
@@ -89,6 +98,7 @@ TargetOption = Annotated[
         envvar="STEER_TARGET",
         help="Where the server listens.",
         show_default=True,
+        callback=_checked_target,
         rich_help_panel=_CONNECTION,
     ),
 ]
@@ -102,6 +112,9 @@ JsonOption = Annotated[
 NoScoreOption = Annotated[
     bool,
     typer.Option("--no-score", help="Do not measure KL and perplexities: one row less.", rich_help_panel=_STEERING),
+]
+NameArgument = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", help="Show all about this one.", show_default=False)
 ]
 ReloadOption = Annotated[bool, typer.Option("--reload", help="Make the server read its store again first.")]
 

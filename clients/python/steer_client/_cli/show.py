@@ -12,6 +12,7 @@ from rich.text import Text
 from steer_client._calls import STEERED
 from steer_client._cli import words
 from steer_client._cli.columns import Columns
+from steer_client._errors import DeadlineExceededError
 from steer_client._sync import ComparisonStream, GenerationStream, SyncStream
 
 Item = TypeVar("Item")
@@ -39,16 +40,23 @@ def text(stream: GenerationStream) -> None:
 
 
 def columns(stream: ComparisonStream, *, scored: bool) -> None:
-    """Both texts side by side; off a terminal only when they are finished."""
+    """Both texts side by side; off a terminal only when they are finished.
+
+    What has come before a deadline or Ctrl-C is shown too, marked as cut.
+    """
     console = Console(highlight=False)
     shown = Columns(STEERED, live=True)
-    if console.is_terminal:
-        with Live(shown, console=console, transient=True, refresh_per_second=12):
-            for piece in stream:
-                shown.add(piece)
-    else:
-        for piece in stream:
-            shown.add(piece)
+    try:
+        if console.is_terminal:
+            with Live(shown, console=console, transient=True, refresh_per_second=12):
+                _read(stream, shown)
+        else:
+            _read(stream, shown)
+    except (DeadlineExceededError, KeyboardInterrupt):
+        if cut := shown.cut():
+            # Down a pipe stdout is taken for the result, and this is none.
+            (console if console.is_terminal else Console(stderr=True, highlight=False)).print(cut)
+        raise
     result = stream.result
     arm = result.steered[STEERED]
     console.print(shown.finished())
@@ -60,6 +68,11 @@ def columns(stream: ComparisonStream, *, scored: bool) -> None:
     ]
     for line in lines:
         _print(console, Text(line))
+
+
+def _read(stream: ComparisonStream, shown: Columns) -> None:
+    for piece in stream:
+        shown.add(piece)
 
 
 def _print(console: Console, line: Text) -> None:

@@ -11,14 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from steer_client._cli.words import number, short_digest, visible
-from steer_client._results import ModelInfo, OperatorInfo, ReloadReport
+from steer_client._results import ModelInfo
+from steer_client._store import OperatorInfo, ReloadReport
 
 _PIPE_WIDTH = 1000
 
 
 def show_operators(infos: Sequence[OperatorInfo]) -> None:
     """Prints the store: a table of what can be used, then what cannot and why."""
-    console = _console()
+    console = wide_console()
     if any(info.usable for info in infos):
         console.print(_operators(infos))
     for info in infos:
@@ -30,10 +31,11 @@ def show_operators(infos: Sequence[OperatorInfo]) -> None:
 
 def show_model(info: ModelInfo) -> None:
     """Prints the model."""
-    _console().print(_model(info))
+    wide_console().print(_model(info))
 
 
-def _console() -> Console:
+def wide_console() -> Console:
+    """Stdout, as wide as a terminal is, or wider than any line."""
     console = Console(highlight=False)
     # Down a pipe nothing is cut short to fit a screen that is not there.
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
@@ -44,20 +46,23 @@ def _operators(infos: Sequence[OperatorInfo]) -> Table:
     table.add_column("name", no_wrap=True)
     for title in ("concept", "profile"):
         table.add_column(title, overflow="fold")
-    for title in ("layer", "λ", "β"):
+    for title in ("layer", "rank", "λ", "β"):
         table.add_column(title, justify="right", no_wrap=True)
-    for title in ("rule", "digest"):
+    for title in ("rule", "calibrated", "digest"):
         table.add_column(title, overflow="fold")
     for info in infos:
         if info.usable:
+            more = info.num_texts - 1
             table.add_row(
                 Text(visible(info.name), style="bold"),
-                Text(visible(info.concept).strip()),
+                Text(visible(info.concept).strip() + (f" (and {more} more)" if more else "")),
                 info.profile,
                 str(info.injection_layer),
+                "exact" if info.exact else str(info.rank),
                 number(info.recommended_strength),
                 number(info.recommended_blend),
                 info.recommended_rule,
+                "yes" if info.calibrated else "no",
                 short_digest(info.digest),
             )
     return table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from steer_client._results import ArmResult, Generation, Receipt
 
 # A model can be made to write escape sequences, and a terminal would obey them.
@@ -22,6 +20,11 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
+def count(size: int, word: str) -> str:
+    """2 texts, 1 text."""
+    return f"{size} {word}{'' if size == 1 else 's'}"
 
 
 def short_digest(digest: str) -> str:
@@ -47,15 +50,15 @@ def receipt(proof: Receipt) -> str:
     steered = proof.prompt_tokens_steered + proof.generated_tokens_steered
     head = (
         f"{'✓' if steered else '○'} {visible(proof.operator)} {short_digest(proof.digest)} "
-        f"layer {proof.layer}, {proof.rule}, λ {number(proof.strength)}, β {number(proof.blend)}: "
+        f"layer {proof.layer}, strength {number(proof.strength)}, blend {number(proof.blend)}, {proof.rule}"
     )
     body = (
         f"{proof.prompt_tokens_steered} prompt + {proof.generated_tokens_steered} generated tokens steered, "
-        f"dose mean {number(proof.mean_dose)}, max {number(proof.max_dose)}"
+        f"dose mean {number(proof.mean_dose)}, max {number(proof.max_dose)} of {number(proof.dose_bound)}"
         if steered
         else "no token steered"
     )
-    return head + body + _defaulted(proof.defaulted)
+    return f"{head}{_origin(proof)}: {body}"
 
 
 def comparison(arm: ArmResult, *, scored: bool) -> list[str]:
@@ -75,9 +78,9 @@ def comparison(arm: ArmResult, *, scored: bool) -> list[str]:
     return lines
 
 
-def _defaulted(fields: Sequence[str]) -> str:
-    if not fields:
+def _origin(proof: Receipt) -> str:
+    """Where the setting comes from: nothing to say where the request named all of it."""
+    if not proof.defaulted:
         return ""
-    if set(fields) == _ALL_DEFAULTED:
-        return " (recommended values)"
-    return f" (recommended {', '.join(fields)})"
+    which = "" if set(proof.defaulted) == _ALL_DEFAULTED else f" {' and '.join(proof.defaulted)}"
+    return f" (recommended{which}{', calibrated' if proof.calibrated else ''})"

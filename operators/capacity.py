@@ -1,0 +1,52 @@
+"""How much memory there is, and how people write sizes."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from operators.errors import BuildError
+
+_SHARE_OF_FREE = 0.8
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def free(device: torch.device) -> int:
+    """Bytes that a build may use on ``device`` when nobody says: most of what is free."""
+    if device.type == "cuda":
+        return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
+    return int(_SHARE_OF_FREE * _available())
+
+
+def parse_bytes(text: str) -> int:
+    """``"8GiB"``, ``"500 MB"``, ``"4g"`` or a number of bytes; units are powers of 1024. Raises :class:`BuildError`."""
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
+    if size < 1:
+        raise BuildError(f"memory {text!r}; a size such as 8GiB or 500MB is accepted")
+    return size
+
+
+def in_words(size: int) -> str:
+    """1536 -> ``"1.5 KiB"``."""
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def _available() -> int:
+    # What the kernel says can be had without swapping, and where it says nothing, the unused pages.
+    try:
+        with open("/proc/meminfo") as file:
+            found = re.search(r"^MemAvailable:\s+(\d+) kB", file.read(), re.MULTILINE)
+        if found:
+            return int(found[1]) << 10
+    except OSError:
+        pass
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)

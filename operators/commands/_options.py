@@ -1,0 +1,58 @@
+"""Options that several commands share, and what they stand for when they are not given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+# The same choices as in operators.header, which is not imported here because it imports torch.
+ProfileChoice = Literal["golden", "residual"]
+RuleChoice = Literal["cumulative", "substitute"]
+DTypeChoice = Literal["float32", "float64", "bfloat16"]
+DeviceChoice = Literal["cpu", "cuda"]
+
+Name = Annotated[str, typer.Argument(help="Name of the operator.", show_default=False)]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of operators (default: $STEER_STORE, or one in the user's data directory).",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Built-in name, local directory or Hugging Face id (default: $STEER_MODEL, or smollm2-135m).",
+        show_default=False,
+    ),
+]
+DType = Annotated[DTypeChoice, typer.Option(help="Precision of the model.")]
+Device = Annotated[DeviceChoice | None, typer.Option(help="(default: cuda where there is one)", show_default=False)]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory beside the model, such as 8GiB (default: most of what is free).", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def store_or_default(given: Path | None) -> Path:
+    """The store that is meant."""
+    from operators.store import default_store
+
+    return given or default_store()
+
+
+def device_or_default(given: DeviceChoice | None) -> DeviceChoice:
+    """The device that is meant."""
+    import torch
+
+    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def memory_or_default(given: str | None) -> int | None:
+    """Bytes beside the model; None leaves it to the build. Raises :class:`BuildError`."""
+    from operators.capacity import parse_bytes
+
+    return None if given is None else parse_bytes(given)

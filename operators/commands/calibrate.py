@@ -1,0 +1,187 @@
+"""``calibrate``: the layer, rule, blend and strength at which a stored operator works best."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from operators import _report as report
+from operators.commands._options import (
+    AsJson,
+    MaxMemory,
+    Name,
+    Store,
+    device_or_default,
+    memory_or_default,
+    store_or_default,
+)
+from operators.progress import shown
+
+if TYPE_CHECKING:
+    from operators.artifact import OperatorArtifact
+    from operators.header import Calibration, CalibrationPoint
+    from operators.models import LoadedModel
+
+_SHOWN = 6
+"""Points that people are shown; JSON has them all."""
+
+
+def calibrate(
+    name: Name,
+    words: Annotated[
+        str | None,
+        typer.Option(
+            help='What shows the concept in a text: "golden gate,bridge" (default: the words it was built with).',
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to try: 10,15,20 (default: six over the middle of the model).", show_default=False),
+    ] = None,
+    kl_budget: Annotated[
+        float, typer.Option(help="95th percentile over the tokens of KL(plain || steered), in nats.")
+    ] = 1.0,
+    max_perplexity_ratio: Annotated[
+        float, typer.Option(help="Perplexity of steered texts under the plain model, over that of plain texts.")
+    ] = 2.0,
+    min_distinct_ratio: Annotated[
+        float, typer.Option(help="Distinct pairs of tokens of steered texts, over that of plain texts.")
+    ] = 0.75,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File of prompts, one per line (default: 24 neutral ones).", show_default=False),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens per text.")] = 24,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model to calibrate on (default: the one it was built on).", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the curves into this file, such as curves.png.", show_default=False)
+    ] = None,
+    max_memory: MaxMemory = None,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find the setting at which an operator works best, and store it as the operator's recommendation."""
+    start = time.monotonic()
+    with report.reporting(as_json):
+        from operators import store as shelf
+        from operators.calibrate import calibrate as find
+        from operators.errors import TrialError
+        from operators.explore import CalibrationSpec
+        from operators.models import load_model
+        from operators.prompts import calibration_prompts, read_prompts
+
+        where = store_or_default(store)
+        artifact = shelf.load(where, name)
+        budget = memory_or_default(max_memory)
+        header = artifact.header
+        known = header.words or (header.calibration.words if header.calibration else ())
+        if words is None and not known:
+            raise TrialError(f"operator {name!r} has no words that show its concept; give some: --words 'one,another'")
+        spec = CalibrationSpec(
+            words=known if words is None else tuple(word.strip() for word in words.split(",")),
+            prompts=calibration_prompts() if prompts is None else read_prompts(prompts),
+            layers=None if layers is None else _numbers(layers),
+            kl_budget=kl_budget,
+            max_perplexity_ratio=max_perplexity_ratio,
+            min_distinct_ratio=min_distinct_ratio,
+            tokens=tokens,
+        )
+        if plot is not None:
+            _check_plot(plot)
+        loaded = load_model(model or header.model, dtype=header.model_dtype, device=device_or_default(None))
+        with shown() as progress:
+            calibrated = find(artifact, loaded, spec, max_memory=budget, progress=progress)
+        path = shelf.save(where, name, calibrated, replace=True)
+        curves = calibrated.header.calibration
+        assert curves is not None  # noqa: S101 - for the type checker
+        if plot is not None:
+            _draw(curves, name, plot)
+        answer = report.described(name, path, calibrated)
+        answer["found"] = curves.chosen is not None
+        answer["seconds"] = round(time.monotonic() - start, 2)
+        report.tell(answer, _lines(answer, curves), as_json=as_json)
+
+
+def tuned(artifact: OperatorArtifact, *, loaded: LoadedModel, max_memory: int | None) -> OperatorArtifact:
+    """``artifact``, calibrated by the words that it was built with and everything else at its default."""
+    from operators.calibrate import calibrate as find
+    from operators.explore import CalibrationSpec
+    from operators.prompts import calibration_prompts
+
+    spec = CalibrationSpec(words=artifact.header.words, prompts=calibration_prompts())
+    with shown() as progress:
+        return find(artifact, loaded, spec, max_memory=max_memory, progress=progress)
+
+
+def _numbers(given: str) -> tuple[int, ...]:
+    from operators.errors import TrialError
+
+    try:
+        return tuple(int(number) for number in given.split(","))
+    except ValueError:
+        raise TrialError(f"layers are {given!r}; whole numbers separated by commas are accepted") from None
+
+
+def _lines(answer: dict[str, Any], curves: Calibration) -> list[str]:
+    recommended = answer["recommended"]
+    setting = f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+    whole = [point for point in curves.points if point.texts == curves.prompts]
+    shown = sorted(whole, key=lambda point: point.hit_rate, reverse=True)[:_SHOWN]
+    if curves.chosen is not None and curves.points[curves.chosen] not in shown:
+        shown = [curves.points[curves.chosen], *shown[:-1]]
+    table = [
+        ("layer", "rule", "blend", "strength", "p95 KL", "hits", "perplexity", "distinct-2"),
+        *(_cells(point) for point in shown),
+        ("plain", "", "", "", "", f"{curves.plain_hit_rate:.0%}", "1.00", f"{curves.plain_distinct_2:.2f}"),
+    ]
+    if curves.chosen is None:
+        found = (
+            f"{answer['name']}: no setting found: none names the concept more often than the plain model "
+            f"({curves.plain_hit_rate:.0%}) at p95 KL up to {curves.kl_budget:g}, perplexity up to "
+            f"{curves.max_perplexity_ratio:g} and distinct-2 from {curves.min_distinct_ratio:g} times the plain one. "
+            f"The recommendation stays: layer {answer['layer']}, {setting}"
+        )
+    else:
+        found = f"{answer['name']}: recommended are layer {answer['layer']}, {setting}"
+    measured = (
+        f"{len(curves.points)} settings, {curves.prompts} prompts, {curves.tokens} tokens each; "
+        f"words: {', '.join(curves.words)}; {answer['seconds']:.0f} s"
+    )
+    return [found, *report.columns(table), measured]
+
+
+def _cells(point: CalibrationPoint) -> tuple[str, ...]:
+    return (
+        str(point.layer),
+        point.rule,
+        f"{point.blend:g}",
+        f"{point.strength:g}",
+        f"{point.kl_p95:.2f}",
+        f"{point.hit_rate:.0%}",
+        f"{point.perplexity_ratio:.2f}",
+        f"{point.distinct_2:.2f}",
+    )
+
+
+def _check_plot(path: Path) -> None:
+    """Before minutes are spent: whether there is something to draw with, and a place for it."""
+    from operators.errors import TrialError
+
+    if not path.absolute().parent.is_dir():
+        raise TrialError(f"plot {path}: there is no directory {path.absolute().parent}")
+    from operators.plot import check_format
+
+    check_format(path)
+
+
+def _draw(curves: Calibration, name: str, path: Path) -> None:
+    from operators.plot import draw_calibration
+
+    draw_calibration(curves, name, path)

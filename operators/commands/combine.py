@@ -1,0 +1,75 @@
+"""``combine``: several stored operators with signed weights, as one."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from operators import _report as report
+from operators.commands._options import (
+    AsJson,
+    Device,
+    DType,
+    MaxMemory,
+    Model,
+    Name,
+    Store,
+    device_or_default,
+    memory_or_default,
+    store_or_default,
+)
+from operators.errors import BuildError
+
+
+def combine(
+    name: Name,
+    members: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="OPERATOR=WEIGHT...", help="Two or more; a negative weight pushes away.", show_default=False
+        ),
+    ],
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of the mixture (default: its members' largest).", show_default=False)
+    ] = None,
+    model: Model = None,
+    dtype: DType = "float32",
+    device: Device = None,
+    max_memory: MaxMemory = None,
+    store: Store = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an operator of that name.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build one operator from several of one layer and profile. It has one direction, and so one operator's dose."""
+    start = time.monotonic()
+    with report.reporting(as_json):
+        from operators import store as shelf
+        from operators.combine import Part
+        from operators.combine import combine as mix
+        from operators.models import load_model
+
+        where = store_or_default(store)
+        shelf.check_free(where, name, replace=replace)
+        weights = [_weight(member) for member in members]
+        parts = [Part(member, shelf.load(where, member), weight) for member, weight in weights]
+        budget = memory_or_default(max_memory)
+        source = model or parts[0].artifact.header.model
+        loaded = load_model(source, dtype=dtype, device=device_or_default(device))
+        with report.product_progress() as progress:
+            artifact = mix(parts, loaded, rank=rank, max_memory=budget, progress=progress)
+        path = shelf.save(where, name, artifact, replace=replace)
+        answer = report.described(name, path, artifact)
+        answer["seconds"] = round(time.monotonic() - start, 2)
+        told = " ".join(f"{part.weight:+g} {part.name}" for part in parts)
+        lines = report.operator_lines(answer, mixture=told, seconds=answer["seconds"])
+        report.tell(answer, lines, as_json=as_json)
+
+
+def _weight(member: str) -> tuple[str, float]:
+    name, equals, weight = member.partition("=")
+    try:
+        return name, float(weight) if equals else 1.0
+    except ValueError:
+        raise BuildError(f"member {member!r}: OPERATOR=WEIGHT with a number as weight is accepted") from None

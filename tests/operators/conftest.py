@@ -1,0 +1,35 @@
+"""The store and the model that tests of ``build --file`` share."""
+
+import functools
+
+import pytest
+from typer.testing import CliRunner
+
+from operators import models
+from operators.__main__ import app
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture(scope="session")
+def load_once():
+    """``load_model``, which reads each model once."""
+    return functools.cache(models.load_model)
+
+
+@pytest.fixture
+def build_file(shelf, tiny_directory, load_once, monkeypatch, tmp_path):
+    """``build_file(text, "--json")``: ``build --file`` of a file with that text."""
+    monkeypatch.setattr(models, "load_model", load_once)
+    monkeypatch.setenv("STEER_STORE", str(shelf))
+    monkeypatch.setenv("STEER_MODEL", str(tiny_directory("llama")))
+    monkeypatch.chdir(tmp_path)
+
+    def invoke(text, *arguments):
+        (tmp_path / "c.toml").write_text(text, encoding="utf-8")
+        return CliRunner().invoke(app, ["build", "--file", "c.toml", *arguments], catch_exceptions=False)
+
+    return invoke
