@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from operators.errors import ConceptFileError, OperatorError
+from operators.progress import shown
 
 if TYPE_CHECKING:
     from operators.artifact import OperatorArtifact

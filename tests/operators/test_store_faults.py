@@ -1,6 +1,7 @@
 """Faults that are real: a disk that is full, signals at any moment, writers that were killed."""
 
 import fcntl
+import gc
 import os
 import random
 import resource
@@ -55,6 +56,8 @@ def test_an_interrupt_at_any_moment_leaves_the_old_operator_or_the_new_one(make_
     moments = random.Random(0)
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     interrupted = 0
+    # An interrupt within a garbage collector's callback (hypothesis has one) is raised to nobody.
+    gc.disable()
     try:
         for _ in range(150):
             store.save(tmp_path, "a", old, replace=True)
@@ -69,6 +72,7 @@ def test_an_interrupt_at_any_moment_leaves_the_old_operator_or_the_new_one(make_
             assert store.load(tmp_path, "a").digest in (old.digest, new.digest)
             assert os.listdir(tmp_path) == ["a.safetensors"]
     finally:
+        gc.enable()
         signal.signal(signal.SIGUSR1, before)
     assert interrupted >= 10
 
