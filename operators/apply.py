@@ -91,8 +91,7 @@ class Direction:
         self._operator = operator
         self._setting = setting
         self._position = 0
-        self._n, rank, _ = operator.factors.shape
-        self._sum = operator.factors.new_zeros(rank)
+        self._sum = operator.factors.new_zeros(operator.factors.shape[1])
 
     def advance(self, x: torch.Tensor) -> torch.Tensor:
         """Unit directions (T, d) for the next T tokens, whose embeddings are ``x`` (T, d).
@@ -114,37 +113,58 @@ class Direction:
         return _unit((1.0 - blend) * unit + blend * anchor, first)
 
     def _raw(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        factors = self._operator.factors
         if self._setting.rule == "substitute":
-            return self._operator.base + self._expand(x @ factors[-1].T)
-        terms = x.new_empty(x.shape[0], factors.shape[1])
-        for token in range(min(self._n, x.shape[0])):
-            # Tokens that meet the same block B_{j mod n} are n apart.
-            terms[token :: self._n] = x[token :: self._n] @ factors[(first + token) % self._n].T
-        sums = self._sum + terms.cumsum(0)
+            return substitute(self._operator, x)
+        positions = torch.arange(first, first + x.shape[0])
+        sums = self._sum + terms(self._operator, x, positions).cumsum(0)
         self._sum = sums[-1].clone()
-        a = self._expand(sums)
-        return a if self._operator.offset is None else a + self._operator.offset
-
-    def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """U s, (T, d), for s (T, r)."""
-        basis = self._operator.basis
-        return coefficients if basis is None else coefficients @ basis.T
+        return cumulative(self._operator, sums)
 
 
-def steer(hidden: torch.Tensor, push: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """B_{j mod n} x_j, (T, r): ``x`` (T, d) float32, ``positions`` (T,) = j on the CPU, of any sequences."""
+    n, rank, _ = operator.factors.shape
+    found = x.new_empty(x.shape[0], rank)
+    blocks = positions % n
+    for block in blocks.unique().tolist():
+        where = (blocks == block).nonzero().squeeze(-1).to(x.device)
+        found[where] = x[where] @ operator.factors[block].T
+    return found
+
+
+def cumulative(operator: PreparedOperator, sums: torch.Tensor) -> torch.Tensor:
+    """a_k = c + U s_k, (T, d), for running sums ``sums`` (T, r)."""
+    a = _expand(operator, sums)
+    return a if operator.offset is None else a + operator.offset
+
+
+def substitute(operator: PreparedOperator, x: torch.Tensor) -> torch.Tensor:
+    """a_k = b + U B_{n-1} x_k, (T, d), for ``x`` (T, d) float32."""
+    return operator.base + _expand(operator, x @ operator.factors[-1].T)
+
+
+def _expand(operator: PreparedOperator, coefficients: torch.Tensor) -> torch.Tensor:
+    """U s, (T, d), for s (T, r)."""
+    return coefficients if operator.basis is None else coefficients @ operator.basis.T
+
+
+def steer(
+    hidden: torch.Tensor, push: torch.Tensor, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds |h_k| push_k to each hidden state, in float32, and measures what that did.
 
     Args:
         hidden: (..., d) in the model's dtype.
         push: (..., d) float32, sum over the operators of this layer of (lambda/2) d_k/|d_k|.
+        residual: (..., d), where a model hands the hidden state on in two parts: h = hidden + residual.
 
     Returns:
-        The steered hidden states (..., d) in the model's dtype, and the relative dose (...) =
+        The steered ``hidden`` (..., d) in the model's dtype, and the relative dose (...) =
         |h' - h| / |h| after rounding to that dtype.
     """
     before = hidden.to(torch.float32)
-    norm = torch.linalg.vector_norm(before, dim=-1, keepdim=True)
+    whole = before if residual is None else before + residual.to(torch.float32)
+    norm = torch.linalg.vector_norm(whole, dim=-1, keepdim=True)
     after = (before + norm * push).to(hidden.dtype)
     moved = torch.linalg.vector_norm(after.to(torch.float32) - before, dim=-1)
     # A hidden state of zero is not moved: its dose is 0, not 0/0. What is not finite stays so.

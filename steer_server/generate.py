@@ -89,6 +89,7 @@ class Gatherer:
     def _finish(self, event: RowFinished, elapsed: float) -> tuple[Delta | Completion, ...]:
         self._check_receipts(event.receipts)
         self._text.append(event.text)
+        self._scores.extend(event.scores)
         completion = Completion(
             request_id=self.request_id,
             text="".join(self._text),
@@ -112,7 +113,7 @@ class Gatherer:
         if [use.artifact.digest for use in uses] != [receipt.digest for receipt in receipts]:
             raise SteeringNotAppliedError("the engine's receipts are not those of the plan")
         for use, receipt in zip(uses, receipts, strict=True):
-            steered = receipt.prompt_tokens_steered, receipt.generated_tokens_steered
+            steered = receipt.prompt_tokens_steered + receipt.prompt_tokens_cached, receipt.generated_tokens_steered
             if use.setting.strength != 0.0 and fed is not None and steered != fed:
                 raise SteeringNotAppliedError(
                     f"{use.name}: {steered[0]} prompt and {steered[1]} generated tokens were steered; "

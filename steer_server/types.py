@@ -234,10 +234,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Score:
-    """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats."""
+    """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats.
+
+    ``exact`` is false where the KL is a lower bound, from the most likely tokens of both.
+    """
 
     kl: float
     plain_logprob: float
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -252,6 +256,8 @@ class Receipt:
     blend: float
     prompt_tokens_steered: int
     generated_tokens_steered: int
+    prompt_tokens_cached: int
+    """Whose keys and values an earlier request with the very same steering left: not computed, so not measured."""
     mean_dose: float
     max_dose: float
     dose_bound: float
@@ -281,13 +287,17 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class RowFinished:
-    """The end of one row. ``text`` is what was still held back."""
+    """The end of one row. ``text`` is what was still held back.
+
+    ``scores`` are those of all its tokens, from an engine that scores a text when it is whole.
+    """
 
     row: int
     reason: FinishReason
     text: str
     stop_string: str
     receipts: tuple[Receipt, ...]
+    scores: tuple[Score, ...] = ()
     at: float = field(default_factory=time.monotonic, compare=False)
 
 
@@ -350,7 +360,10 @@ class ArmEvent:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One steered arm held against the plain one. KL in nats; None and empty where not scored."""
+    """One steered arm held against the plain one. KL in nats; None and empty where not scored.
+
+    ``kl_exact`` is false where the KL values are lower bounds.
+    """
 
     arm: str
     first_divergence: int | None
@@ -359,6 +372,7 @@ class Comparison:
     kl_p95: float | None
     normal_perplexity: float | None
     steered_perplexity: float | None
+    kl_exact: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import torch
 from transformers import DynamicCache
 
 from operators.models import LoadedModel, block_input, decoder_layers, embed
+from steer_server.engine.rows import RowText
 from steer_server.engine.sampling import Sampler
 from steer_server.engine.steering import PreparedOperators, RowSteering, SteeringHooks
-from steer_server.engine.text import Detokenizer, StopStrings
+from steer_server.engine.text import Detokenizer
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
 from steer_server.types import (
     DecodeJob,
@@ -44,10 +45,12 @@ class _Leader:
     steering: RowSteering | None
     scored: bool
     sampler: Sampler
-    detokenizer: Detokenizer
-    stops: StopStrings
+    text: RowText
     sequence: torch.Tensor
-    generated: int = 0
+
+    @property
+    def generated(self) -> int:
+        return len(self.text.ids)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +118,13 @@ class Decoder:
             steering=RowSteering(row.plan, self.prepared, self.loaded.dtype) if row.plan else None,
             scored=row.score,
             sampler=Sampler(sampling, device),
-            detokenizer=Detokenizer(self.loaded.tokenizer, self.job.prompt_ids),
-            stops=StopStrings(sampling.stop_strings),
+            text=RowText(
+                Detokenizer(self.loaded.tokenizer, self.job.prompt_ids),
+                sampling,
+                prompt_tokens=len(self.job.prompt_ids),
+                context_length=self.loaded.context_length,
+                eos_ids=self.eos_ids,
+            ),
             sequence=torch.tensor(self.job.prompt_ids, device=device),
         )
 
@@ -174,8 +182,7 @@ class Decoder:
                 continue
             token = leader.sampler.choose(leader.sequence, logits[row])
             leader.sequence = torch.cat([leader.sequence, leader.sequence.new_tensor([token])])
-            leader.generated += 1
-            piece = leader.stops.push(leader.detokenizer.push(token))
+            piece, reason = leader.text.push(token)
             yield (
                 TokenEvent(
                     row=leader.index,
@@ -186,24 +193,11 @@ class Decoder:
                 ),
                 leader,
             )
-            reason = FinishReason.STOP_STRING if piece.stop_string else self._reason(leader, token)
             if reason is not None:
                 yield self._end(leader, reason, piece.stop_string), leader
 
-    def _reason(self, leader: _Leader, token: int) -> FinishReason | None:
-        sampling = self.job.sampling
-        if token in sampling.stop_token_ids:
-            return FinishReason.STOP_TOKEN
-        if token in self.eos_ids and not sampling.ignore_eos:
-            return FinishReason.EOS
-        if leader.generated >= sampling.max_tokens:
-            return FinishReason.MAX_TOKENS
-        if len(leader.sequence) >= self.loaded.context_length:
-            return FinishReason.CONTEXT_LIMIT
-        return None
-
     def _end(self, leader: _Leader, reason: FinishReason, stop_string: str) -> RowFinished:
-        text = "" if stop_string else leader.stops.push(leader.detokenizer.flush()).text + leader.stops.flush()
+        text = "" if stop_string else leader.text.flush()
         receipts = leader.steering.receipts() if leader.steering else ()
         return RowFinished(leader.index, reason, text, stop_string, receipts)
 

@@ -19,12 +19,13 @@ from torch import nn
 
 from operators.apply import Direction, PreparedOperator, prepare, steer
 from operators.errors import SteeringError
+from steer_server.engine.dose import dose_limit
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Application, Receipt, SteeringPlan
 
 
 @dataclass
-class _Dose:
+class Dose:
     """Running measurement at one layer of one row. Strengths that cancel or are zero leave it empty."""
 
     prompt_tokens: int = 0
@@ -38,11 +39,7 @@ class _Dose:
         else:
             self.generated_tokens += len(doses)
         self.total += sum(doses)
-        self.highest = max(self.highest, *doses)
-
-
-_ARITHMETIC = 1e-5
-"""Relative error of norms and unit vectors of any hidden size, worked out in float32."""
+        self.highest = max((self.highest, *doses))
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,7 @@ class RowSteering:
     def __init__(self, plan: SteeringPlan, prepared: PreparedOperators, dtype: torch.dtype) -> None:
         """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
         self._plan = plan
-        resolution = torch.finfo(dtype).eps
-        for use in plan.applications:
-            # A smaller push moves a few of the state's elements and leaves the rest: no longer in its direction.
-            if 0.0 < abs(use.setting.strength) < resolution:
-                raise SteeringNotAppliedError(
-                    f"{use.name}: strength {use.setting.strength:g} is lost in rounding: hidden states in "
-                    f"{str(dtype).removeprefix('torch.')} resolve strengths of {resolution:.1g} and more"
-                )
+        check_strengths(plan, dtype)
         self._sources = [
             _Source(
                 use.layer,
@@ -75,8 +65,8 @@ class RowSteering:
             for use in plan.applications
             if use.setting.strength != 0.0
         ]
-        self._doses = {source.layer: _Dose() for source in self._sources}
-        self._limits = {layer: _limit(plan.dose_bound(layer), dtype) for layer in self._doses}
+        self._doses = {source.layer: Dose() for source in self._sources}
+        self._limits = {layer: dose_limit(plan.dose_bound(layer), dtype) for layer in self._doses}
 
     @property
     def layers(self) -> frozenset[int]:
@@ -115,10 +105,7 @@ class RowSteering:
 
     def receipts(self) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
-        return tuple(
-            _receipt(self._plan, use, self._doses.get(use.layer) if use.setting.strength else None)
-            for use in self._plan.applications
-        )
+        return receipts_of(self._plan, self._doses)
 
     def describe(self) -> str:
         """The operators and strengths, for messages."""
@@ -129,18 +116,32 @@ class RowSteering:
         return ", ".join(f"{use.name}={use.setting.strength:g}" for use in uses)
 
 
+def receipts_of(plan: SteeringPlan, doses: Mapping[int, Dose], *, cached: int = 0) -> tuple[Receipt, ...]:
+    """One receipt per operator of the plan, in its order, from the doses at its layers."""
+    return tuple(
+        _receipt(plan, use, doses.get(use.layer) if use.setting.strength else None, cached) for use in plan.applications
+    )
+
+
 def untouched_receipts(plan: SteeringPlan | None) -> tuple[Receipt, ...]:
     """The receipts of a row that never reached the model."""
-    return tuple(_receipt(plan, use, None) for use in plan.applications) if plan else ()
+    return receipts_of(plan, {}) if plan else ()
 
 
-def _limit(bound: float, dtype: torch.dtype) -> float:
-    """What a measured dose may be where the strengths give at most ``bound``, h' = h + |h| push being rounded."""
-    return bound * (1.0 + _ARITHMETIC) + (1.0 + bound) * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+def check_strengths(plan: SteeringPlan, dtype: torch.dtype) -> None:
+    """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
+    resolution = torch.finfo(dtype).eps
+    for use in plan.applications:
+        # A smaller push moves a few of the state's elements and leaves the rest: no longer in its direction.
+        if 0.0 < abs(use.setting.strength) < resolution:
+            raise SteeringNotAppliedError(
+                f"{use.name}: strength {use.setting.strength:g} is lost in rounding: hidden states in "
+                f"{str(dtype).removeprefix('torch.')} resolve strengths of {resolution:.1g} and more"
+            )
 
 
-def _receipt(plan: SteeringPlan, use: Application, dose: _Dose | None) -> Receipt:
-    dose = dose or _Dose()
+def _receipt(plan: SteeringPlan, use: Application, dose: Dose | None, cached: int) -> Receipt:
+    cached, dose = (cached, dose) if dose else (0, Dose())
     count = dose.prompt_tokens + dose.generated_tokens
     return Receipt(
         operator=use.name,
@@ -151,6 +152,7 @@ def _receipt(plan: SteeringPlan, use: Application, dose: _Dose | None) -> Receip
         blend=use.setting.blend,
         prompt_tokens_steered=dose.prompt_tokens,
         generated_tokens_steered=dose.generated_tokens,
+        prompt_tokens_cached=cached,
         mean_dose=dose.total / count if count else 0.0,
         max_dose=dose.highest,
         dose_bound=plan.dose_bound(use.layer),

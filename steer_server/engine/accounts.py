@@ -1,0 +1,73 @@
+"""What the workers say that they did to a request, and the receipts made of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from steer_server.engine.steering import Dose, receipts_of
+from steer_server.errors import SteeringNotAppliedError
+from steer_server.types import Receipt, SteeringPlan
+
+Take = Callable[[list[str]], Awaitable[Sequence[Mapping[str, Any] | None]]]
+"""Asks the workers for the accounts of requests, which they then forget."""
+
+
+class AccountDesk:
+    """Asks for accounts: those wanted at the same time in one call, since a call waits for a step of the engine."""
+
+    def __init__(self, take: Take) -> None:
+        self._ask = take
+        self._wanted: dict[str, asyncio.Future[Mapping[str, Any] | None]] = {}
+        self._asking: asyncio.Task[None] | None = None
+
+    async def take(self, key: str) -> Mapping[str, Any] | None:
+        """The account of a request; None for one that never reached a worker."""
+        future = self._wanted[key] = asyncio.get_running_loop().create_future()
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._work())
+        return await future
+
+    async def _work(self) -> None:
+        while self._wanted:
+            wanted, self._wanted = self._wanted, {}
+            try:
+                found = await self._ask(list(wanted))
+            except Exception as error:  # noqa: BLE001 - handed on to all who wait
+                # Whatever broke the call, nobody is to wait for its answer.
+                for future in wanted.values():
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for future, account in zip(wanted.values(), found, strict=True):
+                if not future.done():
+                    future.set_result(account)
+
+
+def receipts(
+    plan: SteeringPlan, account: Mapping[str, Any] | None, *, prompt_tokens: int, fed: int
+) -> tuple[Receipt, ...]:
+    """One receipt per operator of the plan.
+
+    Args:
+        fed: how many tokens, from the prompt's first on, the text is due to. The engine may have run ahead of a text
+            that had ended.
+
+    Raises:
+        SteeringNotAppliedError: the plan was not applied, or not at every token; says why.
+    """
+    if account is None:
+        raise SteeringNotAppliedError("no worker knows of this request: it was not steered")
+    if account["failure"]:
+        raise SteeringNotAppliedError(str(account["failure"]))
+    cached, doses = int(account["cached"]), {}
+    for layer in sorted({use.layer for use in plan.applications if use.setting.strength}):
+        measured = account["layers"].get(str(layer), [])[: fed - cached]
+        if cached + len(measured) < fed:
+            raise SteeringNotAppliedError(f"layer {layer}: {len(measured)} of {fed - cached} tokens were steered")
+        dose = doses[layer] = Dose()
+        split = max(0, prompt_tokens - cached)
+        dose.add(measured[:split], prompt=True)
+        dose.add(measured[split:], prompt=False)
+    return receipts_of(plan, doses, cached=min(cached, prompt_tokens))

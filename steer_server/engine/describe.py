@@ -1,0 +1,46 @@
+"""What a loaded model is, as clients and artifacts know it."""
+
+from __future__ import annotations
+
+import torch
+
+from operators.errors import OperatorError
+from operators.models import LoadedModel, decoder_layers
+from steer_server.errors import StartupError
+from steer_server.types import ModelInfo
+
+
+def describe(loaded: LoadedModel, *, engine: str) -> ModelInfo:
+    """Raises :class:`StartupError` for a model that this engine cannot decode or steer."""
+    if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
+        raise StartupError(
+            f"{loaded.name}: its tokenizer {type(loaded.tokenizer).__name__} has no fast form, which streaming needs"
+        )
+    try:
+        layers = len(decoder_layers(loaded.model))
+        vocab_size = int(loaded.model.config.get_text_config().vocab_size)
+        context_length = loaded.context_length
+    except (OperatorError, AttributeError) as error:
+        raise StartupError(f"{loaded.name} ({type(loaded.model).__name__}) cannot be served: {error}") from error
+    return ModelInfo(
+        model=loaded.name,
+        architecture=type(loaded.model).__name__,
+        fingerprint=loaded.fingerprint,
+        tokenizer_fingerprint=loaded.tokenizer_fingerprint,
+        num_layers=layers,
+        hidden_size=loaded.hidden_size,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        eos_token_ids=_eos_ids(loaded),
+        has_chat_template=bool(getattr(loaded.tokenizer, "chat_template", None)),
+        engine=engine,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device if loaded.device.type == "cpu" else torch.cuda.get_device_name(loaded.device)),
+    )
+
+
+def _eos_ids(loaded: LoadedModel) -> tuple[int, ...]:
+    found = loaded.model.generation_config.eos_token_id
+    if found is None:
+        found = loaded.tokenizer.eos_token_id
+    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)

@@ -1,0 +1,57 @@
+"""Options of vLLM that are handed through: ``KEY=VALUE``, or a YAML file of them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steer_server.errors import StartupError
+
+OURS = {
+    "model": "--model",
+    "tokenizer": "--model",
+    "dtype": "--dtype",
+    "device": "--device",
+    "worker_cls": "nothing: the worker is ours",
+    "skip_tokenizer_init": "nothing: text is needed",
+    "seed": "the seed of a request",
+}
+"""Keys that this server sets, and what to use in their place."""
+
+
+def read_engine_args(given: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` (the value in YAML: numbers, true, lists) and names of YAML files, later ones over earlier ones.
+
+    Raises:
+        StartupError: neither, or a file that cannot be read.
+    """
+    found: dict[str, Any] = {}
+    for item in given:
+        key, equals, value = item.partition("=")
+        try:
+            if equals:
+                found[key.strip().replace("-", "_")] = yaml.safe_load(value)
+                continue
+            content = yaml.safe_load(Path(item).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise StartupError(f"engine_args: {item!r} is neither KEY=VALUE nor a YAML file: {error}") from error
+        if not isinstance(content, dict):
+            raise StartupError(f"engine_args: {item} does not hold KEY: VALUE lines")
+        found |= {str(key).replace("-", "_"): value for key, value in content.items()}
+    return found
+
+
+def check_engine_args(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises :class:`StartupError` for a key that vLLM does not have, or that is not the user's to set."""
+    names = set(known)
+    for key in given:
+        if key in OURS:
+            raise StartupError(f"engine_args.{key} is set by this server; use {OURS[key]}")
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise StartupError(f"engine_args.{key} is not an option of this vLLM{hint}")

@@ -1,0 +1,251 @@
+"""The serving engine: vLLM with our worker. Continuous batching, tensor parallel, prefix caching.
+
+Each row of a job is one vLLM request. It carries its plan as ids and scalars; a steered one also carries a cache salt
+made of its plan, so that it shares keys and values with requests of the very same steering and with no others. The
+workers measure what they did; a row ends with the account of it, or with an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any
+
+import structlog
+import torch
+from prometheus_client import REGISTRY
+from vllm import AsyncEngineArgs, TokensPrompt
+from vllm import SamplingParams as VLLMSamplingParams
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from operators import __version__
+from operators.header import DTYPES
+from operators.models import LoadedModel
+from steer_server.engine.accounts import AccountDesk
+from steer_server.engine.batch import Use, uses_of
+from steer_server.engine.describe import describe
+from steer_server.engine.engine_args import check_engine_args
+from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.self_test import TOKENS, Trial, check_live
+from steer_server.engine.shelf import OperatorShelf
+from steer_server.engine.vllm_job import VLLMJob
+from steer_server.errors import QueueFullError, ShuttingDownError, StartupError
+from steer_server.types import DecodeJob, ModelInfo, Prompt, SteeringPlan
+
+log = structlog.get_logger(__name__)
+
+WORKER = "steer_server.engine.vllm_worker.SteeringWorker"
+EXTRA = "steering"
+"""Key of ``SamplingParams.extra_args`` that the worker looks for."""
+MAX_LOGPROBS = 64
+"""Alternatives that a score is made of, unless the engine's own limit says less."""
+_OPERATOR_BYTES = 4 << 30
+"""Operators kept in each worker between requests."""
+_CLOSE_SECONDS = 5.0
+_POLL_SECONDS = 0.5
+_SELF_TEST_PROMPT = 6
+
+
+class VLLMEngine:
+    """Implements :class:`steer_server.engine.base.Engine`; made by :meth:`start`."""
+
+    @classmethod
+    async def start(
+        cls, loaded: LoadedModel, source: str, *, dtype: str, max_queue: int, engine_args: Mapping[str, Any]
+    ) -> VLLMEngine:
+        """Boots vLLM on the model at ``source`` and tests it.
+
+        Args:
+            loaded: the same model in transformers, for its names and fingerprints; not kept.
+
+        Raises:
+            StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
+        """
+        model = describe(loaded, engine="vllm")
+        config = _config(source, dtype, engine_args)
+        try:
+            llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
+        except Exception as error:
+            # vLLM raises what its parts raise; its own log has the whole story.
+            raise StartupError(f"vLLM did not start: {type(error).__name__}: {error}") from error
+        engine = cls(llm, model, loaded.tokenizer, max_queue=max_queue)
+        try:
+            await engine._self_test()
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    def __init__(self, llm: AsyncLLM, model: ModelInfo, tokenizer: Any, *, max_queue: int) -> None:
+        config = llm.vllm_config
+        self._llm = llm
+        self._tokenizer = tokenizer
+        self._model = dataclasses.replace(
+            model,
+            context_length=int(config.model_config.max_model_len),
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            device=current_platform.device_name,
+        )
+        self.dtype: torch.dtype = config.model_config.dtype
+        self.score_logprobs = min(MAX_LOGPROBS, config.model_config.max_logprobs)
+        self._limit = int(config.scheduler_config.max_num_seqs) + max_queue
+        self._max_queue = max_queue
+        self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
+        self.desk = AccountDesk(self._take)
+        self.shelf = OperatorShelf(self._load, self._unload, budget=_OPERATOR_BYTES)
+        self._jobs: set[VLLMJob] = set()
+        self._later: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._seconds_per_row = 1.0
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model being served."""
+        return self._model
+
+    @property
+    def running(self) -> int:
+        """Rows being decoded."""
+        return sum(job.running for job in self._jobs)
+
+    @property
+    def waiting(self) -> int:
+        """Rows without a token yet."""
+        return sum(job.waiting for job in self._jobs)
+
+    @property
+    def collectors(self) -> Sequence[Any]:
+        """vLLM's own metrics."""
+        return (REGISTRY,)
+
+    async def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """See :meth:`steer_server.engine.base.Engine.encode`."""
+        return await self._prompts.encode(prompt)
+
+    def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Each token on its own, as text."""
+        return self._prompts.texts(ids)
+
+    def submit(self, job: DecodeJob) -> VLLMJob:
+        """See :meth:`steer_server.engine.base.Engine.submit`."""
+        if self._closed:
+            raise ShuttingDownError
+        check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
+        if self.running + self.waiting + len(job.rows) > self._limit:
+            raise QueueFullError(self._max_queue, retry_after=max(1.0, self._seconds_per_row))
+        running = VLLMJob(self, self._tokenizer, job)
+        self._jobs.add(running)
+        return running
+
+    def ended(self, job: VLLMJob, seconds: float) -> None:
+        """Called by a job when its last row is over."""
+        self._jobs.discard(job)
+        self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
+
+    def later(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Does something that nobody waits for."""
+        task = asyncio.get_running_loop().create_task(_quietly(work))
+        self._later.add(task)
+        task.add_done_callback(self._later.discard)
+
+    async def failed(self) -> str:
+        """Returns, with the reason, when the engine has died; not before."""
+        while not self._llm.errored:
+            await asyncio.sleep(_POLL_SECONDS)
+        return "the vLLM engine died; its log says why"
+
+    async def close(self) -> None:
+        """Ends running rows as CANCELLED and stops vLLM's processes."""
+        self._closed = True
+        self._prompts.close()
+        jobs = list(self._jobs)
+        for job in jobs:
+            job.stop()
+        if jobs and not self._llm.errored:
+            await asyncio.wait([asyncio.ensure_future(job.wait()) for job in jobs], timeout=_CLOSE_SECONDS)
+        await asyncio.to_thread(self._llm.shutdown)
+
+    def generate(self, ids: Sequence[int], params: dict[str, Any], plan: SteeringPlan | None, key: str) -> Any:
+        """vLLM's stream for one row."""
+        uses = [] if plan is None else uses_of(plan)
+        return self._generate(ids, params, uses, key)
+
+    def _generate(self, ids: Sequence[int], params: dict[str, Any], uses: Sequence[Use], key: str) -> Any:
+        prompt = TokensPrompt(prompt_token_ids=list(ids))
+        if uses:
+            told = [list(dataclasses.astuple(use)) for use in uses]
+            prompt["cache_salt"] = hashlib.sha256(json.dumps(sorted(told)).encode()).hexdigest()
+            params = {**params, "extra_args": {EXTRA: {"key": key, "uses": told}}}
+        sampling = VLLMSamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, **params)
+        return self._llm.generate(prompt, sampling, key)
+
+    async def _rpc(self, method: str, *args: Any) -> Sequence[Any]:
+        found: Sequence[Any] = await self._llm.collective_rpc(method, args=args)
+        return found
+
+    async def _take(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:
+        # Every worker steers alike; the first one answers for all.
+        accounts: Sequence[Mapping[str, Any] | None] = (await self._rpc("steering_take", keys))[0]
+        return accounts
+
+    async def _load(self, digest: str, data: bytes) -> int:
+        return int((await self._rpc("steering_load", digest, data))[0]["bytes"])
+
+    async def _unload(self, digests: list[str]) -> None:
+        await self._rpc("steering_unload", digests)
+
+    async def _self_test(self) -> None:
+        began = time.monotonic()
+        # A new prompt every time would be as good; this one is in every vocabulary.
+        prompt = [index % self._model.vocab_size for index in range(1, 1 + _SELF_TEST_PROMPT)]
+        params = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 5}
+
+        async def run(use: Use | None, key: str) -> Trial:
+            ids: list[int] = []
+            first: dict[int, float] = {}
+            async for output in self._generate(prompt, params, [use] if use else [], key):
+                choice = output.outputs[0]
+                ids.extend(choice.token_ids)
+                first = first or {token: found.logprob for token, found in choice.logprobs[0].items()}
+            return Trial(tuple(ids), first)
+
+        await check_live(run, self._rpc, prompt_tokens=len(prompt), num_layers=self._model.num_layers)
+        log.info("self-test passed", layers=self._model.num_layers, seconds=round(time.monotonic() - began, 1))
+
+
+async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("a request's end could not be told to the workers")
+
+
+def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
+    names = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+    check_engine_args(given, names)
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    ours: dict[str, Any] = {
+        "model": source,
+        "dtype": DTYPES[dtype],  # type: ignore[index]
+        "worker_cls": WORKER,
+        "max_logprobs": MAX_LOGPROBS,
+        "enable_log_requests": False,
+        # Part of the compile cache's key.
+        "additional_config": {"steering": __version__, **given.get("additional_config", {})},
+    }
+    if not current_platform.is_cpu():
+        # The op that pushes decides on the host what it does: it runs between the captured pieces.
+        ours["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    try:
+        return AsyncEngineArgs(
+            **{**ours, **{k: v for k, v in given.items() if k != "additional_config"}}
+        ).create_engine_config()
+    except (ValueError, TypeError, OSError) as error:
+        raise StartupError(f"engine_args: vLLM refuses them: {error}") from error

@@ -1,0 +1,321 @@
+"""Steering inside vLLM: the one file that knows its internals (0.32).
+
+``worker_cls`` names :class:`SteeringWorker`. It is the platform's own worker, with three things added, all of them on
+the instance: a hook on every decoder layer, a look at each step before the model runs, and calls that load operators
+and hand out accounts (``collective_rpc``). What is looked at is checked by name when the model is loaded, so that a
+vLLM in which something moved is refused instead of half steered.
+
+    V1 runner   ``_model_forward`` of the runner instance is wrapped (CPU, and CUDA where it is selected)
+    V2 runner   ``add_request``, ``remove_request`` and ``prepare_inputs`` of the instance's ``model_state``
+
+A hook calls the op ``steering::push``, which is opaque to Dynamo: it changes the rows of the step's plan in place and
+leaves all other bits alone. Layers hand their input on as ``hidden_states + residual`` in most models of vLLM; the norm
+is taken over the sum and the push is written into ``hidden_states``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.platforms import current_platform
+
+from operators.apply import PreparedOperator, prepare, steer
+from operators.artifact import from_bytes
+from steer_server.engine.batch import Account, BatchSteering, Segment, Site, Sited, Use
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+EXTRA = "steering"
+"""Key of ``SamplingParams.extra_args``: {"key": str, "uses": [[digest, rule, strength, blend], ...]}."""
+
+_BOOK_EVERY = 64
+"""Steps whose measurements may wait on the device: reading them makes the host wait for it."""
+
+
+class _Step:
+    """What the hooks of this process do in the forward pass under way. One model, one pass at a time."""
+
+    sites: Mapping[int, Site] = {}
+    inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Rows and what they should be when the first layer gets them; looked at in the self-test only."""
+    worst: float = 0.0
+    """By how much they were not, relative to their size."""
+
+
+def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
+    if layer == 0 and _Step.inputs is not None:
+        _compare_inputs(hidden, *_Step.inputs)
+    site = _Step.sites.get(layer)
+    if site is None:
+        return
+    width = hidden.shape[-1]
+    rows = hidden.view(-1, width)
+    rest = None if residual is None else residual.view(-1, width)[site.rows]
+    moved, site.doses = steer(rows[site.rows], site.push, rest)
+    rows.index_copy_(0, site.rows, moved)
+
+
+def _compare_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Tensor) -> None:
+    found = hidden.view(-1, hidden.shape[-1])[rows]
+    _Step.worst = max(_Step.worst, float((found - expected).abs().max() / expected.abs().max()))
+
+
+_LIBRARY = torch.library.Library("steering", "FRAGMENT")
+_LIBRARY.define("push(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
+_LIBRARY.impl("push", _push, "CompositeExplicitAutograd")
+_LIBRARY._register_fake("push", lambda _hidden, _residual, _layer: None)
+
+
+class SteeringWorker(_Worker):  # type: ignore[misc]
+    """The platform's worker, which also steers. Its public methods are called by ``collective_rpc``."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the model and prepares it. Raises :class:`RuntimeError` for what is not supported, by name."""
+        _check_config(self.vllm_config)
+        super().load_model(*args, **kwargs)
+        model = self.model_runner.get_model()
+        self._steering = BatchSteering(self.model_config.dtype)
+        self._embed = _embedder(model)
+        self._keys: dict[str, str] = {}
+        self._pending: list[Mapping[int, Site]] = []
+        self._watching = False
+        self._layers = _decoder_layers(model)
+        for layer, module in enumerate(self._layers):
+            module.register_forward_pre_hook(_hook(module, layer), with_kwargs=True)
+        _Step.sites = {}
+        self._watch_runner()
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """One step. Requests that ended are kept until their accounts are taken."""
+        for new in scheduler_output.scheduled_new_reqs:
+            self._meet(new)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    # What the server calls.
+
+    def steering_load(self, digest: str, data: bytes) -> dict[str, int]:
+        """Makes an operator ready, from the bytes of its file. Returns the memory that it takes."""
+        artifact = from_bytes(data, source=digest)
+        if artifact.digest != digest:
+            raise ValueError(f"operator {digest} was sent as {artifact.digest}")
+        operator = prepare(artifact, self.device)
+        self._steering.load(digest, Sited(operator, artifact.header.injection_layer))
+        return {"bytes": operator.nbytes}
+
+    def steering_load_random(self, digest: str, layer: int) -> None:
+        """An operator for the self-test: of rank 2, two positions, in no particular direction."""
+        d = self.model_config.get_hidden_size()
+        generator = torch.Generator().manual_seed(layer)
+        basis = torch.linalg.qr(torch.randn(d, 2, generator=generator)).Q
+        factors = torch.randn(2, 2, d, generator=generator)
+        vectors = torch.randn(2, d, generator=generator)
+        place = partial(torch.Tensor.to, device=self.device, dtype=torch.float32)
+        operator = PreparedOperator(
+            place(factors), place(basis), None, place(vectors[0]), place(vectors[1] / vectors[1].norm())
+        )
+        self._steering.load(digest, Sited(operator, layer))
+
+    def steering_unload(self, digests: Sequence[str]) -> None:
+        """Forgets operators."""
+        for digest in digests:
+            self._steering.unload(digest)
+
+    def steering_take(self, keys: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The accounts of requests, which are forgotten; None for one that never reached the model."""
+        self._book()
+        return [self._take(key) for key in keys]
+
+    def steering_state(self) -> dict[str, int]:
+        """How much is held: operators, bytes and requests."""
+        loaded = self._steering.loaded.values()
+        return {
+            "operators": len(loaded),
+            "bytes": sum(sited.operator.nbytes for sited in loaded),
+            "requests": len(self._steering),
+        }
+
+    def steering_layers(self) -> int:
+        """How many decoder layers can be pushed."""
+        return len(self._layers)
+
+    def steering_watch_inputs(self, on: bool) -> float:
+        """Holds what the first layer gets against the embeddings that pushes are made of, from now on or no longer.
+
+        Returns the largest difference so far, relative to the embeddings.
+        """
+        self._watching = on
+        _Step.inputs, worst = None, _Step.worst
+        _Step.worst = 0.0
+        return worst
+
+    # What happens in a step.
+
+    def _meet(self, new: Any) -> None:
+        asked = (new.sampling_params.extra_args or {}).get(EXTRA) if new.sampling_params else None
+        if asked is not None and new.req_id not in self._steering:
+            self._keys[asked["key"]] = new.req_id
+            self._steering.follow(new.req_id, tuple(Use(*use) for use in asked["uses"]))
+
+    def _take(self, key: str) -> dict[str, Any] | None:
+        request = self._keys.pop(key, None)
+        if request is None:
+            return None
+        account: Account = self._steering.account(request)
+        self._steering.forget(request)
+        return {
+            "cached": account.cached,
+            "layers": {str(found.layer): list(found.doses) for found in account.layers},
+            "failure": account.failure,
+        }
+
+    def _watch_runner(self) -> None:
+        runner = self.model_runner
+        if self.use_v2_model_runner:
+            _require(runner, "model_state", "req_states")
+            state = runner.model_state
+            _require(state, "prepare_inputs")
+            inner = state.prepare_inputs
+
+            def prepare_inputs(batch: Any, states: Any) -> Any:
+                self._load_step(batch.req_ids, batch.query_start_loc_np, batch.num_computed_tokens_np, batch.input_ids)
+                return inner(batch, states)
+
+            state.prepare_inputs = prepare_inputs
+        else:
+            _require(runner, "_model_forward", "input_batch", "query_start_loc", "input_ids")
+            forward = runner._model_forward
+
+            def model_forward(*args: Any, **kwargs: Any) -> Any:
+                batch = runner.input_batch
+                self._load_step(
+                    batch.req_ids, runner.query_start_loc.np, batch.num_computed_tokens_cpu, runner.input_ids.gpu
+                )
+                try:
+                    return forward(*args, **kwargs)
+                finally:
+                    _Step.sites = {}
+
+            runner._model_forward = model_forward
+
+    def _load_step(
+        self, requests: Sequence[str], starts: np.ndarray[Any, Any], computed: np.ndarray[Any, Any], ids: torch.Tensor
+    ) -> None:
+        """Works out the pushes of the step that is about to run."""
+        _Step.sites = {}
+        if not len(self._steering):
+            return
+        segments = [
+            Segment(request, int(starts[row]), int(computed[row]), int(starts[row + 1] - starts[row]))
+            for row, request in enumerate(requests)
+            if request in self._steering
+        ]
+        if not segments:
+            return
+        rows = torch.from_numpy(
+            np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int64) for s in segments])
+        )
+        positions = torch.from_numpy(
+            np.concatenate([np.arange(s.first, s.first + s.count, dtype=np.int64) for s in segments])
+        )
+        with torch.inference_mode():
+            x = self._embed(ids[rows.to(ids.device)], positions.to(ids.device))
+            sites = self._steering.prepare(segments, x, self._earlier)
+        _Step.sites = sites
+        _Step.inputs = (rows.to(ids.device), x) if self._watching else None
+        self._pending.append(sites)
+        if len(self._pending) > _BOOK_EVERY:
+            last = self._pending.pop()
+            self._book()
+            self._pending.append(last)
+
+    def _book(self) -> None:
+        for sites in self._pending:
+            self._steering.book(sites)
+        self._pending.clear()
+
+    def _earlier(self, request: str, count: int) -> torch.Tensor:
+        """Embeddings of a request's first tokens, from what the runner knows of it."""
+        runner = self.model_runner
+        if self.use_v2_model_runner:
+            known = runner.req_states
+            ids = known.all_token_ids.gpu[known.req_id_to_index[request], :count]
+        else:
+            batch = runner.input_batch
+            ids = torch.from_numpy(batch.token_ids_cpu[batch.req_id_to_index[request], :count])
+        return self._embed(ids.to(self.device), torch.arange(count, device=self.device))
+
+
+def _hook(module: nn.Module, layer: int) -> Callable[..., None]:
+    names = list(inspect.signature(module.forward).parameters)
+    _require_names(module, names, "hidden_states")
+
+    def take(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        place = names.index(name) if name in names else len(args)
+        return args[place] if place < len(args) else None
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        torch.ops.steering.push(take(args, kwargs, "hidden_states"), take(args, kwargs, "residual"), layer)
+
+    return hook
+
+
+def _embedder(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """``embed(ids, positions)``: (T, d) as the first block receives it; the learned positions of GPT-2 are added."""
+    learned = getattr(getattr(model, "transformer", None), "wpe", None)
+
+    def embed(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = model.embed_input_ids(ids)
+        return x if learned is None else x + learned(positions)
+
+    return embed
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    for path in ("model.layers", "transformer.h"):
+        found: Any = model
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if isinstance(found, nn.ModuleList):
+            return found
+    raise RuntimeError(f"{type(model).__name__} has its decoder layers neither in model.layers nor in transformer.h")
+
+
+def _check_config(config: Any) -> None:
+    parallel = config.parallel_config
+    refused = {
+        "pipeline_parallel_size above 1": parallel.pipeline_parallel_size > 1,
+        "speculative decoding": config.speculative_config is not None,
+        "LoRA": config.lora_config is not None,
+        "prompt embeddings (enable_prompt_embeds)": config.model_config.enable_prompt_embeds,
+        "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
+        "dual-batch overlap (enable_dbo)": parallel.use_ubatching,
+    }
+    found = [name for name, wanted in refused.items() if wanted]
+    if found:
+        raise RuntimeError(f"steering does not support {', '.join(found)}")
+
+
+def _require(owner: Any, *names: str) -> None:
+    _require_names(owner, dir(owner), *names)
+
+
+def _require_names(owner: Any, there: Iterable[str], *names: str) -> None:
+    from vllm import __version__
+
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise RuntimeError(
+            f"{type(owner).__name__} of vLLM {__version__} has no {', '.join(missing)}: "
+            "something moved since 0.32, for which this worker was written"
+        )
