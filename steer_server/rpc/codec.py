@@ -209,6 +209,7 @@ def _receipt(receipt: Receipt) -> pb.Receipt:
         blend=receipt.blend,
         prompt_tokens_steered=receipt.prompt_tokens_steered,
         generated_tokens_steered=receipt.generated_tokens_steered,
+        prompt_tokens_cached=receipt.prompt_tokens_cached,
         mean_dose=receipt.mean_dose,
         max_dose=receipt.max_dose,
         dose_bound=receipt.dose_bound,
@@ -226,6 +227,7 @@ def _comparison(result: Comparison) -> pb.Comparison:
         kl_p95=result.kl_p95,
         normal_perplexity=result.normal_perplexity,
         steered_perplexity=result.steered_perplexity,
+        kl_is_lower_bound=not result.kl_exact,
     )
 
 

@@ -10,9 +10,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from steer_client import ArmDelta, TextDelta
+from steer_client import _decode as decode
 from steer_client._cli.app import app
 from steer_client._cli.columns import Columns
-from steer_client._cli.words import number, short_digest, visible
+from steer_client._cli.words import comparison, number, short_digest, visible
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from typer.testing import CliRunner
@@ -67,6 +68,7 @@ def test_generate_as_json_has_its_exact_shape(steer, fake, make):
     assert receipt["operator"] == "golden-gate"
     assert receipt["rule"] == "cumulative"
     assert receipt["defaulted"] == ["strength", "rule", "blend"]
+    assert receipt["prompt_tokens_cached"] == 0
 
 
 def test_logprobs_are_in_the_json_when_they_were_asked_for(steer, fake):
@@ -83,7 +85,7 @@ def test_ab_as_json_has_its_exact_shape(steer):
     assert set(value) == {"normal", "steered", "first_divergence", "kl", "perplexity"}
     assert set(value["normal"]) == set(value["steered"]) == GENERATION_KEYS
     assert value["first_divergence"] == 1
-    assert value["kl"] == {"mean": 0.5, "p95": 0.75, "per_token": [0.25, 0.75, 0.5]}
+    assert value["kl"] == {"mean": 0.5, "p95": 0.75, "per_token": [0.25, 0.75, 0.5], "is_lower_bound": False}
     assert value["perplexity"] == {"normal": 3, "steered": 9}
 
 
@@ -98,7 +100,7 @@ def test_what_json_cannot_say_is_null(steer, fake, make):
     steered = make.response("one more", operators=("golden-gate",))
     fake.events = make.comparison(make.response(), {"steered": steered}, mean=float("nan"))
     value = read(steer("ab", "hello", "--operator", "golden-gate", "--json"))
-    assert value["kl"] == {"mean": None, "p95": 0.75, "per_token": [0.25, 0.75, 0.5]}
+    assert (value["kl"]["mean"], value["kl"]["p95"]) == (None, 0.75)
 
 
 def test_every_option_reaches_the_server(steer, fake, make):
@@ -148,6 +150,17 @@ def test_down_a_pipe_goes_the_text_alone(steer, fake, make):
     ) in result.stderr
 
 
+def test_cached_prompt_tokens_are_part_of_the_proof_where_there_are_some(steer, fake, make):
+    cached = make.receipt(prompt_tokens_steered=1, prompt_tokens_cached=5)
+    fake.response = make.response(receipts=[cached])
+    shown = steer("generate", "hello", "--operator", "golden-gate")
+    assert "1 prompt + 2 generated tokens steered, 5 prompt tokens cached, dose mean 0.138" in shown.stderr
+    (receipt,) = read(steer("generate", "hello", "--operator", "golden-gate", "--json"))["receipts"]
+    assert (receipt["prompt_tokens_steered"], receipt["prompt_tokens_cached"]) == (1, 5)
+    fake.response = make.response(operators=("golden-gate",))
+    assert "cached" not in steer("generate", "hello", "--operator", "golden-gate").stderr
+
+
 def test_an_unproven_text_never_goes_down_a_pipe(steer):
     result = steer("generate", "hello", "--operator", "golden-gate")
     assert result.exit_code == 1
@@ -167,6 +180,20 @@ def test_ab_prints_both_texts_and_how_far_they_part(steer):
         "✓ golden-gate",
     ):
         assert part in result.stdout
+
+
+def test_a_kl_that_is_a_lower_bound_is_shown_as_one(steer, fake, make):
+    steered = make.response("one more", operators=("golden-gate",))
+    fake.events = make.comparison(make.response(), {"steered": steered}, lower_bound=True)
+    shown = steer("ab", "hello", "--operator", "golden-gate")
+    assert "KL(plain‖steered) mean ≥ 0.5, p95 ≥ 0.75 nats per token" in shown.stdout
+    assert read(steer("ab", "hello", "--operator", "golden-gate", "--json"))["kl"]["is_lower_bound"] is True
+
+
+def test_a_kl_that_is_a_lower_bound_has_none_where_it_was_not_measured(make):
+    message = pb.Comparison(kl_mean=0.5, kl_is_lower_bound=True)
+    lines = comparison(decode.arm_result(message, decode.generation(make.response())), scored=True)
+    assert "KL(plain‖steered) mean ≥ 0.5, p95 – nats per token" in lines
 
 
 @pytest.mark.parametrize("command", [("generate",), ("ab", "--operator", "golden-gate")])

@@ -14,6 +14,12 @@ ZERO = OperatorUse("golden-gate", 0.0)
 
 IDLE = {"prompt_tokens_steered": 0, "generated_tokens_steered": 0, "mean_dose": 0, "max_dose": 0}
 
+
+def cached(steered, kept):
+    """What a receipt says of the prompt's tokens where the prefix cache held some."""
+    return {"prompt_tokens_steered": steered, "prompt_tokens_cached": kept}
+
+
 FORGED = {
     "another strength": (SET, {"strength": 0.3}, "says strength 0.3, asked for was 0.4"),
     "the next double": (SET, {"strength": nextafter(0.4, 1)}, r"says strength 0\.40{10,}\d+, asked for was 0\.4$"),
@@ -38,6 +44,12 @@ FORGED = {
     ),
     "one prompt token less": (SET, {"prompt_tokens_steered": 5}, r"says 5 prompt \+ 2 .* were 6 \+ 2"),
     "one prompt token more": (OPEN, {"prompt_tokens_steered": 7}, r"says 7 prompt \+ 2 .* were 6 \+ 2"),
+    "one cached token less": (SET, cached(1, 4), r"says 1 prompt \(4 more cached\) \+ 2 .* were 6 \+ 2"),
+    "one cached token more": (OPEN, cached(1, 6), r"says 1 prompt \(6 more cached\) \+ 2 .* were 6 \+ 2"),
+    "a cached token beside a whole prompt": (SET, cached(6, 1), r"says 6 prompt \(1 more cached\) .* were 6 \+ 2"),
+    "cached tokens below 0": (SET, cached(7, -1), r"says 7 prompt \(-1 more cached\) .* were 6 \+ 2"),
+    "prompt tokens below 0": (SET, cached(-1, 7), r"says -1 prompt \(7 more cached\) .* were 6 \+ 2"),
+    "no dose beside a cached prompt": (SET, cached(0, 6) | {"mean_dose": 0, "max_dose": 0}, "says dose mean 0.0, "),
     "one generated token less": (SET, {"generated_tokens_steered": 1}, r"says 6 prompt \+ 1 .* were 6 \+ 2"),
     "the last token too": (OPEN, {"generated_tokens_steered": 3}, r"says 6 prompt \+ 3 .* were 6 \+ 2"),
     "no token of the prompt": (SET, {"prompt_tokens_steered": 0}, r"says 0 prompt \+ 2 .* were 6 \+ 2"),
@@ -57,6 +69,7 @@ FORGED = {
     "a bound at 0": (ZERO, {"dose_bound": 0.2}, "says dose bound 0.2, the strengths at layer 20 give 0.0$"),
     "a prompt steered at 0": (ZERO, {"prompt_tokens_steered": 6}, r"says 6 prompt \+ 0 .* 0.0, expected were 0 \+ 0"),
     "a token steered at 0": (ZERO, {"generated_tokens_steered": 1}, r"says 0 prompt \+ 1 .* expected were 0 \+ 0"),
+    "a cached token at 0": (ZERO, cached(0, 6), r"says 0 prompt \(6 more cached\) \+ 0 .* expected were 0 \+ 0"),
     "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says dose mean 0.1, max 0.0 at strength 0.0, expected was 0"),
     "a max dose at 0": (ZERO, {"max_dose": nan}, "says dose mean 0.0, max nan at strength 0.0, expected was 0"),
 }
@@ -75,6 +88,8 @@ TRUE = {
     "a strength of whole numbers": (OperatorUse("golden-gate", 1, blend=0), {}),
     "decimals and fractions": (OperatorUse("golden-gate", Decimal("0.1"), blend=Fraction(1, 3)), {}),
     "defaulted in another order": (OPEN, {"defaulted": ["rule", "blend", "strength"]}),
+    "one cached token": (SET, cached(5, 1)),
+    "all of the prompt but its last token cached": (OPEN, cached(1, 5)),
     "the same dose everywhere": (SET, {"mean_dose": 0.2}),
     "a dose rounded up in bfloat16": (SET, {"max_dose": 0.205}),
 }

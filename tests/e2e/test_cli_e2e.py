@@ -29,6 +29,7 @@ RECEIPT = {
     "blend",
     "prompt_tokens_steered",
     "generated_tokens_steered",
+    "prompt_tokens_cached",
     "mean_dose",
     "max_dose",
     "dose_bound",
@@ -85,6 +86,7 @@ def test_generate_answers_with_a_steered_text_and_its_proof(steer):
     for receipt in (first, second):
         assert receipt["prompt_tokens_steered"] == value["usage"]["prompt_tokens"]
         assert receipt["generated_tokens_steered"] == 4
+        assert receipt["prompt_tokens_cached"] == 0
     assert first["mean_dose"] == pytest.approx(0.25, abs=1e-4)
 
 
@@ -113,7 +115,8 @@ def test_ab_answers_with_both_texts_and_what_is_between_them(steer):
     assert [receipt["operator"] for receipt in value["steered"]["receipts"]] == ["golden"]
     pairs = enumerate(zip(value["normal"]["token_ids"], value["steered"]["token_ids"], strict=True))
     assert value["first_divergence"] == next((place for place, (a, b) in pairs if a != b), None)
-    assert set(value["kl"]) == {"mean", "p95", "per_token"}
+    assert set(value["kl"]) == {"mean", "p95", "per_token", "is_lower_bound"}
+    assert value["kl"]["is_lower_bound"] is False
     assert len(value["kl"]["per_token"]) == 5
     assert value["kl"]["mean"] == pytest.approx(sum(value["kl"]["per_token"]) / 5)
     assert set(value["perplexity"]) == {"normal", "steered"}

@@ -48,7 +48,7 @@ def _completion(**changes):
         "receipts": (
             Receipt(
                 *("g", "sha256:" + "0" * 64, 2, "substitute", -0.5, 0.25),
-                *(3, 1, 0.2, 0.25, 0.25, ("rule", "blend"), True),
+                *(1, 1, 2, 0.2, 0.25, 0.25, ("rule", "blend"), True),
             ),
         ),
         "logprobs": (TokenLogprob(4, "one", -0.5, (TopLogprob(4, "one", -0.5), TopLogprob(7, "uno", -1.5))),),
@@ -262,8 +262,9 @@ def test_a_completion_crosses_whole():
         rule=pb.RULE_SUBSTITUTE,
         strength=-0.5,
         blend=0.25,
-        prompt_tokens_steered=3,
+        prompt_tokens_steered=1,
         generated_tokens_steered=1,
+        prompt_tokens_cached=2,
         mean_dose=0.2,
         max_dose=0.25,
         dose_bound=0.25,
@@ -303,6 +304,13 @@ def test_a_comparison_says_what_was_not_measured_by_leaving_it_unset():
     assert (second.first_divergence, list(second.kl_per_token)) == (0, [0.0, 2.0])
     assert (second.kl_mean, second.kl_p95) == (1.0, 1.9)
     assert (second.normal_perplexity, second.steered_perplexity) == (3.0, 4.0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_kl_that_is_not_exact_is_a_lower_bound(exact):
+    compared = Compared((Comparison("x", 0, (1.0,), 1.0, 1.0, 3.0, 4.0, kl_exact=exact),))
+    (message,) = codec.compare_event(compared).compared.comparisons
+    assert message.kl_is_lower_bound is not exact
 
 
 def test_the_model_is_described_in_full(model_info):

@@ -174,7 +174,10 @@ def test_an_interrupted_row_is_accepted_with_all_of_its_positions(llama, artifac
     assert len(completion.token_ids) == 2
 
 
-@pytest.mark.parametrize("change", ["no receipts", "one position less", "one prompt token less", "another digest"])
+@pytest.mark.parametrize(
+    "change",
+    ["no receipts", "one position less", "one prompt token less", "a cached token too many", "another digest"],
+)
 def test_an_engine_that_forgets_its_plan_gives_no_text(llama, artifact, plan_of, change, make_decoder):
     plan = plan_of((artifact, 0.5))
     decoder = make_decoder(llama, [Row(plan)])
@@ -184,11 +187,23 @@ def test_an_engine_that_forgets_its_plan_gives_no_text(llama, artifact, plan_of,
         "no receipts": (),
         "one position less": (replace(receipt, generated_tokens_steered=receipt.generated_tokens_steered - 1),),
         "one prompt token less": (replace(receipt, prompt_tokens_steered=receipt.prompt_tokens_steered - 1),),
+        "a cached token too many": (replace(receipt, prompt_tokens_cached=1),),
         "another digest": (replace(receipt, digest="sha256:" + "0" * 64),),
     }[change]
     gatherer = Gatherer("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     with pytest.raises(SteeringNotAppliedError):
         _completion_of(gatherer, [*tokens, replace(end, receipts=forged)])
+
+
+def test_prompt_tokens_that_came_steered_from_the_cache_are_not_missed(llama, artifact, plan_of, make_decoder):
+    plan = plan_of((artifact, 0.5))
+    decoder = make_decoder(llama, [Row(plan)])
+    *tokens, end = decoder.run()
+    (receipt,) = end.receipts
+    cached = replace(receipt, prompt_tokens_steered=receipt.prompt_tokens_steered - 2, prompt_tokens_cached=2)
+    gatherer = Gatherer("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    completion = _completion_of(gatherer, [*tokens, replace(end, receipts=(cached,))])
+    assert completion.receipts == (cached,)
 
 
 def test_a_stop_string_ends_one_row_and_leaves_the_others(llama, decode, make_decoder):

@@ -55,7 +55,12 @@ def arm_result(message: pb.Comparison, steered: results.Generation) -> results.A
     """One comparison; `steered` is the text that its arm finished with."""
     kl = None
     if message.HasField("kl_mean"):
-        kl = results.KL(message.kl_mean, _optional(message, "kl_p95"), tuple(message.kl_per_token))
+        kl = results.KL(
+            mean=message.kl_mean,
+            p95=_optional(message, "kl_p95"),
+            per_token=tuple(message.kl_per_token),
+            is_lower_bound=message.kl_is_lower_bound,
+        )
     elif message.kl_per_token:
         raise _missing(message, "kl_mean")
     return results.ArmResult(
@@ -198,6 +203,7 @@ def _receipt(message: pb.Receipt) -> results.Receipt:
         blend=message.blend,
         prompt_tokens_steered=message.prompt_tokens_steered,
         generated_tokens_steered=message.generated_tokens_steered,
+        prompt_tokens_cached=message.prompt_tokens_cached,
         mean_dose=message.mean_dose,
         max_dose=message.max_dose,
         dose_bound=message.dose_bound,

@@ -25,9 +25,12 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     - that is missing or was not asked for,
     - whose strength, rule or blend is not the request's, or whose `defaulted` is not what the request left unset,
     - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
-    - of a strength other than 0 that leaves out a position fed to the model, or whose doses are not positive and in
-      order (0 < mean <= max <= bound, but for rounding to the model's dtype),
-    - of strength 0 that reports a change.
+    - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt, that
+      leaves out a generated token fed to the model, or whose doses are not positive and in order
+      (0 < mean <= max <= bound, but for rounding to the model's dtype),
+    - of strength 0 that reports a change, or a cached token.
+
+    For a cached token the server's word is all there is: its measurement belongs to the earlier request.
 
     A text without any token (its time ran out first) owes no measurement: only the first three are asked of it.
     """
@@ -71,15 +74,18 @@ def _has_tokens(generation: Generation) -> bool:
 
 def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
     usage = generation.usage
-    steered = receipt.prompt_tokens_steered, receipt.generated_tokens_steered
+    prompt, cached = receipt.prompt_tokens_steered, receipt.prompt_tokens_cached
+    proven = prompt + cached, receipt.generated_tokens_steered
     # The last generated token is never fed back to the model. A usage that counts less than it sends is no excuse.
     fed = usage.prompt_tokens, max(usage.completion_tokens, len(generation.token_ids), 1) - 1
     expected = fed if receipt.strength != 0 else (0, 0)
-    if steered == expected:
+    # A count below 0 would let the other one exceed the prompt.
+    if proven == expected and min(prompt, cached) >= 0:
         return None
+    more = f" ({cached} more cached)" if cached else ""
     return (
-        f"the receipt says {steered[0]} prompt + {steered[1]} generated tokens steered at strength {receipt.strength}, "
-        f"expected were {expected[0]} + {expected[1]}"
+        f"the receipt says {prompt} prompt{more} + {proven[1]} generated tokens steered at strength "
+        f"{receipt.strength}, expected were {expected[0]} + {expected[1]}"
     )
 
 

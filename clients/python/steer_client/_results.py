@@ -42,7 +42,10 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Proof, measured on the hidden states, that one operator was applied."""
+    """Proof, measured on the hidden states, that one operator was applied.
+
+    With a strength other than 0, `prompt_tokens_steered` and `prompt_tokens_cached` add up to the tokens of the prompt.
+    """
 
     operator: str
     #: sha256 of the artifact's content, "sha256:<64 hex digits>".
@@ -52,9 +55,13 @@ class Receipt:
     rule: Rule
     strength: float
     blend: float
+    #: Positions whose hidden state was changed in this request. The last generated token is never fed back.
     prompt_tokens_steered: int
     generated_tokens_steered: int
-    #: Norm of the change over the norm of the hidden state, at this layer, after rounding.
+    #: Positions whose keys and values an earlier request with the very same steering left in the server's prefix cache:
+    #: not computed again, so measured for that request and not for this one. Always 0 on the engine "hf".
+    prompt_tokens_cached: int
+    #: Norm of the change over the norm of the hidden state, at this layer, after rounding; cached positions left out.
     mean_dose: float
     max_dose: float
     #: Sum of |strength|/2 over the request's operators at this layer: what its dose cannot pass, but for rounding.
@@ -129,6 +136,8 @@ class KL:
     #: None when the server did not report it.
     p95: float | None
     per_token: tuple[float, ...]
+    #: All of the above are lower bounds, from the most likely tokens of both distributions; False where they are exact.
+    is_lower_bound: bool
 
 
 @dataclass(frozen=True, slots=True)

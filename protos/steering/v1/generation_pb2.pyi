@@ -430,9 +430,11 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 
 @_typing.final
 class Receipt(_message.Message):
-    """Proof that an operator was applied. Counts and doses are measured on the hidden states. With a strength other than 0,
-    every position fed to the model was changed; a strength below the resolution of the model's dtype fails the call.
-    Both counts are 0 where the time limit ran out before the first token.
+    """Proof that an operator was applied. The counts of steered tokens and the doses are measured on the hidden states. With
+    a strength other than 0, every position fed to the model was changed, and so was every position whose keys and values
+    came from the prefix cache instead, when an earlier request with the very same steering computed them: steered and
+    cached prompt tokens add up to those of the prompt. A strength below the resolution of the model's dtype fails the
+    call. All counts are 0 where the time limit ran out before the first token.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -450,6 +452,7 @@ class Receipt(_message.Message):
     DEFAULTED_FIELD_NUMBER: _builtins.int
     DOSE_BOUND_FIELD_NUMBER: _builtins.int
     CALIBRATED_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
     operator: _builtins.str
     digest: _builtins.str
     """sha256 of the artifact's content, "sha256:<64 hex digits>"."""
@@ -473,6 +476,12 @@ class Receipt(_message.Message):
     """
     calibrated: _builtins.bool
     """The setting that was applied is the recommended one, and the artifact holds the measurements of a calibration there."""
+    prompt_tokens_cached: _builtins.int
+    """Positions of the prompt whose keys and values an earlier request with the very same steering left in the prefix
+    cache. They were not computed again, so neither `prompt_tokens_steered` nor a dose includes them: their measurement
+    belongs to the request that computed them. Always 0 with a strength of 0, and on the engine "hf", which keeps no
+    such cache.
+    """
     @_builtins.property
     def defaulted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Which of strength, rule and blend came from the artifact's recommendation."""
@@ -493,10 +502,11 @@ class Receipt(_message.Message):
         defaulted: _abc.Iterable[_builtins.str] | None = ...,
         dose_bound: _builtins.float = ...,
         calibrated: _builtins.bool = ...,
+        prompt_tokens_cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -775,6 +785,7 @@ class Comparison(_message.Message):
     KL_P95_FIELD_NUMBER: _builtins.int
     NORMAL_PERPLEXITY_FIELD_NUMBER: _builtins.int
     STEERED_PERPLEXITY_FIELD_NUMBER: _builtins.int
+    KL_IS_LOWER_BOUND_FIELD_NUMBER: _builtins.int
     arm: _builtins.str
     first_divergence: _builtins.int
     """Index of the first differing token; unset when the token ids are the same."""
@@ -783,6 +794,10 @@ class Comparison(_message.Message):
     normal_perplexity: _builtins.float
     """Of each text under the plain model. Unset when not scored."""
     steered_perplexity: _builtins.float
+    kl_is_lower_bound: _builtins.bool
+    """The KL values (each, mean and 95th percentile) are lower bounds, from the most likely tokens of both distributions:
+    the engine does not give the rest. False: they are exact, or nothing was scored.
+    """
     @_builtins.property
     def kl_per_token(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """KL(plain || steered) in nats at each position of the steered text. Empty when not scored."""
@@ -797,10 +812,11 @@ class Comparison(_message.Message):
         kl_p95: _builtins.float | None = ...,
         normal_perplexity: _builtins.float | None = ...,
         steered_perplexity: _builtins.float | None = ...,
+        kl_is_lower_bound: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_is_lower_bound", b"kl_is_lower_bound", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_divergence: _TypeAlias = _typing.Literal["first_divergence"]  # noqa: Y015
     _WhichOneofArgType__first_divergence: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence"]  # noqa: Y015

@@ -52,11 +52,12 @@ def receipt(proof: Receipt) -> str:
         f"{'✓' if steered else '○'} {visible(proof.operator)} {short_digest(proof.digest)} "
         f"layer {proof.layer}, strength {number(proof.strength)}, blend {number(proof.blend)}, {proof.rule}"
     )
+    cached = f", {count(proof.prompt_tokens_cached, 'prompt token')} cached" if proof.prompt_tokens_cached else ""
     body = (
-        f"{proof.prompt_tokens_steered} prompt + {proof.generated_tokens_steered} generated tokens steered, "
+        f"{proof.prompt_tokens_steered} prompt + {proof.generated_tokens_steered} generated tokens steered{cached}, "
         f"dose mean {number(proof.mean_dose)}, max {number(proof.max_dose)} of {number(proof.dose_bound)}"
         if steered
-        else "no token steered"
+        else f"no token steered{cached}"
     )
     return f"{head}{_origin(proof)}: {body}"
 
@@ -70,12 +71,18 @@ def comparison(arm: ArmResult, *, scored: bool) -> list[str]:
     if arm.kl is None:
         lines.append("KL(plain‖steered) was not measured")
     else:
-        lines.append(f"KL(plain‖steered) mean {number(arm.kl.mean)}, p95 {number(arm.kl.p95)} nats per token")
+        mean, p95 = (_measured(value, at_least=arm.kl.is_lower_bound) for value in (arm.kl.mean, arm.kl.p95))
+        lines.append(f"KL(plain‖steered) mean {mean}, p95 {p95} nats per token")
     lines.append(
         f"perplexity under the plain model: normal {number(arm.normal_perplexity)}, "
         f"steered {number(arm.steered_perplexity)}"
     )
     return lines
+
+
+def _measured(value: float | None, *, at_least: bool) -> str:
+    # What was not measured has no bound either.
+    return f"≥ {number(value)}" if at_least and value is not None else number(value)
 
 
 def _origin(proof: Receipt) -> str:
