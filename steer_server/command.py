@@ -7,8 +7,9 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import structlog
 import typer
@@ -16,7 +17,12 @@ from pydantic import ValidationError
 
 from operators import __version__
 from steer_server.config import ServerConfig
-from steer_server.errors import StartupError, StoreUnreadableError
+from steer_server.engine.engine_args import read_engine_args
+from steer_server.errors import EngineDiedError, StartupError, StoreUnreadableError
+
+if TYPE_CHECKING:
+    from operators.header import DTypeName
+    from steer_server.engine.base import Engine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,7 +32,18 @@ def serve(
     model: Annotated[
         str | None, typer.Option(help="Built-in name, Hugging Face id or local directory.", show_default="smollm2-135m")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="hf.", show_default="hf")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="hf: transformers, in this process; vllm: continuous batching.", show_default="hf"),
+    ] = None,
+    engine_args: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE|FILE.yaml",
+            help="An option of vLLM, such as max_model_len=4096 or tensor_parallel_size=2; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(help="float32 or bfloat16.", show_default="float32 on CPU, bfloat16 on CUDA"),
@@ -57,6 +74,8 @@ def serve(
         print(f"steer-server {__version__}")
         return
     try:
+        if engine_args is not None:
+            given["engine_args"] = read_engine_args(engine_args)
         config = ServerConfig(**given)
         _configure_logging(config)
         asyncio.run(_run(config))
@@ -65,14 +84,14 @@ def serve(
         _fail(problems, code=2)
     except StartupError as error:
         _fail(str(error), code=1)
+    except EngineDiedError as error:
+        _fail(str(error), code=3)
 
 
 async def _run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.errors import OperatorError
-    from operators.models import load_model
     from operators.store import default_store
-    from steer_server.engine.hf import HFEngine
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
 
@@ -82,8 +101,8 @@ async def _run(config: ServerConfig) -> None:
     directory = config.store or default_store()
     _check_free(config.listen)
     try:
-        log.info("loading", model=config.model, dtype=dtype, device=device)
-        engine = HFEngine(load_model(config.model, dtype=dtype, device=device), max_queue=config.max_queue)
+        log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
+        engine = await ENGINES[config.engine](config, dtype, device)
         registry = Registry(directory, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
     except (OperatorError, StoreUnreadableError) as error:
         raise StartupError(str(error)) from error
@@ -99,6 +118,38 @@ async def _run(config: ServerConfig) -> None:
         await server.serve_until_signalled()
     finally:
         await engine.close()
+
+
+async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engine:
+    from operators.models import load_model
+    from steer_server.engine.hf import HFEngine
+
+    if config.engine_args:
+        raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
+    return HFEngine(load_model(config.model, dtype=dtype, device=device), max_queue=config.max_queue)
+
+
+async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Engine:
+    from operators.models import load_model
+    from operators.obtain import obtain
+
+    try:
+        from steer_server.engine.vllm import VLLMEngine
+    except ImportError as error:
+        raise StartupError(
+            f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"
+        ) from error
+    # On the CPU, whatever vLLM runs on: it is looked at for its fingerprints and then dropped.
+    loaded = load_model(config.model, dtype=dtype, device="cpu")
+    return await VLLMEngine.start(
+        loaded, str(obtain(config.model)), dtype=dtype, max_queue=config.max_queue, engine_args=config.engine_args
+    )
+
+
+ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Engine]]] = {
+    "hf": _start_hf,
+    "vllm": _start_vllm,
+}
 
 
 def _check_free(listen: str) -> None:

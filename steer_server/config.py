@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -15,7 +15,10 @@ class ServerConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="STEER_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     model: str = "smollm2-135m"
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "vllm"] = "hf"
+    """hf: transformers, in this process. vllm: continuous batching, several devices."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Options of vLLM, by their Python names; in the environment as JSON."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """None: float32 on CPU, bfloat16 on CUDA."""
     device: Literal["cpu", "cuda"] | None = None

@@ -13,6 +13,7 @@ SteerServerError
 └── ShuttingDownError           the server is stopping
 
 StartupError                    the server cannot start (never on the wire)
+EngineDiedError                 the server cannot go on (never on the wire; running requests meet EngineFailedError)
 """
 
 
@@ -100,3 +101,7 @@ class ShuttingDownError(SteerServerError):
 
 class StartupError(Exception):
     """The server cannot start; the message says why."""
+
+
+class EngineDiedError(Exception):
+    """The engine can decode nothing any more; the process ends."""

@@ -58,6 +58,8 @@ class Metrics:
         )
         for name, text, read in gauges:
             Gauge(name, text, registry=registry).set_function(read)
+        for collector in engine.collectors:
+            registry.register(collector)
         model = engine.model
         Info("steer_model", "The model being served", registry=registry).info(
             {"model": model.model, "engine": model.engine, "dtype": model.dtype, "fingerprint": model.fingerprint}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from steer_server.types import DecodeJob, EngineEvent, ModelInfo, Prompt
 
@@ -58,6 +58,15 @@ class Engine(Protocol):
 
     def submit(self, job: DecodeJob) -> JobStream:
         """Queues a job. Raises :class:`QueueFullError` or :class:`ShuttingDownError` at once."""
+        ...
+
+    @property
+    def collectors(self) -> Sequence[Any]:
+        """Prometheus collectors of the engine's own metrics."""
+        ...
+
+    async def failed(self) -> str:
+        """Returns when the engine can decode nothing any more, with the reason; not before."""
         ...
 
     async def close(self) -> None:

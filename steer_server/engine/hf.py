@@ -70,6 +70,15 @@ class HFEngine:
         check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
         return self._queue.put(job)
 
+    @property
+    def collectors(self) -> tuple[()]:
+        """None: what there is to count, the server counts."""
+        return ()
+
+    async def failed(self) -> str:
+        """Never returns: what fails here is one job."""
+        return await asyncio.get_running_loop().create_future()
+
     async def close(self) -> None:
         """Ends the running job as CANCELLED, refuses waiting ones, joins the thread."""
         self._queue.close()

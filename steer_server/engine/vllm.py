@@ -29,7 +29,7 @@ from operators import __version__
 from operators.header import DTYPES
 from operators.models import LoadedModel
 from steer_server.engine.accounts import AccountDesk
-from steer_server.engine.batch import Use, uses_of
+from steer_server.engine.batch import Use
 from steer_server.engine.describe import describe
 from steer_server.engine.engine_args import check_engine_args
 from steer_server.engine.prompts import PromptReader, check_ids
@@ -37,15 +37,13 @@ from steer_server.engine.self_test import TOKENS, Trial, check_live
 from steer_server.engine.shelf import OperatorShelf
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.errors import QueueFullError, ShuttingDownError, StartupError
-from steer_server.types import DecodeJob, ModelInfo, Prompt, SteeringPlan
+from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
 
 WORKER = "steer_server.engine.vllm_worker.SteeringWorker"
 EXTRA = "steering"
 """Key of ``SamplingParams.extra_args`` that the worker looks for."""
-MAX_LOGPROBS = 64
-"""Alternatives that a score is made of, unless the engine's own limit says less."""
 _OPERATOR_BYTES = 4 << 30
 """Operators kept in each worker between requests."""
 _CLOSE_SECONDS = 5.0
@@ -94,7 +92,6 @@ class VLLMEngine:
             device=current_platform.device_name,
         )
         self.dtype: torch.dtype = config.model_config.dtype
-        self.score_logprobs = min(MAX_LOGPROBS, config.model_config.max_logprobs)
         self._limit = int(config.scheduler_config.max_num_seqs) + max_queue
         self._max_queue = max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
@@ -172,19 +169,37 @@ class VLLMEngine:
             await asyncio.wait([asyncio.ensure_future(job.wait()) for job in jobs], timeout=_CLOSE_SECONDS)
         await asyncio.to_thread(self._llm.shutdown)
 
-    def generate(self, ids: Sequence[int], params: dict[str, Any], plan: SteeringPlan | None, key: str) -> Any:
-        """vLLM's stream for one row."""
-        uses = [] if plan is None else uses_of(plan)
-        return self._generate(ids, params, uses, key)
+    def generate(
+        self,
+        ids: Sequence[int],
+        params: Mapping[str, Any],
+        uses: Sequence[Use],
+        key: str,
+        *,
+        keep: int | None = None,
+        alone: bool = False,
+    ) -> Any:
+        """vLLM's stream for one row.
 
-    def _generate(self, ids: Sequence[int], params: dict[str, Any], uses: Sequence[Use], key: str) -> Any:
+        Args:
+            key: by which the workers know the row.
+            keep: the position from which on the workers keep what a score is made of.
+            alone: shares no keys and values with anybody, so that every token of it is computed.
+        """
         prompt = TokensPrompt(prompt_token_ids=list(ids))
-        if uses:
-            told = [list(dataclasses.astuple(use)) for use in uses]
+        told = [list(dataclasses.astuple(use)) for use in uses]
+        if told:
             prompt["cache_salt"] = hashlib.sha256(json.dumps(sorted(told)).encode()).hexdigest()
-            params = {**params, "extra_args": {EXTRA: {"key": key, "uses": told}}}
-        sampling = VLLMSamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, **params)
+        if alone:
+            prompt["cache_salt"] = key
+        extra = {EXTRA: {"key": key, "uses": told, "keep": keep}} if told or keep is not None else None
+        sampling = VLLMSamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra, **params)
         return self._llm.generate(prompt, sampling, key)
+
+    async def score(self, steered: str, plain: str, ids: Sequence[int]) -> Mapping[str, Sequence[float]]:
+        """KL and log-probabilities of a text, from what the workers kept of two rows."""
+        found: Mapping[str, Sequence[float]] = (await self._rpc("steering_score", steered, plain, list(ids)))[0]
+        return found
 
     async def _rpc(self, method: str, *args: Any) -> Sequence[Any]:
         found: Sequence[Any] = await self._llm.collective_rpc(method, args=args)
@@ -210,7 +225,7 @@ class VLLMEngine:
         async def run(use: Use | None, key: str) -> Trial:
             ids: list[int] = []
             first: dict[int, float] = {}
-            async for output in self._generate(prompt, params, [use] if use else [], key):
+            async for output in self.generate(prompt, params, [use] if use else [], key):
                 choice = output.outputs[0]
                 ids.extend(choice.token_ids)
                 first = first or {token: found.logprob for token, found in choice.logprobs[0].items()}
@@ -235,7 +250,6 @@ def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
         "model": source,
         "dtype": DTYPES[dtype],  # type: ignore[index]
         "worker_cls": WORKER,
-        "max_logprobs": MAX_LOGPROBS,
         "enable_log_requests": False,
         # Part of the compile cache's key.
         "additional_config": {"steering": __version__, **given.get("additional_config", {})},

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from steer_server.engine.accounts import receipts
 from steer_server.engine.batch import uses_of
-from steer_server.engine.kl import kl_lower_bound
 from steer_server.engine.rows import RowText
 from steer_server.engine.steering import check_strengths, untouched_receipts
 from steer_server.engine.text import Detokenizer
@@ -128,19 +127,20 @@ class VLLMJob:
             context_length=engine.model.context_length,
             eos_ids=frozenset(engine.model.eos_token_ids),
         )
-        key, steered = uuid.uuid4().hex, row.plan is not None and bool(uses_of(row.plan))
+        uses = () if row.plan is None else uses_of(row.plan)
+        prompt, key = job.prompt_ids, uuid.uuid4().hex
+        # What a score is made of: the states that the text's tokens are chosen from.
+        keep = len(prompt) - 1 if row.score and row.plan is not None else None
         owed = False
         try:
-            stream = engine.generate(job.prompt_ids, self._params(row), row.plan, key)
-            owed = steered
-            reason, stop_string, alternatives = await self._read(index, row, stream, text, begins)
+            stream = engine.generate(prompt, self._params(row), uses, key, keep=keep)
+            owed = bool(uses) or keep is not None
+            reason, stop_string, own = await self._read(index, stream, text, begins)
+            scores = await self._scores(row, key, text.ids, own) if row.score and not self._stopping else ()
             found: tuple[Receipt, ...] = untouched_receipts(row.plan)
-            if steered and text.ids and row.plan is not None:
-                fed = len(job.prompt_ids) + len(text.ids) - 1
-                account = await engine.desk.take(key)
-                owed = False
-                found = receipts(row.plan, account, prompt_tokens=len(job.prompt_ids), fed=fed)
-            scores = await self._scores(row, text.ids, alternatives) if row.score and not self._stopping else ()
+            if uses and text.ids and row.plan is not None:
+                account, owed = await engine.desk.take(key), False
+                found = receipts(row.plan, account, prompt_tokens=len(prompt), fed=len(prompt) + len(text.ids) - 1)
             return RowFinished(index, reason, "" if stop_string else text.flush(), stop_string, found, scores)
         finally:
             engine.shelf.release(artifact.digest for artifact in artifacts)
@@ -148,11 +148,9 @@ class VLLMJob:
                 # Nobody will ask for it: the workers are to forget it all the same.
                 engine.later(engine.desk.take(key))
 
-    async def _read(
-        self, index: int, row: Row, stream: Any, text: RowText, begins: Any
-    ) -> tuple[FinishReason, str, list[Mapping[int, float]]]:
-        """Posts the tokens; why the text ended, by which stop string, and each token's alternatives if it is scored."""
-        alternatives: list[Mapping[int, float]] = []
+    async def _read(self, index: int, stream: Any, text: RowText, begins: Any) -> tuple[FinishReason, str, list[float]]:
+        """Posts the tokens; why the text ended, by which stop string, and each token's own log-probability if asked."""
+        own: list[float] = []
         try:
             async with asyncio.timeout_at(self._deadline):
                 async for output in stream:
@@ -160,23 +158,23 @@ class VLLMJob:
                     choice = output.outputs[0]
                     for place, token in enumerate(choice.token_ids):
                         logprobs = choice.logprobs[place] if choice.logprobs else None
-                        if row.score:
-                            alternatives.append(_logprobs(logprobs))
+                        if logprobs is not None:
+                            own.append(logprobs[token].logprob)
                         piece, reason = text.push(token)
                         told = self._logprob(token, logprobs) if self._job.sampling.logprobs is not None else None
                         self._messages.put_nowait(TokenEvent(index, token, piece.text, told))
                         if reason is not None:
-                            return reason, piece.stop_string, alternatives
+                            return reason, piece.stop_string, own
                     if output.finished:
                         raise EngineFailedError(f"vLLM ended a text without a reason of ours: {choice.finish_reason}")
         except TimeoutError:
-            return FinishReason.TIME_LIMIT, "", alternatives
+            return FinishReason.TIME_LIMIT, "", own
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self._stopping or task is None:
                 raise
             task.uncancel()
-            return FinishReason.CANCELLED, "", alternatives
+            return FinishReason.CANCELLED, "", own
         finally:
             await stream.aclose()
         raise EngineFailedError("vLLM ended a text without a last token")
@@ -184,37 +182,25 @@ class VLLMJob:
     def _params(self, row: Row) -> dict[str, Any]:
         sampling = self._job.sampling
         room = self._engine.model.context_length - len(self._job.prompt_ids)
-        wanted = [] if sampling.logprobs is None else [sampling.logprobs]
-        if row.score:
-            # A plain row is its own plain model: the chosen token is enough.
-            wanted.append(self._engine.score_logprobs if row.plan else 0)
-        return {
-            **_sampling(sampling),
-            "max_tokens": min(sampling.max_tokens, room),
-            "logprobs": max(wanted, default=None),
-        }
+        # A plain row is its own plain model: its tokens' log-probabilities are its score.
+        logprobs = 0 if sampling.logprobs is None and row.score and row.plan is None else sampling.logprobs
+        return {**_sampling(sampling), "max_tokens": min(sampling.max_tokens, room), "logprobs": logprobs}
 
-    async def _scores(self, row: Row, ids: list[int], own: list[Mapping[int, float]]) -> tuple[Score, ...]:
-        """Each token of a finished text under the plain model; KL from the most likely tokens of both."""
-        if row.plan is None:
-            return tuple(Score(0.0, alternatives[token]) for token, alternatives in zip(ids, own, strict=True))
-        if not ids:
-            return ()
-        prompt = self._job.prompt_ids
-        count = self._engine.score_logprobs
+    async def _scores(self, row: Row, key: str, ids: list[int], own: list[float]) -> tuple[Score, ...]:
+        """Each token of a finished text under the plain model: one more row reads the text without steering."""
+        if row.plan is None or not ids:
+            return tuple(Score(0.0, logprob) for logprob in own)
+        engine, prompt, plain = self._engine, self._job.prompt_ids, uuid.uuid4().hex
         params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
-        # The last token is fed only where there is room for one more.
-        fits = len(prompt) + len(ids) < self._engine.model.context_length
-        read = ids if fits else ids[:-1]
-        plain: list[Mapping[int, float]] = []
-        async for output in self._engine.generate(
-            (*prompt, *read), {**params, "prompt_logprobs": count, "logprobs": count}, None, uuid.uuid4().hex
-        ):
-            if output.prompt_logprobs:
-                plain = [_logprobs(found) for found in output.prompt_logprobs[len(prompt) :]]
-        return tuple(
-            Score(kl_lower_bound(p, q), p[token], exact=False) for token, p, q in zip(read, plain, own, strict=False)
-        )
+        try:
+            # The last token is not fed: nothing is chosen after it.
+            stream = engine.generate((*prompt, *ids[:-1]), params, (), plain, keep=len(prompt) - 1, alone=True)
+            async for _ in stream:
+                pass
+            found = await engine.score(key, plain, ids)
+        finally:
+            engine.later(engine.desk.take(plain))
+        return tuple(Score(kl, logprob) for kl, logprob in zip(found["kl"], found["logprobs"], strict=True))
 
     def _logprob(self, token: int, found: Any) -> TokenLogprob:
         count = self._job.sampling.logprobs or 0
@@ -224,10 +210,6 @@ class VLLMJob:
 
     def _text(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
-
-
-def _logprobs(found: Any) -> dict[int, float]:
-    return {token: value.logprob for token, value in found.items()}
 
 
 def _sampling(sampling: SamplingParams) -> dict[str, Any]:

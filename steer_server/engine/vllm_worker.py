@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,16 +36,36 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 EXTRA = "steering"
-"""Key of ``SamplingParams.extra_args``: {"key": str, "uses": [[digest, rule, strength, blend], ...]}."""
+"""Key of ``SamplingParams.extra_args``, for {"key": str, "uses": [[digest, rule, strength, blend], ...], "keep": int}.
+
+
+``keep``: the position from which on the last hidden states are kept, for a score; or None.
+"""
+
+_SCORE_ROWS = 64
+"""Positions whose logits over the vocabulary are looked at together."""
 
 _BOOK_EVERY = 64
 """Steps whose measurements may wait on the device: reading them makes the host wait for it."""
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Last hidden states of one request, (1, d) each, from position ``first`` on."""
+
+    first: int
+    states: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, states: torch.Tensor, first: int) -> None:
+        """``states`` (T, d) of positions first...; what is there already is not added again."""
+        self.states.extend(states[max(0, self.first + len(self.states) - first) :].unbind())
 
 
 class _Step:
     """What the hooks of this process do in the forward pass under way. One model, one pass at a time."""
 
     sites: Mapping[int, Site] = {}
+    kept: Sequence[tuple[_Kept, Segment]] = ()
     inputs: tuple[torch.Tensor, torch.Tensor] | None = None
     """Rows and what they should be when the first layer gets them; looked at in the self-test only."""
     worst: float = 0.0
@@ -85,17 +106,21 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         model = self.model_runner.get_model()
         self._steering = BatchSteering(self.model_config.dtype)
         self._embed = _embedder(model)
+        self._requests: dict[str, str] = {}
         self._keys: dict[str, str] = {}
+        self._kept: dict[str, _Kept] = {}
         self._pending: list[Mapping[int, Site]] = []
         self._watching = False
         self._layers = _decoder_layers(model)
         for layer, module in enumerate(self._layers):
             module.register_forward_pre_hook(_hook(module, layer), with_kwargs=True)
-        _Step.sites = {}
+        model.register_forward_hook(_keep)
         self._watch_runner()
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """One step. Requests that ended are kept until their accounts are taken."""
+        for request in scheduler_output.finished_req_ids:
+            self._requests.pop(request, None)
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
         return super().execute_model(scheduler_output, *args, **kwargs)
@@ -134,13 +159,37 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._book()
         return [self._take(key) for key in keys]
 
+    def steering_score(self, steered: str, plain: str, ids: Sequence[int]) -> dict[str, list[float]]:
+        """KL(plain || steered) in nats and log p_plain at each token of a text, from the states kept of two requests.
+
+        Raises :class:`ValueError` where a state was not kept.
+        """
+        ours, theirs = (self._kept.pop(key, _Kept(0)).states[: len(ids)] for key in (steered, plain))
+        if not len(ours) == len(theirs) == len(ids):
+            raise ValueError(f"{len(ids)} tokens are to be scored; {len(ours)} and {len(theirs)} states were kept")
+        model = self.model_runner.get_model()
+        kl: list[float] = []
+        logprobs: list[float] = []
+        for at in range(0, len(ids), _SCORE_ROWS):
+            with torch.inference_mode():
+                logits = [model.compute_logits(torch.stack(some[at : at + _SCORE_ROWS])) for some in (theirs, ours)]
+            if logits[0] is None:
+                # Under tensor parallel one rank may hold them all.
+                continue
+            p, q = (each.float().log_softmax(-1) for each in logits)
+            # Rounding can leave a tiny negative sum where the two are the same.
+            kl.extend((p.exp() * (p - q)).sum(-1).clamp_min(0.0).tolist())
+            tokens = torch.tensor(ids[at : at + _SCORE_ROWS], device=p.device)
+            logprobs.extend(p.gather(-1, tokens[:, None]).squeeze(-1).tolist())
+        return {"kl": kl, "logprobs": logprobs}
+
     def steering_state(self) -> dict[str, int]:
         """How much is held: operators, bytes and requests."""
         loaded = self._steering.loaded.values()
         return {
             "operators": len(loaded),
             "bytes": sum(sited.operator.nbytes for sited in loaded),
-            "requests": len(self._steering),
+            "requests": len(self._keys),
         }
 
     def steering_layers(self) -> int:
@@ -161,13 +210,19 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
 
     def _meet(self, new: Any) -> None:
         asked = (new.sampling_params.extra_args or {}).get(EXTRA) if new.sampling_params else None
-        if asked is not None and new.req_id not in self._steering:
-            self._keys[asked["key"]] = new.req_id
+        if asked is None or new.req_id in self._requests:
+            return
+        self._requests[new.req_id] = key = asked["key"]
+        self._keys[key] = new.req_id
+        if asked["uses"]:
             self._steering.follow(new.req_id, tuple(Use(*use) for use in asked["uses"]))
+        if asked["keep"] is not None:
+            self._kept[key] = _Kept(asked["keep"])
 
     def _take(self, key: str) -> dict[str, Any] | None:
         request = self._keys.pop(key, None)
-        if request is None:
+        self._kept.pop(key, None)
+        if request is None or request not in self._steering:
             return None
         account: Account = self._steering.account(request)
         self._steering.forget(request)
@@ -202,7 +257,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
                 try:
                     return forward(*args, **kwargs)
                 finally:
-                    _Step.sites = {}
+                    _Step.sites, _Step.kept = {}, ()
 
             runner._model_forward = model_forward
 
@@ -210,14 +265,18 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self, requests: Sequence[str], starts: np.ndarray[Any, Any], computed: np.ndarray[Any, Any], ids: torch.Tensor
     ) -> None:
         """Works out the pushes of the step that is about to run."""
-        _Step.sites = {}
-        if not len(self._steering):
+        _Step.sites, _Step.kept = {}, ()
+        if not self._requests:
             return
         segments = [
             Segment(request, int(starts[row]), int(computed[row]), int(starts[row + 1] - starts[row]))
             for row, request in enumerate(requests)
-            if request in self._steering
+            if request in self._requests
         ]
+        _Step.kept = [
+            (self._kept[key], segment) for segment in segments if (key := self._requests[segment.request]) in self._kept
+        ]
+        segments = [segment for segment in segments if segment.request in self._steering]
         if not segments:
             return
         rows = torch.from_numpy(
@@ -252,6 +311,14 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
             batch = runner.input_batch
             ids = torch.from_numpy(batch.token_ids_cpu[batch.req_id_to_index[request], :count])
         return self._embed(ids.to(self.device), torch.arange(count, device=self.device))
+
+
+def _keep(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+    for kept, segment in _Step.kept:
+        first = max(segment.first, kept.first)
+        states = output[segment.start + first - segment.first : segment.start + segment.count]
+        if len(states):
+            kept.add(states.clone(), first)
 
 
 def _hook(module: nn.Module, layer: int) -> Callable[..., None]:

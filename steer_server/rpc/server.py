@@ -15,7 +15,7 @@ from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, oper
 
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
-from steer_server.errors import StartupError
+from steer_server.errors import EngineDiedError, StartupError
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc.interceptors import CallInterceptor
@@ -100,11 +100,22 @@ class SteerServer:
             await asyncio.sleep(0.02)
 
     async def serve_until_signalled(self) -> None:
-        """Runs until SIGTERM or SIGINT, then stops gracefully."""
+        """Runs until SIGTERM or SIGINT, then stops gracefully.
+
+        Raises :class:`EngineDiedError` when the engine can decode nothing any more: a server that only refuses is
+        better started anew.
+        """
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopped.set)
-        await stopped.wait()
+        signalled = asyncio.ensure_future(stopped.wait())
+        failed = asyncio.ensure_future(self.engine.failed())
+        await asyncio.wait({signalled, failed}, return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            log.error("the engine died", reason=failed.result())
+            await self.stop()
+            raise EngineDiedError(failed.result())
+        failed.cancel()
         log.info("stopping", grace=self.config.grace)
         await self.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import pytest_asyncio
 import torch
 
 from operators.build import BuildSpec, build_operator
@@ -16,7 +17,7 @@ SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
 STRENGTH = 0.9
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest_asyncio.fixture(loop_scope="session", params=FAMILIES)
 async def served(request, tiny):
     loaded = tiny(request.param, fresh=True)
     # A head of its own: tied to large random embeddings, a model repeats its last token whatever is done to it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import pytest_asyncio
 import torch
 
 from operators.build import BuildSpec, build_operator
@@ -16,7 +17,7 @@ SAMPLING = SamplingParams(max_tokens=12, ignore_eos=True)
 STRENGTH = 0.9
 
 
-@pytest.fixture(params=["llama", "qwen2", "gemma3", "gpt2"])
+@pytest_asyncio.fixture(loop_scope="session", params=["llama", "qwen2", "gemma3", "gpt2"])
 async def served(request, tiny):
     loaded = tiny(request.param, fresh=True)
     # See test_families: a head of its own, and no end of sequence.

@@ -17,9 +17,12 @@ async def scored(engine, rows, tokens=16):
     async for event in engine.submit(
         DecodeJob(await engine.encode(Prompt(text=PROMPT)), SamplingParams(max_tokens=tokens), tuple(rows))
     ):
-        if not isinstance(event, Admitted | RowFinished):
+        if isinstance(event, RowFinished):
+            scores[event.row].extend(event.scores)
+        elif not isinstance(event, Admitted):
             ids[event.row].append(event.token_id)
-            scores[event.row].append(event.score)
+            scores[event.row].extend([] if event.score is None else [event.score])
+    assert [len(row) for row in scores] == [len(row) for row in ids]
     return ids, scores
 
 
