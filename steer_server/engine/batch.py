@@ -99,6 +99,7 @@ class Site:
 @dataclass(eq=False)
 class _Followed:
     uses: tuple[Use, ...]
+    salt: str
     limits: Mapping[int, float]
     position: int = 0
     sums: list[torch.Tensor | None] = field(default_factory=list)
@@ -115,6 +116,7 @@ class BatchSteering:
         self._dtype = dtype
         self._operators: dict[str, Sited] = {}
         self._followed: dict[str, _Followed] = {}
+        self._tainted: set[str] = set()
 
     def load(self, digest: str, sited: Sited) -> None:
         """Makes an operator known by its digest; whatever has that digest is the same operator."""
@@ -129,8 +131,11 @@ class BatchSteering:
         """Operators by digest."""
         return self._operators
 
-    def follow(self, request: str, uses: tuple[Use, ...]) -> None:
-        """A new request; one that is followed already goes on."""
+    def follow(self, request: str, uses: tuple[Use, ...], salt: str) -> None:
+        """A new request; one that is followed already goes on.
+
+        ``salt``: of its keys and values. What a request that failed left under one is not to be found by another.
+        """
         if request in self._followed:
             return
         bounds: dict[int, float] = defaultdict(float)
@@ -140,6 +145,7 @@ class BatchSteering:
                 bounds[self._operators[use.digest].layer] += abs(use.strength) / 2.0
         self._followed[request] = _Followed(
             uses,
+            salt,
             {layer: dose_limit(bound, self._dtype) for layer, bound in bounds.items()},
             sums=[None] * len(uses),
             failure=f"operator {unknown[0]} is not loaded" if unknown else "",
@@ -154,6 +160,8 @@ class BatchSteering:
     def account(self, request: str) -> Account:
         """What was done to a request so far. Raises :class:`KeyError` for one that is not followed."""
         found = self._followed[request]
+        if found.failure:
+            self._tainted.add(found.salt)
         layers = tuple(Measured(layer, tuple(doses)) for layer, doses in sorted(found.doses.items()))
         return Account(found.cached or 0, layers, found.failure)
 
@@ -209,6 +217,8 @@ class BatchSteering:
         if request.cached is None:
             # A first step beyond the first token: what comes before was found in the cache of keys and values.
             request.cached = segment.first
+            if segment.first and request.salt in self._tainted:
+                request.failure = request.failure or "its prompt's beginning was left by a request that failed"
         begun = segment.first == request.position
         stale = [
             index

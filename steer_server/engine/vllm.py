@@ -100,6 +100,7 @@ class VLLMEngine:
         self._jobs: set[VLLMJob] = set()
         self._later: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self._epoch = 0
         self._seconds_per_row = 1.0
 
     @property
@@ -188,13 +189,21 @@ class VLLMEngine:
         """
         prompt = TokensPrompt(prompt_token_ids=list(ids))
         told = [list(dataclasses.astuple(use)) for use in uses]
-        if told:
-            prompt["cache_salt"] = hashlib.sha256(json.dumps(sorted(told)).encode()).hexdigest()
-        if alone:
-            prompt["cache_salt"] = key
-        extra = {EXTRA: {"key": key, "uses": told, "keep": keep}} if told or keep is not None else None
+        salt = ""
+        if alone or told:
+            prompt["cache_salt"] = salt = key if alone else self._salt(told)
+        extra = None
+        if told or keep is not None:
+            extra = {EXTRA: {"key": key, "salt": salt, "uses": told, "keep": keep}}
         sampling = VLLMSamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra, **params)
         return self._llm.generate(prompt, sampling, key)
+
+    def forsake_salts(self) -> None:
+        """From now on no request finds keys and values of a steered one so far: one of them failed."""
+        self._epoch += 1
+
+    def _salt(self, told: list[list[Any]]) -> str:
+        return hashlib.sha256(json.dumps([self._epoch, sorted(told)]).encode()).hexdigest()
 
     async def score(self, steered: str, plain: str, ids: Sequence[int]) -> Mapping[str, Sequence[float]]:
         """KL and log-probabilities of a text, from what the workers kept of two rows."""

@@ -140,6 +140,8 @@ class VLLMJob:
             found: tuple[Receipt, ...] = untouched_receipts(row.plan)
             if uses and text.ids and row.plan is not None:
                 account, owed = await engine.desk.take(key), False
+                if account is None or account["failure"]:
+                    engine.forsake_salts()
                 found = receipts(row.plan, account, prompt_tokens=len(prompt), fed=len(prompt) + len(text.ids) - 1)
             return RowFinished(index, reason, "" if stop_string else text.flush(), stop_string, found, scores)
         finally:

@@ -36,8 +36,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 EXTRA = "steering"
-"""Key of ``SamplingParams.extra_args``, for {"key": str, "uses": [[digest, rule, strength, blend], ...], "keep": int}.
-
+"""Key of ``SamplingParams.extra_args``, for {"key": str, "salt": str, "uses": [[digest, rule, strength, blend], ...], "keep": int}.
 
 ``keep``: the position from which on the last hidden states are kept, for a score; or None.
 """
@@ -215,7 +214,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._requests[new.req_id] = key = asked["key"]
         self._keys[key] = new.req_id
         if asked["uses"]:
-            self._steering.follow(new.req_id, tuple(Use(*use) for use in asked["uses"]))
+            self._steering.follow(new.req_id, tuple(Use(*use) for use in asked["uses"]), asked["salt"])
         if asked["keep"] is not None:
             self._kept[key] = _Kept(asked["keep"])
 
