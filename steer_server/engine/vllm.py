@@ -153,6 +153,11 @@ class VLLMEngine:
         self._later.add(task)
         task.add_done_callback(self._later.discard)
 
+    async def held(self) -> Mapping[str, int]:
+        """What the workers hold for requests; nothing, when none runs."""
+        state = (await self._rpc("steering_state"))[0]
+        return {"requests": int(state["requests"])}
+
     async def failed(self) -> str:
         """Returns, with the reason, when the engine has died; not before."""
         while not self._llm.errored:

@@ -36,7 +36,7 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 EXTRA = "steering"
-"""Key of ``SamplingParams.extra_args``: {"key", "salt": str, "uses": [[digest, rule, strength, blend], ...], "keep": int}.
+"""Key of ``SamplingParams.extra_args``: {"key", "salt", "uses": [[digest, rule, strength, blend], ...], "keep": int}.
 
 ``keep``: the position from which on the last hidden states are kept, for a score; or None.
 """

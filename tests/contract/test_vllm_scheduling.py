@@ -1,0 +1,99 @@
+"""Whatever vLLM's scheduler does to a request, its ids are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client import REGISTRY
+
+from steer_server.types import DecodeJob, Prompt, Row, RowFinished, SamplingParams, TokenEvent
+
+pytestmark = pytest.mark.model
+
+PROMPTS = (
+    "Here is a painting of the",
+    "I went to new york to see the",
+    "The three most important things in life are",
+    "My favourite place in the whole world, and I have been to a great many places, is without any doubt the",
+)
+SAMPLING = SamplingParams(max_tokens=48, ignore_eos=True)
+
+
+@pytest.fixture
+def rows(operator_of, steered_row):
+    """Plain and steered ones of several operators, layers, rules and blends."""
+    bridge = operator_of("The Golden Gate Bridge in San", "residual", 15)
+    wedding = operator_of("The wedding was beautiful and the bride", "residual", 21)
+    published = operator_of("The Golden Gate Bridge in San", "golden", 21, "full")
+    return (
+        Row(),
+        steered_row(bridge, 0.4),
+        steered_row(wedding, 0.3, blend=0.5),
+        steered_row(bridge, 0.3, "substitute"),
+        steered_row(published, 0.5),
+    )
+
+
+async def texts(engine, jobs):
+    """The ids of every row of every job, all jobs at once."""
+
+    async def one(prompt, row):
+        ids = []
+        async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), SAMPLING, (row,))):
+            if isinstance(event, TokenEvent):
+                ids.append(event.token_id)
+            elif isinstance(event, RowFinished) and row.plan is not None:
+                receipt = event.receipts[0]
+                assert receipt.generated_tokens_steered == SAMPLING.max_tokens - 1
+        return ids
+
+    return await asyncio.gather(*(one(prompt, row) for prompt, row in jobs))
+
+
+async def test_preempted_and_chunked_requests_give_the_ids_of_an_undisturbed_run(vllm_engine, rows):
+    jobs = [(prompt, row) for prompt in PROMPTS for row in rows]
+    calm = await vllm_engine()
+    expected = [(await texts(calm, [job]))[0] for job in jobs]
+    before = preemptions()
+    # 10 blocks of 32 tokens for 20 texts of 55 to 70, and 24 tokens a step: prompts are cut, texts are thrown out.
+    crowded = await vllm_engine(
+        num_gpu_blocks_override=11, max_num_batched_tokens=24, max_num_seqs=16, max_model_len=96
+    )
+    assert await texts(crowded, jobs) == expected
+    assert preemptions() > before
+    assert await crowded.held() == {"requests": 0}
+
+
+def preemptions():
+    families = [family for family in REGISTRY.collect() if family.name == "vllm:num_preemptions"]
+    return sum(sample.value for family in families for sample in family.samples if sample.name.endswith("_total"))
+
+
+async def test_abandoned_requests_leave_the_others_and_the_workers_alone(vllm_engine, rows):
+    engine = await vllm_engine()
+    jobs = [(PROMPTS[index % len(PROMPTS)], rows[index % len(rows)]) for index in range(30)]
+    expected = {job: ids for job, ids in zip(jobs, await texts(engine, jobs), strict=True)}
+
+    async def abandon(prompt, row):
+        stream = engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), SAMPLING, (row,)))
+        async for event in stream:
+            if isinstance(event, TokenEvent):
+                break
+        stream.cancel()
+
+    found, *_ = await asyncio.gather(texts(engine, jobs), *(abandon(*job) for job in jobs[:10]))
+    assert found == [expected[job] for job in jobs]
+    async with asyncio.timeout(20):
+        while (engine.running, engine.waiting, await engine.held()) != (0, 0, {"requests": 0}):
+            await asyncio.sleep(0.1)
+
+
+async def test_three_rows_of_one_job_are_three_runs(vllm_engine, rows):
+    engine = await vllm_engine()
+    ids = [[], [], []]
+    job = DecodeJob(await engine.encode(Prompt(text=PROMPTS[0])), SAMPLING, (rows[1],) * 3)
+    async for event in engine.submit(job):
+        if isinstance(event, TokenEvent):
+            ids[event.row].append(event.token_id)
+    assert ids == [(await texts(engine, [(PROMPTS[0], rows[1])]))[0]] * 3
