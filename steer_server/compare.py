@@ -69,7 +69,6 @@ def hold_against(normal: Completion, steered: Completion, arm: str) -> Compariso
         kl_p95=percentile(kl, 0.95) if kl else None,
         normal_perplexity=perplexity(normal.scores),
         steered_perplexity=perplexity(steered.scores),
-        kl_exact=all(score.exact for score in steered.scores),
     )
 
 

@@ -234,14 +234,10 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Score:
-    """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats.
-
-    ``exact`` is false where the KL is a lower bound, from the most likely tokens of both.
-    """
+    """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats."""
 
     kl: float
     plain_logprob: float
-    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -360,10 +356,7 @@ class ArmEvent:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One steered arm held against the plain one. KL in nats; None and empty where not scored.
-
-    ``kl_exact`` is false where the KL values are lower bounds.
-    """
+    """One steered arm held against the plain one. KL in nats; None and empty where not scored."""
 
     arm: str
     first_divergence: int | None
@@ -372,7 +365,6 @@ class Comparison:
     kl_p95: float | None
     normal_perplexity: float | None
     steered_perplexity: float | None
-    kl_exact: bool = True
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,6 @@ def _comparison(result: Comparison) -> pb.Comparison:
         kl_p95=result.kl_p95,
         normal_perplexity=result.normal_perplexity,
         steered_perplexity=result.steered_perplexity,
-        kl_is_lower_bound=not result.kl_exact,
     )
 
 

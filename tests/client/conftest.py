@@ -88,7 +88,6 @@ def make_comparison(
     *,
     scored: bool = True,
     mean: float = 0.5,
-    lower_bound: bool = False,
 ) -> list[pb.CompareEvent]:
     texts = {"normal": normal} | arms
     scripts = {name: make_events(response) for name, response in texts.items()}
@@ -102,7 +101,6 @@ def make_comparison(
         "kl_per_token": [0.25, 0.75, 0.5],
         "kl_mean": mean,
         "kl_p95": 0.75,
-        "kl_is_lower_bound": lower_bound,
         "normal_perplexity": 3.0,
         "steered_perplexity": 9.0,
     }

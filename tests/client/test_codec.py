@@ -278,16 +278,11 @@ def test_every_field_of_a_comparison_reaches_the_caller(make):
     result = decode.arm_result(message, text)
     assert result.generation is text
     assert result.first_divergence == message.first_divergence
-    assert result.kl == KL(message.kl_mean, message.kl_p95, tuple(message.kl_per_token), is_lower_bound=True)
+    assert result.kl == KL(message.kl_mean, message.kl_p95, tuple(message.kl_per_token))
     assert (result.normal_perplexity, result.steered_perplexity) == (
         message.normal_perplexity,
         message.steered_perplexity,
     )
-
-
-def test_a_kl_is_exact_where_the_server_calls_it_no_bound(make):
-    result = decode.arm_result(pb.Comparison(kl_mean=0.5), decode.generation(make.response()))
-    assert result.kl == KL(0.5, None, (), is_lower_bound=False)
 
 
 def test_a_comparison_that_was_not_scored_has_no_scores(make):

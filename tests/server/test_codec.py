@@ -306,13 +306,6 @@ def test_a_comparison_says_what_was_not_measured_by_leaving_it_unset():
     assert (second.normal_perplexity, second.steered_perplexity) == (3.0, 4.0)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_a_kl_that_is_not_exact_is_a_lower_bound(exact):
-    compared = Compared((Comparison("x", 0, (1.0,), 1.0, 1.0, 3.0, 4.0, kl_exact=exact),))
-    (message,) = codec.compare_event(compared).compared.comparisons
-    assert message.kl_is_lower_bound is not exact
-
-
 def test_the_model_is_described_in_full(model_info):
     message = codec.model_info(model_info, version="1.2.3", max_queue=4, max_arms=5, max_dose=1.5)
     assert {descriptor.name for descriptor, _ in message.ListFields()} | {"has_chat_template"} == {

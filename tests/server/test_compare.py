@@ -95,12 +95,6 @@ def test_two_texts_are_held_against_each_other():
     assert found.steered_perplexity == pytest.approx(4.0)
 
 
-@pytest.mark.parametrize("exact", [(True, True), (True, False), (False, False)])
-def test_the_kl_of_a_text_is_exact_only_where_that_of_every_token_is(exact):
-    scores = [Score(1.0, -1.0, exact=each) for each in exact]
-    assert hold_against(_completion([1, 2]), _completion([1, 2], scores), "loud").kl_exact is all(exact)
-
-
 def test_what_was_not_scored_has_no_divergence_measure():
     found = hold_against(_completion([1]), _completion([1]), "loud")
     assert found.first_divergence is None

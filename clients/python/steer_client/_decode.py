@@ -55,12 +55,7 @@ def arm_result(message: pb.Comparison, steered: results.Generation) -> results.A
     """One comparison; `steered` is the text that its arm finished with."""
     kl = None
     if message.HasField("kl_mean"):
-        kl = results.KL(
-            mean=message.kl_mean,
-            p95=_optional(message, "kl_p95"),
-            per_token=tuple(message.kl_per_token),
-            is_lower_bound=message.kl_is_lower_bound,
-        )
+        kl = results.KL(message.kl_mean, _optional(message, "kl_p95"), tuple(message.kl_per_token))
     elif message.kl_per_token:
         raise _missing(message, "kl_mean")
     return results.ArmResult(

@@ -136,8 +136,6 @@ class KL:
     #: None when the server did not report it.
     p95: float | None
     per_token: tuple[float, ...]
-    #: All of the above are lower bounds, from the most likely tokens of both distributions; False where they are exact.
-    is_lower_bound: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -785,7 +785,6 @@ class Comparison(_message.Message):
     KL_P95_FIELD_NUMBER: _builtins.int
     NORMAL_PERPLEXITY_FIELD_NUMBER: _builtins.int
     STEERED_PERPLEXITY_FIELD_NUMBER: _builtins.int
-    KL_IS_LOWER_BOUND_FIELD_NUMBER: _builtins.int
     arm: _builtins.str
     first_divergence: _builtins.int
     """Index of the first differing token; unset when the token ids are the same."""
@@ -794,10 +793,6 @@ class Comparison(_message.Message):
     normal_perplexity: _builtins.float
     """Of each text under the plain model. Unset when not scored."""
     steered_perplexity: _builtins.float
-    kl_is_lower_bound: _builtins.bool
-    """The KL values (each, mean and 95th percentile) are lower bounds, from the most likely tokens of both distributions:
-    the engine does not give the rest. False: they are exact, or nothing was scored.
-    """
     @_builtins.property
     def kl_per_token(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """KL(plain || steered) in nats at each position of the steered text. Empty when not scored."""
@@ -812,11 +807,10 @@ class Comparison(_message.Message):
         kl_p95: _builtins.float | None = ...,
         normal_perplexity: _builtins.float | None = ...,
         steered_perplexity: _builtins.float | None = ...,
-        kl_is_lower_bound: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_is_lower_bound", b"kl_is_lower_bound", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_divergence: _TypeAlias = _typing.Literal["first_divergence"]  # noqa: Y015
     _WhichOneofArgType__first_divergence: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence"]  # noqa: Y015

@@ -71,18 +71,12 @@ def comparison(arm: ArmResult, *, scored: bool) -> list[str]:
     if arm.kl is None:
         lines.append("KL(plain‖steered) was not measured")
     else:
-        mean, p95 = (_measured(value, at_least=arm.kl.is_lower_bound) for value in (arm.kl.mean, arm.kl.p95))
-        lines.append(f"KL(plain‖steered) mean {mean}, p95 {p95} nats per token")
+        lines.append(f"KL(plain‖steered) mean {number(arm.kl.mean)}, p95 {number(arm.kl.p95)} nats per token")
     lines.append(
         f"perplexity under the plain model: normal {number(arm.normal_perplexity)}, "
         f"steered {number(arm.steered_perplexity)}"
     )
     return lines
-
-
-def _measured(value: float | None, *, at_least: bool) -> str:
-    # What was not measured has no bound either.
-    return f"≥ {number(value)}" if at_least and value is not None else number(value)
 
 
 def _origin(proof: Receipt) -> str:
