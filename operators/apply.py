@@ -126,7 +126,7 @@ def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) 
     n, rank, _ = operator.factors.shape
     found = x.new_empty(x.shape[0], rank)
     blocks = positions % n
-    for block in blocks.unique().tolist():
+    for block in sorted(set(blocks.tolist())):
         where = (blocks == block).nonzero().squeeze(-1).to(x.device)
         found[where] = x[where] @ operator.factors[block].T
     return found

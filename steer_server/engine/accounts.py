@@ -24,7 +24,8 @@ class AccountDesk:
 
     async def take(self, key: str) -> Mapping[str, Any] | None:
         """The account of a request; None for one that never reached a worker."""
-        future = self._wanted[key] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Mapping[str, Any] | None] = asyncio.get_running_loop().create_future()
+        self._wanted[key] = future
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._work())
         return await future

@@ -77,7 +77,8 @@ class HFEngine:
 
     async def failed(self) -> str:
         """Never returns: what fails here is one job."""
-        return await asyncio.get_running_loop().create_future()
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
 
     async def close(self) -> None:
         """Ends the running job as CANCELLED, refuses waiting ones, joins the thread."""

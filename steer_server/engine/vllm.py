@@ -262,7 +262,7 @@ def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     ours: dict[str, Any] = {
         "model": source,
-        "dtype": DTYPES[dtype],  # type: ignore[index]
+        "dtype": DTYPES[dtype],
         "worker_cls": WORKER,
         "enable_log_requests": False,
         # Part of the compile cache's key.

@@ -89,7 +89,7 @@ def _compare_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Te
     _Step.worst = max(_Step.worst, float((found - expected).abs().max() / expected.abs().max()))
 
 
-_LIBRARY = torch.library.Library("steering", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("steering", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("push(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
 _LIBRARY.impl("push", _push, "CompositeExplicitAutograd")
 _LIBRARY._register_fake("push", lambda _hidden, _residual, _layer: None)
@@ -336,7 +336,7 @@ def _hook(module: nn.Module, layer: int) -> Callable[..., None]:
     return hook
 
 
-def _embedder(model: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _embedder(model: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """``embed(ids, positions)``: (T, d) as the first block receives it; the learned positions of GPT-2 are added."""
     learned = getattr(getattr(model, "transformer", None), "wpe", None)
 
