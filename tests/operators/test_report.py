@@ -1,6 +1,7 @@
 """What the command says to people: bars, lists, sizes."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 
@@ -16,6 +17,7 @@ from operators.build import BuildSpec
 from operators.commands import _batch
 from operators.concept import Concept
 from operators.header import Calibration, CalibrationPoint, LowRank, Recommended
+from operators.stored import Stored
 
 POINT = CalibrationPoint(layer=2, rule="substitute", blend=0.5, strength=0.3, texts=20, kl_p95=0.9, hit_rate=0.4,
                          perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
@@ -62,16 +64,21 @@ def test_sizes_are_told_in_the_unit_that_fits(number, words):
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
-def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(capfd, monkeypatch):
+def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(capfd, monkeypatch, make_operator):
+    spec = BuildSpec((Concept("x", (1,)),))
+    there = Task("there", spec, Stored(make_operator().header, ""), replace=True)
     tasks = [
-        Task(name, BuildSpec((Concept("x", (1,)),)), None, fixed=False, replace=False) for name in ("first", "second")
+        there,
+        Task("first", spec, None, replace=False),
+        # Nothing is built of it, and it takes its time all the same.
+        dataclasses.replace(there, name="second", calibrate=True),
     ]
     with _terminal(monkeypatch) as drawn, _batch._progress(tasks) as watch:
-        watch(tasks[0], 3, 7)
+        watch(tasks[1], "Jacobian products", 3, 7)
         print("first  built")
-        watch(tasks[1], 5, 9)
+        watch(tasks[2], "texts written", 5, 9)
     assert capfd.readouterr().out == "first  built\n"
-    for expected in ("operators", "second", "5/9", "1/2"):
+    for expected in ("operators", "second: texts written", "5/9", "1/2"):
         assert expected in drawn[0]
     assert "built" not in drawn[0]
 
