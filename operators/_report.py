@@ -36,7 +36,14 @@ def reporting(as_json: bool) -> Iterator[None]:
     """Around a command: what a user can cause is told, and the exit status is 1."""
     log_to_stderr()
     try:
-        yield
+        try:
+            yield
+        except (MemoryError, RuntimeError):
+            # Imported here: only torch knows its own lack of memory, and help does without torch.
+            from operators.capacity import shortage_told
+
+            with shortage_told():
+                raise
     except OperatorError as error:
         tell_error(error, as_json=as_json)
         raise typer.Exit(1) from error
@@ -72,19 +79,34 @@ def printable(text: str) -> str:
 
 def described(name: str, path: Path, artifact: OperatorArtifact) -> dict[str, Any]:
     """An operator as JSON shows it: its header, and what the header does not say."""
+    point = artifact.header.calibrated_point
     return {
         "name": name,
         "digest": artifact.digest,
         "path": str(path),
         "bytes": path.stat().st_size,
         "affine": artifact.offset is not None,
+        "calibrated": None if point is None else point.model_dump(mode="json"),
         **artifact.header.model_dump(mode="json"),
     }
 
 
+def setting(recommended: Mapping[str, Any]) -> str:
+    """A recommendation on one line."""
+    return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+
+
+def nothing_found(recommended: Mapping[str, Any]) -> str:
+    """What became of a calibration that chose no setting."""
+    from operators.header import Recommended
+
+    default = Recommended().model_dump(mode="json")
+    kept = "the default" if recommended == default else "what was recommended"
+    return f"nothing within the bounds was found, and {kept} is kept"
+
+
 def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
     """One operator for a person. ``operator`` is what :func:`described` gives; ``further`` goes last."""
-    recommended = operator["recommended"]
     tokens = operator.get("concept_tokens", operator["concept_ids"])
     more = [repr(text["text"]) for text in operator["more_texts"]]
     fields: dict[str, object] = {
@@ -100,7 +122,7 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         f"added to the input of block {operator['injection_layer']}",
         "reconstruction": f"{operator['reconstruction_error']:.2e} (|sum J x - y| / |y|)",
         "rank": _rank(operator),
-        "recommended": f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}",
+        "recommended": setting(operator["recommended"]),
         **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
         "file": f"{operator['path']} ({size(operator['bytes'])})",
         **further,
@@ -120,20 +142,19 @@ def _calibration(operator: Mapping[str, Any]) -> str:
     found = operator["calibration"]
     words = ", ".join(map(repr, found["words"]))
     return (
-        f"{_at_recommended(operator)}; {found['prompts']} prompts x {found['tokens']} tokens, words {words} "
+        f"{_calibrated(operator)}; {found['prompts']} prompts x {found['tokens']} tokens, words {words} "
         f"({found['plain_hit_rate']:.0%} of the plain texts), budget p95 KL {found['kl_budget']:g}"
     )
 
 
-def _at_recommended(operator: Mapping[str, Any]) -> str:
-    """What the calibration measured at the recommended setting."""
-    setting = {**operator["recommended"], "layer": operator["layer"]}
-    points, chosen = operator["calibration"]["points"], operator["calibration"]["chosen"]
-    # One setting may have been tried twice, on few prompts and on all: the chosen point is the latter.
-    for point in points if chosen is None else [points[chosen], *points]:
-        if all(point[name] == value for name, value in setting.items()):
-            return f"{point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
-    return f"the recommended setting is not among the {len(points)} measured"
+def _calibrated(operator: Mapping[str, Any]) -> str:
+    """What the calibration measured at the recommended setting, or why it says nothing about that."""
+    point = operator["calibrated"]
+    if point is not None:
+        return f"{point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
+    if operator["calibration"]["chosen"] is None:
+        return nothing_found(operator["recommended"])
+    return "the recommended setting is another than the one that was found"
 
 
 def _list_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -148,7 +169,11 @@ def _list_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
         entry["digest"].removeprefix("sha256:")[:12],
         repr(entry["concept"])
         + (f" and {more} more" if more else "")
-        + (f" (calibrated: {_at_recommended(entry)})" if entry["calibration"] else ""),
+        + (
+            f" ({'' if entry['calibrated'] else 'not '}calibrated: {_calibrated(entry)})"
+            if entry["calibration"]
+            else ""
+        ),
     )
 
 

@@ -58,6 +58,12 @@ class OperatorArtifact:
         """Number of concept tokens n."""
         return int(self.factors.shape[0])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers."""
+        tensors = (self.factors, self.basis, self.anchor, self.substitute_base, self.offset)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def jacobian(self) -> torch.Tensor:
         """J (n, d, d), made anew for a low-rank operator."""
         return self.factors if self.basis is None else self.basis @ self.factors

@@ -19,18 +19,18 @@ import torch
 from operators import store
 from operators.artifact import OperatorArtifact, with_header
 from operators.build import BuildSpec, build_operator, check_layer, check_spec
+from operators.capacity import shortage_told
 from operators.concept import concept_from_text
 from operators.concept_entry import ConceptEntry
 from operators.concept_file import FileEntry
 from operators.detach import family_of
-from operators.errors import BuildError, ConceptFileError, OperatorError
-from operators.header import Recommended
+from operators.errors import ArtifactError, ConceptFileError, OperatorError, StoreError
+from operators.header import OperatorHeader, Recommended
 from operators.models import LoadedModel
 from operators.reduce import embedding_root
 from operators.stored import Stored, stored_already
 
-_CPU_IS_FULL = "can't allocate memory"
-"""What torch says in a RuntimeError of no kind of its own."""
+_WORDS_NEEDED = "{}: key 'words' is needed for --calibrate: what shows the concept in a text"
 
 Status = Literal["built", "up to date", "updated", "failed"]
 
@@ -43,16 +43,18 @@ class Task:
     spec: BuildSpec
     stored: Stored | None
     """What is there and was built as ``spec`` says; None when it is to be built."""
-    fixed: bool
-    """Whether somebody said at which strength, rule or blend it is to be used."""
     replace: bool
     """Whether it may take the place of what has its name."""
+    calibrate: bool = False
+    """Whether strength, rule and blend, which nobody said, are yet to be found by trial."""
+    layers: tuple[int, ...] | None = None
+    """Those that a calibration may try: the one that was asked for; None leaves it to the calibration."""
 
     @property
     def up_to_date(self) -> bool:
-        """Whether what is there also recommends what ``spec`` does."""
+        """Whether nothing is to be done: what is there also recommends what ``spec`` does."""
         there = self.stored and (self.stored.header.recommended, self.stored.header.words)
-        return there == (self.spec.recommended, self.spec.words)
+        return not self.calibrate and there == (self.spec.recommended, self.spec.words)
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,11 @@ class Outcome:
     problem: OperatorError | None
 
 
-Watcher = Callable[[Task, int, int], None]
-"""Told, while an operator is built, how many columns of how many are done."""
+Watcher = Callable[[Task, str, int, int], None]
+"""Told, while an operator is made, what is being counted, and how many of how many are done."""
+
+Calibrator = Callable[[OperatorArtifact, Task], OperatorArtifact]
+"""Finds the setting at which an operator works best, at one of the task's layers."""
 
 
 def spec_of(entry: ConceptEntry, loaded: LoadedModel) -> BuildSpec:
@@ -89,12 +94,15 @@ def plan(
     where: Path,
     *,
     replace: bool = False,
+    calibrate: bool = False,
     max_memory: int | None = None,
 ) -> tuple[Task, ...]:
     """What is to be done for every entry, after checking all that can be checked before the first is built.
 
     Args:
         where: the store. Names in it that hold something else are an error, unless ``replace``.
+        calibrate: whether settings that nobody said are to be found by trial, where that has not been done yet by the
+            words that are asked for.
         max_memory: bytes beside the model; most of what is free when not given.
 
     Raises:
@@ -108,13 +116,25 @@ def plan(
     problems: list[str] = []
     for one in entries:
         try:
-            tasks.append(_task(one, loaded, where, replace, max_memory))
+            tasks.append(_task(one, loaded, where, replace, calibrate, max_memory))
         except ConceptFileError as error:
             problems.extend(error.problems)
     if problems:
         # Once for all layers of a concept.
         raise ConceptFileError(*dict.fromkeys(problems))
     return tuple(tasks)
+
+
+def check_words(entries: Sequence[FileEntry], where: Path) -> None:
+    """What can be said before a model is loaded of entries that are to be calibrated.
+
+    Raises:
+        ConceptFileError: names every entry that has no words, neither in the file nor in the store.
+    """
+    wordless = [one for one in entries if _is_open(one.entry) and not one.entry.words]
+    problems = [_WORDS_NEEDED.format(one.at("words")) for one in wordless if not _may_have_words(where, one.entry.name)]
+    if problems:
+        raise ConceptFileError(*dict.fromkeys(problems))
 
 
 def run(
@@ -124,40 +144,61 @@ def run(
     *,
     max_memory: int | None = None,
     watch: Watcher | None = None,
-    calibrate: Callable[[OperatorArtifact], OperatorArtifact] | None = None,
+    calibrate: Calibrator | None = None,
 ) -> Iterator[Outcome]:
     """Does the tasks one by one; each operator is in the store before its outcome is told.
 
-    ``calibrate`` is asked about every operator that has no calibration and whose setting nobody fixed.
+    ``calibrate`` is needed where a task is to be calibrated.
     """
-    root: torch.Tensor | None = None
+    # Once for all, where one needs it.
+    root = functools.cache(lambda: embedding_root(loaded.model.get_input_embeddings().weight))
     for task in tasks:
         began = time.monotonic()
-        uncalibrated = calibrate is not None and not task.fixed and not (task.stored and task.stored.header.calibration)
-        if task.up_to_date and not uncalibrated:
+        if task.up_to_date:
             yield Outcome(task.name, "up to date", time.monotonic() - began, task.stored, None)
             continue
         try:
-            if task.stored is not None:
-                artifact = _rewritten(store.load(where, task.name), task.spec)
-            else:
-                if root is None and task.spec.rank != "full":
-                    root = embedding_root(loaded.model.get_input_embeddings().weight)
-                artifact = _built(task, loaded, root, max_memory, watch)
-            if calibrate is not None and uncalibrated:
-                artifact = calibrate(artifact)
-            store.save(where, task.name, artifact, replace=task.replace)
+            done = _done(task, loaded, where, root, max_memory, watch, calibrate)
         except OperatorError as error:
+            # The frames that it came through hold numbers whose memory the next build may need.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             yield Outcome(task.name, "failed", time.monotonic() - began, None, error)
             continue
         status: Status = "updated" if task.stored else "built"
-        done = Stored(artifact.header, artifact.digest)
-        # Its numbers take memory that the next build may need.
-        del artifact
         yield Outcome(task.name, status, time.monotonic() - began, done, None)
 
 
-def _task(one: FileEntry, loaded: LoadedModel, where: Path, replace: bool, max_memory: int | None) -> Task:
+@shortage_told()
+def _done(
+    task: Task,
+    loaded: LoadedModel,
+    where: Path,
+    root: Callable[[], torch.Tensor],
+    max_memory: int | None,
+    watch: Watcher | None,
+    calibrate: Calibrator | None,
+) -> Stored:
+    if task.stored is not None:
+        artifact = store.load(where, task.name)
+        artifact = with_header(artifact, recommended=task.spec.recommended, words=task.spec.words)
+    else:
+        artifact = build_operator(
+            task.spec,
+            loaded,
+            root=None if task.spec.rank == "full" else root(),
+            max_memory=max_memory,
+            progress=None if watch is None else functools.partial(watch, task, "Jacobian products"),
+        )
+    if task.calibrate:
+        assert calibrate is not None  # noqa: S101 - for the type checker: who plans it brings it
+        artifact = calibrate(artifact, task)
+    store.save(where, task.name, artifact, replace=task.replace)
+    return Stored(artifact.header, artifact.digest)
+
+
+def _task(
+    one: FileEntry, loaded: LoadedModel, where: Path, replace: bool, calibrate: bool, max_memory: int | None
+) -> Task:
     with _told_at(one, "text", "texts"):
         spec = spec_of(one.entry, loaded)
     with _told_at(one, "layer", "layers", "profile"):
@@ -168,16 +209,40 @@ def _task(one: FileEntry, loaded: LoadedModel, where: Path, replace: bool, max_m
     spec = dataclasses.replace(spec, layer=layer, rank=None if spec.tolerance is not None else rank or "full")
     with _told_at(one, "name"):
         there = stored_already(where, one.entry.name, spec, loaded, replace=replace, any_layer=one.entry.layer is None)
-    fixed = any(value is not None for value in (one.entry.strength, one.entry.rule, one.entry.blend))
-    if there is None:
-        return Task(one.entry.name, spec, None, fixed, replace)
-    kept = dataclasses.replace(
-        spec,
-        words=there.header.words if one.entry.words is None else one.entry.words,
-        # A calibration knows better than a default.
-        recommended=_recommended(one.entry, there.header.recommended if there.header.calibration else Recommended()),
-    )
-    return Task(one.entry.name, kept, there, fixed, replace=True)
+    found = None if there is None else there.header
+    due = calibrate and _is_open(one.entry) and not _calibrated(found, one.entry)
+    if found and one.entry.words is None:
+        spec = dataclasses.replace(spec, words=found.words)
+    if due and not spec.words:
+        raise ConceptFileError(_WORDS_NEEDED.format(one.at("words")))
+    if found and found.calibration and not due:
+        # A calibration knows better than a default, whatever the words it was made by: it says which.
+        spec = dataclasses.replace(spec, recommended=_recommended(one.entry, found.recommended))
+    # A calibration begins where the file says, and not where one by other words has gone.
+    kept = None if found and due and found.layer != spec.layer else there
+    layers = None if one.entry.layer is None else (layer,)
+    return Task(one.entry.name, spec, kept, replace or there is not None, due, layers)
+
+
+def _is_open(entry: ConceptEntry) -> bool:
+    """Whether nobody said at which strength, rule or blend it is to be used."""
+    return entry.strength is None and entry.rule is None and entry.blend is None
+
+
+def _calibrated(header: OperatorHeader | None, entry: ConceptEntry) -> bool:
+    """Whether it has been calibrated by the words that are asked for; any, where nobody asks for some."""
+    if header is None or header.calibration is None:
+        return False
+    return entry.words is None or entry.words == header.calibration.words
+
+
+def _may_have_words(where: Path, name: str) -> bool:
+    """Whether what is stored under this name could do without words of the file: it has some, or a calibration."""
+    try:
+        header = store.load(where, name).header
+    except (ArtifactError, StoreError):
+        return False
+    return bool(header.words or header.calibration)
 
 
 def _recommended(entry: ConceptEntry, otherwise: Recommended) -> Recommended:
@@ -187,26 +252,6 @@ def _recommended(entry: ConceptEntry, otherwise: Recommended) -> Recommended:
         rule=otherwise.rule if entry.rule is None else entry.rule,
         blend=otherwise.blend if entry.blend is None else entry.blend,
     )
-
-
-def _built(
-    task: Task, loaded: LoadedModel, root: torch.Tensor | None, max_memory: int | None, watch: Watcher | None
-) -> OperatorArtifact:
-    progress = None if watch is None else functools.partial(watch, task)
-    try:
-        return build_operator(task.spec, loaded, root=root, max_memory=max_memory, progress=progress)
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_IS_FULL in str(error)):
-            raise
-        raise BuildError("there is not enough memory; a lower rank, or a smaller --max-memory, needs less") from error
-
-
-def _rewritten(artifact: OperatorArtifact, spec: BuildSpec) -> OperatorArtifact:
-    changed: dict[str, object] = {"recommended": spec.recommended, "words": spec.words}
-    if spec.words and spec.words != artifact.header.words:
-        # What was measured was measured with other words.
-        changed["calibration"] = None
-    return with_header(artifact, **changed)
 
 
 @contextmanager

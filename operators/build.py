@@ -64,6 +64,7 @@ class BuildSpec:
         return self.weights or (1.0 / len(self.texts),) * len(self.texts)
 
 
+@capacity.shortage_told()
 def build_operator(
     spec: BuildSpec,
     loaded: LoadedModel,

@@ -1,15 +1,19 @@
-"""How much memory there is, and how people write sizes."""
+"""How much memory there is, what is said where there is too little, and how people write sizes."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from operators.errors import BuildError
 
 _SHARE_OF_FREE = 0.8
+_CPU_IS_FULL = "can't allocate memory"
+"""What torch says in a RuntimeError of no kind of its own."""
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -18,6 +22,22 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
     return int(_SHARE_OF_FREE * _available())
+
+
+@contextmanager
+def shortage_told() -> Iterator[None]:
+    """Around what takes memory: where there is not enough, a :class:`BuildError` says so."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_IS_FULL in str(error)):
+            raise
+        asked = re.search(r"allocate (\d[\d.]*) (\w+)", str(error))
+        needed = f": {asked[1]} {asked[2]} more are needed" if asked else ""
+        raise BuildError(
+            f"there is not enough memory{needed}; a lower rank, shorter or fewer texts, or a smaller --max-memory "
+            "needs less"
+        ) from error
 
 
 def parse_bytes(text: str) -> int:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from operators import capacity, memory
 from operators.apply import Setting, prepare
 from operators.artifact import OperatorArtifact
 from operators.errors import TrialError
@@ -21,7 +22,7 @@ from operators.evaluate import WordList, figures
 from operators.header import MAX_WORD, MAX_WORDS, Calibration, CalibrationPoint, Rule
 from operators.models import LoadedModel
 from operators.search import FIRST_STRENGTH, MIN_STRENGTH, next_strength, rounded
-from operators.trial import Push, Row, Text, write
+from operators.trial import ROWS, Push, Row, Text, write
 
 SCOUT_PROMPTS = 8
 SCOUT_ROUNDS = 3
@@ -39,9 +40,9 @@ Progress = Callable[[str, int, int], None]
 class CalibrationSpec:
     """What to try. ``words``: what the concept is recognised by. ``prompts``: how the texts begin.
 
-    ``layers`` None spreads six over the middle of the model. ``kl_budget`` in nats; ``max_perplexity_ratio`` bounds the
-    perplexity of the steered texts under the plain model, over that of the plain texts; ``min_distinct_ratio`` their
-    distinct-2, likewise. ``tokens`` is per text.
+    ``layers`` None takes the operator's own and six over the middle of the model. ``kl_budget`` in nats;
+    ``max_perplexity_ratio`` bounds the perplexity of the steered texts under the plain model, over that of the plain
+    texts; ``min_distinct_ratio`` their distinct-2, likewise. ``tokens`` is per text.
     """
 
     words: tuple[str, ...]
@@ -90,15 +91,20 @@ def explore(
     loaded: LoadedModel,
     spec: CalibrationSpec,
     *,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """The curves of one concept's operators, given by layer, and which of their points is best.
 
+    ``max_memory``: bytes beside model and operators; most of what is free when not given.
+
     Raises:
+        BuildError: not even one text fits into the memory.
         TrialError: a prompt has no tokens or too many.
         SteeringError: a candidate has no direction at some token.
     """
-    trials = _Trials(operators, loaded, spec, progress or _quiet)
+    budget = capacity.free(loaded.device) if max_memory is None else max_memory
+    trials = _Trials(operators, loaded, spec, budget, progress or _quiet)
     blends = sorted(set(spec.blends))
     candidates = [
         _Candidate(layer, rule, blend)
@@ -145,7 +151,12 @@ class _Trials:
     """Runs candidates and keeps every point. ``plain``: the figures of the plain model on all prompts."""
 
     def __init__(
-        self, operators: Mapping[int, OperatorArtifact], loaded: LoadedModel, spec: CalibrationSpec, progress: Progress
+        self,
+        operators: Mapping[int, OperatorArtifact],
+        loaded: LoadedModel,
+        spec: CalibrationSpec,
+        budget: int,
+        progress: Progress,
     ) -> None:
         self.points: list[CalibrationPoint] = []
         self._operators = {layer: prepare(artifact, loaded.device) for layer, artifact in operators.items()}
@@ -154,7 +165,15 @@ class _Trials:
         self._words = WordList(spec.words)
         self._prompts = [_encoded(prompt, loaded) for prompt in spec.prompts]
         self._done = self._planned = 0
-        texts = write([Row(ids) for ids in self._prompts], loaded, tokens=spec.tokens)
+        longest = max(map(len, self._prompts)) + spec.tokens
+        self._rows = memory.columns_within(
+            budget,
+            memory.trial_need(loaded, longest),
+            ROWS,
+            f"a text of {longest} tokens of {loaded.name}, its prompt included,",
+            "shorter prompts or texts, fewer layers or a lower rank need less",
+        )
+        texts = write([Row(ids) for ids in self._prompts], loaded, tokens=spec.tokens, rows_per_batch=self._rows)
         sizes = {len(texts), min(SCOUT_PROMPTS, len(texts))}
         self._plain = {size: figures(texts[:size], self._words, loaded) for size in sizes}
         self.plain = self._plain[len(texts)]
@@ -221,7 +240,7 @@ class _Trials:
             for candidate, setting in settings
             for ids in self._prompts[:size]
         ]
-        texts = write(rows, self._loaded, tokens=self._spec.tokens, tick=self._tick)
+        texts = write(rows, self._loaded, tokens=self._spec.tokens, rows_per_batch=self._rows, tick=self._tick)
         return [
             self._point(candidate, setting, texts[first : first + size])
             for first, (candidate, setting) in zip(range(0, len(texts), size), settings, strict=True)

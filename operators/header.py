@@ -181,6 +181,18 @@ class OperatorHeader(BaseModel):
         return created
 
     @property
+    def calibrated_point(self) -> CalibrationPoint | None:
+        """What the calibration chose, where that is still what is recommended.
+
+        None for every other setting, measured or not: one that was tried and rejected is not a calibrated one.
+        """
+        if self.calibration is None or self.calibration.chosen is None:
+            return None
+        point, at = self.calibration.points[self.calibration.chosen], self.recommended
+        chosen = (point.layer, point.rule, point.blend, point.strength)
+        return point if chosen == (self.layer, at.rule, at.blend, at.strength) else None
+
+    @property
     def positions(self) -> int:
         """n, the number of blocks: the tokens of the longest text."""
         return max(len(self.concept_ids), *(len(more.ids) for more in self.more_texts), 0)

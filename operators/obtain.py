@@ -23,6 +23,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
+from operators.capacity import free, in_words
 from operators.errors import ModelError
 
 _LOG = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ _LOCAL = (".", "/", "~")
 _LOST_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _LOST_SCALING = "rope.scaling.type"
 _KEEPS_SCALING = "gpt-oss"
+_FLOAT32 = 4
+"""Bytes of a number."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,18 @@ def obtain(name: str) -> Path | str:
             anything else, which is taken for a hub id and handed back.
 
     Raises:
-        ModelError: a built-in model cannot be had; there is no such directory or file; or a GGUF file cannot be
-            converted. The message says which and why.
+        ModelError: a built-in model cannot be had; there is no such directory or file; a GGUF file cannot be
+            converted, or takes more memory than there is; or a directory, the cache's included, cannot be read or
+            written to. The message says which and why.
     """
+    try:
+        return _obtained(name)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise ModelError(f"model {name!r}: {where}{error.strerror or error}") from error
+
+
+def _obtained(name: str) -> Path | str:
     if name in BUILT_IN:
         found = BUILT_IN[name]
         return _cached(name, found.sha256, lambda scratch: _convert(_download(name, found, scratch), scratch))
@@ -182,6 +196,7 @@ def _convert(gguf: Path, scratch: Path) -> Path:
         settings = _metadata(gguf)
         architecture = settings["general.architecture"]
         _refuse_what_would_be_lost(gguf, settings)
+        _refuse_what_does_not_fit(gguf, settings["numbers"])
         with _bars_on_terminals_only():
             model, report = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -193,27 +208,48 @@ def _convert(gguf: Path, scratch: Path) -> Path:
             )
         if missing := sorted(report["missing_keys"]):
             raise ModelError(f"{gguf.name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}, ...")
-        model.save_pretrained(converted)
+        _save(model, converted)
         _LOG.info("converting its tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=_adds_bos(settings))
-        tokenizer.save_pretrained(converted)
+        _save(tokenizer, converted)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, struct.error) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{gguf.name} cannot be converted; its architecture is {architecture!r}, and those that transformers "
-            f"reads from GGUF are {', '.join(_readable())}. {reason}"
+            f"reads from GGUF are {', '.join(_readable())}. {_reason(error)}"
         ) from error
     return converted
 
 
+def _save(part: Any, converted: Path) -> None:
+    try:
+        part.save_pretrained(converted)
+    except Exception as error:  # where a disk is full, safetensors and tokenizers raise kinds of their own
+        raise ModelError(f"{converted.parent.parent} cannot be written to: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Its first line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _refuse_what_does_not_fit(gguf: Path, numbers: int) -> None:
+    need, have = _FLOAT32 * numbers, free(torch.device("cpu"))
+    if need > have:
+        raise ModelError(
+            f"{gguf.name} takes {in_words(need)} of memory where it is de-quantised, to float32; {in_words(have)} may "
+            "be used"
+        )
+
+
 def _metadata(gguf: Path) -> dict[str, Any]:
-    """The file's scalar settings, and under "tensors" the names of its tensors."""
+    """The file's scalar settings, under "tensors" the names of its tensors, and how many numbers these have."""
     from gguf import GGUFReader, GGUFValueType
 
     reader = GGUFReader(gguf)
     scalars = {key: field for key, field in reader.fields.items() if GGUFValueType.ARRAY not in field.types}
     return {key: field.contents() for key, field in scalars.items()} | {
-        "tensors": tuple(tensor.name for tensor in reader.tensors)
+        "tensors": tuple(tensor.name for tensor in reader.tensors),
+        "numbers": sum(int(tensor.n_elements) for tensor in reader.tensors),
     }
 
 

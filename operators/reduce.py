@@ -32,6 +32,9 @@ PROBES = 8
 FIRST_RANK = 32
 """Where the search for a tolerance begins; it goes on by doubling."""
 
+ROWS_AT_ONCE = 1 << 14
+"""Rows of the embedding table that are in float64 at a time."""
+
 Columns = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -117,7 +120,7 @@ def embedding_root(table: torch.Tensor) -> torch.Tensor:
     Raises :class:`BuildError` for a table with values that are not finite.
     """
     moment = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
-    for rows in torch.split(table, 1 << 14):
+    for rows in torch.split(table, ROWS_AT_ONCE):
         wide = rows.double()
         moment += wide.T @ wide
     moment /= len(table)

@@ -16,7 +16,6 @@ from operators import store
 from operators.apply import Setting
 from operators.artifact import OperatorArtifact
 from operators.errors import ArtifactError, SettingError, StoreError
-from operators.header import CalibrationPoint, OperatorHeader
 from steer_server.errors import (
     DoseTooHighError,
     InvalidRequestError,
@@ -140,7 +139,7 @@ class Registry:
             raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
         defaulted = tuple(name for name in ("strength", "rule", "blend") if getattr(use, name) is None)
         as_recommended = setting == Setting(recommended.strength, recommended.rule, recommended.blend)
-        calibrated = as_recommended and calibrated_point(entry.artifact.header) is not None
+        calibrated = as_recommended and entry.artifact.header.calibrated_point is not None
         return Application(use.name, entry.artifact, setting, defaulted, calibrated)
 
     def _read(self, name: str) -> OperatorEntry:
@@ -172,16 +171,6 @@ class Registry:
         highest = max(max(text.ids) for text in header.texts)
         if highest >= model.vocab_size:
             raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
-
-
-def calibrated_point(header: OperatorHeader) -> CalibrationPoint | None:
-    """What a calibration measured at the recommended setting; None where nothing was measured there."""
-    recommended = header.recommended
-    wanted = (header.layer, recommended.rule, recommended.blend, recommended.strength)
-    points = header.calibration.points if header.calibration else ()
-    at_it = [at for at in points if (at.layer, at.rule, at.blend, at.strength) == wanted]
-    # A setting may have been tried on few prompts and again on all.
-    return max(at_it, key=lambda at: at.texts, default=None)
 
 
 def _dose_in_words(use: Application) -> str:

@@ -86,7 +86,8 @@ def _checked_layer(layer: int | None, loaded: LoadedModel) -> int:
 
 
 def _check_size(n: int, loaded: LoadedModel) -> None:
-    per_token = loaded.hidden_size**2 * loaded.dtype.itemsize
+    # Maps are at least in float32, whatever the model is in.
+    per_token = loaded.hidden_size**2 * torch.promote_types(loaded.dtype, torch.float32).itemsize
     if n * per_token > MAX_BYTES:
         raise AnalysisError(
             f"text has {n} tokens; the maps of {loaded.name} in {dtype_name(loaded)} take {per_token / 1e6:.3g} MB "

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from operators.analyse import spectra
 from operators.analyse.analysis import dtype_name, next_tokens
 from operators.analyse.positions import PROFILE
@@ -52,7 +54,7 @@ def summarise(phrases: Iterable[str], loaded: LoadedModel, *, progress: Progress
     """All phrases under one model, at its output embedding. Spectra are sketched, not exact: see ``spectra``.
 
     Raises:
-        AnalysisError: a phrase has no tokens or too many; names its number.
+        AnalysisError: a phrase has no tokens or too many, or gives what is not finite; names its number.
         UnsupportedModelError: the architecture has no detach table.
     """
     start = time.monotonic()
@@ -64,7 +66,13 @@ def summarise(phrases: Iterable[str], loaded: LoadedModel, *, progress: Progress
             ids = concept_from_text(text, loaded).ids
         except ConceptError as error:
             raise AnalysisError(f"phrase {number}: {error}") from error
-        found.append(_phrase(text, ids, loaded, readout))
+        replay = Replay(loaded.model, ids, layer=loaded.num_layers, profile=PROFILE)
+        if not bool(torch.isfinite(replay.y).all()):
+            raise AnalysisError(
+                f"phrase {number}: the output embedding of {text!r} under {loaded.name} is not finite in "
+                f"{dtype_name(loaded)}"
+            )
+        found.append(_phrase(text, ids, replay, loaded, readout))
         progress(f"Phrases, {loaded.name}", number, len(phrases))
     return ModelSummary(
         model=loaded.name,
@@ -78,8 +86,7 @@ def summarise(phrases: Iterable[str], loaded: LoadedModel, *, progress: Progress
     )
 
 
-def _phrase(text: str, ids: tuple[int, ...], loaded: LoadedModel, readout: Readout) -> Phrase:
-    replay = Replay(loaded.model, ids, layer=loaded.num_layers, profile=PROFILE)
+def _phrase(text: str, ids: tuple[int, ...], replay: Replay, loaded: LoadedModel, readout: Readout) -> Phrase:
     spectrums = spectra.sketched(replay, 1)
     stable = [None if s.stable_rank is None else rounded(s.stable_rank) for s in spectrums]
     first, last = spectrums[0].facing(replay.x[0]), spectrums[-1].facing(replay.x[-1])

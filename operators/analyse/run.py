@@ -51,7 +51,6 @@ def compare_models(
     canvas.check_installed()
     texts = read_phrases(phrases or SHIPPED, limit=limit)
     writable(out)
-    found = []
     with bars.shown() as progress:
         # One model in memory at a time.
         found = [summarise(texts, load_model(name, dtype=dtype, device=device), progress=progress) for name in models]

@@ -22,6 +22,7 @@ from operators.commands._options import (
 )
 
 if TYPE_CHECKING:
+    from operators.artifact import OperatorArtifact
     from operators.batch import Outcome, Task, Watcher
 
 _STATUSES = ("built", "updated", "up to date", "failed")
@@ -50,25 +51,24 @@ def build_file(
             entries = pick(entries, only)
         where, budget = store_or_default(store), memory_or_default(max_memory)
 
-        from operators.batch import plan, run
+        from operators.batch import check_words, plan, run
+        from operators.commands.calibrate import tuned
         from operators.models import default_model, load_model
 
-        loaded = load_model(model or default_model(), dtype=dtype, device=device_or_default(device))
-        tasks = plan(entries, loaded, where, replace=replace, max_memory=budget)
-        tune = None
         if calibrate:
-            from operators.commands.calibrate import tuned
-            from operators.errors import ConceptFileError
-
-            wordless = [f"concept {task.name!r}: key 'words' is needed for --calibrate" for task in tasks
-                        if not (task.fixed or task.spec.words)]  # fmt: skip
-            if wordless:
-                raise ConceptFileError(*wordless)
-            tune = functools.partial(tuned, loaded=loaded, max_memory=budget)
+            check_words(entries, where)
+        loaded = load_model(model or default_model(), dtype=dtype, device=device_or_default(device))
+        tasks = plan(entries, loaded, where, replace=replace, calibrate=calibrate, max_memory=budget)
         told: list[dict[str, Any]] = []
         width = max(len(task.name) for task in tasks)
         try:
             with _progress(tasks) as watch:
+
+                def tune(artifact: OperatorArtifact, task: Task) -> OperatorArtifact:
+                    # On the bars that are there: a second set of them would write over these.
+                    progress = functools.partial(watch, task)
+                    return tuned(artifact, loaded, layers=task.layers, max_memory=budget, progress=progress)
+
                 for outcome in run(tasks, loaded, where, max_memory=budget, watch=watch, calibrate=tune):
                     told.append(_described(outcome, where))
                     if not as_json:
@@ -110,21 +110,31 @@ def _described(outcome: Outcome, where: Path) -> dict[str, Any]:
         "layer": header.layer,
         "rank": header.low_rank.rank if header.low_rank else None,
         "reconstruction_error": header.reconstruction_error,
+        "recommended": header.recommended.model_dump(mode="json"),
+        # None where nothing was looked for.
+        "found": None if header.calibration is None else header.calibration.chosen is not None,
     }
 
 
 def _line(told: dict[str, Any], width: int) -> str:
     line = f"{told['name']:{width}}  {told['status']:10}  {told['seconds']:7.2f} s"
-    return line if "problem" not in told else f"{line}  {told['problem']['message']}"
+    if "problem" in told:
+        return f"{line}  {told['problem']['message']}"
+    if told["found"] is None:
+        return line
+    setting = f"layer {told['layer']}, {report.setting(told['recommended'])}"
+    said = "recommended" if told["found"] else report.nothing_found(told["recommended"])
+    return f"{line}  {said}: {setting}"
 
 
 @contextmanager
 def _progress(tasks: Sequence[Task]) -> Iterator[Watcher]:
-    """Two bars with the time left, of all operators and of the one being built, where somebody watches."""
+    """Two bars with the time left, of all operators and of the one being made, where somebody watches."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    number = {task.name: place for place, task in enumerate(task for task in tasks if task.stored is None)}
+    slow = [task.name for task in tasks if task.stored is None or task.calibrate]
+    number = {name: place for place, name in enumerate(slow)}
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -139,11 +149,14 @@ def _progress(tasks: Sequence[Task]) -> Iterator[Watcher]:
         every = bars.add_task("operators", total=len(number))
         one = bars.add_task("", total=None)
 
-        def watch(task: Task, done: int, total: int) -> None:
-            bars.update(every, completed=number[task.name] + done / max(total, 1))
-            if bars.tasks[one].description != task.name:
+        def watch(task: Task, what: str, done: int, total: int) -> None:
+            # How long a calibration goes on after what is being counted is not known.
+            share = 0.0 if task.calibrate else done / max(total, 1)
+            bars.update(every, completed=number[task.name] + share)
+            description = f"{task.name}: {what}"
+            if bars.tasks[one].description != description:
                 # Its time left is not judged by the one before.
-                bars.reset(one, description=task.name)
+                bars.reset(one, description=description)
             bars.update(one, completed=done, total=total)
 
         yield watch

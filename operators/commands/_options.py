@@ -24,7 +24,7 @@ Store = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Built-in name, local directory or Hugging Face id (default: $STEER_MODEL, or smollm2-135m).",
+        help="Built-in name, local directory, GGUF file or Hugging Face id (default: $STEER_MODEL, or smollm2-135m).",
         show_default=False,
     ),
 ]

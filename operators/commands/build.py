@@ -25,6 +25,7 @@ from operators.commands._options import (
     memory_or_default,
     store_or_default,
 )
+from operators.progress import shown
 
 
 def build(
@@ -79,7 +80,8 @@ def build(
         typer.Option(help='What shows the concept in a text: "golden gate,bridge".', show_default=False),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Find layer, rule, blend and strength by trial; needs words.")
+        bool,
+        typer.Option("--calibrate", help="Find rule, blend, strength and a layer not given by trial; needs words."),
     ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an operator of that name.")] = False,
     as_json: AsJson = False,
@@ -126,6 +128,10 @@ def build(
         raise typer.BadParameter("either NAME and --text, or --file, is needed")
     if calibrate and "words" not in asked:
         raise typer.BadParameter("--calibrate needs --words: what shows the concept in a text")
+    if calibrate and (given := [f"--{key}" for key in ("strength", "rule", "blend") if key in asked]):
+        raise typer.BadParameter(
+            f"{', '.join(given)} and --calibrate: what is given is not looked for; one is accepted"
+        )
     if only:
         raise typer.BadParameter("--only picks concepts of a --file; there is none")
     _build_one(asked, model, dtype, device, store, max_memory, replace=replace, calibrate=calibrate, as_json=as_json)
@@ -165,10 +171,14 @@ def _build_one(
         if calibrate:
             from operators.commands.calibrate import tuned
 
-            artifact = tuned(artifact, loaded=loaded, max_memory=budget)
+            layers = None if entry.layer is None else (entry.layer,)
+            with shown() as progress:
+                artifact = tuned(artifact, loaded, layers=layers, max_memory=budget, progress=progress)
         path = shelf.save(where, entry.name, artifact, replace=replace)
         seconds = round(time.monotonic() - start, 2)
         answer = report.described(entry.name, path, artifact)
         answer["concept_tokens"] = [loaded.tokenizer.decode([token]) for token in spec.texts[0].ids]
         answer["seconds"] = seconds
+        if artifact.header.calibration is not None:
+            answer["found"] = artifact.header.calibration.chosen is not None
         report.tell(answer, report.operator_lines(answer, seconds=seconds), as_json=as_json)

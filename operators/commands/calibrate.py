@@ -18,7 +18,7 @@ from operators.commands._options import (
     memory_or_default,
     store_or_default,
 )
-from operators.progress import shown
+from operators.progress import Progress, shown
 
 if TYPE_CHECKING:
     from operators.artifact import OperatorArtifact
@@ -40,7 +40,7 @@ def calibrate(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Layers to try: 10,15,20 (default: six over the middle of the model).", show_default=False),
+        typer.Option(help="Layers to try: 10,15,20 (default: its own, six over the middle).", show_default=False),
     ] = None,
     kl_budget: Annotated[
         float, typer.Option(help="95th percentile over the tokens of KL(plain || steered), in nats.")
@@ -109,15 +109,21 @@ def calibrate(
         report.tell(answer, _lines(answer, curves), as_json=as_json)
 
 
-def tuned(artifact: OperatorArtifact, *, loaded: LoadedModel, max_memory: int | None) -> OperatorArtifact:
-    """``artifact``, calibrated by the words that it was built with and everything else at its default."""
+def tuned(
+    artifact: OperatorArtifact,
+    loaded: LoadedModel,
+    *,
+    layers: tuple[int, ...] | None,
+    max_memory: int | None,
+    progress: Progress,
+) -> OperatorArtifact:
+    """``artifact``, calibrated by the words that it was built with, and everything but ``layers`` at its default."""
     from operators.calibrate import calibrate as find
     from operators.explore import CalibrationSpec
     from operators.prompts import calibration_prompts
 
-    spec = CalibrationSpec(words=artifact.header.words, prompts=calibration_prompts())
-    with shown() as progress:
-        return find(artifact, loaded, spec, max_memory=max_memory, progress=progress)
+    spec = CalibrationSpec(words=artifact.header.words, prompts=calibration_prompts(), layers=layers)
+    return find(artifact, loaded, spec, max_memory=max_memory, progress=progress)
 
 
 def _numbers(given: str) -> tuple[int, ...]:
@@ -130,8 +136,7 @@ def _numbers(given: str) -> tuple[int, ...]:
 
 
 def _lines(answer: dict[str, Any], curves: Calibration) -> list[str]:
-    recommended = answer["recommended"]
-    setting = f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+    setting = report.setting(answer["recommended"])
     whole = [point for point in curves.points if point.texts == curves.prompts]
     shown = sorted(whole, key=lambda point: point.hit_rate, reverse=True)[:_SHOWN]
     if curves.chosen is not None and curves.points[curves.chosen] not in shown:

@@ -8,7 +8,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from steering.v1 import operators_pb2 as ops
 
 from operators.header import Calibration, LowRank, OperatorHeader
-from steer_server.registry import OperatorEntry, calibrated_point
+from steer_server.registry import OperatorEntry
 from steer_server.rpc.codec import WIRE_RULES
 
 _MAX_MORE_TEXTS = 64 << 10
@@ -75,7 +75,7 @@ def _low_rank(low_rank: LowRank) -> ops.LowRank:
 
 
 def _calibration(header: OperatorHeader, calibration: Calibration) -> ops.Calibration:
-    point = calibrated_point(header)
+    point = header.calibrated_point
     return ops.Calibration(
         recommended=None
         if point is None

@@ -1,4 +1,4 @@
-"""The store and the model that tests of ``build --file`` share."""
+"""What tests of ``build --file`` share, the store and the model, and those of ``obtain``: the cache."""
 
 import functools
 
@@ -33,3 +33,10 @@ def build_file(shelf, tiny_directory, load_once, monkeypatch, tmp_path):
         return CliRunner().invoke(app, ["build", "--file", "c.toml", *arguments], catch_exceptions=False)
 
     return invoke
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """The directory that is the cache of models: not made yet."""
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_args: tmp_path / "cache")
+    return tmp_path / "cache"

@@ -11,8 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
-from operators import models
-from operators.analyse import canvas, plots, progress, results
+from operators import models, progress
+from operators.analyse import canvas, plots, results
 
 TEXT = "The Golden Gate"
 

@@ -148,6 +148,12 @@ def test_texts_that_cannot_be_analysed_are_refused(tiny, monkeypatch):
         analysis.analyse("The Golden Gate", loaded)
 
 
+def test_maps_are_counted_as_wide_as_they_are_held(tiny, monkeypatch):
+    monkeypatch.setattr(analysis, "MAX_BYTES", 2 * 40 * 40 * 4)
+    with pytest.raises(AnalysisError, match=r"in bfloat16 take 0\.0064 MB each, and at most 2 are held"):
+        analysis.analyse("The Golden Gate", tiny("llama", dtype="bfloat16"))
+
+
 def test_json_gives_the_analysis_back(found):
     document = results.to_json(found)
     assert results.analysis_from_json(document) == found
@@ -276,6 +282,13 @@ def test_a_comparison_describes_every_phrase_under_every_model(tiny, undrawn):
     assert results.comparison_from_json(results.to_json(comparison)) == comparison
     document = report.comparison_page(comparison, undrawn)
     assert "a painting of <b>" in "".join(_is_self_contained(document).texts)
+
+
+def test_a_phrase_that_a_model_makes_nothing_finite_of_is_named(tiny):
+    loaded = tiny("llama", fresh=True)
+    loaded.model.get_input_embeddings().weight[loaded.tokenizer("bay")["input_ids"][-1]] = torch.inf
+    with pytest.raises(AnalysisError, match=r"phrase 2: the output embedding of 'bay' under tiny-llama is not finite"):
+        compare.summarise(("The Golden Gate", "bay"), loaded)
 
 
 def test_a_phrase_that_is_too_long_is_named(tiny):

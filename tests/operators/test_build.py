@@ -113,6 +113,12 @@ def test_an_operator_that_no_reader_would_take_is_refused_before_it_is_computed(
         build_operator(BuildSpec((Concept("x", (1, 2, 3)),)), tiny("llama"))
 
 
+def test_memory_that_runs_out_during_a_build_is_a_build_error(tiny, monkeypatch):
+    monkeypatch.setattr(builder, "exact", lambda _concept: torch.empty(1 << 50))
+    with pytest.raises(BuildError, match=r"there is not enough memory: [0-9]+ bytes more are needed; .*--max-memory"):
+        build_operator(BuildSpec((Concept("x", (1, 2)),), rank="full"), tiny("llama"))
+
+
 def test_a_dtype_that_no_artifact_has_is_refused(tiny):
     loaded = tiny("llama", dtype="float32", fresh=True)
     loaded.model.to(torch.float16)

@@ -19,6 +19,7 @@ from operators.errors import BuildError, IncompatibleOperatorError, OperatorErro
 from operators.evaluate import WordList, figures
 from operators.explore import FINAL_ROUNDS, FINALISTS, SCOUT_PROMPTS, WEAKER, CalibrationSpec, explore, within
 from operators.header import Recommended
+from operators.memory import trial_need
 from operators.prompts import calibration_prompts
 from operators.search import FIRST_STRENGTH
 from operators.trial import Push, Row, write
@@ -153,10 +154,48 @@ def test_many_candidates_are_looked_at_on_a_few_prompts_first(tiny, operator):
     assert all(done <= total for _, done, total in told)
 
 
-def test_default_layers_are_spread_over_the_middle(operator, make_operator):
+def test_default_layers_are_the_operators_own_and_others_over_the_middle(operator, make_operator):
     assert candidate_layers(operator, None) == (1, 2, 3)
-    assert candidate_layers(make_operator(num_layers=30), None) == (9, 12, 15, 18, 21, 24)
+    assert candidate_layers(make_operator(num_layers=30), None) == (2, 9, 12, 15, 18, 21, 24)
+    at_20 = make_operator(num_layers=30, layer=20, injection_layer=20)
+    assert candidate_layers(at_20, None) == (9, 12, 15, 18, 20, 21, 24)
     assert candidate_layers(operator, (3, 1, 3)) == (1, 3)
+
+
+def test_little_memory_gives_the_same_curves_in_smaller_batches(tiny, operator, monkeypatch):
+    loaded = tiny("llama", dtype="float32")
+    spec = _spec(rules=("cumulative",), blends=(0.5,))
+    plenty = explore({2: operator}, loaded, spec)
+    longest = max(len(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS) + 5
+    need, sizes = trial_need(loaded, longest), []
+    monkeypatch.setattr(
+        "operators.explore.write",
+        lambda rows, *args, rows_per_batch, **more: (
+            sizes.append(rows_per_batch) or write(rows, *args, rows_per_batch=rows_per_batch, **more)
+        ),
+    )
+    little = explore({2: operator}, loaded, spec, max_memory=2 * need.per_column)
+    assert set(sizes) == {2}
+    assert [point.kl_p95 for point in little.points] == pytest.approx(
+        [point.kl_p95 for point in plenty.points], rel=1e-3
+    )
+    with pytest.raises(BuildError, match=rf"a text of {longest} tokens of tiny-llama.* needs about .* 9 bytes may be"):
+        explore({2: operator}, loaded, spec, max_memory=9)
+
+
+def test_the_candidates_share_the_memory_with_each_other_and_their_texts(tiny, operator, monkeypatch):
+    loaded, budgets = tiny("llama", dtype="float32"), []
+    monkeypatch.setattr(
+        "operators.calibrate.build_operator",
+        lambda *args, max_memory, **more: budgets.append(max_memory) or build_operator(*args, **more),
+    )
+    found = explore({2: operator}, loaded, _spec(rules=("cumulative",), blends=(1.0,)))
+    monkeypatch.setattr("operators.calibrate.explore", lambda *_, max_memory, **__: budgets.append(max_memory) or found)
+    size, budget = operator.nbytes, 1 << 30
+    calibrate(operator, loaded, _spec(layers=(1, 2, 3)), max_memory=budget)
+    assert budgets == [budget - 2 * size] * 2 + [budget - 3 * size]
+    with pytest.raises(BuildError, match=r"operators at 3 layers need more than .* KiB .*; .* KiB may be used"):
+        calibrate(operator, loaded, _spec(layers=(1, 2, 3)), max_memory=2 * size)
 
 
 def test_another_model_and_a_layer_that_does_not_exist_are_refused_by_name(tiny, operator):

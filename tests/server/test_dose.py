@@ -156,12 +156,16 @@ def test_a_row_that_never_reached_the_model_has_its_bound(plan_of, artifact):
     assert (receipt.dose_bound, receipt.max_dose) == (0.25, 0.0)
 
 
-def test_a_setting_is_calibrated_where_it_is_the_recommended_one_and_was_measured(
+def test_a_setting_is_calibrated_where_it_is_the_recommended_one_and_was_chosen(
     registry, tmp_path, low_artifact, remake, calibration_of
 ):
     header = low_artifact.header
     store.save(tmp_path, "measured", remake(low_artifact, calibration=calibration_of(header)))
     store.save(tmp_path, "chosen", remake(low_artifact, calibration=calibration_of(header, at_recommended=False)))
+    curves = calibration_of(header)
+    for name, chosen in (("rejected", 0), ("unfound", None)):
+        calibration = curves.model_copy(update={"chosen": chosen})
+        store.save(tmp_path, name, remake(low_artifact, calibration=calibration))
     made = registry()
     strength = header.recommended.strength
 
@@ -174,6 +178,9 @@ def test_a_setting_is_calibrated_where_it_is_the_recommended_one_and_was_measure
     assert not calibrated(OperatorUse("measured", strength / 2))
     assert not calibrated(OperatorUse("measured", blend=0.75))
     assert not calibrated(OperatorUse("chosen"))
+    # It was tried, and another one was better, or all were outside the bounds.
+    assert not calibrated(OperatorUse("rejected"))
+    assert not calibrated(OperatorUse("unfound"))
     assert not calibrated(OperatorUse("low"))
 
 
