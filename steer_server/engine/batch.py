@@ -21,7 +21,7 @@ import torch
 
 from operators.apply import PreparedOperator, cumulative, substitute, terms
 from operators.header import Rule
-from steer_server.engine.dose import dose_limit
+from steer_server.engine.dose import dose_floor, dose_limit
 from steer_server.types import SteeringPlan
 
 Earlier = Callable[[str, int], torch.Tensor]
@@ -93,6 +93,7 @@ class Site:
     rows: torch.Tensor
     push: torch.Tensor
     owners: Sequence[Segment]
+    step: int
     doses: torch.Tensor | None = None
 
 
@@ -100,10 +101,13 @@ class Site:
 class _Followed:
     uses: tuple[Use, ...]
     salt: str
-    limits: Mapping[int, float]
+    limits: Mapping[int, tuple[float, float]]
+    """By layer, what a dose must pass and what it cannot pass."""
     position: int = 0
     sums: list[torch.Tensor | None] = field(default_factory=list)
     cached: int | None = None
+    found: int = -1
+    """The last step in which it began, or came back, after positions that it did not compute there."""
     doses: dict[int, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     failure: str = ""
 
@@ -116,7 +120,9 @@ class BatchSteering:
         self._dtype = dtype
         self._operators: dict[str, Sited] = {}
         self._followed: dict[str, _Followed] = {}
-        self._tainted: set[str] = set()
+        self._step = 0
+        self._tainted: dict[str, int] = {}
+        """By salt, the first step in which a request failed: what is found from then on may be what it left."""
 
     def load(self, digest: str, sited: Sited) -> None:
         """Makes an operator known by its digest; whatever has that digest is the same operator."""
@@ -143,13 +149,10 @@ class BatchSteering:
         for use in uses:
             if not unknown:
                 bounds[self._operators[use.digest].layer] += abs(use.strength) / 2.0
-        self._followed[request] = _Followed(
-            uses,
-            salt,
-            {layer: dose_limit(bound, self._dtype) for layer, bound in bounds.items()},
-            sums=[None] * len(uses),
-            failure=f"operator {unknown[0]} is not loaded" if unknown else "",
-        )
+        limits = {layer: (dose_floor(bound), dose_limit(bound, self._dtype)) for layer, bound in bounds.items()}
+        new = self._followed[request] = _Followed(uses, salt, limits, sums=[None] * len(uses))
+        if unknown:
+            self._fail(new, self._step, f"operator {unknown[0]} is not loaded")
 
     def __contains__(self, request: str) -> bool:
         return request in self._followed
@@ -160,8 +163,8 @@ class BatchSteering:
     def account(self, request: str) -> Account:
         """What was done to a request so far. Raises :class:`KeyError` for one that is not followed."""
         found = self._followed[request]
-        if found.failure:
-            self._tainted.add(found.salt)
+        if found.salt in self._tainted and found.found >= self._tainted[found.salt]:
+            self._fail(found, found.found, "its prompt's beginning was left by a request that failed")
         layers = tuple(Measured(layer, tuple(doses)) for layer, doses in sorted(found.doses.items()))
         return Account(found.cached or 0, layers, found.failure)
 
@@ -179,6 +182,7 @@ class BatchSteering:
         A request with an operator that is gone, or without a direction at some token, has its failure noted and is
         not pushed; whoever asks for its account learns of it.
         """
+        self._step += 1
         x = x.to(torch.float32)
         ends = list(accumulate(segment.count for segment in segments))
         spans = {segment.request: (end - segment.count, end) for segment, end in zip(segments, ends, strict=True)}
@@ -190,8 +194,8 @@ class BatchSteering:
                 if use.digest in self._operators:
                     # At blend 1 every rule is the anchor.
                     groups[use.digest, None if use.blend == 1.0 else use.rule].append((segment, index))
-                elif not request.failure:
-                    request.failure = f"operator {use.digest} was unloaded"
+                else:
+                    self._fail(request, self._step, f"operator {use.digest} was unloaded")
         pushes: dict[int, list[tuple[list[Segment], torch.Tensor]]] = defaultdict(list)
         for (digest, rule), members in groups.items():
             sited = self._operators[digest]
@@ -199,7 +203,7 @@ class BatchSteering:
             pushes[sited.layer].append(([segment for segment, _ in members], push))
         for segment in segments:
             self._followed[segment.request].position = segment.first + segment.count
-        return {layer: _merged(parts) for layer, parts in pushes.items()}
+        return {layer: _merged(parts, self._step) for layer, parts in pushes.items()}
 
     def book(self, sites: Mapping[int, Site]) -> None:
         """Takes note of what a forward pass did."""
@@ -210,16 +214,16 @@ class BatchSteering:
                 request = self._followed.get(segment.request)
                 mine = None if measured is None else measured[at : at + segment.count]
                 at += segment.count
-                if request is not None:
-                    _note(request, layer, segment, mine)
+                if request is not None and (problem := _note(request, layer, segment, mine)):
+                    self._fail(request, site.step, problem)
 
     def _arrive(self, request: _Followed, segment: Segment, earlier: Earlier) -> None:
+        begun = segment.first == request.position
         if request.cached is None:
             # A first step beyond the first token: what comes before was found in the cache of keys and values.
             request.cached = segment.first
-            if segment.first and request.salt in self._tainted:
-                request.failure = request.failure or "its prompt's beginning was left by a request that failed"
-        begun = segment.first == request.position
+        if segment.first and not begun:
+            request.found = self._step
         stale = [
             index
             for index, use in enumerate(request.uses)
@@ -248,7 +252,8 @@ class BatchSteering:
         half = _per_token([use.strength / 2.0 for use in uses], counts, x)
         if rule is None:
             return half * operator.unit_anchor
-        mine = x if int(counts.sum()) == x.shape[0] else torch.cat([x[slice(*spans[s.request])] for s, _ in members])
+        names = [segment.request for segment, _ in members]
+        mine = x if names == list(spans) else torch.cat([x[slice(*spans[name])] for name in names])
         a = substitute(operator, mine) if rule == "substitute" else self._advance(operator, members, counts, mine)
         unit, usable = _unit(a)
         if any(use.blend for use in uses):
@@ -257,7 +262,7 @@ class BatchSteering:
             mixed, still = _unit((1.0 - blend) * unit + blend * operator.unit_anchor)
             unit, usable = torch.where(blend > 0, mixed, unit), usable & (still | (blend == 0).squeeze(-1))
         if not bool(usable.all()):
-            self._fail(members, usable)
+            self._fail_members(members, usable)
             unit = torch.where(usable[:, None], unit, torch.zeros_like(unit))
         return half * unit
 
@@ -286,16 +291,18 @@ class BatchSteering:
         assert total is not None  # noqa: S101 - made when the request arrived at this step
         return total
 
-    def _fail(self, members: Sequence[tuple[Segment, int]], usable: torch.Tensor) -> None:
+    def _fail_members(self, members: Sequence[tuple[Segment, int]], usable: torch.Tensor) -> None:
         good, at = usable.tolist(), 0
         for segment, _ in members:
-            request = self._followed[segment.request]
-            for offset in range(segment.count):
-                if not (good[at + offset] or request.failure):
-                    request.failure = (
-                        f"the steering direction at position {segment.first + offset} is zero or not finite"
-                    )
+            if not all(mine := good[at : at + segment.count]):
+                position = segment.first + mine.index(False)
+                problem = f"the steering direction at position {position} is zero or not finite"
+                self._fail(self._followed[segment.request], self._step, problem)
             at += segment.count
+
+    def _fail(self, request: _Followed, step: int, problem: str) -> None:
+        request.failure = request.failure or problem
+        self._tainted[request.salt] = min(step, self._tainted.get(request.salt, step))
 
 
 def _sums_up(use: Use) -> bool:
@@ -312,7 +319,7 @@ def _unit(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return vectors / norms, (torch.isfinite(norms) & (norms > 0)).squeeze(-1)
 
 
-def _merged(parts: Sequence[tuple[list[Segment], torch.Tensor]]) -> Site:
+def _merged(parts: Sequence[tuple[list[Segment], torch.Tensor]], step: int) -> Site:
     """One site from the pushes of one or more operators; those of one token add up."""
     owners = list(dict.fromkeys(segment for segments, _ in parts for segment in segments))
     slots, total = {}, 0
@@ -325,7 +332,7 @@ def _merged(parts: Sequence[tuple[list[Segment], torch.Tensor]]) -> Site:
         push = push.new_zeros(total, push.shape[1])
         for segments, part in parts:
             push.index_add_(0, _ranges([slots[segment] for segment in segments], segments).to(push.device), part)
-    return Site(rows.to(push.device), push, owners)
+    return Site(rows.to(push.device), push, owners, step)
 
 
 def _ranges(starts: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
@@ -336,19 +343,23 @@ def _ranges(starts: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
     )
 
 
-def _note(request: _Followed, layer: int, segment: Segment, doses: Sequence[float] | None) -> None:
+def _note(request: _Followed, layer: int, segment: Segment, doses: Sequence[float] | None) -> str:
+    """Books the doses of a segment; what is wrong with them, or nothing."""
     if doses is None:
-        request.failure = request.failure or f"layer {layer} was not reached: the model did not call its hook"
-        return
-    limit = request.limits.get(layer, 0.0)
+        return f"layer {layer} was not reached: the model did not call its hook"
+    if segment.first > (request.cached or 0) + max(map(len, request.doses.values()), default=0):
+        # Preempted in its prompt, and come back to more of it than it had computed: all of that was found.
+        request.cached = segment.first
+        request.doses.clear()
+    floor, limit = request.limits.get(layer, (0.0, 0.0))
     booked = request.doses[layer]
     # Positions that are computed once more, after a preemption, were counted before.
     known = (request.cached or 0) + len(booked)
-    for dose in doses[max(0, known - segment.first) :]:
-        booked.append(dose)
-    for dose in doses:
-        if not 0.0 < dose <= limit and not request.failure:
-            request.failure = (
-                f"layer {layer}: the hidden state moved by {dose:g} of its norm; a positive change of at most "
-                f"{limit:g} is what the strengths give (they may cancel, or be lost in rounding to the model's dtype)"
-            )
+    booked.extend(doses[max(0, known - segment.first) :])
+    wrong = next((dose for dose in doses if not floor < dose <= limit), None)
+    if wrong is None:
+        return ""
+    return (
+        f"layer {layer}: the hidden state moved by {wrong:g} of its norm; a positive change of at most "
+        f"{limit:g} is what the strengths give (they may cancel, or be lost in rounding to the model's dtype)"
+    )

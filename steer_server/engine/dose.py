@@ -11,3 +11,8 @@ _ARITHMETIC = 1e-5
 def dose_limit(bound: float, dtype: torch.dtype) -> float:
     """What |h' - h|/|h| may be where the strengths give at most ``bound``, h' = h + |h| push rounded to ``dtype``."""
     return bound * (1.0 + _ARITHMETIC) + (1.0 + bound) * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def dose_floor(bound: float) -> float:
+    """What |h' - h|/|h| must pass to be more than the rounding of strengths that cancel and add up to ``bound``."""
+    return bound * _ARITHMETIC
