@@ -45,10 +45,10 @@ class OperatorShelf:
                     self._loading[digest] = asyncio.create_task(self._fetch(digest, artifact))
                 # Another request may wait for the same one: this one's end does not stop it.
                 await asyncio.shield(self._loading[digest])
+            await self._trim()
         except BaseException:
             self.release(wanted)
             raise
-        await self._trim()
 
     def release(self, digests: Iterable[str]) -> None:
         """Gives back what a request held."""
