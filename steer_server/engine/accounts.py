@@ -35,15 +35,14 @@ class AccountDesk:
             wanted, self._wanted = self._wanted, {}
             try:
                 found = await self._ask(list(wanted))
+                for future, account in zip(wanted.values(), found, strict=True):
+                    if not future.done():
+                        future.set_result(account)
             except Exception as error:  # noqa: BLE001 - handed on to all who wait
                 # Whatever broke the call, nobody is to wait for its answer.
                 for future in wanted.values():
                     if not future.done():
                         future.set_exception(error)
-                continue
-            for future, account in zip(wanted.values(), found, strict=True):
-                if not future.done():
-                    future.set_result(account)
 
 
 def receipts(
@@ -63,12 +62,16 @@ def receipts(
     if account["failure"]:
         raise SteeringNotAppliedError(str(account["failure"]))
     cached, doses = int(account["cached"]), {}
+    if cached >= prompt_tokens:
+        raise SteeringNotAppliedError(
+            f"{cached} tokens count as cached; of a prompt of {prompt_tokens} the last is always computed"
+        )
     for layer in sorted({use.layer for use in plan.applications if use.setting.strength}):
         measured = account["layers"].get(str(layer), [])[: fed - cached]
         if cached + len(measured) < fed:
             raise SteeringNotAppliedError(f"layer {layer}: {len(measured)} of {fed - cached} tokens were steered")
         dose = doses[layer] = Dose()
-        split = max(0, prompt_tokens - cached)
+        split = prompt_tokens - cached
         dose.add(measured[:split], prompt=True)
         dose.add(measured[split:], prompt=False)
-    return receipts_of(plan, doses, cached=min(cached, prompt_tokens))
+    return receipts_of(plan, doses, cached=cached)
