@@ -38,7 +38,9 @@ def read_engine_args(given: Iterable[str]) -> dict[str, Any]:
                 continue
             content = yaml.safe_load(Path(item).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise StartupError(f"engine_args: {item!r} is neither KEY=VALUE nor a YAML file: {error}") from error
+            # YAML draws its errors on several lines.
+            why = " ".join(str(error).split())
+            raise StartupError(f"engine_args: {item!r} is neither KEY=VALUE nor a YAML file: {why}") from error
         if not isinstance(content, dict):
             raise StartupError(f"engine_args: {item} does not hold KEY: VALUE lines")
         found |= {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -113,6 +113,7 @@ class SteerServer:
         failed = asyncio.ensure_future(self.engine.failed())
         await asyncio.wait({signalled, failed}, return_when=asyncio.FIRST_COMPLETED)
         if failed.done():
+            signalled.cancel()
             log.error("the engine died", reason=failed.result())
             await self.stop()
             raise EngineDiedError(failed.result())

@@ -34,6 +34,26 @@ def test_a_limit_of_the_dose_is_a_positive_number(monkeypatch, value):
     assert [error["loc"] for error in caught.value.errors()] == [("max_dose",)]
 
 
+def test_the_engine_is_one_of_two(monkeypatch):
+    assert ServerConfig().engine == "hf"
+    monkeypatch.setenv("STEER_ENGINE", "vllm")
+    assert ServerConfig().engine == "vllm"
+    assert ServerConfig(engine="hf").engine == "hf"
+    monkeypatch.setenv("STEER_ENGINE", "embedded")
+    with pytest.raises(ValidationError, match="'hf' or 'vllm'") as caught:
+        ServerConfig()
+    assert [error["loc"] for error in caught.value.errors()] == [("engine",)]
+
+
+def test_options_of_the_engine_are_json_in_the_environment(monkeypatch):
+    assert ServerConfig().engine_args == {}
+    monkeypatch.setenv("STEER_ENGINE_ARGS", '{"max_model_len": 4096, "enforce_eager": true}')
+    assert ServerConfig().engine_args == {"max_model_len": 4096, "enforce_eager": True}
+    # Those of the command line stand over them one by one.
+    both = ServerConfig(engine_args={"max_num_seqs": 2, "max_model_len": 64})
+    assert both.engine_args == {"max_model_len": 64, "enforce_eager": True, "max_num_seqs": 2}
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:50051", "[::]:50051", "[::1]:1", "0.0.0.0:65535"])
 def test_an_address_is_a_host_and_a_port(listen):
     assert ServerConfig(listen=listen).listen == listen

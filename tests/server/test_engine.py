@@ -63,7 +63,7 @@ def slow(engine, monkeypatch):
         gate.wait(10)
         return (1,)
 
-    monkeypatch.setattr(engine, "_encode", encode)
+    monkeypatch.setattr(engine._prompts, "_encode", encode)
     yield gate, names
     gate.set()
 

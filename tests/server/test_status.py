@@ -1,5 +1,6 @@
 import asyncio
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,11 +9,14 @@ import grpc
 import pytest
 import steer_client
 from google.rpc import error_details_pb2, status_pb2
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.registry import Collector
 from steer_client import AsyncSteerClient, OperatorUse, SteerClient
 
 from steer_server import errors
 from steer_server.config import ServerConfig
-from steer_server.errors import SteerServerError
+from steer_server.errors import EngineDiedError, SteerServerError
+from steer_server.metrics import Metrics
 from steer_server.rpc.server import SteerServer
 from steer_server.rpc.status import DOMAIN, TABLE, code_of, status_of
 from steer_server.types import ModelInfo
@@ -54,10 +58,16 @@ class _BrokenEngine:
     error: BaseException | None = None
     running: int = 0
     waiting: int = 0
+    collectors: tuple[Collector, ...] = ()
     closed: list[bool] = field(default_factory=list)
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def encode(self, prompt: object) -> tuple[int, ...]:
         raise self.error
+
+    async def failed(self) -> str:
+        await self.dead.wait()
+        return "all of it broke"
 
     async def close(self) -> None:
         self.closed.append(True)
@@ -223,3 +233,42 @@ async def test_stopping_closes_the_engine(model_info):
     await server.start()
     await server.stop()
     assert engine.closed == [True]
+
+
+async def test_a_server_whose_engine_died_stops_and_says_why(model_info):
+    engine = _BrokenEngine(model_info, error=errors.EngineFailedError("it broke"))
+    server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
+    target = f"127.0.0.1:{await server.start()}"
+    serving = asyncio.ensure_future(server.serve_until_signalled())
+    async with AsyncSteerClient(target) as client:
+        assert await client.health()
+        with pytest.raises(steer_client.EngineFailedError):
+            await client.generate("x")
+    assert not serving.done()
+    engine.dead.set()
+    with pytest.raises(EngineDiedError, match="all of it broke"):
+        await asyncio.wait_for(serving, 10)
+    assert engine.closed == [True]
+    async with AsyncSteerClient(target) as client:
+        with pytest.raises(steer_client.ServerUnavailableError):
+            await client.generate("x")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_server_that_is_signalled_stops_without_an_error(model_info, number):
+    engine = _BrokenEngine(model_info)
+    server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
+    await server.start()
+    serving = asyncio.ensure_future(server.serve_until_signalled())
+    await asyncio.sleep(0.05)
+    signal.raise_signal(number)
+    await asyncio.wait_for(serving, 10)
+    assert engine.closed == [True]
+
+
+def test_the_engines_own_metrics_are_shown_with_those_of_the_server(model_info):
+    own = CollectorRegistry()
+    Gauge("engine_depth", "Of its own", registry=own).set(7)
+    metrics = Metrics(_BrokenEngine(model_info, collectors=(own,)), _EmptyRegistry())
+    assert metrics.registry.get_sample_value("engine_depth") == 7
+    assert metrics.registry.get_sample_value("steer_jobs_running") == 0
