@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 
-from operators.apply import Setting
+from operators.apply import Direction, PreparedOperator, Setting, prepare, steer
 from operators.artifact import OperatorArtifact, make_artifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
 from operators.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
 from operators.models import LoadedModel
+from steer_server.engine.batch import BatchSteering, Segment, Site, Sited, Use
 from steer_server.engine.decode import Decoder, Interrupted
 from steer_server.engine.steering import PreparedOperators
 from steer_server.types import (
@@ -23,6 +25,9 @@ from steer_server.types import (
     SteeringPlan,
     TokenEvent,
 )
+
+_BATCH_WIDTH = 5
+"""Of the hidden states in a :class:`Batch`; that of ``make_operator``."""
 
 
 @pytest.fixture(scope="session")
@@ -196,3 +201,102 @@ def decode(make_decoder: Callable[..., Decoder]) -> Callable[..., tuple[list, li
         return ids, [ends[row].receipts for row in range(len(plans))], logits
 
     return run
+
+
+class Batch:
+    """Texts that are fed as an engine with continuous batching does; rows that are nobody's lie between them."""
+
+    def __init__(self, sited: dict[str, Sited], dtype: torch.dtype) -> None:
+        self.sited, self.dtype = sited, dtype
+        self.texts: dict[str, torch.Tensor] = {}
+        self.uses: dict[str, tuple[Use, ...]] = {}
+        self.asked: list[tuple[str, int]] = []
+        """Whose beginnings were asked for."""
+        self.steering = BatchSteering(dtype)
+        for digest, operator in sited.items():
+            self.steering.load(digest, operator)
+
+    @staticmethod
+    def embeddings(length: int = 12, seed: int = 0) -> torch.Tensor:
+        return torch.randn(length, _BATCH_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+    def begin(
+        self, request: str, *uses: Use, x: torch.Tensor | None = None, seed: int = 0, salt: str | None = None
+    ) -> None:
+        """A text of random embeddings, or of those given; under a salt of its own, or a shared one."""
+        self.texts[request] = self.embeddings(seed=seed) if x is None else x
+        self.uses[request] = uses
+        self.steering.follow(request, uses, request if salt is None else salt)
+
+    def earlier(self, request: str, count: int) -> torch.Tensor:
+        self.asked.append((request, count))
+        return self.texts[request][:count]
+
+    def prepare(self, *parts: tuple[str, int, int]) -> tuple[list[Segment], dict[int, Site]]:
+        """The segments and sites of a step of (request, first position, number of tokens)."""
+        segments, start = [], 1
+        for request, first, count in parts:
+            segments.append(Segment(request, start, first, count))
+            start += count + 1
+        x = torch.cat([self.texts[request][first : first + count] for request, first, count in parts])
+        return segments, self.steering.prepare(segments, x, self.earlier)
+
+    def step(
+        self, *parts: tuple[str, int, int], change: Callable[[dict[int, Site]], None] | None = None
+    ) -> dict[tuple[str, int], torch.Tensor]:
+        """One forward pass: the pushes (count, d) of each request at each layer, zero where there is none.
+
+        ``change`` may forge what was measured.
+        """
+        segments, sites = self.prepare(*parts)
+        owned = {row for each in segments for row in range(each.start, each.start + each.count)}
+        hidden = torch.randn(max(owned) + 2, _BATCH_WIDTH, generator=torch.Generator().manual_seed(len(owned)))
+        hidden = hidden.to(self.dtype)
+        pushed = {}
+        for layer, site in sites.items():
+            rows = site.rows.tolist()
+            assert len(set(rows)) == len(rows)
+            assert set(rows) <= owned
+            _, site.doses = steer(hidden[site.rows], site.push)
+            dense = torch.zeros(hidden.shape).index_copy(0, site.rows, site.push)
+            pushed |= {(each.request, layer): dense[each.start : each.start + each.count] for each in segments}
+        if change is not None:
+            change(sites)
+        self.steering.book(sites)
+        return pushed
+
+    def expected(self, request: str, layer: int) -> torch.Tensor:
+        """The pushes (T, d) of a whole text at a layer, worked out alone."""
+        x = self.texts[request]
+        total = torch.zeros_like(x)
+        for use in self.uses[request]:
+            if self.sited[use.digest].layer == layer:
+                setting = Setting(use.strength, use.rule, use.blend)
+                total = total + use.strength / 2 * Direction(self.sited[use.digest].operator, setting).advance(x)
+        return total
+
+    def failure(self, request: str) -> str:
+        return self.steering.account(request).failure
+
+
+@pytest.fixture(scope="session")
+def make_batch(make_operator: Callable[..., OperatorArtifact]) -> Callable[..., Batch]:
+    """``make_batch(dtype)``: operators "exact" and "affine" at layer 2, "higher" and "low" (of low rank) at layer 3."""
+    cpu = torch.device("cpu")
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(_BATCH_WIDTH, 2, generator=generator)).Q
+    factors = torch.randn(4, 2, _BATCH_WIDTH, generator=generator)
+    base, anchor = torch.randn(2, _BATCH_WIDTH, generator=generator)
+    sited = {
+        "exact": Sited(prepare(make_operator(3, seed=1), cpu), 2),
+        "affine": Sited(prepare(make_operator(1, affine=True, seed=2), cpu), 2),
+        "higher": Sited(prepare(make_operator(2, seed=3), cpu), 3),
+        "low": Sited(PreparedOperator(factors, basis, None, base, anchor / anchor.norm()), 3),
+    }
+    return lambda dtype=torch.float32: Batch(sited, dtype)
+
+
+@pytest.fixture
+def batch(make_batch: Callable[..., Batch]) -> Batch:
+    """An empty batch of hidden states in float32."""
+    return make_batch()
