@@ -101,6 +101,9 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model and prepares it. Raises :class:`RuntimeError` for what is not supported, by name."""
         _check_config(self.vllm_config)
+        if not current_platform.is_cpu() and self.vllm_config.compilation_config.splitting_ops:
+            # What is pushed is decided on the host in every step: captured pieces end before it.
+            self.vllm_config.compilation_config.splitting_ops.append("steering::push")
         super().load_model(*args, **kwargs)
         model = self.model_runner.get_model()
         self._steering = BatchSteering(self.model_config.dtype)
@@ -366,6 +369,8 @@ def _check_config(config: Any) -> None:
         "prompt embeddings (enable_prompt_embeds)": config.model_config.enable_prompt_embeds,
         "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
         "dual-batch overlap (enable_dbo)": parallel.use_ubatching,
+        # A graph of the whole model would replay the pushes of the step that it was captured in.
+        "full CUDA graphs (use cudagraph_mode PIECEWISE)": config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
     }
     found = [name for name, wanted in refused.items() if wanted]
     if found:

@@ -19,7 +19,7 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
 IGNORED = {"__pycache__", "build", "dist"}
 # Directories of one person's machine.
 MACHINE_PATH = re.compile(r"(?<![\w.~}-])/(?:work|root|home|Users)/")
-NOT_CODE = {"LICENSE", "constraints.txt"}
+NOT_CODE = {"LICENSE", "constraints.txt", "constraints-vllm.txt"}
 
 
 def repository_files() -> list[Path]:
