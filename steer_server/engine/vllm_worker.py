@@ -361,7 +361,7 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def _check_config(config: Any) -> None:
-    parallel = config.parallel_config
+    parallel, graphs = config.parallel_config, config.compilation_config.cudagraph_mode
     refused = {
         "pipeline_parallel_size above 1": parallel.pipeline_parallel_size > 1,
         "speculative decoding": config.speculative_config is not None,
@@ -370,7 +370,7 @@ def _check_config(config: Any) -> None:
         "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
         "dual-batch overlap (enable_dbo)": parallel.use_ubatching,
         # A graph of the whole model would replay the pushes of the step that it was captured in.
-        "full CUDA graphs (use cudagraph_mode PIECEWISE)": config.compilation_config.cudagraph_mode.has_full_cudagraphs(),
+        "full CUDA graphs (use cudagraph_mode PIECEWISE)": graphs is not None and graphs.has_full_cudagraphs(),
     }
     found = [name for name, wanted in refused.items() if wanted]
     if found:

@@ -179,9 +179,9 @@ def test_the_image_installs_the_torch_that_the_tests_ran_with(pins):
 
 def test_every_make_target_that_a_page_names_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     pages = [text for path, text in text_files().items() if path.suffix == ".md"]
-    called = re.compile(r"(?:`|^\s*(?:\$ )?)make ([a-z]+)\b", re.MULTILINE)
+    called = re.compile(r"(?:`|^\s*(?:\$ )?)make ([a-z-]+)\b", re.MULTILINE)
     named = {name for text in pages for name in called.findall(text)}
     assert named
     assert named - targets == set()
