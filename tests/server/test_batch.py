@@ -145,12 +145,11 @@ def test_a_position_that_is_computed_once_more_is_counted_once(batch):
 def test_a_prefix_that_is_found_half_way_through_the_prompt_is_cached_as_well(batch):
     # Preempted after 3 of its tokens; by then another request with the same steering had computed more.
     batch.begin("a", Use("exact", "cumulative", 0.6, 0.0), Use("low", "cumulative", 0.2, 0.0))
-    batch.step(("a", 0, 3))
-    batch.step(("a", 8, 2))
-    batch.step(("a", 10, 1))
+    for first, count in ((0, 5), (8, 2), (10, 2)):
+        batch.step(("a", first, count))
     account = batch.steering.account("a")
     assert (account.cached, account.failure) == (8, "")
-    assert [len(measured.doses) for measured in account.layers] == [3, 3]
+    assert [len(measured.doses) for measured in account.layers] == [4, 4]
 
 
 def test_each_layer_of_a_request_has_its_own_measurement(batch):

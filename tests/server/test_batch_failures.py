@@ -180,6 +180,13 @@ def test_a_request_that_was_under_way_before_is_not_to_blame_for_a_later_failure
     assert batch.failure("first") == ""
 
 
+def test_what_a_request_leaves_may_be_found_in_the_very_same_step(batch):
+    batch.begin("bad", CUMULATIVE, salt="s")
+    batch.begin("beside", Use("low", "cumulative", 0.5, 0.0), salt="s")
+    batch.step(("bad", 0, 4), ("beside", 4, 1), change=lambda sites: setattr(sites[2], "doses", None))
+    assert batch.failure("beside") == TAINTED
+
+
 def test_a_failure_that_is_noticed_late_reaches_those_who_began_in_between(batch):
     # Measurements are read from the device some steps after they were made.
     for request in ("before", "bad", "after"):
@@ -187,7 +194,9 @@ def test_a_failure_that_is_noticed_late_reaches_those_who_began_in_between(batch
     batch.step(("before", 2, 2))
     _, failing = batch.prepare(("bad", 0, 4))
     batch.step(("after", 4, 2))
+    batch.step(("before", 4, 2))
     batch.steering.book(failing)
+    _fails(batch, "bad later")
     assert "was not reached" in batch.failure("bad")
     assert batch.failure("after") == TAINTED
     assert batch.failure("before") == ""
