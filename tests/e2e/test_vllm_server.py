@@ -1,0 +1,77 @@
+"""A real server on vLLM, asked by a real client in another process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from steer_client import OperatorUse, SamplingParams, SteerClient
+
+from operators import store
+from operators.build import BuildSpec, build_operator
+from operators.concept import concept_from_text
+
+pytestmark = pytest.mark.model
+
+BIN = Path(sys.executable).parent
+OPTIONS = ("--engine", "vllm", "--engine-args", "enforce_eager=true", "--engine-args", "max_model_len=512")
+PROMPT = "Here is a painting of the"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+@pytest.fixture(scope="module")
+def bridges(smollm, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vllm") / "store"
+    loaded = smollm()
+    concept = concept_from_text("The Golden Gate Bridge in San", loaded)
+    store.save(directory, "bridge", build_operator(BuildSpec((concept,), layer=15), loaded))
+    return directory
+
+
+def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engine_dies(bridges, start_server):
+    uses, sampling = [OperatorUse("bridge", 0.4, blend=0.5)], SamplingParams(max_tokens=16)
+    answers = {}
+    for name, options in {"hf": (), "vllm": OPTIONS}.items():
+        with (
+            start_server("--store", str(bridges), *options, model="smollm2-135m", metrics=True, timeout=300) as server,
+            SteerClient(server.target, timeout=120) as client,
+        ):
+            assert client.model_info().engine == name
+            generated = client.generate(PROMPT, operators=uses, sampling=sampling)
+            compared = client.compare(PROMPT, operators=uses, sampling=sampling)
+            answers[name] = (generated.text, compared.normal.text, compared.steered["steered"].generation.text)
+            kl = compared.steered["steered"].kl
+            answers[name + " kl"] = (kl.mean, kl.p95)
+            if name == "hf":
+                continue
+            assert client.health()
+            with DIRECT.open(f"http://{server.metrics}/metrics", timeout=10) as page:
+                exported = page.read().decode()
+            assert "steer_positions_steered_total" in exported
+            assert "vllm:generation_tokens_total" in exported
+            for child in psutil.Process(server.process.pid).children(recursive=True):
+                if "VLLM" in child.name() or "VLLM" in "".join(child.cmdline()):
+                    child.kill()
+            assert server.exit_code(60) == 3
+            assert any("the engine died" in line for line in server.log)
+    assert answers["vllm"] == answers["hf"]
+    assert answers["vllm kl"] == pytest.approx(answers["hf kl"], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("max_modle_len=512", "engine_args.max_modle_len is not an option of this vLLM; did you mean max_model_len"),
+        ("worker_cls=mine", "engine_args.worker_cls is set by this server"),
+        ("speculative_config={method: ngram, num_speculative_tokens: 2}", "speculative"),
+    ],
+)
+def test_engine_options_that_are_not_accepted_end_the_start_with_the_reason(given, said):
+    command = [BIN / "steer-server", "--listen", "127.0.0.1:0", *OPTIONS, "--engine-args", given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert said in done.stderr
