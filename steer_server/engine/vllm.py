@@ -36,6 +36,7 @@ from steer_server.engine.prompts import PromptReader, check_ids
 from steer_server.engine.self_test import TOKENS, Trial, check_live
 from steer_server.engine.shelf import OperatorShelf
 from steer_server.engine.vllm_job import VLLMJob
+from steer_server.engine.vllm_limits import check_supported
 from steer_server.errors import QueueFullError, ShuttingDownError, StartupError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
@@ -272,8 +273,9 @@ def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
         # The op that pushes decides on the host what it does: it runs between the captured pieces.
         ours["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     try:
-        return AsyncEngineArgs(
-            **{**ours, **{k: v for k, v in given.items() if k != "additional_config"}}
-        ).create_engine_config()
+        theirs = {key: value for key, value in given.items() if key != "additional_config"}
+        config = AsyncEngineArgs(**{**ours, **theirs}).create_engine_config()
+        check_supported(config)
     except (ValueError, TypeError, OSError) as error:
-        raise StartupError(f"engine_args: vLLM refuses them: {error}") from error
+        raise StartupError(f"engine_args: they are refused: {error}") from error
+    return config

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from steer_server.engine.accounts import receipts
@@ -15,7 +16,7 @@ from steer_server.engine.batch import uses_of
 from steer_server.engine.rows import RowText
 from steer_server.engine.steering import check_strengths, untouched_receipts
 from steer_server.engine.text import Detokenizer
-from steer_server.errors import EngineFailedError, SteerServerError
+from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError
 from steer_server.types import (
     Admitted,
     DecodeJob,
@@ -33,6 +34,8 @@ from steer_server.types import (
 
 if TYPE_CHECKING:
     from steer_server.engine.vllm import VLLMEngine
+
+log = structlog.get_logger(__name__)
 
 
 class VLLMJob:
@@ -100,13 +103,18 @@ class VLLMJob:
             self._messages.put_nowait(await self._decode(index, row, begins))
         except SteerServerError as error:
             self._messages.put_nowait(error)
+        except asyncio.CancelledError:
+            if self._stopping:
+                # Between two waits for the engine there is no text to end with.
+                self._messages.put_nowait(ShuttingDownError())
+            raise
         except EngineDeadError as error:
             self._messages.put_nowait(EngineFailedError(f"the engine died: {error}"))
-        except EngineGenerateError as error:
-            self._messages.put_nowait(EngineFailedError(f"{type(error.__cause__).__name__}: {error.__cause__}"))
-        except ValueError as error:
-            # What vLLM refuses of a request that this server accepted.
-            self._messages.put_nowait(EngineFailedError(f"vLLM refuses the request: {error}"))
+        except Exception as error:
+            # One row's failure is its own, and whoever reads it learns of it: vLLM's calls raise what they like.
+            log.exception("row failed")
+            cause = error.__cause__ if isinstance(error, EngineGenerateError) and error.__cause__ else error
+            self._messages.put_nowait(EngineFailedError(f"{type(cause).__name__}: {cause}"))
         finally:
             if decoding:
                 self.running -= 1

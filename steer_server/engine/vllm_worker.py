@@ -29,6 +29,7 @@ from vllm.platforms import current_platform
 from operators.apply import PreparedOperator, prepare, steer
 from operators.artifact import from_bytes
 from steer_server.engine.batch import Account, BatchSteering, Segment, Site, Sited, Use
+from steer_server.engine.vllm_limits import check_supported
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
@@ -100,7 +101,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model and prepares it. Raises :class:`RuntimeError` for what is not supported, by name."""
-        _check_config(self.vllm_config)
+        check_supported(self.vllm_config)
         if not current_platform.is_cpu() and self.vllm_config.compilation_config.splitting_ops:
             # What is pushed is decided on the host in every step: captured pieces end before it.
             self.vllm_config.compilation_config.splitting_ops.append("steering::push")
@@ -358,23 +359,6 @@ def _decoder_layers(model: nn.Module) -> nn.ModuleList:
         if isinstance(found, nn.ModuleList):
             return found
     raise RuntimeError(f"{type(model).__name__} has its decoder layers neither in model.layers nor in transformer.h")
-
-
-def _check_config(config: Any) -> None:
-    parallel, graphs = config.parallel_config, config.compilation_config.cudagraph_mode
-    refused = {
-        "pipeline_parallel_size above 1": parallel.pipeline_parallel_size > 1,
-        "speculative decoding": config.speculative_config is not None,
-        "LoRA": config.lora_config is not None,
-        "prompt embeddings (enable_prompt_embeds)": config.model_config.enable_prompt_embeds,
-        "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
-        "dual-batch overlap (enable_dbo)": parallel.use_ubatching,
-        # A graph of the whole model would replay the pushes of the step that it was captured in.
-        "full CUDA graphs (use cudagraph_mode PIECEWISE)": graphs is not None and graphs.has_full_cudagraphs(),
-    }
-    found = [name for name, wanted in refused.items() if wanted]
-    if found:
-        raise RuntimeError(f"steering does not support {', '.join(found)}")
 
 
 def _require(owner: Any, *names: str) -> None:

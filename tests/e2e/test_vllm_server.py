@@ -67,7 +67,10 @@ def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engin
     [
         ("max_modle_len=512", "engine_args.max_modle_len is not an option of this vLLM; did you mean max_model_len"),
         ("worker_cls=mine", "engine_args.worker_cls is set by this server"),
-        ("speculative_config={method: ngram, num_speculative_tokens: 2}", "speculative"),
+        (
+            "speculative_config={method: ngram, num_speculative_tokens: 2}",
+            "steering does not support speculative_config",
+        ),
     ],
 )
 def test_engine_options_that_are_not_accepted_end_the_start_with_the_reason(given, said):
