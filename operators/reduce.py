@@ -54,9 +54,9 @@ class Reduced:
 
 
 def num_products(rank: int, d: int, *, power_iterations: int = POWER_ITERATIONS) -> int:
-    """l (1 + 2q): the products that a sketch of this rank takes, certificate included."""
-    width = _width(rank, d)
-    return width + 2 * power_iterations * min(width, d)
+    """l (1 + 2q) and PROBES: the products that a sketch of this rank takes, certificate included."""
+    columns = _columns(rank, d)
+    return columns * (1 + 2 * power_iterations) + PROBES
 
 
 def sketch(
@@ -156,22 +156,22 @@ class _Sketch:
 
 def _sketched(concept: Map, rank: int, root: torch.Tensor | None, power_iterations: int, seed: int) -> _Sketch:
     d = concept.shape[1]
-    width = _width(rank, d)
+    columns = _columns(rank, d)
     generator = torch.Generator(concept.y.device).manual_seed(seed)
     weigh = _weigher(root)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=concept.y.dtype, device=concept.y.device)
 
-    images = draw(width, d)
+    images = draw(columns, d)
     for _ in range(power_iterations):
         pulled = weigh(concept.pull(_orthonormal_rows(images)))
         images = concept.push(weigh(_orthonormal_rows(pulled.flatten(1)).view_as(pulled)))
     # The concept's own point comes first, so that it survives any truncation.
     anchor = (concept.y - concept.offset)[None]
     leading = torch.linalg.svd(images.T, full_matrices=False).U.T
-    basis = _orthonormal_rows(torch.cat([anchor, leading]))[: min(rank + OVERSAMPLE, d)]
-    probes = draw(width - len(basis), d)
+    basis = _orthonormal_rows(torch.cat([anchor, leading]))[:columns]
+    probes = draw(PROBES, d)
     for _ in range(2):
         # Once leaves rounding of the size of what may be left.
         probes = probes - (probes @ basis.T) @ basis
@@ -183,8 +183,8 @@ def _sketched(concept: Map, rank: int, root: torch.Tensor | None, power_iteratio
     return _ordered(basis, factors, torch.zeros_like(left[0]) if complete else left.mean(0), weigh)
 
 
-def _width(rank: int, d: int) -> int:
-    return min(rank + OVERSAMPLE, d) + PROBES
+def _columns(rank: int, d: int) -> int:
+    return min(rank + OVERSAMPLE, d)
 
 
 def _ordered(basis: torch.Tensor, factors: torch.Tensor, left: torch.Tensor, weigh: Columns) -> _Sketch:

@@ -4,7 +4,7 @@ One forward pass records every frozen factor (norm scales, gates, attention weig
 affine in their input, f(X) = J X + c, and run on any X:
 
     J V    = f(V) - f(0)            a forward pass over all columns of V at once
-    J^T U  = the backward pass of f, whose graph holds constants only and is made once
+    J^T U  = the backward pass of f, whose graph holds constants only and is made once, of one column
     c      = f(0)
 
 Neither pass computes a query, a key, a gate, a softmax or a norm, nor anything but the last position after the last
@@ -14,11 +14,11 @@ why this does not go through ``torch.func.jvp``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from operators.detach import recording, replaying
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 _POSITIONS_PER_PASS = 1024
 """Columns go through the blocks in groups of so many positions: GEMMs are large by then, and temporaries small."""
-COLUMNS_PER_PASS = 32
-"""At most: the graph of a backward pass costs a forward pass of one group."""
+COLUMNS_PER_PASS = 64
+"""At most: more make no GEMM quicker."""
 
 
 class Map(Protocol):
@@ -99,7 +99,7 @@ class Replay:
     def push(self, columns: torch.Tensor) -> torch.Tensor:
         """J V, shape (l, d), for V (l, n, d)."""
         groups = []
-        for group in torch.split(columns, self._group):
+        for group in self._split(columns):
             with torch.no_grad():
                 groups.append(self._run(group))
             self._count(len(group))
@@ -109,19 +109,22 @@ class Replay:
     def pull(self, questions: torch.Tensor) -> torch.Tensor:
         """J^T U, shape (l, n, d), for U (l, d)."""
         if self._graph is None:
-            # The graph of a linear map holds constants only: any columns make it, and zeros do.
-            columns = self.x.new_zeros(self._group, *self.shape, requires_grad=True)
+            # The graph of a linear map holds constants only: any column makes it, and zeros do.
+            column = self.x.new_zeros(1, *self.shape, requires_grad=True)
             with torch.enable_grad():
-                self._graph = columns, self._run(columns)
-        columns, images = self._graph
+                self._graph = column, self._run(column)
+        column, image = self._graph
         answers = []
-        for group in torch.split(questions, self._group):
-            # A short last group leaves the other columns without a question.
-            padded = F.pad(group, (0, 0, 0, self._group - len(group)))
-            (answer,) = torch.autograd.grad(images, columns, padded, retain_graph=True)
-            answers.append(answer[: len(group)])
+        for group in self._split(questions):
+            (answer,) = torch.autograd.grad(image, column, group[:, None], retain_graph=True, is_grads_batched=True)
+            answers.append(answer[:, 0])
             self._count(len(group))
         return torch.cat(answers)
+
+    def _split(self, columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Groups of even size: a short last one is slow for what it does."""
+        groups = math.ceil(len(columns) / self._group)
+        return torch.split(columns, max(1, math.ceil(len(columns) / max(1, groups))))
 
     def _count(self, columns: int) -> None:
         self.products += columns

@@ -25,7 +25,7 @@ from operators.apply import Direction, PreparedOperator, Setting, prepare, steer
 from operators.artifact import OperatorArtifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
-from operators.models import BUILT_IN, LoadedModel, block_input, decoder_layers, embed, load_model
+from operators.models import DEFAULT_MODEL, LoadedModel, block_input, decoder_layers, embed, load_model
 from operators.reduce import embedding_root
 
 STRENGTH = 0.5
@@ -49,7 +49,7 @@ def main() -> None:
     data = files("operators") / "data"
     options.add_argument("--concepts", type=Path, default=Path(str(data / "concepts.toml")))
     options.add_argument("--prompts", type=Path, default=Path(str(data / "prompts_neutral.txt")))
-    options.add_argument("--model", default=BUILT_IN)
+    options.add_argument("--model", default=DEFAULT_MODEL)
     options.add_argument("--ranks", default="8,16,32,64,128,256")
     options.add_argument("--plot", type=Path)
     options.add_argument("--json", action="store_true")
