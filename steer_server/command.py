@@ -103,19 +103,21 @@ async def _run(config: ServerConfig) -> None:
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
         engine = await ENGINES[config.engine](config, dtype, device)
-        registry = Registry(directory, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
-    except (OperatorError, StoreUnreadableError) as error:
+    except OperatorError as error:
         raise StartupError(str(error)) from error
-    for entry in registry.entries():
-        if entry.problem:
-            log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
-    server = SteerServer(engine, registry, config)
     try:
+        registry = Registry(directory, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
+        for entry in registry.entries():
+            if entry.problem:
+                log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
+        server = SteerServer(engine, registry, config)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
         log.info("serving", listen=f"{host}:{port}", operators=usable, store=str(directory))
         await server.serve_until_signalled()
+    except StoreUnreadableError as error:
+        raise StartupError(str(error)) from error
     finally:
         await engine.close()
 

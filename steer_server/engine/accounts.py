@@ -45,6 +45,27 @@ class AccountDesk:
                         future.set_exception(error)
 
 
+def agreed(workers: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[Mapping[str, Any] | None]:
+    """One account per request, from those of every worker: under tensor parallel each steers its share alike.
+
+    A request that the workers tell different things of has failed.
+    """
+    found = []
+    for accounts in zip(*workers, strict=True):
+        first = accounts[0]
+        failures = [account["failure"] for account in accounts if account is not None and account["failure"]]
+        if first is not None and failures:
+            first = {**first, "failure": failures[0]}
+        elif first is not None and len({_shape(account) for account in accounts}) > 1:
+            first = {**first, "failure": "the workers do not agree on what was steered"}
+        found.append(first if all(account is not None for account in accounts) else None)
+    return found
+
+
+def _shape(account: Mapping[str, Any] | None) -> object:
+    return account and (account["cached"], tuple(sorted((at, len(doses)) for at, doses in account["layers"].items())))
+
+
 def receipts(
     plan: SteeringPlan, account: Mapping[str, Any] | None, *, prompt_tokens: int, fed: int
 ) -> tuple[Receipt, ...]:

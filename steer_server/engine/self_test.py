@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from steer_server.engine.accounts import agreed
 from steer_server.engine.batch import Use
 from steer_server.errors import StartupError
 
@@ -46,8 +47,8 @@ async def check_live(run: Try, rpc: Rpc, *, prompt_tokens: int, num_layers: int)
         await rpc("steering_watch_inputs", True)
         alone = await run(None, "self-test-alone")
         beside, *steered = await asyncio.gather(run(None, "self-test-beside"), *(run(use, use.digest) for use in uses))
-        (worst, *_) = await rpc("steering_watch_inputs", False)
-        (accounts, *_) = await rpc("steering_take", [use.digest for use in uses])
+        worst = max(await rpc("steering_watch_inputs", False))
+        accounts = agreed(await rpc("steering_take", [use.digest for use in uses]))
     finally:
         await rpc("steering_unload", [use.digest for use in uses])
     if worst > 0.0:

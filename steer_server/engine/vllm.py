@@ -24,11 +24,12 @@ from vllm import SamplingParams as VLLMSamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from operators import __version__
 from operators.header import DTYPES
 from operators.models import LoadedModel
-from steer_server.engine.accounts import AccountDesk
+from steer_server.engine.accounts import AccountDesk, agreed
 from steer_server.engine.batch import Use
 from steer_server.engine.describe import describe
 from steer_server.engine.engine_args import check_engine_args
@@ -217,13 +218,18 @@ class VLLMEngine:
         return found
 
     async def _rpc(self, method: str, *args: Any) -> Sequence[Any]:
-        found: Sequence[Any] = await self._llm.collective_rpc(method, args=args)
+        """What every worker answers. Raises :class:`EngineDeadError` instead of waiting for an engine that died."""
+        call = asyncio.ensure_future(self._llm.collective_rpc(method, args=args))
+        while not call.done():
+            await asyncio.wait({call}, timeout=_POLL_SECONDS)
+            if not call.done() and self._llm.errored:
+                call.cancel()
+                raise EngineDeadError
+        found: Sequence[Any] = call.result()
         return found
 
     async def _take(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:
-        # Every worker steers alike; the first one answers for all.
-        accounts: Sequence[Mapping[str, Any] | None] = (await self._rpc("steering_take", keys))[0]
-        return accounts
+        return agreed(await self._rpc("steering_take", keys))
 
     async def _load(self, digest: str, data: bytes) -> int:
         return int((await self._rpc("steering_load", digest, data))[0]["bytes"])
@@ -267,7 +273,7 @@ def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
         "worker_cls": WORKER,
         "enable_log_requests": False,
         # Part of the compile cache's key.
-        "additional_config": {"steering": __version__, **given.get("additional_config", {})},
+        "additional_config": {**(given.get("additional_config") or {}), "steering": __version__},
     }
     if not current_platform.is_cpu():
         # The op that pushes decides on the host what it does: it runs between the captured pieces.

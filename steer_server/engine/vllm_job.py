@@ -79,7 +79,10 @@ class VLLMJob:
         """Returns when every row is over."""
         await asyncio.wait(self._tasks)
 
-    def _done(self, _task: asyncio.Task[None]) -> None:
+    def _done(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() and self._stopping:
+            # One that was cancelled before it began said nothing; said twice, it does no harm.
+            self._messages.put_nowait(ShuttingDownError())
         if all(task.done() for task in self._tasks):
             self._engine.ended(self, time.monotonic() - self._began)
 
@@ -231,5 +234,6 @@ def _sampling(sampling: SamplingParams) -> dict[str, Any]:
         "repetition_penalty": sampling.repetition_penalty,
         "seed": sampling.seed,
         "stop_token_ids": list(sampling.stop_token_ids),
-        "ignore_eos": sampling.ignore_eos,
+        # Which tokens end a text is decided here, as for the other engine: vLLM knows more of them.
+        "ignore_eos": True,
     }

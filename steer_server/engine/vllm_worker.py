@@ -6,7 +6,7 @@ and hand out accounts (``collective_rpc``). What is looked at is checked by name
 vLLM in which something moved is refused instead of half steered.
 
     V1 runner   ``_model_forward`` of the runner instance is wrapped (CPU, and CUDA where it is selected)
-    V2 runner   ``add_request``, ``remove_request`` and ``prepare_inputs`` of the instance's ``model_state``
+    V2 runner   ``prepare_inputs`` of the instance's ``model_state`` is wrapped
 
 A hook calls the op ``steering::push``, which is opaque to Dynamo: it changes the rows of the step's plan in place and
 leaves all other bits alone. Layers hand their input on as ``hidden_states + residual`` in most models of vLLM; the norm

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from steer_server.engine.accounts import AccountDesk, receipts
+from steer_server.engine.accounts import AccountDesk, agreed, receipts
 from steer_server.errors import SteeringNotAppliedError
 
 
@@ -151,3 +151,28 @@ def test_layers_are_measured_apart(artifact, remake, plan_of):
 def test_an_account_that_does_not_prove_the_plan_gives_no_receipt(plan, account, why):
     with pytest.raises(SteeringNotAppliedError, match=why):
         _receipts(plan, account)
+
+
+def _told(failure="", cached=0, doses=3):
+    return {"cached": cached, "failure": failure, "layers": {"2": [0.2] * doses}}
+
+
+def test_workers_that_say_the_same_are_believed():
+    assert agreed([[_told(), None], [_told(), None]]) == [_told(), None]
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (_told(failure="layer 2 was not reached"), "layer 2 was not reached"),
+        (_told(doses=2), "the workers do not agree"),
+        (_told(cached=32), "the workers do not agree"),
+    ],
+)
+def test_a_worker_that_says_otherwise_fails_the_request(other, said):
+    [account] = agreed([[_told()], [other]])
+    assert said in account["failure"]
+
+
+def test_a_request_that_one_worker_does_not_know_is_known_to_none():
+    assert agreed([[_told()], [None]]) == [None]
