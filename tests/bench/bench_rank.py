@@ -26,6 +26,7 @@ from operators.artifact import OperatorArtifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
 from operators.models import DEFAULT_MODEL, LoadedModel, block_input, decoder_layers, embed, load_model
+from operators.prompts import read_prompts
 from operators.reduce import embedding_root
 
 STRENGTH = 0.5
@@ -56,7 +57,7 @@ def main() -> None:
     given = options.parse_args()
     ranks = [int(rank) for rank in given.ranks.split(",")]
     loaded = load_model(given.model, dtype="float32")
-    prompts = [line for line in given.prompts.read_text().splitlines() if line.strip()]
+    prompts = list(read_prompts(given.prompts))
     concepts = tomllib.loads(given.concepts.read_text())["concept"]
     root = embedding_root(loaded.model.get_input_embeddings().weight)
     curves = [curve for concept in concepts for curve in _curves(concept, ranks, prompts, loaded, root)]
