@@ -15,13 +15,13 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 
-from operators.apply import PreparedOperator, cumulative, substitute, terms
+from operators.apply import PreparedOperator, terms
 from operators.header import Rule
 from steer_server.engine.dose import dose_floor, dose_limit
+from steer_server.engine.pushes import Group, Segment, Task, indices, work_out
 from steer_server.types import SteeringPlan
 
 Earlier = Callable[[str, int], torch.Tensor]
@@ -53,16 +53,6 @@ class Sited:
 
     operator: PreparedOperator
     layer: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """``count`` tokens of one request in a step: rows ``start``... of the batch, positions ``first``... of its text."""
-
-    request: str
-    start: int
-    first: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +112,10 @@ class BatchSteering:
         self._followed: dict[str, _Followed] = {}
         self._step = 0
         self._tainted: dict[str, int] = {}
-        """By salt, the first step in which a request failed: what is found from then on may be what it left."""
+        """By salt, the first step in which a request failed: what is found from then on may be what it left.
+
+        Kept for good: no one knows when the last request of a salt has come. It grows by failures, which are rare.
+        """
 
     def load(self, digest: str, sited: Sited) -> None:
         """Makes an operator known by its digest; whatever has that digest is the same operator."""
@@ -184,26 +177,41 @@ class BatchSteering:
         """
         self._step += 1
         x = x.to(torch.float32)
-        ends = list(accumulate(segment.count for segment in segments))
-        spans = {segment.request: (end - segment.count, end) for segment, end in zip(segments, ends, strict=True)}
-        groups: dict[tuple[str, Rule | None], list[tuple[Segment, int]]] = defaultdict(list)
+        groups: dict[tuple[int, str, Rule | None], Group] = {}
+        at = 0
         for segment in segments:
             request = self._followed[segment.request]
             self._arrive(request, segment, earlier)
             for index, use in enumerate(request.uses):
-                if use.digest in self._operators:
-                    # At blend 1 every rule is the anchor.
-                    groups[use.digest, None if use.blend == 1.0 else use.rule].append((segment, index))
-                else:
+                sited = self._operators.get(use.digest)
+                if sited is None:
                     self._fail(request, self._step, f"operator {use.digest} was unloaded")
-        pushes: dict[int, list[tuple[list[Segment], torch.Tensor]]] = defaultdict(list)
-        for (digest, rule), members in groups.items():
-            sited = self._operators[digest]
-            push = self._group_push(sited.operator, rule, members, x, spans)
-            pushes[sited.layer].append(([segment for segment, _ in members], push))
-        for segment in segments:
-            self._followed[segment.request].position = segment.first + segment.count
-        return {layer: _merged(parts, self._step) for layer, parts in pushes.items()}
+                    continue
+                # At blend 1 every rule is the anchor.
+                rule = None if use.blend == 1.0 else use.rule
+                group = groups.setdefault((sited.layer, use.digest, rule), Group(sited.operator, rule, []))
+                group.tasks.append(Task(segment, index, at, use.strength / 2.0, use.blend, request.sums[index]))
+            request.position = segment.first + segment.count
+            at += segment.count
+        return self._sites(groups, x) if groups else {}
+
+    def _sites(self, groups: Mapping[tuple[int, str, Rule | None], Group], x: torch.Tensor) -> dict[int, Site]:
+        # By layers, so that the pushes of each lie side by side.
+        ordered = sorted(groups.items(), key=lambda item: item[0][0])
+        push, usable = work_out([group for _, group in ordered], x)
+        tasks: dict[int, list[Task]] = defaultdict(list)
+        for (layer, _, _), group in ordered:
+            tasks[layer].extend(group.tasks)
+            for task in group.tasks:
+                self._followed[task.segment.request].sums[task.use] = task.total
+        if not bool(usable.all()):
+            self._fail_without_direction([task for some in tasks.values() for task in some], usable)
+        sites, at = {}, 0
+        for layer, some in tasks.items():
+            end = at + sum(task.count for task in some)
+            sites[layer] = _site([task.segment for task in some], push[at:end], self._step)
+            at = end
+        return sites
 
     def book(self, sites: Mapping[int, Site]) -> None:
         """Takes note of what a forward pass did."""
@@ -238,62 +246,10 @@ class BatchSteering:
                 else terms(operator, before, torch.arange(segment.first)).sum(0)
             )
 
-    def _group_push(
-        self,
-        operator: PreparedOperator,
-        rule: Rule | None,
-        members: Sequence[tuple[Segment, int]],
-        x: torch.Tensor,
-        spans: Mapping[str, tuple[int, int]],
-    ) -> torch.Tensor:
-        """(lambda/2) d_k/|d_k| (T, d) of all tokens that meet one operator by one rule."""
-        counts = torch.tensor([segment.count for segment, _ in members])
-        uses = [self._followed[segment.request].uses[index] for segment, index in members]
-        half = _per_token([use.strength / 2.0 for use in uses], counts, x)
-        if rule is None:
-            return half * operator.unit_anchor
-        names = [segment.request for segment, _ in members]
-        mine = x if names == list(spans) else torch.cat([x[slice(*spans[name])] for name in names])
-        a = substitute(operator, mine) if rule == "substitute" else self._advance(operator, members, counts, mine)
-        unit, usable = _unit(a)
-        if any(use.blend for use in uses):
-            blend = _per_token([use.blend for use in uses], counts, x)
-            # The bits of a row without a blend do not depend on its neighbours' blends.
-            mixed, still = _unit((1.0 - blend) * unit + blend * operator.unit_anchor)
-            unit, usable = torch.where(blend > 0, mixed, unit), usable & (still | (blend == 0).squeeze(-1))
-        if not bool(usable.all()):
-            self._fail_members(members, usable)
-            unit = torch.where(usable[:, None], unit, torch.zeros_like(unit))
-        return half * unit
-
-    def _advance(
-        self,
-        operator: PreparedOperator,
-        members: Sequence[tuple[Segment, int]],
-        counts: torch.Tensor,
-        x: torch.Tensor,
-    ) -> torch.Tensor:
-        """a_k of the published rule, (T, d); the requests' sums go on to the end of their segments."""
-        positions = torch.cat([torch.arange(s.first, s.first + s.count) for s, _ in members])
-        sums = terms(operator, x, positions)
-        ends = counts.cumsum(0)
-        for (segment, _), end in zip(members, ends.tolist(), strict=True):
-            if segment.count > 1:
-                sums[end - segment.count : end] = sums[end - segment.count : end].cumsum(0)
-        begun = torch.stack([self._sum(segment, index) for segment, index in members])
-        sums += begun.repeat_interleave(counts.to(x.device), 0)
-        for (segment, index), last in zip(members, sums[(ends - 1).to(x.device)].unbind(), strict=True):
-            self._followed[segment.request].sums[index] = last
-        return cumulative(operator, sums)
-
-    def _sum(self, segment: Segment, index: int) -> torch.Tensor:
-        total = self._followed[segment.request].sums[index]
-        assert total is not None  # noqa: S101 - made when the request arrived at this step
-        return total
-
-    def _fail_members(self, members: Sequence[tuple[Segment, int]], usable: torch.Tensor) -> None:
+    def _fail_without_direction(self, tasks: Sequence[Task], usable: torch.Tensor) -> None:
         good, at = usable.tolist(), 0
-        for segment, _ in members:
+        for task in tasks:
+            segment = task.segment
             if not all(mine := good[at : at + segment.count]):
                 position = segment.first + mine.index(False)
                 problem = f"the steering direction at position {position} is zero or not finite"
@@ -309,38 +265,20 @@ def _sums_up(use: Use) -> bool:
     return use.rule == "cumulative" and use.blend != 1.0
 
 
-def _per_token(values: list[float], counts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)[:, None].to(like.device)
-
-
-def _unit(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """v/|v| (T, d), and which rows (T,) have a direction."""
-    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    return vectors / norms, (torch.isfinite(norms) & (norms > 0)).squeeze(-1)
-
-
-def _merged(parts: Sequence[tuple[list[Segment], torch.Tensor]], step: int) -> Site:
-    """One site from the pushes of one or more operators; those of one token add up."""
-    owners = list(dict.fromkeys(segment for segments, _ in parts for segment in segments))
-    slots, total = {}, 0
-    for segment in owners:
-        slots[segment] = total
-        total += segment.count
-    rows = _ranges([segment.start for segment in owners], owners)
-    push = parts[0][1]
-    if len(parts) > 1 or parts[0][0] != owners:
-        push = push.new_zeros(total, push.shape[1])
-        for segments, part in parts:
-            push.index_add_(0, _ranges([slots[segment] for segment in segments], segments).to(push.device), part)
+def _site(segments: Sequence[Segment], push: torch.Tensor, step: int) -> Site:
+    """The pushes (T, d) of one layer, segment after segment; those of one token add up."""
+    slots: dict[Segment, int] = {}
+    total = 0
+    for segment in segments:
+        if segment not in slots:
+            slots[segment] = total
+            total += segment.count
+    owners = list(slots)
+    rows = indices([segment.start for segment in owners], [segment.count for segment in owners])
+    if len(owners) < len(segments):
+        places = indices([slots[segment] for segment in segments], [segment.count for segment in segments])
+        push = push.new_zeros(total, push.shape[1]).index_add_(0, places.to(push.device), push)
     return Site(rows.to(push.device), push, owners, step)
-
-
-def _ranges(starts: Sequence[int], segments: Sequence[Segment]) -> torch.Tensor:
-    if all(segment.count == 1 for segment in segments):
-        return torch.tensor(starts)
-    return torch.cat(
-        [torch.arange(start, start + segment.count) for start, segment in zip(starts, segments, strict=True)]
-    )
 
 
 def _note(request: _Followed, layer: int, segment: Segment, doses: Sequence[float] | None) -> str:

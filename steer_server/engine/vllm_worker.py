@@ -28,7 +28,8 @@ from vllm.platforms import current_platform
 
 from operators.apply import PreparedOperator, prepare, steer
 from operators.artifact import from_bytes
-from steer_server.engine.batch import Account, BatchSteering, Segment, Site, Sited, Use
+from steer_server.engine.batch import Account, BatchSteering, Site, Sited, Use
+from steer_server.engine.pushes import Segment
 from steer_server.engine.vllm_limits import check_supported
 
 if current_platform.is_cpu():
@@ -126,7 +127,11 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
             self._requests.pop(request, None)
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        try:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        finally:
+            # No other pass, of whatever kind, is to find the pushes of this one.
+            _Step.sites, _Step.kept, _Step.inputs = {}, (), None
 
     # What the server calls.
 
@@ -257,10 +262,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
                 self._load_step(
                     batch.req_ids, runner.query_start_loc.np, batch.num_computed_tokens_cpu, runner.input_ids.gpu
                 )
-                try:
-                    return forward(*args, **kwargs)
-                finally:
-                    _Step.sites, _Step.kept = {}, ()
+                return forward(*args, **kwargs)
 
             runner._model_forward = model_forward
 
@@ -335,6 +337,9 @@ def _hook(module: nn.Module, layer: int) -> Callable[..., None]:
         return args[place] if place < len(args) else None
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Traced, the op is always there; in eager mode a layer without anything to do costs next to nothing.
+        if not torch.compiler.is_compiling() and layer not in _Step.sites and _Step.inputs is None:
+            return
         torch.ops.steering.push(take(args, kwargs, "hidden_states"), take(args, kwargs, "residual"), layer)
 
     return hook

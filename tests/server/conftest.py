@@ -12,8 +12,9 @@ from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
 from operators.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
 from operators.models import LoadedModel
-from steer_server.engine.batch import BatchSteering, Segment, Site, Sited, Use
+from steer_server.engine.batch import BatchSteering, Site, Sited, Use
 from steer_server.engine.decode import Decoder, Interrupted
+from steer_server.engine.pushes import Segment
 from steer_server.engine.steering import PreparedOperators
 from steer_server.types import (
     Application,
