@@ -99,6 +99,7 @@ _FAMILIES = {
         )
     ),
 }
+_DEFAULT_ENGINE = repr((None, []))
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -117,7 +118,8 @@ def smollm() -> Callable[..., LoadedModel]:
 async def vllm_engine(smollm: Callable[..., LoadedModel]) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
     """``await vllm_engine()``: the vLLM engine on the default model in float32, booted once. Options boot another.
 
-    It lives in the session's event loop, and so must what uses it.
+    It lives in the session's event loop, and so must what uses it. Of the others only the last one asked for is kept:
+    each takes 2 GB, and a share of the processor even when idle.
     """
     booted: dict[str, Any] = {}
 
@@ -126,6 +128,8 @@ async def vllm_engine(smollm: Callable[..., LoadedModel]) -> AsyncIterator[Calla
 
         key = repr((source, sorted(options.items())))
         if key not in booted:
+            for other in [name for name in booted if _DEFAULT_ENGINE not in (key, name)]:
+                await booted.pop(other).close()
             booted[key] = await VLLMEngine.start(
                 loaded or smollm(),
                 source or str(obtain("smollm2-135m")),
