@@ -1,6 +1,6 @@
 """What steering costs on vLLM: plain vLLM against ours, idle, steered, and through the gRPC server.
 
-    python tests/bench/bench_vllm.py [--pairs 7] [--batches 32,64] [--tokens 64] [--prompt 32] [--arms NAME,...] [--json]
+    python tests/bench/bench_vllm.py [--pairs 7] [--batches 32,64] [--tokens 64] [--arms NAME,...] [--json]
 
 Boots vLLM itself (no worker of ours), the engine, and a server in a process of its own, all with the same options, and
 sends each the same requests in turn. The arms:
@@ -12,7 +12,8 @@ sends each the same requests in turn. The arms:
     grpc      our server, nothing steered, asked by one SDK client in a third process
     steered-grpc  the same, every row steered
 
-Reports, per arm and batch size, the ratio of throughputs round by round: machines drift, and neighbours drift least.
+Operators are random, of rank 64 and 6 positions. Reports, per arm and batch size (1 among them, for the time to the
+first token), the ratio of throughputs round by round: machines drift, and neighbours drift least.
 Not a test; nothing here passes or fails.
 """
 
@@ -38,6 +39,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 from vllm import AsyncEngineArgs, TokensPrompt
@@ -100,7 +102,7 @@ def main() -> None:
         ratios = row["ratios"]
         print(
             f"{row['batch']:5} {row['arm']:13} {row['rate']:9.0f} {min(ratios):11.3f} "
-            f"{statistics.median(ratios):7.3f} {max(ratios):6.3f} {1e3 * row['first']:16.1f}"
+            f"{statistics.median(ratios):7.3f} {max(ratios):6.3f} {1e3 * row['first']:10.1f}"
         )
 
 
@@ -123,9 +125,11 @@ async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
                     for name in order[shift:] + order[:shift]:
                         prompts = [[source.randrange(50, 40_000) for _ in range(given.prompt)] for _ in range(size)]
                         run = await ways[name](prompts, given.tokens)
+                        # The first round warms up.
                         if turn >= 0:
                             found[size, name].append(run)
-                    print(f"round {turn + 1} of {given.pairs}, batch {size}", file=sys.stderr, flush=True)
+                        where = f"round {turn + 1} of {given.pairs}, batch {size}"
+                        print(f"{where}, {name}: {run.rate:.0f} tokens/s", file=sys.stderr, flush=True)
     rows = []
     for (size, name), runs in found.items():
         plain = found[size, "plain"]
