@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from prometheus_client import REGISTRY
@@ -35,17 +36,17 @@ def rows(operator_of, steered_row):
     )
 
 
-async def texts(engine, jobs):
+async def texts(engine, jobs, sampling=SAMPLING):
     """The ids of every row of every job, all jobs at once."""
 
     async def one(prompt, row):
         ids = []
-        async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), SAMPLING, (row,))):
+        async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), sampling, (row,))):
             if isinstance(event, TokenEvent):
                 ids.append(event.token_id)
             elif isinstance(event, RowFinished) and row.plan is not None:
                 receipt = event.receipts[0]
-                assert receipt.generated_tokens_steered == SAMPLING.max_tokens - 1
+                assert receipt.generated_tokens_steered == sampling.max_tokens - 1
         return ids
 
     return await asyncio.gather(*(one(prompt, row) for prompt, row in jobs))
@@ -70,20 +71,30 @@ def preemptions():
     return sum(sample.value for family in families for sample in family.samples if sample.name.endswith("_total"))
 
 
-async def test_abandoned_requests_leave_the_others_and_the_workers_alone(vllm_engine, rows):
-    engine = await vllm_engine()
-    jobs = [(PROMPTS[index % len(PROMPTS)], rows[index % len(rows)]) for index in range(30)]
-    expected = dict(zip(jobs, await texts(engine, jobs), strict=True))
+async def test_10_abandoned_of_100_requests_leave_the_others_and_the_workers_alone(vllm_engine, rows):
+    engine, sampling = await vllm_engine(), replace(SAMPLING, max_tokens=32)
+    pairs = [(prompt, row) for prompt in PROMPTS for row in rows]
+    expected = dict(zip(pairs, await texts(engine, pairs, sampling), strict=True))
+    jobs = pairs * 5
+    # Of every prompt and every kind of row; after so many tokens, from none at all to the last but one.
+    leaving = {index: index * 3 // 10 for index in range(0, 100, 11)}
+    staying = [job for index, job in enumerate(jobs) if index not in leaving]
+    assert (len(leaving), len(staying)) == (10, 90)
 
-    async def abandon(prompt, row):
-        stream = engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), SAMPLING, (row,)))
-        async for event in stream:
-            if isinstance(event, TokenEvent):
-                break
+    async def abandon(prompt, row, tokens):
+        stream = engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), sampling, (row,)))
+        seen = 0
+        if tokens:
+            async for event in stream:
+                seen += isinstance(event, TokenEvent)
+                if seen == tokens:
+                    break
         stream.cancel()
 
-    found, *_ = await asyncio.gather(texts(engine, jobs), *(abandon(*job) for job in jobs[:10]))
-    assert found == [expected[job] for job in jobs]
+    found, *_ = await asyncio.gather(
+        texts(engine, staying, sampling), *(abandon(*jobs[index], tokens) for index, tokens in leaving.items())
+    )
+    assert found == [expected[job] for job in staying]
     async with asyncio.timeout(20):
         while (engine.running, engine.waiting, await engine.held()) != (0, 0, {"requests": 0}):
             await asyncio.sleep(0.1)
