@@ -252,7 +252,13 @@ class VLLMEngine:
                 first = first or {token: found.logprob for token, found in choice.logprobs[0].items()}
             return Trial(tuple(ids), first)
 
-        await check_live(run, self._rpc, prompt_tokens=len(prompt), num_layers=self._model.num_layers)
+        try:
+            await check_live(run, self._rpc, prompt_tokens=len(prompt), num_layers=self._model.num_layers)
+        except StartupError:
+            raise
+        except Exception as error:
+            # An engine that dies under its first requests, or workers that refuse a call.
+            raise StartupError(f"self-test: {type(error).__name__}: {error}") from error
         log.info("self-test passed", layers=self._model.num_layers, seconds=round(time.monotonic() - began, 1))
 
 
