@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
-import json
 import os
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -24,7 +22,7 @@ from vllm import SamplingParams as VLLMSamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from operators import __version__
 from operators.header import DTYPES
@@ -34,11 +32,12 @@ from steer_server.engine.batch import Use
 from steer_server.engine.describe import describe
 from steer_server.engine.engine_args import check_engine_args
 from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.salts import Salts
 from steer_server.engine.self_test import TOKENS, Trial, check_live
 from steer_server.engine.shelf import OperatorShelf
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.engine.vllm_limits import check_supported
-from steer_server.errors import QueueFullError, ShuttingDownError, StartupError
+from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -97,12 +96,11 @@ class VLLMEngine:
         self._limit = int(config.scheduler_config.max_num_seqs) + max_queue
         self._max_queue = max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
-        self.desk = AccountDesk(self._take)
+        self.salts = Salts()
+        self.desk = AccountDesk(self._take, self.salts)
         self.shelf = OperatorShelf(self._load, self._unload, budget=_OPERATOR_BYTES)
         self._jobs: set[VLLMJob] = set()
-        self._later: set[asyncio.Task[Any]] = set()
         self._closed = False
-        self._epoch = 0
         self._seconds_per_row = 1.0
 
     @property
@@ -149,11 +147,13 @@ class VLLMEngine:
         self._jobs.discard(job)
         self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
 
-    def later(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Does something that nobody waits for."""
-        task = asyncio.get_running_loop().create_task(_quietly(work))
-        self._later.add(task)
-        task.add_done_callback(self._later.discard)
+    def failure(self, error: Exception) -> EngineFailedError:
+        """What is told of an error that vLLM raised."""
+        if isinstance(error, EngineDeadError):
+            return EngineFailedError(f"the engine died: {error}")
+        log.error("row failed", exc_info=error)
+        cause = error.__cause__ if isinstance(error, EngineGenerateError) and error.__cause__ else error
+        return EngineFailedError(f"{type(cause).__name__}: {cause}")
 
     async def held(self) -> Mapping[str, int]:
         """What the workers hold for requests; nothing, when none runs."""
@@ -198,19 +198,12 @@ class VLLMEngine:
         told = [list(dataclasses.astuple(use)) for use in uses]
         salt = ""
         if alone or told:
-            prompt["cache_salt"] = salt = key if alone else self._salt(told)
+            prompt["cache_salt"] = salt = key if alone else self.salts.of(uses)
         extra = None
         if told or keep is not None:
             extra = {EXTRA: {"key": key, "salt": salt, "uses": told, "keep": keep}}
         sampling = VLLMSamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra, **params)
         return self._llm.generate(prompt, sampling, key)
-
-    def forsake_salts(self) -> None:
-        """From now on no request finds keys and values of a steered one so far: one of them failed."""
-        self._epoch += 1
-
-    def _salt(self, told: list[list[Any]]) -> str:
-        return hashlib.sha256(json.dumps([self._epoch, sorted(told)]).encode()).hexdigest()
 
     async def score(self, steered: str, plain: str, ids: Sequence[int]) -> Mapping[str, Sequence[float]]:
         """KL and log-probabilities of a text, from what the workers kept of two rows."""
@@ -260,13 +253,6 @@ class VLLMEngine:
             # An engine that dies under its first requests, or workers that refuse a call.
             raise StartupError(f"self-test: {type(error).__name__}: {error}") from error
         log.info("self-test passed", layers=self._model.num_layers, seconds=round(time.monotonic() - began, 1))
-
-
-async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
-    try:
-        await work
-    except Exception:
-        log.exception("a request's end could not be told to the workers")
 
 
 def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
