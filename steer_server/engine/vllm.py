@@ -25,8 +25,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from operators import __version__
+from operators.artifact import OperatorArtifact, to_bytes
 from operators.header import DTYPES
 from operators.models import LoadedModel
+from steer_server.config import OPERATOR_MEMORY
 from steer_server.engine.accounts import AccountDesk, agreed
 from steer_server.engine.batch import Use
 from steer_server.engine.describe import describe
@@ -34,7 +36,7 @@ from steer_server.engine.engine_args import check_engine_args
 from steer_server.engine.prompts import PromptReader, check_ids
 from steer_server.engine.salts import Salts
 from steer_server.engine.self_test import TOKENS, Trial, check_live
-from steer_server.engine.shelf import OperatorShelf
+from steer_server.engine.shelf import OperatorShelf, needed
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.engine.vllm_limits import check_supported
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError
@@ -45,8 +47,6 @@ log = structlog.get_logger(__name__)
 WORKER = "steer_server.engine.vllm_worker.SteeringWorker"
 EXTRA = "steering"
 """Key of ``SamplingParams.extra_args`` that the worker looks for."""
-_OPERATOR_BYTES = 4 << 30
-"""Operators kept in each worker between requests."""
 _CLOSE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _SELF_TEST_PROMPT = 6
@@ -57,12 +57,20 @@ class VLLMEngine:
 
     @classmethod
     async def start(
-        cls, loaded: LoadedModel, source: str, *, dtype: str, max_queue: int, engine_args: Mapping[str, Any]
+        cls,
+        loaded: LoadedModel,
+        source: str,
+        *,
+        dtype: str,
+        max_queue: int,
+        engine_args: Mapping[str, Any],
+        operator_memory: int = OPERATOR_MEMORY,
     ) -> VLLMEngine:
         """Boots vLLM on the model at ``source`` and tests it.
 
         Args:
             loaded: the same model in transformers, for its names and fingerprints; not kept.
+            operator_memory: bytes in each worker that operators may take, beside vLLM's own memory.
 
         Raises:
             StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
@@ -74,7 +82,7 @@ class VLLMEngine:
         except Exception as error:
             # vLLM raises what its parts raise; its own log has the whole story.
             raise StartupError(f"vLLM did not start: {type(error).__name__}: {error}") from error
-        engine = cls(llm, model, loaded.tokenizer, max_queue=max_queue)
+        engine = cls(llm, model, loaded.tokenizer, max_queue=max_queue, operator_memory=operator_memory)
         try:
             await engine._self_test()
         except BaseException:
@@ -82,7 +90,9 @@ class VLLMEngine:
             raise
         return engine
 
-    def __init__(self, llm: AsyncLLM, model: ModelInfo, tokenizer: Any, *, max_queue: int) -> None:
+    def __init__(
+        self, llm: AsyncLLM, model: ModelInfo, tokenizer: Any, *, max_queue: int, operator_memory: int
+    ) -> None:
         config = llm.vllm_config
         self._llm = llm
         self._tokenizer = tokenizer
@@ -94,11 +104,11 @@ class VLLMEngine:
         )
         self.dtype: torch.dtype = config.model_config.dtype
         self._limit = int(config.scheduler_config.max_num_seqs) + max_queue
-        self._max_queue = max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
         self.salts = Salts()
         self.desk = AccountDesk(self._take, self.salts)
-        self.shelf = OperatorShelf(self._load, self._unload, budget=_OPERATOR_BYTES)
+        self._operator_memory = operator_memory
+        self.shelf = OperatorShelf(self._load, self._unload, budget=operator_memory)
         self._jobs: set[VLLMJob] = set()
         self._closed = False
         self._seconds_per_row = 1.0
@@ -136,15 +146,21 @@ class VLLMEngine:
         if self._closed:
             raise ShuttingDownError
         check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
-        if self.running + self.waiting + len(job.rows) > self._limit:
-            raise QueueFullError(self._max_queue, retry_after=max(1.0, self._seconds_per_row))
-        running = VLLMJob(self, self._tokenizer, job)
+        retry_after = max(1.0, self._seconds_per_row)
+        there = self.running + self.waiting
+        if there + len(job.rows) > self._limit:
+            problem = f"{there} texts run and wait already, and {self._limit} is the most admitted"
+            raise QueueFullError(problem, retry_after)
+        operators = needed(job, budget=self._operator_memory)
+        self.shelf.reserve(operators, retry_after=retry_after)
+        running = VLLMJob(self, self._tokenizer, job, operators)
         self._jobs.add(running)
         return running
 
     def ended(self, job: VLLMJob, seconds: float) -> None:
         """Called by a job when its last row is over."""
         self._jobs.discard(job)
+        self.shelf.release(job.operators)
         self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
 
     def failure(self, error: Exception) -> EngineFailedError:
@@ -213,19 +229,22 @@ class VLLMEngine:
     async def _rpc(self, method: str, *args: Any) -> Sequence[Any]:
         """What every worker answers. Raises :class:`EngineDeadError` instead of waiting for an engine that died."""
         call = asyncio.ensure_future(self._llm.collective_rpc(method, args=args))
-        while not call.done():
-            await asyncio.wait({call}, timeout=_POLL_SECONDS)
-            if not call.done() and self._llm.errored:
-                call.cancel()
-                raise EngineDeadError
+        try:
+            while not call.done():
+                await asyncio.wait({call}, timeout=_POLL_SECONDS)
+                if not call.done() and self._llm.errored:
+                    raise EngineDeadError
+        finally:
+            # Also where the caller has given up: nobody would look at what comes of it.
+            call.cancel()
         found: Sequence[Any] = call.result()
         return found
 
     async def _take(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:
         return agreed(await self._rpc("steering_take", keys))
 
-    async def _load(self, digest: str, data: bytes) -> int:
-        return int((await self._rpc("steering_load", digest, data))[0]["bytes"])
+    async def _load(self, artifact: OperatorArtifact) -> None:
+        await self._rpc("steering_load", artifact.digest, await asyncio.to_thread(to_bytes, artifact))
 
     async def _unload(self, digests: list[str]) -> None:
         await self._rpc("steering_unload", digests)

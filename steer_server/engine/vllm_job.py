@@ -31,13 +31,18 @@ from steer_server.types import (
 )
 
 if TYPE_CHECKING:
+    from operators.artifact import OperatorArtifact
     from steer_server.engine.vllm import VLLMEngine
 
 
 class VLLMJob:
     """Implements :class:`steer_server.engine.base.JobStream`."""
 
-    def __init__(self, engine: VLLMEngine, tokenizer: Any, job: DecodeJob) -> None:
+    def __init__(
+        self, engine: VLLMEngine, tokenizer: Any, job: DecodeJob, operators: Sequence[OperatorArtifact]
+    ) -> None:
+        """``operators``: those of all rows, with room reserved until the engine is told of the job's end."""
+        self.operators = operators
         self._engine, self._tokenizer, self._job = engine, tokenizer, job
         self._began = time.monotonic()
         limit = job.sampling.time_limit
@@ -118,11 +123,9 @@ class VLLMJob:
 
     async def _decode(self, index: int, row: Row, begins: Any) -> RowFinished:
         engine, job = self._engine, self._job
-        artifacts = []
         if row.plan is not None:
             check_strengths(row.plan, engine.dtype)
-            artifacts = [use.artifact for use in row.plan.applications if use.setting.strength]
-            await engine.shelf.hold(artifacts)
+            await engine.shelf.load(use.artifact for use in row.plan.applications if use.setting.strength)
         text = RowText(
             Detokenizer(self._tokenizer, job.prompt_ids),
             job.sampling,
@@ -147,7 +150,6 @@ class VLLMJob:
                 found = self._receipts(row.plan, uses, account, fed=len(prompt) + len(text.ids) - 1)
             return RowFinished(index, reason, "" if stop_string else text.flush(), stop_string, found, scores)
         finally:
-            engine.shelf.release(artifact.digest for artifact in artifacts)
             if owed:
                 # Nobody waits for its account: the workers are to forget it all the same.
                 engine.desk.settle(key, uses, begun=bool(text.ids))
@@ -204,13 +206,14 @@ class VLLMJob:
             return tuple(Score(0.0, logprob) for logprob in own)
         engine, prompt, plain = self._engine, self._job.prompt_ids, uuid.uuid4().hex
         params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
+        # The last token is not fed: nothing is chosen after it.
+        stream = engine.generate((*prompt, *ids[:-1]), params, (), plain, keep=len(prompt) - 1, alone=True)
         try:
-            # The last token is not fed: nothing is chosen after it.
-            stream = engine.generate((*prompt, *ids[:-1]), params, (), plain, keep=len(prompt) - 1, alone=True)
             async for _ in stream:
                 pass
             found = await engine.score(key, plain, ids)
         finally:
+            await stream.aclose()
             engine.desk.settle(plain, ())
         return tuple(Score(kl, logprob) for kl, logprob in zip(found["kl"], found["logprobs"], strict=True))
 

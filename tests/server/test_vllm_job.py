@@ -10,7 +10,7 @@ from operators.apply import Setting
 from steer_server.engine.accounts import AccountDesk
 from steer_server.engine.salts import Salts
 from steer_server.engine.vllm_job import VLLMJob
-from steer_server.errors import EngineFailedError, SteeringNotAppliedError
+from steer_server.errors import EngineFailedError, ShuttingDownError, SteeringNotAppliedError
 from steer_server.types import (
     Application,
     DecodeJob,
@@ -44,13 +44,10 @@ class Engine:
         if what in self.gates:
             await self.gates[what].wait()
 
-    async def hold(self, artifacts):
+    async def load(self, artifacts):
         artifacts = list(artifacts)
         await self._wait("load")
         self.loaded += artifacts
-
-    def release(self, digests):
-        pass
 
     async def generate(self, ids, params, uses, key, *, keep=None, alone=False):
         self.streams.append((key, tuple(ids), tuple(uses), keep, alone))
@@ -101,7 +98,7 @@ def steered(artifact):
 def start(engine, llama):
     def run(*rows, **sampling):
         job = DecodeJob(PROMPT, SamplingParams(**sampling), rows)
-        return VLLMJob(engine, llama.tokenizer, job)
+        return VLLMJob(engine, llama.tokenizer, job, ())
 
     return run
 
@@ -181,3 +178,23 @@ async def test_a_row_that_failed_forsakes_its_prefixes_although_its_reader_has_g
     await _settled(engine)
     uses = engine.streams[0][2]
     assert engine.salts.of(uses) != Salts().of(uses)
+
+
+async def test_a_job_that_is_stopped_while_operators_are_loaded_says_so(engine, start, steered):
+    engine.gates["load"] = asyncio.Event()
+    job = start(steered)
+    asyncio.get_running_loop().call_later(0.05, job.stop)
+    with pytest.raises(ShuttingDownError):
+        await _events(job)
+    assert engine.streams == []
+    await _settled(engine)
+
+
+async def test_an_operator_that_cannot_be_loaded_is_the_rows_error(engine, start, steered, monkeypatch):
+    async def broken(artifacts):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "load", broken)
+    with pytest.raises(EngineFailedError, match="out of memory"):
+        await _events(start(steered))
+    await _settled(engine)
