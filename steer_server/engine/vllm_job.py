@@ -125,7 +125,11 @@ class VLLMJob:
         engine, job = self._engine, self._job
         if row.plan is not None:
             check_strengths(row.plan, engine.dtype)
-            await engine.shelf.load(use.artifact for use in row.plan.applications if use.setting.strength)
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    await engine.shelf.load(use.artifact for use in row.plan.applications if use.setting.strength)
+            except TimeoutError:
+                return RowFinished(index, FinishReason.TIME_LIMIT, "", "", untouched_receipts(row.plan))
         text = RowText(
             Detokenizer(self._tokenizer, job.prompt_ids),
             job.sampling,
@@ -201,17 +205,25 @@ class VLLMJob:
         return {**_sampling(sampling), "max_tokens": min(sampling.max_tokens, room), "logprobs": logprobs}
 
     async def _scores(self, row: Row, key: str, ids: list[int], own: list[float]) -> tuple[Score, ...]:
-        """Each token of a finished text under the plain model: one more row reads the text without steering."""
+        """Each token of a finished text under the plain model: one more row reads the text without steering.
+
+        Without scores where the time limit runs out: the text is as whole as it was, and ended by its own reason.
+        """
         if row.plan is None or not ids:
             return tuple(Score(0.0, logprob) for logprob in own)
+        if self._deadline is not None and self._deadline <= asyncio.get_running_loop().time():
+            return ()
         engine, prompt, plain = self._engine, self._job.prompt_ids, uuid.uuid4().hex
         params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
         # The last token is not fed: nothing is chosen after it.
         stream = engine.generate((*prompt, *ids[:-1]), params, (), plain, keep=len(prompt) - 1, alone=True)
         try:
-            async for _ in stream:
-                pass
-            found = await engine.score(key, plain, ids)
+            async with asyncio.timeout_at(self._deadline):
+                async for _ in stream:
+                    pass
+                found = await engine.score(key, plain, ids)
+        except TimeoutError:
+            return ()
         finally:
             await stream.aclose()
             engine.desk.settle(plain, ())

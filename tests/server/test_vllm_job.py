@@ -142,6 +142,55 @@ async def test_a_steered_text_ends_with_its_receipts_and_its_scores(engine, star
     await _settled(engine)
 
 
+# Time limits.
+
+
+async def test_a_time_limit_that_runs_out_while_operators_are_loaded_ends_the_row_without_tokens(
+    engine, start, steered
+):
+    engine.gates["load"] = asyncio.Event()
+    tokens, ends = await _ends(start(steered, Row(), time_limit=0.1))
+    late, plain = sorted(ends, key=lambda end: end.row)
+    assert (late.reason, late.text, late.scores) == (FinishReason.TIME_LIMIT, "", ())
+    assert (late.receipts[0].prompt_tokens_steered, late.receipts[0].max_dose) == (0, 0.0)
+    # The row beside it has nothing to wait for.
+    assert (plain.reason, tokens) == (FinishReason.EOS, list(IDS))
+    assert len(engine.streams) == 1
+    await _settled(engine)
+
+
+async def test_time_spent_loading_is_not_given_back(engine, start, steered):
+    engine.gates |= {"load": asyncio.Event(), 2: asyncio.Event()}
+    asyncio.get_running_loop().call_later(0.15, engine.gates["load"].set)
+    began = asyncio.get_running_loop().time()
+    engine.count = len(PROMPT) + 1
+    tokens, [end] = await _ends(start(steered, time_limit=0.3))
+    assert asyncio.get_running_loop().time() - began < 0.42
+    assert (tokens, end.reason) == (list(IDS[:2]), FinishReason.TIME_LIMIT)
+    await _settled(engine)
+
+
+@pytest.mark.parametrize("where", ["read", "score"])
+async def test_a_time_limit_that_runs_out_while_a_text_is_scored_leaves_it_as_it_ended_and_unscored(
+    engine, start, scored, where
+):
+    engine.gates[where] = asyncio.Event()
+    tokens, [end] = await _ends(start(scored, time_limit=0.1))
+    assert (tokens, end.reason, end.scores) == (list(IDS), FinishReason.EOS, ())
+    assert end.receipts[0].generated_tokens_steered == len(IDS) - 1
+    await _settled(engine)
+
+
+async def test_a_text_that_the_time_limit_cut_is_not_scored_beyond_it(engine, start, scored):
+    engine.gates[3] = asyncio.Event()
+    engine.count = len(PROMPT) + 2
+    tokens, [end] = await _ends(start(scored, time_limit=0.1))
+    assert (tokens, end.reason, end.scores) == (list(IDS[:3]), FinishReason.TIME_LIMIT, ())
+    assert end.receipts[0].generated_tokens_steered == 2
+    assert len(engine.streams) == 1
+    await _settled(engine)
+
+
 # Failures, and who learns of them.
 
 
