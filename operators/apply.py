@@ -66,6 +66,11 @@ class PreparedOperator:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
+def prepared_bytes(artifact: OperatorArtifact) -> int:
+    """What :func:`prepare` makes of it takes on the device."""
+    return artifact.nbytes // artifact.factors.element_size() * torch.float32.itemsize
+
+
 def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperator:
     """Moves an operator to ``device``. Raises :class:`SteeringError` when its anchor has no direction."""
 

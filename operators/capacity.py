@@ -6,10 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
+from typing import TYPE_CHECKING
 
 from operators.errors import BuildError
+
+if TYPE_CHECKING:
+    # Sizes are read where torch is not needed yet.
+    import torch
 
 _SHARE_OF_FREE = 0.8
 _CPU_IS_FULL = "can't allocate memory"
@@ -20,6 +23,8 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 def free(device: torch.device) -> int:
     """Bytes that a build may use on ``device`` when nobody says: most of what is free."""
     if device.type == "cuda":
+        import torch
+
         return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
     return int(_SHARE_OF_FREE * _available())
 
@@ -27,6 +32,8 @@ def free(device: torch.device) -> int:
 @contextmanager
 def shortage_told() -> Iterator[None]:
     """Around what takes memory: where there is not enough, a :class:`BuildError` says so."""
+    import torch
+
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -62,6 +62,10 @@ def serve(
         float | None,
         typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),
     ] = None,
+    operator_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="For operators beside the model, such as 4GiB.", show_default="4GiB"),
+    ] = None,
     grace: Annotated[
         float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
     ] = None,
@@ -128,7 +132,11 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engi
 
     if config.engine_args:
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
-    return HFEngine(load_model(config.model, dtype=dtype, device=device), max_queue=config.max_queue)
+    return HFEngine(
+        load_model(config.model, dtype=dtype, device=device),
+        max_queue=config.max_queue,
+        operator_memory=config.operator_memory,
+    )
 
 
 async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Engine:
@@ -144,7 +152,12 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
     # On the CPU, whatever vLLM runs on: it is looked at for its fingerprints and then dropped.
     loaded = load_model(config.model, dtype=dtype, device="cpu")
     return await VLLMEngine.start(
-        loaded, str(obtain(config.model)), dtype=dtype, max_queue=config.max_queue, engine_args=config.engine_args
+        loaded,
+        str(obtain(config.model)),
+        dtype=dtype,
+        max_queue=config.max_queue,
+        operator_memory=config.operator_memory,
+        engine_args=config.engine_args,
     )
 
 

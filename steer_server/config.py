@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from operators.capacity import parse_bytes
+from operators.errors import BuildError
+
+OPERATOR_MEMORY = 4 << 30
+"""Bytes that operators may take where nobody says."""
+
+
+def _bytes(given: object) -> object:
+    try:
+        return parse_bytes(given) if isinstance(given, str) else given
+    except BuildError as error:
+        raise ValueError(str(error)) from error
 
 
 class ServerConfig(BaseSettings):
@@ -38,6 +51,9 @@ class ServerConfig(BaseSettings):
     """Most that the doses |strength|/2 of a request's operators at one layer may add up to."""
     max_artifact_bytes: int = Field(default=4 << 30, ge=1)
     """Larger files in the store are not read."""
+    operator_memory: Annotated[int, BeforeValidator(_bytes)] = Field(default=OPERATOR_MEMORY, ge=1 << 20)
+    """Bytes, or a size such as 4GiB. vllm: most that the operators in each worker take, beside vLLM's own memory; what
+    the requests of a moment need beyond that is refused. hf: what is kept between requests."""
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running requests get when the server is stopped."""
     log_format: Literal["console", "json"] = "console"

@@ -6,7 +6,7 @@ SteerServerError
 │   └── DoseTooHighError            the operators at one layer push more than the server admits
 ├── UnknownOperatorError        no such operator in the store
 ├── OperatorUnusableError       it is there and cannot be used: damaged, or for another model
-├── QueueFullError              too many requests wait; says when to try again
+├── QueueFullError              no room while others wait and run; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
 ├── EngineFailedError           the engine broke while it worked on this request
@@ -73,10 +73,11 @@ class OperatorUnusableError(SteerServerError):
 
 
 class QueueFullError(SteerServerError):
-    """As many requests wait as the server admits."""
+    """There is no room now: too many requests wait, or running ones hold the memory for operators."""
 
-    def __init__(self, limit: int, retry_after: float) -> None:
-        super().__init__(f"{limit} requests wait already, the most admitted; try again in {retry_after:.0f} s")
+    def __init__(self, problem: str, retry_after: float) -> None:
+        """``retry_after``: seconds."""
+        super().__init__(f"{problem}; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 

@@ -6,9 +6,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+import structlog
+
+from steer_server.engine.batch import Use
+from steer_server.engine.salts import Salts
 from steer_server.engine.steering import Dose, receipts_of
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Receipt, SteeringPlan
+
+log = structlog.get_logger(__name__)
 
 Take = Callable[[list[str]], Awaitable[Sequence[Mapping[str, Any] | None]]]
 """Asks the workers for the accounts of requests, which they then forget."""
@@ -17,8 +23,9 @@ Take = Callable[[list[str]], Awaitable[Sequence[Mapping[str, Any] | None]]]
 class AccountDesk:
     """Asks for accounts: those wanted at the same time in one call, since a call waits for a step of the engine."""
 
-    def __init__(self, take: Take) -> None:
-        self._ask = take
+    def __init__(self, take: Take, salts: Salts) -> None:
+        self._ask, self._salts = take, salts
+        self._settling: set[asyncio.Task[Any]] = set()
         self._wanted: dict[str, asyncio.Future[Mapping[str, Any] | None]] = {}
         self._asking: asyncio.Task[None] | None = None
 
@@ -29,6 +36,30 @@ class AccountDesk:
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._work())
         return await future
+
+    def settle(self, key: str, uses: Sequence[Use], *, begun: bool = False) -> asyncio.Task[Mapping[str, Any] | None]:
+        """Takes the account of a row that is over, and renews the salt of its steering if it failed.
+
+        Goes on when nobody waits for it: what a failed row left in the prefix cache is there, whoever reads its text.
+
+        Args:
+            begun: the row has a token, so that the workers must know of it.
+        """
+        task = asyncio.create_task(self._settle(key, uses, begun))
+        self._settling.add(task)
+        task.add_done_callback(self._settled)
+        return task
+
+    async def _settle(self, key: str, uses: Sequence[Use], begun: bool) -> Mapping[str, Any] | None:
+        account = await self.take(key)
+        if uses and (begun if account is None else account["failure"]):
+            self._salts.renew(uses)
+        return account
+
+    def _settled(self, task: asyncio.Task[Any]) -> None:
+        self._settling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the workers gave no account of a request", error=str(error) or type(error).__name__)
 
     async def _work(self) -> None:
         while self._wanted:

@@ -13,6 +13,7 @@ import time
 import structlog
 
 from operators.models import LoadedModel
+from steer_server.config import OPERATOR_MEMORY
 from steer_server.engine.decode import Decoder
 from steer_server.engine.describe import describe
 from steer_server.engine.prompts import PromptReader, check_ids
@@ -23,8 +24,6 @@ from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
 
-_PREPARED_BYTES = 4 << 30
-"""Operators kept on the device between jobs."""
 _CLOSE_SECONDS = 5.0
 """How long closing waits for a forward pass that is under way."""
 
@@ -32,9 +31,10 @@ _CLOSE_SECONDS = 5.0
 class HFEngine:
     """Implements :class:`steer_server.engine.base.Engine`. Needs a running event loop to submit."""
 
-    def __init__(self, loaded: LoadedModel, *, max_queue: int) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_queue: int, operator_memory: int = OPERATOR_MEMORY) -> None:
+        """``operator_memory``: bytes of operators kept on the device between jobs."""
         self._loaded = loaded
-        self._prepared = PreparedOperators(loaded.device, budget=_PREPARED_BYTES)
+        self._prepared = PreparedOperators(loaded.device, budget=operator_memory)
         self._queue = JobQueue(max_queue)
         self._model = describe(loaded, engine="hf")
         # Reading a prompt is quick beside decoding it; the queue of jobs is to be the one that fills.

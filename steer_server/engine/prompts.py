@@ -28,7 +28,7 @@ class PromptReader:
         if self._closed:
             raise ShuttingDownError
         if self._encoding >= self._max_encoding:
-            raise QueueFullError(self._max_encoding, retry_after=1.0)
+            raise QueueFullError(f"{self._max_encoding} prompts wait to be read, the most admitted", retry_after=1.0)
         self._encoding += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._encoder, self._encode, prompt)

@@ -102,7 +102,8 @@ class JobQueue:
             if self._closed:
                 raise ShuttingDownError
             if len(self._waiting) >= self._limit:
-                raise QueueFullError(self._limit, retry_after=max(1.0, self._seconds_per_job))
+                problem = f"{self._limit} requests wait already, the most admitted"
+                raise QueueFullError(problem, retry_after=max(1.0, self._seconds_per_job))
             self._waiting.append(queued)
             self._changed.notify()
         return queued

@@ -37,9 +37,9 @@ Rpc = Callable[..., Awaitable[Sequence[Any]]]
 
 async def check_live(run: Try, rpc: Rpc, *, prompt_tokens: int, num_layers: int) -> None:
     """Raises :class:`StartupError` with what went wrong."""
-    (layers, *_) = await rpc("steering_layers")
-    if layers != num_layers:
-        raise StartupError(f"self-test: the engine has {layers} decoder layers, the model {num_layers}")
+    for layers in await rpc("steering_layers"):
+        if layers != num_layers:
+            raise StartupError(f"self-test: a worker has {layers} decoder layers, the model {num_layers}")
     uses = [Use(f"self-test-{layer}", "cumulative", STRENGTH, 0.0) for layer in range(num_layers)]
     for layer, use in enumerate(uses):
         await rpc("steering_load_random", use.digest, layer)

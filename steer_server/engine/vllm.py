@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
-import json
 import os
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -24,21 +22,24 @@ from vllm import SamplingParams as VLLMSamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from operators import __version__
+from operators.artifact import OperatorArtifact, to_bytes
 from operators.header import DTYPES
 from operators.models import LoadedModel
+from steer_server.config import OPERATOR_MEMORY
 from steer_server.engine.accounts import AccountDesk, agreed
 from steer_server.engine.batch import Use
 from steer_server.engine.describe import describe
 from steer_server.engine.engine_args import check_engine_args
 from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.salts import Salts
 from steer_server.engine.self_test import TOKENS, Trial, check_live
-from steer_server.engine.shelf import OperatorShelf
+from steer_server.engine.shelf import OperatorShelf, needed
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.engine.vllm_limits import check_supported
-from steer_server.errors import QueueFullError, ShuttingDownError, StartupError
+from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -46,8 +47,6 @@ log = structlog.get_logger(__name__)
 WORKER = "steer_server.engine.vllm_worker.SteeringWorker"
 EXTRA = "steering"
 """Key of ``SamplingParams.extra_args`` that the worker looks for."""
-_OPERATOR_BYTES = 4 << 30
-"""Operators kept in each worker between requests."""
 _CLOSE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
 _SELF_TEST_PROMPT = 6
@@ -58,12 +57,20 @@ class VLLMEngine:
 
     @classmethod
     async def start(
-        cls, loaded: LoadedModel, source: str, *, dtype: str, max_queue: int, engine_args: Mapping[str, Any]
+        cls,
+        loaded: LoadedModel,
+        source: str,
+        *,
+        dtype: str,
+        max_queue: int,
+        engine_args: Mapping[str, Any],
+        operator_memory: int = OPERATOR_MEMORY,
     ) -> VLLMEngine:
         """Boots vLLM on the model at ``source`` and tests it.
 
         Args:
             loaded: the same model in transformers, for its names and fingerprints; not kept.
+            operator_memory: bytes in each worker that operators may take, beside vLLM's own memory.
 
         Raises:
             StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
@@ -75,7 +82,7 @@ class VLLMEngine:
         except Exception as error:
             # vLLM raises what its parts raise; its own log has the whole story.
             raise StartupError(f"vLLM did not start: {type(error).__name__}: {error}") from error
-        engine = cls(llm, model, loaded.tokenizer, max_queue=max_queue)
+        engine = cls(llm, model, loaded.tokenizer, max_queue=max_queue, operator_memory=operator_memory)
         try:
             await engine._self_test()
         except BaseException:
@@ -83,7 +90,9 @@ class VLLMEngine:
             raise
         return engine
 
-    def __init__(self, llm: AsyncLLM, model: ModelInfo, tokenizer: Any, *, max_queue: int) -> None:
+    def __init__(
+        self, llm: AsyncLLM, model: ModelInfo, tokenizer: Any, *, max_queue: int, operator_memory: int
+    ) -> None:
         config = llm.vllm_config
         self._llm = llm
         self._tokenizer = tokenizer
@@ -95,14 +104,13 @@ class VLLMEngine:
         )
         self.dtype: torch.dtype = config.model_config.dtype
         self._limit = int(config.scheduler_config.max_num_seqs) + max_queue
-        self._max_queue = max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
-        self.desk = AccountDesk(self._take)
-        self.shelf = OperatorShelf(self._load, self._unload, budget=_OPERATOR_BYTES)
+        self.salts = Salts()
+        self.desk = AccountDesk(self._take, self.salts)
+        self._operator_memory = operator_memory
+        self.shelf = OperatorShelf(self._load, self._unload, budget=operator_memory)
         self._jobs: set[VLLMJob] = set()
-        self._later: set[asyncio.Task[Any]] = set()
         self._closed = False
-        self._epoch = 0
         self._seconds_per_row = 1.0
 
     @property
@@ -138,22 +146,30 @@ class VLLMEngine:
         if self._closed:
             raise ShuttingDownError
         check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
-        if self.running + self.waiting + len(job.rows) > self._limit:
-            raise QueueFullError(self._max_queue, retry_after=max(1.0, self._seconds_per_row))
-        running = VLLMJob(self, self._tokenizer, job)
+        retry_after = max(1.0, self._seconds_per_row)
+        there = self.running + self.waiting
+        if there + len(job.rows) > self._limit:
+            problem = f"{there} texts run and wait already, and {self._limit} is the most admitted"
+            raise QueueFullError(problem, retry_after)
+        operators = needed(job, budget=self._operator_memory)
+        self.shelf.reserve(operators, retry_after=retry_after)
+        running = VLLMJob(self, self._tokenizer, job, operators)
         self._jobs.add(running)
         return running
 
     def ended(self, job: VLLMJob, seconds: float) -> None:
         """Called by a job when its last row is over."""
         self._jobs.discard(job)
+        self.shelf.release(job.operators)
         self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
 
-    def later(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Does something that nobody waits for."""
-        task = asyncio.get_running_loop().create_task(_quietly(work))
-        self._later.add(task)
-        task.add_done_callback(self._later.discard)
+    def failure(self, error: Exception) -> EngineFailedError:
+        """What is told of an error that vLLM raised."""
+        if isinstance(error, EngineDeadError):
+            return EngineFailedError(f"the engine died: {error}")
+        log.error("row failed", exc_info=error)
+        cause = error.__cause__ if isinstance(error, EngineGenerateError) and error.__cause__ else error
+        return EngineFailedError(f"{type(cause).__name__}: {cause}")
 
     async def held(self) -> Mapping[str, int]:
         """What the workers hold for requests; nothing, when none runs."""
@@ -198,19 +214,12 @@ class VLLMEngine:
         told = [list(dataclasses.astuple(use)) for use in uses]
         salt = ""
         if alone or told:
-            prompt["cache_salt"] = salt = key if alone else self._salt(told)
+            prompt["cache_salt"] = salt = key if alone else self.salts.of(uses)
         extra = None
         if told or keep is not None:
             extra = {EXTRA: {"key": key, "salt": salt, "uses": told, "keep": keep}}
         sampling = VLLMSamplingParams(detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra, **params)
         return self._llm.generate(prompt, sampling, key)
-
-    def forsake_salts(self) -> None:
-        """From now on no request finds keys and values of a steered one so far: one of them failed."""
-        self._epoch += 1
-
-    def _salt(self, told: list[list[Any]]) -> str:
-        return hashlib.sha256(json.dumps([self._epoch, sorted(told)]).encode()).hexdigest()
 
     async def score(self, steered: str, plain: str, ids: Sequence[int]) -> Mapping[str, Sequence[float]]:
         """KL and log-probabilities of a text, from what the workers kept of two rows."""
@@ -220,19 +229,22 @@ class VLLMEngine:
     async def _rpc(self, method: str, *args: Any) -> Sequence[Any]:
         """What every worker answers. Raises :class:`EngineDeadError` instead of waiting for an engine that died."""
         call = asyncio.ensure_future(self._llm.collective_rpc(method, args=args))
-        while not call.done():
-            await asyncio.wait({call}, timeout=_POLL_SECONDS)
-            if not call.done() and self._llm.errored:
-                call.cancel()
-                raise EngineDeadError
+        try:
+            while not call.done():
+                await asyncio.wait({call}, timeout=_POLL_SECONDS)
+                if not call.done() and self._llm.errored:
+                    raise EngineDeadError
+        finally:
+            # Also where the caller has given up: nobody would look at what comes of it.
+            call.cancel()
         found: Sequence[Any] = call.result()
         return found
 
     async def _take(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:
         return agreed(await self._rpc("steering_take", keys))
 
-    async def _load(self, digest: str, data: bytes) -> int:
-        return int((await self._rpc("steering_load", digest, data))[0]["bytes"])
+    async def _load(self, artifact: OperatorArtifact) -> None:
+        await self._rpc("steering_load", artifact.digest, await asyncio.to_thread(to_bytes, artifact))
 
     async def _unload(self, digests: list[str]) -> None:
         await self._rpc("steering_unload", digests)
@@ -252,15 +264,14 @@ class VLLMEngine:
                 first = first or {token: found.logprob for token, found in choice.logprobs[0].items()}
             return Trial(tuple(ids), first)
 
-        await check_live(run, self._rpc, prompt_tokens=len(prompt), num_layers=self._model.num_layers)
+        try:
+            await check_live(run, self._rpc, prompt_tokens=len(prompt), num_layers=self._model.num_layers)
+        except StartupError:
+            raise
+        except Exception as error:
+            # An engine that dies under its first requests, or workers that refuse a call.
+            raise StartupError(f"self-test: {type(error).__name__}: {error}") from error
         log.info("self-test passed", layers=self._model.num_layers, seconds=round(time.monotonic() - began, 1))
-
-
-async def _quietly(work: Coroutine[Any, Any, Any]) -> None:
-    try:
-        await work
-    except Exception:
-        log.exception("a request's end could not be told to the workers")
 
 
 def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:

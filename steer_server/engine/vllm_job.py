@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import structlog
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
 from steer_server.engine.accounts import receipts
-from steer_server.engine.batch import uses_of
+from steer_server.engine.batch import Use, uses_of
 from steer_server.engine.rows import RowText
 from steer_server.engine.steering import check_strengths, untouched_receipts
 from steer_server.engine.text import Detokenizer
-from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError
+from steer_server.errors import EngineFailedError, ShuttingDownError, SteeringNotAppliedError, SteerServerError
 from steer_server.types import (
     Admitted,
     DecodeJob,
@@ -27,21 +24,25 @@ from steer_server.types import (
     RowFinished,
     SamplingParams,
     Score,
+    SteeringPlan,
     TokenEvent,
     TokenLogprob,
     TopLogprob,
 )
 
 if TYPE_CHECKING:
+    from operators.artifact import OperatorArtifact
     from steer_server.engine.vllm import VLLMEngine
-
-log = structlog.get_logger(__name__)
 
 
 class VLLMJob:
     """Implements :class:`steer_server.engine.base.JobStream`."""
 
-    def __init__(self, engine: VLLMEngine, tokenizer: Any, job: DecodeJob) -> None:
+    def __init__(
+        self, engine: VLLMEngine, tokenizer: Any, job: DecodeJob, operators: Sequence[OperatorArtifact]
+    ) -> None:
+        """``operators``: those of all rows, with room reserved until the engine is told of the job's end."""
+        self.operators = operators
         self._engine, self._tokenizer, self._job = engine, tokenizer, job
         self._began = time.monotonic()
         limit = job.sampling.time_limit
@@ -111,13 +112,9 @@ class VLLMJob:
                 # Between two waits for the engine there is no text to end with.
                 self._messages.put_nowait(ShuttingDownError())
             raise
-        except EngineDeadError as error:
-            self._messages.put_nowait(EngineFailedError(f"the engine died: {error}"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - handed on
             # One row's failure is its own, and whoever reads it learns of it: vLLM's calls raise what they like.
-            log.exception("row failed")
-            cause = error.__cause__ if isinstance(error, EngineGenerateError) and error.__cause__ else error
-            self._messages.put_nowait(EngineFailedError(f"{type(cause).__name__}: {cause}"))
+            self._messages.put_nowait(self._engine.failure(error))
         finally:
             if decoding:
                 self.running -= 1
@@ -126,11 +123,13 @@ class VLLMJob:
 
     async def _decode(self, index: int, row: Row, begins: Any) -> RowFinished:
         engine, job = self._engine, self._job
-        artifacts = []
         if row.plan is not None:
             check_strengths(row.plan, engine.dtype)
-            artifacts = [use.artifact for use in row.plan.applications if use.setting.strength]
-            await engine.shelf.hold(artifacts)
+            try:
+                async with asyncio.timeout_at(self._deadline):
+                    await engine.shelf.load(use.artifact for use in row.plan.applications if use.setting.strength)
+            except TimeoutError:
+                return RowFinished(index, FinishReason.TIME_LIMIT, "", "", untouched_receipts(row.plan))
         text = RowText(
             Detokenizer(self._tokenizer, job.prompt_ids),
             job.sampling,
@@ -150,16 +149,22 @@ class VLLMJob:
             scores = await self._scores(row, key, text.ids, own) if row.score and not self._stopping else ()
             found: tuple[Receipt, ...] = untouched_receipts(row.plan)
             if uses and text.ids and row.plan is not None:
-                account, owed = await engine.desk.take(key), False
-                if account is None or account["failure"]:
-                    engine.forsake_salts()
-                found = receipts(row.plan, account, prompt_tokens=len(prompt), fed=len(prompt) + len(text.ids) - 1)
+                owed = False
+                account = await asyncio.shield(engine.desk.settle(key, uses, begun=True))
+                found = self._receipts(row.plan, uses, account, fed=len(prompt) + len(text.ids) - 1)
             return RowFinished(index, reason, "" if stop_string else text.flush(), stop_string, found, scores)
         finally:
-            engine.shelf.release(artifact.digest for artifact in artifacts)
             if owed:
-                # Nobody will ask for it: the workers are to forget it all the same.
-                engine.later(engine.desk.take(key))
+                # Nobody waits for its account: the workers are to forget it all the same.
+                engine.desk.settle(key, uses, begun=bool(text.ids))
+
+    def _receipts(self, plan: SteeringPlan, uses: Sequence[Use], account: Any, *, fed: int) -> tuple[Receipt, ...]:
+        try:
+            return receipts(plan, account, prompt_tokens=len(self._job.prompt_ids), fed=fed)
+        except SteeringNotAppliedError:
+            # Also where the workers know of no failure: what is in the cache is not what its salt says.
+            self._engine.salts.renew(uses)
+            raise
 
     async def _read(self, index: int, stream: Any, text: RowText, begins: Any) -> tuple[FinishReason, str, list[float]]:
         """Posts the tokens; why the text ended, by which stop string, and each token's own log-probability if asked."""
@@ -200,19 +205,28 @@ class VLLMJob:
         return {**_sampling(sampling), "max_tokens": min(sampling.max_tokens, room), "logprobs": logprobs}
 
     async def _scores(self, row: Row, key: str, ids: list[int], own: list[float]) -> tuple[Score, ...]:
-        """Each token of a finished text under the plain model: one more row reads the text without steering."""
+        """Each token of a finished text under the plain model: one more row reads the text without steering.
+
+        Without scores where the time limit runs out: the text is as whole as it was, and ended by its own reason.
+        """
         if row.plan is None or not ids:
             return tuple(Score(0.0, logprob) for logprob in own)
+        if self._deadline is not None and self._deadline <= asyncio.get_running_loop().time():
+            return ()
         engine, prompt, plain = self._engine, self._job.prompt_ids, uuid.uuid4().hex
         params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
+        # The last token is not fed: nothing is chosen after it.
+        stream = engine.generate((*prompt, *ids[:-1]), params, (), plain, keep=len(prompt) - 1, alone=True)
         try:
-            # The last token is not fed: nothing is chosen after it.
-            stream = engine.generate((*prompt, *ids[:-1]), params, (), plain, keep=len(prompt) - 1, alone=True)
-            async for _ in stream:
-                pass
-            found = await engine.score(key, plain, ids)
+            async with asyncio.timeout_at(self._deadline):
+                async for _ in stream:
+                    pass
+                found = await engine.score(key, plain, ids)
+        except TimeoutError:
+            return ()
         finally:
-            engine.later(engine.desk.take(plain))
+            await stream.aclose()
+            engine.desk.settle(plain, ())
         return tuple(Score(kl, logprob) for kl, logprob in zip(found["kl"], found["logprobs"], strict=True))
 
     def _logprob(self, token: int, found: Any) -> TokenLogprob:

@@ -157,7 +157,8 @@ async def arms(
     try:
         if {"idle", "steered", "varied"} & set(names):
             engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=OPTIONS)
-            await engine.shelf.hold(made)
+            engine.shelf.reserve(made, retry_after=1.0)
+            await engine.shelf.load(made)
             ways |= {
                 name: way
                 for name, way in {

@@ -106,6 +106,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    return _free_port()
+
+
 @contextmanager
 def _start(
     *arguments: str, model: str | Path, metrics: bool = False, threads: int | None = None, timeout: float = 120.0

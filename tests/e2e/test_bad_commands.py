@@ -71,6 +71,7 @@ def test_a_port_in_use_ends_the_second_server_with_one_line(server, tiny_model, 
         ("metrics_port", "70000"),
         ("max_queue", "0"),
         ("max_dose", "0"),
+        ("operator_memory", "much"),
     ],
 )
 def test_a_setting_that_is_not_accepted_ends_the_server_at_once(option, value):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from pathlib import Path
 
@@ -78,3 +81,39 @@ def test_engine_options_that_are_not_accepted_end_the_start_with_the_reason(give
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
     assert said in done.stderr
+
+
+FORGETFUL = """
+from steer_server.command import app
+from steer_server.engine.vllm import VLLMEngine
+
+generate = VLLMEngine.generate
+VLLMEngine.generate = lambda self, ids, params, uses, key, **options: generate(
+    self, ids, params, () if key == "self-test-2" else uses, key, **options
+)
+app()
+"""
+"""A server that forgets the steering of one request of its self-test."""
+
+
+def test_a_server_whose_self_test_fails_says_why_ends_and_never_opens_its_port(free_port):
+    listen = ("--listen", f"127.0.0.1:{free_port}")
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORGETFUL, *listen, *OPTIONS],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said, reached, end = [], [], time.monotonic() + 300
+    reading = threading.Thread(target=lambda: said.append(process.stderr.read()))
+    reading.start()
+    while process.poll() is None and time.monotonic() < end:
+        with socket.socket() as client:
+            reached.append(client.connect_ex(("127.0.0.1", free_port)) == 0)
+        time.sleep(0.05)
+    process.kill()
+    reading.join(30)
+    assert process.wait() == 1
+    assert reached
+    assert not any(reached)
+    assert "steer-server: self-test: a request steered at layer 2 failed: no worker knows of it\n" in said[0]

@@ -5,6 +5,8 @@ import asyncio
 import pytest
 
 from steer_server.engine.accounts import AccountDesk, agreed, receipts
+from steer_server.engine.batch import Use
+from steer_server.engine.salts import Salts
 from steer_server.errors import SteeringNotAppliedError
 
 
@@ -29,15 +31,23 @@ async def workers():
     return Workers()
 
 
-async def test_each_request_gets_its_own_account(workers):
+@pytest.fixture
+def salts():
+    return Salts()
+
+
+@pytest.fixture
+def desk(workers, salts):
+    return AccountDesk(workers.take, salts)
+
+
+async def test_each_request_gets_its_own_account(workers, desk):
     workers.answer = [{"of": "a"}, None]
-    desk = AccountDesk(workers.take)
     assert await asyncio.gather(desk.take("a"), desk.take("b")) == [{"of": "a"}, None]
 
 
-async def test_what_is_wanted_at_the_same_time_is_asked_for_together(workers):
+async def test_what_is_wanted_at_the_same_time_is_asked_for_together(workers, desk):
     workers.gate.clear()
-    desk = AccountDesk(workers.take)
     first = asyncio.ensure_future(desk.take("a"))
     await asyncio.sleep(0.01)
     others = [asyncio.ensure_future(desk.take(key)) for key in "bcd"]
@@ -51,21 +61,19 @@ async def test_what_is_wanted_at_the_same_time_is_asked_for_together(workers):
 
 
 @pytest.mark.parametrize("problem", ["a failed call", "an answer too few"])
-async def test_an_error_reaches_everyone_who_waits_and_no_one_after(workers, problem):
+async def test_an_error_reaches_everyone_who_waits_and_no_one_after(workers, desk, problem):
     if problem == "a failed call":
         workers.error = RuntimeError("the engine died")
     else:
         workers.answer = []
-    desk = AccountDesk(workers.take)
     found = await asyncio.wait_for(asyncio.gather(*map(desk.take, "abc"), return_exceptions=True), 5)
     assert [type(error) for error in found] == [RuntimeError if workers.error else ValueError] * 3
     workers.error = workers.answer = None
     assert await desk.take("d") == {"of": "d"}
 
 
-async def test_one_who_gives_up_leaves_the_others_their_accounts(workers):
+async def test_one_who_gives_up_leaves_the_others_their_accounts(workers, desk):
     workers.gate.clear()
-    desk = AccountDesk(workers.take)
     given_up, other = (asyncio.ensure_future(desk.take(key)) for key in "ab")
     await asyncio.sleep(0.01)
     given_up.cancel()
@@ -81,6 +89,55 @@ async def test_one_who_gives_up_leaves_the_others_their_accounts(workers):
     workers.gate.set()
     with pytest.raises(RuntimeError, match="the engine died"):
         await asyncio.wait_for(other, 5)
+
+
+USES, OTHER = ((Use(digest, "cumulative", 0.4, 0.0),) for digest in ("gate", "dress"))
+GOOD, BAD = ({"cached": 0, "layers": {}, "failure": failure} for failure in ("", "layer 2 was not reached"))
+
+
+@pytest.mark.parametrize("waiting", [True, False], ids=["read", "abandoned"])
+@pytest.mark.parametrize(
+    ("account", "begun", "renewed"),
+    [
+        (GOOD, True, False),
+        (GOOD, False, False),
+        (BAD, True, True),
+        (BAD, False, True),
+        (None, True, True),
+        # Aborted in the queue, it left nothing.
+        (None, False, False),
+    ],
+)
+async def test_a_row_that_failed_takes_its_shared_prefixes_along_whether_or_not_somebody_reads_it(
+    workers, desk, salts, account, begun, renewed, waiting
+):
+    workers.answer = [account]
+    before = salts.of(USES), salts.of(OTHER)
+    settling = desk.settle("a", USES, begun=begun)
+    if waiting:
+        assert await settling == account
+    else:
+        reader = asyncio.ensure_future(asyncio.shield(settling))
+        await asyncio.sleep(0)
+        reader.cancel()
+        await asyncio.wait({settling}, timeout=5)
+    assert workers.calls == [["a"]]
+    assert (salts.of(USES) != before[0], salts.of(OTHER) != before[1]) == (renewed, False)
+
+
+async def test_a_row_without_steering_renews_nothing(workers, desk, salts):
+    before = salts.of(())
+    workers.answer = [None]
+    await desk.settle("a", (), begun=True)
+    assert salts.of(()) == before
+
+
+async def test_one_call_that_fails_while_nobody_waits_leaves_the_desk_open(workers, desk, salts):
+    before, workers.error = salts.of(USES), RuntimeError("the engine died")
+    await asyncio.wait({desk.settle("a", USES, begun=True)}, timeout=5)
+    workers.error = None
+    assert await desk.take("b") == {"of": "b"}
+    assert salts.of(USES) == before
 
 
 # Receipts: a prompt of 4 tokens, 6 fed in all, at layer 2.

@@ -34,6 +34,26 @@ def test_a_limit_of_the_dose_is_a_positive_number(monkeypatch, value):
     assert [error["loc"] for error in caught.value.errors()] == [("max_dose",)]
 
 
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [("4GiB", 4 << 30), ("1.5g", 3 << 29), ("500 MB", 500 << 20), ("1048576", 1 << 20), (1 << 31, 1 << 31)],
+)
+def test_memory_for_operators_is_a_size(monkeypatch, given, size):
+    assert ServerConfig().operator_memory == 4 << 30
+    assert ServerConfig(operator_memory=given).operator_memory == size
+    monkeypatch.setenv("STEER_OPERATOR_MEMORY", str(given))
+    assert ServerConfig().operator_memory == size
+
+
+@pytest.mark.parametrize(
+    ("given", "why"), [("4", "greater than or equal to 1048576"), ("much", "such as 8GiB"), ("-1g", "such as 8GiB")]
+)
+def test_memory_for_operators_that_is_no_size_is_refused_by_name(given, why):
+    with pytest.raises(ValidationError, match=why) as caught:
+        ServerConfig(operator_memory=given)
+    assert [error["loc"] for error in caught.value.errors()] == [("operator_memory",)]
+
+
 def test_the_engine_is_one_of_two(monkeypatch):
     assert ServerConfig().engine == "hf"
     monkeypatch.setenv("STEER_ENGINE", "vllm")

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel
 from operators.models import recognise
 from steer_server.engine.hf import HFEngine
 from steer_server.errors import PromptTooLongError, QueueFullError, ShuttingDownError, StartupError
-from steer_server.types import ChatMessage, Prompt
+from steer_server.types import ChatMessage, DecodeJob, Prompt, Row, SamplingParams
 
 
 @pytest.fixture
@@ -116,6 +116,15 @@ async def test_prompts_that_wait_when_the_engine_closes_are_told_so(engine, slow
     assert [type(other) for other in others] == [ShuttingDownError] * 2
     with pytest.raises(ShuttingDownError):
         await engine.encode(Prompt(text="x"))
+
+
+@pytest.mark.parametrize(("room", "kept"), [(None, 1), (1, 0)])
+async def test_operators_are_kept_between_jobs_within_the_memory_for_them(llama, artifact, plan_of, room, kept):
+    engine = HFEngine(llama, max_queue=2, **({} if room is None else {"operator_memory": room}))
+    async for _ in engine.submit(DecodeJob((1, 2), SamplingParams(max_tokens=2), (Row(plan_of((artifact, 0.5))),))):
+        pass
+    await engine.close()
+    assert len(engine._prepared) == kept
 
 
 def test_a_model_without_decoder_layers_cannot_be_served(tiny_tokenizer):
