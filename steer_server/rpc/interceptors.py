@@ -121,7 +121,9 @@ class _Outcome:
         seconds = time.monotonic() - self._began
         self._metrics.handled.labels(*self._labels, code.name).inc()
         self._metrics.handling.labels(*self._labels).observe(seconds)
-        level = "warning" if code is not grpc.StatusCode.OK else "debug" if "Health" in self._labels[1] else "info"
+        # A watch has no other end than the watcher's leaving, or the server's.
+        ordinary = code is grpc.StatusCode.OK or (code is grpc.StatusCode.CANCELLED and self._labels[2] == "Watch")
+        level = "warning" if not ordinary else "debug" if "Health" in self._labels[1] else "info"
         text = message_of(failure) if isinstance(failure, SteerServerError) else None
         getattr(log, level)(
             self._labels[2], code=code.name, seconds=round(seconds, 3), **({"problem": text} if text else {})

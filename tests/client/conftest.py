@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -231,9 +232,8 @@ class _Operators(operators_pb2_grpc.OperatorServiceServicer):
         return ops.ReloadOperatorsResponse(added=["new"], unusable=["broken"])
 
 
-@pytest.fixture
-def fake():
-    """A scripted server that is up."""
+@contextmanager
+def _up():
     script = FakeServer()
     server = grpc.server(ThreadPoolExecutor(max_workers=4))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(script), server)
@@ -244,6 +244,20 @@ def fake():
     server.start()
     yield script
     server.stop(grace=0).wait(5)
+
+
+@pytest.fixture
+def fake():
+    """A scripted server that is up."""
+    with _up() as script:
+        yield script
+
+
+@pytest.fixture
+def pair():
+    """Two scripted servers that are up."""
+    with _up() as one, _up() as other:
+        yield one, other
 
 
 @pytest.fixture

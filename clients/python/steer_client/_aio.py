@@ -236,8 +236,11 @@ class AsyncSteerClient:
         return await self._unary(calls.get_operator(name), timeout)
 
     async def reload_operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> ReloadReport:
-        """Makes the server read its store again; requests under way keep what they started with."""
-        return await self._unary(calls.reload_operators(), timeout)
+        """Makes the server read its store again; requests under way keep what they started with.
+
+        One server at a time: a target that may stand for several is an InvalidRequestError.
+        """
+        return await self._unary(calls.reload_operators(self.target), timeout)
 
     async def model_info(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> ModelInfo:
         """The model, its limits and the engine that serves it."""
@@ -248,7 +251,10 @@ class AsyncSteerClient:
         return await self._unary(calls.tokenize(prompt), timeout)
 
     async def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> bool:
-        """Whether the server takes requests. Raises ServerUnavailableError when nobody answers."""
+        """Whether the server takes requests. Raises ServerUnavailableError when nobody answers.
+
+        Of several servers, one that takes requests answers; it is raised when there is none.
+        """
         return await self._unary(calls.health(), timeout)
 
     async def _unary(self, call: calls.Unary[Result], timeout: Timeout) -> Result:
@@ -273,10 +279,11 @@ class AsyncSteerClient:
     def _open(self) -> calls.Stubs:
         # On first use, because a grpc.aio channel belongs to the loop that runs when it is made.
         if self._stubs is None:
+            options = calls.channel_options(self.target)
             if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self.target, options=calls.CHANNEL_OPTIONS)
+                self._channel = grpc.aio.insecure_channel(self.target, options=options)
             else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=calls.CHANNEL_OPTIONS)
+                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=options)
             self._stubs = calls.Stubs(self._channel)
         return self._stubs
 

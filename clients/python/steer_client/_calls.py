@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +37,29 @@ STEERED: Final = "steered"
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
 # Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
 _NAME_SCHEME: Final = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):.")
+# Those that may stand for several servers, without rules of their own for them.
+_MANY_SCHEME: Final = re.compile(r"(dns|ipv4|ipv6):")
 
 # Log-probabilities make an answer longer than the 4 MiB that gRPC takes by default.
-CHANNEL_OPTIONS: Final = (("grpc.max_receive_message_length", -1),)
+_ANY_LENGTH: Final = ("grpc.max_receive_message_length", -1)
+# In turn, leaving out those that say that they do not serve. What a server did not begin to answer, because it stops
+# or is gone, is asked of the next one, once: a request that kills servers must not go round all of them.
+_IN_TURN: Final = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": ""},
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": 2,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "1s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+}
 
 
 class Default(Enum):
@@ -91,9 +112,21 @@ def target_or_default(target: str | None) -> str:
     # Without a port gRPC would take 443, and without a word.
     if not (_HOST_AND_PORT.fullmatch(found) or _NAME_SCHEME.match(found)):
         raise InvalidRequestError(
-            f"target: {found!r} is not HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051", field="target"
+            f"target: {found!r} is not HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor several servers, such "
+            "as ipv4:10.0.0.1:50051,10.0.0.2:50051 or dns:///steer:50051",
+            field="target",
         )
     return found
+
+
+def is_many(target: str) -> bool:
+    """Whether the target may stand for several servers: dns:///NAME:PORT, ipv4:HOST:PORT,HOST:PORT, or ipv6:."""
+    return _MANY_SCHEME.match(target) is not None
+
+
+def channel_options(target: str) -> tuple[tuple[str, Any], ...]:
+    """gRPC's options for a channel to the target; several servers are asked in turn."""
+    return (_ANY_LENGTH, ("grpc.service_config", json.dumps(_IN_TURN))) if is_many(target) else (_ANY_LENGTH,)
 
 
 def generate(
@@ -152,8 +185,13 @@ def get_operator(name: str) -> Unary[store.OperatorInfo]:
     return Unary("operators", "GetOperator", request, decode.one_operator)
 
 
-def reload_operators() -> Unary[store.ReloadReport]:
-    """Reads the store again."""
+def reload_operators(target: str) -> Unary[store.ReloadReport]:
+    """Reads the store again. Raises InvalidRequestError for a target that may stand for several servers."""
+    if is_many(target):
+        raise InvalidRequestError(
+            f"target: {target!r} may stand for several servers, of which one would reload; ask each by its HOST:PORT",
+            field="target",
+        )
     return Unary("operators", "ReloadOperators", operators_pb.ReloadOperatorsRequest(), decode.reload_report)
 
 

@@ -106,9 +106,11 @@ class ComparisonStream(SyncStream[ArmDelta, ABResult]):
 class SteerClient:
     """A blocking client, for use from any number of threads; close it, or use it as a context manager.
 
-    `target` is HOST:PORT, by default the environment's STEER_TARGET, else 127.0.0.1:50051. `timeout` is in
-    seconds, for a whole call with its stream; None waits for ever; every method takes its own. The channel is
-    plaintext unless `credentials` are given.
+    `target` is HOST:PORT, by default the environment's STEER_TARGET, else 127.0.0.1:50051. Several servers are
+    ipv4:HOST:PORT,HOST:PORT or dns:///NAME:PORT: requests go to them in turn, leaving out those that do not
+    serve, and one that a server did not begin to answer goes to the next. `timeout` is in seconds, for a whole
+    call with its stream; None waits for ever; every method takes its own. The channel is plaintext unless
+    `credentials` are given.
 
     Every method raises a SteerError: InvalidRequestError before anything is sent when a value does not fit
     the contract, SteeringNotAppliedError when an answer lacks the receipts of its operators, else what the
@@ -124,10 +126,11 @@ class SteerClient:
     ) -> None:
         self.target = calls.target_or_default(target)
         self._timeout = encode.seconds(timeout)
+        options = calls.channel_options(self.target)
         if credentials is None:
-            self._channel = grpc.insecure_channel(self.target, options=calls.CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(self.target, options=options)
         else:
-            self._channel = grpc.secure_channel(self.target, credentials, options=calls.CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(self.target, credentials, options=options)
         self._stubs = calls.Stubs(self._channel)
         self._is_closed = False
 
@@ -221,8 +224,11 @@ class SteerClient:
         return self._unary(calls.get_operator(name), timeout)
 
     def reload_operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> ReloadReport:
-        """Makes the server read its store again; requests under way keep what they started with."""
-        return self._unary(calls.reload_operators(), timeout)
+        """Makes the server read its store again; requests under way keep what they started with.
+
+        One server at a time: a target that may stand for several is an InvalidRequestError.
+        """
+        return self._unary(calls.reload_operators(self.target), timeout)
 
     def model_info(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> ModelInfo:
         """The model, its limits and the engine that serves it."""
@@ -233,7 +239,10 @@ class SteerClient:
         return self._unary(calls.tokenize(prompt), timeout)
 
     def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> bool:
-        """Whether the server takes requests. Raises ServerUnavailableError when nobody answers."""
+        """Whether the server takes requests. Raises ServerUnavailableError when nobody answers.
+
+        Of several servers, one that takes requests answers; it is raised when there is none.
+        """
         return self._unary(calls.health(), timeout)
 
     def _unary(self, call: calls.Unary[Result], timeout: Timeout) -> Result:

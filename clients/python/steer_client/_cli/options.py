@@ -96,7 +96,7 @@ TargetOption = Annotated[
         "--target",
         metavar="HOST:PORT",
         envvar="STEER_TARGET",
-        help="Where the server listens.",
+        help="Where the server listens; several are ipv4:HOST:PORT,HOST:PORT or dns:///NAME:PORT.",
         show_default=True,
         callback=_checked_target,
         rich_help_panel=_CONNECTION,
