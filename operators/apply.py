@@ -16,7 +16,8 @@ sum s_k of r numbers, and decoding with a KV cache equals recomputing everything
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -64,6 +65,14 @@ class PreparedOperator:
         """Bytes on the device."""
         tensors = (self.factors, self.basis, self.offset, self.base, self.unit_anchor)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to(self, device: torch.device) -> PreparedOperator:
+        """The same on another device; on its own, itself."""
+
+        def place(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device)
+
+        return PreparedOperator(**{each.name: place(getattr(self, each.name)) for each in fields(self)})
 
 
 def prepared_bytes(artifact: OperatorArtifact) -> int:

@@ -109,8 +109,7 @@ def to_bytes(artifact: OperatorArtifact) -> bytes:
         "header": artifact.header_json,
     }
     # safetensors writes the metadata in random order; sorting it makes the bytes a function of the artifact.
-    tensors = _tensors(artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset)
-    saved = save_tensors(tensors, metadata=metadata)
+    saved = save_tensors(tensors_of(artifact), metadata=metadata)
     start = 8 + int.from_bytes(saved[:8], "little")
     head = json.dumps(json.loads(saved[8:start]), sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
@@ -147,7 +146,21 @@ def from_bytes(data: bytes, *, source: str) -> OperatorArtifact:
         raise ArtifactError(
             f"{source}: format version {metadata.get('version')!r} is unknown; this build reads {FORMAT_VERSION!r}"
         )
-    header_json = metadata.get("header", "")
+    return assemble(metadata.get("header", ""), tensors, digest=metadata.get("digest"), source=source)
+
+
+def tensors_of(artifact: OperatorArtifact) -> dict[str, torch.Tensor]:
+    """The tensors of its file, by name."""
+    return _tensors(artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset)
+
+
+def assemble(
+    header_json: str, tensors: Mapping[str, torch.Tensor], *, digest: str | None, source: str
+) -> OperatorArtifact:
+    """Verifies the parts of an artifact against the digest that it was signed with; ``source`` names it in errors.
+
+    Raises :class:`ArtifactError`.
+    """
     try:
         header = OperatorHeader.model_validate_json(header_json, strict=True)
     except ValidationError as error:
@@ -158,10 +171,8 @@ def from_bytes(data: bytes, *, source: str) -> OperatorArtifact:
         artifact = _from_parts(header, header_json, tensors)
     except ArtifactError as error:
         raise ArtifactError(f"{source}: {error}") from error
-    if metadata.get("digest") != artifact.digest:
-        raise ArtifactError(
-            f"{source}: content is {artifact.digest}, the file says {metadata.get('digest')!r}: it is damaged"
-        )
+    if digest != artifact.digest:
+        raise ArtifactError(f"{source}: content is {artifact.digest}, the file says {digest!r}: it is damaged")
     return artifact
 
 

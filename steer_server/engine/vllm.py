@@ -25,7 +25,6 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from operators import __version__
-from operators.artifact import OperatorArtifact, to_bytes
 from operators.header import DTYPES
 from operators.models import LoadedModel
 from steer_server.config import OPERATOR_MEMORY
@@ -37,6 +36,7 @@ from steer_server.engine.prompts import PromptReader, check_ids
 from steer_server.engine.salts import Salts
 from steer_server.engine.self_test import TOKENS, Trial, check_live
 from steer_server.engine.shelf import OperatorShelf, needed
+from steer_server.engine.transfer import Sender
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.engine.vllm_limits import check_supported
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError
@@ -108,7 +108,7 @@ class VLLMEngine:
         self.salts = Salts()
         self.desk = AccountDesk(self._take, self.salts)
         self._operator_memory = operator_memory
-        self.shelf = OperatorShelf(self._load, self._unload, budget=operator_memory)
+        self.shelf = OperatorShelf(Sender(self._rpc).send, self._unload, budget=operator_memory)
         self._jobs: set[VLLMJob] = set()
         self._closed = False
         self._seconds_per_row = 1.0
@@ -242,9 +242,6 @@ class VLLMEngine:
 
     async def _take(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:
         return agreed(await self._rpc("steering_take", keys))
-
-    async def _load(self, artifact: OperatorArtifact) -> None:
-        await self._rpc("steering_load", artifact.digest, await asyncio.to_thread(to_bytes, artifact))
 
     async def _unload(self, digests: list[str]) -> None:
         await self._rpc("steering_unload", digests)

@@ -26,10 +26,10 @@ import torch
 from torch import nn
 from vllm.platforms import current_platform
 
-from operators.apply import PreparedOperator, prepare, steer
-from operators.artifact import from_bytes
+from operators.apply import PreparedOperator, steer
 from steer_server.engine.batch import Account, BatchSteering, Site, Sited, Use
 from steer_server.engine.pushes import Segment
+from steer_server.engine.transfer import Arrivals, Layout
 from steer_server.engine.vllm_limits import check_supported
 
 if current_platform.is_cpu():
@@ -114,6 +114,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._keys: dict[str, str] = {}
         self._kept: dict[str, _Kept] = {}
         self._pending: list[Mapping[int, Site]] = []
+        self._arrivals = Arrivals()
         self._watching = False
         self._layers = _decoder_layers(model)
         for layer, module in enumerate(self._layers):
@@ -135,14 +136,16 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
 
     # What the server calls.
 
-    def steering_load(self, digest: str, data: bytes) -> dict[str, int]:
-        """Makes an operator ready, from the bytes of its file. Returns the memory that it takes."""
-        artifact = from_bytes(data, source=digest)
-        if artifact.digest != digest:
-            raise ValueError(f"operator {digest} was sent as {artifact.digest}")
-        operator = prepare(artifact, self.device)
-        self._steering.load(digest, Sited(operator, artifact.header.injection_layer))
-        return {"bytes": operator.nbytes}
+    def steering_load(self, digest: str, at: int, data: bytes, layout: Layout | None) -> bool:
+        """Takes a piece of an operator, or is asked again; true once the operator is ready (:mod:`.transfer`)."""
+        if not data and digest not in self._arrivals and digest in self._steering.loaded:
+            # Another worker took longer.
+            return True
+        found = self._arrivals.take(digest, at, data, layout)
+        if found is not None:
+            operator, layer = found
+            self._steering.load(digest, Sited(operator.to(self.device), layer))
+        return found is not None
 
     def steering_load_random(self, digest: str, layer: int) -> None:
         """An operator for the self-test: of rank 2, two positions, in no particular direction."""
@@ -158,8 +161,9 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._steering.load(digest, Sited(operator, layer))
 
     def steering_unload(self, digests: Sequence[str]) -> None:
-        """Forgets operators."""
+        """Forgets operators, and what has come of them."""
         for digest in digests:
+            self._arrivals.drop(digest)
             self._steering.unload(digest)
 
     def steering_take(self, keys: Sequence[str]) -> list[dict[str, Any] | None]:
@@ -192,12 +196,13 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         return {"kl": kl, "logprobs": logprobs}
 
     def steering_state(self) -> dict[str, int]:
-        """How much is held: operators, bytes and requests."""
+        """How much is held: operators, their bytes, requests, and operators on their way."""
         loaded = self._steering.loaded.values()
         return {
             "operators": len(loaded),
             "bytes": sum(sited.operator.nbytes for sited in loaded),
             "requests": len(self._keys),
+            "arriving": len(self._arrivals),
         }
 
     def steering_layers(self) -> int:

@@ -11,12 +11,13 @@ import pytest
 import pytest_asyncio
 import torch
 from pytest_asyncio import is_async_test
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from operators.apply import Setting
 from operators.artifact import OperatorArtifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
-from operators.models import LoadedModel, block_input, decoder_layers
+from operators.models import LoadedModel, block_input, decoder_layers, load_model
 from steer_server.engine.base import Engine
 from steer_server.engine.hf import HFEngine
 from steer_server.types import (
@@ -47,6 +48,31 @@ def operator_of(smollm: Callable[..., LoadedModel]) -> Build:
         return build_operator(BuildSpec((concept_from_text(text, loaded),), profile, layer, rank), loaded)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def even(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LoadedModel]:
+    """A random Llama whose heads vLLM can divide and its CPU attention takes: its directory, and the model."""
+    directory = tmp_path_factory.mktemp("even")
+    config = LlamaConfig(
+        vocab_size=len(tiny_tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+    model.save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    return directory, load_model(str(directory), dtype="float32")
 
 
 @pytest_asyncio.fixture(loop_scope="session", params=ENGINES)

@@ -6,6 +6,7 @@ import pytest
 import pytest_asyncio
 
 from steer_server.engine.hf import HFEngine
+from steer_server.engine.transfer import Sender
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Prompt, Row, SamplingParams
 
@@ -78,7 +79,7 @@ async def test_what_a_failed_request_left_in_the_cache_is_not_found_again(
     await engine._unload([artifact.digest])
     with pytest.raises(SteeringNotAppliedError, match=r"operator sha256:\w+ is not loaded"):
         await decode(engine, PROMPT, SAMPLING, row)
-    await engine._load(artifact)
+    await Sender(engine._rpc).send(artifact)
     engine.shelf.release([artifact])
     [(ids, end)] = await decode(engine, PROMPT, SAMPLING, row)
     assert end.receipts[0].prompt_tokens_cached == 0

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
-from operators.models import load_model
 from steer_server.types import Row, SamplingParams
 
 PROMPTS = ("Here is the bridge", "the golden dress of the bride in the bay", "a")
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def even(tiny_tokenizer, tmp_path_factory):
-    """The model's directory, and the model."""
-    directory = tmp_path_factory.mktemp("even")
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
-    model.save_pretrained(directory)
-    tiny_tokenizer.save_pretrained(directory)
-    return directory, load_model(str(directory), dtype="float32")
 
 
 @pytest.fixture

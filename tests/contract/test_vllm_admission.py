@@ -1,0 +1,192 @@
+"""What does not fit is refused with a hint when to come back, and leaves nothing behind: texts, and operators."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import grpc
+import pytest
+import pytest_asyncio
+from steer_client import AsyncSteerClient, OperatorUse, ServerBusyError
+from steer_client import SamplingParams as ClientSamplingParams
+
+from operators import store
+from operators.apply import prepared_bytes
+from operators.build import BuildSpec, build_operator
+from operators.concept import concept_from_text
+from steer_server.config import ServerConfig
+from steer_server.engine import transfer
+from steer_server.errors import InvalidRequestError, OperatorUnusableError, QueueFullError
+from steer_server.registry import Registry
+from steer_server.rpc.server import SteerServer
+from steer_server.types import DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
+
+PROMPT = (40, 41, 42, 43)
+LONG = SamplingParams(max_tokens=480, ignore_eos=True)
+SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
+RUNNING, WAITING = 2, 2
+
+
+@pytest.fixture(scope="module")
+def made(even):
+    """Three small operators."""
+    _, loaded = even
+    texts = ("the golden bridge", "a golden dress", "here is the bay")
+    concepts = [concept_from_text(text, loaded) for text in texts]
+    return [build_operator(BuildSpec((concept,), layer=2, rank=4), loaded) for concept in concepts]
+
+
+@pytest.fixture(scope="module")
+def large(even):
+    """An operator that is larger than two of those."""
+    _, loaded = even
+    return build_operator(BuildSpec((concept_from_text("a dress", loaded),), layer=2, rank="full"), loaded)
+
+
+@pytest_asyncio.fixture(loop_scope="session", scope="module")
+async def engine(even, made):
+    """Two texts run at once, two more wait; there is room for any two of the operators, not for three."""
+    from steer_server.engine.vllm import VLLMEngine
+
+    directory, loaded = even
+    options = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": RUNNING}
+    engine = await VLLMEngine.start(
+        loaded,
+        str(directory),
+        dtype="float32",
+        max_queue=WAITING,
+        operator_memory=sum(sorted(map(prepared_bytes, made))[-2:]),
+        engine_args=options,
+    )
+    yield engine
+    await engine.close()
+
+
+@pytest.fixture
+def rows(made, steered_row):
+    return [steered_row(artifact, 0.5) for artifact in made]
+
+
+async def ids_of(stream):
+    return [event.token_id async for event in stream if isinstance(event, TokenEvent)]
+
+
+async def begun(engine, *jobs):
+    """Streams of jobs of which every row that can run has a token."""
+    streams = [engine.submit(DecodeJob(PROMPT, LONG, rows)) for rows in jobs]
+    async with asyncio.timeout(30):
+        while engine.running < min(RUNNING, sum(map(len, jobs))):
+            await asyncio.sleep(0.01)
+    return streams
+
+
+async def at_rest(engine, streams=()):
+    """What the workers hold once all of it is over."""
+    for stream in streams:
+        stream.cancel()
+    async with asyncio.timeout(30):
+        while (engine.running, engine.waiting, await engine.held()) != (0, 0, {"requests": 0}):
+            await asyncio.sleep(0.01)
+    [state] = await engine._rpc("steering_state")
+    return state
+
+
+async def test_more_texts_than_run_and_wait_are_refused_with_a_hint_and_leave_nothing_behind(engine, rows):
+    expected = await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],))))
+    before = await at_rest(engine)
+    streams = await begun(engine, (rows[0],) * 3)
+    with pytest.raises(QueueFullError) as caught:
+        engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[1])))
+    assert caught.value.retry_after >= 1
+    assert (engine.running, engine.waiting) == (2, 1)
+    streams += [engine.submit(DecodeJob(PROMPT, SHORT, (Row(),)))]
+    for _ in range(3):
+        with pytest.raises(QueueFullError, match="4 texts run and wait already"):
+            engine.submit(DecodeJob(PROMPT, SHORT, (rows[1],)))
+    # The operator of those that were refused was never sent.
+    assert await at_rest(engine, streams) == before
+    assert await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],)))) == expected
+
+
+async def test_operators_that_find_no_room_are_refused_with_a_hint_until_others_are_done(engine, made, rows):
+    streams = await begun(engine, (rows[0],), (rows[1],))
+    [held] = await engine._rpc("steering_state")
+    assert held["operators"] == 2
+    for _ in range(3):
+        with pytest.raises(QueueFullError, match="the operators of running requests take") as caught:
+            engine.submit(DecodeJob(PROMPT, SHORT, (rows[2],)))
+    assert caught.value.retry_after >= 1
+    assert (await engine._rpc("steering_state"))[0] == held
+    # What runs already is there for others too.
+    assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[0]))))) == 8
+    await at_rest(engine, streams)
+    assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[2],))))) == 4
+    assert (await at_rest(engine))["bytes"] <= sum(sorted(map(prepared_bytes, made))[-2:])
+
+
+async def test_operators_that_would_never_fit_are_refused_for_good(engine, rows, large, steered_row):
+    before = await at_rest(engine)
+    with pytest.raises(OperatorUnusableError, match="--operator-memory"):
+        engine.submit(DecodeJob(PROMPT, SHORT, (Row(), steered_row(large, 0.5))))
+    with pytest.raises(InvalidRequestError, match=r"^operators: take .* in a worker; this server keeps"):
+        engine.submit(DecodeJob(PROMPT, SHORT, tuple(rows)))
+    assert await at_rest(engine) == before
+
+
+async def test_an_operator_that_does_not_arrive_whole_leaves_nothing_in_the_workers(engine, made, monkeypatch):
+    before = await at_rest(engine)
+    monkeypatch.setattr(transfer, "PIECE", 512)
+    damaged = replace(made[0], digest=f"sha256:{'0' * 64}")
+    with pytest.raises(Exception, match="it is damaged"):
+        await transfer.Sender(engine._rpc).send(damaged)
+    sending = asyncio.ensure_future(transfer.Sender(engine._rpc).send(damaged))
+    async with asyncio.timeout(10):
+        while not (await engine._rpc("steering_state"))[0]["arriving"]:
+            await asyncio.sleep(0)
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert await at_rest(engine) == before
+    assert before["arriving"] == 0
+
+
+async def test_a_time_limit_that_runs_out_while_an_operator_arrives_ends_the_text_without_tokens(
+    engine, rows, made, monkeypatch
+):
+    engine.shelf.reserve(made[1:], retry_after=1.0)
+    await engine.shelf.load(made[1:])
+    engine.shelf.release(made[1:])
+    monkeypatch.setattr(transfer, "PIECE", 64)
+    limited = replace(SHORT, time_limit=0.05)
+    *_, end = [event async for event in engine.submit(DecodeJob(PROMPT, limited, (rows[0],)))]
+    assert isinstance(end, RowFinished)
+    assert (end.reason, end.text, end.receipts[0].prompt_tokens_steered) == (FinishReason.TIME_LIMIT, "", 0)
+    assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],))))) == 4
+    assert (await at_rest(engine))["arriving"] == 0
+
+
+async def test_a_client_is_told_when_to_come_back_and_is_served_then(engine, made, rows, tmp_path):
+    for name, artifact in zip("abc", made, strict=True):
+        store.save(tmp_path, name, artifact)
+    registry = Registry(tmp_path, engine.model, max_bytes=1 << 30, max_dose=1.0)
+    server = SteerServer(engine, registry, ServerConfig(listen="127.0.0.1:0"))
+    target = f"127.0.0.1:{await server.start()}"
+    sampling = ClientSamplingParams(max_tokens=4, ignore_eos=True)
+    try:
+        async with AsyncSteerClient(target, timeout=60) as client:
+            streams = await begun(engine, (rows[0],), (rows[1],))
+            with pytest.raises(ServerBusyError, match="operators") as caught:
+                await client.generate("the bay", operators=[OperatorUse("c", 0.5)], sampling=sampling)
+            assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert caught.value.retry_after >= 1
+            streams += [engine.submit(DecodeJob(PROMPT, LONG, (Row(), Row())))]
+            with pytest.raises(ServerBusyError, match="texts") as caught:
+                await client.generate("the bay", sampling=sampling)
+            assert caught.value.retry_after >= 1
+            await at_rest(engine, streams)
+            answer = await client.generate("the bay", operators=[OperatorUse("c", 0.5)], sampling=sampling)
+            assert answer.receipts[0].generated_tokens_steered == 3
+    finally:
+        # Not stop(): that closes the engine, which others use.
+        await server._server.stop(0)
