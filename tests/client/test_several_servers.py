@@ -1,12 +1,16 @@
 """One target that stands for several servers: asked in turn, those that do not serve left out."""
 
+import json
+import re
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from steer_client import AsyncSteerClient, InvalidRequestError, ServerUnavailableError, SteerClient
+from steer_client._calls import channel_options
 from steer_client._cli.app import app
 from typer.testing import CliRunner
 
@@ -140,3 +144,10 @@ def test_the_command_takes_several_servers_and_reloads_none_of_them(target):
     refused = CliRunner().invoke(app, ["operators", "--reload", "--target", target])
     assert refused.exit_code == 1
     assert "ask each by its HOST:PORT" in refused.stderr
+
+
+def test_the_service_config_that_the_page_gives_to_other_clients_is_that_of_this_one():
+    page = (Path(__file__).parents[2] / "docs/LARGE.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"^```json\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert json.loads(shown) == json.loads(dict(channel_options("dns:///steer:1"))["grpc.service_config"])
+    assert "grpc.service_config" not in dict(channel_options("steer:1"))

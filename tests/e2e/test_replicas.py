@@ -1,13 +1,19 @@
 """Two servers on one store behind one target: both are used, both answer alike, and one can stop unnoticed."""
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from steer_client import FinishReason, OperatorUse, SamplingParams, ServerUnavailableError, SteerClient, SteerError
 
+BIN = Path(sys.executable).parent
 GOLDEN = [OperatorUse("golden", 0.5)]
 DRAWN = SamplingParams(max_tokens=12, temperature=1.0, seed=11, ignore_eos=True)
 LONG = SamplingParams(max_tokens=4000, ignore_eos=True)
@@ -51,6 +57,37 @@ def test_requests_of_one_client_are_spread_over_both_servers_and_both_answer_ali
         with SteerClient(server.target, timeout=60) as direct:
             alone.append(direct.generate("the bay", operators=GOLDEN, sampling=DRAWN))
     assert {_proof(answer) for answer in (*answers, *alone)} == {_proof(answers[0])}
+
+
+def _as_shown(pair, language, beginning):
+    """A block of docs/LARGE.md, on the addresses of these servers."""
+    page = (Path(__file__).parents[2] / "docs/LARGE.md").read_text(encoding="utf-8")
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    [shown] = [block for block in blocks if block.startswith(beginning)]
+    for number, server in enumerate(pair, start=1):
+        shown = shown.replace(f"10.0.0.{number}:50051", server.target)
+    assert "10.0.0" not in shown
+    return shown
+
+
+def _run(*command):
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+
+
+def test_the_python_that_the_page_shows_asks_both(pair):
+    before = _completions(pair)
+    _run(sys.executable, "-c", _as_shown(pair, "python", "from steer_client"))
+    assert sum(_completions(pair)) == sum(before) + 4
+
+
+def test_the_command_that_the_page_shows_reloads_each(pair):
+    def reloads():
+        return [server.sample("grpc_server_handled_total", grpc_method="ReloadOperators") for server in pair]
+
+    before = reloads()
+    _run("bash", "-euc", _as_shown(pair, "sh", "for server in"))
+    assert reloads() == [count + 1 for count in before]
 
 
 def test_no_request_fails_while_one_of_two_servers_stops(pair, client):
