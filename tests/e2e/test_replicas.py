@@ -75,7 +75,7 @@ def _run(*command):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
 
 
-def test_the_python_that_the_page_shows_asks_both(pair):
+def test_the_python_that_the_page_shows_runs_on_them(pair):
     before = _completions(pair)
     _run(sys.executable, "-c", _as_shown(pair, "python", "from steer_client"))
     assert sum(_completions(pair)) == sum(before) + 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from operators.apply import prepare
+from operators.apply import prepare, prepared_bytes
 from operators.artifact import make_artifact
 from operators.header import LowRank
 
@@ -46,6 +46,7 @@ def test_a_prepared_operator_takes_what_the_formula_says(make_operator, operator
     *plain, basis = [None if part is None else part.to(kind) for part in parts]
     artifact = make_artifact(header, *plain, basis=basis)
     assert prepare(artifact, torch.device("cpu")).nbytes == operator_bytes(n, d, rank, offset)
+    assert prepared_bytes(artifact) == operator_bytes(n, d, rank, offset)
 
 
 def test_the_table_of_the_page_follows_from_its_formula(operator_bytes):

@@ -106,11 +106,9 @@ def test_the_budget_is_in_bytes_and_may_be_used_up(artifact, plan_of, spare):
     assert len(prepared) == (1 if spare == 0 else 0)
 
 
-async def test_the_engine_keeps_no_more_than_its_budget(
-    llama, artifact, other_artifact, plan_of, prompt_ids, monkeypatch
-):
-    monkeypatch.setattr(hf, "_PREPARED_BYTES", prepare(artifact, torch.device("cpu")).nbytes)
-    engine = hf.HFEngine(llama, max_queue=2)
+async def test_the_engine_keeps_no_more_than_its_budget(llama, artifact, other_artifact, plan_of, prompt_ids):
+    budget = prepare(artifact, torch.device("cpu")).nbytes
+    engine = hf.HFEngine(llama, max_queue=2, operator_memory=budget)
     plan = plan_of((artifact, 0.5), (other_artifact, 0.5))
     job = DecodeJob(prompt_ids, SamplingParams(max_tokens=3, ignore_eos=True), (Row(plan),))
     try:
