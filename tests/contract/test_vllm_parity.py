@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -14,7 +15,8 @@ from steer_server.types import DecodeJob, Prompt, RowFinished, SamplingParams, T
 
 pytestmark = pytest.mark.model
 
-PROMPTS = neutral_prompts()[:20]
+# The reference decodes one prompt at a time: 20 of them are minutes of two cores, and are asked for by hand.
+PROMPTS = neutral_prompts()[: int(os.environ.get("PARITY_PROMPTS", "5"))]
 TOKENS = 64
 CLOSE_CALL = 1e-3
 """Two tokens whose log-probabilities are nearer than this may swap in float32."""
@@ -78,9 +80,8 @@ def parting(found, expected):
     return gap < CLOSE_CALL and token == second.token_id, words
 
 
-# One job at a time on the reference engine: minutes on two cores.
 @pytest.mark.timeout(1200)
-async def test_120_steered_texts_of_64_tokens_are_those_of_the_reference_engine(
+async def test_steered_texts_of_64_tokens_are_those_of_the_reference_engine(
     vllm_engine, reference, rows, record_property
 ):
     engine = await vllm_engine()
