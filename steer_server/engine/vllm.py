@@ -227,8 +227,13 @@ class VLLMEngine:
         return found
 
     async def _rpc(self, method: str, *args: Any) -> Sequence[Any]:
-        """What every worker answers. Raises :class:`EngineDeadError` instead of waiting for an engine that died."""
-        call = asyncio.ensure_future(self._llm.collective_rpc(method, args=args))
+        """What every worker answers.
+
+        Raises:
+            EngineFailedError: a worker could not do it; says why.
+            EngineDeadError: the engine died, which would never answer.
+        """
+        call = asyncio.ensure_future(self._llm.collective_rpc("steering_call", args=(method, args)))
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=_POLL_SECONDS)
@@ -237,8 +242,11 @@ class VLLMEngine:
         finally:
             # Also where the caller has given up: nobody would look at what comes of it.
             call.cancel()
-        found: Sequence[Any] = call.result()
-        return found
+        answers = call.result()
+        for _, problem in answers:
+            if problem:
+                raise EngineFailedError(f"{method}: {problem}")
+        return [answer for answer, _ in answers]
 
     async def _take(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:
         return agreed(await self._rpc("steering_take", keys))

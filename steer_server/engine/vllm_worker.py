@@ -136,6 +136,15 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
 
     # What the server calls.
 
+    def steering_call(self, method: str, args: Sequence[Any]) -> tuple[Any, str]:
+        """What one of these methods returns, or why it failed: where a worker raises, vLLM confuses the others' answers
+        with those to the next call.
+        """
+        try:
+            return getattr(self, method)(*args), ""
+        except Exception as error:  # noqa: BLE001 - told instead
+            return None, f"{type(error).__name__}: {error}"
+
     def steering_load(self, digest: str, at: int, data: bytes, layout: Layout | None) -> bool:
         """Takes a piece of an operator, or is asked again; true once the operator is ready (:mod:`.transfer`)."""
         if not data and digest not in self._arrivals and digest in self._steering.loaded:

@@ -17,7 +17,7 @@ from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
 from steer_server.config import ServerConfig
 from steer_server.engine import transfer
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, QueueFullError
+from steer_server.errors import EngineFailedError, InvalidRequestError, OperatorUnusableError, QueueFullError
 from steer_server.registry import Registry
 from steer_server.rpc.server import SteerServer
 from steer_server.types import DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
@@ -138,7 +138,7 @@ async def test_an_operator_that_does_not_arrive_whole_leaves_nothing_in_the_work
     before = await at_rest(engine)
     monkeypatch.setattr(transfer, "PIECE", 512)
     damaged = replace(made[0], digest=f"sha256:{'0' * 64}")
-    with pytest.raises(Exception, match="it is damaged"):
+    with pytest.raises(EngineFailedError, match="it is damaged"):
         await transfer.Sender(engine._rpc).send(damaged)
     sending = asyncio.ensure_future(transfer.Sender(engine._rpc).send(damaged))
     async with asyncio.timeout(10):
