@@ -1,0 +1,140 @@
+"""An operator is replaced under its name while many texts use it: each text is of one version, from end to end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from dataclasses import dataclass
+
+import pytest
+from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
+
+from operators import store
+from operators.build import BuildSpec, build_operator
+from operators.concept import concept_from_text
+
+pytestmark = pytest.mark.model
+
+VERSIONS = {
+    "bridge": ("The Golden Gate Bridge in San", 15),
+    "wedding": ("The wedding was beautiful and the bride", 21),
+    # Another text at the layer of the first.
+    "paris": ("The capital of France is", 15),
+}
+PROMPTS = ("Here is a painting of the", "I went to new york to see the", "My friend told me that")
+STRENGTH = 0.45
+SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
+STREAMS = 16
+SECONDS = 12.0
+OPTIONS = ("--engine", "vllm", "--engine-args", "enforce_eager=true", "--engine-args", "max_model_len=256")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One finished stream. Times are of the monotonic clock: the call, its first token, its end."""
+
+    prompt: str
+    ids: tuple[int, ...]
+    digest: str
+    asked: float
+    begun: float
+    ended: float
+
+
+@dataclass
+class Reign:
+    """A version's time under the name: it began in the first of these spans and ended in the second."""
+
+    digest: str
+    came: tuple[float, float]
+    went: tuple[float, float]
+
+
+@pytest.fixture(scope="module")
+def artifacts(smollm):
+    loaded = smollm()
+    return {
+        name: build_operator(BuildSpec((concept_from_text(text, loaded),), layer=layer), loaded)
+        for name, (text, layer) in VERSIONS.items()
+    }
+
+
+@pytest.fixture
+def server(artifacts, tmp_path, start_server):
+    for name, artifact in artifacts.items():
+        store.save(tmp_path, name, artifact)
+    store.save(tmp_path, "swapped", artifacts["bridge"])
+    with start_server(
+        "--store", str(tmp_path), *OPTIONS, "--dtype", "float32", model="smollm2-135m", metrics=True, timeout=300
+    ) as running:
+        yield running
+
+
+async def ask(client, prompt, name):
+    stream = client.stream(prompt, operators=[OperatorUse(name, STRENGTH)], sampling=SAMPLING, timeout=120)
+    asked, begun = time.monotonic(), 0.0
+    async for _ in stream:
+        begun = begun or time.monotonic()
+    [receipt] = stream.result.receipts
+    assert receipt.operator == name
+    assert receipt.generated_tokens_steered == SAMPLING.max_tokens - 1
+    assert receipt.prompt_tokens_steered + receipt.prompt_tokens_cached == stream.result.usage.prompt_tokens
+    return Text(prompt, stream.result.token_ids, receipt.digest, asked, begun, time.monotonic())
+
+
+async def swap(client, directory, artifacts, end):
+    """Every second another version takes the name."""
+    long_ago = (0.0, 0.0)
+    reigns = [Reign(artifacts["bridge"].digest, long_ago, long_ago)]
+    for name in itertools.islice(itertools.cycle(artifacts), 1, None):
+        await asyncio.sleep(1.0)
+        if time.monotonic() > end:
+            break
+        await asyncio.to_thread(store.save, directory, "swapped", artifacts[name], replace=True)
+        began = time.monotonic()
+        report = await client.reload_operators()
+        assert report.changed == ("swapped",)
+        reigns[-1].went = now = (began, time.monotonic())
+        reigns.append(Reign(artifacts[name].digest, now, long_ago))
+    reigns[-1].went = (time.monotonic(),) * 2
+    return reigns
+
+
+async def test_streams_keep_the_version_they_began_with_while_it_is_replaced_every_second(
+    server, artifacts, tmp_path, record_property
+):
+    async with AsyncSteerClient(server.target) as client:
+        expected = {
+            (prompt, artifacts[name].digest): (await ask(client, prompt, name)).ids
+            for prompt in PROMPTS
+            for name in artifacts
+        }
+        assert len(set(expected.values())) == len(expected)
+        end = time.monotonic() + SECONDS
+
+        async def one_after_another(number):
+            texts = []
+            while time.monotonic() < end:
+                texts.append(await ask(client, PROMPTS[(number + len(texts)) % len(PROMPTS)], "swapped"))
+            return texts
+
+        reigns, *found = await asyncio.gather(
+            swap(client, tmp_path, artifacts, end), *(one_after_another(number) for number in range(STREAMS))
+        )
+    texts = list(itertools.chain(*found))
+    for text in texts:
+        assert text.ids == expected[text.prompt, text.digest], text
+        assert any(
+            reign.digest == text.digest and reign.came[0] <= text.begun and text.asked <= reign.went[1]
+            for reign in reigns
+        ), f"{text} is of a version that had gone, or was yet to come"
+    across = sum(any(text.begun < reign.came[0] and reign.came[1] < text.ended for reign in reigns) for text in texts)
+    counts = {"streams": len(texts), "swaps": len(reigns) - 1, "across_a_swap": across}
+    for name, count in counts.items():
+        record_property(name, count)
+    print(counts)
+    assert {text.digest for text in texts} == {artifact.digest for artifact in artifacts.values()}
+    assert len(reigns) > SECONDS / 2
+    assert across > STREAMS
+    server.wait_for_jobs(0, 0)
