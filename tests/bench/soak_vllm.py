@@ -1,0 +1,384 @@
+"""Many streams on a real vLLM server for a while: every text is held against its reference, and the memory is watched.
+
+    python tests/bench/soak_vllm.py [--seconds 600] [--streams 200] [--swap] [--blocks 320] [--json]
+
+Starts a server in a process of its own and asks it, one request at a time, for a greedy text of every prompt under
+every plan. Then so many visitors at once ask for the same, steered and plain, streamed and whole, alone and compared;
+one in ten gives up early. Every text must be that of the quiet reference, token for token; those that part where the
+reference finds two tokens as good as equally likely (float32 does not tell them apart) are counted for themselves. With
+--swap an operator is replaced under one name every second, and texts that name it must be those of the version in their
+receipt.
+
+Reports what became of every request, the memory of the server's processes, and what is left when all is over. Ends with
+status 1 when anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import math
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from soak_server import Server, Watch
+from steer_client import ABResult, AsyncSteerClient, Generation, OperatorUse, RequestCancelledError, SamplingParams
+
+from operators import store
+from operators.artifact import OperatorArtifact
+from operators.build import BuildSpec, build_operator
+from operators.concept import concept_from_text
+from operators.models import load_model
+
+CLOSE_CALL = 1e-3
+"""Two tokens whose log-probabilities are nearer than this may swap in float32."""
+KL_TOLERANCE = 2e-3
+"""Nats, between the mean KL of two runs of one comparison."""
+LONGEST = 300.0
+"""Seconds; a request that takes longer is lost."""
+SWAPPED = "swapped"
+VERSIONS = ("bridge", "wedding", "paris")
+"""The operators that take turns under that name."""
+OPERATORS = {
+    "bridge": ("The Golden Gate Bridge in San", "residual", 15, 64),
+    "wedding": ("The wedding was beautiful and the bride", "residual", 21, 64),
+    "paris": ("The capital of France is", "residual", 24, 32),
+    # Pushes layer 21, as the wedding does.
+    "published": ("The Golden Gate Bridge in San", "golden", 22, "full"),
+}
+PLANS = {
+    "plain": (),
+    "bridge": (OperatorUse("bridge", 0.4),),
+    "wedding": (OperatorUse("wedding", 0.4),),
+    "paris": (OperatorUse("paris", 0.4),),
+    "away": (OperatorUse("bridge", -0.4),),
+    "blended": (OperatorUse("wedding", 0.3, blend=0.5),),
+    "substitute": (OperatorUse("bridge", 0.3, "substitute"),),
+    "published": (OperatorUse("published", 0.5),),
+    "two layers": (OperatorUse("bridge", 0.3), OperatorUse("paris", 0.2, blend=1.0)),
+    "one layer": (OperatorUse("wedding", 0.25), OperatorUse("published", 0.25)),
+}
+_MUSEUM = (
+    "It was a long day in the museum, and we had seen a great many pictures: ships in a harbour, a street after the "
+    "rain, two sisters at a window, a bowl of fruit, horses in the snow, and a king whose name nobody could read. "
+)
+# With their numbers of tokens. The long ones begin alike, with more than a block of the cache.
+PROMPTS = {
+    "Here is a painting of the": 24,
+    "I went to new york to see the": 40,
+    "x": 8,
+    _MUSEUM: 16,
+    _MUSEUM + "In the last room there was only one, larger than all the others. Here is a painting of the": 32,
+    _MUSEUM + "Then we went home, and my sister told me that": 24,
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A text as the quiet server makes it. For every token: the runner-up, and by how many nats it is less likely."""
+
+    text: str
+    ids: tuple[int, ...]
+    seconds: tuple[tuple[int, float], ...]
+
+
+@dataclass
+class Ledger:
+    """What became of the requests."""
+
+    references: dict[tuple[str, str], Reference]
+    digests: dict[str, str]
+    count: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    _kl: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def wrong(self, what: str) -> None:
+        """Books a fault."""
+        self.count["problems"] += 1
+        if len(self.problems) < 20:
+            self.problems.append(what)
+
+    def text(self, prompt: str, plan: str, found: Generation) -> bool:
+        """Books a finished text; whether it is the reference's, token for token."""
+        self.count["texts"] += 1
+        self.count["tokens"] += len(found.token_ids)
+        plan = self._receipts(prompt, plan, found)
+        reference = self.references[prompt, plan]
+        if len(found.token_ids) != len(reference.ids):
+            self.wrong(f"{plan!r} of {prompt!r} ended after {len(found.token_ids)} tokens: {found.finish_reason}")
+            return False
+        same = self.tokens(prompt, (plan,), found.token_ids)
+        if same and found.text != reference.text:
+            self.wrong(f"{plan!r} of {prompt!r}: the same tokens, but the text {found.text!r}")
+        return same
+
+    def tokens(self, prompt: str, plans: Sequence[str], ids: Sequence[int]) -> bool:
+        """Books a text or its beginning, made by one of the plans; whether it is that of a reference."""
+        partings = []
+        for plan in plans:
+            reference = self.references[prompt, plan]
+            at = next((at for at, (a, b) in enumerate(zip(ids, reference.ids, strict=False)) if a != b), None)
+            if at is None:
+                self.count["equal"] += 1
+                return True
+            partings.append((plan, at, ids[at], reference.ids[at], *reference.seconds[at]))
+        if any(token == second and gap < CLOSE_CALL for *_, token, _, second, gap in partings):
+            self.count["parted at a tie"] += 1
+            return False
+        self.count["different"] += 1
+        for plan, at, token, expected, second, gap in partings:
+            runner_up = f"{second}, {gap:.2g} nats behind"
+            self.wrong(f"{plan!r} of {prompt!r}: token {at} is {token}, not {expected} or {runner_up}")
+        return False
+
+    def comparison(self, prompt: str, plans: Sequence[str], found: ABResult, *, scored: bool) -> None:
+        """Books a finished comparison."""
+        self.text(prompt, "plain", found.normal)
+        for plan, arm in zip(plans, found.steered.values(), strict=True):
+            same = self.text(prompt, plan, arm.generation)
+            pairs = enumerate(zip(found.normal.token_ids, arm.generation.token_ids, strict=True))
+            if arm.first_divergence != next((at for at, (a, b) in pairs if a != b), None):
+                self.wrong(f"{plan!r} of {prompt!r}: first divergence {arm.first_divergence}")
+            if not scored:
+                continue
+            kl = arm.kl.per_token if arm.kl else ()
+            if len(kl) != len(arm.generation.token_ids) or not all(0 <= each < math.inf for each in kl):
+                self.wrong(f"{plan!r} of {prompt!r}: KL {kl}")
+            elif same:
+                mean = sum(kl) / len(kl)
+                first = self._kl.setdefault((prompt, self._version(plan, arm.generation)), mean)
+                if abs(mean - first) > KL_TOLERANCE:
+                    self.wrong(f"{plan!r} of {prompt!r}: mean KL {mean}, before {first}")
+
+    def _version(self, plan: str, found: Generation) -> str:
+        """The plan whose reference a text is held against: a swapped operator goes by its digest."""
+        if plan != SWAPPED:
+            return plan
+        digest = found.receipts[0].digest
+        return next((name for name in VERSIONS if self.digests[name] == digest), VERSIONS[0])
+
+    def _receipts(self, prompt: str, plan: str, found: Generation) -> str:
+        version = self._version(plan, found)
+        fed = found.usage.prompt_tokens, found.usage.completion_tokens - 1
+        for use, receipt in zip(uses_of(plan), found.receipts, strict=True):
+            digest = self.digests[version if plan == SWAPPED else use.name]
+            steered = receipt.prompt_tokens_steered + receipt.prompt_tokens_cached, receipt.generated_tokens_steered
+            if (receipt.operator, receipt.digest, steered) != (use.name, digest, fed):
+                self.wrong(f"{plan!r} of {prompt!r}, {fed} tokens fed: {receipt}")
+            self.count["receipts"] += 1
+            self.count["cached prompt tokens"] += receipt.prompt_tokens_cached
+        return version
+
+
+@dataclass
+class Visitor:
+    """Asks one request after the other until the time is over."""
+
+    client: AsyncSteerClient
+    ledger: Ledger
+    random: random.Random
+    swap: bool
+
+    async def visit(self, end: float) -> None:
+        """Every request ends in one of three ways: finished, cancelled as asked, failed."""
+        ways = {self.stream: 6, self.whole: 1, self.compare: 2, self.leave: 0.5, self.hurry: 0.25, self.give_up: 0.25}
+        while time.monotonic() < end:
+            [way] = self.random.choices(list(ways), list(ways.values()))
+            prompt = self.random.choice(list(PROMPTS))
+            self.ledger.count["asked"] += 1
+            try:
+                self.ledger.count[await way(prompt)] += 1
+            except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the report
+                self.ledger.count["failed"] += 1
+                self.ledger.wrong(f"{way.__name__}: {type(error).__name__}: {error}")
+
+    def _plan(self) -> str:
+        return self.random.choice([*PLANS, *[SWAPPED] * (3 if self.swap else 0)])
+
+    def _asked(self, prompt: str, plan: str) -> dict[str, Any]:
+        return {"operators": uses_of(plan), "sampling": sampling(prompt), "timeout": LONGEST}
+
+    async def stream(self, prompt: str) -> str:
+        """Reads a stream to its end."""
+        plan = self._plan()
+        stream = self.client.stream(prompt, **self._asked(prompt, plan))
+        async for _ in stream:
+            pass
+        self.ledger.text(prompt, plan, stream.result)
+        return "finished"
+
+    async def whole(self, prompt: str) -> str:
+        """Waits for a whole text."""
+        plan = self._plan()
+        self.ledger.text(prompt, plan, await self.client.generate(prompt, **self._asked(prompt, plan)))
+        return "finished"
+
+    async def compare(self, prompt: str) -> str:
+        """Compares one or two plans with none."""
+        plans = self.random.sample([*PLANS, *[SWAPPED] * self.swap][1:], self.random.choice((1, 2)))
+        scored = self.random.random() < 0.5
+        arms = {plan: uses_of(plan) for plan in plans}
+        found = await self.client.compare(prompt, arms=arms, sampling=sampling(prompt), score=scored, timeout=LONGEST)
+        self.ledger.comparison(prompt, plans, found, scored=scored)
+        return "finished"
+
+    async def leave(self, prompt: str) -> str:
+        """Leaves a stream after a few tokens."""
+        plan, ids = self._plan(), []
+        enough = self.random.randint(1, PROMPTS[prompt] // 2)
+        async with self.client.stream(prompt, **self._asked(prompt, plan)) as stream:
+            async for delta in stream:
+                ids.extend(delta.token_ids)
+                if len(ids) >= enough:
+                    break
+        self.ledger.count["beginnings"] += 1
+        self.ledger.tokens(prompt, VERSIONS if plan == SWAPPED else (plan,), ids)
+        return "cancelled"
+
+    async def hurry(self, prompt: str) -> str:
+        """Cancels a stream that has just begun."""
+        stream = self.client.stream(prompt, **self._asked(prompt, self._plan()))
+        await asyncio.sleep(self.random.choice((0.0, 0.01, 0.1)))
+        stream.cancel()
+        with contextlib.suppress(RequestCancelledError):
+            async for _ in stream:
+                self.ledger.wrong("a cancelled stream went on")
+        return "cancelled"
+
+    async def give_up(self, prompt: str) -> str:
+        """Stops waiting for a whole text, if it does not come first."""
+        plan = self._plan()
+        task = asyncio.create_task(self.client.generate(prompt, **self._asked(prompt, plan)))
+        await asyncio.wait({task}, timeout=self.random.uniform(0.0, 5.0))
+        task.cancel()
+        try:
+            self.ledger.text(prompt, plan, await task)
+        except asyncio.CancelledError:
+            return "cancelled"
+        return "finished"
+
+
+def uses_of(plan: str) -> tuple[OperatorUse, ...]:
+    """The operators that a plan asks for."""
+    return (OperatorUse(SWAPPED, 0.4),) if plan == SWAPPED else PLANS[plan]
+
+
+def sampling(prompt: str, logprobs: int | None = None) -> SamplingParams:
+    """Greedy, and always the same length for a prompt."""
+    return SamplingParams(max_tokens=PROMPTS[prompt], ignore_eos=True, logprobs=logprobs)
+
+
+async def references(client: AsyncSteerClient) -> dict[tuple[str, str], Reference]:
+    """Every prompt under every plan, one at a time."""
+    found = {}
+    for prompt, (name, uses) in itertools.product(PROMPTS, PLANS.items()):
+        text = await client.generate(prompt, operators=uses, sampling=sampling(prompt, logprobs=2), timeout=LONGEST)
+        seconds = tuple((each.top[1].token_id, each.top[0].logprob - each.top[1].logprob) for each in text.logprobs)
+        found[prompt, name] = Reference(text.text, text.token_ids, seconds)
+    return found
+
+
+async def swap(client: AsyncSteerClient, directory: Path, made: dict[str, OperatorArtifact], ledger: Ledger) -> None:
+    """Puts another version under the name every second, until it is cancelled."""
+    for name in itertools.cycle(VERSIONS):
+        await asyncio.sleep(1.0)
+        await asyncio.to_thread(store.save, directory, SWAPPED, made[name], replace=True)
+        report = await client.reload_operators()
+        ledger.count["swaps"] += report.changed == (SWAPPED,)
+        if report.unusable:
+            ledger.wrong(f"unusable: {report.unusable}")
+
+
+def build() -> dict[str, OperatorArtifact]:
+    """The operators, by name."""
+    loaded = load_model("smollm2-135m", dtype="float32")
+    return {
+        name: build_operator(BuildSpec((concept_from_text(text, loaded),), profile, layer, rank), loaded)
+        for name, (text, profile, layer, rank) in OPERATORS.items()
+    }
+
+
+@contextlib.asynccontextmanager
+async def meanwhile(ledger: Ledger, *works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Work that goes on inside the block; its failure goes into the report."""
+    tasks = [asyncio.create_task(work) for work in works]
+    yield
+    for task in tasks:
+        task.cancel()
+    for found in await asyncio.gather(*tasks, return_exceptions=True):
+        if not isinstance(found, asyncio.CancelledError):
+            ledger.wrong(f"what went on beside the visitors ended: {found!r}")
+
+
+async def soak(given: argparse.Namespace) -> dict[str, Any]:
+    """The whole run."""
+    made = build()
+    with tempfile.TemporaryDirectory() as directory:
+        for name, artifact in made.items():
+            store.save(Path(directory), name, artifact)
+        store.save(Path(directory), SWAPPED, made[VERSIONS[-1]])
+        async with Server(Path(directory), given.blocks) as server, AsyncSteerClient(server.target) as client:
+            began = time.monotonic()
+            ledger = Ledger(await references(client), {name: artifact.digest for name, artifact in made.items()})
+            quiet = time.monotonic() - began
+            print(f"{len(ledger.references)} references in {quiet:.0f} s", file=sys.stderr, flush=True)
+            before, watch = await server.counters(), Watch(server)
+            visitors = [Visitor(client, ledger, random.Random(n), given.swap) for n in range(given.streams)]
+            began = time.monotonic()
+            beside = [watch.run()]
+            if given.swap:
+                beside.append(swap(client, Path(directory), made, ledger))
+            async with meanwhile(ledger, *beside):
+                await asyncio.gather(*(visitor.visit(began + given.seconds) for visitor in visitors))
+            seconds = time.monotonic() - began
+            after, left = await server.counters(), await server.left()
+        count = ledger.count
+        count["lost"] = count["asked"] - count["finished"] - count["cancelled"] - count["failed"]
+        return {
+            "seconds": round(seconds, 1),
+            "streams": given.streams,
+            "requests": dict(count),
+            "tokens per second": round((after["tokens generated"] - before["tokens generated"]) / seconds, 1),
+            "server": {name: after[name] - before[name] for name in after},
+            "peak": watch.peak,
+            "memory, MB": watch.memory(),
+            "left": left | {"exit status": server.status, "errors in the log": server.errors},
+            "problems": ledger.problems,
+        }
+
+
+def main() -> None:
+    """Prints a report (or JSON); status 1 where something was wrong."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seconds", type=float, default=600)
+    options.add_argument("--streams", type=int, default=200)
+    options.add_argument("--swap", action="store_true", help="replace an operator under its name every second")
+    options.add_argument(
+        "--blocks", type=int, default=320, help="of the KV cache, 32 tokens each: few, so that texts are thrown out"
+    )
+    options.add_argument("--json", action="store_true")
+    given = options.parse_args()
+    found = asyncio.run(soak(given))
+    if given.json:
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+            print(f"{name}: {'' if parts else value}")
+            for key, part in parts:
+                print(f"    {key}: {part}")
+    sys.exit(bool(found["problems"] or found["requests"]["lost"] or any(found["left"].values())))
+
+
+if __name__ == "__main__":
+    main()
