@@ -6,13 +6,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
-import pytest_asyncio
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -40,7 +38,6 @@ from transformers import (
 from operators.artifact import OperatorArtifact, make_artifact
 from operators.header import OperatorHeader, Recommended
 from operators.models import LoadedModel, load_model, recognise
-from operators.obtain import obtain
 
 _VOCABULARY = 320
 _CORPUS = [
@@ -99,7 +96,6 @@ _FAMILIES = {
         )
     ),
 }
-_DEFAULT_ENGINE = repr((None, []))
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -112,36 +108,6 @@ def smollm() -> Callable[..., LoadedModel]:
         return load_model("smollm2-135m", dtype=dtype, attention=attention)
 
     return load
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def vllm_engine(smollm: Callable[..., LoadedModel]) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
-    """``await vllm_engine()``: the vLLM engine on the default model in float32, booted once. Options boot another.
-
-    It lives in the session's event loop, and so must what uses it. Of the others only the last one asked for is kept:
-    each takes 2 GB, and a share of the processor even when idle.
-    """
-    booted: dict[str, Any] = {}
-
-    async def boot(loaded: LoadedModel | None = None, source: str | None = None, **options: Any) -> Any:
-        from steer_server.engine.vllm import VLLMEngine
-
-        key = repr((source, sorted(options.items())))
-        if key not in booted:
-            for other in [name for name in booted if _DEFAULT_ENGINE not in (key, name)]:
-                await booted.pop(other).close()
-            booted[key] = await VLLMEngine.start(
-                loaded or smollm(),
-                source or str(obtain("smollm2-135m")),
-                dtype="float32",
-                max_queue=256,
-                engine_args={"enforce_eager": True, "max_model_len": 1024, "block_size": 32, **options},
-            )
-        return booted[key]
-
-    yield boot
-    for engine in booted.values():
-        await engine.close()
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,10 @@ class Site:
     step: int
     doses: torch.Tensor | None = None
 
+    def let_go(self) -> None:
+        """Drops the pushes, after the forward pass: only what was measured waits to be booked."""
+        self.push = self.push.new_empty(0)
+
 
 @dataclass(eq=False)
 class _Followed:

