@@ -5,11 +5,11 @@
 Boots vLLM itself (no worker of ours), the engine, and a server in a process of its own, all with the same options, and
 sends each the same requests in turn. The arms:
 
-    plain     AsyncLLM, called directly; what all others are divided by
+    plain     AsyncLLM, called directly for token ids; what all others are divided by
     idle      our engine, nothing steered
     steered   our engine, every row steered by one operator
     varied    our engine, every row steered by another (operator, strength, layer)
-    grpc      our server, nothing steered, asked by one SDK client in a third process
+    grpc      our server, nothing steered, asked for text by one SDK client in a third process
     steered-grpc  the same, every row steered
 
 Operators are random, of rank 64 and 6 positions. Reports, per arm and batch size (1 among them, for the time to the
@@ -162,9 +162,9 @@ async def arms(
             ways |= {
                 name: way
                 for name, way in {
-                    "idle": lambda prompts, tokens: direct(engine._llm, prompts, tokens),
-                    "steered": lambda prompts, tokens: steered(engine, [use(made[0], 0.3)], prompts, tokens),
-                    "varied": lambda prompts, tokens: steered(engine, varied(made), prompts, tokens),
+                    "idle": lambda prompts, tokens: ours(engine, [], prompts, tokens),
+                    "steered": lambda prompts, tokens: ours(engine, [use(made[0], 0.3)], prompts, tokens),
+                    "varied": lambda prompts, tokens: ours(engine, varied(made), prompts, tokens),
                 }.items()
                 if name in names
             }
@@ -190,9 +190,9 @@ async def arms(
 
 
 async def direct(llm: AsyncLLM, prompts: Prompts, tokens: int) -> Run:
-    """Every prompt at once, greedily, by vLLM's own interface, with the text that it makes."""
+    """Every prompt at once, greedily, by vLLM's own interface; token ids only, as the engine asks for them."""
     sampling = VLLMSamplingParams(
-        temperature=0.0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+        temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
     )
 
     async def one(ids: Sequence[int], key: str) -> float:
@@ -204,20 +204,23 @@ async def direct(llm: AsyncLLM, prompts: Prompts, tokens: int) -> Run:
     return await timed([one(ids, os.urandom(8).hex()) for ids in prompts], tokens)
 
 
-async def steered(engine: VLLMEngine, uses: Sequence[Use], prompts: Prompts, tokens: int) -> Run:
-    """The same, steered, with the account of what was done to each request."""
+async def ours(engine: VLLMEngine, uses: Sequence[Use], prompts: Prompts, tokens: int) -> Run:
+    """The same on the engine; where it is steered, with the account of what was done to each request."""
     params = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
 
-    async def one(ids: Sequence[int], mine: Use, key: str) -> float:
+    async def one(ids: Sequence[int], mine: Sequence[Use], key: str) -> float:
         began, first = time.perf_counter(), 0.0
-        async for _ in engine.generate(ids, params, [mine], key):
+        async for _ in engine.generate(ids, params, mine, key):
             first = first or time.perf_counter() - began
-        account = await engine.desk.take(key)
-        assert account is not None
-        assert not account["failure"]
+        if mine:
+            account = await engine.desk.take(key)
+            assert account is not None
+            assert not account["failure"]
         return first
 
-    jobs = [one(ids, uses[index % len(uses)], os.urandom(8).hex()) for index, ids in enumerate(prompts)]
+    jobs = [
+        one(ids, [uses[index % len(uses)]] if uses else [], os.urandom(8).hex()) for index, ids in enumerate(prompts)
+    ]
     return await timed(jobs, tokens)
 
 
