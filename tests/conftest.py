@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import functools
+import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +39,9 @@ from transformers import (
 from operators.artifact import OperatorArtifact, make_artifact
 from operators.header import OperatorHeader, Recommended
 from operators.models import LoadedModel, load_model, recognise
+
+# A shell that starts this in the background has interrupts ignored, here and in every process that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _VOCABULARY = 320
 _CORPUS = [

@@ -68,7 +68,8 @@ class Server:
             *(sys.executable, __file__, "--engine", "vllm", "--dtype", "float32", "--store", str(self._store)),
             *(f"--engine-args={key}={value}" for key, value in options.items()),
             *("--listen", "127.0.0.1:0", "--metrics-port", self._metrics.rpartition(":")[2]),
-            *("--max-queue", "1024", "--log-format", "json"),
+            # Room for the operators of a minute or two of replacements, and of all requests under way.
+            *("--max-queue", "1024", "--operator-memory", "128MiB", "--log-format", "json"),
             # vLLM logs to the one, the server to the other.
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -6,8 +6,8 @@ Starts a server in a process of its own and asks it, one request at a time, for 
 every plan. Then so many visitors at once ask for the same, steered and plain, streamed and whole, alone and compared;
 one in ten gives up early. Every text must be that of the quiet reference, token for token; those that part where the
 reference finds two tokens as good as equally likely (float32 does not tell them apart) are counted for themselves. With
---swap an operator is replaced under one name every second, and texts that name it must be those of the version in their
-receipt.
+--swap an operator is replaced under one name every second by one that the workers have not seen, old ones have to go
+for it, and texts that name it must be those of the version in their receipt.
 
 Reports what became of every request, the memory of the server's processes, and what is left when all is over. Ends with
 status 1 when anything was wrong.
@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from soak_server import Server, Watch
 from steer_client import ABResult, AsyncSteerClient, Generation, OperatorUse, RequestCancelledError, SamplingParams
 
 from operators import store
-from operators.artifact import OperatorArtifact
+from operators.artifact import OperatorArtifact, with_header
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
 from operators.models import load_model
@@ -98,6 +99,8 @@ class Ledger:
 
     references: dict[tuple[str, str], Reference]
     digests: dict[str, str]
+    versions: dict[str, str]
+    """By digest, which version a swapped operator is."""
     count: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     _kl: dict[tuple[str, str], float] = field(default_factory=dict)
@@ -164,16 +167,19 @@ class Ledger:
         """The plan whose reference a text is held against: a swapped operator goes by its digest."""
         if plan != SWAPPED:
             return plan
-        digest = found.receipts[0].digest
-        return next((name for name in VERSIONS if self.digests[name] == digest), VERSIONS[0])
+        return self.versions.get(found.receipts[0].digest, VERSIONS[0])
 
     def _receipts(self, prompt: str, plan: str, found: Generation) -> str:
         version = self._version(plan, found)
         fed = found.usage.prompt_tokens, found.usage.completion_tokens - 1
         for use, receipt in zip(uses_of(plan), found.receipts, strict=True):
-            digest = self.digests[version if plan == SWAPPED else use.name]
+            known = (
+                self.versions.get(receipt.digest) == version
+                if plan == SWAPPED
+                else receipt.digest == self.digests[use.name]
+            )
             steered = receipt.prompt_tokens_steered + receipt.prompt_tokens_cached, receipt.generated_tokens_steered
-            if (receipt.operator, receipt.digest, steered) != (use.name, digest, fed):
+            if not known or (receipt.operator, steered) != (use.name, fed):
                 self.wrong(f"{plan!r} of {prompt!r}, {fed} tokens fed: {receipt}")
             self.count["receipts"] += 1
             self.count["cached prompt tokens"] += receipt.prompt_tokens_cached
@@ -290,9 +296,12 @@ async def references(client: AsyncSteerClient) -> dict[tuple[str, str], Referenc
 
 async def swap(client: AsyncSteerClient, directory: Path, made: dict[str, OperatorArtifact], ledger: Ledger) -> None:
     """Puts another version under the name every second, until it is cancelled."""
-    for name in itertools.cycle(VERSIONS):
+    for number, name in enumerate(itertools.cycle(VERSIONS)):
         await asyncio.sleep(1.0)
-        await asyncio.to_thread(store.save, directory, SWAPPED, made[name], replace=True)
+        # The same numbers, as if built at another time: the digest is another one.
+        new = with_header(made[name], created=made[name].header.created + timedelta(seconds=1 + number))
+        ledger.versions[new.digest] = name
+        await asyncio.to_thread(store.save, directory, SWAPPED, new, replace=True)
         report = await client.reload_operators()
         ledger.count["swaps"] += report.changed == (SWAPPED,)
         if report.unusable:
@@ -329,7 +338,9 @@ async def soak(given: argparse.Namespace) -> dict[str, Any]:
         store.save(Path(directory), SWAPPED, made[VERSIONS[-1]])
         async with Server(Path(directory), given.blocks) as server, AsyncSteerClient(server.target) as client:
             began = time.monotonic()
-            ledger = Ledger(await references(client), {name: artifact.digest for name, artifact in made.items()})
+            digests = {name: artifact.digest for name, artifact in made.items()}
+            versions = {digest: name for name, digest in digests.items() if name in VERSIONS}
+            ledger = Ledger(await references(client), digests, versions)
             quiet = time.monotonic() - began
             print(f"{len(ledger.references)} references in {quiet:.0f} s", file=sys.stderr, flush=True)
             before, watch = await server.counters(), Watch(server)

@@ -205,7 +205,7 @@ def recompute() -> Callable[..., list[int]]:
 
             handle = site.register_forward_pre_hook(add)
             with torch.no_grad():
-                logits = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+                logits = model(torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits[0, -1]
             handle.remove()
             ids.append(int(logits.argmax()))
             if ids[-1] == model.config.eos_token_id:

@@ -60,7 +60,7 @@ async def test_the_normal_arm_of_a_comparison_is_the_plain_row_alone(
     sampling, engine, operator_of, decode, steered_row
 ):
     operator = operator_of("The Golden Gate Bridge in San", "golden", 21)
-    for prompt in PROMPTS[:3]:
+    for prompt in PROMPTS[:2]:
         [(alone, _)] = await decode(engine, prompt, sampling, Row())
         steered = steered_row(operator, 0.55)
         arms = await decode(engine, prompt, sampling, Row(score=True), Row(steered.plan, score=True))

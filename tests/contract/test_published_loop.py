@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from itertools import product
+
 import pytest
 
 from steer_server.types import SamplingParams
@@ -17,10 +20,13 @@ LAYERS = (15, 21, 24)
 STRENGTHS = (0.25, 0.55, -0.4)
 PROMPTS = ("Here is a painting of the", "I went to new york to see the", "My")
 TOKENS = 12
+CASES = [("hf", concept, layer) for concept, layer in product(CONCEPTS, LAYERS)]
+if find_spec("vllm"):
+    # Held against the hf engine by more and longer texts: test_vllm_parity.py.
+    CASES += [("vllm", concept, layer) for concept, layer in zip(CONCEPTS, reversed(LAYERS), strict=True)]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("concept", CONCEPTS)
+@pytest.mark.parametrize(("engine", "concept", "layer"), CASES, indirect=["engine"])
 async def test_cached_decoding_gives_the_ids_of_the_published_recompute_everything_loop(
     concept, layer, smollm, engine, operator_of, decode, steered_row, recompute
 ):

@@ -16,7 +16,7 @@ from steer_server.types import DecodeJob, Prompt, RowFinished, SamplingParams, T
 pytestmark = pytest.mark.model
 
 # The reference decodes one prompt at a time: 20 of them are minutes of two cores, and are asked for by hand.
-PROMPTS = neutral_prompts()[: int(os.environ.get("PARITY_PROMPTS", "5"))]
+PROMPTS = neutral_prompts()[: int(os.environ.get("PARITY_PROMPTS", "3"))]
 TOKENS = 64
 CLOSE_CALL = 1e-3
 """Two tokens whose log-probabilities are nearer than this may swap in float32."""

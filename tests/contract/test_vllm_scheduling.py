@@ -54,9 +54,10 @@ async def texts(engine, jobs, sampling=SAMPLING):
 
 async def test_preempted_and_chunked_requests_give_the_ids_of_an_undisturbed_run(vllm_engine, rows):
     jobs = [(prompt, row) for prompt in PROMPTS for row in rows]
-    calm = await vllm_engine()
-    expected = [(await texts(calm, [job]))[0] for job in jobs]
+    calm, undisturbed = await vllm_engine(), preemptions()
+    expected = await texts(calm, jobs)
     before = preemptions()
+    assert before == undisturbed
     # 10 blocks of 32 tokens for 20 texts of 55 to 70, and 24 tokens a step: prompts are cut, texts are thrown out.
     crowded = await vllm_engine(
         num_gpu_blocks_override=11, max_num_batched_tokens=24, max_num_seqs=16, max_model_len=96

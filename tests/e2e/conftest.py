@@ -12,11 +12,12 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -131,7 +132,12 @@ def _start(
         running.wait_until_serving(timeout)
         yield running
     finally:
+        # vLLM's processes outlive a server that is killed.
+        children = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
         process.kill()
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.wait(10)
 
 

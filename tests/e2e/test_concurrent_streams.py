@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import pytest_asyncio
 from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
 
 from operators import store
@@ -61,6 +62,13 @@ async def run(client, prompt, uses):
     return list(result.token_ids), gaps
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def solo(server):
+    """The first eight streams, which are of every kind, one after the other."""
+    async with AsyncSteerClient(server.target) as client:
+        return [await run(client, *stream) for stream in STREAMS[:8]]
+
+
 def same_but_for_close_calls(found, solo, gaps):
     for index, (a, b) in enumerate(zip(found, solo, strict=False)):
         if a != b:
@@ -68,11 +76,8 @@ def same_but_for_close_calls(found, solo, gaps):
     return len(found) == len(solo)
 
 
-async def test_32_mixed_streams_at_once_give_the_ids_of_their_solo_runs(server):
+async def test_32_mixed_streams_at_once_give_the_ids_of_their_solo_runs(server, solo):
     async with AsyncSteerClient(server.target) as client:
-        solo = {}
-        for index in range(8):
-            solo[index] = await run(client, *STREAMS[index])
         together = await asyncio.gather(*(run(client, *stream) for stream in STREAMS))
     for index, (found, _) in enumerate(together):
         expected, gaps = solo[index % 8]
@@ -80,9 +85,8 @@ async def test_32_mixed_streams_at_once_give_the_ids_of_their_solo_runs(server):
     server.wait_for_jobs(0, 0)
 
 
-async def test_cancelling_8_of_32_streams_leaves_the_others_unchanged_and_nothing_running(server):
+async def test_cancelling_8_of_32_streams_leaves_the_others_unchanged_and_nothing_running(server, solo):
     async with AsyncSteerClient(server.target) as client:
-        solo = [await run(client, *STREAMS[index]) for index in range(8)]
 
         async def leave(client, prompt, uses):
             stream = client.stream(
