@@ -85,8 +85,11 @@ class OperatorShelf:
         self._holders.update(wanted.keys())
 
     def release(self, artifacts: Iterable[OperatorArtifact]) -> None:
-        """Gives back what :meth:`reserve` held."""
-        self._holders.subtract({artifact.digest for artifact in artifacts})
+        """Gives back what :meth:`reserve` held, once. Raises :class:`ValueError` for what nobody holds."""
+        digests = {artifact.digest for artifact in artifacts}
+        if loose := digests - self._holders.keys():
+            raise ValueError(f"operators are released that nobody holds: {', '.join(sorted(loose))}")
+        self._holders.subtract(digests)
         self._holders += Counter()
         self._reserved = {digest: size for digest, size in self._reserved.items() if digest in self._holders}
 

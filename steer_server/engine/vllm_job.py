@@ -53,6 +53,7 @@ class VLLMJob:
         self.running = 0
         self.waiting = len(job.rows)
         self._tasks = [asyncio.create_task(self._row(index, row)) for index, row in enumerate(job.rows)]
+        self._left = len(self._tasks)
         for task in self._tasks:
             task.add_done_callback(self._done)
 
@@ -84,7 +85,9 @@ class VLLMJob:
         if task.cancelled() and self._stopping:
             # One that was cancelled before it began said nothing; said twice, it does no harm.
             self._messages.put_nowait(ShuttingDownError())
-        if all(task.done() for task in self._tasks):
+        # Counted: of tasks that end in one turn of the loop, every callback finds all of them done.
+        self._left -= 1
+        if not self._left:
             self._engine.ended(self, time.monotonic() - self._began)
 
     async def _row(self, index: int, row: Row) -> None:

@@ -203,10 +203,11 @@ async def test_an_operator_is_held_until_its_last_holder_releases_it(shelf_of, w
     assert made[0].digest not in workers.there
 
 
-async def test_releasing_what_is_not_held_holds_nothing_back(shelf_of, workers, made):
+async def test_what_is_not_held_is_not_released_nor_what_is_asked_for_with_it(shelf_of, workers, made):
     shelf = shelf_of(2)
-    shelf.release([made[0]])
     await hold(shelf, [made[0]])
+    with pytest.raises(ValueError, match=made[1].digest):
+        shelf.release(made[:2])
     await use(shelf, made[1])
     await use(shelf, made[2])
     assert workers.there.keys() == {made[0].digest, made[2].digest}

@@ -1,16 +1,18 @@
 """A job on vLLM, with an engine in its place that answers what a test tells it to."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from operators.apply import Setting
+from operators.apply import Setting, prepared_bytes
 from steer_server.engine.accounts import AccountDesk
 from steer_server.engine.salts import Salts
+from steer_server.engine.shelf import OperatorShelf
 from steer_server.engine.vllm_job import VLLMJob
-from steer_server.errors import EngineFailedError, ShuttingDownError, SteeringNotAppliedError
+from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteeringNotAppliedError
 from steer_server.types import (
     Application,
     DecodeJob,
@@ -96,9 +98,9 @@ def steered(artifact):
 
 @pytest.fixture
 def start(engine, llama):
-    def run(*rows, **sampling):
+    def run(*rows, operators=(), **sampling):
         job = DecodeJob(PROMPT, SamplingParams(**sampling), rows)
-        return VLLMJob(engine, llama.tokenizer, job, ())
+        return VLLMJob(engine, llama.tokenizer, job, operators)
 
     return run
 
@@ -140,6 +142,70 @@ async def test_a_steered_text_ends_with_its_receipts_and_its_scores(engine, star
     assert (prompt, len(uses), keep, alone) == (PROMPT, 1, len(PROMPT) - 1, False)
     assert (read, plain, also, by_itself) == ((*PROMPT, *IDS[:-1]), (), len(PROMPT) - 1, True)
     await _settled(engine)
+
+
+# Ends.
+
+
+async def _over(engine, *jobs):
+    """When all of them are over, and whatever a callback still has to say has been said."""
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(job.wait() for job in jobs))
+    await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("end", ["cancel", "stop", "by themselves"])
+async def test_a_job_whose_rows_end_together_is_over_once(engine, start, end):
+    gate = engine.gates[2] = asyncio.Event()
+    job = start(Row(), Row(), Row())
+    async with asyncio.timeout(5):
+        while job.running < 3:
+            await asyncio.sleep(0)
+    if end == "by themselves":
+        gate.set()
+    else:
+        getattr(job, end)()
+    await _over(engine, job)
+    assert engine.over == [job]
+    assert (job.running, job.waiting) == (0, 0)
+
+
+async def test_a_job_of_many_rows_that_ends_leaves_the_operators_to_another_one(engine, start, steered, monkeypatch):
+    artifact = steered.plan.applications[0].artifact
+    there = []
+
+    async def load(one):
+        there.append(one.digest)
+
+    async def unload(digests):
+        for digest in digests:
+            there.remove(digest)
+
+    shelf = OperatorShelf(load, unload, budget=prepared_bytes(artifact))
+
+    def ended(job, seconds):
+        engine.over.append(job)
+        shelf.release(job.operators)
+
+    monkeypatch.setattr(engine, "shelf", shelf)
+    monkeypatch.setattr(engine, "ended", ended)
+    engine.gates[2] = asyncio.Event()
+    jobs = []
+    for rows in (3, 1):
+        shelf.reserve([artifact], retry_after=1.0)
+        jobs.append(start(*[steered] * rows, operators=[artifact]))
+    async with asyncio.timeout(5):
+        while sum(job.running for job in jobs) < 4:
+            await asyncio.sleep(0)
+    jobs[0].cancel()
+    await _over(engine, jobs[0])
+    other = replace(artifact, digest="another")
+    with pytest.raises(QueueFullError):
+        shelf.reserve([other], retry_after=1.0)
+    jobs[1].cancel()
+    await _over(engine, jobs[1])
+    assert engine.over == jobs
+    shelf.reserve([other], retry_after=1.0)
 
 
 # Time limits.
