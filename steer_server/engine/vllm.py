@@ -32,13 +32,14 @@ from steer_server.engine.accounts import AccountDesk, agreed
 from steer_server.engine.batch import Use
 from steer_server.engine.describe import describe
 from steer_server.engine.engine_args import check_engine_args
-from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.prompts import PromptReader
 from steer_server.engine.salts import Salts
 from steer_server.engine.self_test import TOKENS, Trial, check_live
 from steer_server.engine.shelf import OperatorShelf, needed
 from steer_server.engine.transfer import Sender
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.engine.vllm_limits import check_supported
+from steer_server.engine.vllm_sampling import check_sampling
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
@@ -145,7 +146,8 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         if self._closed:
             raise ShuttingDownError
-        check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
+        most = int(self._llm.model_config.max_logprobs)
+        check_sampling(job.sampling, vocab_size=self._model.vocab_size, max_logprobs=most)
         retry_after = max(1.0, self._seconds_per_row)
         there = self.running + self.waiting
         if there + len(job.rows) > self._limit:

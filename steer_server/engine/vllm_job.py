@@ -13,6 +13,7 @@ from steer_server.engine.batch import Use, uses_of
 from steer_server.engine.rows import RowText
 from steer_server.engine.steering import check_strengths, untouched_receipts
 from steer_server.engine.text import Detokenizer
+from steer_server.engine.vllm_sampling import vllm_sampling
 from steer_server.errors import EngineFailedError, ShuttingDownError, SteeringNotAppliedError, SteerServerError
 from steer_server.types import (
     Admitted,
@@ -22,7 +23,6 @@ from steer_server.types import (
     Receipt,
     Row,
     RowFinished,
-    SamplingParams,
     Score,
     SteeringPlan,
     TokenEvent,
@@ -205,7 +205,7 @@ class VLLMJob:
         room = self._engine.model.context_length - len(self._job.prompt_ids)
         # A plain row is its own plain model: its tokens' log-probabilities are its score.
         logprobs = 0 if sampling.logprobs is None and row.score and row.plan is None else sampling.logprobs
-        return {**_sampling(sampling), "max_tokens": min(sampling.max_tokens, room), "logprobs": logprobs}
+        return {**vllm_sampling(sampling), "max_tokens": min(sampling.max_tokens, room), "logprobs": logprobs}
 
     async def _scores(self, row: Row, key: str, ids: list[int], own: list[float]) -> tuple[Score, ...]:
         """Each token of a finished text under the plain model: one more row reads the text without steering.
@@ -240,17 +240,3 @@ class VLLMJob:
 
     def _text(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
-
-
-def _sampling(sampling: SamplingParams) -> dict[str, Any]:
-    return {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "seed": sampling.seed,
-        "stop_token_ids": list(sampling.stop_token_ids),
-        # Which tokens end a text is decided here, as for the other engine: vLLM knows more of them.
-        "ignore_eos": True,
-    }
