@@ -22,7 +22,7 @@ from vllm import SamplingParams as VLLMSamplingParams
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from operators import __version__
 from operators.header import DTYPES
@@ -37,10 +37,11 @@ from steer_server.engine.salts import Salts
 from steer_server.engine.self_test import TOKENS, Trial, check_live
 from steer_server.engine.shelf import OperatorShelf, needed
 from steer_server.engine.transfer import Sender
+from steer_server.engine.vllm_errors import told_of
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.engine.vllm_limits import check_supported
 from steer_server.engine.vllm_sampling import check_sampling
-from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError
+from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError, SteerServerError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -165,13 +166,12 @@ class VLLMEngine:
         self.shelf.release(job.operators)
         self._seconds_per_row += 0.2 * (seconds - self._seconds_per_row)
 
-    def failure(self, error: Exception) -> EngineFailedError:
+    def failure(self, error: Exception) -> SteerServerError:
         """What is told of an error that vLLM raised."""
-        if isinstance(error, EngineDeadError):
-            return EngineFailedError(f"the engine died: {error}")
-        log.error("row failed", exc_info=error)
-        cause = error.__cause__ if isinstance(error, EngineGenerateError) and error.__cause__ else error
-        return EngineFailedError(f"{type(cause).__name__}: {cause}")
+        told = told_of(error, retry_after=max(1.0, self._seconds_per_row))
+        if isinstance(told, EngineFailedError) and not isinstance(error, EngineDeadError):
+            log.error("row failed", exc_info=error)
+        return told
 
     async def held(self) -> Mapping[str, int]:
         """What the workers hold for requests; nothing, when none runs."""

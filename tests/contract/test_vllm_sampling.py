@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 
-from steer_server.errors import InvalidRequestError
+from steer_server.errors import InvalidRequestError, QueueFullError
 from steer_server.types import DecodeJob, Row, SamplingParams
 
 pytestmark = pytest.mark.model
@@ -69,3 +69,17 @@ async def test_what_vllm_would_refuse_or_replace_is_refused_when_it_is_submitted
         with pytest.raises(InvalidRequestError, match=rf"sampling\.{name}\b"):
             engine.submit(_job(Row(), **{name: value}))
     assert engine.running + engine.waiting == 0
+
+
+async def test_a_full_queue_of_vllms_own_is_no_failure_of_the_engine(vllm_engine, ids, monkeypatch):
+    engine = await vllm_engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm.scheduler_config, "max_num_queued_reqs", 1)
+        job = engine.submit(_job(Row(), Row()))
+        with pytest.raises(QueueFullError, match="max_num_queued_reqs") as caught:
+            async for _ in job:
+                pass
+        assert caught.value.retry_after >= 1.0
+        job.cancel()
+        await job.wait()
+    assert len(await ids(GREEDY)) == GREEDY.max_tokens
