@@ -235,7 +235,9 @@ class _Operators(operators_pb2_grpc.OperatorServiceServicer):
 @contextmanager
 def _up():
     script = FakeServer()
-    server = grpc.server(ThreadPoolExecutor(max_workers=4))
+    # What steer-server takes.
+    options = [("grpc.max_receive_message_length", 16 << 20)]
+    server = grpc.server(ThreadPoolExecutor(max_workers=4), options=options)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(_Generation(script), server)
     operators_pb2_grpc.add_OperatorServiceServicer_to_server(_Operators(script), server)
     health_pb2_grpc.add_HealthServicer_to_server(script.health, server)

@@ -15,6 +15,8 @@ from steer_client._cli.app import app
 from typer.testing import CliRunner
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+LONGEST = (16 << 20) - 1000
+"""Of a prompt: what a server takes in one message, less the rest of it."""
 STOPS = (grpc.StatusCode.UNAVAILABLE, "the server is shutting down", "SHUTTING_DOWN")
 
 
@@ -53,11 +55,11 @@ def _settle(pair, client, holds):
 
 @pytest.fixture(params=["unary", "stream"])
 def way(request):
-    def unary(client):
-        return client.generate("hello").text
+    def unary(client, prompt="hello"):
+        return client.generate(prompt).text
 
-    def stream(client):
-        return "".join(delta.text for delta in client.stream("hello"))
+    def stream(client, prompt="hello"):
+        return "".join(delta.text for delta in client.stream(prompt))
 
     return {"unary": unary, "stream": stream}[request.param]
 
@@ -99,6 +101,16 @@ def test_a_request_that_a_server_refuses_because_it_stops_is_answered_by_the_oth
         _until_both_are_asked(pair, client)
         pair[0].fault, pair[0].events = make.fault(*STOPS), []
         assert [way(client) for _ in range(4)] == ["one two"] * 4
+    assert all(_asked(pair))
+
+
+@pytest.mark.parametrize("size", [1_000_000, LONGEST], ids=["a megabyte", "the longest"])
+def test_a_long_request_that_a_server_refuses_is_answered_by_the_other(pair, target, make, way, size):
+    prompt = "x" * size
+    with SteerClient(target, timeout=20) as client:
+        _until_both_are_asked(pair, client)
+        pair[0].fault, pair[0].events = make.fault(*STOPS), []
+        assert [way(client, prompt) for _ in range(2)] == ["one two"] * 2
     assert all(_asked(pair))
 
 

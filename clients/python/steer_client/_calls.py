@@ -42,6 +42,9 @@ _MANY_SCHEME: Final = re.compile(r"(dns|ipv4|ipv6):")
 
 # Log-probabilities make an answer longer than the 4 MiB that gRPC takes by default.
 _ANY_LENGTH: Final = ("grpc.max_receive_message_length", -1)
+# gRPC gives up a call's retry where the request is longer than this, 256 KiB by default: here the 16 MiB that a server
+# takes at most, and its headers.
+_RETRIED_LENGTH: Final = ("grpc.per_rpc_retry_buffer_size", 17 << 20)
 # In turn, leaving out those that say that they do not serve. What a server did not begin to answer, because it stops
 # or is gone, is asked of the next one, once: a request that kills servers must not go round all of them.
 _IN_TURN: Final = {
@@ -126,7 +129,9 @@ def is_many(target: str) -> bool:
 
 def channel_options(target: str) -> tuple[tuple[str, Any], ...]:
     """gRPC's options for a channel to the target; several servers are asked in turn."""
-    return (_ANY_LENGTH, ("grpc.service_config", json.dumps(_IN_TURN))) if is_many(target) else (_ANY_LENGTH,)
+    if not is_many(target):
+        return (_ANY_LENGTH,)
+    return (_ANY_LENGTH, _RETRIED_LENGTH, ("grpc.service_config", json.dumps(_IN_TURN)))
 
 
 def generate(
