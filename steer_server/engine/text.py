@@ -11,19 +11,22 @@ from tokenizers.decoders import DecodeStream
 _UNREADABLE = "\ufffd"
 _MAX_UNREADABLE_TOKENS = 16
 """Tokens at the end of a prompt that are looked through for a whole character; one character has at most four."""
+_PRIMING = (64, 65, 66, 67, 1024, 1025, 1026, 1027)
+"""Tokens of a prompt's end to try, in fours because one in four begins where a character of bytes does."""
+_MOST_PRIMING = 4096
 
 
 class Detokenizer:
     """Incremental decoding of one continuation.
 
-    Pieces are cut so that no character is split. The stream is primed with the prompt, because many tokenizers
-    drop the space that a text begins with.
+    Pieces are cut so that no character is split. The stream is primed with the end of the prompt, because many
+    tokenizers drop the space that a text begins with.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._stream = DecodeStream(ids=self._whole(prompt_ids), skip_special_tokens=True)
-        self._seen = list(prompt_ids)
+        self._seen = list(prompt_ids[-_MOST_PRIMING:])
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -50,11 +53,25 @@ class Detokenizer:
 
     def _whole(self, prompt_ids: Sequence[int]) -> list[int]:
         """The prompt up to its last whole character: primed with half of one, the stream would repeat the prompt."""
-        for end in range(len(prompt_ids), max(0, len(prompt_ids) - _MAX_UNREADABLE_TOKENS), -1):
-            ids = list(prompt_ids[:end])
+        last = self._last(prompt_ids)
+        for end in range(len(last), max(0, len(last) - _MAX_UNREADABLE_TOKENS), -1):
+            ids = last[:end]
             if not self._backend.decode(ids, skip_special_tokens=True).endswith(_UNREADABLE):
                 return ids
         return []
+
+    def _last(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The fewest last tokens after which text reads as after all of them, which for a long prompt take long.
+
+        There must be text among them, or the next space would be one that a text begins with; and they must not begin
+        within a character, which makes bytes after it unreadable. Where most of a prompt is neither, it is cut.
+        """
+        for size in _PRIMING:
+            ids = list(prompt_ids[-size:])
+            text = self._backend.decode(ids, skip_special_tokens=True)
+            if size >= len(prompt_ids) or (text and not text.startswith(_UNREADABLE)):
+                return ids
+        return list(prompt_ids[-_MOST_PRIMING:])
 
 
 @dataclass(frozen=True)

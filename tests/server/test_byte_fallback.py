@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from steer_server.engine import text
 from steer_server.engine.text import Detokenizer
 from steer_server.types import Row
 
@@ -69,8 +70,8 @@ def _ids(*tokens):
     return [_IDS[token] for token in tokens]
 
 
-def _pieces(tokenizer, prompt, ids):
-    detokenizer = Detokenizer(tokenizer, prompt)
+def _pieces(tokenizer, prompt, ids, make=Detokenizer):
+    detokenizer = make(tokenizer, prompt)
     pieces = [detokenizer.push(token) for token in ids]
     return [*pieces, detokenizer.flush()]
 
@@ -108,6 +109,65 @@ def test_text_without_bytes_follows_the_prompt_as_the_tokenizer_spells_it(tokeni
     whole, before = _decode(tokenizer, [*prompt, *ids]), _decode(tokenizer, prompt)
     assert whole.startswith(before)
     assert "".join(_pieces(tokenizer, prompt, ids)) == whole[len(before) :]
+
+
+# Long prompts: only their end is decoded.
+
+_UNITS = [
+    ("<end>",),
+    ("▁hello",),
+    ("▁",),
+    ("a",),
+    ("東",),
+    ("<0x0A>",),
+    ("<0xC3>", "<0xA9>"),
+    ("<0xE2>", "<0x82>", "<0xAC>"),
+]
+_HALVES = [(), (), ("<0xE2>",), ("<0xE2>", "<0x82>"), ("<0xC3>", "<0xC3>")]
+
+
+class _Whole(Detokenizer):
+    """Primed with all of the prompt."""
+
+    def _last(self, prompt_ids):
+        return list(prompt_ids)
+
+
+@_EACH
+@given(
+    prompt=st.lists(st.sampled_from(_UNITS), min_size=1, max_size=4),
+    times=st.integers(20, 60),
+    half=st.sampled_from(_HALVES),
+    ids=st.one_of(_ANY, _AWKWARD),
+)
+@example(prompt=[("a",), *[("<end>",)] * 99], times=1, half=(), ids=_ids("▁world"))
+@example(prompt=[("a",), *[("<end>",)] * 70, ("▁",)], times=1, half=(), ids=_ids("▁world"))
+@example(prompt=[("▁hello",), *[("<0xE2>", "<0x82>", "<0xAC>")] * 500], times=1, half=(), ids=_ids("<0xC3>", "<0xA9>"))
+def test_text_after_a_long_prompt_is_what_it_is_where_all_of_the_prompt_is_read(tokenizer, prompt, times, half, ids):
+    before = _ids(*(token for unit in prompt * times for token in unit), *half)
+    assert _pieces(tokenizer, before, ids) == _pieces(tokenizer, before, ids, make=_Whole)
+
+
+@_EACH
+@pytest.mark.parametrize("unit", [*_UNITS, ("<0x82>",)], ids="".join)
+def test_little_of_a_prompt_is_decoded_however_long_it_is_and_whatever_is_in_it(tokenizer, unit, monkeypatch):
+    class Backend:
+        """Counts the tokens that are decoded."""
+
+        count = 0
+
+        def decode(self, ids, **options):
+            self.count += len(ids)
+            return tokenizer.backend_tokenizer.decode(ids, **options)
+
+    primed = []
+    monkeypatch.setattr(text, "DecodeStream", lambda ids, **options: primed.append(len(ids)))
+    backend = Backend()
+    Detokenizer(_Fast(backend), _ids(*unit) * 100_000)
+    assert backend.count < 100_000
+    assert primed[0] <= 4096
+    if unit == ("▁hello",):
+        assert (backend.count, primed) == (2 * 64, [64])
 
 
 @_EACH

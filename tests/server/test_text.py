@@ -64,6 +64,16 @@ def test_a_prompt_that_ends_unreadably_is_not_repeated(tiny_tokenizer, end):
     assert "".join(pieces) + rest == "bridge"
 
 
+@given(data=st.data(), prompt=_TEXTS, times=st.integers(1, 90), cut=st.integers(0, 3))
+def test_any_ids_after_a_long_prompt_that_may_end_within_a_character_are_the_tokenizers_text(
+    tiny_tokenizer, data, prompt, times, cut
+):
+    ids = data.draw(st.lists(st.integers(0, len(tiny_tokenizer) - 1), max_size=12))
+    before = _ids(tiny_tokenizer, prompt) * times
+    pieces, rest = _run(tiny_tokenizer, before[: len(before) - cut], ids)
+    assert "".join(pieces) + rest == _decode(tiny_tokenizer, ids)
+
+
 def test_special_tokens_leave_no_text(tiny_tokenizer):
     end = tiny_tokenizer.eos_token_id
     pieces, rest = _run(tiny_tokenizer, [end], [end, *_ids(tiny_tokenizer, "bay"), end])
