@@ -34,6 +34,7 @@ from steer_server.engine.describe import describe
 from steer_server.engine.engine_args import check_engine_args
 from steer_server.engine.prompts import PromptReader
 from steer_server.engine.salts import Salts
+from steer_server.engine.scoring import ROWS
 from steer_server.engine.self_test import TOKENS, Trial, check_live
 from steer_server.engine.shelf import OperatorShelf, needed
 from steer_server.engine.transfer import Sender
@@ -225,7 +226,12 @@ class VLLMEngine:
 
     async def score(self, steered: str, plain: str, ids: Sequence[int]) -> Mapping[str, Sequence[float]]:
         """KL and log-probabilities of a text, from what the workers kept of two rows."""
-        found: Mapping[str, Sequence[float]] = (await self._rpc("steering_score", steered, plain, list(ids)))[0]
+        found: dict[str, list[float]] = {"kl": [], "logprobs": []}
+        for at in range(0, len(ids), ROWS):
+            # Between the calls others go on.
+            parts = (await self._rpc("steering_score", steered, plain, list(ids[at : at + ROWS]), at))[0]
+            for name, part in zip(found, parts, strict=True):
+                found[name].extend(part)
         return found
 
     async def _rpc(self, method: str, *args: Any) -> Sequence[Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from vllm.platforms import current_platform
 from operators.apply import PreparedOperator, steer
 from steer_server.engine.batch import Account, BatchSteering, Site, Sited, Use
 from steer_server.engine.pushes import Segment
+from steer_server.engine.scoring import Kept, compare
 from steer_server.engine.transfer import Arrivals, Layout
 from steer_server.engine.vllm_limits import check_supported
 
@@ -43,30 +43,15 @@ EXTRA = "steering"
 ``keep``: the position from which on the last hidden states are kept, for a score; or None.
 """
 
-_SCORE_ROWS = 64
-"""Positions whose logits over the vocabulary are looked at together."""
-
 _BOOK_EVERY = 64
 """Steps whose measurements may wait on the device: reading them makes the host wait for it."""
-
-
-@dataclass(eq=False)
-class _Kept:
-    """Last hidden states of one request, (1, d) each, from position ``first`` on."""
-
-    first: int
-    states: list[torch.Tensor] = field(default_factory=list)
-
-    def add(self, states: torch.Tensor, first: int) -> None:
-        """``states`` (T, d) of positions first...; what is there already is not added again."""
-        self.states.extend(states[max(0, self.first + len(self.states) - first) :].unbind())
 
 
 class _Step:
     """What the hooks of this process do in the forward pass under way. One model, one pass at a time."""
 
     sites: Mapping[int, Site] = {}
-    kept: Sequence[tuple[_Kept, Segment]] = ()
+    kept: Sequence[tuple[Kept, Segment]] = ()
     inputs: tuple[torch.Tensor, torch.Tensor] | None = None
     """Rows and what they should be when the first layer gets them; looked at in the self-test only."""
     worst: float = 0.0
@@ -112,10 +97,11 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._embed = _embedder(model)
         self._requests: dict[str, str] = {}
         self._keys: dict[str, str] = {}
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, Kept] = {}
         self._pending: list[Mapping[int, Site]] = []
         self._arrivals = Arrivals()
         self._watching = False
+        self._seen: set[str] = set()
         self._layers = _decoder_layers(model)
         for layer, module in enumerate(self._layers):
             module.register_forward_pre_hook(_hook(module, layer), with_kwargs=True)
@@ -182,29 +168,13 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._book()
         return [self._take(key) for key in keys]
 
-    def steering_score(self, steered: str, plain: str, ids: Sequence[int]) -> dict[str, list[float]]:
-        """KL(plain || steered) in nats and log p_plain at each token of a text, from the states kept of two requests.
+    def steering_score(self, steered: str, plain: str, ids: Sequence[int], at: int) -> tuple[list[float], list[float]]:
+        """What :func:`.scoring.compare` makes of the states kept of two requests, for a text's tokens from ``at`` on.
 
-        Raises :class:`ValueError` where a state was not kept.
+        They are kept until the requests' accounts are taken. Raises :class:`ValueError` where a state was not kept.
         """
-        ours, theirs = (self._kept.pop(key, _Kept(0)).states[: len(ids)] for key in (steered, plain))
-        if not len(ours) == len(theirs) == len(ids):
-            raise ValueError(f"{len(ids)} tokens are to be scored; {len(ours)} and {len(theirs)} states were kept")
-        model = self.model_runner.get_model()
-        kl: list[float] = []
-        logprobs: list[float] = []
-        for at in range(0, len(ids), _SCORE_ROWS):
-            with torch.inference_mode():
-                logits = [model.compute_logits(torch.stack(some[at : at + _SCORE_ROWS])) for some in (theirs, ours)]
-            if logits[0] is None:
-                # Under tensor parallel one rank may hold them all.
-                continue
-            p, q = (each.float().log_softmax(-1) for each in logits)
-            # Rounding can leave a tiny negative sum where the two are the same.
-            kl.extend((p.exp() * (p - q)).sum(-1).clamp_min(0.0).tolist())
-            tokens = torch.tensor(ids[at : at + _SCORE_ROWS], device=p.device)
-            logprobs.extend(p.gather(-1, tokens[:, None]).squeeze(-1).tolist())
-        return {"kl": kl, "logprobs": logprobs}
+        ours, theirs = (self._kept.get(key, Kept(0)) for key in (steered, plain))
+        return compare(self.model_runner.get_model().compute_logits, ours, theirs, ids, at)
 
     def steering_state(self) -> dict[str, int]:
         """How much is held: operators, their bytes, requests, and operators on their way."""
@@ -241,7 +211,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         if asked["uses"]:
             self._steering.follow(new.req_id, tuple(Use(*use) for use in asked["uses"]), asked["salt"])
         if asked["keep"] is not None:
-            self._kept[key] = _Kept(asked["keep"])
+            self._kept[key] = Kept(asked["keep"])
 
     def _take(self, key: str) -> dict[str, Any] | None:
         request = self._keys.pop(key, None)

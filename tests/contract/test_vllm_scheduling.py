@@ -101,6 +101,32 @@ async def test_10_abandoned_of_100_requests_leave_the_others_and_the_workers_alo
             await asyncio.sleep(0.1)
 
 
+async def test_a_long_text_is_scored_in_pieces_between_which_others_are_decoded(
+    vllm_engine, operator_of, steered_row, monkeypatch
+):
+    engine = await vllm_engine()
+    silent = steered_row(operator_of("The Golden Gate Bridge in San", "residual", 15), 0.0)
+    asked, rpc = [], engine._rpc
+
+    async def watched(method, *args):
+        if method == "steering_score":
+            asked.append((len(args[2]), args[3]))
+        return await rpc(method, *args)
+
+    monkeypatch.setattr(engine, "_rpc", watched)
+    job = DecodeJob(
+        await engine.encode(Prompt(text=PROMPTS[0])),
+        replace(SAMPLING, max_tokens=70),
+        (Row(score=True), Row(silent.plan, score=True)),
+    )
+    scores = {event.row: event.scores async for event in engine.submit(job) if isinstance(event, RowFinished)}
+    assert asked == [(64, 0), (6, 64)]
+    # The plain row's are vLLM's own.
+    own, ours = ([score.plain_logprob for score in scores[row]] for row in range(2))
+    assert ours == pytest.approx(own, abs=2e-4)
+    assert len(ours) == 70
+
+
 async def test_three_rows_of_one_job_are_three_runs(vllm_engine, rows):
     engine = await vllm_engine()
     ids = [[], [], []]
