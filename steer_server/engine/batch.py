@@ -7,6 +7,9 @@ Tokens that meet the same operator are worked out together, whatever requests th
 the number of operators in a step and not that of strengths, blends or requests. A request's state is its running sum,
 kept with the position that it stands at: a request that comes back at another position (preempted and resumed, begun
 after a cached prefix) has its sum made again from its token ids.
+
+What lies before a token must have been steered in the steps that were seen here, or be said by the engine to come from
+its cache (:meth:`BatchSteering.arrives`). A gap that nobody announced is a failure, never taken for a cached prefix.
 """
 
 from __future__ import annotations
@@ -98,8 +101,11 @@ class _Followed:
     limits: Mapping[int, tuple[float, float]]
     """By layer, what a dose must pass and what it cannot pass."""
     position: int = 0
+    """Where its next token must be, if no step was missed."""
+    reached: int = 0
+    """The end of what it steered or found so far, wherever it stands."""
     sums: list[torch.Tensor | None] = field(default_factory=list)
-    cached: int | None = None
+    cached: int = 0
     found: int = -1
     """The last step in which it began, or came back, after positions that it did not compute there."""
     doses: dict[int, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
@@ -163,11 +169,33 @@ class BatchSteering:
         if found.salt in self._tainted and found.found >= self._tainted[found.salt]:
             self._fail(found, found.found, "its prompt's beginning was left by a request that failed")
         layers = tuple(Measured(layer, tuple(doses)) for layer, doses in sorted(found.doses.items()))
-        return Account(found.cached or 0, layers, found.failure)
+        return Account(found.cached, layers, found.failure)
 
     def forget(self, request: str) -> None:
         """Drops the state of a request."""
         self._followed.pop(request, None)
+
+    def arrives(self, request: str, at: int) -> None:
+        """A request begins, or comes back, in the coming step: at ``at``, the cache of keys and values has all before.
+
+        One that is not followed is none of ours.
+        """
+        arriving = self._followed.get(request)
+        if arriving is None:
+            return
+        if at != arriving.position:
+            arriving.position, arriving.sums = at, [None] * len(arriving.uses)
+        if at:
+            arriving.found = self._step + 1
+        if at > arriving.reached:
+            # It begins after a prefix; or was preempted in its prompt, and found more of it than it had computed.
+            arriving.cached = arriving.reached = at
+            arriving.doses.clear()
+
+    def missed(self, request: str) -> None:
+        """Tokens of a request were computed in a step that was not prepared for it. As :meth:`arrives` otherwise."""
+        if request in self._followed:
+            self._fail(self._followed[request], self._step, "a step ran without its pushes")
 
     def prepare(self, segments: Sequence[Segment], x: torch.Tensor, earlier: Earlier) -> dict[int, Site]:
         """The pushes of a step, by layer.
@@ -176,8 +204,8 @@ class BatchSteering:
             segments: the tokens of followed requests in this step.
             x: (sum of counts, d), their embeddings as the first block receives them, segment after segment.
 
-        A request with an operator that is gone, or without a direction at some token, has its failure noted and is
-        not pushed; whoever asks for its account learns of it.
+        A request with an operator that is gone, without a direction at some token, or with a token that no step
+        brought has its failure noted; whoever asks for its account learns of it.
         """
         self._step += 1
         x = x.to(torch.float32)
@@ -196,6 +224,7 @@ class BatchSteering:
                 group = groups.setdefault((sited.layer, use.digest, rule), Group(sited.operator, rule, []))
                 group.tasks.append(Task(segment, index, at, use.strength / 2.0, use.blend, request.sums[index]))
             request.position = segment.first + segment.count
+            request.reached = max(request.reached, request.position)
             at += segment.count
         return self._sites(groups, x) if groups else {}
 
@@ -230,12 +259,9 @@ class BatchSteering:
                     self._fail(request, site.step, problem)
 
     def _arrive(self, request: _Followed, segment: Segment, earlier: Earlier) -> None:
+        if segment.first > request.position:
+            self._fail(request, self._step, _missed(request.position, segment.first))
         begun = segment.first == request.position
-        if request.cached is None:
-            # A first step beyond the first token: what comes before was found in the cache of keys and values.
-            request.cached = segment.first
-        if segment.first and not begun:
-            request.found = self._step
         stale = [
             index
             for index, use in enumerate(request.uses)
@@ -289,14 +315,12 @@ def _note(request: _Followed, layer: int, segment: Segment, doses: Sequence[floa
     """Books the doses of a segment; what is wrong with them, or nothing."""
     if doses is None:
         return f"layer {layer} was not reached: the model did not call its hook"
-    if segment.first > (request.cached or 0) + max(map(len, request.doses.values()), default=0):
-        # Preempted in its prompt, and come back to more of it than it had computed: all of that was found.
-        request.cached = segment.first
-        request.doses.clear()
     floor, limit = request.limits.get(layer, (0.0, 0.0))
     booked = request.doses[layer]
     # Positions that are computed once more, after a preemption, were counted before.
-    known = (request.cached or 0) + len(booked)
+    known = request.cached + len(booked)
+    if segment.first > known:
+        return f"layer {layer}: {_missed(known, segment.first)}"
     booked.extend(doses[max(0, known - segment.first) :])
     wrong = next((dose for dose in doses if not floor < dose <= limit), None)
     if wrong is None:
@@ -305,3 +329,7 @@ def _note(request: _Followed, layer: int, segment: Segment, doses: Sequence[floa
         f"layer {layer}: the hidden state moved by {wrong:g} of its norm; a positive change of at most "
         f"{limit:g} is what the strengths give (they may cancel, or be lost in rounding to the model's dtype)"
     )
+
+
+def _missed(first: int, end: int) -> str:
+    return f"positions {first} to {end - 1} were not steered: no step announced them"

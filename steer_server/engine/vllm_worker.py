@@ -112,11 +112,20 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         """One step. Requests that ended are kept until their accounts are taken."""
         for request in scheduler_output.finished_req_ids:
             self._requests.pop(request, None)
+        # The V2 runner is told of a preempted request that comes back as of a new one.
         for new in scheduler_output.scheduled_new_reqs:
             self._meet(new)
+            self._steering.arrives(new.req_id, new.num_computed_tokens)
+        known = scheduler_output.scheduled_cached_reqs
+        for request, computed in zip(known.req_ids, known.num_computed_tokens, strict=True):
+            if request in known.resumed_req_ids:
+                self._steering.arrives(request, computed)
+        self._seen.clear()
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
+            for request in scheduler_output.num_scheduled_tokens.keys() - self._seen:
+                self._steering.missed(request)
             # No other pass, of whatever kind, is to find the pushes of this one.
             for site in _Step.sites.values():
                 site.let_go()
@@ -268,6 +277,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
             (self._kept[key], segment) for segment in segments if (key := self._requests[segment.request]) in self._kept
         ]
         segments = [segment for segment in segments if segment.request in self._steering]
+        self._seen.update(segment.request for segment in segments)
         if not segments:
             return
         rows = torch.from_numpy(

@@ -211,6 +211,8 @@ class Batch:
         self.sited, self.dtype = sited, dtype
         self.texts: dict[str, torch.Tensor] = {}
         self.uses: dict[str, tuple[Use, ...]] = {}
+        self.at: dict[str, int] = {}
+        """Where each text stands."""
         self.asked: list[tuple[str, int]] = []
         """Whose beginnings were asked for."""
         self.steering = BatchSteering(dtype)
@@ -233,23 +235,32 @@ class Batch:
         self.asked.append((request, count))
         return self.texts[request][:count]
 
-    def prepare(self, *parts: tuple[str, int, int]) -> tuple[list[Segment], dict[int, Site]]:
-        """The segments and sites of a step of (request, first position, number of tokens)."""
+    def prepare(self, *parts: tuple[str, int, int], announced: bool = True) -> tuple[list[Segment], dict[int, Site]]:
+        """The segments and sites of a step of (request, first position, number of tokens).
+
+        ``announced``: as an engine does, requests that begin or come back elsewhere than where they stand.
+        """
         segments, start = [], 1
         for request, first, count in parts:
+            if announced and first != self.at.get(request):
+                self.steering.arrives(request, first)
+            self.at[request] = first + count
             segments.append(Segment(request, start, first, count))
             start += count + 1
         x = torch.cat([self.texts[request][first : first + count] for request, first, count in parts])
         return segments, self.steering.prepare(segments, x, self.earlier)
 
     def step(
-        self, *parts: tuple[str, int, int], change: Callable[[dict[int, Site]], None] | None = None
+        self,
+        *parts: tuple[str, int, int],
+        change: Callable[[dict[int, Site]], None] | None = None,
+        announced: bool = True,
     ) -> dict[tuple[str, int], torch.Tensor]:
         """One forward pass: the pushes (count, d) of each request at each layer, zero where there is none.
 
         ``change`` may forge what was measured.
         """
-        segments, sites = self.prepare(*parts)
+        segments, sites = self.prepare(*parts, announced=announced)
         owned = {row for each in segments for row in range(each.start, each.start + each.count)}
         hidden = torch.randn(max(owned) + 2, _BATCH_WIDTH, generator=torch.Generator().manual_seed(len(owned)))
         hidden = hidden.to(self.dtype)

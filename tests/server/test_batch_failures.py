@@ -137,6 +137,69 @@ def test_the_first_failure_is_the_one_that_is_told(batch):
     assert "was not reached" in batch.failure("a")
 
 
+# Tokens that no step brought.
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("use", [CUMULATIVE, Use("exact", "substitute", 0.5, 0.0)], ids=str)
+def test_a_chunk_of_a_prompt_that_was_not_seen_is_a_failure_and_no_cached_prefix(batch, use, first):
+    batch.begin("a", use)
+    batch.begin("b", use, seed=1)
+    batch.step(("b", 0, 4), *([("a", 0, first)] if first else []))
+    batch.step(("a", 6, 2), ("b", 4, 2), announced=False)
+    batch.step(("a", 8, 1), ("b", 6, 1))
+    assert batch.failure("a") == f"positions {first} to 5 were not steered: no step announced them"
+    assert batch.steering.account("a").cached == 0
+    assert batch.failure("b") == ""
+
+
+@pytest.mark.parametrize("at", [0, 2, 4, 6])
+def test_a_request_that_was_announced_at_a_position_must_go_on_from_there(batch, at):
+    batch.begin("a", CUMULATIVE)
+    batch.step(("a", 0, 4))
+    # Also where its own earlier steps had come as far: what they left is gone.
+    batch.steering.arrives("a", at)
+    batch.step(("a", 7, 2), announced=False)
+    assert batch.failure("a") == f"positions {at} to 6 were not steered: no step announced them"
+
+
+def test_a_request_that_was_announced_twice_before_it_ran_begins_where_it_was_announced_last(batch):
+    batch.begin("a", CUMULATIVE)
+    batch.steering.arrives("a", 8)
+    batch.steering.arrives("a", 2)
+    batch.step(("a", 2, 8), announced=False)
+    account = batch.steering.account("a")
+    assert (account.cached, account.failure) == (8, "")
+
+
+def test_a_step_that_ran_without_a_request_fails_it_and_whoever_found_what_that_step_left(batch):
+    for request in ("a", "after", "beside"):
+        batch.begin(request, CUMULATIVE, salt="s" if request != "beside" else "another salt")
+    batch.step(("beside", 0, 4))
+    batch.steering.missed("a")
+    batch.step(("after", 4, 2), ("beside", 4, 2))
+    # It finds its own blocks, which would pass for another's.
+    batch.step(("a", 4, 2))
+    assert batch.failure("a") == "a step ran without its pushes"
+    assert batch.failure("after") == TAINTED
+    assert batch.failure("beside") == ""
+
+
+def test_a_request_that_nobody_follows_may_be_announced_and_missed(batch):
+    batch.steering.arrives("plain", 4)
+    batch.steering.missed("plain")
+    assert len(batch.steering) == 0
+
+
+def test_a_layer_that_was_left_out_of_a_step_is_a_failure(batch):
+    batch.begin("a", CUMULATIVE, Use("low", "cumulative", 0.5, 0.0))
+    batch.step(("a", 0, 4))
+    batch.step(("a", 4, 2), change=lambda sites: sites.pop(3))
+    assert batch.failure("a") == ""
+    batch.step(("a", 6, 1))
+    assert batch.failure("a") == "layer 3: positions 4 to 5 were not steered: no step announced them"
+
+
 # What a request that failed left in the cache of keys and values.
 
 TAINTED = "its prompt's beginning was left by a request that failed"
@@ -208,3 +271,25 @@ def test_a_request_that_comes_back_finds_what_a_failed_one_left(batch):
     _fails(batch)
     batch.step(("a", 4, 2))
     assert batch.failure("a") == TAINTED
+
+
+def test_a_request_that_comes_back_to_where_it_stood_may_stand_on_what_a_failed_one_left(batch):
+    for request in ("a", "never away"):
+        batch.begin(request, CUMULATIVE, salt="s")
+        batch.step((request, 0, 4))
+    _fails(batch)
+    # Its own blocks were given away meanwhile.
+    batch.steering.arrives("a", 4)
+    batch.step(("a", 4, 2), ("never away", 4, 2))
+    assert batch.failure("a") == TAINTED
+    assert batch.failure("never away") == ""
+
+
+def test_what_a_missed_chunk_left_is_tainted_from_the_missed_step_on(batch):
+    batch.begin("a", CUMULATIVE, salt="s")
+    batch.begin("after", CUMULATIVE, salt="s")
+    # A step in which nothing was prepared brought positions 0 to 3 of the one, and the other finds them.
+    batch.steering.arrives("after", 4)
+    batch.step(("after", 4, 2), ("a", 4, 2), announced=False)
+    assert "were not steered" in batch.failure("a")
+    assert batch.failure("after") == TAINTED
