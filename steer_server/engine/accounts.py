@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from math import isclose
 from typing import Any
 
 import structlog
@@ -13,6 +14,9 @@ from steer_server.engine.salts import Salts
 from steer_server.engine.steering import Dose, receipts_of
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Receipt, SteeringPlan
+
+_AGREEMENT = 1e-3
+"""Relative difference of a dose between workers that is one of rounding: all have the same hidden states."""
 
 log = structlog.get_logger(__name__)
 
@@ -87,14 +91,20 @@ def agreed(workers: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[Mappin
         failures = [account["failure"] for account in accounts if account is not None and account["failure"]]
         if first is not None and failures:
             first = {**first, "failure": failures[0]}
-        elif first is not None and len({_shape(account) for account in accounts}) > 1:
+        elif first is not None and not all(_same(first, account) for account in accounts[1:]):
             first = {**first, "failure": "the workers do not agree on what was steered"}
         found.append(first if all(account is not None for account in accounts) else None)
     return found
 
 
-def _shape(account: Mapping[str, Any] | None) -> object:
-    return account and (account["cached"], tuple(sorted((at, len(doses)) for at, doses in account["layers"].items())))
+def _same(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+    if other is None or one["cached"] != other["cached"] or one["layers"].keys() != other["layers"].keys():
+        return False
+    pairs = [(doses, other["layers"][layer]) for layer, doses in one["layers"].items()]
+    return all(
+        len(mine) == len(theirs) and all(isclose(a, b, rel_tol=_AGREEMENT) for a, b in zip(mine, theirs, strict=True))
+        for mine, theirs in pairs
+    )
 
 
 def receipts(

@@ -210,12 +210,14 @@ def test_an_account_that_does_not_prove_the_plan_gives_no_receipt(plan, account,
         _receipts(plan, account)
 
 
-def _told(failure="", cached=0, doses=3):
-    return {"cached": cached, "failure": failure, "layers": {"2": [0.2] * doses}}
+def _told(failure="", cached=0, doses=3, last=0.2, layer="2"):
+    return {"cached": cached, "failure": failure, "layers": {layer: [0.2] * (doses - 1) + [last]}}
 
 
 def test_workers_that_say_the_same_are_believed():
     assert agreed([[_told(), None], [_told(), None]]) == [_told(), None]
+    # Rounded otherwise.
+    assert agreed([[_told()], [_told(last=0.2 * (1 + 5e-4))]]) == [_told()]
 
 
 @pytest.mark.parametrize(
@@ -224,10 +226,14 @@ def test_workers_that_say_the_same_are_believed():
         (_told(failure="layer 2 was not reached"), "layer 2 was not reached"),
         (_told(doses=2), "the workers do not agree"),
         (_told(cached=32), "the workers do not agree"),
+        (_told(layer="3"), "the workers do not agree"),
+        (_told(last=0.2 * (1 + 2e-3)), "the workers do not agree"),
+        (_told(last=0.0), "the workers do not agree"),
     ],
 )
-def test_a_worker_that_says_otherwise_fails_the_request(other, said):
-    [account] = agreed([[_told()], [other]])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_worker_that_says_otherwise_fails_the_request(other, said, order):
+    [account] = agreed([[_told()], [_told()], [other]][::order])
     assert said in account["failure"]
 
 
