@@ -24,7 +24,7 @@ import torch
 from operators.apply import PreparedOperator, terms
 from operators.header import Rule
 from steer_server.engine.dose import dose_floor, dose_limit
-from steer_server.engine.pushes import Group, Segment, Task, indices, work_out
+from steer_server.engine.pushes import Group, Segment, Task, indices, send, work_out
 from steer_server.types import SteeringPlan
 
 Earlier = Callable[[str, int], torch.Tensor]
@@ -81,10 +81,15 @@ class Account:
 
 @dataclass(eq=False)
 class Site:
-    """What one layer is to do in a step, and what it did: rows of the batch, their pushes (R, d), their doses (R,)."""
+    """What one layer is to do in a step, and what it did: rows of the batch, their pushes (R, d), their doses (R,).
+
+    ``usable`` (R,): which rows have a direction. Nothing of it is looked at before it is booked: on an accelerator the
+    host would wait for the step.
+    """
 
     rows: torch.Tensor
     push: torch.Tensor
+    usable: torch.Tensor
     owners: Sequence[Segment]
     step: int
     doses: torch.Tensor | None = None
@@ -237,25 +242,22 @@ class BatchSteering:
             tasks[layer].extend(group.tasks)
             for task in group.tasks:
                 self._followed[task.segment.request].sums[task.use] = task.total
-        if not bool(usable.all()):
-            self._fail_without_direction([task for some in tasks.values() for task in some], usable)
         sites, at = {}, 0
         for layer, some in tasks.items():
             end = at + sum(task.count for task in some)
-            sites[layer] = _site([task.segment for task in some], push[at:end], self._step)
+            sites[layer] = _site([task.segment for task in some], push[at:end], usable[at:end], self._step)
             at = end
         return sites
 
     def book(self, sites: Mapping[int, Site]) -> None:
         """Takes note of what a forward pass did."""
         for layer, site in sites.items():
-            measured = None if site.doses is None else site.doses.tolist()
+            doses, usable = _read(site)
             at = 0
             for segment in site.owners:
-                request = self._followed.get(segment.request)
-                mine = None if measured is None else measured[at : at + segment.count]
+                request, mine = self._followed.get(segment.request), slice(at, at + segment.count)
                 at += segment.count
-                if request is not None and (problem := _note(request, layer, segment, mine)):
+                if request is not None and (problem := _note(request, layer, segment, doses[mine], usable[mine])):
                     self._fail(request, site.step, problem)
 
     def _arrive(self, request: _Followed, segment: Segment, earlier: Earlier) -> None:
@@ -276,16 +278,6 @@ class BatchSteering:
                 else terms(operator, before, torch.arange(segment.first)).sum(0)
             )
 
-    def _fail_without_direction(self, tasks: Sequence[Task], usable: torch.Tensor) -> None:
-        good, at = usable.tolist(), 0
-        for task in tasks:
-            segment = task.segment
-            if not all(mine := good[at : at + segment.count]):
-                position = segment.first + mine.index(False)
-                problem = f"the steering direction at position {position} is zero or not finite"
-                self._fail(self._followed[segment.request], self._step, problem)
-            at += segment.count
-
     def _fail(self, request: _Followed, step: int, problem: str) -> None:
         request.failure = request.failure or problem
         self._tainted[request.salt] = min(step, self._tainted.get(request.salt, step))
@@ -295,8 +287,8 @@ def _sums_up(use: Use) -> bool:
     return use.rule == "cumulative" and use.blend != 1.0
 
 
-def _site(segments: Sequence[Segment], push: torch.Tensor, step: int) -> Site:
-    """The pushes (T, d) of one layer, segment after segment; those of one token add up."""
+def _site(segments: Sequence[Segment], push: torch.Tensor, usable: torch.Tensor, step: int) -> Site:
+    """The pushes (T, d) of one layer, segment after segment; those of one token add up, and all must be usable."""
     slots: dict[Segment, int] = {}
     total = 0
     for segment in segments:
@@ -307,13 +299,28 @@ def _site(segments: Sequence[Segment], push: torch.Tensor, step: int) -> Site:
     rows = indices([segment.start for segment in owners], [segment.count for segment in owners])
     if len(owners) < len(segments):
         places = indices([slots[segment] for segment in segments], [segment.count for segment in segments])
-        push = push.new_zeros(total, push.shape[1]).index_add_(0, places.to(push.device), push)
-    return Site(rows.to(push.device), push, owners, step)
+        places = send(places, push.device)
+        push = push.new_zeros(total, push.shape[1]).index_add_(0, places, push)
+        missing = push.new_zeros(total).index_add_(0, places, (~usable).to(push.dtype))
+        usable = missing == 0
+    return Site(send(rows, push.device), push, usable, owners, step)
 
 
-def _note(request: _Followed, layer: int, segment: Segment, doses: Sequence[float] | None) -> str:
+def _read(site: Site) -> tuple[list[float], list[float]]:
+    """Its doses (none if the hook did not run) and which rows have a direction, in one go."""
+    if site.doses is None:
+        return [], site.usable.tolist()
+    doses, usable = torch.stack((site.doses, site.usable.to(site.doses))).tolist()
+    return doses, usable
+
+
+def _note(request: _Followed, layer: int, segment: Segment, doses: Sequence[float], usable: Sequence[float]) -> str:
     """Books the doses of a segment; what is wrong with them, or nothing."""
-    if doses is None:
+    if not all(usable):
+        # Such a row is pushed by nothing, or by a part of what it should be: its dose tells less.
+        missing = next(place for place, good in enumerate(usable) if not good)
+        return f"the steering direction at position {segment.first + missing} is zero or not finite"
+    if not doses:
         return f"layer {layer} was not reached: the model did not call its hook"
     floor, limit = request.limits.get(layer, (0.0, 0.0))
     booked = request.doses[layer]

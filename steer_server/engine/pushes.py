@@ -76,12 +76,12 @@ def work_out(groups: Sequence[Group], x: torch.Tensor) -> tuple[torch.Tensor, to
 
     Returns:
         Pushes (T, d) float32, group after group and task after task; and which of them (T,) have a direction. Those
-        that have none are 0. Tasks are put in another order within their group.
+        that have none are 0. Tasks are put in another order within their group. Nothing is read from the device.
     """
     for group in groups:
         group.tasks.sort(key=partial(_order, group.operator.factors.shape[0]))
     tasks = [task for group in groups for task in group.tasks]
-    mine = x[indices([task.at for task in tasks], [task.count for task in tasks]).to(x.device)]
+    mine = x[send(indices([task.at for task in tasks], [task.count for task in tasks]), x.device)]
     parts, at = [], 0
     for group in groups:
         end = at + group.count
@@ -147,7 +147,12 @@ def _per_token(values: list[float], tasks: Sequence[Task], like: torch.Tensor) -
     found = torch.tensor(values, dtype=torch.float32)
     if any(task.count > 1 for task in tasks):
         found = found.repeat_interleave(torch.tensor([task.count for task in tasks]))
-    return found[:, None].to(like.device)
+    return send(found[:, None], like.device)
+
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Values of the host on a device, which has them in its own time: the host does not wait for its queue."""
+    return values.to(device, non_blocking=True)
 
 
 def indices(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:

@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 
 from operators.apply import PreparedOperator, steer
 from steer_server.engine.batch import Account, BatchSteering, Site, Sited, Use
-from steer_server.engine.pushes import Segment
+from steer_server.engine.pushes import Segment, send
 from steer_server.engine.scoring import Kept, compare
 from steer_server.engine.transfer import Arrivals, Layout
 from steer_server.engine.vllm_limits import check_supported
@@ -286,11 +286,12 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         positions = torch.from_numpy(
             np.concatenate([np.arange(s.first, s.first + s.count, dtype=np.int64) for s in segments])
         )
+        at = send(rows, ids.device)
         with torch.inference_mode():
-            x = self._embed(ids[rows.to(ids.device)], positions.to(ids.device))
+            x = self._embed(ids[at], send(positions, ids.device))
             sites = self._steering.prepare(segments, x, self._earlier)
         _Step.sites = sites
-        _Step.inputs = (rows.to(ids.device), x) if self._watching else None
+        _Step.inputs = (at, x) if self._watching else None
         self._pending.append(sites)
         if len(self._pending) > _BOOK_EVERY:
             last = self._pending.pop()

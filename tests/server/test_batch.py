@@ -1,6 +1,7 @@
 """Steering a continuous batch, held against one sequence at a time (``operators.apply.Direction``)."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -120,6 +121,26 @@ def test_hidden_states_of_half_precision_are_steered_from_embeddings_in_full(mak
     batch.begin("a", Use("exact", "cumulative", 0.6, 0.0), x=batch.embeddings().bfloat16())
     batch.step(("a", 0, 4))
     close(batch.step(("a", 6, 2))["a", 2], batch.expected("a", 2)[6:8])
+
+
+def test_nothing_is_read_from_the_device_while_a_step_is_prepared(batch):
+    # Tensors of the device "meta" have no values: to read one is an error. On an accelerator it waits for the model.
+    meta = torch.device("meta")
+    for digest, sited in batch.sited.items():
+        batch.steering.load(digest, replace(sited, operator=sited.operator.to(meta)))
+    mixed = (
+        Use("exact", "cumulative", 0.5, 0.3),
+        Use("exact", "substitute", 0.2, 0.0),
+        Use("low", "cumulative", 1.0, 1.0),
+    )
+    batch.begin("a", *mixed, x=batch.embeddings().to(meta))
+    batch.begin("b", Use("affine", "cumulative", 0.5, 0.0), x=batch.embeddings().to(meta))
+    for parts in ((("a", 0, 4), ("b", 2, 3)), (("a", 4, 1), ("b", 5, 1))):
+        _, sites = batch.prepare(*parts)
+        assert {layer: site.push.shape for layer, site in sites.items()} == {
+            2: (sum(count for *_, count in parts), 5),
+            3: (parts[0][2], 5),
+        }
 
 
 # Accounts.

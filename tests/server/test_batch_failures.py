@@ -68,6 +68,23 @@ def test_a_direction_that_does_not_exist_is_a_failure_of_its_request_alone(batch
     assert batch.failure("b") == ""
 
 
+@pytest.mark.parametrize("lost", ["exact", "affine", "both"])
+def test_a_direction_that_one_of_two_operators_lacks_is_told_by_its_position(make_batch, lost):
+    batch = make_batch()
+    # J x = 0 for every operator without an offset.
+    x = batch.embeddings()
+    if lost != "affine":
+        x[0] = 0.0
+    if lost != "exact":
+        x[3] = float("inf")
+    batch.begin("a", Use("exact", "cumulative", 0.5, 0.0), Use("affine", "cumulative", 0.3, 0.0), x=x)
+    batch.begin("b", Use("exact", "cumulative", 0.5, 0.0), seed=1)
+    batch.step(("b", 0, 2), ("a", 0, 5))
+    place = 3 if lost == "affine" else 0
+    assert batch.failure("a") == f"the steering direction at position {place} is zero or not finite"
+    assert batch.failure("b") == ""
+
+
 def test_the_anchor_is_a_direction_whatever_the_embeddings_are(batch):
     batch.begin("a", Use("exact", "cumulative", 0.5, 1.0), x=torch.zeros_like(batch.embeddings()))
     close(batch.step(("a", 0, 3))["a", 2], batch.expected("a", 2)[:3])
