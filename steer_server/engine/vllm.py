@@ -175,9 +175,9 @@ class VLLMEngine:
         return told
 
     async def held(self) -> Mapping[str, int]:
-        """What the workers hold for requests; nothing, when none runs."""
-        state = (await self._rpc("steering_state"))[0]
-        return {"requests": int(state["requests"])}
+        """The most that a worker holds of what there is for each request; nothing, when none runs."""
+        states = await self._rpc("steering_state")
+        return {"requests": max(state[kind] for state in states for kind in ("requests", "keys", "kept", "followed"))}
 
     async def failed(self) -> str:
         """Returns, with the reason, when the engine has died; not before."""

@@ -186,13 +186,16 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         return compare(self.model_runner.get_model().compute_logits, ours, theirs, ids, at)
 
     def steering_state(self) -> dict[str, int]:
-        """How much is held: operators, their bytes, requests, and operators on their way."""
+        """How much is held: operators, their bytes, operators on their way, and each kind of what a request has."""
         loaded = self._steering.loaded.values()
         return {
             "operators": len(loaded),
             "bytes": sum(sited.operator.nbytes for sited in loaded),
-            "requests": len(self._keys),
             "arriving": len(self._arrivals),
+            "requests": len(self._requests),
+            "keys": len(self._keys),
+            "kept": len(self._kept),
+            "followed": len(self._steering),
         }
 
     def steering_layers(self) -> int:
@@ -225,7 +228,11 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
     def _take(self, key: str) -> dict[str, Any] | None:
         request = self._keys.pop(key, None)
         self._kept.pop(key, None)
-        if request is None or request not in self._steering:
+        if request is None:
+            return None
+        # vLLM has ended it, and says so with its next step.
+        self._requests.pop(request, None)
+        if request not in self._steering:
             return None
         account: Account = self._steering.account(request)
         self._steering.forget(request)

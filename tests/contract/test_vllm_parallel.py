@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ import pytest_asyncio
 
 from operators.build import BuildSpec, build_operator
 from operators.concept import concept_from_text
+from steer_server.engine import vllm
 from steer_server.engine.transfer import Sender
 from steer_server.errors import EngineFailedError
-from steer_server.types import Row, SamplingParams
+from steer_server.types import DecodeJob, Row, SamplingParams, TokenEvent
 
 PROMPTS = ("Here is the bridge", "the golden dress of the bride in the bay", "a")
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -51,6 +53,41 @@ async def test_a_call_that_workers_cannot_answer_leaves_the_answers_to_the_next_
     assert [state["arriving"] for state in await two._rpc("steering_state")] == [0, 0]
     [(ids, end)] = await decode(two, PROMPTS[0], SAMPLING, rows[1])
     assert end.receipts[0].generated_tokens_steered == len(ids) - 1
+
+
+async def test_what_any_worker_holds_of_a_request_is_told_and_goes_with_it(two, rows, monkeypatch):
+    kinds = ("requests", "keys", "kept", "followed")
+    sampling = replace(SAMPLING, max_tokens=200)
+    stream = two.submit(DecodeJob((1, 2, 3), sampling, (Row(rows[1].plan, score=True),)))
+    async for event in stream:
+        if isinstance(event, TokenEvent):
+            break
+    for state in await two._rpc("steering_state"):
+        assert {kind: state[kind] for kind in kinds} == dict.fromkeys(kinds, 1)
+    stream.cancel()
+    async with asyncio.timeout(20):
+        while await two.held() != {"requests": 0}:
+            await asyncio.sleep(0.01)
+    states = await two._rpc("steering_state")
+    for kind in kinds:
+
+        async def leaky(_method, kind=kind):
+            return [states[0], {**states[1], kind: 3}]
+
+        monkeypatch.setattr(two, "_rpc", leaky)
+        assert await two.held() == {"requests": 3}
+
+
+async def test_workers_that_give_no_answer_are_not_waited_for_for_ever(two, monkeypatch):
+    async def silent(*_args, **_options):
+        await asyncio.sleep(60)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(two._llm, "collective_rpc", silent)
+        patched.setattr(vllm, "_RPC_SECONDS", 0.1)
+        with pytest.raises(EngineFailedError, match=r"steering_take: the workers gave no answer in 0\.1 seconds"):
+            await asyncio.wait_for(two._rpc("steering_take", []), 5)
+    assert await two._rpc("steering_take", []) == [[], []]
 
 
 async def test_two_tensor_parallel_workers_and_a_compiled_model_give_the_ids_of_one_eager_worker(
