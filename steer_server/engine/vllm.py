@@ -52,6 +52,8 @@ EXTRA = "steering"
 """Key of ``SamplingParams.extra_args`` that the worker looks for."""
 _CLOSE_SECONDS = 5.0
 _POLL_SECONDS = 0.5
+_RPC_SECONDS = 600.0
+"""How long the workers may take for a call; beyond the longest step, and a model's compilation."""
 _SELF_TEST_PROMPT = 6
 
 
@@ -238,15 +240,19 @@ class VLLMEngine:
         """What every worker answers.
 
         Raises:
-            EngineFailedError: a worker could not do it; says why.
+            EngineFailedError: a worker could not do it, or gave no answer; says why.
             EngineDeadError: the engine died, which would never answer.
         """
         call = asyncio.ensure_future(self._llm.collective_rpc("steering_call", args=(method, args)))
+        end = time.monotonic() + _RPC_SECONDS
         try:
             while not call.done():
                 await asyncio.wait({call}, timeout=_POLL_SECONDS)
                 if not call.done() and self._llm.errored:
                     raise EngineDeadError
+                if not call.done() and time.monotonic() > end:
+                    # One that failed beside the others leaves them waiting for it.
+                    raise EngineFailedError(f"{method}: the workers gave no answer in {_RPC_SECONDS:g} seconds")
         finally:
             # Also where the caller has given up: nobody would look at what comes of it.
             call.cancel()
