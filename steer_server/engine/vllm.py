@@ -41,6 +41,7 @@ from steer_server.engine.transfer import Sender
 from steer_server.engine.vllm_errors import told_of
 from steer_server.engine.vllm_job import VLLMJob
 from steer_server.engine.vllm_limits import check_supported
+from steer_server.engine.vllm_processes import session_of_their_own
 from steer_server.engine.vllm_sampling import check_sampling
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError, SteerServerError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
@@ -83,7 +84,8 @@ class VLLMEngine:
         model = describe(loaded, engine="vllm")
         config = _config(source, dtype, engine_args)
         try:
-            llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
+            with session_of_their_own():
+                llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
         except Exception as error:
             # vLLM raises what its parts raise; its own log has the whole story.
             raise StartupError(f"vLLM did not start: {type(error).__name__}: {error}") from error

@@ -125,14 +125,20 @@ def _start(
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+        [str(part) for part in command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # A process group that can be signalled without these tests.
+        start_new_session=True,
     )
     running = Running(process, f"127.0.0.1:{port}" if metrics else "")
     try:
         running.wait_until_serving(timeout)
         yield running
     finally:
-        # vLLM's processes outlive a server that is killed.
+        # vLLM's processes notice by themselves that the server was killed; the next test wants their memory at once.
         children = [] if process.poll() is not None else psutil.Process(process.pid).children(recursive=True)
         process.kill()
         for child in children:

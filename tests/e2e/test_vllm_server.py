@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from steer_client import OperatorUse, SamplingParams, SteerClient
+from steer_client import FinishReason, OperatorUse, SamplingParams, SteerClient
 
 from operators import store
 from operators.build import BuildSpec, build_operator
@@ -65,22 +67,46 @@ def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engin
     assert answers["vllm kl"] == pytest.approx(answers["hf kl"], abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ("max_modle_len=512", "engine_args.max_modle_len is not an option of this vLLM; did you mean max_model_len"),
-        ("worker_cls=mine", "engine_args.worker_cls is set by this server"),
-        (
-            "speculative_config={method: ngram, num_speculative_tokens: 2}",
-            "steering does not support speculative_config",
-        ),
-    ],
-)
-def test_engine_options_that_are_not_accepted_end_the_start_with_the_reason(given, said):
+def test_a_signal_to_the_whole_process_group_stops_a_server_on_vllm_as_one_on_transformers(bridges, start_server):
+    sampling = SamplingParams(max_tokens=490, ignore_eos=True)
+    options = ("--store", str(bridges), "--grace", "2", *OPTIONS)
+    with (
+        start_server(*options, model="smollm2-135m", timeout=300) as server,
+        SteerClient(server.target, timeout=60) as client,
+    ):
+        stream = client.stream(PROMPT, operators=[OperatorUse("bridge", 0.4)], sampling=sampling)
+        items = iter(stream)
+        count = len(next(items).token_ids)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert any("VLLM" in process.name() for process in family)
+        # Ctrl-C in a terminal.
+        os.killpg(server.process.pid, signal.SIGINT)
+        count += sum(len(delta.token_ids) for delta in items)
+        assert stream.result.finish_reason is FinishReason.CANCELLED
+        assert 1 < stream.result.usage.completion_tokens == count < 490
+        assert stream.result.receipts[0].generated_tokens_steered == count - 1
+        assert server.exit_code(30) == 0
+        assert "Traceback" not in "\n".join(server.log)
+        end = time.monotonic() + 10
+        while left := [process for process in family if _runs(process)]:
+            assert time.monotonic() < end, left
+            time.sleep(0.1)
+
+
+def _runs(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_engine_options_that_are_not_accepted_end_the_start_with_the_reason():
+    given = "speculative_config={method: ngram, num_speculative_tokens: 2}"
     command = [BIN / "steer-server", "--listen", "127.0.0.1:0", *OPTIONS, "--engine-args", given]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
-    assert said in done.stderr
+    assert "steer-server: engine_args: they are refused: steering does not support speculative_config" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 FORGETFUL = """
