@@ -142,14 +142,19 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engi
 async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Engine:
     from operators.models import load_model
     from operators.obtain import obtain
+    from steer_server.engine.vllm_limits import check_device
 
     try:
-        from steer_server.engine.vllm import VLLMEngine
+        from steer_server.engine.vllm import DEVICE, VLLMEngine
     except ImportError as error:
         raise StartupError(
             f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"
         ) from error
-    # On the CPU, whatever vLLM runs on: it is looked at for its fingerprints and then dropped.
+    try:
+        check_device(config.device, DEVICE)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+    # On the CPU, whatever vLLM runs on: it is looked at for its fingerprints, runs one short prompt, and is dropped.
     loaded = load_model(config.model, dtype=dtype, device="cpu")
     return await VLLMEngine.start(
         loaded,

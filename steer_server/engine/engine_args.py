@@ -18,9 +18,27 @@ OURS = {
     "device": "--device",
     "worker_cls": "nothing: the worker is ours",
     "skip_tokenizer_init": "nothing: text is needed",
+    "tokens_only": "nothing: text is needed",
     "seed": "the seed of a request",
 }
 """Keys that this server sets, and what to use in their place."""
+
+ANOTHER_MODEL = {
+    "model_weights": "weights",
+    "weight_transfer_config": "weights",
+    "hf_config_path": "a configuration",
+    "config_format": "a configuration",
+    "hf_overrides": "a configuration",
+    "model_class_overrides": "code",
+    "trust_remote_code": "code",
+    "code_revision": "code",
+    "revision": "a version",
+    "tokenizer_revision": "a tokenizer",
+}
+"""Keys by which vLLM would serve something else than what operators were built for, and what they replace."""
+
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "pt", "npcache")
+"""Ways to read the very weights of ``--model``; the others of vLLM read other files, other processes or nothing."""
 
 
 def read_engine_args(given: Iterable[str]) -> dict[str, Any]:
@@ -48,12 +66,28 @@ def read_engine_args(given: Iterable[str]) -> dict[str, Any]:
 
 
 def check_engine_args(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises :class:`StartupError` for a key that vLLM does not have, or that is not the user's to set."""
+    """Raises :class:`StartupError` for a key that vLLM does not have, or that is not the user's to set.
+
+    Operators belong to a model's weights, configuration and tokenizer. They are recognised in the files of ``--model``,
+    so vLLM has to serve these.
+    """
     names = set(known)
-    for key in given:
+    for key, value in given.items():
         if key in OURS:
             raise StartupError(f"engine_args.{key} is set by this server; use {OURS[key]}")
         if key not in names:
             near = difflib.get_close_matches(key, names, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise StartupError(f"engine_args.{key} is not an option of this vLLM{hint}")
+        if key in ANOTHER_MODEL:
+            raise StartupError(
+                f"engine_args.{key} is refused: it gives vLLM {ANOTHER_MODEL[key]} that operators were not built for; "
+                "use --model with a directory that holds what is to be served"
+            )
+        if key == "load_format" and value not in LOAD_FORMATS:
+            raise StartupError(
+                f"engine_args.load_format {value!r} is refused: it may read other weights than those of --model; "
+                f"accepted are {', '.join(LOAD_FORMATS)}"
+            )
+        if key == "additional_config" and not (value is None or isinstance(value, Mapping)):
+            raise StartupError(f"engine_args.additional_config {value!r} does not hold KEY: VALUE pairs")

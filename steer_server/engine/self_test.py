@@ -35,8 +35,29 @@ Try = Callable[[Use | None, str], Awaitable[Trial]]
 Rpc = Callable[..., Awaitable[Sequence[Any]]]
 
 
-async def check_live(run: Try, rpc: Rpc, *, prompt_tokens: int, num_layers: int) -> None:
-    """Raises :class:`StartupError` with what went wrong."""
+def check_same_model(found: Mapping[int, float], expected: Sequence[float], *, most: float) -> None:
+    """Holds the engine's weights against those that operators are recognised by.
+
+    Args:
+        found: log-probabilities of the engine's likeliest tokens after a prompt, in nats.
+        expected: those of every token after the same prompt, from the model that was fingerprinted.
+        most: by how much they may differ on average.
+
+    Raises:
+        StartupError: they differ by more; says by how much.
+    """
+    apart = sum(abs(logprob - expected[token]) for token, logprob in found.items()) / len(found)
+    # Negated: what is no number is no agreement either.
+    if not apart <= most:
+        raise StartupError(
+            f"self-test: vLLM serves another model than the one that operators are checked against: the "
+            f"log-probabilities of its {len(found)} likeliest tokens differ by {apart:.3g} nats on average from those "
+            f"in transformers; at most {most:g} is rounding"
+        )
+
+
+async def check_live(run: Try, rpc: Rpc, *, prompt_tokens: int, num_layers: int) -> Trial:
+    """The plain request's trial. Raises :class:`StartupError` with what went wrong."""
     for layers in await rpc("steering_layers"):
         if layers != num_layers:
             raise StartupError(f"self-test: a worker has {layers} decoder layers, the model {num_layers}")
@@ -63,6 +84,7 @@ async def check_live(run: Try, rpc: Rpc, *, prompt_tokens: int, num_layers: int)
             problem = "its text is that of the plain one"
         if problem:
             raise StartupError(f"self-test: a request steered at layer {layer} failed: {problem}")
+    return alone
 
 
 def _same(one: Trial, other: Trial) -> bool:

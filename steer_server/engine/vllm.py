@@ -35,12 +35,12 @@ from steer_server.engine.engine_args import check_engine_args
 from steer_server.engine.prompts import PromptReader
 from steer_server.engine.salts import Salts
 from steer_server.engine.scoring import ROWS
-from steer_server.engine.self_test import TOKENS, Trial, check_live
+from steer_server.engine.self_test import TOKENS, Trial, check_live, check_same_model
 from steer_server.engine.shelf import OperatorShelf, needed
 from steer_server.engine.transfer import Sender
 from steer_server.engine.vllm_errors import told_of
 from steer_server.engine.vllm_job import VLLMJob
-from steer_server.engine.vllm_limits import check_supported
+from steer_server.engine.vllm_limits import check_room, check_supported
 from steer_server.engine.vllm_processes import session_of_their_own
 from steer_server.engine.vllm_sampling import check_sampling
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, StartupError, SteerServerError
@@ -48,6 +48,8 @@ from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
 
+DEVICE: str = current_platform.device_type
+"""What the installed vLLM computes on: cpu, cuda (ROCm too) or another."""
 WORKER = "steer_server.engine.vllm_worker.SteeringWorker"
 EXTRA = "steering"
 """Key of ``SamplingParams.extra_args`` that the worker looks for."""
@@ -56,6 +58,11 @@ _POLL_SECONDS = 0.5
 _RPC_SECONDS = 600.0
 """How long the workers may take for a call; beyond the longest step, and a model's compilation."""
 _SELF_TEST_PROMPT = 6
+_APART_EXACT, _APART = 0.02, 1.0
+"""Most nats between vLLM and transformers on the average likely token: in float32, and where more is rounded. bfloat16
+moves SmolLM2 by 0.13 and Gemma 3 270M by 0.04; another model is several apart."""
+_TOLD_APART = ("disable_log_stats", "enable_log_requests", "aggregate_engine_logging")
+"""Options that are no part of vLLM's configuration: its constructor takes them."""
 
 
 class VLLMEngine:
@@ -75,23 +82,25 @@ class VLLMEngine:
         """Boots vLLM on the model at ``source`` and tests it.
 
         Args:
-            loaded: the same model in transformers, for its names and fingerprints; not kept.
+            loaded: the same model in transformers, for its names, its fingerprints and what it makes of the self-test's
+                prompt; not kept.
             operator_memory: bytes in each worker that operators may take, beside vLLM's own memory.
 
         Raises:
             StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
         """
         model = describe(loaded, engine="vllm")
-        config = _config(source, dtype, engine_args)
+        config, logging = _config(source, dtype, engine_args, operator_memory)
+        expected = await asyncio.to_thread(_logprobs, loaded, _probe(model.vocab_size))
         try:
             with session_of_their_own():
-                llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config)
+                llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config, **logging)
         except Exception as error:
             # vLLM raises what its parts raise; its own log has the whole story.
             raise StartupError(f"vLLM did not start: {type(error).__name__}: {error}") from error
         engine = cls(llm, model, loaded.tokenizer, max_queue=max_queue, operator_memory=operator_memory)
         try:
-            await engine._self_test()
+            await engine._self_test(expected)
         except BaseException:
             await engine.close()
             raise
@@ -270,10 +279,9 @@ class VLLMEngine:
     async def _unload(self, digests: list[str]) -> None:
         await self._rpc("steering_unload", digests)
 
-    async def _self_test(self) -> None:
+    async def _self_test(self, expected: Sequence[float]) -> None:
         began = time.monotonic()
-        # A new prompt every time would be as good; this one is in every vocabulary.
-        prompt = [index % self._model.vocab_size for index in range(1, 1 + _SELF_TEST_PROMPT)]
+        prompt = _probe(self._model.vocab_size)
         params = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 5}
 
         async def run(use: Use | None, key: str) -> Trial:
@@ -286,7 +294,10 @@ class VLLMEngine:
             return Trial(tuple(ids), first)
 
         try:
-            await check_live(run, self._rpc, prompt_tokens=len(prompt), num_layers=self._model.num_layers)
+            plain = await check_live(run, self._rpc, prompt_tokens=len(prompt), num_layers=self._model.num_layers)
+            most = _rounding(self._llm.vllm_config)
+            if most is not None:
+                check_same_model(plain.logprobs, expected, most=most)
         except StartupError:
             raise
         except Exception as error:
@@ -295,15 +306,35 @@ class VLLMEngine:
         log.info("self-test passed", layers=self._model.num_layers, seconds=round(time.monotonic() - began, 1))
 
 
-def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
-    names = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
-    check_engine_args(given, names)
+def _probe(vocab_size: int) -> list[int]:
+    # A new prompt every time would be as good; this one is in every vocabulary.
+    return [index % vocab_size for index in range(1, 1 + _SELF_TEST_PROMPT)]
+
+
+def _logprobs(loaded: LoadedModel, prompt: Sequence[int]) -> list[float]:
+    """What the model in transformers expects after a prompt: log-probabilities (V,) in nats."""
+    with torch.inference_mode():
+        logits = loaded.model(torch.tensor([prompt], device=loaded.device), use_cache=False).logits[0, -1]
+    found: list[float] = logits.float().log_softmax(-1).tolist()
+    return found
+
+
+def _rounding(config: Any) -> float | None:
+    """Nats by which two implementations of one model may differ on average; None where its weights are quantised."""
+    if config.model_config.quantization is not None:
+        return None
+    exact = config.model_config.dtype == torch.float32 and config.cache_config.cache_dtype in ("auto", "float32")
+    return _APART_EXACT if exact else _APART
+
+
+def _config(source: str, dtype: str, given: Mapping[str, Any], operator_memory: int) -> tuple[Any, Mapping[str, bool]]:
+    """vLLM's configuration, and what its constructor wants to be told besides."""
+    check_engine_args(given, [field.name for field in dataclasses.fields(AsyncEngineArgs)])
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     ours: dict[str, Any] = {
         "model": source,
         "dtype": DTYPES[dtype],
         "worker_cls": WORKER,
-        "enable_log_requests": False,
         # Part of the compile cache's key.
         "additional_config": {**(given.get("additional_config") or {}), "steering": __version__},
     }
@@ -312,8 +343,14 @@ def _config(source: str, dtype: str, given: Mapping[str, Any]) -> Any:
         ours["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     try:
         theirs = {key: value for key, value in given.items() if key != "additional_config"}
-        config = AsyncEngineArgs(**{**ours, **theirs}).create_engine_config()
+        args = AsyncEngineArgs(**{**ours, **theirs})
+        config = args.create_engine_config()
         check_supported(config)
-    except (ValueError, TypeError, OSError) as error:
-        raise StartupError(f"engine_args: they are refused: {error}") from error
-    return config
+        if not current_platform.is_cpu() and config.cache_config.kv_cache_memory_bytes is None:
+            total = current_platform.get_device_total_memory()
+            check_room(total, config.cache_config.gpu_memory_utilization, operator_memory)
+    except Exception as error:
+        # vLLM raises what its parts raise, of any kind.
+        why = str(error) or type(error).__name__
+        raise StartupError(f"engine_args: they are refused: {why}") from error
+    return config, {name: bool(getattr(args, name)) for name in _TOLD_APART}

@@ -6,10 +6,18 @@ import pytest
 
 from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
-from steer_server.engine.engine_args import OURS, check_engine_args, read_engine_args
+from steer_server.engine.engine_args import ANOTHER_MODEL, LOAD_FORMATS, OURS, check_engine_args, read_engine_args
 from steer_server.errors import StartupError
 
-KNOWN = ("max_model_len", "max_num_seqs", "tensor_parallel_size", "gpu_memory_utilization", *OURS)
+KNOWN = (
+    "max_model_len",
+    "max_num_seqs",
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "additional_config",
+    "load_format",
+)
+KNOWN += (*OURS, *ANOTHER_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +107,34 @@ def test_an_option_that_the_server_sets_is_refused_with_what_to_use(key):
     with pytest.raises(StartupError, match=rf"^engine_args\.{key} is set by this server; use ") as caught:
         check_engine_args({key: "x"}, KNOWN)
     assert OURS[key] in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ANOTHER_MODEL)
+def test_an_option_that_replaces_the_model_that_operators_were_built_for_is_refused_by_name(key):
+    with pytest.raises(
+        StartupError, match=rf"^engine_args\.{key} is refused: it gives vLLM .* not built for; use --model"
+    ):
+        check_engine_args({key: "x"}, KNOWN)
+
+
+@pytest.mark.parametrize("given", ["dummy", "sharded_state", "tensorizer", "mistral", None, 3])
+def test_a_load_format_that_reads_other_weights_is_refused_with_those_that_do_not(given):
+    with pytest.raises(StartupError, match=r"^engine_args\.load_format .* is refused") as caught:
+        check_engine_args({"load_format": given}, KNOWN)
+    assert ", ".join(LOAD_FORMATS) in str(caught.value)
+
+
+@pytest.mark.parametrize("given", LOAD_FORMATS)
+def test_a_load_format_that_reads_the_same_weights_is_accepted(given):
+    check_engine_args({"load_format": given}, KNOWN)
+
+
+@pytest.mark.parametrize("given", [5, "x", [1], False])
+def test_an_additional_config_without_keys_is_refused(given):
+    with pytest.raises(StartupError, match=r"^engine_args\.additional_config .* does not hold KEY: VALUE pairs"):
+        check_engine_args({"additional_config": given}, KNOWN)
+    for accepted in (None, {}, {"a": 1}):
+        check_engine_args({"additional_config": accepted}, KNOWN)
 
 
 async def test_options_of_vllm_are_refused_by_the_other_engine_before_a_model_is_loaded():

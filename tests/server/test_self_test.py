@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import pytest
 
-from steer_server.engine.self_test import STRENGTH, TOKENS, Trial, check_live
+from steer_server.engine.self_test import STRENGTH, TOKENS, Trial, check_live, check_same_model
 from steer_server.errors import StartupError
 
 LAYERS = 3
@@ -65,7 +65,7 @@ class Engine:
         return self.trials.get(key, STEERED if use else PLAIN)
 
     async def check(self):
-        await check_live(self.run, self.rpc, prompt_tokens=PROMPT, num_layers=LAYERS)
+        return await check_live(self.run, self.rpc, prompt_tokens=PROMPT, num_layers=LAYERS)
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ async def engine():
 
 
 async def test_an_engine_that_steers_every_layer_passes_and_keeps_nothing_of_the_test(engine):
-    await engine.check()
+    assert await engine.check() == PLAIN
     beside = {("self-test-beside", None), *((f"self-test-{layer}", layer) for layer in range(LAYERS))}
     assert engine.asked[0] == ("self-test-alone", None)
     assert set(engine.asked[1:]) == beside
@@ -156,3 +156,23 @@ async def test_operators_of_the_test_go_when_a_request_breaks(engine):
     with pytest.raises(RuntimeError, match="the engine died"):
         await engine.check()
     assert engine.loaded == {}
+
+
+EXPECTED = [-9.0, -0.5, -2.0, -1.0]
+"""Log-probabilities of four tokens in transformers."""
+
+
+@pytest.mark.parametrize("found", [{1: -0.5, 3: -1.0}, {1: -0.5, 3: -1.125}, {1: -0.375, 3: -1.0, 2: -2.125}])
+def test_weights_whose_log_probabilities_differ_by_rounding_pass(found):
+    check_same_model(found, EXPECTED, most=0.1)
+
+
+@pytest.mark.parametrize(
+    ("found", "apart"),
+    [({1: -0.5, 3: -1.25}, "0.125"), ({0: -1.0, 2: -2.0}, "4"), ({1: float("nan"), 3: -1.0}, "nan")],
+)
+def test_weights_of_another_model_are_refused_with_the_figures(found, apart):
+    with pytest.raises(
+        StartupError, match=rf"^self-test: vLLM serves another model .* {apart} nats .* at most 0\.1 is"
+    ):
+        check_same_model(found, EXPECTED, most=0.1)
