@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from steer_client import FinishReason, OperatorUse, SamplingParams, SteerClient
+from steer_client import OperatorUse, SamplingParams, SteerClient
 
 from operators import store
 from operators.build import BuildSpec, build_operator
@@ -65,39 +63,6 @@ def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engin
             assert any("the engine died" in line for line in server.log)
     assert answers["vllm"] == answers["hf"]
     assert answers["vllm kl"] == pytest.approx(answers["hf kl"], abs=2e-3)
-
-
-def test_a_signal_to_the_whole_process_group_stops_a_server_on_vllm_as_one_on_transformers(bridges, start_server):
-    sampling = SamplingParams(max_tokens=490, ignore_eos=True)
-    options = ("--store", str(bridges), "--grace", "2", *OPTIONS)
-    with (
-        start_server(*options, model="smollm2-135m", timeout=300) as server,
-        SteerClient(server.target, timeout=60) as client,
-    ):
-        stream = client.stream(PROMPT, operators=[OperatorUse("bridge", 0.4)], sampling=sampling)
-        items = iter(stream)
-        count = len(next(items).token_ids)
-        family = psutil.Process(server.process.pid).children(recursive=True)
-        assert any("VLLM" in process.name() for process in family)
-        # Ctrl-C in a terminal.
-        os.killpg(server.process.pid, signal.SIGINT)
-        count += sum(len(delta.token_ids) for delta in items)
-        assert stream.result.finish_reason is FinishReason.CANCELLED
-        assert 1 < stream.result.usage.completion_tokens == count < 490
-        assert stream.result.receipts[0].generated_tokens_steered == count - 1
-        assert server.exit_code(30) == 0
-        assert "Traceback" not in "\n".join(server.log)
-        end = time.monotonic() + 10
-        while left := [process for process in family if _runs(process)]:
-            assert time.monotonic() < end, left
-            time.sleep(0.1)
-
-
-def _runs(process):
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_engine_options_that_are_not_accepted_end_the_start_with_the_reason():

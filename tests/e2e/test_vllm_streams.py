@@ -1,15 +1,25 @@
-"""An operator is replaced under its name while many texts use it: each text is of one version, from end to end."""
+"""Streams under way on a vLLM server: while their operator is replaced, and when its process group is told to stop."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+import signal
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import pytest
-from steer_client import AsyncSteerClient, OperatorUse, SamplingParams, ServerBusyError
+from steer_client import (
+    AsyncSteerClient,
+    FinishReason,
+    OperatorUse,
+    SamplingParams,
+    ServerBusyError,
+    SteerClient,
+)
 
 from operators import store
 from operators.apply import prepared_bytes
@@ -66,13 +76,29 @@ def artifacts(smollm):
     }
 
 
-@pytest.fixture
-def server(artifacts, tmp_path, start_server):
+@pytest.fixture(scope="module")
+def directory(artifacts, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("store")
     for name, artifact in artifacts.items():
-        store.save(tmp_path, name, artifact)
-    store.save(tmp_path, "swapped", artifacts["bridge"])
+        store.save(directory, name, artifact)
+    store.save(directory, "swapped", artifacts["bridge"])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def server(artifacts, directory, start_server):
     room = ROOM * max(map(prepared_bytes, artifacts.values()))
-    options = ("--store", str(tmp_path), "--dtype", "float32", "--operator-memory", str(room), *OPTIONS)
+    options = (
+        "--store",
+        str(directory),
+        "--dtype",
+        "float32",
+        "--operator-memory",
+        str(room),
+        "--grace",
+        "2",
+        *OPTIONS,
+    )
     with start_server(*options, model="smollm2-135m", metrics=True, timeout=300) as running:
         yield running
 
@@ -112,7 +138,7 @@ async def swap(client, directory, artifacts, names, end):
 
 
 async def test_streams_keep_the_version_they_began_with_while_it_is_replaced_every_second(
-    server, artifacts, tmp_path, record_property
+    server, artifacts, directory, record_property
 ):
     async with AsyncSteerClient(server.target) as client:
         expected = {(prompt, name): (await ask(client, prompt, name)).ids for prompt in PROMPTS for name in artifacts}
@@ -133,7 +159,7 @@ async def test_streams_keep_the_version_they_began_with_while_it_is_replaced_eve
             return texts
 
         reigns, *found = await asyncio.gather(
-            swap(client, tmp_path, artifacts, names, end), *(one_after_another(number) for number in range(STREAMS))
+            swap(client, directory, artifacts, names, end), *(one_after_another(number) for number in range(STREAMS))
         )
     texts = list(itertools.chain(*found))
     for text in texts:
@@ -152,3 +178,33 @@ async def test_streams_keep_the_version_they_began_with_while_it_is_replaced_eve
     assert len({text.digest for text in texts} | {artifact.digest for artifact in artifacts.values()}) > ROOM
     assert across > 0
     server.wait_for_jobs(0, 0)
+
+
+def test_a_signal_to_the_whole_process_group_ends_streams_with_what_they_have(server):
+    """The last one: it ends the server."""
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
+    with SteerClient(server.target, timeout=60) as client:
+        stream = client.stream(PROMPTS[0], operators=[OperatorUse("bridge", STRENGTH)], sampling=sampling)
+        items = iter(stream)
+        count = len(next(items).token_ids)
+        family = psutil.Process(server.process.pid).children(recursive=True)
+        assert any("VLLM" in process.name() for process in family)
+        # Ctrl-C in a terminal.
+        os.killpg(server.process.pid, signal.SIGINT)
+        count += sum(len(delta.token_ids) for delta in items)
+    assert stream.result.finish_reason is FinishReason.CANCELLED
+    assert 1 < stream.result.usage.completion_tokens == count < sampling.max_tokens
+    assert stream.result.receipts[0].generated_tokens_steered == count - 1
+    assert server.exit_code(30) == 0
+    assert "Traceback" not in "\n".join(server.log)
+    end = time.monotonic() + 10
+    while left := [process for process in family if _runs(process)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+def _runs(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
