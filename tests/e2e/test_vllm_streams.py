@@ -182,7 +182,7 @@ async def test_streams_keep_the_version_they_began_with_while_it_is_replaced_eve
 
 def test_a_signal_to_the_whole_process_group_ends_streams_with_what_they_have(server):
     """The last one: it ends the server."""
-    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=240, ignore_eos=True)
     with SteerClient(server.target, timeout=60) as client:
         stream = client.stream(PROMPTS[0], operators=[OperatorUse("bridge", STRENGTH)], sampling=sampling)
         items = iter(stream)

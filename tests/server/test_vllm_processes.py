@@ -86,7 +86,10 @@ def _runs(process):
 def test_a_signal_to_the_servers_group_does_not_reach_vllm(start, method):
     server, core, worker = start(method)
     assert os.getpgid(worker.pid) == os.getpgid(core.pid) == core.pid
+    # It would end at the signal, and the others for that reason.
     server.suspend()
+    while server.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
     for number in (signal.SIGINT, signal.SIGTERM):
         os.killpg(server.pid, number)
     time.sleep(0.3)
