@@ -160,11 +160,11 @@ def steered_row() -> Callable[..., Row]:
 
 
 @pytest.fixture(scope="session")
-def recompute() -> Callable[..., list[int]]:
-    """``recompute(model, artifact, prompt_ids, strength, tokens, rule="cumulative", blend=0.0)``: greedy ids.
+def recompute() -> Callable[..., list[list[int]]]:
+    """``recompute(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0)``: ids per strength.
 
-    The procedure as it is written down and as slowly as it reads: everything again for every token, one row, no KV
-    cache, no code shared with the engine. Position k of the input of the injection layer gets
+    The procedure as it is written down and as slowly as it reads: everything again for every token, no KV cache, no
+    code shared with the engine; a row per strength, greedily. Position k of the input of the injection layer gets
     (strength/2) |h_k| d_k/|d_k|, with d_k between a_k/|a_k| and y/|y|.
     """
 
@@ -180,36 +180,39 @@ def recompute() -> Callable[..., list[int]]:
             units.append(d / d.norm())
         return units
 
-    known: dict[object, list[int]] = {}
+    known: dict[object, list[list[int]]] = {}
 
-    def run(model, artifact, prompt_ids, strength, tokens, rule="cumulative", blend=0.0):  # type: ignore[no-untyped-def]
-        asked = (id(model), artifact.digest, tuple(prompt_ids), strength, tokens, rule, blend)
+    def run(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0):  # type: ignore[no-untyped-def]
+        asked = (id(model), artifact.digest, tuple(prompt_ids), tuple(strengths), tokens, rule, blend)
         if asked not in known:
             # Every engine is held against the same answer.
-            known[asked] = slowly(model, artifact, prompt_ids, strength, tokens, rule, blend)
+            known[asked] = slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend)
         return known[asked]
 
-    def slowly(model, artifact, prompt_ids, strength, tokens, rule, blend):  # type: ignore[no-untyped-def]
+    def slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend):  # type: ignore[no-untyped-def]
         site = decoder_layers(model)[artifact.header.injection_layer]
-        ids, blocks = list(prompt_ids), artifact.jacobian().double()
+        rows, blocks = [list(prompt_ids) for _ in strengths], artifact.jacobian().double()
         for _ in range(tokens):
-            x = block_input(model, model.get_input_embeddings()(torch.tensor(ids)))
-            units = directions(artifact, blocks, x, rule, blend)
+            inputs = [block_input(model, model.get_input_embeddings()(torch.tensor(ids))) for ids in rows]
+            units = [directions(artifact, blocks, x, rule, blend) for x in inputs]
 
             def add(_module, args, units=units):  # type: ignore[no-untyped-def]
                 hidden = args[0].clone()
-                for k, unit in enumerate(units):
-                    h = hidden[0, k]
-                    hidden[0, k] = h + ((strength / 2) * h.norm() * unit).to(h.dtype)
+                for row, strength in enumerate(strengths):
+                    for k, unit in enumerate(units[row]):
+                        h = hidden[row, k]
+                        hidden[row, k] = h + ((strength / 2) * h.norm() * unit).to(h.dtype)
                 return (hidden, *args[1:])
 
             handle = site.register_forward_pre_hook(add)
             with torch.no_grad():
-                logits = model(torch.tensor([ids]), use_cache=False, logits_to_keep=1).logits[0, -1]
+                logits = model(torch.tensor(rows), use_cache=False, logits_to_keep=1).logits[:, -1]
             handle.remove()
-            ids.append(int(logits.argmax()))
-            if ids[-1] == model.config.eos_token_id:
-                break
-        return ids[len(prompt_ids) :]
+            for ids, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+                ids.append(token)
+        return [until_end(ids[len(prompt_ids) :], model.config.eos_token_id) for ids in rows]
+
+    def until_end(ids, end):  # type: ignore[no-untyped-def]
+        return ids[: ids.index(end) + 1] if end in ids else ids
 
     return run

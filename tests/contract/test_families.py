@@ -42,7 +42,7 @@ async def test_cached_steering_equals_recomputing_everything(
     prompt_ids = loaded.tokenizer(PROMPT)["input_ids"]
     row = steered_row(artifact, STRENGTH, rule, blend)
     [(ids, end)] = await decode(engine, PROMPT, SAMPLING, row)
-    assert ids == recompute(loaded.model, artifact, prompt_ids, STRENGTH, SAMPLING.max_tokens, rule, blend)
+    assert [ids] == recompute(loaded.model, artifact, prompt_ids, [STRENGTH], SAMPLING.max_tokens, rule, blend)
     assert end.receipts[0].generated_tokens_steered == SAMPLING.max_tokens - 1
     [(plain, _)] = await decode(engine, PROMPT, SAMPLING, Row())
     assert ids != plain

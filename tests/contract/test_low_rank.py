@@ -42,7 +42,7 @@ async def test_an_operator_of_rank_5_decodes_as_its_dense_product(
     assert artifact.factors.shape == (max(len(each.ids) for each in concepts), 5, loaded.hidden_size)
     [(ids, end)] = await decode(engine, PROMPT, SAMPLING, steered_row(artifact, STRENGTH, rule, blend))
     prompt_ids = loaded.tokenizer(PROMPT)["input_ids"]
-    assert ids == recompute(loaded.model, artifact, prompt_ids, STRENGTH, SAMPLING.max_tokens, rule, blend)
+    assert [ids] == recompute(loaded.model, artifact, prompt_ids, [STRENGTH], SAMPLING.max_tokens, rule, blend)
     assert end.receipts[0].mean_dose == pytest.approx(STRENGTH / 2, abs=1e-5)
     [(plain, _)] = await decode(engine, PROMPT, SAMPLING, Row())
     assert ids != plain
@@ -58,4 +58,4 @@ async def test_an_operator_of_rank_64_of_the_default_model_decodes_as_its_dense_
     for rule, blend in (("cumulative", 0.5), ("substitute", 0.0)):
         [(ids, _)] = await decode(engine, prompt, SamplingParams(max_tokens=8), steered_row(artifact, 0.4, rule, blend))
         prompt_ids = loaded.tokenizer(prompt)["input_ids"]
-        assert ids == recompute(loaded.model, artifact, prompt_ids, 0.4, 8, rule, blend)
+        assert [ids] == recompute(loaded.model, artifact, prompt_ids, [0.4], 8, rule, blend)

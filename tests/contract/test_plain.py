@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -20,7 +22,9 @@ PROMPTS = (
 TOKENS = 24
 
 
+@functools.cache
 def generate(loaded, prompt, **options):
+    """Every engine is held against the same answer."""
     ids = torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
     found = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, **options)
     return found[0, ids.shape[1] :].tolist()

@@ -34,11 +34,13 @@ async def test_cached_decoding_gives_the_ids_of_the_published_recompute_everythi
     rank = "full" if CONCEPTS.index(concept) == LAYERS.index(layer) else 64
     loaded, artifact = smollm(), operator_of(concept, "golden", layer, rank)
     sampling = SamplingParams(max_tokens=TOKENS)
-    for strength in STRENGTHS:
-        for prompt in PROMPTS:
-            [(ids, end)] = await decode(engine, prompt, sampling, steered_row(artifact, strength))
-            prompt_ids = loaded.tokenizer(prompt)["input_ids"]
-            assert ids == recompute(loaded.model, artifact, prompt_ids, strength, TOKENS), (strength, prompt)
+    for prompt in PROMPTS:
+        rows = [steered_row(artifact, strength) for strength in STRENGTHS]
+        prompt_ids = loaded.tokenizer(prompt)["input_ids"]
+        found = await decode(engine, prompt, sampling, *rows)
+        expected = recompute(loaded.model, artifact, prompt_ids, STRENGTHS, TOKENS)
+        assert [ids for ids, _ in found] == expected, prompt
+        for strength, (ids, end) in zip(STRENGTHS, found, strict=True):
             receipt = end.receipts[0]
             assert receipt.prompt_tokens_steered == len(prompt_ids)
             assert receipt.generated_tokens_steered == len(ids) - 1

@@ -54,15 +54,15 @@ async def texts(engine, jobs, sampling=SAMPLING):
 
 async def test_preempted_and_chunked_requests_give_the_ids_of_an_undisturbed_run(vllm_engine, rows):
     jobs = [(prompt, row) for prompt in PROMPTS for row in rows]
-    calm, undisturbed = await vllm_engine(), preemptions()
-    expected = await texts(calm, jobs)
+    calm, sampling, undisturbed = await vllm_engine(), replace(SAMPLING, max_tokens=36), preemptions()
+    expected = await texts(calm, jobs, sampling)
     before = preemptions()
     assert before == undisturbed
-    # 10 blocks of 32 tokens for 20 texts of 55 to 70, and 24 tokens a step: prompts are cut, texts are thrown out.
+    # 10 blocks of 32 tokens for 20 texts of 43 to 58, and 24 tokens a step: prompts are cut, texts are thrown out.
     crowded = await vllm_engine(
         num_gpu_blocks_override=11, max_num_batched_tokens=24, max_num_seqs=16, max_model_len=96
     )
-    assert await texts(crowded, jobs) == expected
+    assert await texts(crowded, jobs, sampling) == expected
     assert preemptions() > before
     assert await crowded.held() == {"requests": 0}
 
@@ -73,12 +73,12 @@ def preemptions():
 
 
 async def test_10_abandoned_of_100_requests_leave_the_others_and_the_workers_alone(vllm_engine, rows):
-    engine, sampling = await vllm_engine(), replace(SAMPLING, max_tokens=32)
+    engine, sampling = await vllm_engine(), replace(SAMPLING, max_tokens=24)
     pairs = [(prompt, row) for prompt in PROMPTS for row in rows]
     expected = dict(zip(pairs, await texts(engine, pairs, sampling), strict=True))
     jobs = pairs * 5
     # Of every prompt and every kind of row; after so many tokens, from none at all to the last but one.
-    leaving = {index: index * 3 // 10 for index in range(0, 100, 11)}
+    leaving = {index: index * 23 // 99 for index in range(0, 100, 11)}
     staying = [job for index, job in enumerate(jobs) if index not in leaving]
     assert (len(leaving), len(staying)) == (10, 90)
 

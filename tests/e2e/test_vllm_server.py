@@ -65,15 +65,6 @@ def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engin
     assert answers["vllm kl"] == pytest.approx(answers["hf kl"], abs=2e-3)
 
 
-def test_engine_options_that_are_not_accepted_end_the_start_with_the_reason():
-    given = "speculative_config={method: ngram, num_speculative_tokens: 2}"
-    command = [BIN / "steer-server", "--listen", "127.0.0.1:0", *OPTIONS, "--engine-args", given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    assert "steer-server: engine_args: they are refused: steering does not support speculative_config" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 FORGETFUL = """
 from steer_server.command import app
 from steer_server.engine.vllm import VLLMEngine
