@@ -156,14 +156,20 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
         raise StartupError(str(error)) from error
     # On the CPU, whatever vLLM runs on: it is looked at for its fingerprints, runs one short prompt, and is dropped.
     loaded = load_model(config.model, dtype=dtype, device="cpu")
-    return await VLLMEngine.start(
-        loaded,
-        str(obtain(config.model)),
-        dtype=dtype,
-        max_queue=config.max_queue,
-        operator_memory=config.operator_memory,
-        engine_args=config.engine_args,
-    )
+    try:
+        return await VLLMEngine.start(
+            loaded,
+            str(obtain(config.model)),
+            dtype=dtype,
+            max_queue=config.max_queue,
+            operator_memory=config.operator_memory,
+            engine_args=config.engine_args,
+        )
+    except asyncio.CancelledError:
+        # Ctrl-C. The thread in which vLLM loads a model cannot be stopped; its processes end with this one.
+        sys.stderr.write("steer-server: interrupted\n")
+        sys.stderr.flush()
+        os._exit(130)
 
 
 ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Engine]]] = {

@@ -55,7 +55,13 @@ class AccountDesk:
         return task
 
     async def _settle(self, key: str, uses: Sequence[Use], begun: bool) -> Mapping[str, Any] | None:
-        account = await self.take(key)
+        try:
+            account = await self.take(key)
+        except BaseException:
+            if uses:
+                # What the workers would have told of it is lost.
+                self._salts.renew(uses)
+            raise
         if uses and (begun if account is None else account["failure"]):
             self._salts.renew(uses)
         return account

@@ -1,6 +1,7 @@
 """What becomes of the options of vLLM, with vLLM's own configuration and without an engine."""
 
 import pytest
+import torch
 
 from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
@@ -94,6 +95,33 @@ def test_log_probabilities_in_transformers_are_those_after_the_whole_prompt(engi
     assert len(found) == llama.model.config.vocab_size
     assert found != engine._logprobs(llama, [3, 2, 1])
     assert sum(2.718281828459045**each for each in found) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_model_that_transformers_does_not_run_ends_the_start_by_name(engine, llama):
+    with pytest.raises(StartupError, match=r"^self-test: transformers cannot run the model: IndexError: "):
+        engine._logprobs(llama, [10**6])
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "most"),
+    [
+        ("model_config", {}, 0.02),
+        ("model_config", {"dtype": torch.bfloat16}, 1.0),
+        ("model_config", {"quantization": "fp8"}, None),
+        # One set of factors for all lengths, or one for each.
+        ("model_config", {"hf_text_config": {"rope_parameters": {"rope_type": "longrope"}}}, 1.0),
+        ("cache_config", {"cache_dtype": "bfloat16"}, 1.0),
+        ("cache_config", {"cache_dtype": "fp8"}, None),
+    ],
+    ids=str,
+)
+def test_a_model_is_held_against_transformers_as_far_as_it_is_not_rounded(
+    engine, configure, monkeypatch, part, changes, most
+):
+    config, _ = configure()
+    for name, value in changes.items():
+        monkeypatch.setattr(getattr(config, part), name, value)
+    assert engine._rounding(config) == (most if engine.DEVICE == "cpu" or most is None else 1.0)
 
 
 async def test_a_device_that_vllm_does_not_compute_on_is_refused_before_a_model_is_loaded(engine):
