@@ -1,6 +1,8 @@
 """Stopping a server: what runs ends whole or is cut short with its proof, what waits is refused, the exit is clean."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -111,3 +113,34 @@ def test_what_outlasts_the_grace_is_cut_short_with_its_receipts_and_what_waits_i
         assert refused[0].reason == "SHUTTING_DOWN"
         assert server.exit_code(10) == 0
         _clean(server)
+
+
+LOADING = """
+import asyncio, sys, time, types
+
+class VLLMEngine:
+    @classmethod
+    async def start(cls, *_args, **_kwargs):
+        print("vLLM loads", file=sys.stderr, flush=True)
+        await asyncio.to_thread(time.sleep, 600)
+
+sys.modules["steer_server.engine.vllm"] = types.SimpleNamespace(VLLMEngine=VLLMEngine, DEVICE="cpu")
+from steer_server.command import app
+app()
+"""
+"""A server whose vLLM takes its time; vLLM itself need not be there."""
+
+
+def test_ctrl_c_does_not_wait_for_a_model_that_vllm_loads(tiny_model):
+    options = ("--engine", "vllm", "--model", str(tiny_model), "--listen", "127.0.0.1:0")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADING, *options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while "vLLM loads" not in (line := process.stderr.readline()):
+            assert line, "it ended before"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == "steer-server: interrupted\n"
+    finally:
+        process.kill()

@@ -1,11 +1,13 @@
 """What becomes of the options of vLLM, with vLLM's own configuration and without an engine."""
 
+import asyncio
+
 import pytest
 import torch
 
 from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
-from steer_server.errors import StartupError
+from steer_server.errors import EngineFailedError, StartupError
 
 pytest.importorskip("vllm")
 
@@ -129,3 +131,22 @@ async def test_a_device_that_vllm_does_not_compute_on_is_refused_before_a_model_
     config = ServerConfig(model="no-such-model", engine="vllm", device=other)
     with pytest.raises(StartupError, match=r"^device: "):
         await ENGINES["vllm"](config, "float32", other)
+
+
+class Stuck:
+    """vLLM whose workers wait for one another."""
+
+    errored = False
+
+    async def collective_rpc(self, *_args, **_kwargs):
+        await asyncio.Event().wait()
+
+
+async def test_workers_that_give_no_answer_end_the_engine(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_RPC_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "_POLL_SECONDS", 0.01)
+    stuck = object.__new__(engine.VLLMEngine)
+    stuck._llm, stuck._silent = Stuck(), ""
+    with pytest.raises(EngineFailedError, match="steering_take: the workers gave no answer"):
+        await stuck._rpc("steering_take", ["a"])
+    assert "the workers gave no answer" in await asyncio.wait_for(stuck.failed(), 5)
