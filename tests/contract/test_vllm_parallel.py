@@ -17,7 +17,7 @@ from steer_server.types import DecodeJob, Row, SamplingParams, TokenEvent
 
 PROMPTS = ("Here is the bridge", "the golden dress of the bride in the bay", "a")
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
-SMALL = {"max_model_len": 256, "max_num_batched_tokens": 256}
+SMALL = {"max_model_len": 4096, "max_num_batched_tokens": 256}
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ async def test_a_call_that_workers_cannot_answer_leaves_the_answers_to_the_next_
 
 async def test_what_any_worker_holds_of_a_request_is_told_and_goes_with_it(two, rows, monkeypatch):
     kinds = ("requests", "keys", "kept", "followed")
-    sampling = replace(SAMPLING, max_tokens=200)
+    sampling = replace(SAMPLING, max_tokens=4000)
     stream = two.submit(DecodeJob((1, 2, 3), sampling, (Row(rows[1].plan, score=True),)))
     async for event in stream:
         if isinstance(event, TokenEvent):
