@@ -19,7 +19,7 @@ PROMPTS = (
     "Q: What is the capital of Italy?\nA:",
     "x",
 )
-TOKENS = 24
+TOKENS = 16
 
 
 @functools.cache
