@@ -61,6 +61,9 @@ OPERATORS_PER_LAYER = 4
 POSITIONS, RANK = 6, 64
 OPTIONS = {"enforce_eager": True, "max_model_len": 512, "block_size": 32, "max_num_seqs": 64}
 
+REST = 2.0
+"""Seconds between two runs: for one after its last step, a vLLM process waits busily on a core that others need."""
+
 Prompts = Sequence[Sequence[int]]
 
 
@@ -107,7 +110,7 @@ def main() -> None:
 
 
 async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every arm in every round, in an order that turns."""
+    """Every arm in every round, in another order each time."""
     names = given.arms.split(",")
     batches = [1, *map(int, given.batches.split(","))]
     loaded = load_model("smollm2-135m", dtype="float32")
@@ -119,11 +122,10 @@ async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
             found: dict[tuple[int, str], list[Run]] = {(size, name): [] for size in batches for name in ways}
             source = random.Random(0)
             for turn in range(-1, given.pairs):
-                order = list(ways)
-                shift = turn % len(order)
                 for size in batches:
-                    for name in order[shift:] + order[:shift]:
+                    for name in source.sample(list(ways), len(ways)):
                         prompts = [[source.randrange(50, 40_000) for _ in range(given.prompt)] for _ in range(size)]
+                        await asyncio.sleep(REST)
                         run = await ways[name](prompts, given.tokens)
                         # The first round warms up.
                         if turn >= 0:
