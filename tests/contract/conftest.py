@@ -65,7 +65,7 @@ def even(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempP
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=8192,
+        max_position_embeddings=4096,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -19,7 +19,7 @@ PROMPTS = (
     "Q: What is the capital of Italy?\nA:",
     "x",
 )
-TOKENS = 16
+TOKENS = 24
 
 
 @functools.cache

@@ -19,7 +19,7 @@ CONCEPTS = (
 LAYERS = (15, 21, 24)
 STRENGTHS = (0.25, 0.55, -0.4)
 PROMPTS = ("Here is a painting of the", "I went to new york to see the", "My")
-TOKENS = 8
+TOKENS = 12
 CASES = [("hf", concept, layer) for concept, layer in product(CONCEPTS, LAYERS)]
 if find_spec("vllm"):
     # Held against the hf engine by more and longer texts: test_vllm_parity.py.

@@ -31,7 +31,7 @@ USES = (
     [OperatorUse("bridge", 0.4, blend=1.0)],
 )
 STREAMS = [(PROMPTS[index % 4], USES[index % 8]) for index in range(32)]
-SAMPLING = SamplingParams(max_tokens=8)
+SAMPLING = SamplingParams(max_tokens=12)
 CLOSE_CALL = 1e-3
 """Two tokens whose log-probabilities are nearer than this may swap in float32."""
 

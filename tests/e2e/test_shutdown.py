@@ -53,12 +53,13 @@ def _refused(target):
         assert time.monotonic() < end, "the server still takes requests"
 
 
-def test_an_idle_server_stops_at_once(start_tiny):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_an_idle_server_stops_at_once(start_tiny, number):
     with start_tiny() as server:
         with SteerClient(server.target, timeout=10) as client:
             assert client.health()
             began = time.monotonic()
-            server.signal(signal.SIGINT)
+            server.signal(number)
             assert server.exit_code(5) == 0
             assert time.monotonic() - began < 5
             with pytest.raises(ServerUnavailableError):
