@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## Build an operator, serve it and compare plain with steered
 	@$(BIN)/python tools/demo.py $(ARGS)
 
 test: $(INSTALLED) ## Run the tests (ARGS goes to pytest); gets the built-in models first
-	@$(BIN)/python -m operators.models $(MODEL) gemma3-270m
+	@$(BIN)/python -m operators.model $(MODEL) gemma3-270m
 	HF_HUB_OFFLINE=1 $(BIN)/pytest $(ARGS)
 
 check: $(INSTALLED) ## Lint, check formatting, types, imports, the contract and its stubs

@@ -4,4 +4,6 @@ The offline half of the project: computes the detached Jacobian of a decoder lan
 (J. R. Golden, "Equivalent Linear Mappings of Large Language Models", TMLR 2025) and stores it as an artifact.
 """
 
-__version__ = "0.1.0"
+from operators.core.version import __version__
+
+__all__ = ["__version__"]

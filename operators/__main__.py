@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from operators import __version__
-from operators._report import COMMAND
+from operators.commands._output import COMMAND
 from operators.commands.analyse import analyse
 from operators.commands.build import build
 from operators.commands.calibrate import calibrate
 from operators.commands.combine import combine
-from operators.commands.shelf import delete, list_operators, show, verify
+from operators.commands.store import delete, list_operators, show, verify
+from operators.core.version import __version__
 
 app = typer.Typer(
     name=COMMAND,

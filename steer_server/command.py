@@ -15,13 +15,13 @@ import structlog
 import typer
 from pydantic import ValidationError
 
-from operators import __version__
+from operators.core.version import __version__
 from steer_server.config import ServerConfig
-from steer_server.engine.engine_args import read_engine_args
+from steer_server.engine.vllm.options import read_engine_args
 from steer_server.errors import EngineDiedError, StartupError, StoreUnreadableError
 
 if TYPE_CHECKING:
-    from operators.header import DTypeName
+    from operators.core.header import DTypeName
     from steer_server.engine.base import Engine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -94,8 +94,8 @@ def serve(
 
 async def _run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
-    from operators.errors import OperatorError
-    from operators.store import default_store
+    from operators.core.errors import OperatorError
+    from operators.core.store import default_store
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
 
@@ -127,8 +127,8 @@ async def _run(config: ServerConfig) -> None:
 
 
 async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engine:
-    from operators.models import load_model
-    from steer_server.engine.hf import HFEngine
+    from operators.model.loading import load_model
+    from steer_server.engine.hf.engine import HFEngine
 
     if config.engine_args:
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
@@ -140,12 +140,12 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engi
 
 
 async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Engine:
-    from operators.models import load_model
-    from operators.obtain import obtain
-    from steer_server.engine.vllm_limits import check_device
+    from operators.model.loading import load_model
+    from operators.model.obtain import obtain
+    from steer_server.engine.vllm.limits import check_device
 
     try:
-        from steer_server.engine.vllm import DEVICE, VLLMEngine
+        from steer_server.engine.vllm.engine import DEVICE, VLLMEngine
     except ImportError as error:
         raise StartupError(
             f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from operators.capacity import parse_bytes
-from operators.errors import BuildError
+from operators.core.capacity import parse_bytes
+from operators.core.errors import BuildError
 
 OPERATOR_MEMORY = 4 << 30
 """Bytes that operators may take where nobody says."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from operators import store
-from operators.apply import Setting
-from operators.artifact import OperatorArtifact
-from operators.errors import ArtifactError, SettingError, StoreError
+from operators.core import store
+from operators.core.apply import Setting
+from operators.core.artifact import OperatorArtifact
+from operators.core.errors import ArtifactError, SettingError, StoreError
 from steer_server.errors import (
     DoseTooHighError,
     InvalidRequestError,

@@ -12,9 +12,9 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from operators.apply import Setting
-from operators.artifact import OperatorArtifact
-from operators.header import Rule
+from operators.core.apply import Setting
+from operators.core.artifact import OperatorArtifact
+from operators.core.header import Rule
 from steer_server.errors import InvalidRequestError
 
 DEFAULT_MAX_TOKENS = 128

@@ -36,9 +36,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from operators.artifact import OperatorArtifact, make_artifact
-from operators.header import OperatorHeader, Recommended
-from operators.models import LoadedModel, load_model, recognise
+from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.header import OperatorHeader, Recommended
+from operators.model.loading import LoadedModel, load_model, recognise
 
 # A shell that starts this in the background has interrupts ignored, here and in every process that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

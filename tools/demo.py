@@ -69,7 +69,7 @@ def main() -> None:
     picture = options.parse_args().svg
     began = time.monotonic()
     _step(f"1  model {MODEL}")
-    _run(sys.executable, "-m", "operators.models", MODEL)
+    _run(sys.executable, "-m", "operators.model", MODEL)
     _step("2  operators")
     for operator in OPERATORS:
         if _is_built(operator):

@@ -10,11 +10,11 @@ from operators.analyse import layers, positions
 from operators.analyse.maps import FrozenBlocks
 from operators.analyse.results import ANALYSIS_SCHEMA, Analysis, Token
 from operators.analyse.tokens import Readout
-from operators.concept import concept_from_text
-from operators.detach import RULE_SET
-from operators.errors import AnalysisError
-from operators.models import LoadedModel, embed
-from operators.progress import Progress, silent
+from operators.builder.concept import concept_from_text
+from operators.core.errors import AnalysisError
+from operators.core.progress import Progress, silent
+from operators.maps.detach import RULE_SET
+from operators.model.loading import LoadedModel, embed
 
 MAX_BYTES = 4 * 2**30
 """Of the n d^2 numbers of one map; about twice as much is held at a time, besides the model."""

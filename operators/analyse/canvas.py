@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from operators.analyse.tokens import visible
-from operators.errors import AnalysisError
+from operators.core.errors import AnalysisError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from operators.analyse import spectra
 from operators.analyse.maps import TARGETS, FrozenBlocks, Images, Target
 from operators.analyse.results import Emergence, Layer, LayerMap, Place, Scope, Token, rounded
 from operators.analyse.tokens import Readout, ranks
-from operators.progress import Progress
+from operators.core.progress import Progress
 
 _TRIPLETS = 2
 _TOKENS = 6

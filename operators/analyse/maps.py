@@ -20,12 +20,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from operators.detach import Family, Tape, family_of, recording, replaying
-from operators.errors import AnalysisError
-from operators.header import Profile
-from operators.linear_map import relative_error
-from operators.models import block_input, decoder_layers, embed
-from operators.replay import hidden_state
+from operators.core.errors import AnalysisError
+from operators.core.header import Profile
+from operators.maps.detach import Family, Tape, family_of, recording, replaying
+from operators.maps.jacobian import relative_error
+from operators.maps.replay import hidden_state
+from operators.model.loading import block_input, decoder_layers, embed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,11 +8,11 @@ from operators.analyse import spectra
 from operators.analyse.maps import ordinary_product
 from operators.analyse.results import Direction, Position, Reconstruction, rounded
 from operators.analyse.tokens import Readout
-from operators.header import Profile
-from operators.linear_map import LinearMap, exact, relative_error
-from operators.models import LoadedModel
-from operators.progress import Progress
-from operators.replay import Replay
+from operators.core.header import Profile
+from operators.core.progress import Progress
+from operators.maps.jacobian import LinearMap, exact, relative_error
+from operators.maps.replay import Replay
+from operators.model.loading import LoadedModel
 
 PROFILE: Profile = "golden"
 """The target: the final norm of h^(layer), which at the last layer is the model's output embedding (Golden, fig. 1)."""

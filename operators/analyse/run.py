@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from operators import progress as bars
-from operators.errors import AnalysisError
+from operators.core import progress as bars
+from operators.core.errors import AnalysisError
 
 if TYPE_CHECKING:
     from operators.analyse.canvas import Picture
     from operators.analyse.results import Analysis, Comparison, Token
-    from operators.header import DTypeName
+    from operators.core.header import DTypeName
 
 Answer = tuple[dict[str, Any], list[str]]
 """What a command says: a JSON document, and lines."""
@@ -25,8 +25,8 @@ def analyse_text(text: str, model: str | None, layer: int | None, out: Path, dty
     """Analyses one prompt and writes ``analysis.json``, ``analysis.html`` and the plots into ``out``."""
     from operators.analyse import canvas, plots, report, results
     from operators.analyse.analysis import analyse
-    from operators.concept import check_text
-    from operators.models import default_model, load_model
+    from operators.builder.concept import check_text
+    from operators.model.loading import default_model, load_model
 
     # Everything that can be refused without the model is refused before it is loaded.
     canvas.check_installed()
@@ -45,8 +45,8 @@ def compare_models(
 ) -> Answer:
     """Compares models over phrases and writes ``comparison.json``, ``comparison.html`` and the plot into ``out``."""
     from operators.analyse import canvas, plots, report, results
-    from operators.analyse.compare import SHIPPED, read_phrases, summarise
-    from operators.models import load_model
+    from operators.analyse.model_summary import SHIPPED, read_phrases, summarise
+    from operators.model.loading import load_model
 
     canvas.check_installed()
     texts = read_phrases(phrases or SHIPPED, limit=limit)

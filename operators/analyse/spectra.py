@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from operators.replay import Replay
+from operators.maps.replay import Replay
 
 _BLOCK = 8
 _DEPTH = 6

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from operators.analyse.results import Token
-from operators.detach import Tape, family_of
-from operators.models import LoadedModel, final_norm
+from operators.maps.detach import Tape, family_of
+from operators.model.loading import LoadedModel, final_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-# The same choices as in operators.header, which is not imported here because it imports torch.
+# The same choices as in operators.core.header, which is not imported here because it imports torch.
 ProfileChoice = Literal["golden", "residual"]
 RuleChoice = Literal["cumulative", "substitute"]
 DTypeChoice = Literal["float32", "float64", "bfloat16"]
@@ -39,7 +39,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 
 def store_or_default(given: Path | None) -> Path:
     """The store that is meant."""
-    from operators.store import default_store
+    from operators.core.store import default_store
 
     return given or default_store()
 
@@ -53,6 +53,6 @@ def device_or_default(given: DeviceChoice | None) -> DeviceChoice:
 
 def memory_or_default(given: str | None) -> int | None:
     """Bytes beside the model; None leaves it to the build. Raises :class:`BuildError`."""
-    from operators.capacity import parse_bytes
+    from operators.core.capacity import parse_bytes
 
     return None if given is None else parse_bytes(given)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from operators import _report as report
+from operators.commands import _output as report
 from operators.commands._options import AsJson, Device, DType, Model, device_or_default
 
 

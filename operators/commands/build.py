@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from operators import _report as report
-from operators.commands._batch import build_file
+from operators.commands import _output as report
 from operators.commands._options import (
     AsJson,
     Device,
@@ -25,7 +24,8 @@ from operators.commands._options import (
     memory_or_default,
     store_or_default,
 )
-from operators.progress import shown
+from operators.commands._recipe import build_file
+from operators.core.progress import shown
 
 
 def build(
@@ -151,8 +151,8 @@ def _build_one(
 ) -> None:
     start = time.monotonic()
     with report.reporting(as_json):
-        from operators import store as shelf
-        from operators.concept_entry import ConceptEntry, checked
+        from operators.core import store as shelf
+        from operators.recipes.concept_entry import ConceptEntry, checked
 
         # Everything that can be refused without the model is refused before it is loaded.
         where = store_or_default(store)
@@ -160,9 +160,9 @@ def _build_one(
         shelf.check_free(where, entry.name, replace=replace)
         budget = memory_or_default(max_memory)
 
-        from operators.batch import spec_of
-        from operators.build import build_operator
-        from operators.models import default_model, load_model
+        from operators.builder.build import build_operator
+        from operators.model.loading import default_model, load_model
+        from operators.recipes.run import spec_of
 
         loaded = load_model(model or default_model(), dtype=dtype, device=device_or_default(device))
         spec = spec_of(entry, loaded)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from operators import _report as report
+from operators.commands import _output as report
 from operators.commands._options import (
     AsJson,
     MaxMemory,
@@ -18,12 +18,12 @@ from operators.commands._options import (
     memory_or_default,
     store_or_default,
 )
-from operators.progress import Progress, shown
+from operators.core.progress import Progress, shown
 
 if TYPE_CHECKING:
-    from operators.artifact import OperatorArtifact
-    from operators.header import Calibration, CalibrationPoint
-    from operators.models import LoadedModel
+    from operators.core.artifact import OperatorArtifact
+    from operators.core.header import Calibration, CalibrationPoint
+    from operators.model.loading import LoadedModel
 
 _SHOWN = 6
 """Points that people are shown; JSON has them all."""
@@ -70,12 +70,12 @@ def calibrate(
     """Find the setting at which an operator works best, and store it as the operator's recommendation."""
     start = time.monotonic()
     with report.reporting(as_json):
-        from operators import store as shelf
-        from operators.calibrate import calibrate as find
-        from operators.errors import TrialError
-        from operators.explore import CalibrationSpec
-        from operators.models import load_model
-        from operators.prompts import calibration_prompts, read_prompts
+        from operators.core import store as shelf
+        from operators.core.errors import TrialError
+        from operators.model.loading import load_model
+        from operators.tune.calibrate import calibrate as find
+        from operators.tune.explore import CalibrationSpec
+        from operators.tune.prompts import calibration_prompts, read_prompts
 
         where = store_or_default(store)
         artifact = shelf.load(where, name)
@@ -118,16 +118,16 @@ def tuned(
     progress: Progress,
 ) -> OperatorArtifact:
     """``artifact``, calibrated by the words that it was built with, and everything but ``layers`` at its default."""
-    from operators.calibrate import calibrate as find
-    from operators.explore import CalibrationSpec
-    from operators.prompts import calibration_prompts
+    from operators.tune.calibrate import calibrate as find
+    from operators.tune.explore import CalibrationSpec
+    from operators.tune.prompts import calibration_prompts
 
     spec = CalibrationSpec(words=artifact.header.words, prompts=calibration_prompts(), layers=layers)
     return find(artifact, loaded, spec, max_memory=max_memory, progress=progress)
 
 
 def _numbers(given: str) -> tuple[int, ...]:
-    from operators.errors import TrialError
+    from operators.core.errors import TrialError
 
     try:
         return tuple(int(number) for number in given.split(","))
@@ -177,16 +177,16 @@ def _cells(point: CalibrationPoint) -> tuple[str, ...]:
 
 def _check_plot(path: Path) -> None:
     """Before minutes are spent: whether there is something to draw with, and a place for it."""
-    from operators.errors import TrialError
+    from operators.core.errors import TrialError
 
     if not path.absolute().parent.is_dir():
         raise TrialError(f"plot {path}: there is no directory {path.absolute().parent}")
-    from operators.plot import check_format
+    from operators.tune.plot import check_format
 
     check_format(path)
 
 
 def _draw(curves: Calibration, name: str, path: Path) -> None:
-    from operators.plot import draw_calibration
+    from operators.tune.plot import draw_calibration
 
     draw_calibration(curves, name, path)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from operators import _report as report
+from operators.commands import _output as report
 from operators.commands._options import (
     AsJson,
     Device,
@@ -20,7 +20,7 @@ from operators.commands._options import (
     memory_or_default,
     store_or_default,
 )
-from operators.errors import BuildError
+from operators.core.errors import BuildError
 
 
 def combine(
@@ -45,10 +45,10 @@ def combine(
     """Build one operator from several of one layer and profile. It has one direction, and so one operator's dose."""
     start = time.monotonic()
     with report.reporting(as_json):
-        from operators import store as shelf
-        from operators.combine import Part
-        from operators.combine import combine as mix
-        from operators.models import load_model
+        from operators.builder.combine import Part
+        from operators.builder.combine import combine as mix
+        from operators.core import store as shelf
+        from operators.model.loading import load_model
 
         where = store_or_default(store)
         shelf.check_free(where, name, replace=replace)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from operators.errors import OperatorError
-from operators.models import LoadedModel, decoder_layers
+from operators.core.errors import OperatorError
+from operators.model.loading import LoadedModel, decoder_layers
 from steer_server.errors import StartupError
 from steer_server.types import ModelInfo
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from google.protobuf.duration_pb2 import Duration
 from steering.v1 import generation_pb2 as pb
 
-from operators.header import Rule
+from operators.core.header import Rule
 from steer_server.errors import InvalidRequestError
 from steer_server.types import (
     Arm,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from google.protobuf.timestamp_pb2 import Timestamp
 from steering.v1 import operators_pb2 as ops
 
-from operators.header import Calibration, LowRank, OperatorHeader
+from operators.core.header import Calibration, LowRank, OperatorHeader
 from steer_server.registry import OperatorEntry
 from steer_server.rpc.codec import WIRE_RULES
 

@@ -12,7 +12,7 @@ from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
 
-from operators import __version__
+from operators.core.version import __version__
 from steer_server.compare import compare
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine

@@ -15,10 +15,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from operators import artifact as artifacts
-from operators import store
-from operators.artifact import from_bytes, make_artifact, read_artifact, to_bytes
-from operators.errors import ArtifactError
+from operators.core import artifact as artifacts
+from operators.core import store
+from operators.core.artifact import from_bytes, make_artifact, read_artifact, to_bytes
+from operators.core.errors import ArtifactError
 
 
 class _Bomb:

@@ -32,10 +32,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from operators.detach import detached
-from operators.models import embed, load_model
-from operators.reduce import OVERSAMPLE, sketch
-from operators.replay import Replay, hidden_state
+from operators.maps.detach import detached
+from operators.maps.replay import Replay, hidden_state
+from operators.maps.sketch import OVERSAMPLE, sketch
+from operators.model.loading import embed, load_model
 
 RANK = 64
 # name: tokens, layer, rows of the chunk that the paper's way is cut to where it does not fit

@@ -17,18 +17,18 @@ import time
 import tomllib
 from pathlib import Path
 
-from operators.apply import Setting, prepare
-from operators.artifact import OperatorArtifact
-from operators.build import BuildSpec, build_operator
-from operators.calibrate import candidate_layers, operators_at
-from operators.concept import concept_from_text
-from operators.evaluate import WordList, continuation, figures
-from operators.explore import CalibrationSpec, explore, within
-from operators.header import Calibration, CalibrationPoint
-from operators.models import LoadedModel, load_model
-from operators.prompts import calibration_prompts, neutral_prompts
-from operators.reduce import embedding_root
-from operators.trial import Push, Row, write
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core.apply import Setting, prepare
+from operators.core.artifact import OperatorArtifact
+from operators.core.header import Calibration, CalibrationPoint
+from operators.maps.sketch import embedding_root
+from operators.model.loading import LoadedModel, load_model
+from operators.tune.calibrate import candidate_layers, operators_at
+from operators.tune.evaluate import WordList, continuation, figures
+from operators.tune.explore import CalibrationSpec, explore, within
+from operators.tune.prompts import calibration_prompts, neutral_prompts
+from operators.tune.trial import Push, Row, write
 
 DATA = Path(__file__).parents[2] / "operators" / "data"
 SAMPLES = 4

@@ -16,9 +16,9 @@ import time
 
 import torch
 
-from operators.apply import PreparedOperator, steer
-from steer_server.engine.batch import BatchSteering, Sited, Use
-from steer_server.engine.pushes import Segment
+from operators.core.apply import PreparedOperator, steer
+from steer_server.engine.vllm.pushes import Segment
+from steer_server.engine.vllm.step_steering import BatchSteering, Sited, Use
 
 POSITIONS, RANK = 6, 64
 CASES = ((32, 1), (32, 16), (64, 1), (64, 16), (64, 64))

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import torch
 
-from operators.apply import Direction, PreparedOperator, Setting, prepare, steer
-from operators.artifact import OperatorArtifact
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from operators.models import DEFAULT_MODEL, LoadedModel, block_input, decoder_layers, embed, load_model
-from operators.prompts import read_prompts
-from operators.reduce import embedding_root
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
+from operators.core.artifact import OperatorArtifact
+from operators.maps.sketch import embedding_root
+from operators.model.loading import DEFAULT_MODEL, LoadedModel, block_input, decoder_layers, embed, load_model
+from operators.tune.prompts import read_prompts
 
 STRENGTH = 0.5
 WEIGHTINGS = ("embedding", "white")

@@ -47,13 +47,13 @@ from vllm import SamplingParams as VLLMSamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from operators import store
-from operators.artifact import OperatorArtifact, make_artifact
-from operators.header import LowRank, OperatorHeader, Recommended
-from operators.models import LoadedModel, load_model
-from operators.obtain import obtain
-from steer_server.engine.batch import Use
-from steer_server.engine.vllm import VLLMEngine
+from operators.core import store
+from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.header import LowRank, OperatorHeader, Recommended
+from operators.model.loading import LoadedModel, load_model
+from operators.model.obtain import obtain
+from steer_server.engine.vllm.engine import VLLMEngine
+from steer_server.engine.vllm.step_steering import Use
 
 BIN = Path(sys.executable).parent
 LAYERS = (7, 12, 17, 22)

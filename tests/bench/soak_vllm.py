@@ -35,11 +35,11 @@ from typing import Any
 from soak_server import Server, Watch
 from steer_client import ABResult, AsyncSteerClient, Generation, OperatorUse, RequestCancelledError, SamplingParams
 
-from operators import store
-from operators.artifact import OperatorArtifact, with_header
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from operators.models import load_model
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core import store
+from operators.core.artifact import OperatorArtifact, with_header
+from operators.model.loading import load_model
 
 CLOSE_CALL = 1e-3
 """Two tokens whose log-probabilities are nearer than this may swap in float32."""

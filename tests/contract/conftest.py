@@ -14,14 +14,14 @@ import torch
 from pytest_asyncio import is_async_test
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from operators.apply import Setting
-from operators.artifact import OperatorArtifact
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from operators.models import LoadedModel, block_input, decoder_layers, load_model
-from operators.obtain import obtain
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core.apply import Setting
+from operators.core.artifact import OperatorArtifact
+from operators.model.loading import LoadedModel, block_input, decoder_layers, load_model
+from operators.model.obtain import obtain
 from steer_server.engine.base import Engine
-from steer_server.engine.hf import HFEngine
+from steer_server.engine.hf.engine import HFEngine
 from steer_server.types import (
     Admitted,
     Application,
@@ -88,7 +88,7 @@ async def vllm_engine(smollm: Callable[..., LoadedModel]) -> AsyncIterator[Calla
     booted: dict[str, Any] = {}
 
     async def boot(loaded: LoadedModel | None = None, source: str | None = None, **options: Any) -> Any:
-        from steer_server.engine.vllm import VLLMEngine
+        from steer_server.engine.vllm.engine import VLLMEngine
 
         key = repr((source, sorted(options.items())))
         if key not in booted:

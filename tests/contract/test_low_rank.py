@@ -6,9 +6,9 @@ import pytest
 import pytest_asyncio
 import torch
 
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from steer_server.engine.hf import HFEngine
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from steer_server.engine.hf.engine import HFEngine
 from steer_server.types import Row, SamplingParams
 
 PROMPT = "Here is a painting of the bridge"

@@ -11,13 +11,13 @@ import pytest_asyncio
 from steer_client import AsyncSteerClient, OperatorUse, ServerBusyError
 from steer_client import SamplingParams as ClientSamplingParams
 
-from operators import store
-from operators.apply import prepared_bytes
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from operators.obtain import obtain
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core import store
+from operators.core.apply import prepared_bytes
+from operators.model.obtain import obtain
 from steer_server.config import ServerConfig
-from steer_server.engine import transfer
+from steer_server.engine.vllm import transfer
 from steer_server.errors import EngineFailedError, InvalidRequestError, OperatorUnusableError, QueueFullError
 from steer_server.registry import Registry
 from steer_server.rpc.server import SteerServer
@@ -56,7 +56,7 @@ async def engine(smollm, made):
     Not on a tiny model: with steps of two milliseconds, on two cores, vLLM's processes wait so busily for each other
     that requests and answers lie about for seconds.
     """
-    from steer_server.engine.vllm import VLLMEngine
+    from steer_server.engine.vllm.engine import VLLMEngine
 
     options = {"enforce_eager": True, "max_model_len": 8192, "max_num_seqs": RUNNING}
     engine = await VLLMEngine.start(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import pytest_asyncio
 
-from steer_server.engine.hf import HFEngine
-from steer_server.engine.transfer import Sender
+from steer_server.engine.hf.engine import HFEngine
+from steer_server.engine.vllm.transfer import Sender
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Prompt, Row, SamplingParams
 

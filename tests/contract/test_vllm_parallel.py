@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from steer_server.engine import vllm
-from steer_server.engine.transfer import Sender
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from steer_server.engine.vllm import engine as vllm
+from steer_server.engine.vllm.transfer import Sender
 from steer_server.errors import EngineFailedError
 from steer_server.types import DecodeJob, Row, SamplingParams, TokenEvent
 

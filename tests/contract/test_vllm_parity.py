@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import pytest_asyncio
 
-from operators.prompts import neutral_prompts
-from steer_server.engine.hf import HFEngine
+from operators.tune.prompts import neutral_prompts
+from steer_server.engine.hf.engine import HFEngine
 from steer_server.types import DecodeJob, Prompt, RowFinished, SamplingParams, TokenEvent, TokenLogprob
 
 pytestmark = pytest.mark.model

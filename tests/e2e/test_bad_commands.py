@@ -14,7 +14,7 @@ from steer_client import (
 )
 from transformers import BertConfig, BertLMHeadModel
 
-from operators import store
+from operators.core import store
 
 BIN = Path(sys.executable).parent
 GOLDEN = [OperatorUse("golden", 0.5)]

@@ -19,9 +19,9 @@ from steer_client import (
     SteerClient,
 )
 
-from operators import artifact as artifacts
-from operators import store
-from operators.artifact import from_bytes, to_bytes
+from operators.core import artifact as artifacts
+from operators.core import store
+from operators.core.artifact import from_bytes, to_bytes
 
 BIN = Path(sys.executable).parent
 GOLDEN = [OperatorUse("golden", 0.5)]

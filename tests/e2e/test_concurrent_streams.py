@@ -8,9 +8,9 @@ import pytest
 import pytest_asyncio
 from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
 
-from operators import store
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core import store
 
 pytestmark = pytest.mark.model
 

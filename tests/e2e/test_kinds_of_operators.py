@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from steer_client import DoseTooHighError, OperatorUse, SamplingParams, SteerClient, SteeringNotAppliedError
 
-from operators import __version__, store
-from operators.artifact import make_artifact
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from operators.header import Calibration, CalibrationPoint, Recommended
+from operators import __version__
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core import store
+from operators.core.artifact import make_artifact
+from operators.core.header import Calibration, CalibrationPoint, Recommended
 
 BIN = Path(sys.executable).parent
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)

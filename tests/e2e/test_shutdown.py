@@ -124,7 +124,7 @@ class VLLMEngine:
         print("vLLM loads", file=sys.stderr, flush=True)
         await asyncio.to_thread(time.sleep, 600)
 
-sys.modules["steer_server.engine.vllm"] = types.SimpleNamespace(VLLMEngine=VLLMEngine, DEVICE="cpu")
+sys.modules["steer_server.engine.vllm.engine"] = types.SimpleNamespace(VLLMEngine=VLLMEngine, DEVICE="cpu")
 from steer_server.command import app
 app()
 """

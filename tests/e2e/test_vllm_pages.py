@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vllm import AsyncEngineArgs
 
-from steer_server.engine.engine_args import check_engine_args, read_engine_args
+from steer_server.engine.vllm.options import check_engine_args, read_engine_args
 
 ROOT = Path(__file__).parents[2]
 

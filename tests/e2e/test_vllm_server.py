@@ -14,9 +14,9 @@ import psutil
 import pytest
 from steer_client import OperatorUse, SamplingParams, SteerClient
 
-from operators import store
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core import store
 
 pytestmark = pytest.mark.model
 
@@ -67,7 +67,7 @@ def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engin
 
 FORGETFUL = """
 from steer_server.command import app
-from steer_server.engine.vllm import VLLMEngine
+from steer_server.engine.vllm.engine import VLLMEngine
 
 generate = VLLMEngine.generate
 VLLMEngine.generate = lambda self, ids, params, uses, key, **options: generate(

@@ -21,11 +21,11 @@ from steer_client import (
     SteerClient,
 )
 
-from operators import store
-from operators.apply import prepared_bytes
-from operators.artifact import with_header
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core import store
+from operators.core.apply import prepared_bytes
+from operators.core.artifact import with_header
 
 pytestmark = pytest.mark.model
 

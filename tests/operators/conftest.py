@@ -5,8 +5,8 @@ import functools
 import pytest
 from typer.testing import CliRunner
 
-from operators import models
 from operators.__main__ import app
+from operators.model import loading as models
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from operators.apply import Direction, PreparedOperator, Setting, prepare, steer
-from operators.artifact import OperatorArtifact, make_artifact
-from operators.build import BuildSpec, build_operator
-from operators.concept import concept_from_text
-from operators.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
-from operators.models import LoadedModel
-from steer_server.engine.batch import BatchSteering, Site, Sited, Use
-from steer_server.engine.decode import Decoder, Interrupted
-from steer_server.engine.pushes import Segment
-from steer_server.engine.steering import PreparedOperators
+from operators.builder.build import BuildSpec, build_operator
+from operators.builder.concept import concept_from_text
+from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
+from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
+from operators.model.loading import LoadedModel
+from steer_server.engine.hf.decode import Decoder, Interrupted
+from steer_server.engine.hf.steering import PreparedOperators
+from steer_server.engine.vllm.pushes import Segment
+from steer_server.engine.vllm.step_steering import BatchSteering, Site, Sited, Use
 from steer_server.types import (
     Application,
     DecodeJob,

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
-from operators import store
-from operators.artifact import to_bytes
-from operators.header import Recommended
+from operators.core import store
+from operators.core.artifact import to_bytes
+from operators.core.header import Recommended
 from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
 from steer_server.registry import Registry
 from steer_server.types import OperatorUse

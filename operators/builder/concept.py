@@ -1,0 +1,51 @@
+"""A concept: the text whose linear map becomes an operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from operators.core.errors import ConceptError
+from operators.core.header import MAX_CONCEPT
+from operators.model.loading import LoadedModel
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A text and its n >= 1 token ids."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+def check_text(text: str) -> str:
+    """The text itself, if some model could take it as a concept. Raises :class:`ConceptError`."""
+    if not text.strip():
+        raise ConceptError(f"concept {text[:40]!r} has no tokens; at least one is needed")
+    if len(text) > MAX_CONCEPT:
+        raise ConceptError(
+            f"concept has {len(text)} characters; at most {MAX_CONCEPT} are accepted (it begins {text[:40]!r})"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConceptError(f"concept {text!r} is not Unicode text (at character {error.start})") from error
+    return text
+
+
+def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
+    """Tokenises a concept as the model's own tokenizer does, special tokens included.
+
+    Raises:
+        ConceptError: the text is empty, not Unicode, or longer than the model's context.
+    """
+    check_text(text)
+    # Not verbose: what it would say of a long text, the error below says.
+    ids = tuple(int(token) for token in loaded.tokenizer(text, verbose=False)["input_ids"])
+    if not ids:
+        raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
+    most = min(loaded.context_length, MAX_CONCEPT)
+    if len(ids) > most:
+        raise ConceptError(
+            f"concept has {len(ids)} tokens; {loaded.name} takes at most {most} (it begins {text[:40]!r})"
+        )
+    return Concept(text, ids)

@@ -1,0 +1,1 @@
+"""What an operator is and does: its file, the steering equation, the store. All that a server needs."""

@@ -1,0 +1,198 @@
+"""The steering equation, once.
+
+For a sequence with embeddings x_0, x_1, ... (as the first block receives them) and an operator with blocks
+J_i = U B_i, i = 0..n-1 (U = 1 for an exact one):
+
+    cumulative   a_k = c + U s_k,          s_k = sum_{j<=k} B_{j mod n} x_j
+    substitute   a_k = b + U B_{n-1} x_k,  b = y - J_{n-1} x_{n-1} (of the concept)
+
+    d_k = (1-beta) a_k/|a_k| + beta y/|y|
+    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|
+
+a_k depends on token ids only, so it is worked out beside the model; the only request state is one running
+sum s_k of r numbers, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from operators.core.artifact import OperatorArtifact
+from operators.core.errors import SettingError, SteeringError
+from operators.core.header import Rule
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How strongly and by which rule an operator is applied.
+
+    ``strength`` is lambda, any finite number: 0 leaves every bit alone, negative pushes away. ``blend`` is beta
+    in [0, 1].
+    """
+
+    strength: float
+    rule: Rule
+    blend: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise SettingError("strength", f"is {self.strength}; a finite number is accepted")
+        if not 0.0 <= self.blend <= 1.0:
+            raise SettingError("blend", f"is {self.blend}; a number from 0 (operator) to 1 (anchor) is accepted")
+        if self.rule not in ("cumulative", "substitute"):
+            raise SettingError("rule", f"is {self.rule!r}; 'cumulative' and 'substitute' are accepted")
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedOperator:
+    """An artifact's tensors in float32 on the device that steers. Immutable, shared between requests.
+
+    ``factors`` (n, r, d), ``basis`` (d, r) or None for the identity; ``offset``, ``base`` and ``unit_anchor`` (d,).
+    """
+
+    factors: torch.Tensor
+    basis: torch.Tensor | None
+    offset: torch.Tensor | None
+    base: torch.Tensor
+    unit_anchor: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        tensors = (self.factors, self.basis, self.offset, self.base, self.unit_anchor)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def to(self, device: torch.device) -> PreparedOperator:
+        """The same on another device; on its own, itself."""
+
+        def place(tensor: torch.Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device)
+
+        return PreparedOperator(**{each.name: place(getattr(self, each.name)) for each in fields(self)})
+
+
+def prepared_bytes(artifact: OperatorArtifact) -> int:
+    """What :func:`prepare` makes of it takes on the device."""
+    return artifact.nbytes // artifact.factors.element_size() * torch.float32.itemsize
+
+
+def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperator:
+    """Moves an operator to ``device``. Raises :class:`SteeringError` when its anchor has no direction."""
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device=device, dtype=torch.float32)
+
+    return PreparedOperator(
+        factors=place(artifact.factors),
+        basis=None if artifact.basis is None else place(artifact.basis),
+        offset=None if artifact.offset is None else place(artifact.offset),
+        base=place(artifact.substitute_base),
+        unit_anchor=_unit(place(artifact.anchor)[None], first=0)[0],
+    )
+
+
+class Direction:
+    """The unit directions d_k/|d_k| of one operator along one sequence.
+
+    Keeps the running sum and the position; feed it every token of the sequence exactly once, in order.
+    """
+
+    def __init__(self, operator: PreparedOperator, setting: Setting) -> None:
+        self._operator = operator
+        self._setting = setting
+        self._position = 0
+        self._sum = operator.factors.new_zeros(operator.factors.shape[1])
+
+    def advance(self, x: torch.Tensor) -> torch.Tensor:
+        """Unit directions (T, d) for the next T tokens, whose embeddings are ``x`` (T, d).
+
+        Raises:
+            SteeringError: a direction is zero or not finite at some position.
+        """
+        if x.shape[0] == 0:
+            return self._operator.factors.new_empty(0, x.shape[1])
+        x = x.to(torch.float32)
+        first, blend = self._position, self._setting.blend
+        self._position += x.shape[0]
+        anchor = self._operator.unit_anchor
+        if blend == 1.0:
+            return anchor.expand(x.shape[0], -1)
+        unit = _unit(self._raw(x, first), first)
+        if blend == 0.0:
+            return unit
+        return _unit((1.0 - blend) * unit + blend * anchor, first)
+
+    def _raw(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        if self._setting.rule == "substitute":
+            return substitute(self._operator, x)
+        positions = torch.arange(first, first + x.shape[0])
+        sums = self._sum + terms(self._operator, x, positions).cumsum(0)
+        self._sum = sums[-1].clone()
+        return cumulative(self._operator, sums)
+
+
+def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """B_{j mod n} x_j, (T, r): ``x`` (T, d) float32, ``positions`` (T,) = j on the CPU, of any sequences."""
+    n, rank, _ = operator.factors.shape
+    found = x.new_empty(x.shape[0], rank)
+    blocks = positions % n
+    for block in sorted(set(blocks.tolist())):
+        where = (blocks == block).nonzero().squeeze(-1).to(x.device)
+        found[where] = x[where] @ operator.factors[block].T
+    return found
+
+
+def cumulative(operator: PreparedOperator, sums: torch.Tensor) -> torch.Tensor:
+    """a_k = c + U s_k, (T, d), for running sums ``sums`` (T, r)."""
+    a = _expand(operator, sums)
+    return a if operator.offset is None else a + operator.offset
+
+
+def substitute(operator: PreparedOperator, x: torch.Tensor) -> torch.Tensor:
+    """a_k = b + U B_{n-1} x_k, (T, d), for ``x`` (T, d) float32."""
+    return operator.base + _expand(operator, x @ operator.factors[-1].T)
+
+
+def _expand(operator: PreparedOperator, coefficients: torch.Tensor) -> torch.Tensor:
+    """U s, (T, d), for s (T, r)."""
+    return coefficients if operator.basis is None else coefficients @ operator.basis.T
+
+
+def steer(
+    hidden: torch.Tensor, push: torch.Tensor, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Adds |h_k| push_k to each hidden state, in float32, and measures what that did.
+
+    Args:
+        hidden: (..., d) in the model's dtype.
+        push: (..., d) float32, sum over the operators of this layer of (lambda/2) d_k/|d_k|.
+        residual: (..., d), where a model hands the hidden state on in two parts: h = hidden + residual.
+
+    Returns:
+        The steered ``hidden`` (..., d) in the model's dtype, and the relative dose (...) =
+        |h' - h| / |h| after rounding to that dtype.
+    """
+    before = hidden.to(torch.float32)
+    whole = before if residual is None else before + residual.to(torch.float32)
+    norm = torch.linalg.vector_norm(whole, dim=-1, keepdim=True)
+    after = (before + norm * push).to(hidden.dtype)
+    moved = torch.linalg.vector_norm(after.to(torch.float32) - before, dim=-1)
+    # A hidden state of zero is not moved: its dose is 0, not 0/0. What is not finite stays so.
+    return after, moved / norm.squeeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    usable = torch.isfinite(norms) & (norms > 0)
+    if not bool(usable.all()):
+        bad = int((~usable.squeeze(-1)).nonzero()[0])
+        raise SteeringError(
+            f"the steering direction at position {first + bad} has norm {float(norms[bad])}; a positive, finite "
+            "one is needed"
+        )
+    unit: torch.Tensor = vectors / norms
+    return unit

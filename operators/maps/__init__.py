@@ -1,0 +1,1 @@
+"""The mathematics: detached maps of prompts, exact, replayed, sketched and averaged. No files, no commands."""

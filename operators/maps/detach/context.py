@@ -1,0 +1,171 @@
+"""The ``with`` blocks that change a model: to differentiate it, to record its frozen factors, to replay them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+
+from operators.core.errors import UnsupportedModelError
+from operators.maps.detach.families import Attention, Family, GatedMLP, family_of
+from operators.maps.detach.rules import (
+    AttentionOutput,
+    FrozenGate,
+    FrozenSlope,
+    Skipped,
+    Tape,
+    frozen_eager,
+    frozen_sdpa,
+    mix,
+    weights_too,
+    wide_linear,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RULE_SET = "up-live/1"
+"""Name of the choice in ``rules``; other choices (gate live) reconstruct as well and are other operators."""
+
+_FROZEN_ATTENTION = {"sdpa": frozen_sdpa, "eager": frozen_eager}
+for _name, _function in _FROZEN_ATTENTION.items():
+    for _use, _attention in (("detached", _function), ("recorded", weights_too(_function))):
+        AttentionInterface.register(f"{_use}_{_name}", _attention)
+        AttentionMaskInterface.register(f"{_use}_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+@contextmanager
+def detached(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block, gradients of ``model`` follow the detached rules; values stay what they were.
+
+    The model is restored on every way out. Not for use by two threads at once.
+
+    Raises:
+        UnsupportedModelError: a module is in no table, or the attention implementation is neither sdpa nor
+            eager. The model is untouched.
+    """
+    with _frozen(model, Tape("live", {}), "detached"):
+        yield
+
+
+@contextmanager
+def recording(model: PreTrainedModel) -> Iterator[Tape]:
+    """Like :func:`detached`, and the tape keeps every frozen factor of the last forward pass, for :func:`replaying`."""
+    tape = Tape("record", {})
+    with _frozen(model, tape, "recorded") as family, ExitStack() as undo:
+        for module in model.modules():
+            if type(module) in family.attentions:
+                undo.callback(module.register_forward_hook(partial(_keep_weights, tape)).remove)
+        yield tape
+
+
+@contextmanager
+def replaying(model: PreTrainedModel, tape: Tape, *, final: nn.Module | None = None) -> Iterator[None]:
+    """Inside the block, the model's blocks are the affine map that was recorded, on any input of that length.
+
+    Call the blocks themselves, with hidden states (l, n, d) and nothing else: what needs positions and masks is
+    frozen. Queries, keys and gates are not computed. Hidden states may be wider than the weights: a bfloat16 model's
+    map is applied in float32. Of the block ``final``, where one is named, only the last position is computed; what it
+    returns for the others is meaningless.
+    """
+    family = family_of(model)
+    tape = tape.replayed()
+    with ExitStack() as undo:
+        _freeze_norms_and_gates(model, family, tape, undo)
+        ends = set() if final is None else set(final.modules())
+        for module in list(model.modules()):
+            kind = type(module)
+            if kind in family.attentions:
+                # Adding one position to the stream of all of them leaves the last one right.
+                asked = slice(-1, None) if module in ends else slice(None)
+                replay = partial(_replay_attention, module, family.attentions[kind], tape, asked)
+                _swap(module, "forward", replay, undo)
+            if isinstance(module, nn.Linear):
+                _swap(module, "forward", partial(_apply_linear, module), undo)
+            elif isinstance(module, Conv1D):
+                _swap(module, "forward", partial(_apply_conv1d, module), undo)
+            table = family.mlps.get(kind)
+            if isinstance(table, GatedMLP) and table.gate is not None:
+                _swap(module, table.gate, Skipped(), undo)
+            if table is not None and module in ends:
+                _swap(module, "forward", partial(_at_the_last_position, module.forward), undo)
+        yield
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel, tape: Tape, use: str) -> Iterator[Family]:
+    family = family_of(model)
+    own = model.config._attn_implementation
+    if own not in _FROZEN_ATTENTION:
+        raise UnsupportedModelError(
+            f"attention implementation {own!r} cannot be detached; load the model with one of "
+            f"{sorted(_FROZEN_ATTENTION)}"
+        )
+    with ExitStack() as undo:
+        _freeze_norms_and_gates(model, family, tape, undo)
+        undo.callback(model.set_attn_implementation, own)
+        model.set_attn_implementation(f"{use}_{own}")
+        yield family
+
+
+def _freeze_norms_and_gates(model: nn.Module, family: Family, tape: Tape, undo: ExitStack) -> None:
+    for module in list(model.modules()):
+        kind = type(module)
+        if kind in family.norms:
+            _swap(module, "forward", partial(_norm, family.norms[kind], module, tape), undo)
+        elif kind in family.mlps:
+            table = family.mlps[kind]
+            frozen = FrozenGate if isinstance(table, GatedMLP) else FrozenSlope
+            _swap(module, table.activation, frozen(getattr(module, table.activation), module, tape), undo)
+
+
+def _apply_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    return wide_linear(x, module.weight, module.bias)
+
+
+def _apply_conv1d(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return wide_linear(x, module.weight.T, module.bias)
+
+
+def _norm(rule: Callable[..., torch.Tensor], module: nn.Module, tape: Tape, x: torch.Tensor) -> torch.Tensor:
+    return rule(module, x, tape)
+
+
+def _swap(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> None:
+    if attribute == "forward" and attribute not in module.__dict__:
+        # An instance attribute will hide the method of the class.
+        undo.callback(delattr, module, attribute)
+    else:
+        undo.callback(setattr, module, attribute, getattr(module, attribute))
+    setattr(module, attribute, value)
+
+
+def _keep_weights(tape: Tape, module: nn.Module, _args: object, output: AttentionOutput) -> None:
+    weights = output[1]
+    assert weights is not None  # noqa: S101 - for the type checker; weights_too gives them
+    tape.keep(module, weights)
+
+
+def _replay_attention(
+    module: nn.Module,
+    table: Attention,
+    tape: Tape,
+    asked: slice,
+    hidden_states: torch.Tensor,
+    *_args: Any,
+    **_kwargs: Any,
+) -> AttentionOutput:
+    weights = tape.factor(module, lambda: hidden_states)[0, :, asked]
+    output: torch.Tensor = getattr(module, table.output)(mix(weights, table.values(module, hidden_states)))
+    return output, None
+
+
+def _at_the_last_position(mlp: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return mlp(x[:, -1:])

@@ -1,0 +1,1 @@
+"""A decoder language model: getting it, loading it, telling it from others."""

@@ -1,0 +1,166 @@
+"""Loading and recognising decoder language models."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from operators.core.capacity import free, in_words
+from operators.core.errors import ModelError
+from operators.core.header import DTYPES, DTypeName
+from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
+from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A causal language model in evaluation mode, its tokenizer, and what tells it from others.
+
+    ``name`` is what the user asked for; the fingerprints are those recorded in artifacts.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    tokenizer_fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding table is."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder blocks."""
+        return len(decoder_layers(self.model))
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of the residual stream."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model was made for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+
+def default_model() -> str:
+    """``$STEER_MODEL``, or the smaller built-in model."""
+    return os.environ.get("STEER_MODEL") or DEFAULT_MODEL
+
+
+def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
+    """Loads a model by built-in name, local directory or GGUF file (de-quantised once), or Hugging Face id.
+
+    Raises:
+        ModelError: it cannot be found or loaded; the message says what was tried.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
+    source = str(obtain(name))
+    transformers_logging.disable_progress_bar()
+    # The hub's client reports each of its retries, twice; the error that ends them says the same.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        _check_fits(name, source, dtype, torch.device(device))
+        # False, not None: None asks on the terminal whether code that came with the model may run.
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = model.to(device).eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({ACCEPTED})") from error
+    return recognise(name, model, tokenizer)
+
+
+def _check_fits(name: str, source: str, dtype: DTypeName, device: torch.device) -> None:
+    # A model without storage: its parameters are counted before gigabytes of them are read.
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
+    have = free(device)
+    if need > have:
+        raise ModelError(
+            f"model {name!r} takes {in_words(need)} of memory in {dtype}; {in_words(have)} may be used on {device}"
+        )
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name, BUILT_IN, cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """Wraps a model that is already in memory, computing its fingerprints."""
+    return LoadedModel(name, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder blocks of a causal language model, first to last. Raises :class:`ModelError`."""
+    return _part(model, ("layers", "h"), nn.ModuleList)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the head. Raises :class:`ModelError`."""
+    return _part(model, ("norm", "ln_f"), nn.Module)
+
+
+def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Token embeddings, shape ids.shape + (d,): what the model takes as ``inputs_embeds``, in its dtype."""
+    with torch.no_grad():
+        x: torch.Tensor = model.get_input_embeddings()(ids)
+    return x
+
+
+def block_input(model: PreTrainedModel, embeddings: torch.Tensor, *, start: int = 0) -> torch.Tensor:
+    """x as the first block receives it: ``embeddings`` (..., T, d) of the tokens at positions start, start+1, ...
+
+    The embeddings themselves, plus the learned positions in models that add them (GPT-2).
+    """
+    positions = getattr(model.get_decoder(), "wpe", None)
+    if positions is None:
+        return embeddings
+    with torch.no_grad():
+        x: torch.Tensor = embeddings + positions.weight[start : start + embeddings.shape[-2]]
+    return x
+
+
+_Part = TypeVar("_Part", bound=nn.Module)
+
+
+def _part(model: PreTrainedModel, names: tuple[str, ...], kind: type[_Part]) -> _Part:
+    decoder = model.get_decoder()
+    for name in names:
+        part = getattr(decoder, name, None)
+        if isinstance(part, kind):
+            return part
+    raise ModelError(f"{type(model).__name__}: its decoder {type(decoder).__name__} has none of {', '.join(names)}")

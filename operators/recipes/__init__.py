@@ -1,0 +1,1 @@
+"""Files of many concepts, and the builds that they ask for."""

@@ -1,0 +1,191 @@
+"""One operator to be built, as somebody asks for it: on a command line, or in a file of concepts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, TypeGuard, get_args
+
+from operators.builder.concept import check_text
+from operators.core.apply import Setting
+from operators.core.errors import BuildError
+from operators.core.header import MAX_TEXTS, MAX_WORD, MAX_WORDS, Profile, Rule
+from operators.core.store import check_name
+
+_LONGEST_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class ConceptEntry:
+    """What is asked for. None is what nobody said: a build takes its default.
+
+    Filled by :mod:`operators.recipes.concept_file` and the ``build`` command, from :func:`checked` values.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    words: tuple[str, ...] | None = None
+    profile: Profile | None = None
+    layer: int | None = None
+    rank: int | Literal["full"] | None = None
+    tolerance: float | None = None
+    strength: float | None = None
+    rule: Rule | None = None
+    blend: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.tolerance is not None:
+            raise BuildError(f"rank {self.rank} and tolerance {self.tolerance:g} were both given; one is accepted")
+
+
+def checked(key: str, value: object) -> Any:
+    """What ``key`` is given, as an entry holds it: all that can be checked without a model.
+
+    ``text`` and ``layers`` are further keys: one text, and several layers.
+
+    Raises:
+        OperatorError: of the kind that fits; says what the value is and what is accepted.
+    """
+    return _CHECKS[key](value)
+
+
+def hint(word: str, known: tuple[str, ...]) -> str:
+    """``"; did you mean 'strength'?"``, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def shown(value: object) -> str:
+    """A value from outside in an error message, cut where it is long."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "a table"
+    try:
+        written = repr(value) if isinstance(value, str | list) else str(value)
+    except ValueError:  # Python does not write out whole numbers of thousands of digits
+        return "a very large number"
+    return written if len(written) <= _LONGEST_SHOWN else written[:_LONGEST_SHOWN] + "…"
+
+
+def _refused(key: str, value: object, accepted: str, hint: str = "") -> BuildError:
+    return BuildError(f"{key} is {shown(value)}; {accepted} accepted{hint}")
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str):
+        raise _refused("name", value, "a text is")
+    return check_name(value)
+
+
+def _text(value: object) -> tuple[str, ...]:
+    if not isinstance(value, str):
+        raise _refused("text", value, "a text is")
+    return (check_text(value),)
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise _refused("texts", value, "a list of texts is")
+    if len(value) > MAX_TEXTS:
+        raise BuildError(f"texts has {len(value)} texts; at most {MAX_TEXTS} are accepted")
+    return tuple(check_text(text) for text in value)
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
+        raise _refused("words", value, "a list of words is")
+    if len(value) > MAX_WORDS:
+        raise BuildError(f"words has {len(value)} words; at most {MAX_WORDS} are accepted")
+    longest = max(value, key=len)
+    if len(longest) > MAX_WORD:
+        raise BuildError(f"words has one of {len(longest)} characters; at most {MAX_WORD} are accepted")
+    return tuple(value)
+
+
+def _layer(value: object, key: str = "layer") -> int:
+    if not _is_whole(value) or value < 1:
+        raise _refused(key, value, "a whole number of at least 1 is")
+    return value
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise _refused("layers", value, "a list of whole numbers is")
+    layers = tuple(_layer(one, "layers: one") for one in value)
+    twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+    if twice is not None:
+        raise BuildError(f"layers has {twice} twice; each layer once is accepted")
+    return layers
+
+
+def _rank(value: object) -> int | Literal["full"]:
+    if value == "full":
+        return "full"
+    if not _is_whole(value) or value < 1:
+        raise _refused("rank", value, "a whole number of at least 1 or 'full' is")
+    return value
+
+
+def _tolerance(value: object) -> float:
+    if not _is_number(value) or not 0.0 < value < 1.0:
+        raise _refused("tolerance", value, "a number between 0 and 1 is")
+    return float(value)
+
+
+def _strength(value: object) -> float:
+    return Setting(strength=_number("strength", value), rule="cumulative", blend=0.0).strength
+
+
+def _blend(value: object) -> float:
+    return Setting(strength=0.0, rule="cumulative", blend=_number("blend", value)).blend
+
+
+def _choice(key: str, values: tuple[str, ...]) -> Callable[[object], str]:
+    def check(value: object) -> str:
+        if not isinstance(value, str) or value not in values:
+            accepted = " and ".join(map(repr, values)) + " are"
+            raise _refused(key, value, accepted, hint(value, values) if isinstance(value, str) else "")
+        return value
+
+    return check
+
+
+def _number(key: str, value: object) -> float:
+    if not _is_number(value):
+        raise _refused(key, value, "a number is")
+    try:
+        return float(value)
+    except OverflowError:
+        raise _refused(key, value, "a number that a float can hold is") from None
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    # True is a number to Python, and not to a person.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, float) or _is_whole(value)
+
+
+_CHECKS: Mapping[str, Callable[[object], Any]] = MappingProxyType(
+    {
+        "name": _name,
+        "text": _text,
+        "texts": _texts,
+        "words": _words,
+        "profile": _choice("profile", get_args(Profile)),
+        "layer": _layer,
+        "layers": _layers,
+        "rank": _rank,
+        "tolerance": _tolerance,
+        "strength": _strength,
+        "rule": _choice("rule", get_args(Rule)),
+        "blend": _blend,
+    }
+)
+
+KEYS = tuple(_CHECKS)

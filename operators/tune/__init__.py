@@ -1,0 +1,1 @@
+"""Finding the setting at which an operator works best."""

@@ -1,0 +1,113 @@
+"""The layer, rule, blend and strength at which an operator works best on its model, written into the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from operators.builder.build import BuildSpec, build_operator, check_layer
+from operators.builder.concept import Concept
+from operators.builder.verify import check_compatible
+from operators.core import capacity
+from operators.core.artifact import OperatorArtifact, with_header
+from operators.core.errors import BuildError
+from operators.core.header import Recommended
+from operators.maps.sketch import embedding_root
+from operators.model.loading import LoadedModel
+from operators.tune.explore import CalibrationSpec, Progress, explore
+
+_SPREAD = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Of the depth: the layers tried, beside the operator's own, when none are named."""
+
+
+def calibrate(
+    artifact: OperatorArtifact,
+    loaded: LoadedModel,
+    spec: CalibrationSpec,
+    *,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> OperatorArtifact:
+    """The operator at the layer that works best, with what was tried in its header.
+
+    ``max_memory``: bytes beside the model, for all candidates together and what is done with them.
+
+    Where no setting beats the plain model within the bounds, ``header.calibration.chosen`` is None, and layer and
+    recommendation are those of ``artifact``.
+
+    Raises:
+        IncompatibleOperatorError: the model is not the one that the operator was built on.
+        BuildError: a layer does not exist, or the candidates or their texts take more memory than there is.
+        TrialError: a prompt has no tokens or too many.
+        SteeringError: a candidate has no direction at some token.
+    """
+    check_compatible(artifact.header, loaded)
+    layers = candidate_layers(artifact, spec.layers)
+    budget = capacity.free(loaded.device) if max_memory is None else max_memory
+    built = operators_at(artifact, layers, loaded, max_memory=budget, progress=progress)
+    operators = {operator.header.layer: operator for operator in built}
+    budget -= sum(operator.nbytes for operator in operators.values())
+    calibration = explore(operators, loaded, spec, max_memory=budget, progress=progress)
+    if calibration.chosen is None:
+        return with_header(artifact, calibration=calibration)
+    best = calibration.points[calibration.chosen]
+    recommended = Recommended(strength=best.strength, rule=best.rule, blend=best.blend)
+    return with_header(operators[best.layer], recommended=recommended, calibration=calibration)
+
+
+def candidate_layers(artifact: OperatorArtifact, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to try: those that are wanted, or the operator's own and six over the middle of the model."""
+    if wanted is not None:
+        return tuple(sorted(set(wanted)))
+    depth = artifact.header.num_layers
+    spread = {min(max(1, round(share * depth)), max(1, depth - 1)) for share in _SPREAD}
+    return tuple(sorted({artifact.header.layer, *spread}))
+
+
+def operators_at(
+    artifact: OperatorArtifact,
+    layers: Sequence[int],
+    loaded: LoadedModel,
+    *,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[OperatorArtifact]:
+    """The same concept at other layers: same texts, profile, rank, weighting and seed.
+
+    ``max_memory``: bytes beside the model, for all of them together.
+
+    Raises:
+        BuildError: a layer does not exist, or so many operators take more memory than there is.
+    """
+    header = artifact.header
+    for layer in layers:
+        check_layer(layer, header.profile, loaded)
+    if max_memory is not None:
+        # Who compares them keeps the others while one is built.
+        kept = (len(layers) - 1) * artifact.nbytes
+        if kept >= max_memory:
+            raise BuildError(
+                f"operators at {len(layers)} layers need more than {capacity.in_words(kept)} of memory beside the "
+                f"model; {capacity.in_words(max_memory)} may be used (--max-memory; fewer layers or a lower rank "
+                "need less)"
+            )
+        max_memory -= kept
+    low = header.low_rank
+    weighted = low is not None and low.weighting == "embedding"
+    root = embedding_root(loaded.model.get_input_embeddings().weight) if weighted else None
+    for done, layer in enumerate(layers):
+        if progress is not None:
+            progress("operators built", done, len(layers))
+        spec = BuildSpec(
+            tuple(Concept(text.text, text.ids) for text in header.texts),
+            header.profile,
+            layer=layer,
+            rank=None if header.tolerance else "full" if low is None else low.rank,
+            tolerance=header.tolerance,
+            weighting="embedding" if low is None else low.weighting,
+            seed=0 if low is None else low.seed,
+            recommended=header.recommended,
+            words=header.words,
+            weights=header.weights,
+            members=header.members,
+        )
+        yield artifact if layer == header.layer else build_operator(spec, loaded, root=root, max_memory=max_memory)

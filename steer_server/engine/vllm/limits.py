@@ -1,0 +1,87 @@
+"""What of vLLM cannot be steered yet, by the names of its options. Refused at the start, here and in every worker."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from operators.core.capacity import in_words
+
+
+def check_supported(config: Any) -> None:
+    """Raises :class:`ValueError` for a vLLM configuration that the worker does not steer."""
+    parallel, graphs, model = config.parallel_config, config.compilation_config.cudagraph_mode, config.model_config
+    captured = graphs is not None and graphs.requires_piecewise_compilation()
+    refused = {
+        "pipeline_parallel_size above 1": parallel.pipeline_parallel_size > 1,
+        # Calls to the workers reach one engine of several.
+        "data_parallel_size above 1 (run several servers)": parallel.data_parallel_size > 1,
+        "prefill_context_parallel_size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+        # What a connector stores is found by token ids alone: steered and plain requests would share it.
+        "kv_transfer_config": config.kv_transfer_config is not None,
+        "kv_sharing_fast_prefill": bool(config.cache_config.kv_sharing_fast_prefill),
+        "logprobs_mode other than raw_logprobs": model.logprobs_mode != "raw_logprobs",
+        "speculative_config": config.speculative_config is not None,
+        # A canvas of tokens is denoised over and over: no position has one embedding.
+        "diffusion_config": config.diffusion_config is not None,
+        "models that do not generate (runner)": model.runner_type != "generate",
+        "encoder-decoder models": model.is_encoder_decoder,
+        "enable_lora": config.lora_config is not None,
+        "enable_prompt_embeds": model.enable_prompt_embeds,
+        "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
+        "enable_dbo": parallel.use_ubatching,
+        # A graph of the whole model would replay the pushes of the step that it was captured in.
+        "full CUDA graphs (cudagraph_mode PIECEWISE is)": graphs is not None and graphs.has_full_cudagraphs(),
+        # Captured pieces of a breakable graph end where vLLM's own operations ask for it, and not at a push.
+        "VLLM_USE_BREAKABLE_CUDAGRAPH=1": captured and os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1",
+        **_offloading(config.offload_config),
+    }
+    found = [name for name, wanted in refused.items() if wanted]
+    if found:
+        raise ValueError(f"steering does not support {', '.join(found)}")
+
+
+def _offloading(config: Any) -> dict[str, bool]:
+    """A layer whose weights are fetched in each pass has its forward replaced: its hook is passed by, or runs twice.
+
+    Where the device reads the host's memory itself (UVA), ``cpu_offload_gb`` moves weights and replaces nothing.
+    """
+    backend = config.offload_backend
+    if backend == "auto":
+        backend = "prefetch" if config.prefetch.offload_group_size > 0 else "uva"
+    return {
+        "offload_backend=prefetch (offload_group_size)": backend == "prefetch",
+        "cpu_offload_gb without UVA": backend == "uva" and config.uva.cpu_offload_gb > 0 and not _reads_host_memory(),
+    }
+
+
+def _reads_host_memory() -> bool:
+    # Imported late: only a start on vLLM comes here.
+    from vllm import envs
+    from vllm.utils.platform_utils import is_uva_available
+
+    return bool(is_uva_available()) and not envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA
+
+
+def check_device(given: str | None, platform: str) -> None:
+    """Raises :class:`ValueError` where another device is asked for than the installed vLLM computes on."""
+    if given is not None and given != platform:
+        raise ValueError(f"device: the vLLM that is installed computes on {platform!r}, not on {given!r}")
+
+
+def check_room(total: int, utilization: float, operators: int) -> None:
+    """Raises :class:`ValueError` where operators have no room beside vLLM.
+
+    Args:
+        total: bytes of a device.
+        utilization: the share of it that vLLM fills with weights, activations and its cache.
+        operators: bytes that operators may take on it. vLLM knows nothing of them when it measures.
+    """
+    left = round(total * (1.0 - utilization))
+    if left < operators:
+        raise ValueError(
+            f"gpu_memory_utilization {utilization:g} leaves {in_words(left)} of a device of {in_words(total)}, and "
+            f"operator_memory is {in_words(operators)}; give engine_args.gpu_memory_utilization at most "
+            f"{max(0, math.floor(100 * (1.0 - operators / total))) / 100:g}, or a smaller --operator-memory"
+        )

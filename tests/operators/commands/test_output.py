@@ -1,0 +1,181 @@
+"""What the command says to people: bars, lists, sizes."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+
+import pytest
+import torch
+import typer
+
+from operators.builder.build import BuildSpec
+from operators.builder.concept import Concept
+from operators.builder.stored import Stored
+from operators.commands import _output as report
+from operators.commands import _recipe as _batch
+from operators.core import store
+from operators.core.artifact import make_artifact
+from operators.core.header import Calibration, CalibrationPoint, LowRank, Recommended
+from operators.recipes.run import Task
+
+POINT = CalibrationPoint(layer=2, rule="substitute", blend=0.5, strength=0.3, texts=20, kl_p95=0.9, hit_rate=0.4,
+                         perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
+CALIBRATION = Calibration(words=("gate", "bay"), kl_budget=1.0, max_perplexity_ratio=2.0, prompts=20, tokens=28,
+                          plain_hit_rate=0.05, plain_perplexity=5.0, plain_distinct_2=0.9,
+                          min_distinct_ratio=0.75, points=(POINT,), chosen=0)  # fmt: skip
+FOUND = Recommended(strength=0.3, rule="substitute", blend=0.5)
+
+
+@contextlib.contextmanager
+def _terminal(monkeypatch):
+    """stderr is a terminal; what was drawn on it comes as the list's one element, afterwards."""
+    drawn = []
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as patch:
+        patch.setenv("TERM", "xterm")
+        patch.setattr(sys, "stderr", terminal)
+        yield drawn
+    pieces = b""
+    # A terminal hands over what it has piece by piece, and ends with an error.
+    with contextlib.suppress(OSError):
+        while piece := os.read(ours, 4096):
+            pieces += piece
+    os.close(ours)
+    drawn.append(pieces.decode())
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
+def test_the_progress_bar_is_drawn_on_a_terminal_and_only_there(capfd, monkeypatch):
+    with report.product_progress() as progress:
+        progress(1, 2)
+    assert capfd.readouterr().err == ""
+    with _terminal(monkeypatch) as drawn, report.product_progress() as progress:
+        progress(64, 576)
+    assert "Jacobian products" in drawn[0]
+    assert "64/576" in drawn[0]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "0 B"), (999, "999 B"), (7_970_000, "7.97 MB"), (12_500_000_000, "12.5 GB")]
+)
+def test_sizes_are_told_in_the_unit_that_fits(number, words):
+    assert report.size(number) == words
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
+def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(capfd, monkeypatch, make_operator):
+    spec = BuildSpec((Concept("x", (1,)),))
+    there = Task("there", spec, Stored(make_operator().header, ""), replace=True)
+    tasks = [
+        there,
+        Task("first", spec, None, replace=False),
+        # Nothing is built of it, and it takes its time all the same.
+        dataclasses.replace(there, name="second", calibrate=True),
+    ]
+    with _terminal(monkeypatch) as drawn, _batch._progress(tasks) as watch:
+        watch(tasks[1], "Jacobian products", 3, 7)
+        print("first  built")
+        watch(tasks[2], "texts written", 5, 9)
+    assert capfd.readouterr().out == "first  built\n"
+    for expected in ("operators", "second: texts written", "5/9", "1/2"):
+        assert expected in drawn[0]
+    assert "built" not in drawn[0]
+
+
+def _described(artifact, tmp_path):
+    return report.described("a", store.save(tmp_path, "a", artifact), artifact)
+
+
+def test_a_list_says_layer_block_rank_further_texts_and_calibration(make_operator, tmp_path):
+    low = LowRank(rank=2, residuals=(0.1, 0.2, 0.3), weighting="embedding", oversample=12, power_iterations=1, seed=0)
+    full = make_operator(profile="golden", injection_layer=1, recommended=FOUND, calibration=CALIBRATION,
+                         more_texts=({"text": "more", "ids": (1, 2)}, {"text": "text", "ids": (3,)}))  # fmt: skip
+    header = make_operator().header.model_copy(update={"low_rank": low})
+    factors, basis = full.factors[:, :2], full.factors[0, :, :2]
+    reduced = make_artifact(header, factors, full.anchor, full.substitute_base, basis=basis)
+    rows = [_described(full, tmp_path / "full"), _described(reduced, tmp_path / "reduced")]
+    one, other = report.list_lines(rows)
+    assert "  golden: layer 2 of 4, pushes block 1    rank full  " in one
+    assert one.endswith("'a concept' and 2 more (calibrated: 40% hits at p95 KL 0.9)")
+    assert "  residual: layer 2 of 4, pushes block 2  rank 2     " in other
+    assert other.endswith("'a concept'")
+
+
+def test_an_operator_is_shown_with_its_words_texts_and_calibration(make_operator, tmp_path):
+    artifact = make_operator(words=("gate",), recommended=FOUND, calibration=CALIBRATION,
+                             more_texts=({"text": "more\x1b", "ids": (1, 2)},))  # fmt: skip
+    lines = dict(line.split(":", 1) for line in report.operator_lines(_described(artifact, tmp_path)))
+    assert lines["words"].strip() == "'gate'"
+    assert lines["more texts"].strip() == r"'more\x1b'"
+    assert lines["calibration"].strip() == (
+        "40% hits at p95 KL 0.9; 20 prompts x 28 tokens, words 'gate', 'bay' (5% of the plain texts), budget p95 KL 1"
+    )
+    plain = dict(line.split(":", 1) for line in report.operator_lines(_described(make_operator(), tmp_path / "b")))
+    assert plain.keys() & {"words", "more texts", "calibration"} == set()
+
+
+REJECTED = POINT.model_copy(update={"strength": 0.5, "rule": "cumulative", "blend": 0.0, "hit_rate": 0.1})
+NOTHING = CALIBRATION.model_copy(update={"points": (POINT, REJECTED), "chosen": None})
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        (CALIBRATION, "the recommended setting is another than the one that was found"),
+        # It was measured, and not chosen.
+        (NOTHING.model_copy(update={"chosen": 0}), "the recommended setting is another than the one that was found"),
+        (NOTHING, "nothing within the bounds was found, and the default is kept"),
+    ],
+)
+def test_a_recommendation_that_no_calibration_chose_is_not_called_calibrated(
+    make_operator, tmp_path, calibration, words
+):
+    artifact = make_operator(calibration=calibration)
+    assert artifact.header.calibrated_point is None
+    described = _described(artifact, tmp_path)
+    assert described["calibrated"] is None
+    (line,) = report.list_lines([described])
+    assert line.endswith(f"(not calibrated: {words})")
+    lines = dict(one.split(":", 1) for one in report.operator_lines(described))
+    assert lines["calibration"].strip().startswith(f"{words}; 20 prompts")
+
+
+def test_the_calibrated_point_is_the_chosen_one_at_the_operators_own_layer(make_operator, tmp_path):
+    fields = {"recommended": FOUND, "calibration": CALIBRATION}
+    artifact = make_operator(**fields)
+    assert artifact.header.calibrated_point == POINT
+    assert _described(artifact, tmp_path)["calibrated"] == POINT.model_dump()
+    assert make_operator(**fields, layer=3, injection_layer=3).header.calibrated_point is None
+
+
+def _torch_is_out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
+
+
+def _the_allocator_is():
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 80 bytes. Error code 12")
+
+
+def _python_is():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fail", "needed"),
+    [(_torch_is_out_of_memory, ": 2.00 GiB more are needed"), (_the_allocator_is, ": 80 bytes more are needed"),
+     (_python_is, "")],
+)  # fmt: skip
+def test_memory_that_runs_out_in_any_command_is_told_in_one_line(capsys, fail, needed):
+    with pytest.raises(typer.Exit) as ended, report.reporting(as_json=False):
+        fail()
+    assert ended.value.exit_code == 1
+    said = f"steer-operators: there is not enough memory{needed}; a lower rank, "
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(said)
+    assert "--max-memory" in line
+
+
+def test_another_error_of_the_same_kind_is_not_told_as_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="size mismatch"), report.reporting(as_json=False):
+        raise RuntimeError("size mismatch")

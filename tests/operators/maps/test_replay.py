@@ -1,0 +1,52 @@
+import pytest
+import torch
+from torch import nn
+
+from operators.maps import replay as replaying
+from operators.maps.jacobian import detached_jacobian, relative_error
+from operators.maps.replay import Replay
+
+FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "mistral", "ministral", "olmo2", "phi3", "gpt2"]
+IDS = (277, 12, 290, 65, 278, 69, 317)
+
+
+def _random(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("positions", [1, 20, 35, 10_000])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_columns_give_the_same_in_groups_of_any_size(tiny, monkeypatch, family, positions):
+    dense = detached_jacobian(tiny(family).model, IDS, layer=2, profile="golden").jacobian
+    monkeypatch.setattr(replaying, "_POSITIONS_PER_PASS", positions)
+    replay = Replay(tiny(family).model, IDS, layer=2, profile="golden")
+    n, d = replay.shape
+    for count in (7, 3, 12):
+        v, u = _random(count, n, d), _random(count + 1, d)
+        assert relative_error(replay.push(v), torch.einsum("nij,lnj->li", dense, v)) <= 1e-12
+        assert relative_error(replay.pull(u), torch.einsum("nij,li->lnj", dense, u)) <= 1e-12
+
+
+def test_columns_are_counted_and_told_as_they_pass(tiny):
+    told = []
+    replay = Replay(tiny("llama").model, IDS, layer=2, profile="residual", columns=4, tick=told.append)
+    replay.push(_random(5, *replay.shape))
+    replay.pull(_random(6, 40))
+    assert told == [3, 2, 3, 3]
+    assert replay.products == 11
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_inner_layer_of_the_last_block_sees_one_position_and_the_others_all(tiny, family):
+    loaded = tiny(family, fresh=True)
+    replay = Replay(loaded.model, IDS, layer=3, profile="residual")
+    inner = [
+        module
+        for name, module in loaded.model.named_modules()
+        if name.endswith(("mlp.down_proj", "mlp.c_proj")) and isinstance(module.weight, nn.Parameter)
+    ]
+    seen = []
+    for module in inner[:3]:
+        module.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[1]))
+    replay.push(_random(2, *replay.shape))
+    assert seen == [len(IDS), len(IDS), 1]

@@ -1,0 +1,244 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tokenizers import processors
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from operators.core.errors import ModelError
+from operators.model import loading as models
+from operators.model.loading import (
+    DEFAULT_MODEL,
+    decoder_layers,
+    default_model,
+    embed,
+    load_model,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_a_model_has_one_fingerprint_in_every_dtype_and_attention(tiny, family):
+    kinds = [tiny(family, "sdpa", dtype) for dtype in ("float64", "float32", "bfloat16")]
+    kinds.append(tiny(family, "eager", "float32"))
+    assert len({loaded.fingerprint for loaded in kinds}) == 1
+
+
+def test_every_model_has_its_own_fingerprint(tiny):
+    assert len({tiny(family).fingerprint for family in ("llama", "qwen3", "gemma3")}) == 3
+
+
+def test_the_first_weight_of_any_parameter_changes_the_fingerprint(tiny):
+    model = tiny("llama", fresh=True).model
+    seen = {model_fingerprint(model)}
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.view(-1)[0] += 0.5
+        seen.add(model_fingerprint(model))
+    assert len(seen) == 1 + len(parameters)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 777.0}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+        ("rms_norm_eps", 1e-3),
+        ("num_attention_heads", 2),
+        ("hidden_act", "gelu"),
+    ],
+)
+def test_equal_weights_under_another_setting_of_the_forward_pass_have_another_fingerprint(tiny, setting, value):
+    found = set()
+    for dtype in ("float64", "float32", "bfloat16"):
+        model = tiny("llama", "sdpa", dtype, fresh=True).model
+        assert model_fingerprint(model) == tiny("llama").fingerprint
+        assert getattr(model.config, setting) != value
+        setattr(model.config, setting, value)
+        found.add(model_fingerprint(model))
+    assert len(found) == 1
+    assert tiny("llama").fingerprint not in found
+
+
+def test_a_setting_that_leaves_the_map_as_it_is_leaves_the_fingerprint_too(tiny):
+    model = tiny("llama", fresh=True).model
+    model.config.use_cache = not model.config.use_cache
+    model.config.transformers_version = "1.2.3"
+    assert model_fingerprint(model) == tiny("llama").fingerprint
+
+
+def test_a_fingerprint_is_that_of_the_map_and_not_of_the_object(tiny):
+    assert tiny("llama", fresh=True).fingerprint == tiny("llama").fingerprint
+
+
+def test_a_saved_model_comes_back_with_the_same_fingerprints(tiny, tiny_directory):
+    for family in ("llama", "qwen3", "gemma3"):
+        loaded = load_model(str(tiny_directory(family)), dtype="bfloat16")
+        assert loaded.fingerprint == tiny(family).fingerprint
+        assert loaded.tokenizer_fingerprint == tiny(family).tokenizer_fingerprint
+
+
+def test_a_tokenizer_that_adds_a_token_has_another_fingerprint(tiny_tokenizer):
+    adding = PreTrainedTokenizerFast(
+        tokenizer_object=type(tiny_tokenizer.backend_tokenizer).from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    )
+    assert tokenizer_fingerprint(adding) == tokenizer_fingerprint(tiny_tokenizer)
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", 0)]
+    )
+    assert tokenizer_fingerprint(adding) != tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_a_tokenizer_with_a_new_word_has_another_fingerprint(tiny_tokenizer, tiny_directory):
+    other = AutoTokenizer.from_pretrained(tiny_directory("llama"))
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_tokenizer)
+    other.add_tokens(["neverseenbefore"])
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_a_loaded_model_knows_its_shape(tiny_directory):
+    loaded = load_model(str(tiny_directory("gemma3")), dtype="float64")
+    assert (loaded.num_layers, loaded.hidden_size, loaded.context_length) == (4, 48, 64)
+    assert loaded.dtype == torch.float64
+    assert loaded.device.type == "cpu"
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_embeddings_are_what_the_first_block_receives(tiny, family):
+    model, ids = tiny(family).model, torch.tensor([[3, 1, 4]])
+    seen = []
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    model(ids)
+    hook.remove()
+    assert torch.equal(embed(model, ids), seen[0])
+    scaled = not torch.allclose(embed(model, ids), model.get_input_embeddings().weight[ids])
+    assert scaled == (family == "gemma3")
+
+
+@pytest.mark.parametrize("name", ["", "no-such-model", "nobody/nothing", "./nowhere", "/no/where", "a/b/c", "é"])
+def test_an_unknown_model_is_refused_quickly_with_what_is_accepted(name):
+    start = time.monotonic()
+    with pytest.raises(ModelError) as refusal:
+        load_model(name, dtype="float32")
+    assert time.monotonic() - start < 10
+    assert re.search(rf"model {name!r}(:| cannot be loaded:) ", str(refusal.value))
+    assert "'smollm2-135m', 'gemma3-270m', a local directory or .gguf file, a Hugging Face id" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def _copy(directory, tmp_path):
+    return shutil.copytree(directory, tmp_path / "model")
+
+
+def _truncated_weights(directory):
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def _no_weights(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def _no_tokenizer(directory):
+    for path in directory.glob("tokenizer*"):
+        path.unlink()
+
+
+def _broken_config(directory):
+    (directory / "config.json").write_text("{")
+
+
+def _unknown_architecture(directory):
+    (directory / "config.json").write_text('{"model_type": "perceptron"}')
+
+
+def _own_code(directory):
+    (directory / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}))
+    (directory / "mine.py").write_text("raise SystemExit('code of the model was run')")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncated_weights, _no_weights, _no_tokenizer, _broken_config, _unknown_architecture, _own_code],
+)
+def test_a_damaged_model_is_refused_in_one_line(damage, tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    damage(directory)
+    with pytest.raises(ModelError, match=rf"model '{directory}' cannot be loaded: .+") as refusal:
+        load_model(str(directory), dtype="float32")
+    assert "\n" not in str(refusal.value)
+
+
+def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tiny_directory, tmp_path, monkeypatch):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    _own_code(directory)
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "y")
+    with pytest.raises(ModelError, match="contains custom code"):
+        load_model(str(directory), dtype="float32")
+    assert not questions
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_refused_before_the_model_is_looked_for():
+    with pytest.raises(ModelError, match="device 'cuda': this machine has no CUDA device"):
+        load_model("no-such-model", dtype="float32", device="cuda")
+
+
+def test_a_model_without_a_list_of_layers_is_refused():
+    class Other(nn.Module):
+        def get_decoder(self):
+            return nn.Linear(1, 1)
+
+    with pytest.raises(ModelError, match="Other: its decoder Linear has none of layers, h"):
+        decoder_layers(Other())
+
+
+def test_the_default_model_is_what_the_environment_says(monkeypatch):
+    monkeypatch.delenv("STEER_MODEL", raising=False)
+    assert default_model() == DEFAULT_MODEL
+    monkeypatch.setenv("STEER_MODEL", "some/model")
+    assert default_model() == "some/model"
+    monkeypatch.setenv("STEER_MODEL", "")
+    assert default_model() == DEFAULT_MODEL
+
+
+def test_the_module_names_the_place_of_every_model_it_is_asked_for():
+    command = [sys.executable, "-m", "operators.model"]
+    done = subprocess.run([*command, "some/model", "other/model"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "model some/model: some/model\nmodel other/model: other/model\n")
+    done = subprocess.run([*command, "some/model", "./nowhere"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.startswith("model './nowhere': there is no such directory or file")) == (
+        1,
+        True,
+    )
+
+
+@pytest.mark.parametrize(("meant", "name"), [("smollm2-135m", "smollm2-135M"), ("gemma3-270m", "gemma-3-270m")])
+def test_a_name_close_to_a_built_in_one_gets_a_hint(meant, name):
+    with pytest.raises(ModelError, match=rf"did you mean '{meant}'\?"):
+        load_model(name, dtype="float32")
+
+
+@pytest.mark.model
+def test_the_default_model_has_its_published_shape(smollm):
+    loaded = smollm("float32")
+    assert (loaded.num_layers, loaded.hidden_size, loaded.context_length) == (30, 576, 8192)
+    assert smollm("float64").fingerprint == loaded.fingerprint
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(tiny_directory, monkeypatch):
+    directory = tiny_directory("llama")
+    monkeypatch.setattr(models, "free", lambda device: 1000)
+    words = r"takes .* KiB of memory in float32; 1000 bytes may be used on cpu"
+    with pytest.raises(ModelError, match=words):
+        load_model(str(directory), dtype="float32")

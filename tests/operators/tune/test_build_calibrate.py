@@ -1,0 +1,198 @@
+"""``build --calibrate``: what is calibrated, at which layers and by which words, and what is told of it."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from operators.__main__ import app
+from operators.commands import calibrate as command
+from operators.core import store
+from operators.core.artifact import with_header
+from operators.core.header import Calibration, CalibrationPoint, Recommended
+from operators.model import loading as models
+
+OPEN = '[[concept]]\nname = "a"\ntext = "The Golden Gate"\nrank = 5\nwords = ["gate"]\n'
+FOUND = Recommended(strength=0.3, rule="substitute", blend=0.5)
+
+
+def _calibration(layer, words=("gate",), chosen=0):
+    point = CalibrationPoint(layer=layer, **FOUND.model_dump(), texts=20, kl_p95=0.9, hit_rate=0.4,
+                             perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
+    return Calibration(words=words, kl_budget=1.0, max_perplexity_ratio=2.0, prompts=20, tokens=28, plain_hit_rate=0.0,
+                       plain_perplexity=5.0, plain_distinct_2=0.9, min_distinct_ratio=0.75, points=(point,),
+                       chosen=chosen)  # fmt: skip
+
+
+@pytest.fixture
+def explored(monkeypatch):
+    """The (layers, words) of every calibration; the lowest layer is the best one."""
+    asked = []
+
+    def explore(operators, _loaded, spec, **_):
+        asked.append((tuple(operators), spec.words))
+        return _calibration(min(operators), spec.words)
+
+    monkeypatch.setattr("operators.tune.calibrate.explore", explore)
+    return asked
+
+
+@pytest.fixture
+def unfruitful(monkeypatch):
+    """The layers of every calibration, none of which finds anything."""
+    asked = []
+
+    def explore(operators, _loaded, spec, **_):
+        asked.append(tuple(operators))
+        return _calibration(min(operators), spec.words, chosen=None)
+
+    monkeypatch.setattr("operators.tune.calibrate.explore", explore)
+    return asked
+
+
+def _statuses(result):
+    assert result.exit_code == 0, result.output
+    return {one["name"]: one["status"] for one in json.loads(result.stdout)["operators"]}
+
+
+def _layers(shelf):
+    return {name: store.load(shelf, name).header.layer for name in store.names(shelf)}
+
+
+def test_what_the_file_leaves_open_is_calibrated_once_and_may_move(build_file, shelf, explored):
+    text = OPEN + '[[concept]]\nname = "fixed"\ntext = "The Golden Gate"\nstrength = 0.3\n'
+    assert _statuses(build_file(text, "--json", "--calibrate")) == {"a": "built", "fixed": "built"}
+    assert explored == [((1, 2, 3), ("gate",))]
+    assert _layers(shelf) == {"a": 1, "fixed": 2}
+    assert store.load(shelf, "a").header.recommended == FOUND
+    assert store.load(shelf, "fixed").header.calibration is None
+    for more in ([], ["--calibrate"]):
+        assert _statuses(build_file(text, "--json", *more)) == {"a": "up to date", "fixed": "up to date"}
+    assert len(explored) == 1
+
+
+def test_what_is_there_uncalibrated_is_calibrated_without_a_build_at_its_layer(build_file, shelf, explored):
+    build_file(OPEN + "layer = 3")
+    assert _statuses(build_file(OPEN + "layer = 3", "--json", "--calibrate")) == {"a": "updated"}
+    assert explored == [((3,), ("gate",))]
+
+
+def test_a_layer_that_the_file_names_is_the_only_one_that_is_tried(build_file, shelf, explored):
+    text = OPEN + "layers = [2, 3]\n" + OPEN.replace('"a"', '"b"') + "layer = 3\n"
+    names = ["a-layer2", "a-layer3", "b"]
+    assert _statuses(build_file(text, "--json", "--calibrate")) == dict.fromkeys(names, "built")
+    assert [layers for layers, _ in explored] == [(2,), (3,), (3,)]
+    assert list(_layers(shelf).values()) == [2, 3, 3]
+    assert _statuses(build_file(text, "--json", "--calibrate")) == dict.fromkeys(names, "up to date")
+
+
+@pytest.mark.parametrize("more", ["", "layer = 2\n"])
+def test_other_words_are_calibrated_anew_from_what_the_file_says(build_file, shelf, explored, more):
+    build_file(OPEN + more, "--calibrate")
+    other = OPEN.replace('"gate"', '"bay", "bridge"') + more
+    status = "updated" if more else "built"
+    assert _statuses(build_file(other, "--json", "--calibrate")) == {"a": status}
+    layers = (2,) if more else (1, 2, 3)
+    assert explored == [(layers, ("gate",)), (layers, ("bay", "bridge"))]
+    header = store.load(shelf, "a").header
+    assert header.words == header.calibration.words == ("bay", "bridge")
+    assert _statuses(build_file(other, "--json", "--calibrate")) == {"a": "up to date"}
+
+
+def test_other_words_without_a_calibration_leave_the_one_that_is_there(build_file, shelf, explored):
+    build_file(OPEN, "--calibrate")
+    before = store.load(shelf, "a").header
+    other = OPEN.replace('"gate"', '"bay"')
+    assert _statuses(build_file(other, "--json")) == {"a": "updated"}
+    assert store.load(shelf, "a").header == before.model_copy(update={"words": ("bay",)})
+    # Its layer is that of the calibration, which is still there and says by which words it was made.
+    assert _statuses(build_file(other, "--json")) == {"a": "up to date"}
+    assert _statuses(build_file(other, "--json", "--calibrate")) == {"a": "built"}
+    assert [words for _, words in explored] == [("gate",), ("bay",)]
+
+
+def test_words_are_held_against_those_of_the_calibration(build_file, shelf, explored):
+    build_file(OPEN.replace('words = ["gate"]', ""))
+    # As `calibrate NAME --words gate` leaves it.
+    old = store.load(shelf, "a")
+    store.save(shelf, "a", with_header(old, calibration=_calibration(2)), replace=True)
+    assert _statuses(build_file(OPEN, "--json", "--calibrate")) == {"a": "updated"}
+    assert not explored
+    assert _statuses(build_file(OPEN.replace('words = ["gate"]', ""), "--json", "--calibrate")) == {"a": "up to date"}
+
+
+def test_words_that_are_missing_are_told_with_their_line_before_the_model_is_loaded(build_file, monkeypatch):
+    monkeypatch.setattr(models, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    wordless = '[[concept]]\nname = "b"\ntext = "bay"\nlayers = [1, 2]\n'
+    fixed = '[[concept]]\nname = "c"\ntext = "bay"\nblend = 1\n'
+    result = build_file(OPEN + wordless + fixed, "--calibrate")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "steer-operators: c.toml: line 6: concept 'b': key 'words' is needed for --calibrate: what shows the concept "
+        "in a text\n"
+    )
+
+
+def test_words_are_asked_for_only_where_a_calibration_will_be_made(build_file, shelf, explored):
+    wordless = OPEN.replace('words = ["gate"]', "")
+    build_file(OPEN)
+    # It has the words that it was built with.
+    assert _statuses(build_file(wordless, "--json", "--calibrate")) == {"a": "updated"}
+    assert explored == [((1, 2, 3), ("gate",))]
+    assert _statuses(build_file(wordless, "--json", "--calibrate")) == {"a": "up to date"}
+    # Another one is built in its place, and nobody says by which words.
+    result = build_file(wordless.replace("rank = 5", "rank = 4"), "--calibrate", "--replace")
+    assert result.exit_code == 1
+    assert "c.toml: line 1: concept 'a': key 'words' is needed for --calibrate" in result.stderr
+    assert store.load(shelf, "a").header.low_rank.rank == 5
+
+
+def test_what_was_found_is_told_with_the_setting(build_file, explored):
+    told = build_file(OPEN, "--calibrate").stdout.splitlines()[0]
+    assert re.fullmatch(r"a +built +[\d.]+ s  recommended: layer 1, strength 0\.3, substitute, blend 0\.5", told)
+    (one,) = json.loads(build_file(OPEN, "--json").stdout)["operators"]
+    assert (one["found"], one["recommended"], one["layer"]) == (True, FOUND.model_dump(), 1)
+
+
+def test_a_calibration_that_found_nothing_is_told_as_such(build_file, unfruitful):
+    told = build_file(OPEN, "--calibrate").stdout.splitlines()[0]
+    assert told.endswith(
+        "  nothing within the bounds was found, and the default is kept: layer 2, strength 0.5, cumulative, blend 0"
+    )
+    (one,) = json.loads(build_file(OPEN, "--json").stdout)["operators"]
+    assert (one["found"], one["recommended"]) == (False, Recommended().model_dump())
+    assert (
+        build_file(OPEN + "strength = 0.4")
+        .stdout.splitlines()[0]
+        .endswith(
+            "nothing within the bounds was found, and what was recommended is kept: layer 2, strength 0.4, cumulative, "
+            "blend 0"
+        )
+    )
+    plain = OPEN.replace('"a"', '"b"')
+    (one,) = json.loads(build_file(plain, "--json").stdout)["operators"]
+    assert one["found"] is None
+
+
+@pytest.mark.usefixtures("build_file")
+def test_one_operator_is_calibrated_at_the_layer_that_is_given_and_says_where_nothing_was_found(shelf, unfruitful):
+    build = ["build", "a", "--text", "The bay", "--words", "neverwritten", "--calibrate", "--replace"]
+    told = CliRunner().invoke(app, [*build, "--layer", "3"], catch_exceptions=False).stdout
+    assert "nothing within the bounds was found, and the default is kept; 20 prompts" in told
+    assert _layers(shelf) == {"a": 3}
+    assert json.loads(CliRunner().invoke(app, [*build, "--json"], catch_exceptions=False).stdout)["found"] is False
+    assert unfruitful == [(3,), (1, 2, 3)]
+
+
+def test_a_calibration_goes_on_the_bars_of_the_batch(build_file, explored, monkeypatch):
+    monkeypatch.setattr(command, "shown", lambda: pytest.fail("other bars were drawn"))
+    told = []
+    tuned = command.tuned
+    monkeypatch.setattr(
+        command,
+        "tuned",
+        lambda *args, progress, **kwargs: told.append(progress) or tuned(*args, progress=progress, **kwargs),
+    )
+    assert build_file(OPEN, "--calibrate").exit_code == 0
+    assert told[0].args[0].name == "a"

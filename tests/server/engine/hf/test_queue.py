@@ -1,0 +1,174 @@
+import asyncio
+import threading
+import time
+
+import pytest
+
+from steer_server.engine.hf.queue import JobQueue
+from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError
+from steer_server.types import Admitted, DecodeJob, FinishReason, Row, SamplingParams
+
+
+def _job(**sampling):
+    return DecodeJob((1, 2), SamplingParams(**sampling), (Row(),))
+
+
+async def _drain(stream):
+    return [event async for event in stream]
+
+
+async def test_jobs_leave_in_the_order_in_which_they_came():
+    queue = JobQueue(3)
+    put = [queue.put(_job()) for _ in range(3)]
+    assert [queue.take() for _ in range(3)] == put
+
+
+async def test_no_more_jobs_wait_than_are_admitted():
+    queue = JobQueue(2)
+    queue.put(_job())
+    queue.put(_job())
+    with pytest.raises(QueueFullError) as caught:
+        queue.put(_job())
+    assert caught.value.retry_after >= 1.0
+    assert "2 requests wait" in str(caught.value)
+    assert len(queue) == 2
+
+
+async def test_the_running_job_does_not_count_as_waiting():
+    queue = JobQueue(1)
+    queue.put(_job())
+    assert (queue.running, len(queue)) == (0, 1)
+    queue.take()
+    assert (queue.running, len(queue)) == (1, 0)
+    queue.put(_job())
+    assert (queue.running, len(queue)) == (1, 1)
+
+
+async def test_the_retry_hint_follows_how_long_jobs_take():
+    queue = JobQueue(1)
+    queue.put(_job())
+    for _ in range(50):
+        queue.finished_in(30.0)
+    with pytest.raises(QueueFullError) as caught:
+        queue.put(_job())
+    assert caught.value.retry_after == pytest.approx(30.0, rel=0.01)
+
+
+async def test_a_waiting_job_that_is_cancelled_frees_its_place():
+    queue = JobQueue(2)
+    first, second = queue.put(_job()), queue.put(_job())
+    first.cancel()
+    assert len(queue) == 1
+    third = queue.put(_job())
+    assert [queue.take(), queue.take()] == [second, third]
+
+
+async def test_cancelling_twice_or_after_the_end_does_nothing():
+    queue = JobQueue(1)
+    queued = queue.put(_job())
+    assert queue.take() is queued
+    queued.cancel()
+    queued.cancel()
+    assert queued.interrupted() is FinishReason.CANCELLED
+    assert len(queue) == 0
+
+
+async def test_a_job_that_nobody_cancelled_is_not_interrupted():
+    assert JobQueue(1).put(_job()).interrupted() is None
+
+
+async def test_a_time_limit_runs_out_from_the_moment_of_admission():
+    queue = JobQueue(1)
+    queued = queue.put(_job(time_limit=0.05))
+    assert queued.interrupted() is None
+    await asyncio.sleep(0.06)
+    assert queued.interrupted() is FinishReason.TIME_LIMIT
+
+
+async def test_being_cancelled_comes_before_running_out_of_time():
+    queued = JobQueue(1).put(_job(time_limit=1e-9))
+    await asyncio.sleep(0.001)
+    queued.cancel()
+    assert queued.interrupted() is FinishReason.CANCELLED
+
+
+async def test_events_come_in_order_and_the_stream_ends():
+    queued = JobQueue(1).put(_job())
+
+    def work():
+        queued.post(Admitted())
+        queued.post(Admitted())
+        queued.post(None)
+
+    threading.Thread(target=work).start()
+    assert await _drain(queued) == [Admitted(), Admitted()]
+
+
+async def test_a_jobs_error_is_raised_to_its_reader():
+    queued = JobQueue(1).put(_job())
+    queued.post(EngineFailedError("it broke"))
+    with pytest.raises(EngineFailedError, match="it broke"):
+        await _drain(queued)
+
+
+async def test_closing_refuses_those_who_wait_and_stops_the_one_who_runs():
+    queue = JobQueue(2)
+    running, waiting = queue.put(_job()), queue.put(_job())
+    assert queue.take() is running
+    queue.close()
+    assert running.interrupted() is FinishReason.CANCELLED
+    with pytest.raises(ShuttingDownError):
+        await _drain(waiting)
+    assert len(queue) == 0
+    assert queue.take() is None
+    with pytest.raises(ShuttingDownError):
+        queue.put(_job())
+
+
+async def test_closing_wakes_a_thread_that_waits_for_work():
+    queue = JobQueue(1)
+    taken = asyncio.ensure_future(asyncio.to_thread(queue.take))
+    await asyncio.sleep(0.02)
+    assert not taken.done()
+    queue.close()
+    assert await asyncio.wait_for(taken, 2) is None
+
+
+async def test_a_thread_that_waits_for_work_gets_it_at_once():
+    queue = JobQueue(1)
+    taken = asyncio.ensure_future(asyncio.to_thread(queue.take))
+    await asyncio.sleep(0.02)
+    began = time.monotonic()
+    queued = queue.put(_job())
+    assert await asyncio.wait_for(taken, 2) is queued
+    assert time.monotonic() - began < 1
+
+
+def test_posting_after_the_loop_has_ended_stops_the_job():
+    async def put():
+        return JobQueue(1).put(_job())
+
+    queued = asyncio.run(put())
+    queued.post(Admitted())
+    assert queued.interrupted() is FinishReason.CANCELLED
+
+
+async def test_a_job_whose_time_runs_out_while_it_waits_ends_without_the_engine_and_frees_its_place():
+    queue = JobQueue(2)
+    queue.put(_job())
+    queue.take()
+    queued = queue.put(_job(time_limit=0.05))
+    [end] = await asyncio.wait_for(_drain(queued), 2)
+    assert (end.row, end.reason, end.text, end.receipts) == (0, FinishReason.TIME_LIMIT, "", ())
+    assert len(queue) == 0
+
+
+async def test_a_job_taken_just_before_its_time_runs_out_is_the_engines_to_end():
+    queue = JobQueue(1)
+    queued = queue.put(_job(time_limit=0.05))
+    queue.take()
+    drained = asyncio.ensure_future(_drain(queued))
+    await asyncio.sleep(0.1)
+    queued.post(Admitted())
+    queued.post(None)
+    assert await asyncio.wait_for(drained, 2) == [Admitted()]

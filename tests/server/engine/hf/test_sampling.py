@@ -1,0 +1,139 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from steer_server.engine.hf.sampling import Sampler
+from steer_server.types import SamplingParams
+
+_CPU = torch.device("cpu")
+_VOCABULARY = 12
+_SETTINGS = [
+    {"temperature": 0.7},
+    {"temperature": 1.0},
+    {"temperature": 2.5},
+    {"temperature": 1.0, "top_p": 0.6},
+    {"temperature": 1.0, "min_p": 0.2},
+    {"temperature": 1.3, "top_k": 4},
+    {"temperature": 0.8, "top_k": 7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+]
+
+
+def _logits(seed, size=_VOCABULARY):
+    return 2.0 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+def _choose(logits, sequence=(0,), **params):
+    return Sampler(SamplingParams(**params), _CPU).choose(torch.tensor(sequence), logits)
+
+
+def _draws(count, logits, **params):
+    sampler = Sampler(SamplingParams(**params), _CPU)
+    return [sampler.choose(torch.tensor([0]), logits) for _ in range(count)]
+
+
+@given(seed=st.integers(0, 10_000))
+def test_greedy_is_the_likeliest_token(seed):
+    logits = _logits(seed)
+    assert _choose(logits) == int(logits.argmax())
+
+
+@given(seed=st.integers(0, 2**64 - 1))
+def test_the_same_seed_draws_the_same_tokens(seed):
+    logits = _logits(1)
+    params = {"temperature": 1.5, "seed": seed}
+    assert _draws(8, logits, **params) == _draws(8, logits, **params)
+
+
+def test_different_seeds_draw_different_tokens():
+    logits = torch.zeros(1000)
+    assert _draws(8, logits, temperature=1.0, seed=1) != _draws(8, logits, temperature=1.0, seed=2)
+
+
+def test_two_rows_with_one_seed_draw_the_same_whatever_the_other_row_draws():
+    logits = torch.zeros(1000)
+    params = SamplingParams(temperature=1.0, seed=5)
+    first, second = Sampler(params, _CPU), Sampler(params, _CPU)
+    pairs = [(first.choose(torch.tensor([0]), logits), second.choose(torch.tensor([0]), logits)) for _ in range(20)]
+    assert all(a == b for a, b in pairs)
+    assert len({a for a, _ in pairs}) > 10
+
+
+@given(seed=st.integers(0, 10_000), temperature=st.floats(0.1, 10.0))
+def test_the_likeliest_one_token_is_greedy_at_any_temperature(seed, temperature):
+    logits = _logits(seed)
+    assert _choose(logits, temperature=temperature, top_k=1, seed=seed) == int(logits.argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-45, 1e-300, 5e-324])
+def test_a_temperature_close_to_zero_is_greedy(temperature):
+    logits = _logits(3)
+    assert _draws(5, logits, temperature=temperature, seed=1) == [int(logits.argmax())] * 5
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e38, 1e300])
+def test_an_enormous_temperature_draws_evenly(temperature):
+    assert len(set(_draws(300, _logits(3), temperature=temperature, seed=1))) == _VOCABULARY
+
+
+def _transformers_probabilities(llama, params, sequence, logits):
+    """What ``generate`` of transformers would draw from."""
+    config = GenerationConfig(do_sample=True, **{"top_k": 0, **params})
+    config._eos_token_tensor = None
+    processors = llama.model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=len(sequence),
+        encoder_input_ids=None,
+        prefix_allowed_tokens_fn=None,
+        logits_processor=[],
+        device="cpu",
+    )
+    return processors(torch.tensor([sequence]), logits[None])[0].softmax(-1)
+
+
+@pytest.mark.parametrize("params", _SETTINGS, ids=str)
+def test_the_distribution_is_that_of_transformers(llama, params, monkeypatch):
+    seen = []
+    draw = torch.multinomial
+
+    def spy(probabilities, *args, **kwargs):
+        seen.append(probabilities.clone())
+        return draw(probabilities, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
+    sequence = [3, 5, 3, 8]
+    for seed in range(5):
+        logits = _logits(seed)
+        _choose(logits, sequence, **params)
+        expected = _transformers_probabilities(llama, params, sequence, logits)
+        assert torch.equal(seen[-1], expected)
+
+
+@pytest.mark.parametrize("params", _SETTINGS, ids=str)
+def test_the_draws_follow_the_distribution(llama, params):
+    logits, count = _logits(2), 3000
+    expected = _transformers_probabilities(llama, params, [0], logits)
+    draws = torch.tensor(_draws(count, logits, **params, seed=11))
+    found = torch.bincount(draws, minlength=_VOCABULARY) / count
+    assert not bool(((found > 0) & (expected == 0)).any())
+    # Total variation of 3000 draws over 12 tokens: 0.05 is more than four standard deviations away.
+    assert float((found - expected).abs().sum() / 2) < 0.05
+
+
+def test_a_repetition_penalty_makes_room_for_another_token():
+    logits = torch.tensor([2.0, 1.5, -1.0])
+    assert _choose(logits, (0,)) == 0
+    assert _choose(logits, (0,), repetition_penalty=1.5) == 1
+    assert _choose(logits, (1,), repetition_penalty=1.5) == 0
+
+
+def test_a_repetition_penalty_below_one_repeats():
+    assert _choose(torch.tensor([1.0, 1.5, -1.0]), (0,), repetition_penalty=0.5) == 0
+
+
+def test_choosing_leaves_the_logits_alone():
+    logits = _logits(4)
+    before = logits.clone()
+    _choose(logits, (1, 2), temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
+    assert torch.equal(logits, before)

@@ -1,0 +1,152 @@
+"""What becomes of the options of vLLM, with vLLM's own configuration and without an engine."""
+
+import asyncio
+
+import pytest
+import torch
+
+from steer_server.command import ENGINES
+from steer_server.config import ServerConfig
+from steer_server.errors import EngineFailedError, StartupError
+
+pytest.importorskip("vllm")
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """The module of the engine: importing vLLM takes seconds, and only where a test runs."""
+    from steer_server.engine.vllm import engine as vllm
+
+    return vllm
+
+
+@pytest.fixture(scope="module")
+def directory(llama, tiny_tokenizer, tmp_path_factory):
+    """A tiny model, as vLLM finds it."""
+    place = tmp_path_factory.mktemp("model")
+    llama.model.save_pretrained(place)
+    tiny_tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def configure(engine, directory):
+    """``configure(memory=GIB, **options)``"""
+    return lambda memory=GIB, **given: engine._config(str(directory), "float32", given, memory)
+
+
+def test_options_that_the_constructor_takes_itself_are_handed_on(configure):
+    config, told = configure(disable_log_stats=True, enable_log_requests=True, max_model_len=64)
+    assert config.model_config.max_model_len == 64
+    assert told == {"disable_log_stats": True, "enable_log_requests": True, "aggregate_engine_logging": False}
+    assert configure()[1] == dict.fromkeys(told, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"max_model_len": "wide"}, "max_model_len"),
+        ({"no_such": 1}, "no_such"),
+        ({"additional_config": 5}, "additional_config"),
+        ({"load_format": "dummy"}, "load_format"),
+        ({"offload_group_size": 2}, "offload_backend=prefetch"),
+        ({"runner": "pooling"}, "do not generate"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_accepted_are_refused_as_options(configure, given, said):
+    with pytest.raises(StartupError, match=r"^engine_args") as caught:
+        configure(**given)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no"), AssertionError(), KeyError("x"), RuntimeError("no")])
+def test_whatever_vllm_raises_is_a_refusal(engine, configure, monkeypatch, error):
+    def fail(_args):
+        raise error
+
+    monkeypatch.setattr(engine.AsyncEngineArgs, "create_engine_config", fail)
+    with pytest.raises(StartupError, match=r"^engine_args: they are refused: .") as caught:
+        configure()
+    assert caught.value.__cause__ is error
+
+
+def test_operators_without_room_on_a_device_end_the_start_unless_the_cache_has_a_size_of_its_own(
+    engine, configure, monkeypatch
+):
+    config, _ = configure()
+    monkeypatch.setattr(engine.AsyncEngineArgs, "create_engine_config", lambda _args: config)
+    monkeypatch.setattr(config.cache_config, "gpu_memory_utilization", 0.92)
+    # The platform cpu always gives the cache a size of its own.
+    monkeypatch.setattr(config.cache_config, "kv_cache_memory_bytes", None)
+    configure(memory=4 * GIB)
+    monkeypatch.setattr(engine.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(engine.current_platform, "get_device_total_memory", lambda: 24 * GIB)
+    with pytest.raises(StartupError, match=r"^engine_args: .*gpu_memory_utilization 0\.92 leaves 1\.9 GiB"):
+        configure(memory=4 * GIB)
+    configure(memory=GIB)
+    monkeypatch.setattr(config.cache_config, "kv_cache_memory_bytes", GIB)
+    configure(memory=4 * GIB)
+
+
+def test_log_probabilities_in_transformers_are_those_after_the_whole_prompt(engine, llama):
+    found = engine._logprobs(llama, [1, 2, 3])
+    assert len(found) == llama.model.config.vocab_size
+    assert found != engine._logprobs(llama, [3, 2, 1])
+    assert sum(2.718281828459045**each for each in found) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_model_that_transformers_does_not_run_ends_the_start_by_name(engine, llama):
+    with pytest.raises(StartupError, match=r"^self-test: transformers cannot run the model: IndexError: "):
+        engine._logprobs(llama, [10**6])
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "most"),
+    [
+        ("model_config", {}, 0.02),
+        ("model_config", {"dtype": torch.bfloat16}, 1.0),
+        ("model_config", {"quantization": "fp8"}, None),
+        # One set of factors for all lengths, or one for each.
+        ("model_config", {"hf_text_config": {"rope_parameters": {"rope_type": "longrope"}}}, 1.0),
+        ("cache_config", {"cache_dtype": "bfloat16"}, 1.0),
+        ("cache_config", {"cache_dtype": "fp8"}, None),
+    ],
+    ids=str,
+)
+def test_a_model_is_held_against_transformers_as_far_as_it_is_not_rounded(
+    engine, configure, monkeypatch, part, changes, most
+):
+    config, _ = configure()
+    for name, value in changes.items():
+        monkeypatch.setattr(getattr(config, part), name, value)
+    assert engine._rounding(config) == (most if engine.DEVICE == "cpu" or most is None else 1.0)
+
+
+async def test_a_device_that_vllm_does_not_compute_on_is_refused_before_a_model_is_loaded(engine):
+    other = "cpu" if engine.DEVICE == "cuda" else "cuda"
+    config = ServerConfig(model="no-such-model", engine="vllm", device=other)
+    with pytest.raises(StartupError, match=r"^device: "):
+        await ENGINES["vllm"](config, "float32", other)
+
+
+class Stuck:
+    """vLLM whose workers wait for one another."""
+
+    errored = False
+
+    async def collective_rpc(self, *_args, **_kwargs):
+        await asyncio.Event().wait()
+
+
+async def test_workers_that_give_no_answer_end_the_engine(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_RPC_SECONDS", 0.0)
+    monkeypatch.setattr(engine, "_POLL_SECONDS", 0.01)
+    stuck = object.__new__(engine.VLLMEngine)
+    stuck._llm, stuck._silent = Stuck(), ""
+    with pytest.raises(EngineFailedError, match="steering_take: the workers gave no answer"):
+        await stuck._rpc("steering_take", ["a"])
+    assert "the workers gave no answer" in await asyncio.wait_for(stuck.failed(), 5)
