@@ -38,6 +38,7 @@ from transformers import (
 
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.header import OperatorHeader, Recommended
+from operators.maps.detach import families
 from operators.model.loading import LoadedModel, load_model, recognise
 
 # A shell that starts this in the background has interrupts ignored, here and in every process that tests start.
@@ -101,6 +102,12 @@ _FAMILIES = {
     ),
 }
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(params=[family.name for family in families()])
+def family(request) -> str:
+    """Every architecture that can be built, one after the other; ``tiny`` makes a model of it."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

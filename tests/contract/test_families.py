@@ -11,15 +11,14 @@ from operators.builder.concept import concept_from_text
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.types import Row, SamplingParams
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "ministral", "olmo2", "phi3", "gpt2")
 PROMPT = "Here is a painting of the bridge"
 SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
 STRENGTH = 0.9
 
 
-@pytest_asyncio.fixture(loop_scope="session", params=FAMILIES)
-async def served(request, tiny):
-    loaded = tiny(request.param, fresh=True)
+@pytest_asyncio.fixture(loop_scope="session")
+async def served(family, tiny):
+    loaded = tiny(family, fresh=True)
     # A head of its own: tied to large random embeddings, a model repeats its last token whatever is done to it.
     generator = torch.Generator().manual_seed(1)
     shape, dtype = loaded.model.lm_head.weight.shape, loaded.dtype

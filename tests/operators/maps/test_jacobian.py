@@ -4,14 +4,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from operators.core.errors import UnsupportedModelError
-from operators.maps.detach import detached
+from operators.maps.detach import detached, families
 from operators.maps.jacobian import detached_jacobian, exact, jacobian, relative_error
 from operators.maps.replay import Replay, hidden_state
 from operators.model.loading import embed
 
-FAMILIES = ["llama", "qwen2", "qwen3", "gemma3", "mistral", "ministral", "olmo2", "phi3", "gpt2"]
 # Where the embeddings are what the first block receives, so that they can be fed in again.
-WITHOUT_POSITIONS = [family for family in FAMILIES if family != "gpt2"]
+WITHOUT_POSITIONS = [family.name for family in families() if family.name != "gpt2"]
 ATTENTIONS = ["sdpa", "eager"]
 PROFILES = ["golden", "residual"]
 # Longer than the sliding window of the tiny Gemma.
@@ -25,7 +24,6 @@ def _layer(loaded, which):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("which", ["first", "middle", "last"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_sum_of_jacobian_times_embeddings_is_the_hidden_state(tiny, family, which, profile, attention):
     loaded = tiny(family, attention)
     found = detached_jacobian(loaded.model, IDS, layer=_layer(loaded, which), profile=profile)
@@ -33,7 +31,6 @@ def test_the_sum_of_jacobian_times_embeddings_is_the_hidden_state(tiny, family, 
     assert found.reconstruction_error <= 1e-12
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_ordinary_jacobian_does_not_give_the_hidden_state_back(tiny, family):
     loaded = tiny(family)
     assert jacobian(loaded.model, IDS, layer=2, profile="residual").reconstruction_error > 0.1
@@ -178,7 +175,6 @@ def test_the_jacobian_does_not_depend_on_how_many_rows_a_pass_answers(tiny, rows
     assert relative_error(found, expected.jacobian) <= 1e-13
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_one_token_is_a_prompt(tiny, family):
     found = detached_jacobian(tiny(family).model, (9,), layer=2, profile="residual")
     assert found.jacobian.shape[0] == 1
@@ -217,7 +213,6 @@ def test_the_ordinary_jacobian_of_the_default_model_is_far_off(smollm):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("profile", ["golden", "residual"])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_replay_is_autograd_through_the_detached_model(tiny, family, profile, attention):
     loaded = tiny(family, attention)
     for layer in (1, loaded.num_layers - 1, loaded.num_layers):
@@ -228,7 +223,6 @@ def test_the_replay_is_autograd_through_the_detached_model(tiny, family, profile
         assert found.reconstruction_error <= 1e-12
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 def test_push_and_pull_are_adjoint_and_are_the_jacobian(tiny, family):
     loaded = tiny(family)
     replay = Replay(loaded.model, IDS, layer=2, profile="golden")
