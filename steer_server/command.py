@@ -95,14 +95,14 @@ def serve(
 async def _run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.core.errors import OperatorError
-    from operators.core.store import default_store
+    from operators.core.store import Store
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
 
     log = structlog.get_logger("steer_server")
     device = config.device or _default_device()
     dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
-    directory = config.store or default_store()
+    store = Store.default() if config.store is None else Store(config.store)
     _check_free(config.listen)
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
@@ -110,7 +110,7 @@ async def _run(config: ServerConfig) -> None:
     except OperatorError as error:
         raise StartupError(str(error)) from error
     try:
-        registry = Registry(directory, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
+        registry = Registry(store, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
@@ -118,7 +118,7 @@ async def _run(config: ServerConfig) -> None:
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
-        log.info("serving", listen=f"{host}:{port}", operators=usable, store=str(directory))
+        log.info("serving", listen=f"{host}:{port}", operators=usable, store=str(store.path))
         await server.serve_until_signalled()
     except StoreUnreadableError as error:
         raise StartupError(str(error)) from error

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
-from operators.core import store
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import ArtifactError, SettingError, StoreError
+from operators.core.store import Store
 from steer_server.errors import (
     DoseTooHighError,
     InvalidRequestError,
@@ -54,9 +53,9 @@ class ReloadReport:
 class Registry:
     """Operators by name."""
 
-    def __init__(self, directory: Path, model: ModelInfo, *, max_bytes: int, max_dose: float) -> None:
+    def __init__(self, store: Store, model: ModelInfo, *, max_bytes: int, max_dose: float) -> None:
         """``max_bytes``: of a file. ``max_dose``: most that the |lambda|/2 of one request at one layer add up to."""
-        self._directory = directory
+        self._store = store
         self._model = model
         self._max_bytes = max_bytes
         self._max_dose = max_dose
@@ -81,7 +80,7 @@ class Registry:
         """
         before = self._entries
         try:
-            after = {name: _kept(before.get(name), self._read(name)) for name in store.names(self._directory)}
+            after = {name: _kept(before.get(name), self._read(name)) for name in self._store.names()}
         except StoreError as error:
             raise StoreUnreadableError(str(error)) from error
         self._entries = MappingProxyType(after)
@@ -145,12 +144,12 @@ class Registry:
     def _read(self, name: str) -> OperatorEntry:
         size = 0
         try:
-            size = store.path_of(self._directory, name).lstat().st_size
+            size = self._store.path_of(name).lstat().st_size
             if size > self._max_bytes:
                 raise ArtifactError(
                     f"{size} bytes; at most {self._max_bytes} are read (STEER_MAX_ARTIFACT_BYTES sets it)"
                 )
-            artifact = store.load(self._directory, name, max_bytes=self._max_bytes)
+            artifact = self._store.load(name, max_bytes=self._max_bytes)
             self._check_fits(artifact)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
             # A hostile file chooses parts of the message; every listing carries it.

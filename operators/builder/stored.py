@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from operators.builder.build import BuildSpec
 from operators.builder.checks import dtype_name
-from operators.core import store
 from operators.core.errors import ArtifactError, StoreError
 from operators.core.header import OperatorHeader
+from operators.core.store import Store
 from operators.core.version import __version__
 from operators.maps.detach import RULE_SET
 from operators.maps.sketch import OVERSAMPLE, POWER_ITERATIONS
@@ -27,7 +26,7 @@ class Stored:
 
 
 def stored_already(
-    where: Path, name: str, spec: BuildSpec, loaded: LoadedModel, *, replace: bool = False, any_layer: bool = False
+    store: Store, name: str, spec: BuildSpec, loaded: LoadedModel, *, replace: bool = False, any_layer: bool = False
 ) -> Stored | None:
     """The operator of that name, if building ``spec`` would give it again; None when it is to be built.
 
@@ -36,11 +35,11 @@ def stored_already(
     Raises:
         StoreError: another one has the name, and may not be replaced; says in what it differs.
     """
-    if not os.path.lexists(store.check_free(where, name, replace=True)):
+    if not os.path.lexists(store.check_free(name, replace=True)):
         return None
     found: Stored | None = None
     try:
-        artifact = store.load(where, name)
+        artifact = store.load(name)
         found = Stored(artifact.header, artifact.digest)
         if any_layer and found.header.calibration is not None:
             spec = dataclasses.replace(spec, layer=found.header.layer)
@@ -48,7 +47,9 @@ def stored_already(
     except ArtifactError as error:
         others = [str(error)]
     if others and not replace:
-        raise StoreError(f"operator {name!r} in {where} is another one: {'; '.join(others)} (--replace replaces it)")
+        raise StoreError(
+            f"operator {name!r} in {store.path} is another one: {'; '.join(others)} (--replace replaces it)"
+        )
     return None if others else found
 
 

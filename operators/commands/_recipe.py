@@ -18,11 +18,12 @@ from operators.commands._options import (
     DTypeChoice,
     device_or_default,
     memory_or_default,
-    store_or_default,
+    open_store,
 )
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
+    from operators.core.store import Store
     from operators.recipes.run import Outcome, Task, Watcher
 
 _STATUSES = ("built", "updated", "up to date", "failed")
@@ -35,7 +36,7 @@ def build_file(
     model: str | None,
     dtype: DTypeChoice,
     device: DeviceChoice | None,
-    store: Path | None,
+    store_path: Path | None,
     max_memory: str | None,
     replace: bool,
     calibrate: bool,
@@ -49,16 +50,16 @@ def build_file(
         entries = read_concept_file(file)
         if only:
             entries = pick(entries, only)
-        where, budget = store_or_default(store), memory_or_default(max_memory)
+        store, budget = open_store(store_path), memory_or_default(max_memory)
 
         from operators.commands.calibrate import tuned
         from operators.model.loading import default_model, load_model
         from operators.recipes.run import check_words, plan, run
 
         if calibrate:
-            check_words(entries, where)
+            check_words(entries, store)
         loaded = load_model(model or default_model(), dtype=dtype, device=device_or_default(device))
-        tasks = plan(entries, loaded, where, replace=replace, calibrate=calibrate, max_memory=budget)
+        tasks = plan(entries, loaded, store, replace=replace, calibrate=calibrate, max_memory=budget)
         told: list[dict[str, Any]] = []
         width = max(len(task.name) for task in tasks)
         try:
@@ -69,14 +70,14 @@ def build_file(
                     progress = functools.partial(watch, task)
                     return tuned(artifact, loaded, layers=task.layers, max_memory=budget, progress=progress)
 
-                for outcome in run(tasks, loaded, where, max_memory=budget, watch=watch, calibrate=tune):
-                    told.append(_described(outcome, where))
+                for outcome in run(tasks, loaded, store, max_memory=budget, watch=watch, calibrate=tune):
+                    told.append(_described(outcome, store))
                     if not as_json:
                         print(report.printable(_line(told[-1], width)), flush=True)
         except KeyboardInterrupt:
             done = sum(one["status"] != "failed" for one in told)
             print(
-                f"{report.COMMAND}: stopped; {done} of {len(tasks)} operators are in {where}, "
+                f"{report.COMMAND}: stopped; {done} of {len(tasks)} operators are in {store.path}, "
                 "and the same command builds the others",
                 file=sys.stderr,
             )
@@ -84,8 +85,8 @@ def build_file(
     seconds = round(time.monotonic() - start, 2)
     counts = {status: sum(one["status"] == status for one in told) for status in _STATUSES}
     summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    answer = {"store": str(where), "model": loaded.name, "operators": told, "seconds": seconds}
-    report.tell(answer, [f"{summary}: {seconds} s, {where}"], as_json=as_json)
+    answer = {"store": str(store.path), "model": loaded.name, "operators": told, "seconds": seconds}
+    report.tell(answer, [f"{summary}: {seconds} s, {store.path}"], as_json=as_json)
     if counts["failed"]:
         if not as_json:
             for one in told:
@@ -95,9 +96,7 @@ def build_file(
         raise typer.Exit(1)
 
 
-def _described(outcome: Outcome, where: Path) -> dict[str, Any]:
-    from operators.core.store import path_of
-
+def _described(outcome: Outcome, store: Store) -> dict[str, Any]:
     told: dict[str, Any] = {"name": outcome.name, "status": outcome.status, "seconds": round(outcome.seconds, 2)}
     if outcome.problem is not None:
         return {**told, "problem": report.problem(outcome.problem)}
@@ -106,7 +105,7 @@ def _described(outcome: Outcome, where: Path) -> dict[str, Any]:
     return {
         **told,
         "digest": outcome.stored.digest,
-        "path": str(path_of(where, outcome.name)),
+        "path": str(store.path_of(outcome.name)),
         "layer": header.layer,
         "rank": header.low_rank.rank if header.low_rank else None,
         "reconstruction_error": header.reconstruction_error,

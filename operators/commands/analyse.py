@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from operators.commands import _output as report
-from operators.commands._options import AsJson, Device, DType, Model, device_or_default
+from operators.commands._options import DeviceOption, DTypeOption, JsonOption, ModelOption, device_or_default
 
 
 def analyse(
     models: Annotated[list[str] | None, typer.Argument(help="With --compare: the models.", show_default=False)] = None,
     text: Annotated[str | None, typer.Option(help="The prompt.", show_default=False)] = None,
-    model: Model = None,
+    model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="Directory for the report, the plots and the JSON.")] = Path("analysis"),
     layer: Annotated[
         int | None, typer.Option(help="Layer of the output embedding (default: the last).", show_default=False)
@@ -25,9 +25,9 @@ def analyse(
         Path | None, typer.Option(help="One phrase per line (default: a hundred short ones).", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Take the first phrases only.", show_default=False)] = None,
-    dtype: DType = "float32",
-    device: Device = None,
-    as_json: AsJson = False,
+    dtype: DTypeOption = "float32",
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a model does with a prompt: reconstruction, spectra, tokens, layer by layer. Writes a report."""
     of_one = {"--text": text, "--model": model, "--layer": layer}

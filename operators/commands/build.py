@@ -10,19 +10,19 @@ import typer
 
 from operators.commands import _output as report
 from operators.commands._options import (
-    AsJson,
-    Device,
     DeviceChoice,
-    DType,
+    DeviceOption,
     DTypeChoice,
-    MaxMemory,
-    Model,
+    DTypeOption,
+    JsonOption,
+    MaxMemoryOption,
+    ModelOption,
     ProfileChoice,
     RuleChoice,
-    Store,
+    StoreOption,
     device_or_default,
     memory_or_default,
-    store_or_default,
+    open_store,
 )
 from operators.commands._recipe import build_file
 from operators.core.progress import shown
@@ -42,7 +42,7 @@ def build(
     only: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="With --file: only this concept.", show_default=False)
     ] = None,
-    model: Model = None,
+    model: ModelOption = None,
     profile: Annotated[
         ProfileChoice | None,
         typer.Option(help="Convention of target and injection (default: residual).", show_default=False),
@@ -71,10 +71,10 @@ def build(
         float | None,
         typer.Option(help="In place of a rank: the residual |J - U B| / |J| to reach.", show_default=False),
     ] = None,
-    max_memory: MaxMemory = None,
-    dtype: DType = "float32",
-    device: Device = None,
-    store: Store = None,
+    max_memory: MaxMemoryOption = None,
+    dtype: DTypeOption = "float32",
+    device: DeviceOption = None,
+    store_path: StoreOption = None,
     words: Annotated[
         str | None,
         typer.Option(help='What shows the concept in a text: "golden gate,bridge".', show_default=False),
@@ -84,7 +84,7 @@ def build(
         typer.Option("--calibrate", help="Find rule, blend, strength and a layer not given by trial; needs words."),
     ] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace an operator of that name.")] = False,
-    as_json: AsJson = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Compute the operator of a concept, check it against the model, and store it.
 
@@ -117,7 +117,7 @@ def build(
             model=model,
             dtype=dtype,
             device=device,
-            store=store,
+            store_path=store_path,
             max_memory=max_memory,
             replace=replace,
             calibrate=calibrate,
@@ -134,7 +134,9 @@ def build(
         )
     if only:
         raise typer.BadParameter("--only picks concepts of a --file; there is none")
-    _build_one(asked, model, dtype, device, store, max_memory, replace=replace, calibrate=calibrate, as_json=as_json)
+    _build_one(
+        asked, model, dtype, device, store_path, max_memory, replace=replace, calibrate=calibrate, as_json=as_json
+    )
 
 
 def _build_one(
@@ -142,7 +144,7 @@ def _build_one(
     model: str | None,
     dtype: DTypeChoice,
     device: DeviceChoice | None,
-    store: Path | None,
+    store_path: Path | None,
     max_memory: str | None,
     *,
     replace: bool,
@@ -151,13 +153,12 @@ def _build_one(
 ) -> None:
     start = time.monotonic()
     with report.reporting(as_json):
-        from operators.core import store as shelf
         from operators.recipes.concept_entry import ConceptEntry, checked
 
         # Everything that can be refused without the model is refused before it is loaded.
-        where = store_or_default(store)
+        store = open_store(store_path)
         entry = ConceptEntry(**{key: checked(key, value) for key, value in asked.items()})
-        shelf.check_free(where, entry.name, replace=replace)
+        store.check_free(entry.name, replace=replace)
         budget = memory_or_default(max_memory)
 
         from operators.builder.build import build_operator
@@ -174,7 +175,7 @@ def _build_one(
             layers = None if entry.layer is None else (entry.layer,)
             with shown() as progress:
                 artifact = tuned(artifact, loaded, layers=layers, max_memory=budget, progress=progress)
-        path = shelf.save(where, entry.name, artifact, replace=replace)
+        path = store.save(entry.name, artifact, replace=replace)
         seconds = round(time.monotonic() - start, 2)
         answer = report.described(entry.name, path, artifact)
         answer["concept_tokens"] = [loaded.tokenizer.decode([token]) for token in spec.texts[0].ids]

@@ -10,13 +10,13 @@ import typer
 
 from operators.commands import _output as report
 from operators.commands._options import (
-    AsJson,
-    MaxMemory,
-    Name,
-    Store,
+    JsonOption,
+    MaxMemoryOption,
+    NameArgument,
+    StoreOption,
     device_or_default,
     memory_or_default,
-    store_or_default,
+    open_store,
 )
 from operators.core.progress import Progress, shown
 
@@ -30,7 +30,7 @@ _SHOWN = 6
 
 
 def calibrate(
-    name: Name,
+    name: NameArgument,
     words: Annotated[
         str | None,
         typer.Option(
@@ -63,22 +63,21 @@ def calibrate(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the curves into this file, such as curves.png.", show_default=False)
     ] = None,
-    max_memory: MaxMemory = None,
-    store: Store = None,
-    as_json: AsJson = False,
+    max_memory: MaxMemoryOption = None,
+    store_path: StoreOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Find the setting at which an operator works best, and store it as the operator's recommendation."""
     start = time.monotonic()
     with report.reporting(as_json):
-        from operators.core import store as shelf
         from operators.core.errors import TrialError
         from operators.model.loading import load_model
         from operators.tune.calibrate import calibrate as find
         from operators.tune.explore import CalibrationSpec
         from operators.tune.prompts import calibration_prompts, read_prompts
 
-        where = store_or_default(store)
-        artifact = shelf.load(where, name)
+        store = open_store(store_path)
+        artifact = store.load(name)
         budget = memory_or_default(max_memory)
         header = artifact.header
         known = header.words or (header.calibration.words if header.calibration else ())
@@ -98,7 +97,7 @@ def calibrate(
         loaded = load_model(model or header.model, dtype=header.model_dtype, device=device_or_default(None))
         with shown() as progress:
             calibrated = find(artifact, loaded, spec, max_memory=budget, progress=progress)
-        path = shelf.save(where, name, calibrated, replace=True)
+        path = store.save(name, calibrated, replace=True)
         curves = calibrated.header.calibration
         assert curves is not None  # noqa: S101 - for the type checker
         if plot is not None:

@@ -7,35 +7,31 @@ from typing import Annotated, Any
 import typer
 
 from operators.commands import _output as report
-from operators.commands._options import AsJson, Name, Store, device_or_default, store_or_default
+from operators.commands._options import JsonOption, NameArgument, StoreOption, device_or_default, open_store
 from operators.core.errors import OperatorError
 
 
-def list_operators(store: Store = None, as_json: AsJson = False) -> None:
+def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the operators in the store, broken ones with what is wrong with them."""
     with report.reporting(as_json):
-        from operators.core import store as shelf
-
-        where = store_or_default(store)
+        store = open_store(store_path)
         entries: list[dict[str, Any]] = []
-        for name in shelf.names(where):
+        for name in store.names():
             try:
-                entries.append(report.described(name, shelf.path_of(where, name), shelf.load(where, name)))
+                entries.append(report.described(name, store.path_of(name), store.load(name)))
             except OperatorError as error:
                 entries.append({"name": name, "problem": report.problem(error)})
-        lines = report.list_lines(entries) or [f"no operators in {where}"]
-        report.tell({"store": str(where), "operators": entries}, lines, as_json=as_json)
+        lines = report.list_lines(entries) or [f"no operators in {store.path}"]
+        report.tell({"store": str(store.path), "operators": entries}, lines, as_json=as_json)
 
 
-def show(name: Name, store: Store = None, as_json: AsJson = False) -> None:
+def show(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption = False) -> None:
     """Show everything about one operator but its numbers."""
     with report.reporting(as_json):
-        from operators.core import store as shelf
-
-        where = store_or_default(store)
-        artifact = shelf.load(where, name)
+        store = open_store(store_path)
+        artifact = store.load(name)
         header = artifact.header
-        answer = report.described(name, shelf.path_of(where, name), artifact)
+        answer = report.described(name, store.path_of(name), artifact)
         lines = report.operator_lines(
             answer,
             rules=header.rule_set,
@@ -46,20 +42,18 @@ def show(name: Name, store: Store = None, as_json: AsJson = False) -> None:
 
 
 def verify(
-    name: Name,
+    name: NameArgument,
     model: Annotated[
         str | None,
         typer.Option(help="Model to check against (default: the one it was built on).", show_default=False),
     ] = None,
     file_only: Annotated[bool, typer.Option("--file-only", help="Check the file; load no model.")] = False,
-    store: Store = None,
-    as_json: AsJson = False,
+    store_path: StoreOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Check an operator's file, then hold it against its model."""
     with report.reporting(as_json):
-        from operators.core import store as shelf
-
-        artifact = shelf.load(store_or_default(store), name)
+        artifact = open_store(store_path).load(name)
         answer: dict[str, Any] = {"name": name, "digest": artifact.digest, "file": "valid"}
         line = f"{name}: the file is valid ({artifact.digest})"
         if not file_only:
@@ -81,11 +75,9 @@ def verify(
         report.tell(answer, [line], as_json=as_json)
 
 
-def delete(name: Name, store: Store = None, as_json: AsJson = False) -> None:
+def delete(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption = False) -> None:
     """Remove an operator from the store."""
     with report.reporting(as_json):
-        from operators.core import store as shelf
-
-        where = store_or_default(store)
-        shelf.delete(where, name)
-        report.tell({"deleted": name, "store": str(where)}, [f"{name}: deleted"], as_json=as_json)
+        store = open_store(store_path)
+        store.delete(name)
+        report.tell({"deleted": name, "store": str(store.path)}, [f"{name}: deleted"], as_json=as_json)

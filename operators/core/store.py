@@ -1,7 +1,7 @@
 """A directory of operators: one ``NAME.safetensors`` each.
 
 Writing is atomic: a file appears whole or not at all. Names cannot leave the directory. A writer holds a lock on its
-temporary file; one without a lock is what a killed writer left behind, and the next save removes it.
+temporary file; a temporary file without a lock was left behind by a killed writer, and the next save removes it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _TEMPORARY = re.compile(r"\.[a-z0-9][a-z0-9_.-]{0,63}\.[0-9a-f]{16}\.tmp")
 
 
-def default_store() -> Path:
-    """``$STEER_STORE``, or the user's data directory."""
-    from platformdirs import user_data_path
-
-    given = os.environ.get("STEER_STORE")
-    return Path(given) if given else user_data_path("steering-operators") / "store"
-
-
 def check_name(name: str) -> str:
-    """The name itself, if it is allowed. Raises :class:`StoreError`."""
+    """Returns the name unchanged. Raises :class:`StoreError` for one that is not allowed."""
     if not _NAME.fullmatch(name):
         raise StoreError(
             f"operator name {name!r} is not allowed; 1 to 64 of a-z 0-9 _ . - are, beginning with a letter or digit"
@@ -40,114 +32,154 @@ def check_name(name: str) -> str:
     return name
 
 
-def path_of(store: Path, name: str) -> Path:
-    """Where the operator ``name`` lives. Raises :class:`StoreError` for a name that is not allowed."""
-    return store / (check_name(name) + SUFFIX)
+class Store:
+    """A directory of operators, each under its name. The directory is created by the first :meth:`save`.
 
-
-def names(store: Path) -> list[str]:
-    """Every name in the store, sorted, whether or not its file is valid. A store not made yet is empty."""
-    if not store.exists():
-        return []
-    if not store.is_dir():
-        raise StoreError(f"store {store} is not a directory")
-    try:
-        files = os.listdir(store)
-    except OSError as error:
-        raise StoreError(f"store {store} cannot be read: {error.strerror}") from error
-    stems = (file.removesuffix(SUFFIX) for file in files if file.endswith(SUFFIX))
-    return sorted(stem for stem in stems if _NAME.fullmatch(stem))
-
-
-def load(store: Path, name: str, *, max_bytes: int = MAX_BYTES) -> OperatorArtifact:
-    """Reads and verifies one operator.
-
-    Raises:
-        StoreError: no such operator; lists those there are.
-        ArtifactError: its file is not valid.
+    ``for name in store`` iterates over the names, and ``name in store`` says whether an operator has that name,
+    whether or not its file is valid. Two stores are equal when their paths are.
     """
-    path = path_of(store, name)
-    if not os.path.lexists(path):
-        raise StoreError(f"no operator {name!r} in {store}; there are: {', '.join(names(store)) or 'none'}")
-    return read_artifact(path, max_bytes=max_bytes)
 
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
 
-def check_free(store: Path, name: str, *, replace: bool = False) -> Path:
-    """Where ``name`` may be written.
+    @classmethod
+    def default(cls) -> Store:
+        """The store at ``$STEER_STORE``, or the one in the user's data directory."""
+        from platformdirs import user_data_path
 
-    Raises:
-        StoreError: the name is not allowed, or taken without ``replace``, or the store cannot be written to.
-    """
-    path = path_of(store, name)
-    # What is there of a store that is yet to be made.
-    place = next((place for place in (store, *store.absolute().parents) if os.path.exists(place)), store)
-    if not os.path.isdir(place):
-        raise StoreError(f"operator {name!r} cannot be written to {store}: {place} is not a directory")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise StoreError(f"operator {name!r} cannot be written to {store}: no permission to write to {place}")
-    if not replace and os.path.lexists(path):
-        raise StoreError(f"operator {name!r} is already in {store}; delete it, or replace it (--replace)")
-    return path
+        configured = os.environ.get("STEER_STORE")
+        return cls(configured or user_data_path("steering-operators") / "store")
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r})"
 
-def save(store: Path, name: str, artifact: OperatorArtifact, *, replace: bool = False) -> Path:
-    """Writes an operator atomically and returns its path.
+    def __eq__(self, other: object) -> bool:
+        return self.path == other.path if isinstance(other, Store) else NotImplemented
 
-    Raises:
-        StoreError: the name is taken and ``replace`` is false, or the file cannot be written. The store is as
-            before.
-    """
-    path = check_free(store, name, replace=replace)
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-        _sweep(store)
-        with _temporary(store, name) as file:
-            file.write(to_bytes(artifact))
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-    except OSError as error:
-        raise StoreError(f"operator {name!r} cannot be written to {store}: {error.strerror}") from error
-    return path
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    # No __len__: an empty store would be false, and `store or Store.default()` another one.
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and bool(_NAME.fullmatch(name)) and os.path.lexists(self.path_of(name))
+
+    def names(self) -> list[str]:
+        """Every name in the store, sorted, whether or not its file is valid.
+
+        A directory that does not exist yet is an empty store. Raises :class:`StoreError` when it cannot be read.
+        """
+        if not self.path.exists():
+            return []
+        if not self.path.is_dir():
+            raise StoreError(f"store {self.path} is not a directory")
+        try:
+            files = os.listdir(self.path)
+        except OSError as error:
+            raise StoreError(f"store {self.path} cannot be read: {error.strerror}") from error
+        stems = (file.removesuffix(SUFFIX) for file in files if file.endswith(SUFFIX))
+        return sorted(stem for stem in stems if _NAME.fullmatch(stem))
+
+    def path_of(self, name: str) -> Path:
+        """The file of the operator ``name``, existing or not. Raises :class:`StoreError` for a name not allowed."""
+        return self.path / (check_name(name) + SUFFIX)
+
+    def load(self, name: str, *, max_bytes: int = MAX_BYTES) -> OperatorArtifact:
+        """Reads and verifies one operator. ``max_bytes``: larger files are refused.
+
+        Raises:
+            StoreError: no such operator; the message lists those that exist.
+            ArtifactError: its file is not valid.
+        """
+        return read_artifact(self._existing(name), max_bytes=max_bytes)
+
+    def check_free(self, name: str, *, replace: bool = False) -> Path:
+        """The file that :meth:`save` would write for ``name``.
+
+        Raises:
+            StoreError: the name is not allowed, or taken without ``replace``, or the store cannot be written to.
+        """
+        path = self.path_of(name)
+        # The store, or the nearest existing directory that it would be created in.
+        parent = next(
+            (place for place in (self.path, *self.path.absolute().parents) if os.path.exists(place)), self.path
+        )
+        if not os.path.isdir(parent):
+            raise StoreError(f"operator {name!r} cannot be written to {self.path}: {parent} is not a directory")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise StoreError(f"operator {name!r} cannot be written to {self.path}: no permission to write to {parent}")
+        if not replace and os.path.lexists(path):
+            raise StoreError(f"operator {name!r} is already in {self.path}; delete it, or replace it (--replace)")
+        return path
+
+    def save(self, name: str, artifact: OperatorArtifact, *, replace: bool = False) -> Path:
+        """Writes an operator atomically and returns its path.
+
+        Raises:
+            StoreError: the name is not allowed, or taken and ``replace`` is false, or the file cannot be written.
+                The store is then unchanged.
+        """
+        path = self.check_free(name, replace=replace)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(self.path)
+            with _temporary_file(self.path, name) as file:
+                file.write(to_bytes(artifact))
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+        except OSError as error:
+            raise StoreError(f"operator {name!r} cannot be written to {self.path}: {error.strerror}") from error
+        return path
+
+    def delete(self, name: str) -> None:
+        """Removes an operator. Raises :class:`StoreError` when it does not exist or cannot be removed."""
+        path = self.path_of(name)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        except OSError as error:
+            raise StoreError(f"operator {name!r} cannot be deleted: {error.strerror}") from error
+
+    def _existing(self, name: str) -> Path:
+        path = self.path_of(name)
+        if not os.path.lexists(path):
+            raise self._missing(name)
+        return path
+
+    def _missing(self, name: str) -> StoreError:
+        return StoreError(f"no operator {name!r} in {self.path}; there are: {', '.join(self.names()) or 'none'}")
 
 
 @contextmanager
-def _temporary(store: Path, name: str) -> Iterator[BinaryIO]:
-    """A new file, locked; it is gone afterwards unless it was given another name."""
+def _temporary_file(directory: Path, name: str) -> Iterator[BinaryIO]:
+    """A new, locked file; removed on exit unless it was renamed."""
     while True:
-        # Named before it is made, so that an interrupt at any moment knows what to remove.
-        path = store / f".{name}.{secrets.token_hex(8)}.tmp"
+        # The path is chosen before the file is made, so that an interrupt at any moment knows what to remove.
+        path = directory / f".{name}.{secrets.token_hex(8)}.tmp"
         try:
             with open(path, "xb") as file:
-                # A file system without locks has no sweeping either.
+                # On a file system without locks, abandoned files are not removed either.
                 with suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_EX)
-                # Another writer may have swept it before it was locked.
+                # Another writer may have removed it before it was locked.
                 if os.path.lexists(path):
                     yield file
                     return
         finally:
-            # Nothing hides the reason why it is left behind.
+            # An error here must not hide the one that left the file behind.
             with suppress(OSError):
                 os.unlink(path)
 
 
-def _sweep(store: Path) -> None:
-    """Removes temporary files that nobody holds a lock on any more."""
-    for left in filter(_TEMPORARY.fullmatch, os.listdir(store)):
-        # Somebody else's, gone meanwhile, or being written: then it stays.
-        with suppress(OSError), open(store / left, "r+b") as file:
+def _remove_abandoned(directory: Path) -> None:
+    """Removes temporary files that no process holds a lock on any more."""
+    for file_name in filter(_TEMPORARY.fullmatch, os.listdir(directory)):
+        # Not ours, removed meanwhile, or being written: then it stays.
+        with suppress(OSError), open(directory / file_name, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(store / left)
-
-
-def delete(store: Path, name: str) -> None:
-    """Removes an operator. Raises :class:`StoreError` when it is not there."""
-    path = path_of(store, name)
-    try:
-        path.unlink()
-    except FileNotFoundError:
-        raise StoreError(f"no operator {name!r} in {store}; there are: {', '.join(names(store)) or 'none'}") from None
-    except OSError as error:
-        raise StoreError(f"operator {name!r} cannot be deleted: {error.strerror}") from error
+            os.unlink(directory / file_name)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,11 +18,11 @@ import torch
 from operators.builder.build import BuildSpec, build_operator, check_layer, check_spec
 from operators.builder.concept import concept_from_text
 from operators.builder.stored import Stored, stored_already
-from operators.core import store
 from operators.core.artifact import OperatorArtifact, with_header
 from operators.core.capacity import shortage_told
 from operators.core.errors import ArtifactError, ConceptFileError, OperatorError, StoreError
 from operators.core.header import OperatorHeader, Recommended
+from operators.core.store import Store
 from operators.maps.detach import family_of
 from operators.maps.sketch import embedding_root
 from operators.model.loading import LoadedModel
@@ -91,7 +90,7 @@ def spec_of(entry: ConceptEntry, loaded: LoadedModel) -> BuildSpec:
 def plan(
     entries: Sequence[FileEntry],
     loaded: LoadedModel,
-    where: Path,
+    store: Store,
     *,
     replace: bool = False,
     calibrate: bool = False,
@@ -100,7 +99,7 @@ def plan(
     """What is to be done for every entry, after checking all that can be checked before the first is built.
 
     Args:
-        where: the store. Names in it that hold something else are an error, unless ``replace``.
+        store: where the operators go. Names in it that hold something else are an error, unless ``replace``.
         calibrate: whether settings that nobody said are to be found by trial, where that has not been done yet by the
             words that are asked for.
         max_memory: bytes beside the model; most of what is free when not given.
@@ -111,12 +110,12 @@ def plan(
         ConceptFileError: names every entry that this model or store refuses, and why.
     """
     family_of(loaded.model)
-    store.names(where)
+    store.names()
     tasks: list[Task] = []
     problems: list[str] = []
     for one in entries:
         try:
-            tasks.append(_task(one, loaded, where, replace, calibrate, max_memory))
+            tasks.append(_task(one, loaded, store, replace, calibrate, max_memory))
         except ConceptFileError as error:
             problems.extend(error.problems)
     if problems:
@@ -125,14 +124,14 @@ def plan(
     return tuple(tasks)
 
 
-def check_words(entries: Sequence[FileEntry], where: Path) -> None:
+def check_words(entries: Sequence[FileEntry], store: Store) -> None:
     """What can be said before a model is loaded of entries that are to be calibrated.
 
     Raises:
         ConceptFileError: names every entry that has no words, neither in the file nor in the store.
     """
     wordless = [one for one in entries if _is_open(one.entry) and not one.entry.words]
-    problems = [_WORDS_NEEDED.format(one.at("words")) for one in wordless if not _may_have_words(where, one.entry.name)]
+    problems = [_WORDS_NEEDED.format(one.at("words")) for one in wordless if not _may_have_words(store, one.entry.name)]
     if problems:
         raise ConceptFileError(*dict.fromkeys(problems))
 
@@ -140,7 +139,7 @@ def check_words(entries: Sequence[FileEntry], where: Path) -> None:
 def run(
     tasks: Sequence[Task],
     loaded: LoadedModel,
-    where: Path,
+    store: Store,
     *,
     max_memory: int | None = None,
     watch: Watcher | None = None,
@@ -158,7 +157,7 @@ def run(
             yield Outcome(task.name, "up to date", time.monotonic() - began, task.stored, None)
             continue
         try:
-            done = _done(task, loaded, where, root, max_memory, watch, calibrate)
+            done = _done(task, loaded, store, root, max_memory, watch, calibrate)
         except OperatorError as error:
             # The frames that it came through hold numbers whose memory the next build may need.
             error.__traceback__ = error.__cause__ = error.__context__ = None
@@ -172,14 +171,14 @@ def run(
 def _done(
     task: Task,
     loaded: LoadedModel,
-    where: Path,
+    store: Store,
     root: Callable[[], torch.Tensor],
     max_memory: int | None,
     watch: Watcher | None,
     calibrate: Calibrator | None,
 ) -> Stored:
     if task.stored is not None:
-        artifact = store.load(where, task.name)
+        artifact = store.load(task.name)
         artifact = with_header(artifact, recommended=task.spec.recommended, words=task.spec.words)
     else:
         artifact = build_operator(
@@ -192,12 +191,12 @@ def _done(
     if task.calibrate:
         assert calibrate is not None  # noqa: S101 - for the type checker: who plans it brings it
         artifact = calibrate(artifact, task)
-    store.save(where, task.name, artifact, replace=task.replace)
+    store.save(task.name, artifact, replace=task.replace)
     return Stored(artifact.header, artifact.digest)
 
 
 def _task(
-    one: FileEntry, loaded: LoadedModel, where: Path, replace: bool, calibrate: bool, max_memory: int | None
+    one: FileEntry, loaded: LoadedModel, store: Store, replace: bool, calibrate: bool, max_memory: int | None
 ) -> Task:
     with _told_at(one, "text", "texts"):
         spec = spec_of(one.entry, loaded)
@@ -208,7 +207,7 @@ def _task(
     # What the defaults come to, so that it can be compared with what is stored.
     spec = dataclasses.replace(spec, layer=layer, rank=None if spec.tolerance is not None else rank or "full")
     with _told_at(one, "name"):
-        there = stored_already(where, one.entry.name, spec, loaded, replace=replace, any_layer=one.entry.layer is None)
+        there = stored_already(store, one.entry.name, spec, loaded, replace=replace, any_layer=one.entry.layer is None)
     found = None if there is None else there.header
     due = calibrate and _is_open(one.entry) and not _calibrated(found, one.entry)
     if found and one.entry.words is None:
@@ -236,10 +235,10 @@ def _calibrated(header: OperatorHeader | None, entry: ConceptEntry) -> bool:
     return entry.words is None or entry.words == header.calibration.words
 
 
-def _may_have_words(where: Path, name: str) -> bool:
+def _may_have_words(store: Store, name: str) -> bool:
     """Whether what is stored under this name could do without words of the file: it has some, or a calibration."""
     try:
-        header = store.load(where, name).header
+        header = store.load(name).header
     except (ArtifactError, StoreError):
         return False
     return bool(header.words or header.calibration)

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from operators.core import artifact as artifacts
-from operators.core import store
 from operators.core.artifact import from_bytes, make_artifact, read_artifact, to_bytes
 from operators.core.errors import ArtifactError
+from operators.core.store import Store
 
 
 class _Bomb:
@@ -384,7 +384,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting(place, words, data, 
 def test_a_broken_operator_in_the_store_is_named_by_its_file(data, tmp_path):
     (tmp_path / "golden-gate.safetensors").write_bytes(data[:-1])
     with pytest.raises(ArtifactError, match=r"^golden-gate\.safetensors: "):
-        store.load(tmp_path, "golden-gate")
+        Store(tmp_path).load("golden-gate")
 
 
 def test_values_that_are_not_finite_cannot_be_signed_either(make_operator):

@@ -47,9 +47,9 @@ from vllm import SamplingParams as VLLMSamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from operators.core import store
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.header import LowRank, OperatorHeader, Recommended
+from operators.core.store import Store
 from operators.model.loading import LoadedModel, load_model
 from operators.model.obtain import obtain
 from steer_server.engine.vllm.engine import VLLMEngine
@@ -117,7 +117,7 @@ async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     made = operators(loaded)
     with tempfile.TemporaryDirectory() as directory:
         for index, artifact in enumerate(made):
-            store.save(Path(directory), f"op-{index}", artifact)
+            Store(directory).save(f"op-{index}", artifact)
         async with arms(names, loaded, made, directory, given.dtype) as ways:
             found: dict[tuple[int, str], list[Run]] = {(size, name): [] for size in batches for name in ways}
             source = random.Random(0)

@@ -37,8 +37,8 @@ from steer_client import ABResult, AsyncSteerClient, Generation, OperatorUse, Re
 
 from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
-from operators.core import store
 from operators.core.artifact import OperatorArtifact, with_header
+from operators.core.store import Store
 from operators.model.loading import load_model
 
 CLOSE_CALL = 1e-3
@@ -301,7 +301,7 @@ async def swap(client: AsyncSteerClient, directory: Path, made: dict[str, Operat
         # The same numbers, as if built at another time: the digest is another one.
         new = with_header(made[name], created=made[name].header.created + timedelta(seconds=1 + number))
         ledger.versions[new.digest] = name
-        await asyncio.to_thread(store.save, directory, SWAPPED, new, replace=True)
+        await asyncio.to_thread(Store(directory).save, SWAPPED, new, replace=True)
         report = await client.reload_operators()
         ledger.count["swaps"] += report.changed == (SWAPPED,)
         if report.unusable:
@@ -334,8 +334,8 @@ async def soak(given: argparse.Namespace) -> dict[str, Any]:
     made = build()
     with tempfile.TemporaryDirectory() as directory:
         for name, artifact in made.items():
-            store.save(Path(directory), name, artifact)
-        store.save(Path(directory), SWAPPED, made[VERSIONS[-1]])
+            Store(directory).save(name, artifact)
+        Store(directory).save(SWAPPED, made[VERSIONS[-1]])
         async with Server(Path(directory), given.blocks) as server, AsyncSteerClient(server.target) as client:
             began = time.monotonic()
             digests = {name: artifact.digest for name, artifact in made.items()}

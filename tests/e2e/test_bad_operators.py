@@ -20,8 +20,8 @@ from steer_client import (
 )
 
 from operators.core import artifact as artifacts
-from operators.core import store
 from operators.core.artifact import from_bytes, to_bytes
+from operators.core.store import Store
 
 BIN = Path(sys.executable).parent
 GOLDEN = [OperatorUse("golden", 0.5)]
@@ -91,7 +91,7 @@ def bad_store(server, tiny_store, tmp_path_factory, golden, loaded, remake, trap
         (tiny_store / f"{name}.safetensors").write_bytes(data)
     with (tiny_store / "oversized.safetensors").open("wb") as file:
         file.truncate((4 << 30) + 1)
-    elsewhere = store.save(tmp_path_factory.mktemp("elsewhere"), "golden", golden)
+    elsewhere = Store(tmp_path_factory.mktemp("elsewhere")).save("golden", golden)
     (tiny_store / "linked.safetensors").symlink_to(elsewhere)
     names = [*contents, "oversized", "linked"]
     with SteerClient(server.target, timeout=60) as client:
@@ -157,7 +157,7 @@ def test_signing_by_hand_leaves_a_valid_operator_valid(golden):
 
 def test_a_store_that_became_a_file_is_an_error_of_the_server_and_the_old_operators_stay(start_tiny, golden, tmp_path):
     directory = tmp_path / "store"
-    store.save(directory, "golden", golden)
+    Store(directory).save("golden", golden)
     with start_tiny("--store", str(directory)) as server, SteerClient(server.target, timeout=20) as client:
         directory.rename(tmp_path / "elsewhere")
         directory.write_text("no directory")

@@ -10,7 +10,7 @@ from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
 
 from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
-from operators.core import store
+from operators.core.store import Store
 
 pytestmark = pytest.mark.model
 
@@ -45,7 +45,7 @@ def server(smollm, tmp_path_factory, start_server):
         ("paris", "The capital of France is", 24),
     ):
         spec = BuildSpec((concept_from_text(text, loaded),), "golden", layer)
-        store.save(directory, name, build_operator(spec, loaded))
+        Store(directory).save(name, build_operator(spec, loaded))
     with start_server("--store", str(directory), "--dtype", "float32", model="smollm2-135m", metrics=True) as running:
         yield running
 

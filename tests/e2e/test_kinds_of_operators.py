@@ -11,9 +11,9 @@ from steer_client import DoseTooHighError, OperatorUse, SamplingParams, SteerCli
 from operators import __version__
 from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
-from operators.core import store
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, Recommended
+from operators.core.store import Store
 
 BIN = Path(sys.executable).parent
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -52,7 +52,7 @@ def several(server, tiny_store, loaded):
     built = build_operator(BuildSpec(concepts, layer=2, rank=5, recommended=RECOMMENDED), loaded)
     header = built.header.model_copy(update={"calibration": calibration})
     vectors = (built.anchor, built.substitute_base, built.offset)
-    store.save(tiny_store, "several", make_artifact(header, built.factors, *vectors, basis=built.basis))
+    Store(tiny_store).save("several", make_artifact(header, built.factors, *vectors, basis=built.basis))
     with SteerClient(server.target, timeout=60) as client:
         assert client.reload_operators().unusable == ()
         yield built

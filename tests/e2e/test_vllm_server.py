@@ -16,7 +16,7 @@ from steer_client import OperatorUse, SamplingParams, SteerClient
 
 from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
-from operators.core import store
+from operators.core.store import Store
 
 pytestmark = pytest.mark.model
 
@@ -31,7 +31,7 @@ def bridges(smollm, tmp_path_factory):
     directory = tmp_path_factory.mktemp("vllm") / "store"
     loaded = smollm()
     concept = concept_from_text("The Golden Gate Bridge in San", loaded)
-    store.save(directory, "bridge", build_operator(BuildSpec((concept,), layer=15), loaded))
+    Store(directory).save("bridge", build_operator(BuildSpec((concept,), layer=15), loaded))
     return directory
 
 

@@ -23,9 +23,9 @@ from steer_client import (
 
 from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
-from operators.core import store
 from operators.core.apply import prepared_bytes
 from operators.core.artifact import with_header
+from operators.core.store import Store
 
 pytestmark = pytest.mark.model
 
@@ -80,8 +80,8 @@ def artifacts(smollm):
 def directory(artifacts, tmp_path_factory):
     directory = tmp_path_factory.mktemp("store")
     for name, artifact in artifacts.items():
-        store.save(directory, name, artifact)
-    store.save(directory, "swapped", artifacts["bridge"])
+        Store(directory).save(name, artifact)
+    Store(directory).save("swapped", artifacts["bridge"])
     return directory
 
 
@@ -127,7 +127,7 @@ async def swap(client, directory, artifacts, names, end):
         old = artifacts[name]
         new = with_header(old, created=old.header.created + timedelta(seconds=1 + number))
         names[new.digest] = name
-        await asyncio.to_thread(store.save, directory, "swapped", new, replace=True)
+        await asyncio.to_thread(Store(directory).save, "swapped", new, replace=True)
         began = time.monotonic()
         report = await client.reload_operators()
         assert report.changed == ("swapped",)

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
-from operators.core import store
 from operators.core.artifact import to_bytes
 from operators.core.header import Recommended
+from operators.core.store import Store
 from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
 from steer_server.registry import Registry
 from steer_server.types import OperatorUse
@@ -28,8 +28,8 @@ class _Bomb:
 
 @pytest.fixture
 def registry(tmp_path, artifact, model_info):
-    store.save(tmp_path, "good", artifact)
-    return lambda: Registry(tmp_path, model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
+    Store(tmp_path).save("good", artifact)
+    return lambda: Registry(Store(tmp_path), model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
 
 
 def _flip(data, place):
@@ -80,15 +80,15 @@ def test_a_bad_artifact_is_listed_with_its_problem_and_refused(registry, tmp_pat
 
 
 def test_what_was_served_is_named_beside_what_was_found(registry, tmp_path, artifact, remake, model_info):
-    store.save(tmp_path, "bad", remake(artifact, model="gpt-9", model_fingerprint=_OTHER))
+    Store(tmp_path).save("bad", remake(artifact, model="gpt-9", model_fingerprint=_OTHER))
     problem = registry().entry("bad").problem
     for part in ("gpt-9", _OTHER, model_info.model, model_info.fingerprint):
         assert part in problem
 
 
 def test_a_model_under_another_name_is_known_by_its_fingerprint(tmp_path, artifact, with_name):
-    store.save(tmp_path, "good", artifact)
-    made = Registry(tmp_path, with_name(model="/some where/else"), max_bytes=_MAX_BYTES, max_dose=1.0)
+    Store(tmp_path).save("good", artifact)
+    made = Registry(Store(tmp_path), with_name(model="/some where/else"), max_bytes=_MAX_BYTES, max_dose=1.0)
     assert made.entry("good").problem == ""
 
 
@@ -102,7 +102,7 @@ def test_an_oversized_file_is_not_read(registry, tmp_path):
 
 
 def test_a_symbolic_link_is_not_followed(registry, tmp_path, tmp_path_factory, artifact):
-    elsewhere = store.save(tmp_path_factory.mktemp("elsewhere"), "good", artifact)
+    elsewhere = Store(tmp_path_factory.mktemp("elsewhere")).save("good", artifact)
     (tmp_path / "link.safetensors").symlink_to(elsewhere)
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nothing")
     made = registry()
@@ -145,20 +145,20 @@ def test_an_unknown_name_is_refused_and_the_known_ones_are_listed(registry, name
 
 
 def test_an_empty_store_says_so(tmp_path, model_info):
-    made = Registry(tmp_path / "not made yet", model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
+    made = Registry(Store(tmp_path / "not made yet"), model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
     assert made.entries() == ()
     with pytest.raises(UnknownOperatorError, match="there are: none"):
         made.entry("x")
 
 
 def test_a_reload_reports_what_it_found(registry, tmp_path, artifact, other_artifact):
-    store.save(tmp_path, "going", artifact)
-    store.save(tmp_path, "changing", artifact)
-    store.save(tmp_path, "breaking", artifact)
+    Store(tmp_path).save("going", artifact)
+    Store(tmp_path).save("changing", artifact)
+    Store(tmp_path).save("breaking", artifact)
     made = registry()
-    store.delete(tmp_path, "going")
-    store.save(tmp_path, "changing", other_artifact, replace=True)
-    store.save(tmp_path, "new", artifact)
+    Store(tmp_path).delete("going")
+    Store(tmp_path).save("changing", other_artifact, replace=True)
+    Store(tmp_path).save("new", artifact)
     (tmp_path / "breaking.safetensors").write_bytes(b"")
     (tmp_path / "broken.safetensors").write_bytes(b"")
     report = made.reload()
@@ -174,7 +174,7 @@ def test_a_reload_reports_what_it_found(registry, tmp_path, artifact, other_arti
 def test_a_file_that_is_repaired_can_be_used_after_a_reload(registry, tmp_path, artifact):
     (tmp_path / "late.safetensors").write_bytes(b"")
     made = registry()
-    store.save(tmp_path, "late", artifact, replace=True)
+    Store(tmp_path).save("late", artifact, replace=True)
     with pytest.raises(OperatorUnusableError):
         made.plan((OperatorUse("late"),))
     assert made.reload().changed == ("late",)
@@ -184,10 +184,10 @@ def test_a_file_that_is_repaired_can_be_used_after_a_reload(registry, tmp_path, 
 def test_a_plan_keeps_its_version_whatever_a_reload_brings(registry, tmp_path, artifact, other_artifact):
     made = registry()
     before = made.plan((OperatorUse("good"),))
-    store.save(tmp_path, "good", other_artifact, replace=True)
+    Store(tmp_path).save("good", other_artifact, replace=True)
     made.reload()
     after = made.plan((OperatorUse("good"),))
-    store.delete(tmp_path, "good")
+    Store(tmp_path).delete("good")
     made.reload()
     assert before.applications[0].artifact.digest == artifact.digest
     assert after.applications[0].artifact.digest == other_artifact.digest
@@ -210,7 +210,7 @@ def test_what_a_request_sets_is_kept_zero_included(registry):
 
 
 def test_each_artifact_recommends_for_itself(registry, tmp_path, artifact, remake):
-    store.save(tmp_path, "loud", remake(artifact, recommended=Recommended(strength=1.2)))
+    Store(tmp_path).save("loud", remake(artifact, recommended=Recommended(strength=1.2)))
     uses = registry().plan((OperatorUse("good"), OperatorUse("loud"))).applications
     assert [use.setting.strength for use in uses] == [0.6, 1.2]
 
@@ -226,12 +226,12 @@ def test_the_field_of_a_refused_value_is_in_the_callers_words(registry):
 
 
 def test_a_reload_of_an_unchanged_store_keeps_the_very_same_artifacts(registry, tmp_path, artifact, other_artifact):
-    store.save(tmp_path, "changing", artifact)
+    Store(tmp_path).save("changing", artifact)
     made = registry()
     before = {entry.name: entry for entry in made.entries()}
     made.reload()
     assert all(entry.artifact is before[entry.name].artifact for entry in made.entries())
-    store.save(tmp_path, "changing", other_artifact, replace=True)
+    Store(tmp_path).save("changing", other_artifact, replace=True)
     made.reload()
     assert made.entry("good").artifact is before["good"].artifact
     assert made.entry("changing").artifact.digest == other_artifact.digest
@@ -239,15 +239,15 @@ def test_a_reload_of_an_unchanged_store_keeps_the_very_same_artifacts(registry, 
 
 @pytest.mark.parametrize("words", ["", "cannot allocate"])
 def test_a_file_that_memory_does_not_hold_is_listed_with_a_problem(registry, tmp_path, artifact, monkeypatch, words):
-    store.save(tmp_path, "large", artifact)
-    load = store.load
+    Store(tmp_path).save("large", artifact)
+    load = Store.load
 
-    def exhausted(directory, name, **options):
+    def exhausted(store, name, **options):
         if name == "large":
             raise MemoryError(words)
-        return load(directory, name, **options)
+        return load(store, name, **options)
 
-    monkeypatch.setattr(store, "load", exhausted)
+    monkeypatch.setattr(Store, "load", exhausted)
     made = registry()
     assert made.entry("large").problem == (words or "MemoryError")
     assert made.entry("good").problem == ""
@@ -255,15 +255,15 @@ def test_a_file_that_memory_does_not_hold_is_listed_with_a_problem(registry, tmp
 
 def test_a_store_that_became_a_file_is_an_error_and_the_old_operators_stay(tmp_path, artifact, model_info):
     directory = tmp_path / "store"
-    store.save(directory, "good", artifact)
-    made = Registry(directory, model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
+    Store(directory).save("good", artifact)
+    made = Registry(Store(directory), model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
     directory.rename(tmp_path / "elsewhere")
     directory.write_text("no directory")
     with pytest.raises(StoreUnreadableError, match="not a directory"):
         made.reload()
     assert made.plan((OperatorUse("good"),)).applications[0].artifact.digest == artifact.digest
     with pytest.raises(StoreUnreadableError):
-        Registry(directory, model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
+        Registry(Store(directory), model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
 
 
 def test_a_concept_of_tokens_that_the_model_does_not_have_is_listed_with_its_problem(
@@ -271,8 +271,8 @@ def test_a_concept_of_tokens_that_the_model_does_not_have_is_listed_with_its_pro
 ):
     size = 320
     ids = artifact.header.concept_ids
-    store.save(tmp_path, "outside", remake(artifact, concept_ids=(*ids[:-1], size)))
-    store.save(tmp_path, "inside", remake(artifact, concept_ids=(*ids[:-1], size - 1)))
+    Store(tmp_path).save("outside", remake(artifact, concept_ids=(*ids[:-1], size)))
+    Store(tmp_path).save("inside", remake(artifact, concept_ids=(*ids[:-1], size - 1)))
     made = registry()
     assert f"token {size}; the model has {size}" in made.entry("outside").problem
     assert made.entry("inside").problem == ""
@@ -285,8 +285,8 @@ def test_a_further_text_of_tokens_that_the_model_does_not_have_is_listed_with_it
 ):
     first, second = low_artifact.header.more_texts
     foreign = second.model_copy(update={"ids": (*second.ids[:-1], 320)})
-    store.save(tmp_path, "outside", remake(low_artifact, more_texts=(first, foreign)))
-    store.save(tmp_path, "inside", low_artifact)
+    Store(tmp_path).save("outside", remake(low_artifact, more_texts=(first, foreign)))
+    Store(tmp_path).save("inside", low_artifact)
     made = registry()
     assert "token 320; the model has 320" in made.entry("outside").problem
     assert made.entry("inside").problem == ""

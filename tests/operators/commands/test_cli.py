@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from operators import __main__ as cli
 from operators import __version__
 from operators.commands import _options
-from operators.core import header, store
+from operators.core import header
 from operators.core.artifact import make_artifact
+from operators.core.store import Store
 from operators.model import loading as models
 
 TEXT = "The Golden Gate Bridge"
@@ -61,7 +62,7 @@ def test_build_stores_an_operator_and_describes_it(run, shelf, tiny_directory):
     result = run("build", "golden-gate", "--text", TEXT, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     answer = _json(result)
-    stored = store.load(shelf, "golden-gate")
+    stored = Store(shelf).load("golden-gate")
     assert answer["digest"] == stored.digest
     assert answer["path"] == str(shelf / "golden-gate.safetensors")
     assert answer["bytes"] == (shelf / "golden-gate.safetensors").stat().st_size
@@ -85,7 +86,7 @@ def test_build_takes_every_option(run, shelf, tiny_directory, tmp_path):
         *("--dtype", "float64", "--device", "cpu", "--store", str(elsewhere)),
     )
     assert result.exit_code == 0
-    header = store.load(elsewhere, "a").header
+    header = Store(elsewhere).load("a").header
     assert (header.architecture, header.profile, header.layer) == ("Gemma3ForCausalLM", "golden", 4)
     assert header.recommended.model_dump() == {"strength": -1.5, "rule": "substitute", "blend": 0.25}
     assert header.dtype == "float64"
@@ -97,7 +98,7 @@ def test_build_tells_a_person_what_was_built(run, shelf):
     result = run("build", "a", "--text", TEXT, "--strength", "-0.5")
     lines = dict(re.split(r":\s+", line, maxsplit=1) for line in result.stdout.splitlines())
     assert lines["name"] == "a"
-    assert lines["digest"] == store.load(shelf, "a").digest
+    assert lines["digest"] == Store(shelf).load("a").digest
     assert lines["concept"] == repr(TEXT)
     assert re.fullmatch(r"\d+: 'The' ' G'( '\w+'| ' \w+')+", lines["tokens"])
     assert lines["layer"] == "2 of 4, added to the input of block 2"
@@ -133,7 +134,7 @@ REFUSED_EARLY = [
 def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(
     run, shelf, make_operator, no_model, arguments, kind, words
 ):
-    store.save(shelf, "taken", make_operator())
+    Store(shelf).save("taken", make_operator())
     plain = run("build", *arguments)
     assert (plain.exit_code, plain.stdout) == (1, "")
     assert re.fullmatch(r"steer-operators: [^\n]+\n", plain.stderr)
@@ -143,13 +144,13 @@ def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(
     error = _json(result)["error"]
     assert error["type"] == kind
     assert words in error["message"]
-    assert store.names(shelf) == ["taken"]
+    assert Store(shelf).names() == ["taken"]
 
 
 def test_replace_replaces_a_taken_name(run, shelf, make_operator):
-    store.save(shelf, "a", make_operator())
+    Store(shelf).save("a", make_operator())
     assert run("build", "a", "--text", TEXT, "--replace").exit_code == 0
-    assert store.load(shelf, "a").header.concept == TEXT
+    assert Store(shelf).load("a").header.concept == TEXT
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_what_the_model_refuses_leaves_the_store_empty(run, shelf, arguments, wo
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.search(words, result.stderr)
     assert result.stderr.count("\n") == 1
-    assert store.names(shelf) == []
+    assert Store(shelf).names() == []
 
 
 def test_ctrl_c_exits_with_130_and_leaves_the_store_empty(run, shelf, monkeypatch):
@@ -177,7 +178,7 @@ def test_ctrl_c_exits_with_130_and_leaves_the_store_empty(run, shelf, monkeypatc
 
     monkeypatch.setattr("operators.builder.build.build_operator", interrupt)
     assert run("build", "a", "--text", TEXT).exit_code == 130
-    assert store.names(shelf) == []
+    assert Store(shelf).names() == []
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_an_empty_store_is_listed_as_empty(run, shelf):
 
 
 def test_list_shows_broken_operators_beside_sound_ones(run, shelf, make_operator):
-    store.save(shelf, "sound", make_operator(concept="a golden bridge"))
+    Store(shelf).save("sound", make_operator(concept="a golden bridge"))
     (shelf / "broken.safetensors").write_bytes((shelf / "sound.safetensors").read_bytes()[:-1])
     (shelf / "linked.safetensors").symlink_to("sound.safetensors")
     result = run("list", "--json")
@@ -241,7 +242,7 @@ def test_list_shows_broken_operators_beside_sound_ones(run, shelf, make_operator
 
 
 def test_show_gives_the_whole_header(run, shelf, make_operator):
-    store.save(shelf, "a", make_operator(affine=True))
+    Store(shelf).save("a", make_operator(affine=True))
     answer = _json(run("show", "a", "--json"))
     header = make_operator(affine=True).header.model_dump(mode="json")
     assert {name: answer[name] for name in header} == header
@@ -253,7 +254,7 @@ def test_show_gives_the_whole_header(run, shelf, make_operator):
 
 def test_a_concept_cannot_write_to_the_terminal(run, shelf, make_operator):
     hostile = "\x1b[2J\x1b]0;owned\x07 a\nb\u202e\u009b31m"
-    store.save(shelf, "a", make_operator(concept=hostile, model=hostile, builder_version=hostile))
+    Store(shelf).save("a", make_operator(concept=hostile, model=hostile, builder_version=hostile))
     for arguments in (["show", "a"], ["list"], ["verify", "a"]):
         result = run(*arguments)
         for character in "\x1b\x07\u202e\u009b":
@@ -263,7 +264,7 @@ def test_a_concept_cannot_write_to_the_terminal(run, shelf, make_operator):
 
 @pytest.mark.parametrize("command", ["show", "verify", "delete"])
 def test_a_missing_operator_is_refused_with_those_there_are(run, shelf, make_operator, command):
-    store.save(shelf, "there", make_operator())
+    Store(shelf).save("there", make_operator())
     result = run(command, "missing")
     assert result.exit_code == 1
     assert result.stderr == f"steer-operators: no operator 'missing' in {shelf}; there are: there\n"
@@ -271,10 +272,10 @@ def test_a_missing_operator_is_refused_with_those_there_are(run, shelf, make_ope
 
 def test_delete_removes_one_operator(run, shelf, make_operator):
     for name in ("a", "b"):
-        store.save(shelf, name, make_operator())
+        Store(shelf).save(name, make_operator())
     assert run("delete", "a").stdout == "a: deleted\n"
     assert _json(run("delete", "b", "--json")) == {"deleted": "b", "store": str(shelf)}
-    assert store.names(shelf) == []
+    assert Store(shelf).names() == []
 
 
 def test_verify_holds_an_operator_against_the_model_in_its_header(run, tiny_directory):
@@ -298,22 +299,22 @@ def test_verify_names_what_another_model_has_instead(run, tiny_directory):
 
 def test_verify_finds_wrong_numbers_behind_a_right_digest(run, shelf):
     run("build", "a", "--text", TEXT)
-    good = store.load(shelf, "a")
+    good = Store(shelf).load("a")
     wrong = make_artifact(good.header, 1.01 * good.factors, good.anchor, good.substitute_base)
-    store.save(shelf, "a", wrong, replace=True)
+    Store(shelf).save("a", wrong, replace=True)
     result = run("verify", "a")
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.search(r"sum J x misses the hidden state by .*e-0[0-9] at layer 2; at most 5e-05", result.stderr)
 
 
 def test_verifying_the_file_only_loads_no_model(run, shelf, make_operator, no_model):
-    store.save(shelf, "a", make_operator())
+    Store(shelf).save("a", make_operator())
     answer = _json(run("verify", "a", "--file-only", "--json"))
     assert answer == {"name": "a", "digest": make_operator().digest, "file": "valid"}
 
 
 def test_verify_refuses_a_damaged_file_without_loading_a_model(run, shelf, make_operator, no_model):
-    path = store.save(shelf, "a", make_operator())
+    path = Store(shelf).save("a", make_operator())
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -14,9 +14,9 @@ from operators.builder.concept import Concept
 from operators.builder.stored import Stored
 from operators.commands import _output as report
 from operators.commands import _recipe as _batch
-from operators.core import store
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, LowRank, Recommended
+from operators.core.store import Store
 from operators.recipes.run import Task
 
 POINT = CalibrationPoint(layer=2, rule="substitute", blend=0.5, strength=0.3, texts=20, kl_p95=0.9, hit_rate=0.4,
@@ -84,7 +84,7 @@ def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(ca
 
 
 def _described(artifact, tmp_path):
-    return report.described("a", store.save(tmp_path, "a", artifact), artifact)
+    return report.described("a", Store(tmp_path).save("a", artifact), artifact)
 
 
 def test_a_list_says_layer_block_rank_further_texts_and_calibration(make_operator, tmp_path):

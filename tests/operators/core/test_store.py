@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from operators.core import store
 from operators.core.artifact import to_bytes
 from operators.core.errors import ArtifactError, StoreError
+from operators.core.store import Store
 
 
 def _snapshot(directory):
@@ -14,10 +14,10 @@ def _snapshot(directory):
 
 @pytest.mark.parametrize("name", ["a", "0", "golden-gate", "a.b_c-d", "v1.2", "x" * 64, "a..b"])
 def test_a_plain_name_is_allowed_and_stays_in_the_store(name, make_operator, tmp_path):
-    path = store.save(tmp_path, name, make_operator())
+    path = Store(tmp_path).save(name, make_operator())
     assert path.parent == tmp_path
-    assert store.names(tmp_path) == [name]
-    assert store.load(tmp_path, name).digest == make_operator().digest
+    assert Store(tmp_path).names() == [name]
+    assert Store(tmp_path).load(name).digest == make_operator().digest
 
 
 @pytest.mark.parametrize(
@@ -44,28 +44,28 @@ def test_a_plain_name_is_allowed_and_stays_in_the_store(name, make_operator, tmp
         "%2e%2e",
     ],
 )
-@pytest.mark.parametrize("use", [store.path_of, store.load, store.delete, store.check_free])
-def test_a_name_that_could_leave_the_store_is_refused(use, name, tmp_path):
+@pytest.mark.parametrize("method", ["path_of", "load", "delete", "check_free"])
+def test_a_name_that_could_leave_the_store_is_refused(method, name, tmp_path):
     with pytest.raises(StoreError, match="is not allowed; 1 to 64 of a-z 0-9"):
-        use(tmp_path, name)
+        getattr(Store(tmp_path), method)(name)
 
 
 def test_a_refused_name_is_not_written(make_operator, tmp_path):
     inner = tmp_path / "store"
     with pytest.raises(StoreError, match="is not allowed"):
-        store.save(inner, "../escaped", make_operator())
+        Store(inner).save("../escaped", make_operator())
     assert not list(tmp_path.iterdir())
 
 
 def test_a_store_is_made_when_the_first_operator_is_saved(make_operator, tmp_path):
     directory = tmp_path / "not" / "yet"
-    assert store.names(directory) == []
-    store.save(directory, "a", make_operator())
-    assert store.names(directory) == ["a"]
+    assert Store(directory).names() == []
+    Store(directory).save("a", make_operator())
+    assert Store(directory).names() == ["a"]
 
 
 def test_a_saved_operator_is_the_bytes_of_the_artifact_readable_by_everybody(make_operator, tmp_path):
-    path = store.save(tmp_path, "a", make_operator())
+    path = Store(tmp_path).save("a", make_operator())
     assert path.read_bytes() == to_bytes(make_operator())
     assert path.stat().st_mode & 0o777 == 0o644
     assert os.listdir(tmp_path) == ["a.safetensors"]
@@ -73,47 +73,47 @@ def test_a_saved_operator_is_the_bytes_of_the_artifact_readable_by_everybody(mak
 
 def test_names_are_sorted_and_are_those_of_operators_only(make_operator, tmp_path):
     for name in ("b", "a"):
-        store.save(tmp_path, name, make_operator())
+        Store(tmp_path).save(name, make_operator())
     for other in ("notes.txt", ".c.123.tmp", "Upper.safetensors", ".safetensors", "x.safetensors.bak"):
         (tmp_path / other).touch()
-    assert store.names(tmp_path) == ["a", "b"]
+    assert Store(tmp_path).names() == ["a", "b"]
 
 
 def test_a_missing_operator_is_named_with_those_there_are(make_operator, tmp_path):
-    for use in (store.load, store.delete):
+    for use in (Store(tmp_path).load, Store(tmp_path).delete):
         with pytest.raises(StoreError, match=r"no operator 'c' in .*; there are: none"):
-            use(tmp_path, "c")
-    store.save(tmp_path, "a", make_operator())
-    store.save(tmp_path, "b", make_operator())
-    for use in (store.load, store.delete):
+            use("c")
+    Store(tmp_path).save("a", make_operator())
+    Store(tmp_path).save("b", make_operator())
+    for use in (Store(tmp_path).load, Store(tmp_path).delete):
         with pytest.raises(StoreError, match=r"no operator 'c' in .*; there are: a, b"):
-            use(tmp_path, "c")
+            use("c")
 
 
 def test_a_taken_name_is_refused_and_replaced_only_when_asked(make_operator, tmp_path):
     old, new = make_operator(), make_operator(seed=1)
-    store.save(tmp_path, "a", old)
+    Store(tmp_path).save("a", old)
     with pytest.raises(StoreError, match="'a' is already in"):
-        store.save(tmp_path, "a", new)
-    assert store.load(tmp_path, "a").digest == old.digest
-    store.save(tmp_path, "a", new, replace=True)
-    assert store.load(tmp_path, "a").digest == new.digest
+        Store(tmp_path).save("a", new)
+    assert Store(tmp_path).load("a").digest == old.digest
+    Store(tmp_path).save("a", new, replace=True)
+    assert Store(tmp_path).load("a").digest == new.digest
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 def test_a_name_taken_by_a_dangling_link_is_taken(make_operator, tmp_path):
     (tmp_path / "a.safetensors").symlink_to(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="already"):
-        store.save(tmp_path, "a", make_operator())
+        Store(tmp_path).save("a", make_operator())
     with pytest.raises(ArtifactError, match="symbolic link"):
-        store.load(tmp_path, "a")
+        Store(tmp_path).load("a")
 
 
 def test_replacing_a_link_replaces_the_link_and_not_its_target(make_operator, tmp_path):
     target = tmp_path / "target"
     target.write_text("mine")
     (tmp_path / "a.safetensors").symlink_to(target)
-    store.save(tmp_path, "a", make_operator(), replace=True)
+    Store(tmp_path).save("a", make_operator(), replace=True)
     assert target.read_text() == "mine"
     assert not (tmp_path / "a.safetensors").is_symlink()
 
@@ -132,14 +132,14 @@ FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(
 @pytest.mark.parametrize("place", ["os.fsync", "os.replace", "to_bytes"])
 @pytest.mark.parametrize("replace", [False, True])
 def test_an_interrupted_save_leaves_the_store_as_it_was(make_operator, tmp_path, monkeypatch, place, error, replace):
-    store.save(tmp_path, "kept", make_operator())
+    Store(tmp_path).save("kept", make_operator())
     if replace:
-        store.save(tmp_path, "a", make_operator())
+        Store(tmp_path).save("a", make_operator())
     before = _snapshot(tmp_path)
     monkeypatch.setattr(f"operators.core.store.{place}", _raising(error))
     expected = StoreError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as found:
-        store.save(tmp_path, "a", make_operator(seed=1), replace=replace)
+        Store(tmp_path).save("a", make_operator(seed=1), replace=replace)
     monkeypatch.undo()
     assert _snapshot(tmp_path) == before
     if isinstance(error, OSError):
@@ -150,7 +150,7 @@ def test_a_failing_clean_up_does_not_hide_an_interrupt(make_operator, tmp_path, 
     monkeypatch.setattr("operators.core.store.os.fsync", _raising(KeyboardInterrupt()))
     monkeypatch.setattr("operators.core.store.os.unlink", _raising(OSError(errno.EIO, "Input/output error")))
     with pytest.raises(KeyboardInterrupt):
-        store.save(tmp_path, "a", make_operator())
+        Store(tmp_path).save("a", make_operator())
 
 
 def test_the_file_is_on_the_disk_before_it_has_its_name(make_operator, tmp_path, monkeypatch):
@@ -158,33 +158,33 @@ def test_the_file_is_on_the_disk_before_it_has_its_name(make_operator, tmp_path,
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr("operators.core.store.os.fsync", lambda fd: (steps.append("fsync"), fsync(fd)))
     monkeypatch.setattr("operators.core.store.os.replace", lambda a, b: (steps.append("name"), replace(a, b)))
-    store.save(tmp_path, "a", make_operator())
+    Store(tmp_path).save("a", make_operator())
     assert steps[:2] == ["fsync", "name"]
 
 
 def test_deleting_removes_one_operator_and_works_once(make_operator, tmp_path):
     for name in ("a", "b"):
-        store.save(tmp_path, name, make_operator())
-    store.delete(tmp_path, "a")
-    assert store.names(tmp_path) == ["b"]
+        Store(tmp_path).save(name, make_operator())
+    Store(tmp_path).delete("a")
+    assert Store(tmp_path).names() == ["b"]
     with pytest.raises(StoreError, match="no operator 'a'"):
-        store.delete(tmp_path, "a")
+        Store(tmp_path).delete("a")
 
 
 def test_a_broken_operator_can_be_deleted(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"broken")
-    store.delete(tmp_path, "a")
-    assert store.names(tmp_path) == []
+    Store(tmp_path).delete("a")
+    assert Store(tmp_path).names() == []
 
 
 def test_a_directory_with_an_operators_name_is_refused_everywhere(make_operator, tmp_path):
     (tmp_path / "a.safetensors").mkdir()
     with pytest.raises(ArtifactError, match="not a regular file"):
-        store.load(tmp_path, "a")
+        Store(tmp_path).load("a")
     with pytest.raises(StoreError, match="cannot be deleted"):
-        store.delete(tmp_path, "a")
+        Store(tmp_path).delete("a")
     with pytest.raises(StoreError, match="cannot be written"):
-        store.save(tmp_path, "a", make_operator(), replace=True)
+        Store(tmp_path).save("a", make_operator(), replace=True)
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
@@ -192,24 +192,24 @@ def test_a_store_that_is_a_file_is_refused(make_operator, tmp_path):
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(StoreError, match="is not a directory"):
-        store.names(file)
+        Store(file).names()
     with pytest.raises(StoreError, match="is not a directory"):
-        store.load(file, "a")
+        Store(file).load("a")
     with pytest.raises(StoreError, match="cannot be written"):
-        store.save(file, "a", make_operator())
+        Store(file).save("a", make_operator())
     with pytest.raises(StoreError, match="cannot be deleted"):
-        store.delete(file, "a")
+        Store(file).delete("a")
 
 
 def test_a_store_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("operators.core.store.os.listdir", _raising(PermissionError(errno.EACCES, "Permission denied")))
     with pytest.raises(StoreError, match="cannot be read: Permission denied"):
-        store.names(tmp_path)
+        Store(tmp_path).names()
 
 
 def test_the_default_store_is_what_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.setenv("STEER_STORE", str(tmp_path / "mine"))
-    assert store.default_store() == tmp_path / "mine"
+    assert Store.default() == Store(tmp_path / "mine")
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -217,4 +217,4 @@ def test_without_an_environment_the_default_store_is_in_the_users_data(monkeypat
     monkeypatch.delenv("STEER_STORE", raising=False)
     if value is not None:
         monkeypatch.setenv("STEER_STORE", value)
-    assert store.default_store().parts[-2:] == ("steering-operators", "store")
+    assert Store.default().path.parts[-2:] == ("steering-operators", "store")

@@ -8,10 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 from operators.__main__ import app
-from operators.core import store
 from operators.core.artifact import make_artifact
 from operators.core.errors import ConceptFileError, UnsupportedModelError
 from operators.core.header import Calibration, CalibrationPoint, Recommended
+from operators.core.store import Store
 from operators.recipes import run as batch
 from operators.recipes.concept_entry import KEYS
 from operators.recipes.concept_file import parse_concepts
@@ -59,17 +59,17 @@ def test_a_file_gives_the_operators_that_its_concepts_give_one_by_one(build_file
     assert build_file(FILE).exit_code == 0
     assert len(roots) == 1
     monkeypatch.undo()
-    assert store.names(shelf) == NAMES
+    assert Store(shelf).names() == NAMES
     for name, options in (
         ("bridge-layer3", ["--text", "The Golden Gate Bridge", "--text", "the bridge in San Francisco", "--layer", "3",
                            "--rank", "5"]),
         ("wedding", ["--text", "The wedding was beautiful", "--profile", "golden", "--rank", "full", "--strength",
                      "0.75"]),
     ):  # fmt: skip
-        found = store.load(shelf, name)
+        found = Store(shelf).load(name)
         arguments = ["build", "one", *options, "--store", str(shelf), "--replace", "--model", found.header.model]
         assert CliRunner().invoke(app, arguments).exit_code == 0
-        one = store.load(shelf, "one")
+        one = Store(shelf).load("one")
         for mine, other in ((found.factors, one.factors), (found.basis, one.basis), (found.anchor, one.anchor)):
             assert (mine is None and other is None) or torch.equal(mine, other)
         words = ("bridge",) if name.startswith("bridge") else ()
@@ -85,8 +85,8 @@ def test_the_run_is_told_line_by_line_and_as_json(build_file, shelf):
     assert [one["status"] for one in answer["operators"]] == ["up to date", "up to date", "updated"]
     assert [(one["layer"], one["rank"]) for one in answer["operators"]] == [(1, 5), (3, 5), (2, None)]
     for one in answer["operators"]:
-        stored = store.load(shelf, one["name"])
-        assert (one["digest"], one["path"]) == (stored.digest, str(store.path_of(shelf, one["name"])))
+        stored = Store(shelf).load(one["name"])
+        assert (one["digest"], one["path"]) == (stored.digest, str(Store(shelf).path_of(one["name"])))
         assert one["reconstruction_error"] < 5e-5
         assert one["seconds"] >= 0
 
@@ -153,23 +153,23 @@ def test_an_operator_of_another_builder_is_another_one(build_file, shelf):
 
 def test_a_damaged_operator_is_told_and_replaced_only_when_asked(build_file, shelf):
     build_file(ONE)
-    path = store.path_of(shelf, "a")
+    path = Store(shelf).path_of("a")
     path.write_bytes(path.read_bytes()[:-1])
     assert "is another one: a.safetensors: not a whole safetensors file" in build_file(ONE).stderr
     assert _statuses(build_file(ONE, "--replace", "--json")) == {"a": "built"}
 
 
 def _rewrite(shelf, name, **fields):
-    old = store.load(shelf, name)
+    old = Store(shelf).load(name)
     header = old.header.model_copy(update=fields)
     new = make_artifact(header, old.factors, old.anchor, old.substitute_base, old.offset, basis=old.basis)
-    store.save(shelf, name, new, replace=True)
+    Store(shelf).save(name, new, replace=True)
     return new
 
 
 def test_what_is_only_recommended_is_written_anew_without_a_build(build_file, shelf, monkeypatch):
     build_file(ONE)
-    old = store.load(shelf, "a")
+    old = Store(shelf).load("a")
     _no_build(monkeypatch)
     for addition, recommended, words in (
         ("strength = -1", Recommended(strength=-1), ()),
@@ -178,7 +178,7 @@ def test_what_is_only_recommended_is_written_anew_without_a_build(build_file, sh
         ("", Recommended(), ("gate",)),
     ):
         assert _statuses(build_file(ONE + addition, "--json")) == {"a": "updated"}
-        new = store.load(shelf, "a")
+        new = Store(shelf).load("a")
         assert new.header == old.header.model_copy(update={"recommended": recommended, "words": words})
         assert torch.equal(new.factors, old.factors)
         assert torch.equal(new.basis, old.basis)
@@ -196,9 +196,9 @@ def test_what_a_calibration_recommends_is_kept_unless_the_file_says_otherwise(bu
     found = Recommended(strength=0.3, rule="substitute", blend=0.5)
     calibrated = _rewrite(shelf, "a", calibration=CALIBRATION, recommended=found)
     assert _statuses(build_file(ONE, "--json")) == {"a": "up to date"}
-    assert store.load(shelf, "a").digest == calibrated.digest
+    assert Store(shelf).load("a").digest == calibrated.digest
     assert _statuses(build_file(ONE + "strength = 0.4", "--json")) == {"a": "updated"}
-    header = store.load(shelf, "a").header
+    header = Store(shelf).load("a").header
     assert header.recommended == found.model_copy(update={"strength": 0.4})
     assert header.calibration == CALIBRATION
 
@@ -278,25 +278,25 @@ def test_mistakes_in_the_file_are_told_without_loading_the_model_or_writing_to_t
 
 def test_a_name_that_was_taken_meanwhile_is_not_replaced(tiny, shelf, make_operator):
     loaded = tiny("llama")
-    tasks = batch.plan(parse_concepts(ONE, "c.toml"), loaded, shelf)
-    store.save(shelf, "a", make_operator())
-    (outcome,) = batch.run(tasks, loaded, shelf)
+    tasks = batch.plan(parse_concepts(ONE, "c.toml"), loaded, Store(shelf))
+    Store(shelf).save("a", make_operator())
+    (outcome,) = batch.run(tasks, loaded, Store(shelf))
     assert outcome.status == "failed"
     assert "is already in" in str(outcome.problem)
-    assert store.load(shelf, "a").digest == make_operator().digest
+    assert Store(shelf).load("a").digest == make_operator().digest
 
 
 def test_a_model_that_no_rule_covers_is_refused_once(tiny, shelf):
     loaded = tiny("llama", fresh=True)
     loaded.model.train()
     with pytest.raises(UnsupportedModelError, match="training mode"):
-        batch.plan(parse_concepts(FILE, "c.toml"), loaded, shelf)
+        batch.plan(parse_concepts(FILE, "c.toml"), loaded, Store(shelf))
 
 
 def test_a_store_that_cannot_be_written_to_is_told_before_anything_is_built(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConceptFileError, match="line 2: concept 'a': operator 'a' cannot be written to"):
-        batch.plan(parse_concepts(ONE, "c.toml"), tiny("llama"), tmp_path / "file" / "store")
+        batch.plan(parse_concepts(ONE, "c.toml"), tiny("llama"), Store(tmp_path / "file" / "store"))
 
 
 def test_only_some_concepts_are_built_and_the_others_still_checked(build_file, shelf):
@@ -307,7 +307,7 @@ def test_only_some_concepts_are_built_and_the_others_still_checked(build_file, s
     assert result.exit_code == 1
     assert result.stderr == "steer-operators: c.toml: there is no concept 'weding'; did you mean 'wedding'?\n"
     assert build_file(FILE.replace("0.75", "'x'"), "--only", "bridge").exit_code == 1
-    assert store.names(shelf) == NAMES[1:]
+    assert Store(shelf).names() == NAMES[1:]
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_what_a_file_says_is_not_said_on_the_command_line_too(build_file, argume
 
 def test_a_mixture_of_the_same_texts_is_not_what_a_file_asks_for(build_file, shelf):
     build_file(ONE)
-    _rewrite(shelf, "a", weights=tuple(2.0 for _ in store.load(shelf, "a").header.texts))
+    _rewrite(shelf, "a", weights=tuple(2.0 for _ in Store(shelf).load("a").header.texts))
     result = build_file(ONE)
     assert result.exit_code == 1
     assert "its weights is (2.0,)" in result.stderr

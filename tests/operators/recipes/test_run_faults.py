@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from operators.builder import build
-from operators.core import store
+from operators.core.store import Store
 
 ONE = '[[concept]]\nname = "a"\ntext = "golden gate"\nrank = 5\n'
 
@@ -45,7 +45,7 @@ def test_a_concept_that_fails_does_not_lose_the_others(build_file, shelf, overfl
     assert re.fullmatch(rf"a-layer3  failed +[\d.]+ s  {said}", result.stdout.splitlines()[0])
     assert result.stdout.splitlines()[-1].startswith("2 built, 1 failed: ")
     assert result.stderr == f"steer-operators: a-layer3: {said}\n"
-    assert store.names(shelf) == ["a-layer1", "b"]
+    assert Store(shelf).names() == ["a-layer1", "b"]
     again = build_file(text, "--model", overflowing, "--json")
     assert (again.exit_code, again.stderr) == (1, "")
     failed, *others = json.loads(again.stdout)["operators"]
@@ -89,11 +89,11 @@ def test_an_operator_that_memory_does_not_hold_is_a_failed_one(build_file, shelf
     result = build_file(ONE + ONE.replace('"a"', '"b"').replace("5", "4"))
     assert result.exit_code == 1
     assert re.match(r"steer-operators: a: there is not enough memory(: \d+ bytes more are needed)?; a l", result.stderr)
-    assert store.names(shelf) == ["b"]
+    assert Store(shelf).names() == ["b"]
 
 
 @pytest.mark.parametrize("fail", [_ask_torch_for_too_much, _ask_python_for_too_much])
-@pytest.mark.parametrize("place", ["embedding_root", "store.save", "with_header"])
+@pytest.mark.parametrize("place", ["embedding_root", "Store.save", "with_header"])
 def test_memory_that_runs_out_anywhere_in_a_task_fails_that_task_alone(build_file, monkeypatch, place, fail):
     two = ONE + ONE.replace('"a"', '"b"')
     if place == "with_header":
@@ -156,7 +156,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on_when_run_again(
             process.kill()
     assert process.returncode == 130
     assert "Traceback" not in errors
-    done = store.names(shelf)
+    done = Store(shelf).names()
     # One may have been written and not told.
     told = 1 + len(output.splitlines())
     assert told <= len(done) <= told + 1 < 400

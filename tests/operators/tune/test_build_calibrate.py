@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from operators.__main__ import app
 from operators.commands import calibrate as command
-from operators.core import store
 from operators.core.artifact import with_header
 from operators.core.header import Calibration, CalibrationPoint, Recommended
+from operators.core.store import Store
 from operators.model import loading as models
 
 OPEN = '[[concept]]\nname = "a"\ntext = "The Golden Gate"\nrank = 5\nwords = ["gate"]\n'
@@ -57,7 +57,7 @@ def _statuses(result):
 
 
 def _layers(shelf):
-    return {name: store.load(shelf, name).header.layer for name in store.names(shelf)}
+    return {name: Store(shelf).load(name).header.layer for name in Store(shelf).names()}
 
 
 def test_what_the_file_leaves_open_is_calibrated_once_and_may_move(build_file, shelf, explored):
@@ -65,8 +65,8 @@ def test_what_the_file_leaves_open_is_calibrated_once_and_may_move(build_file, s
     assert _statuses(build_file(text, "--json", "--calibrate")) == {"a": "built", "fixed": "built"}
     assert explored == [((1, 2, 3), ("gate",))]
     assert _layers(shelf) == {"a": 1, "fixed": 2}
-    assert store.load(shelf, "a").header.recommended == FOUND
-    assert store.load(shelf, "fixed").header.calibration is None
+    assert Store(shelf).load("a").header.recommended == FOUND
+    assert Store(shelf).load("fixed").header.calibration is None
     for more in ([], ["--calibrate"]):
         assert _statuses(build_file(text, "--json", *more)) == {"a": "up to date", "fixed": "up to date"}
     assert len(explored) == 1
@@ -95,17 +95,17 @@ def test_other_words_are_calibrated_anew_from_what_the_file_says(build_file, she
     assert _statuses(build_file(other, "--json", "--calibrate")) == {"a": status}
     layers = (2,) if more else (1, 2, 3)
     assert explored == [(layers, ("gate",)), (layers, ("bay", "bridge"))]
-    header = store.load(shelf, "a").header
+    header = Store(shelf).load("a").header
     assert header.words == header.calibration.words == ("bay", "bridge")
     assert _statuses(build_file(other, "--json", "--calibrate")) == {"a": "up to date"}
 
 
 def test_other_words_without_a_calibration_leave_the_one_that_is_there(build_file, shelf, explored):
     build_file(OPEN, "--calibrate")
-    before = store.load(shelf, "a").header
+    before = Store(shelf).load("a").header
     other = OPEN.replace('"gate"', '"bay"')
     assert _statuses(build_file(other, "--json")) == {"a": "updated"}
-    assert store.load(shelf, "a").header == before.model_copy(update={"words": ("bay",)})
+    assert Store(shelf).load("a").header == before.model_copy(update={"words": ("bay",)})
     # Its layer is that of the calibration, which is still there and says by which words it was made.
     assert _statuses(build_file(other, "--json")) == {"a": "up to date"}
     assert _statuses(build_file(other, "--json", "--calibrate")) == {"a": "built"}
@@ -115,8 +115,8 @@ def test_other_words_without_a_calibration_leave_the_one_that_is_there(build_fil
 def test_words_are_held_against_those_of_the_calibration(build_file, shelf, explored):
     build_file(OPEN.replace('words = ["gate"]', ""))
     # As `calibrate NAME --words gate` leaves it.
-    old = store.load(shelf, "a")
-    store.save(shelf, "a", with_header(old, calibration=_calibration(2)), replace=True)
+    old = Store(shelf).load("a")
+    Store(shelf).save("a", with_header(old, calibration=_calibration(2)), replace=True)
     assert _statuses(build_file(OPEN, "--json", "--calibrate")) == {"a": "updated"}
     assert not explored
     assert _statuses(build_file(OPEN.replace('words = ["gate"]', ""), "--json", "--calibrate")) == {"a": "up to date"}
@@ -145,7 +145,7 @@ def test_words_are_asked_for_only_where_a_calibration_will_be_made(build_file, s
     result = build_file(wordless.replace("rank = 5", "rank = 4"), "--calibrate", "--replace")
     assert result.exit_code == 1
     assert "c.toml: line 1: concept 'a': key 'words' is needed for --calibrate" in result.stderr
-    assert store.load(shelf, "a").header.low_rank.rank == 5
+    assert Store(shelf).load("a").header.low_rank.rank == 5
 
 
 def test_what_was_found_is_told_with_the_setting(build_file, explored):

@@ -14,10 +14,10 @@ from operators.builder.build import BuildSpec, build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.memory import trial_need
 from operators.builder.verify import verify_operator
-from operators.core import store
 from operators.core.apply import Setting, prepare
 from operators.core.errors import BuildError, IncompatibleOperatorError, OperatorError
 from operators.core.header import Recommended
+from operators.core.store import Store
 from operators.model import loading as models
 from operators.tune.calibrate import calibrate, candidate_layers
 from operators.tune.evaluate import WordList, figures
@@ -248,14 +248,14 @@ def test_the_command_stores_curves_and_remembers_the_words(shelf, monkeypatch):
     assert result.exit_code == 0
     assert "bay: no setting found" in result.stdout
     assert "The recommendation stays: layer 2, strength 0.5, cumulative, blend 0" in result.stdout
-    first = store.load(directory, "bay").header.calibration
+    first = Store(directory).load("bay").header.calibration
     assert first.words == ("neverwritten", "nor this")
     result = run("--layers", "2", "--json")
     answer = json.loads(result.stdout)
     assert answer["found"] is False
     assert answer["calibration"]["words"] == ["neverwritten", "nor this"]
     assert answer["calibration"]["prompts"] == 2
-    assert answer["digest"] == store.load(directory, "bay").digest
+    assert answer["digest"] == Store(directory).load("bay").digest
 
 
 def test_the_command_recommends_what_it_found_and_draws_it(shelf):
@@ -274,7 +274,7 @@ def test_the_command_recommends_what_it_found_and_draws_it(shelf):
         "--plot",
         f"{directory}/c.png",
     )
-    found = store.load(directory, "bay").header
+    found = Store(directory).load("bay").header
     assert (directory / "c.png").read_bytes().startswith(b"\x89PNG")
     assert f"strength {found.recommended.strength:g}, {found.recommended.rule}" in result.stdout
 

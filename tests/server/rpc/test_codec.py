@@ -215,10 +215,10 @@ def test_an_unknown_rule_is_refused_by_its_name():
     ],
 )
 def test_an_operators_value_out_of_range_is_refused_by_the_registry(name, value, artifact, model_info, tmp_path):
-    from operators.core import store
+    from operators.core.store import Store
 
-    store.save(tmp_path, "g", artifact)
-    registry = Registry(tmp_path, model_info, max_bytes=1 << 20, max_dose=1.0)
+    Store(tmp_path).save("g", artifact)
+    registry = Registry(Store(tmp_path), model_info, max_bytes=1 << 20, max_dose=1.0)
     (_, use) = codec.generation_request(
         _request(operators=[pb.OperatorUse(name="g"), pb.OperatorUse(name="g", **{name: value})])
     ).operators

@@ -7,9 +7,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from operators.core import store
 from operators.core.apply import Setting
 from operators.core.header import Recommended
+from operators.core.store import Store
 from steer_server.engine.hf import steering
 from steer_server.engine.receipts import untouched_receipts
 from steer_server.errors import DoseTooHighError, SteeringNotAppliedError
@@ -24,12 +24,12 @@ _PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[Heal
 @pytest.fixture
 def registry(tmp_path, artifact, other_artifact, low_artifact, remake, model_info):
     """Operators ``a``, ``b`` and ``low`` at layer 2, ``high`` at layer 3 and ``loud``, recommending strength 3."""
-    store.save(tmp_path, "a", artifact)
-    store.save(tmp_path, "b", other_artifact)
-    store.save(tmp_path, "low", low_artifact)
-    store.save(tmp_path, "high", remake(artifact, layer=3, injection_layer=3))
-    store.save(tmp_path, "loud", remake(artifact, recommended=Recommended(strength=3.0)))
-    return lambda max_dose=1.0: Registry(tmp_path, model_info, max_bytes=1 << 20, max_dose=max_dose)
+    Store(tmp_path).save("a", artifact)
+    Store(tmp_path).save("b", other_artifact)
+    Store(tmp_path).save("low", low_artifact)
+    Store(tmp_path).save("high", remake(artifact, layer=3, injection_layer=3))
+    Store(tmp_path).save("loud", remake(artifact, recommended=Recommended(strength=3.0)))
+    return lambda max_dose=1.0: Registry(Store(tmp_path), model_info, max_bytes=1 << 20, max_dose=max_dose)
 
 
 def _uses(**strengths):
@@ -161,12 +161,12 @@ def test_a_setting_is_calibrated_where_it_is_the_recommended_one_and_was_chosen(
     registry, tmp_path, low_artifact, remake, calibration_of
 ):
     header = low_artifact.header
-    store.save(tmp_path, "measured", remake(low_artifact, calibration=calibration_of(header)))
-    store.save(tmp_path, "chosen", remake(low_artifact, calibration=calibration_of(header, at_recommended=False)))
+    Store(tmp_path).save("measured", remake(low_artifact, calibration=calibration_of(header)))
+    Store(tmp_path).save("chosen", remake(low_artifact, calibration=calibration_of(header, at_recommended=False)))
     curves = calibration_of(header)
     for name, chosen in (("rejected", 0), ("unfound", None)):
         calibration = curves.model_copy(update={"chosen": chosen})
-        store.save(tmp_path, name, remake(low_artifact, calibration=calibration))
+        Store(tmp_path).save(name, remake(low_artifact, calibration=calibration))
     made = registry()
     strength = header.recommended.strength
 
