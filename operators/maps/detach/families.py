@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -9,15 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.gemma3 import modeling_gemma3 as gemma3
-from transformers.models.gpt2 import modeling_gpt2 as gpt2
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.ministral import modeling_ministral as ministral
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.olmo2 import modeling_olmo2 as olmo2
-from transformers.models.phi3 import modeling_phi3 as phi3
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.pytorch_utils import Conv1D
 
 from operators.core.errors import UnsupportedModelError
@@ -81,56 +74,80 @@ def _gpt2_values(module: Any, x: torch.Tensor) -> torch.Tensor:
     return wide_linear(x, weight.T, bias).view(*x.shape[:2], -1, module.head_dim)
 
 
+@dataclass(frozen=True)
+class _BuiltInFamily:
+    """A family of this package, before the module of transformers that has its classes is imported.
+
+    ``causal_lm`` is the name of its class there; ``fill`` makes the table out of the imported module.
+    """
+
+    name: str
+    causal_lm: str
+    fill: Callable[[ModuleType], Family]
+
+    @property
+    def module(self) -> str:
+        return f"transformers.models.{self.name}.modeling_{self.name}"
+
+    def load(self) -> Family:
+        return self.fill(importlib.import_module(self.module))
+
+
 def _llama_like(
-    name: str, module: ModuleType, norm: NormForward, *, decoder: str = "Model", containers: tuple[str, ...] = ()
-) -> Family:
+    name: str, norm: NormForward, *, decoder: str = "Model", containers: tuple[str, ...] = ()
+) -> _BuiltInFamily:
     """The common shape: RMSNorm, q/k/v/o projections, SwiGLU or GeGLU, named after the family."""
-    prefix = module.__name__.rpartition("modeling_")[2].capitalize()
+    prefix = name.capitalize()
 
-    def cls(suffix: str) -> type[nn.Module]:
-        found: type[nn.Module] = getattr(module, prefix + suffix)
-        return found
+    def fill(module: ModuleType) -> Family:
+        def cls(suffix: str) -> type[nn.Module]:
+            found: type[nn.Module] = getattr(module, prefix + suffix)
+            return found
 
+        return Family(
+            name=name,
+            causal_lm=cls("ForCausalLM"),
+            norms={cls("RMSNorm"): norm},
+            mlps={cls("MLP"): GatedMLP("act_fn", gate="gate_proj")},
+            attentions={cls("Attention"): Attention(projected_values, output="o_proj")},
+            containers=frozenset(map(cls, (decoder, "DecoderLayer", "RotaryEmbedding", *containers))),
+        )
+
+    return _BuiltInFamily(name, f"{prefix}ForCausalLM", fill)
+
+
+def _phi3(module: Any) -> Family:
     return Family(
-        name=name,
-        causal_lm=cls("ForCausalLM"),
-        norms={cls("RMSNorm"): norm},
-        mlps={cls("MLP"): GatedMLP("act_fn", gate="gate_proj")},
-        attentions={cls("Attention"): Attention(projected_values, output="o_proj")},
-        containers=frozenset(map(cls, (decoder, "DecoderLayer", "RotaryEmbedding", *containers))),
+        name="phi3",
+        causal_lm=module.Phi3ForCausalLM,
+        norms={module.Phi3RMSNorm: rms_norm(eps="variance_epsilon")},
+        mlps={module.Phi3MLP: GatedMLP("activation_fn", gate=None)},
+        attentions={module.Phi3Attention: Attention(_phi3_values, output="o_proj")},
+        containers=frozenset({module.Phi3Model, module.Phi3DecoderLayer, module.Phi3RotaryEmbedding}),
     )
 
 
-_FAMILIES = (
-    _llama_like("llama", llama, rms_norm(eps="variance_epsilon")),
-    _llama_like("qwen2", qwen2, rms_norm(eps="variance_epsilon")),
-    _llama_like("qwen3", qwen3, rms_norm(eps="variance_epsilon")),
-    _llama_like("mistral", mistral, rms_norm(eps="variance_epsilon")),
-    _llama_like("ministral", ministral, rms_norm(eps="variance_epsilon")),
-    _llama_like("olmo2", olmo2, late_rms_norm(eps="variance_epsilon")),
-    _llama_like(
-        "gemma3",
-        gemma3,
-        offset_rms_norm(eps="eps"),
-        decoder="TextModel",
-        containers=("TextScaledWordEmbedding",),
-    ),
-    Family(
-        name="phi3",
-        causal_lm=phi3.Phi3ForCausalLM,
-        norms={phi3.Phi3RMSNorm: rms_norm(eps="variance_epsilon")},
-        mlps={phi3.Phi3MLP: GatedMLP("activation_fn", gate=None)},
-        attentions={phi3.Phi3Attention: Attention(_phi3_values, output="o_proj")},
-        containers=frozenset({phi3.Phi3Model, phi3.Phi3DecoderLayer, phi3.Phi3RotaryEmbedding}),
-    ),
-    Family(
+def _gpt2(module: Any) -> Family:
+    return Family(
         name="gpt2",
-        causal_lm=gpt2.GPT2LMHeadModel,
+        causal_lm=module.GPT2LMHeadModel,
         norms={nn.LayerNorm: layer_norm(eps="eps")},
-        mlps={gpt2.GPT2MLP: PlainMLP("act")},
-        attentions={gpt2.GPT2Attention: Attention(_gpt2_values, output="c_proj")},
-        containers=frozenset({gpt2.GPT2Model, gpt2.GPT2Block}),
-    ),
+        mlps={module.GPT2MLP: PlainMLP("act")},
+        attentions={module.GPT2Attention: Attention(_gpt2_values, output="c_proj")},
+        containers=frozenset({module.GPT2Model, module.GPT2Block}),
+    )
+
+
+_BUILT_IN = (
+    _llama_like("llama", rms_norm(eps="variance_epsilon")),
+    _llama_like("qwen2", rms_norm(eps="variance_epsilon")),
+    _llama_like("qwen3", rms_norm(eps="variance_epsilon")),
+    _llama_like("mistral", rms_norm(eps="variance_epsilon")),
+    _llama_like("ministral", rms_norm(eps="variance_epsilon")),
+    _llama_like("olmo2", late_rms_norm(eps="variance_epsilon")),
+    _llama_like("gemma3", offset_rms_norm(eps="eps"), decoder="TextModel", containers=("TextScaledWordEmbedding",)),
+    _BuiltInFamily("phi3", "Phi3ForCausalLM", _phi3),
+    _BuiltInFamily("gpt2", "GPT2LMHeadModel", _gpt2),
 )
 
 
@@ -139,8 +156,8 @@ _GUIDE = "docs/ARCHITECTURES.md says how to add"
 
 
 def families() -> tuple[Family, ...]:
-    """Every table there is: those of this package, then the registered ones."""
-    return _FAMILIES + _registered
+    """Every table: those of this package, then the registered ones. Imports the model modules of all of them."""
+    return (*(_loaded(built_in) for built_in in _BUILT_IN), *_registered)
 
 
 def register(family: Family) -> None:
@@ -151,9 +168,23 @@ def register(family: Family) -> None:
             what was imported before it was built.
     """
     global _registered
-    if any(family.causal_lm is known.causal_lm for known in families()):
+    if _table_of(family.causal_lm) is not None:
         raise ValueError(f"{family.causal_lm.__name__} has a detach table already; a table cannot be replaced")
     _registered = (*_registered, family)
+
+
+@functools.cache
+def _loaded(built_in: _BuiltInFamily) -> Family:
+    return built_in.load()
+
+
+def _table_of(causal_lm: type[nn.Module]) -> Family | None:
+    """The table of exactly this class; imports no module of transformers but the one that ``causal_lm`` is from."""
+    for built_in in _BUILT_IN:
+        if (built_in.module, built_in.causal_lm) == (causal_lm.__module__, causal_lm.__qualname__):
+            found = _loaded(built_in)
+            return found if found.causal_lm is causal_lm else None
+    return next((family for family in _registered if family.causal_lm is causal_lm), None)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -163,9 +194,10 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedModelError: names the first module, and its class, that no rule covers; or the model is not
             in evaluation mode.
     """
-    family = next((family for family in families() if family.causal_lm is type(model)), None)
+    family = _table_of(type(model))
     if family is None:
-        known = ", ".join(sorted(family.causal_lm.__name__ for family in families()))
+        registered = (family.causal_lm.__name__ for family in _registered)
+        known = ", ".join(sorted([*(built_in.causal_lm for built_in in _BUILT_IN), *registered]))
         raise UnsupportedModelError(
             f"{type(model).__name__} has no detach table; there are tables for {known}. {_GUIDE} one"
         )
