@@ -33,7 +33,7 @@ def analyse_text(text: str, model: str | None, layer: int | None, out: Path, dty
     check_text(text)
     writable(out)
     loaded = load_model(model or default_model(), dtype=dtype, device=device)
-    with bars.shown() as progress:
+    with bars.progress_bars() as progress:
         found = analyse(text, loaded, layer=layer, progress=progress)
     pictures = plots.analysis_plots(found)
     files = write(out, "analysis", results.to_json(found), report.analysis_page(found, pictures), pictures)
@@ -51,7 +51,7 @@ def compare_models(
     canvas.check_installed()
     texts = read_phrases(phrases or SHIPPED, limit=limit)
     writable(out)
-    with bars.shown() as progress:
+    with bars.progress_bars() as progress:
         # One model in memory at a time.
         found = [summarise(texts, load_model(name, dtype=dtype, device=device), progress=progress) for name in models]
     comparison = results.Comparison(results.COMPARISON_SCHEMA, texts, tuple(found))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from operators.core.errors import ConceptFileError, OperatorError
-from operators.core.progress import shown
+from operators.core.progress import progress_bars
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
@@ -40,9 +40,9 @@ def reporting(as_json: bool) -> Iterator[None]:
             yield
         except (MemoryError, RuntimeError):
             # Imported here: only torch knows its own lack of memory, and help does without torch.
-            from operators.core.capacity import shortage_told
+            from operators.core.capacity import memory_errors_as_build_errors
 
-            with shortage_told():
+            with memory_errors_as_build_errors():
                 raise
     except OperatorError as error:
         tell_error(error, as_json=as_json)
@@ -207,5 +207,5 @@ def size(num_bytes: int) -> str:
 @contextmanager
 def product_progress() -> Iterator[Callable[[int, int], None]]:
     """A progress bar of the columns of one build."""
-    with shown() as tell:
+    with progress_bars() as tell:
         yield functools.partial(tell, "Jacobian products")

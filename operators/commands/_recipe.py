@@ -24,7 +24,7 @@ from operators.commands._options import (
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
     from operators.core.store import Store
-    from operators.recipes.run import Outcome, Task, Watcher
+    from operators.recipes.run import BuildOutcome, BuildTask, TaskProgress
 
 _STATUSES = ("built", "updated", "up to date", "failed")
 
@@ -45,32 +45,32 @@ def build_file(
     """Builds what the file asks for; exits with 1 where an operator failed."""
     start = time.monotonic()
     with report.reporting(as_json):
-        from operators.recipes.concept_file import pick, read_concept_file
+        from operators.recipes.concept_file import select_entries, read_concept_file
 
         entries = read_concept_file(file)
         if only:
-            entries = pick(entries, only)
+            entries = select_entries(entries, only)
         store, budget = open_store(store_path), memory_or_default(max_memory)
 
         from operators.commands.calibrate import tuned
         from operators.model.loading import default_model, load_model
-        from operators.recipes.run import check_words, plan, run
+        from operators.recipes.run import check_words, prepare_tasks, run_tasks
 
         if calibrate:
             check_words(entries, store)
         loaded = load_model(model or default_model(), dtype=dtype, device=device_or_default(device))
-        tasks = plan(entries, loaded, store, replace=replace, calibrate=calibrate, max_memory=budget)
+        tasks = prepare_tasks(entries, loaded, store, replace=replace, calibrate=calibrate, max_memory=budget)
         told: list[dict[str, Any]] = []
         width = max(len(task.name) for task in tasks)
         try:
             with _progress(tasks) as watch:
 
-                def tune(artifact: OperatorArtifact, task: Task) -> OperatorArtifact:
+                def tune(artifact: OperatorArtifact, task: BuildTask) -> OperatorArtifact:
                     # On the bars that are there: a second set of them would write over these.
                     progress = functools.partial(watch, task)
                     return tuned(artifact, loaded, layers=task.layers, max_memory=budget, progress=progress)
 
-                for outcome in run(tasks, loaded, store, max_memory=budget, watch=watch, calibrate=tune):
+                for outcome in run_tasks(tasks, loaded, store, max_memory=budget, watch=watch, calibrate=tune):
                     told.append(_described(outcome, store))
                     if not as_json:
                         print(report.printable(_line(told[-1], width)), flush=True)
@@ -96,7 +96,7 @@ def build_file(
         raise typer.Exit(1)
 
 
-def _described(outcome: Outcome, store: Store) -> dict[str, Any]:
+def _described(outcome: BuildOutcome, store: Store) -> dict[str, Any]:
     told: dict[str, Any] = {"name": outcome.name, "status": outcome.status, "seconds": round(outcome.seconds, 2)}
     if outcome.problem is not None:
         return {**told, "problem": report.problem(outcome.problem)}
@@ -127,7 +127,7 @@ def _line(told: dict[str, Any], width: int) -> str:
 
 
 @contextmanager
-def _progress(tasks: Sequence[Task]) -> Iterator[Watcher]:
+def _progress(tasks: Sequence[BuildTask]) -> Iterator[TaskProgress]:
     """Two bars with the time left, of all operators and of the one being made, where somebody watches."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -148,7 +148,7 @@ def _progress(tasks: Sequence[Task]) -> Iterator[Watcher]:
         every = bars.add_task("operators", total=len(number))
         one = bars.add_task("", total=None)
 
-        def watch(task: Task, what: str, done: int, total: int) -> None:
+        def watch(task: BuildTask, what: str, done: int, total: int) -> None:
             # How long a calibration goes on after what is being counted is not known.
             share = 0.0 if task.calibrate else done / max(total, 1)
             bars.update(every, completed=number[task.name] + share)

@@ -25,7 +25,7 @@ from operators.commands._options import (
     open_store,
 )
 from operators.commands._recipe import build_file
-from operators.core.progress import shown
+from operators.core.progress import progress_bars
 
 
 def build(
@@ -153,27 +153,27 @@ def _build_one(
 ) -> None:
     start = time.monotonic()
     with report.reporting(as_json):
-        from operators.recipes.concept_entry import ConceptEntry, checked
+        from operators.recipes.concept_entry import ConceptEntry, validate_value
 
         # Everything that can be refused without the model is refused before it is loaded.
         store = open_store(store_path)
-        entry = ConceptEntry(**{key: checked(key, value) for key, value in asked.items()})
+        entry = ConceptEntry(**{key: validate_value(key, value) for key, value in asked.items()})
         store.check_free(entry.name, replace=replace)
         budget = memory_or_default(max_memory)
 
         from operators.builder.build import build_operator
         from operators.model.loading import default_model, load_model
-        from operators.recipes.run import spec_of
+        from operators.recipes.run import build_spec
 
         loaded = load_model(model or default_model(), dtype=dtype, device=device_or_default(device))
-        spec = spec_of(entry, loaded)
+        spec = build_spec(entry, loaded)
         with report.product_progress() as progress:
             artifact = build_operator(spec, loaded, max_memory=budget, progress=progress)
         if calibrate:
             from operators.commands.calibrate import tuned
 
             layers = None if entry.layer is None else (entry.layer,)
-            with shown() as progress:
+            with progress_bars() as progress:
                 artifact = tuned(artifact, loaded, layers=layers, max_memory=budget, progress=progress)
         path = store.save(entry.name, artifact, replace=replace)
         seconds = round(time.monotonic() - start, 2)

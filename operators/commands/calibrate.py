@@ -18,7 +18,7 @@ from operators.commands._options import (
     memory_or_default,
     open_store,
 )
-from operators.core.progress import Progress, shown
+from operators.core.progress import Progress, progress_bars
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
@@ -73,7 +73,7 @@ def calibrate(
         from operators.core.errors import TrialError
         from operators.model.loading import load_model
         from operators.tune.calibrate import calibrate as find
-        from operators.tune.explore import CalibrationSpec
+        from operators.tune.calibration_spec import CalibrationSpec
         from operators.tune.prompts import calibration_prompts, read_prompts
 
         store = open_store(store_path)
@@ -95,7 +95,7 @@ def calibrate(
         if plot is not None:
             _check_plot(plot)
         loaded = load_model(model or header.model, dtype=header.model_dtype, device=device_or_default(None))
-        with shown() as progress:
+        with progress_bars() as progress:
             calibrated = find(artifact, loaded, spec, max_memory=budget, progress=progress)
         path = store.save(name, calibrated, replace=True)
         curves = calibrated.header.calibration
@@ -118,7 +118,7 @@ def tuned(
 ) -> OperatorArtifact:
     """``artifact``, calibrated by the words that it was built with, and everything but ``layers`` at its default."""
     from operators.tune.calibrate import calibrate as find
-    from operators.tune.explore import CalibrationSpec
+    from operators.tune.calibration_spec import CalibrationSpec
     from operators.tune.prompts import calibration_prompts
 
     spec = CalibrationSpec(words=artifact.header.words, prompts=calibration_prompts(), layers=layers)

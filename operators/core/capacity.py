@@ -20,7 +20,7 @@ _CPU_IS_FULL = "can't allocate memory"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-def free(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that a build may use on ``device`` when nobody says: most of what is free."""
     if device.type == "cuda":
         import torch
@@ -30,7 +30,7 @@ def free(device: torch.device) -> int:
 
 
 @contextmanager
-def shortage_told() -> Iterator[None]:
+def memory_errors_as_build_errors() -> Iterator[None]:
     """Around what takes memory: where there is not enough, a :class:`BuildError` says so."""
     import torch
 
@@ -56,7 +56,7 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """1536 -> ``"1.5 KiB"``."""
     value = float(size)
     for unit in ("bytes", "KiB", "MiB", "GiB"):

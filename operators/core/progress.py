@@ -15,7 +15,7 @@ def silent(_what: str, _done: int, _total: int) -> None:
 
 
 @contextmanager
-def shown() -> Iterator[Progress]:
+def progress_bars() -> Iterator[Progress]:
     """One line per kind of thing that is counted."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn

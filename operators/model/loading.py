@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from operators.core.capacity import free, in_words
+from operators.core.capacity import format_bytes, free_memory
 from operators.core.errors import ModelError
 from operators.core.header import DTYPES, DTypeName
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -107,10 +107,11 @@ def _check_fits(name: str, source: str, dtype: DTypeName, device: torch.device) 
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
-    have = free(device)
+    have = free_memory(device)
     if need > have:
         raise ModelError(
-            f"model {name!r} takes {in_words(need)} of memory in {dtype}; {in_words(have)} may be used on {device}"
+            f"model {name!r} takes {format_bytes(need)} of memory in {dtype}; {format_bytes(have)} may be used on "
+            f"{device}"
         )
 
 

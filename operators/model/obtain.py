@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from operators.core.capacity import free, in_words
+from operators.core.capacity import format_bytes, free_memory
 from operators.core.errors import ModelError
 
 _LOG = logging.getLogger(__name__)
@@ -233,11 +233,11 @@ def _reason(error: Exception) -> str:
 
 
 def _refuse_what_does_not_fit(gguf: Path, numbers: int) -> None:
-    need, have = _FLOAT32 * numbers, free(torch.device("cpu"))
+    need, have = _FLOAT32 * numbers, free_memory(torch.device("cpu"))
     if need > have:
         raise ModelError(
-            f"{gguf.name} takes {in_words(need)} of memory where it is de-quantised, to float32; {in_words(have)} may "
-            "be used"
+            f"{gguf.name} takes {format_bytes(need)} of memory where it is de-quantised, to float32; "
+            f"{format_bytes(have)} may be used"
         )
 
 

@@ -6,7 +6,7 @@ import math
 import os
 from typing import Any
 
-from operators.core.capacity import in_words
+from operators.core.capacity import format_bytes
 
 
 def check_supported(config: Any) -> None:
@@ -81,7 +81,7 @@ def check_room(total: int, utilization: float, operators: int) -> None:
     left = round(total * (1.0 - utilization))
     if left < operators:
         raise ValueError(
-            f"gpu_memory_utilization {utilization:g} leaves {in_words(left)} of a device of {in_words(total)}, and "
-            f"operator_memory is {in_words(operators)}; give engine_args.gpu_memory_utilization at most "
+            f"gpu_memory_utilization {utilization:g} leaves {format_bytes(left)} of a device of {format_bytes(total)}, "
+            f"and operator_memory is {format_bytes(operators)}; give engine_args.gpu_memory_utilization at most "
             f"{max(0, math.floor(100 * (1.0 - operators / total))) / 100:g}, or a smaller --operator-memory"
         )

@@ -152,12 +152,12 @@ def test_a_file_that_cannot_be_replaced_is_named(run, undrawn, tmp_path):
 
 
 def test_progress_is_drawn_on_a_terminal_only(capfd, monkeypatch):
-    with progress.shown() as update:
+    with progress.progress_bars() as update:
         update("Layers", 1, 2)
     assert capfd.readouterr().err == ""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.shown() as update:
+    with progress.progress_bars() as update:
         update("Layers", 1, 2)
         update("Phrases, [m]", 1, 3)
     drawn = capfd.readouterr().err

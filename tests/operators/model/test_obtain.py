@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from operators.core.capacity import in_words
+from operators.core.capacity import format_bytes
 from operators.core.errors import ModelError
 from operators.model import obtain as obtaining
 from operators.model.loading import load_model
@@ -186,11 +186,10 @@ def test_a_file_whose_numbers_do_not_fit_is_refused_before_they_are_read(
     empty_cache, tiny_tokenizer, tmp_path, monkeypatch
 ):
     numbers = sum(weights.numel() for weights in _write(tmp_path / "a.gguf", tiny_tokenizer).values())
-    monkeypatch.setattr(obtaining, "free", lambda _device: 4 * numbers - 1)
+    monkeypatch.setattr(obtaining, "free_memory", lambda _device: 4 * numbers - 1)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("read"))
-    words = (
-        rf"a\.gguf takes {re.escape(in_words(4 * numbers))} of memory where it is de-quantised, to float32; .* may be"
-    )
+    size = re.escape(format_bytes(4 * numbers))
+    words = rf"a\.gguf takes {size} of memory where it is de-quantised, to float32; .* may be"
     with pytest.raises(ModelError, match=words):
         obtain(str(tmp_path / "a.gguf"))
     assert not _leftovers(empty_cache)
