@@ -1,37 +1,35 @@
 """The operator artifact: one safetensors file, verified in full before anything in it is used.
 
-Tensors: ``jacobian`` (n, d, d), or ``basis`` (d, r) and ``factors`` (n, r, d) of a low-rank one; ``anchor`` (d,),
-``substitute_base`` (d,) and, for affine maps, ``offset`` (d,). The metadata holds one JSON header
-(:class:`OperatorHeader`) and the digest, a sha256 over the header and every tensor. A single flipped bit anywhere is
-therefore an error, and two files with the same digest are the same operator.
+The layout is that of :mod:`operators.core.file_format`. The digest is a sha256 over the operator's header and every
+tensor: a single flipped bit anywhere is an error, and two files with the same digest are the same operator.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from operators.core.errors import ArtifactError
-from operators.core.header import DTYPES, OperatorHeader, Profile
-
-FORMAT = "steering-operator"
-FORMAT_VERSION = "1"
-MAX_BYTES = 8 << 30
-"""Largest file that is read, in bytes: an exact operator of 32 tokens at d = 8192 in float32."""
-
-_FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""First bytes of zip archives (what torch.save writes) and of pickles."""
+from operators.core.file_format import (
+    FORMAT,
+    FORMAT_VERSION,
+    MAX_BYTES,
+    TensorInfo,
+    check_layout,
+    open_regular,
+    parse_file_header,
+    parse_header,
+)
+from operators.core.header import OperatorHeader
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,28 +123,20 @@ def read_artifact(path: Path, *, max_bytes: int = MAX_BYTES) -> OperatorArtifact
         ArtifactError: says what does not fit: missing, not a regular file, too large, truncated, trailing
             bytes, not safetensors, unknown version, damaged header, wrong shape, NaN, wrong digest.
     """
-    return from_bytes(_read_bytes(path, max_bytes), source=path.name)
+    with open_regular(path, max_bytes) as (file, num_bytes):
+        # Once, so that what is verified is what is used. The size, not the limit: a read reserves all that it may give.
+        data = file.read(num_bytes)
+    return from_bytes(data, source=path.name)
 
 
 def from_bytes(data: bytes, *, source: str) -> OperatorArtifact:
     """Verifies the bytes of an artifact; ``source`` names them in errors. Raises :class:`ArtifactError`."""
+    stated = parse_file_header(io.BytesIO(data), len(data), source=source)
     try:
         tensors = load_tensors(data)
-        metadata = _metadata(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # Only now: a safetensors file begins with its header's length, and some lengths look like these.
-        if data[:2] in _FOREIGN:
-            raise ArtifactError(
-                f"{source}: this is a pickle or zip archive; operators are safetensors files only"
-            ) from error
+    except (SafetensorError, ValueError, KeyError) as error:
         raise ArtifactError(f"{source}: not a whole safetensors file ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{source}: metadata format is {metadata.get('format')!r}; an operator says {FORMAT!r}")
-    if metadata.get("version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{source}: format version {metadata.get('version')!r} is unknown; this build reads {FORMAT_VERSION!r}"
-        )
-    return assemble(metadata.get("header", ""), tensors, digest=metadata.get("digest"), source=source)
+    return _verified(stated.header, stated.header_json, tensors, digest=stated.digest, source=source)
 
 
 def tensors_of(artifact: OperatorArtifact) -> dict[str, torch.Tensor]:
@@ -161,12 +151,18 @@ def assemble(
 
     Raises :class:`ArtifactError`.
     """
-    try:
-        header = OperatorHeader.model_validate_json(header_json, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "header"
-        raise ArtifactError(f"{source}: header field {where!r}: {first['msg']}") from error
+    header = parse_header(header_json, source=source)
+    return _verified(header, header_json, tensors, digest=digest, source=source)
+
+
+def _verified(
+    header: OperatorHeader,
+    header_json: str,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    digest: str | None,
+    source: str,
+) -> OperatorArtifact:
     try:
         artifact = _from_parts(header, header_json, tensors)
     except ArtifactError as error:
@@ -174,35 +170,6 @@ def assemble(
     if digest != artifact.digest:
         raise ArtifactError(f"{source}: content is {artifact.digest}, the file says {digest!r}: it is damaged")
     return artifact
-
-
-def _read_bytes(path: Path, max_bytes: int) -> bytes:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = "a symbolic link, which is not followed" if path.is_symlink() else error.strerror
-        raise ArtifactError(f"{path.name}: cannot be opened: {reason}") from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError(f"{path.name}: not a regular file")
-        if status.st_size > max_bytes:
-            raise ArtifactError(f"{path.name}: {status.st_size} bytes; at most {max_bytes} are read")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            # The size, not the limit: a read reserves all that it is asked for.
-            return file.read(status.st_size)
-    except OSError as error:
-        raise ArtifactError(f"{path.name}: cannot be read: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
-
-
-def _metadata(data: bytes) -> Mapping[str, str]:
-    # safetensors gives the metadata of a file on disk only; the bytes were read once, so that what is
-    # verified is what is used. Its own loader has already checked the length and the JSON.
-    length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    return dict(metadata)
 
 
 def _tensors(
@@ -217,44 +184,11 @@ def _tensors(
     return tensors if offset is None else {**tensors, "offset": offset}
 
 
-def _expected(header: OperatorHeader) -> dict[str, tuple[int, ...]]:
-    n, d = header.positions, header.hidden_size
-    vectors = {"anchor": (d,), "substitute_base": (d,), "offset": (d,)}
-    if header.low_rank is None:
-        return {"jacobian": (n, d, d), **vectors}
-    return {"basis": (d, header.low_rank.rank), "factors": (n, header.low_rank.rank, d), **vectors}
-
-
 def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
-    expected = _expected(header)
-    unknown = sorted(set(tensors) - set(expected))
-    missing = sorted(set(expected) - set(tensors) - {"offset"})
-    if unknown or missing:
-        raise ArtifactError(f"tensors missing: {missing}, unknown: {unknown}; accepted: {sorted(expected)}")
-    if header.low_rank is not None and len(header.low_rank.residuals) != header.positions:
-        raise ArtifactError(
-            f"header field 'low_rank.residuals' has {len(header.low_rank.residuals)} values for "
-            f"{header.positions} positions"
-        )
-    if header.low_rank is not None and header.low_rank.rank > header.hidden_size:
-        raise ArtifactError(f"rank {header.low_rank.rank} is above the hidden size {header.hidden_size}")
-    for name, shape in expected.items():
-        if name not in tensors:
-            continue
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise ArtifactError(f"tensor {name!r} has shape {tuple(tensor.shape)}; the header asks for {shape}")
-        if tensor.dtype != DTYPES[header.dtype]:
-            raise ArtifactError(f"tensor {name!r} is {tensor.dtype}; the header says {header.dtype}")
+    check_layout(header, {name: _info(tensor) for name, tensor in tensors.items()})
+    for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"tensor {name!r} has values that are not finite")
-    if header.layer > header.num_layers or header.injection_layer != injection_layer(header.profile, header.layer):
-        raise ArtifactError(
-            f"layer {header.layer} with injection layer {header.injection_layer} is not a {header.profile!r} "
-            f"operator of a model with {header.num_layers} layers"
-        )
-    if header.injection_layer >= header.num_layers:
-        raise ArtifactError(f"injection layer {header.injection_layer} of {header.num_layers} layers")
     return OperatorArtifact(
         header=header,
         factors=tensors["jacobian" if header.low_rank is None else "factors"],
@@ -267,12 +201,8 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
     )
 
 
-def injection_layer(profile: Profile, layer: int) -> int:
-    """The decoder layer whose input an operator of this profile and target layer is added to.
-
-    ``golden`` follows the published code, which pushes the input of block s-1 with a map that ends behind it.
-    """
-    return layer - 1 if profile == "golden" else layer
+def _info(tensor: torch.Tensor) -> TensorInfo:
+    return TensorInfo(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def _digest(header_json: str, tensors: Mapping[str, torch.Tensor]) -> str:

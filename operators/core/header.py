@@ -6,21 +6,14 @@ is not finite is an error, never a default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-import torch
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Profile = Literal["golden", "residual"]
 Rule = Literal["cumulative", "substitute"]
 DTypeName = Literal["float32", "float64", "bfloat16"]
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-}
 
 _Fingerprint = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 _Count = Annotated[int, Field(ge=1, lt=1 << 31)]
@@ -38,6 +31,14 @@ _Ids = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 _Positive = Annotated[float, Field(ge=0.0)]
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def injection_layer(profile: Profile, layer: int) -> int:
+    """The decoder layer (from 0) whose input an operator of this profile and target layer is added to.
+
+    ``golden`` follows the published code, which adds to the input of block s-1 with a map that ends behind it.
+    """
+    return layer - 1 if profile == "golden" else layer
 
 
 class Recommended(BaseModel):

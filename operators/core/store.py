@@ -2,6 +2,7 @@
 
 Writing is atomic: a file appears whole or not at all. Names cannot leave the directory. A writer holds a lock on its
 temporary file; a temporary file without a lock was left behind by a killed writer, and the next save removes it.
+Listing and deleting need no torch: it is imported where tensors are read or written.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from operators.core.artifact import MAX_BYTES, OperatorArtifact, read_artifact, to_bytes
 from operators.core.errors import StoreError
+from operators.core.file_format import MAX_BYTES, FileHeader, read_file_header
+
+if TYPE_CHECKING:
+    from operators.core.artifact import OperatorArtifact
 
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -93,7 +97,18 @@ class Store:
             StoreError: no such operator; the message lists those that exist.
             ArtifactError: its file is not valid.
         """
+        from operators.core.artifact import read_artifact
+
         return read_artifact(self._existing(name), max_bytes=max_bytes)
+
+    def read_header(self, name: str, *, max_bytes: int = MAX_BYTES) -> FileHeader:
+        """Reads what one operator's file says about itself. No tensor is read or verified, and torch is not imported.
+
+        Raises:
+            StoreError: no such operator; the message lists those that exist.
+            ArtifactError: the header, or the layout of the file, is not valid.
+        """
+        return read_file_header(self._existing(name), max_bytes=max_bytes)
 
     def check_free(self, name: str, *, replace: bool = False) -> Path:
         """The file that :meth:`save` would write for ``name``.
@@ -121,6 +136,8 @@ class Store:
             StoreError: the name is not allowed, or taken and ``replace`` is false, or the file cannot be written.
                 The store is then unchanged.
         """
+        from operators.core.artifact import to_bytes
+
         path = self.check_free(name, replace=replace)
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from torch import nn
 
 from operators.core.capacity import format_bytes, free_memory
 from operators.core.errors import ModelError
-from operators.core.header import DTYPES, DTypeName
+from operators.core.dtypes import DTYPES
+from operators.core.header import DTypeName
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
 

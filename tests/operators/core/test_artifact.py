@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from operators.core.artifact import from_bytes, injection_layer, make_artifact, read_artifact, to_bytes
+from operators.core.artifact import from_bytes, make_artifact, read_artifact, to_bytes
 from operators.core.errors import ArtifactError
-from operators.core.header import OperatorHeader, Recommended
+from operators.core.header import OperatorHeader, Recommended, injection_layer
 
 
 def _tensors(artifact):

@@ -44,7 +44,7 @@ def test_a_plain_name_is_allowed_and_stays_in_the_store(name, make_operator, tmp
         "%2e%2e",
     ],
 )
-@pytest.mark.parametrize("method", ["path_of", "load", "delete", "check_free"])
+@pytest.mark.parametrize("method", ["path_of", "load", "read_header", "delete", "check_free"])
 def test_a_name_that_could_leave_the_store_is_refused(method, name, tmp_path):
     with pytest.raises(StoreError, match="is not allowed; 1 to 64 of a-z 0-9"):
         getattr(Store(tmp_path), method)(name)
@@ -77,6 +77,38 @@ def test_names_are_sorted_and_are_those_of_operators_only(make_operator, tmp_pat
     for other in ("notes.txt", ".c.123.tmp", "Upper.safetensors", ".safetensors", "x.safetensors.bak"):
         (tmp_path / other).touch()
     assert Store(tmp_path).names() == ["a", "b"]
+
+
+def test_a_store_iterates_over_its_names_and_knows_them(make_operator, tmp_path):
+    store = Store(str(tmp_path))
+    assert store
+    assert list(store) == []
+    for name in ("b", "a"):
+        store.save(name, make_operator())
+    (tmp_path / "broken.safetensors").write_text("no operator")
+    assert list(store) == store.names() == ["a", "b", "broken"]
+    assert all(name in store for name in store)
+    assert not any(name in store for name in ("c", "../a", "", 7, None))
+
+
+def test_stores_of_one_directory_are_equal(tmp_path):
+    assert Store(tmp_path) == Store(str(tmp_path)) != Store(tmp_path / "other")
+    assert len({Store(tmp_path), Store(str(tmp_path))}) == 1
+    assert Store(tmp_path) != tmp_path
+    assert eval(repr(Store(tmp_path))) == Store(tmp_path)
+
+
+def test_a_header_is_read_without_the_tensors(make_operator, tmp_path):
+    store, operator = Store(tmp_path), make_operator(affine=True)
+    path = store.save("a", operator)
+    found = store.read_header("a")
+    assert (found.header, found.header_json, found.digest) == (operator.header, operator.header_json, operator.digest)
+    assert found.affine
+    assert found.num_bytes == path.stat().st_size
+    store.save("b", make_operator())
+    assert not store.read_header("b").affine
+    with pytest.raises(StoreError, match=r"no operator 'c' in .*; there are: a, b"):
+        store.read_header("c")
 
 
 def test_a_missing_operator_is_named_with_those_there_are(make_operator, tmp_path):
@@ -129,14 +161,14 @@ FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("place", ["os.fsync", "os.replace", "to_bytes"])
+@pytest.mark.parametrize("place", ["store.os.fsync", "store.os.replace", "artifact.to_bytes"])
 @pytest.mark.parametrize("replace", [False, True])
 def test_an_interrupted_save_leaves_the_store_as_it_was(make_operator, tmp_path, monkeypatch, place, error, replace):
     Store(tmp_path).save("kept", make_operator())
     if replace:
         Store(tmp_path).save("a", make_operator())
     before = _snapshot(tmp_path)
-    monkeypatch.setattr(f"operators.core.store.{place}", _raising(error))
+    monkeypatch.setattr(f"operators.core.{place}", _raising(error))
     expected = StoreError if isinstance(error, OSError) else type(error)
     with pytest.raises(expected) as found:
         Store(tmp_path).save("a", make_operator(seed=1), replace=replace)
