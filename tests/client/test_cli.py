@@ -11,8 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 from steer_client import ArmDelta, TextDelta
 from steer_client._cli.app import app
-from steer_client._cli.columns import Columns
-from steer_client._cli.words import number, short_digest, visible
+from steer_client._cli.formatting import escape_controls, format_number, short_digest
+from steer_client._cli.side_by_side import SideBySide
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from typer.testing import CliRunner
@@ -304,8 +304,8 @@ def pieces(arm: str, *texts_and_ids: tuple[str, int]) -> list[ArmDelta]:
     return [ArmDelta(arm, TextDelta(text, (token,))) for text, token in texts_and_ids]
 
 
-def columns(*, live: bool, steered: list[tuple[str, int]]) -> Columns:
-    shown = Columns("steered", live=live)
+def columns(*, live: bool, steered: list[tuple[str, int]]) -> SideBySide:
+    shown = SideBySide("steered", live=live)
     for piece in pieces("normal", ("a", 1), ("b", 2), ("c", 3)) + pieces("steered", *steered):
         shown.add(piece)
     return shown
@@ -334,10 +334,10 @@ def test_a_steered_text_that_is_merely_behind_is_not_marked_yet():
 
 
 def test_a_text_cannot_command_the_terminal():
-    assert visible("a\x1b[31mb\n\tc\x9b") == "a␛[31mb\n\tc�"
+    assert escape_controls("a\x1b[31mb\n\tc\x9b") == "a␛[31mb\n\tc�"
 
 
 def test_numbers_and_digests_are_short():
-    assert [number(value) for value in (0.27123, 1, 12345.678, None)] == ["0.271", "1", "12346", "–"]
+    assert [format_number(value) for value in (0.27123, 1, 12345.678, None)] == ["0.271", "1", "12346", "–"]
     assert short_digest("sha256:" + "ab" * 32) == "sha256:abababab…"
     assert short_digest("odd") == "odd"

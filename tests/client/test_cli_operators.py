@@ -5,9 +5,9 @@ from importlib.metadata import version
 from itertools import islice
 
 import pytest
-from steer_client._cli import show
+from steer_client._cli import show_streams
 from steer_client._cli.app import app
-from steer_client._cli.columns import Columns
+from steer_client._cli.side_by_side import SideBySide
 from steer_client._results import ArmDelta, TextDelta
 from steering.v1 import operators_pb2 as ops
 from typer.testing import CliRunner
@@ -189,13 +189,13 @@ def test_an_unproven_comparison_is_never_shown(steer, fake, make):
 def test_ctrl_c_keeps_what_has_come_of_a_comparison(steer, fake, monkeypatch, terminal):
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
-    read = show._read
+    read = show_streams._read_pieces
 
     def interrupted(stream, shown):
         read(islice(stream, 2), shown)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(show, "_read", interrupted)
+    monkeypatch.setattr(show_streams, "_read_pieces", interrupted)
     result = steer("ab", "hello", "--operator", "golden-gate")
     assert result.exit_code == 130
     kept, other = (result.stdout, result.stderr) if terminal else (result.stderr, result.stdout)
@@ -206,7 +206,7 @@ def test_ctrl_c_keeps_what_has_come_of_a_comparison(steer, fake, monkeypatch, te
 
 
 def test_a_cut_text_that_is_merely_behind_does_not_differ():
-    shown = Columns("steered", live=True)
+    shown = SideBySide("steered", live=True)
     assert shown.cut() is None
     for arm, token in (("normal", 1), ("normal", 2), ("steered", 1)):
         shown.add(ArmDelta(arm, TextDelta("a", (token,))))

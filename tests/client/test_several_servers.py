@@ -10,7 +10,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 from steer_client import AsyncSteerClient, InvalidRequestError, ServerUnavailableError, SteerClient
-from steer_client._calls import channel_options
+from steer_client._channel import channel_options
 from steer_client._cli.app import app
 from typer.testing import CliRunner
 

@@ -8,100 +8,24 @@
         print(result.steered["steered"].generation.text)
 
 Every call raises a SteerError when it fails. No request is silently unsteered: a text comes back only with
-the receipts of the operators that were asked for.
+the receipts of the operators that were requested.
 """
 
-from steer_client._aio import AsyncComparisonStream, AsyncGenerationStream, AsyncSteerClient
-from steer_client._errors import (
-    DeadlineExceededError,
-    DoseTooHighError,
-    EngineFailedError,
-    InvalidRequestError,
-    OperatorUnusableError,
-    PromptTooLongError,
-    ProtocolError,
-    RequestCancelledError,
-    ServerBusyError,
-    ServerError,
-    ServerUnavailableError,
-    SteerError,
-    SteeringNotAppliedError,
-    UnknownOperatorError,
-)
-from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
-from steer_client._results import (
-    KL,
-    ABResult,
-    ArmDelta,
-    ArmResult,
-    FinishReason,
-    Generation,
-    ModelInfo,
-    Receipt,
-    TextDelta,
-    Timings,
-    Tokenization,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
-from steer_client._store import (
-    Calibration,
-    CalibrationPoint,
-    ConceptText,
-    LowRank,
-    Member,
-    OperatorInfo,
-    ReloadReport,
-)
-from steer_client._sync import ComparisonStream, GenerationStream, SteerClient
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "KL",
-    "ABResult",
-    "ArmDelta",
-    "ArmResult",
-    "AsyncComparisonStream",
-    "AsyncGenerationStream",
-    "AsyncSteerClient",
-    "Calibration",
-    "CalibrationPoint",
-    "Chat",
-    "ChatMessage",
-    "ComparisonStream",
-    "ConceptText",
-    "DeadlineExceededError",
-    "DoseTooHighError",
-    "EngineFailedError",
-    "FinishReason",
-    "Generation",
-    "GenerationStream",
-    "InvalidRequestError",
-    "LowRank",
-    "Member",
-    "ModelInfo",
-    "OperatorInfo",
-    "OperatorUnusableError",
-    "OperatorUse",
-    "Prompt",
-    "PromptTooLongError",
-    "ProtocolError",
-    "Receipt",
-    "ReloadReport",
-    "RequestCancelledError",
-    "Rule",
-    "SamplingParams",
-    "ServerBusyError",
-    "ServerError",
-    "ServerUnavailableError",
-    "SteerClient",
-    "SteerError",
-    "SteeringNotAppliedError",
-    "TextDelta",
-    "Timings",
-    "TokenLogprob",
-    "Tokenization",
-    "TopLogprob",
-    "UnknownOperatorError",
-    "Usage",
-]
+if TYPE_CHECKING:
+    from steer_client._public import *  # noqa: F403
+else:
+    # gRPC and asyncio take most of the time that an import needs, and `steer --help` uses neither: they are imported
+    # with the first public name.
+    def __getattr__(name: str) -> object:
+        # A private name is a submodule, which the import system finds itself.
+        if name == "__all__" or not name.startswith("_"):
+            public = import_module("steer_client._public")
+            if hasattr(public, name):
+                return getattr(public, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module("steer_client._public").__all__})

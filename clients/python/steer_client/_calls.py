@@ -1,26 +1,22 @@
-"""Every call of the contract, described once; the sync and the async client only carry them out."""
+"""Every call of the contract: its request, and how its answer is read. Nothing is sent here."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-import grpc
 from google.protobuf.message import Message
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as operators_pb
 
 from steer_client import _decode as decode
 from steer_client import _encode as encode
 from steer_client import _results as results
 from steer_client import _store as store
+from steer_client._channel import is_many
+from steer_client._defaults import STEERED
 from steer_client._errors import InvalidRequestError
 from steer_client._events import ComparisonReducer, GenerationReducer, Reducer
 from steer_client._receipts import check_receipts
@@ -29,55 +25,10 @@ from steer_client._requests import OperatorUse, Prompt, SamplingParams
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-DEFAULT_TARGET: Final = "127.0.0.1:50051"
-DEFAULT_TIMEOUT: Final = 120.0
-#: The arm's name where a comparison is asked for with `operators` alone.
-STEERED: Final = "steered"
-
-_HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
-# Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
-_NAME_SCHEME: Final = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):.")
-# Those that may stand for several servers, without rules of their own for them.
-_MANY_SCHEME: Final = re.compile(r"(dns|ipv4|ipv6):")
-
-# Log-probabilities make an answer longer than the 4 MiB that gRPC takes by default.
-_ANY_LENGTH: Final = ("grpc.max_receive_message_length", -1)
-# gRPC gives up a call's retry where the request is longer than this, 256 KiB by default: here the 16 MiB that a server
-# takes at most, and its headers.
-_RETRIED_LENGTH: Final = ("grpc.per_rpc_retry_buffer_size", 17 << 20)
-# In turn, leaving out those that say that they do not serve. What a server did not begin to answer, because it stops
-# or is gone, is asked of the next one, once: a request that kills servers must not go round all of them.
-_IN_TURN: Final = {
-    "loadBalancingConfig": [{"round_robin": {}}],
-    "healthCheckConfig": {"serviceName": ""},
-    "methodConfig": [
-        {
-            "name": [{}],
-            "retryPolicy": {
-                "maxAttempts": 2,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-}
-
-
-class Default(Enum):
-    """Stands for the client's own timeout, because None means no timeout."""
-
-    TIMEOUT = "the client's timeout"
-
-
-CLIENT_TIMEOUT: Final = Default.TIMEOUT
-Timeout = float | None | Literal[Default.TIMEOUT]
-
 
 @dataclass(frozen=True, slots=True)
 class Unary(Generic[Result]):
-    """One request, one answer. `method` is a name on one of the Stubs."""
+    """One request, one answer. `method` is its name in the contract's `service`."""
 
     service: Literal["generation", "operators", "health"]
     method: str
@@ -87,57 +38,17 @@ class Unary(Generic[Result]):
 
 @dataclass(frozen=True, slots=True)
 class Streaming(Generic[Item, Result]):
-    """One request, many events."""
+    """One request to the generation service, many events."""
 
     method: str
     request: Message
     reducer: Reducer[Item, Result]
 
 
-class Stubs:
-    """The contract's services over one channel, sync or async."""
-
-    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
-        self._services: dict[str, Any] = {
-            "generation": generation_pb2_grpc.GenerationServiceStub(channel),
-            "operators": operators_pb2_grpc.OperatorServiceStub(channel),
-            "health": health_pb2_grpc.HealthStub(channel),
-        }
-
-    def method(self, service: str, method: str) -> Any:
-        """What carries out `method`, by its name in the contract."""
-        return getattr(self._services[service], method)
-
-
-def target_or_default(target: str | None) -> str:
-    """The target as given, else STEER_TARGET, else this machine. Raises InvalidRequestError where it has no port."""
-    found = target or os.environ.get("STEER_TARGET") or DEFAULT_TARGET
-    # Without a port gRPC would take 443, and without a word.
-    if not (_HOST_AND_PORT.fullmatch(found) or _NAME_SCHEME.match(found)):
-        raise InvalidRequestError(
-            f"target: {found!r} is not HOST:PORT, such as {DEFAULT_TARGET} or [::1]:50051, nor several servers, such "
-            "as ipv4:10.0.0.1:50051,10.0.0.2:50051 or dns:///steer:50051",
-            field="target",
-        )
-    return found
-
-
-def is_many(target: str) -> bool:
-    """Whether the target may stand for several servers: dns:///NAME:PORT, ipv4:HOST:PORT,HOST:PORT, or ipv6:."""
-    return _MANY_SCHEME.match(target) is not None
-
-
-def channel_options(target: str) -> tuple[tuple[str, Any], ...]:
-    """gRPC's options for a channel to the target; several servers are asked in turn."""
-    if not is_many(target):
-        return (_ANY_LENGTH,)
-    return (_ANY_LENGTH, _RETRIED_LENGTH, ("grpc.service_config", json.dumps(_IN_TURN)))
-
-
 def generate(
     prompt: Prompt, operators: Sequence[OperatorUse], sampling: SamplingParams, request_id: str
 ) -> Unary[results.Generation]:
-    """The answer is checked against the operators that were asked for."""
+    """A text of one prompt, checked against the operators that were requested."""
     uses = encode.uses(operators, "operators")
     request = encode.generate_request(prompt, uses, sampling, request_id)
     return Unary("generation", "Generate", request, lambda answer: check_receipts(uses, decode.generation(answer)))
@@ -160,7 +71,7 @@ def compare(
     request_id: str,
     score: bool,
 ) -> Streaming[results.ArmDelta, results.ABResult]:
-    """`operators` alone make one arm named "steered"."""
+    """Texts of one prompt, the plain one and one per arm. `operators` make a single arm named "steered"."""
     if arms is None:
         operators = encode.uses(operators, "operators")
         if not operators:

@@ -8,12 +8,11 @@ from typing import Any, Protocol, TypeVar
 from steering.v1 import generation_pb2 as pb
 
 from steer_client import _decode as decode
+from steer_client._defaults import NORMAL
 from steer_client._errors import ProtocolError
 from steer_client._receipts import check_receipts
 from steer_client._requests import OperatorUse
 from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
-
-NORMAL = "normal"
 
 Item = TypeVar("Item", covariant=True)
 Result = TypeVar("Result", covariant=True)

@@ -1,25 +1,40 @@
-"""What a sync and an async stream have in common: its state, once the events are read."""
+"""What a blocking and an asyncio stream have in common: the call, and its state as its events are read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import grpc
+
+from steer_client._errors import SteerError
 from steer_client._events import Reducer
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True, slots=True)
+class StartedCall(Generic[Item, Result]):
+    """One streaming RPC under way, how its events are read, and how its failure is raised."""
+
+    rpc: Any
+    reducer: Reducer[Item, Result]
+    translate_error: Callable[[grpc.RpcError], SteerError]
+
+
 class StreamState(Generic[Item, Result]):
     """One RPC whose events become items, and whose end becomes a result."""
 
-    def __init__(self, call: Any, reducer: Reducer[Item, Result]) -> None:
-        self._call = call
-        self._reducer = reducer
-        self._iterated = False
-        # No more events are wanted: the call has ended, or was given up (then it is also cancelled).
-        self._closed = False
-        self._cancelled = False
+    def __init__(self, call: StartedCall[Item, Result]) -> None:
+        self._rpc = call.rpc
+        self._reducer = call.reducer
+        self._translate_error = call.translate_error
+        self._is_iterated = False
+        # No more events will be read: the RPC has ended, or was abandoned (then it is also cancelled).
+        self._is_closed = False
+        self._is_cancelled = False
         self._result: Result | None = None
 
     @property
@@ -40,16 +55,16 @@ class StreamState(Generic[Item, Result]):
         """Ends the call on the server. Reading on raises RequestCancelledError."""
         self._abandon()
 
-    def _claim(self) -> None:
-        if self._iterated:
+    def _begin_iteration(self) -> None:
+        if self._is_iterated:
             raise RuntimeError("a stream can be read only once")
-        self._iterated = True
+        self._is_iterated = True
 
     def _abandon(self) -> None:
-        if not self._closed:
-            self._closed = self._cancelled = True
-            self._call.cancel()
+        if not self._is_closed:
+            self._is_closed = self._is_cancelled = True
+            self._rpc.cancel()
 
-    def _end(self) -> None:
-        self._closed = True
+    def _finish(self) -> None:
+        self._is_closed = True
         self._result = self._reducer.finish()

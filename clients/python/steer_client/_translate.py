@@ -48,7 +48,7 @@ class _Details(NamedTuple):
     retry_after: float | None
 
 
-def translate(error: grpc.RpcError, *, target: str, timeout: float | None = None) -> errors.SteerError:
+def translate_error(error: grpc.RpcError, *, target: str, timeout: float | None = None) -> errors.SteerError:
     """Gives the typed error for a failed call, sync or async, unary or streaming.
 
     `target` and `timeout` (seconds) are those of the call; they appear in the message.

@@ -1,4 +1,4 @@
-"""The command's subcommands."""
+"""The subcommands. None needs gRPC before it is run: `steer_client` imports it with the first name that is used."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
-from steer_client._calls import DEFAULT_TARGET, DEFAULT_TIMEOUT, STEERED
-from steer_client._cli import details, output, show, tables
+import steer_client
+from steer_client._cli import json_output, model_table, operator_details, operator_table, show_streams
 from steer_client._cli import options as o
-from steer_client._sync import SteerClient
+from steer_client._cli.connection import connect
+from steer_client._cli.option_groups import expand_groups
+from steer_client._defaults import STEERED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,8 +22,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"steer {package_version('steering-operators')}")
         raise typer.Exit
 
@@ -36,147 +38,99 @@ def steer(
 
 
 @app.command()
+@expand_groups
 def generate(
     prompt: o.PromptArgument,
-    operator: o.OperatorOption = None,
-    rule: o.RuleOption = None,
-    max_tokens: o.MaxTokensOption = None,
-    temperature: o.TemperatureOption = None,
-    top_p: o.TopPOption = None,
-    top_k: o.TopKOption = None,
-    min_p: o.MinPOption = None,
-    repetition_penalty: o.PenaltyOption = None,
-    seed: o.SeedOption = None,
-    stop: o.StopOption = None,
-    ignore_eos: o.IgnoreEosOption = False,
-    logprobs: o.LogprobsOption = None,
-    time_limit: o.TimeLimitOption = None,
+    *,
+    steering: o.SteeringOptions,
+    sampling: o.SamplingOptions,
     chat: o.ChatOption = False,
-    target: o.TargetOption = DEFAULT_TARGET,
-    timeout: o.TimeoutOption = DEFAULT_TIMEOUT,
+    connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Decode PROMPT, steered by the operators given. The text goes to stdout, a summary to stderr."""
-    uses = o.operator_uses(operator, rule)
-    sampling = o.sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-        time_limit=time_limit,
-    )
+    uses = steering.uses()
     with (
-        output.reported(as_json=as_json),
-        SteerClient(target, timeout=timeout) as client,
-        client.stream(o.prompt(prompt, chat=chat), operators=uses, sampling=sampling) as stream,
+        connect(connection, as_json=as_json) as client,
+        client.stream(_prompt(prompt, chat=chat), operators=uses, sampling=sampling.params()) as stream,
     ):
         if as_json:
-            output.print_json(output.generation(show.drain(stream), logprobs=logprobs is not None))
+            result = show_streams.read_to_end(stream)
+            json_output.print_json(json_output.generation(result, logprobs=sampling.logprobs is not None))
         else:
-            show.text(stream)
+            show_streams.show_generation(stream)
 
 
 @app.command()
+@expand_groups
 def ab(
     prompt: o.PromptArgument,
-    operator: o.OperatorOption = None,
-    rule: o.RuleOption = None,
+    *,
+    steering: o.SteeringOptions,
     no_score: o.NoScoreOption = False,
-    max_tokens: o.MaxTokensOption = None,
-    temperature: o.TemperatureOption = None,
-    top_p: o.TopPOption = None,
-    top_k: o.TopKOption = None,
-    min_p: o.MinPOption = None,
-    repetition_penalty: o.PenaltyOption = None,
-    seed: o.SeedOption = None,
-    stop: o.StopOption = None,
-    ignore_eos: o.IgnoreEosOption = False,
-    logprobs: o.LogprobsOption = None,
-    time_limit: o.TimeLimitOption = None,
+    sampling: o.SamplingOptions,
     chat: o.ChatOption = False,
-    target: o.TargetOption = DEFAULT_TARGET,
-    timeout: o.TimeoutOption = DEFAULT_TIMEOUT,
+    connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Decode PROMPT plain and steered, side by side. The operators together make the steered text."""
-    uses = o.operator_uses(operator, rule)
+    uses = steering.uses()
     if not uses:
         raise typer.BadParameter("name at least one operator", param_hint="'--operator'")
-    sampling = o.sampling(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-        time_limit=time_limit,
-    )
     with (
-        output.reported(as_json=as_json),
-        SteerClient(target, timeout=timeout) as client,
+        connect(connection, as_json=as_json) as client,
         client.compare_stream(
-            o.prompt(prompt, chat=chat), operators=uses, sampling=sampling, score=not no_score
+            _prompt(prompt, chat=chat), operators=uses, sampling=sampling.params(), score=not no_score
         ) as stream,
     ):
         if as_json:
-            result = show.drain(stream)
-            output.print_json(output.comparison(result, STEERED, logprobs=logprobs is not None))
+            result = show_streams.read_to_end(stream)
+            json_output.print_json(json_output.comparison(result, STEERED, logprobs=sampling.logprobs is not None))
         else:
-            show.columns(stream, scored=not no_score)
+            show_streams.show_comparison(stream, scored=not no_score)
 
 
 @app.command()
+@expand_groups
 def operators(
     name: o.NameArgument = None,
     reload: o.ReloadOption = False,
-    target: o.TargetOption = DEFAULT_TARGET,
-    timeout: o.TimeoutOption = DEFAULT_TIMEOUT,
+    *,
+    connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """List the operators in the server's store, or show all about one."""
-    with output.reported(as_json=as_json), SteerClient(target, timeout=timeout) as client:
+    with connect(connection, as_json=as_json) as client:
         report = client.reload_operators() if reload else None
         infos = client.operators() if name is None else (client.operator(name),)
         if as_json:
-            output.print_json({"operators": infos} | ({} if report is None else {"reload": report}))
+            json_output.print_json({"operators": infos} | ({} if report is None else {"reload": report}))
             return
         if report is not None:
-            print(f"reloaded: {tables.reload(report)}", file=sys.stderr)
+            print(f"reloaded: {operator_table.reload_line(report)}", file=sys.stderr)
         if name is None:
-            tables.show_operators(infos)
+            operator_table.show_operators(infos)
         else:
-            details.show_operator(infos[0])
+            operator_details.show_operator(infos[0])
 
 
 @app.command()
-def info(
-    target: o.TargetOption = DEFAULT_TARGET,
-    timeout: o.TimeoutOption = DEFAULT_TIMEOUT,
-    as_json: o.JsonOption = False,
-) -> None:
+@expand_groups
+def info(*, connection: o.ConnectionOptions, as_json: o.JsonOption = False) -> None:
     """Describe the model, its limits and the engine that serves it."""
-    with output.reported(as_json=as_json), SteerClient(target, timeout=timeout) as client:
+    with connect(connection, as_json=as_json) as client:
         model = client.model_info()
         if as_json:
-            output.print_json(output.fields(model))
+            json_output.print_json(json_output.fields(model))
         else:
-            tables.show_model(model)
+            model_table.show_model(model)
 
 
 @app.command()
-def health(target: o.TargetOption = DEFAULT_TARGET, timeout: o.TimeoutOption = DEFAULT_TIMEOUT) -> None:
+@expand_groups
+def health(*, connection: o.ConnectionOptions) -> None:
     """Ask whether the server takes requests: exit status 0 if it does, 1 if not."""
-    with output.reported(as_json=False), SteerClient(target, timeout=timeout) as client:
+    with connect(connection, as_json=False) as client:
         serving = client.health()
         print("serving" if serving else "not serving")
         if not serving:
@@ -184,18 +138,23 @@ def health(target: o.TargetOption = DEFAULT_TARGET, timeout: o.TimeoutOption = D
 
 
 @app.command()
+@expand_groups
 def tokenize(
     prompt: o.PromptArgument,
+    *,
     chat: o.ChatOption = False,
-    target: o.TargetOption = DEFAULT_TARGET,
-    timeout: o.TimeoutOption = DEFAULT_TIMEOUT,
+    connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Show how PROMPT reaches the model, as tokens."""
-    with output.reported(as_json=as_json), SteerClient(target, timeout=timeout) as client:
-        tokens = client.tokenize(o.prompt(prompt, chat=chat))
+    with connect(connection, as_json=as_json) as client:
+        tokens = client.tokenize(_prompt(prompt, chat=chat))
         if as_json:
-            output.print_json(output.fields(tokens))
+            json_output.print_json(json_output.fields(tokens))
             return
         for token_id, token in zip(tokens.token_ids, tokens.tokens, strict=True):
             print(f"{token_id:>8}  {token!r}")
+
+
+def _prompt(text: str, *, chat: bool) -> steer_client.Prompt:
+    return steer_client.Chat((steer_client.ChatMessage("user", text),)) if chat else text

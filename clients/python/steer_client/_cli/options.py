@@ -1,15 +1,15 @@
-"""The command's options, spelled once."""
+"""The commands' arguments and options, and the groups of options that several commands share."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Optional
 
 import typer
 
-from steer_client._calls import target_or_default
-from steer_client._errors import InvalidRequestError
-from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
+import steer_client
+from steer_client._defaults import DEFAULT_TARGET, DEFAULT_TIMEOUT
 
 _STEERING = "Steering"
 _SAMPLING = "Sampling"
@@ -24,9 +24,12 @@ class RuleChoice(StrEnum):
 
 
 def _checked_target(target: str) -> str:
+    # Imported here because it imports gRPC, and the commands' help does without.
+    from steer_client._channel import target_or_default
+
     try:
         return target_or_default(target)
-    except InvalidRequestError as error:
+    except steer_client.InvalidRequestError as error:
         raise typer.BadParameter(error.message, param_hint="'--target'") from None
 
 
@@ -119,45 +122,58 @@ NameArgument = Annotated[
 ReloadOption = Annotated[bool, typer.Option("--reload", help="Make the server read its store again first.")]
 
 
-def operator_uses(texts: list[str] | None, rule: RuleChoice | None) -> tuple[OperatorUse, ...]:
-    """Reads the --operator options; a wrong one is a usage error."""
-    value: Rule | None = None if rule is None else rule.value
-    try:
-        return tuple(OperatorUse.parse(text, rule=value) for text in texts or ())
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="'--operator'") from None
+@dataclass(frozen=True, slots=True)
+class SteeringOptions:
+    """Which operators steer the text, and how."""
+
+    operator: OperatorOption = None
+    rule: RuleOption = None
+
+    def uses(self) -> tuple[steer_client.OperatorUse, ...]:
+        """Reads the --operator options; a wrong one is a usage error."""
+        rule: steer_client.Rule | None = None if self.rule is None else self.rule.value
+        try:
+            return tuple(steer_client.OperatorUse.parse(text, rule=rule) for text in self.operator or ())
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="'--operator'") from None
 
 
-def prompt(text: str, *, chat: bool) -> Prompt:
-    """The prompt as a user's message, or as it is."""
-    return Chat((ChatMessage("user", text),)) if chat else text
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How tokens are drawn; an option that is not given is left to the server."""
+
+    max_tokens: MaxTokensOption = None
+    temperature: TemperatureOption = None
+    top_p: TopPOption = None
+    top_k: TopKOption = None
+    min_p: MinPOption = None
+    repetition_penalty: PenaltyOption = None
+    seed: SeedOption = None
+    stop: StopOption = None
+    ignore_eos: IgnoreEosOption = False
+    logprobs: LogprobsOption = None
+    time_limit: TimeLimitOption = None
+
+    def params(self) -> steer_client.SamplingParams:
+        """As the SDK takes them."""
+        return steer_client.SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            max_tokens=self.max_tokens,
+            stop_strings=tuple(self.stop or ()),
+            ignore_eos=True if self.ignore_eos else None,
+            logprobs=self.logprobs,
+            time_limit=self.time_limit,
+        )
 
 
-def sampling(
-    *,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    seed: int | None,
-    stop: list[str] | None,
-    ignore_eos: bool,
-    logprobs: int | None,
-    time_limit: float | None,
-) -> SamplingParams:
-    """An option that is not given is left to the server."""
-    return SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        max_tokens=max_tokens,
-        stop_strings=tuple(stop or ()),
-        ignore_eos=True if ignore_eos else None,
-        logprobs=logprobs,
-        time_limit=time_limit,
-    )
+@dataclass(frozen=True, slots=True)
+class ConnectionOptions:
+    """Which server answers, and within what time."""
+
+    target: TargetOption = DEFAULT_TARGET
+    timeout: TimeoutOption = DEFAULT_TIMEOUT

@@ -1,0 +1,83 @@
+"""One operator of the store, a line for each field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+import steer_client
+from steer_client._cli.console import field_table, wide_console
+from steer_client._cli.formatting import escape_controls, format_count, format_number
+
+
+def show_operator(info: steer_client.OperatorInfo) -> None:
+    """Prints all fields of an operator, or of an unusable one its name and its problem."""
+    table = field_table()
+    for title, text in _lines(info):
+        table.add_row(title, Text(escape_controls(text)))
+    wide_console().print(table)
+
+
+def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
+    yield "name", info.name
+    if info.problem is not None:
+        yield "problem", info.problem
+        return
+    yield from _texts(info)
+    for member in info.members:
+        yield "member", f"{member.name}, weight {format_number(member.weight)}, {member.digest}"
+    yield "layer", f"{info.injection_layer}, profile {info.profile}"
+    yield "rank", _rank(info)
+    yield (
+        "recommended",
+        (
+            f"strength {format_number(info.recommended_strength)}, blend {format_number(info.recommended_blend)}, "
+            f"{info.recommended_rule}{', calibrated' if info.calibrated else ', not calibrated'}"
+        ),
+    )
+    if info.calibration is not None:
+        yield "calibration", _calibration(info.calibration)
+    yield "reconstruction", f"relative error {format_number(info.reconstruction_error)}, model in {info.model_dtype}"
+    yield "model", f"{info.model}, {info.model_fingerprint}"
+    yield "digest", info.digest
+    yield "file", f"{info.size_bytes} bytes, {info.dtype}"
+    if info.created is not None:
+        yield "built", f"{info.created.isoformat()} by {info.builder_version}, rules {info.rule_set}"
+
+
+def _texts(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
+    yield "concept", _concept_text(info.concept, len(info.concept_token_ids), info.concept_weight)
+    for further in info.more_texts:
+        yield "further text", _concept_text(further.text, len(further.token_ids), further.weight)
+    unsent = info.num_texts - 1 - len(info.more_texts)
+    if unsent:
+        yield "", f"and {format_count(unsent, 'text')} that the server does not send"
+
+
+def _concept_text(text: str, tokens: int, weight: float) -> str:
+    return f"{text!r}, {format_count(tokens, 'token')}, weight {format_number(weight)}"
+
+
+def _rank(info: steer_client.OperatorInfo) -> str:
+    size = f"{format_count(info.positions, 'block')} at hidden size {info.hidden_size}"
+    if info.low_rank is None:
+        return f"exact, {size}"
+    low = info.low_rank
+    return (
+        f"{info.rank}, {size}, residual {format_number(low.min_residual)} to {format_number(low.max_residual)}, "
+        f"{low.weighting} weighting"
+    )
+
+
+def _calibration(calibration: steer_client.Calibration) -> str:
+    point = calibration.recommended
+    size = f"{format_count(calibration.prompts, 'prompt')}, {format_count(calibration.tokens, 'token')} each"
+    if point is None:
+        return f"the recommended setting is none of those measured ({size})"
+    return (
+        f"hit rate {format_number(point.hit_rate)} (plain {format_number(calibration.plain_hit_rate)}), "
+        f"KL p95 {format_number(point.kl_p95)} nats of {format_number(calibration.kl_budget)}, "
+        f"perplexity × {format_number(point.perplexity_ratio)} of {format_number(calibration.max_perplexity_ratio)}, "
+        f"distinct-2 {format_number(point.distinct_2)} ({size})"
+    )

@@ -1,0 +1,178 @@
+"""The clients' methods: signature, docstring and logic of each in one place, for both clients.
+
+A method awaits nothing but `_answer` and `_read_to_end`, which each client implements over its own transport; it may
+await them any number of times. `_dual_method` says how one coroutine serves the blocking and the asyncio client.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+import grpc
+
+from steer_client import _calls as calls
+from steer_client import _encode as encode
+from steer_client._aio_streams import AsyncComparisonStream, AsyncGenerationStream
+from steer_client._channel import Stubs, target_or_default
+from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
+from steer_client._dual_method import method, stream_method
+from steer_client._requests import SERVER_DEFAULTS, OperatorUse, Prompt, SamplingParams
+from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, Tokenization
+from steer_client._store import OperatorInfo, ReloadReport
+from steer_client._streams import StartedCall
+from steer_client._sync_streams import ComparisonStream, GenerationStream
+from steer_client._translate import translate_error
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Methods(ABC):
+    """Base of SteerClient and AsyncSteerClient, whose docstrings say what the parameters are."""
+
+    def __init__(
+        self,
+        target: str | None = None,
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.target = target_or_default(target)
+        self._timeout = encode.seconds(timeout)
+        self._is_closed = False
+        self._connect(credentials)
+
+    @method
+    async def close(self) -> None:
+        """Cancels what is under way and closes the connection."""
+        self._is_closed = True
+        await self._disconnect()
+
+    @method
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        operators: Sequence[OperatorUse] = (),
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> Generation:
+        """Decodes one prompt and waits for its end. No operators: a plain text."""
+        return await self._answer(calls.generate(prompt, operators, sampling, request_id), timeout)
+
+    @stream_method(GenerationStream, AsyncGenerationStream)
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        operators: Sequence[OperatorUse] = (),
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> StartedCall[TextDelta, Generation]:
+        """As `generate`, piece by piece; the server's errors are raised while the stream is read."""
+        return self._start(calls.stream(prompt, operators, sampling, request_id), timeout)
+
+    @method
+    async def compare(
+        self,
+        prompt: Prompt,
+        *,
+        operators: Sequence[OperatorUse] = (),
+        arms: Mapping[str, Sequence[OperatorUse]] | None = None,
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        score: bool = True,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> ABResult:
+        """Decodes one prompt plain and steered, side by side.
+
+        `operators` make one arm named "steered"; `arms` names several. `score` asks for KL and perplexities.
+        """
+        call = calls.compare(prompt, operators, arms, sampling, request_id, score)
+        return await self._read_to_end(self._start(call, timeout))
+
+    @stream_method(ComparisonStream, AsyncComparisonStream)
+    def compare_stream(
+        self,
+        prompt: Prompt,
+        *,
+        operators: Sequence[OperatorUse] = (),
+        arms: Mapping[str, Sequence[OperatorUse]] | None = None,
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        score: bool = True,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> StartedCall[ArmDelta, ABResult]:
+        """As `compare`, piece by piece; the arms' pieces interleave."""
+        return self._start(calls.compare(prompt, operators, arms, sampling, request_id, score), timeout)
+
+    @method
+    async def operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorInfo, ...]:
+        """Every operator in the server's store, the unusable ones with their problem."""
+        return await self._answer(calls.list_operators(), timeout)
+
+    @method
+    async def operator(self, name: str, *, timeout: Timeout = CLIENT_TIMEOUT) -> OperatorInfo:
+        """One operator. Raises UnknownOperatorError."""
+        return await self._answer(calls.get_operator(name), timeout)
+
+    @method
+    async def reload_operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> ReloadReport:
+        """Makes the server read its store again; requests under way keep what they started with.
+
+        One server at a time: a target that may stand for several is an InvalidRequestError.
+        """
+        return await self._answer(calls.reload_operators(self.target), timeout)
+
+    @method
+    async def model_info(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> ModelInfo:
+        """The model, its limits and the engine that serves it."""
+        return await self._answer(calls.model_info(), timeout)
+
+    @method
+    async def tokenize(self, prompt: Prompt, *, timeout: Timeout = CLIENT_TIMEOUT) -> Tokenization:
+        """The prompt as it reaches the model."""
+        return await self._answer(calls.tokenize(prompt), timeout)
+
+    @method
+    async def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> bool:
+        """Whether the server takes requests. Raises ServerUnavailableError when nobody answers.
+
+        Of several servers, one that takes requests answers; it is raised when there is none.
+        """
+        return await self._answer(calls.health(), timeout)
+
+    @abstractmethod
+    def _connect(self, credentials: grpc.ChannelCredentials | None) -> None:
+        """Prepares the channel; None: plaintext. Called once, by the constructor."""
+
+    @abstractmethod
+    async def _disconnect(self) -> None:
+        """Closes the channel, if it is open."""
+
+    @abstractmethod
+    def _stubs(self) -> Stubs:
+        """The services over the open channel."""
+
+    @abstractmethod
+    async def _answer(self, call: calls.Unary[Result], timeout: Timeout) -> Result:
+        """Sends one request and decodes its answer. Raises a SteerError."""
+
+    @abstractmethod
+    async def _read_to_end(self, call: StartedCall[Item, Result]) -> Result:
+        """The result of a stream whose items nobody looks at. Raises a SteerError."""
+
+    def _start(self, call: calls.Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
+        seconds = self._seconds(timeout)
+        rpc = self._stubs().method("generation", call.method)(call.request, timeout=seconds)
+        return StartedCall(rpc, call.reducer, partial(translate_error, target=self.target, timeout=seconds))
+
+    def _seconds(self, timeout: Timeout) -> float | None:
+        if self._is_closed:
+            raise RuntimeError("the client is closed")
+        return self._timeout if timeout is CLIENT_TIMEOUT else encode.seconds(timeout)

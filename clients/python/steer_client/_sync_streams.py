@@ -1,0 +1,82 @@
+"""Streams of the blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
+from steer_client._streams import StreamState
+from steer_client._translate import cancelled
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class SyncStream(StreamState[Item, Result]):
+    """Iterate it once for its items, then read `.result`."""
+
+    def __iter__(self) -> Iterator[Item]:
+        self._begin_iteration()
+        return _Items(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._abandon()
+
+    def __del__(self) -> None:
+        self._abandon()
+
+    def _next(self) -> Item:
+        if self._is_cancelled:
+            raise cancelled()
+        if self._is_closed:
+            raise StopIteration
+        try:
+            for event in self._rpc:
+                item = self._reducer.feed(event)
+                if item is not None:
+                    return item
+            self._finish()
+        except grpc.RpcError as error:
+            self._is_closed = True
+            raise self._translate_error(error) from error
+        except BaseException:
+            self._abandon()
+            raise
+        raise StopIteration
+
+
+class _Items(Iterator[Item]):
+    # A loop that is left by `break` or by an exception drops this iterator, while the stream itself may live on in a
+    # variable. So the end of the iterator ends the call.
+    def __init__(self, stream: SyncStream[Item, Any]) -> None:
+        self._stream = stream
+
+    def __next__(self) -> Item:
+        return self._stream._next()
+
+    def __del__(self) -> None:
+        self._stream._abandon()
+
+
+class GenerationStream(SyncStream[TextDelta, Generation]):
+    """A text as it is generated: iterate it once for TextDelta items, then read `.result`.
+
+    Leaving the loop early, leaving a `with` block, dropping the stream and `cancel()` all end the request on
+    the server.
+    """
+
+
+class ComparisonStream(SyncStream[ArmDelta, ABResult]):
+    """Every arm's text as it is generated: iterate it once for ArmDelta items, then read `.result`.
+
+    It ends early as a GenerationStream does.
+    """
