@@ -145,7 +145,8 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
     from steer_server.engine.vllm.limits import check_device
 
     try:
-        from steer_server.engine.vllm.engine import DEVICE, VLLMEngine
+        from steer_server.engine.vllm.engine import VLLMEngine
+        from steer_server.engine.vllm.engine_config import DEVICE
     except ImportError as error:
         raise StartupError(
             f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"

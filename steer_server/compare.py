@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
-from steer_server.generate import Gatherer
+from steer_server.generate import CompletionBuilder
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -39,7 +39,7 @@ async def compare(
     names = (NORMAL, *(arm.name for arm in request.arms))
     # The plain row is scored too: its own log-probabilities give its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))
-    gatherers = [Gatherer(request.request_id, len(ids), request.sampling, row.plan) for row in rows]
+    gatherers = [CompletionBuilder(request.request_id, len(ids), request.sampling, row.plan) for row in rows]
     done: dict[str, Completion] = {}
     stream = engine.submit(DecodeJob(ids, request.sampling, rows))
     try:
@@ -53,12 +53,12 @@ async def compare(
                         done[names[place]] = gathered
                     yield ArmEvent(names[place], gathered)
         normal = done[NORMAL]
-        yield Compared(tuple(hold_against(normal, done[arm.name], arm.name) for arm in request.arms))
+        yield Compared(tuple(compare_completions(normal, done[arm.name], arm.name) for arm in request.arms))
     finally:
         stream.cancel()
 
 
-def hold_against(normal: Completion, steered: Completion, arm: str) -> Comparison:
+def compare_completions(normal: Completion, steered: Completion, arm: str) -> Comparison:
     """Where the two part, how far apart they are, and how likely the plain model finds each."""
     kl = tuple(score.kl for score in steered.scores)
     return Comparison(

@@ -27,6 +27,7 @@ from steer_server.types import (
     Timings,
     TokenEvent,
     TokenLogprob,
+    Usage,
 )
 
 
@@ -39,7 +40,7 @@ async def generate(
     """
     plan = registry.plan(request.operators)
     ids = await engine.encode(request.prompt)
-    row = Gatherer(request.request_id, len(ids), request.sampling, plan)
+    row = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:
         yield Started(request.request_id, ids)
@@ -51,7 +52,7 @@ async def generate(
 
 
 @dataclass
-class Gatherer:
+class CompletionBuilder:
     """Collects the events of one row into its completion."""
 
     request_id: str
@@ -60,7 +61,7 @@ class Gatherer:
     plan: SteeringPlan | None
     _began: float = field(default_factory=time.monotonic)
     _admitted: float | None = None
-    _first_token: float = 0.0
+    _first_token: float | None = None
     _text: list[str] = field(default_factory=list)
     _ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -77,7 +78,8 @@ class Gatherer:
         return self._finish(event, elapsed)
 
     def _token(self, event: TokenEvent, elapsed: float) -> Delta:
-        self._first_token = self._first_token or elapsed
+        if self._first_token is None:
+            self._first_token = elapsed
         self._text.append(event.text)
         self._ids.append(event.token_id)
         if event.logprob is not None:
@@ -94,14 +96,14 @@ class Gatherer:
             request_id=self.request_id,
             text="".join(self._text),
             token_ids=tuple(self._ids),
-            reason=event.reason,
+            finish_reason=event.reason,
             stop_string=event.stop_string,
-            prompt_tokens=self.prompt_tokens,
+            usage=Usage(self.prompt_tokens, len(self._ids)),
             timings=Timings(elapsed if self._admitted is None else self._admitted, self._first_token, elapsed),
             receipts=event.receipts,
             logprobs=tuple(self._logprobs),
-            scores=tuple(self._scores),
             seed=self.sampling.seed,
+            scores=tuple(self._scores),
         )
         return (Delta(event.text, (), ()), completion) if event.text else (completion,)
 

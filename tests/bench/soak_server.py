@@ -187,7 +187,7 @@ def main() -> None:
         telling: set[asyncio.Task[None]] = set()
 
         async def tell() -> None:
-            print(f"held {(await engine.held())['requests']}", file=sys.stderr, flush=True)
+            print(f"held {await engine.num_held_requests()}", file=sys.stderr, flush=True)
 
         asyncio.get_running_loop().add_signal_handler(
             signal.SIGUSR1, lambda: telling.add(asyncio.get_running_loop().create_task(tell()))

@@ -11,8 +11,9 @@ import pytest_asyncio
 from steer_client import AsyncSteerClient, OperatorUse, ServerBusyError
 from steer_client import SamplingParams as ClientSamplingParams
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.apply import prepared_bytes
 from operators.core.store import Store
 from operators.model.obtain import obtain
@@ -97,9 +98,9 @@ async def at_rest(engine, streams=()):
     for stream in streams:
         stream.cancel()
     async with asyncio.timeout(30):
-        while (engine.running, engine.waiting, await engine.held()) != (0, 0, {"requests": 0}):
+        while (engine.running, engine.waiting, await engine.num_held_requests()) != (0, 0, 0):
             await asyncio.sleep(0.01)
-    [state] = await engine._rpc("steering_state")
+    [state] = await engine._client.call("steering_state")
     return state
 
 
@@ -122,13 +123,13 @@ async def test_more_texts_than_run_and_wait_are_refused_with_a_hint_and_leave_no
 
 async def test_operators_that_find_no_room_are_refused_with_a_hint_until_others_are_done(engine, made, rows):
     streams = await begun(engine, (rows[0],), (rows[1],))
-    [held] = await engine._rpc("steering_state")
+    [held] = await engine._client.call("steering_state")
     assert held["operators"] == 2
     for _ in range(3):
         with pytest.raises(QueueFullError, match="the operators of running requests take") as caught:
             engine.submit(DecodeJob(PROMPT, SHORT, (rows[2],)))
     assert caught.value.retry_after >= 1
-    assert (await engine._rpc("steering_state"))[0] == held
+    assert (await engine._client.call("steering_state"))[0] == held
     # What runs already is there for others too.
     another = engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[0])))
     for stream in streams:
@@ -150,34 +151,34 @@ async def test_operators_that_would_never_fit_are_refused_for_good(engine, rows,
 
 async def test_an_operator_that_does_not_arrive_whole_leaves_nothing_in_the_workers(engine, made, monkeypatch):
     before = await at_rest(engine)
-    monkeypatch.setattr(transfer, "PIECE", 512)
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 512)
     damaged = replace(made[0], digest=f"sha256:{'0' * 64}")
     with pytest.raises(EngineFailedError, match="it is damaged"):
-        await transfer.Sender(engine._rpc).send(damaged)
-    sending = asyncio.ensure_future(transfer.Sender(engine._rpc).send(damaged))
+        await transfer.OperatorSender(engine._client.call).send(damaged)
+    sending = asyncio.ensure_future(transfer.OperatorSender(engine._client.call).send(damaged))
     async with asyncio.timeout(10):
-        while not (await engine._rpc("steering_state"))[0]["arriving"]:
+        while not (await engine._client.call("steering_state"))[0]["incoming"]:
             await asyncio.sleep(0)
     sending.cancel()
     with pytest.raises(asyncio.CancelledError):
         await sending
     assert await at_rest(engine) == before
-    assert before["arriving"] == 0
+    assert before["incoming"] == 0
 
 
 async def test_a_time_limit_that_runs_out_while_an_operator_arrives_ends_the_text_without_tokens(
     engine, rows, made, monkeypatch
 ):
-    engine.shelf.reserve(made[1:], retry_after=1.0)
-    await engine.shelf.load(made[1:])
-    engine.shelf.release(made[1:])
-    monkeypatch.setattr(transfer, "PIECE", 64)
+    engine._operator_cache.reserve(made[1:], retry_after=1.0)
+    await engine._operator_cache.load(made[1:])
+    engine._operator_cache.release(made[1:])
+    monkeypatch.setattr(transfer, "CHUNK_BYTES", 64)
     limited = replace(SHORT, time_limit=0.05)
     *_, end = [event async for event in engine.submit(DecodeJob(PROMPT, limited, (rows[0],)))]
     assert isinstance(end, RowFinished)
     assert (end.reason, end.text, end.receipts[0].prompt_tokens_steered) == (FinishReason.TIME_LIMIT, "", 0)
     assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],))))) == 4
-    assert (await at_rest(engine))["arriving"] == 0
+    assert (await at_rest(engine))["incoming"] == 0
 
 
 async def test_a_client_is_told_when_to_come_back_and_is_served_then(engine, made, rows, tmp_path):

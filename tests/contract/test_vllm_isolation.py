@@ -6,7 +6,7 @@ import pytest
 import pytest_asyncio
 
 from steer_server.engine.hf.engine import HFEngine
-from steer_server.engine.vllm.transfer import Sender
+from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Prompt, Row, SamplingParams
 
@@ -73,14 +73,14 @@ async def test_what_a_failed_request_left_in_the_cache_is_not_found_again(
     engine = await vllm_engine()
     row = steered_row(operator_of("The capital of France is", "residual", 15), 0.4)
     artifact = row.plan.applications[0].artifact
-    engine.shelf.reserve([artifact], retry_after=1.0)
-    await engine.shelf.load([artifact])
+    engine._operator_cache.reserve([artifact], retry_after=1.0)
+    await engine._operator_cache.load([artifact])
     # Gone behind the server's back: the request that follows runs without it.
-    await engine._unload([artifact.digest])
+    await engine._client.unload([artifact.digest])
     with pytest.raises(SteeringNotAppliedError, match=r"operator sha256:\w+ is not loaded"):
         await decode(engine, PROMPT, SAMPLING, row)
-    await Sender(engine._rpc).send(artifact)
-    engine.shelf.release([artifact])
+    await OperatorSender(engine._client.call).send(artifact)
+    engine._operator_cache.release([artifact])
     [(ids, end)] = await decode(engine, PROMPT, SAMPLING, row)
     assert end.receipts[0].prompt_tokens_cached == 0
     assert ids == await alone(row)

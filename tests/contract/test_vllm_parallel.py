@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
-from steer_server.engine.vllm import engine as vllm
-from steer_server.engine.vllm.transfer import Sender
+from operators.builder.spec import BuildSpec
+from steer_server.engine.vllm import client
+from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.errors import EngineFailedError
 from steer_server.types import DecodeJob, Row, SamplingParams, TokenEvent
 
@@ -46,36 +47,36 @@ async def two(vllm_engine, even, monkeypatch):
 async def test_a_call_that_workers_cannot_answer_leaves_the_answers_to_the_next_ones_in_order(two, rows, decode):
     artifact = rows[1].plan.applications[0].artifact
     with pytest.raises(EngineFailedError, match="it is damaged"):
-        await Sender(two._rpc).send(replace(artifact, digest=f"sha256:{'0' * 64}"))
+        await OperatorSender(two._client.call).send(replace(artifact, digest=f"sha256:{'0' * 64}"))
     with pytest.raises(EngineFailedError, match="2 tokens are to be scored; 0 and 0 states were kept"):
-        await two.score("nobody", "nobody either", (1, 2))
-    assert await two._rpc("steering_layers") == [4, 4]
-    assert [state["arriving"] for state in await two._rpc("steering_state")] == [0, 0]
+        await two._client.score("nobody", "nobody either", (1, 2))
+    assert await two._client.call("steering_layers") == [4, 4]
+    assert [state["incoming"] for state in await two._client.call("steering_state")] == [0, 0]
     [(ids, end)] = await decode(two, PROMPTS[0], SAMPLING, rows[1])
     assert end.receipts[0].generated_tokens_steered == len(ids) - 1
 
 
 async def test_what_any_worker_holds_of_a_request_is_told_and_goes_with_it(two, rows, monkeypatch):
-    kinds = ("requests", "keys", "kept", "followed")
+    kinds = ("requests", "keys", "kept_states", "steered")
     sampling = replace(SAMPLING, max_tokens=4000)
     stream = two.submit(DecodeJob((1, 2, 3), sampling, (Row(rows[1].plan, score=True),)))
     async for event in stream:
         if isinstance(event, TokenEvent):
             break
-    for state in await two._rpc("steering_state"):
+    for state in await two._client.call("steering_state"):
         assert {kind: state[kind] for kind in kinds} == dict.fromkeys(kinds, 1)
     stream.cancel()
     async with asyncio.timeout(20):
-        while await two.held() != {"requests": 0}:
+        while await two.num_held_requests() != 0:
             await asyncio.sleep(0.01)
-    states = await two._rpc("steering_state")
+    states = await two._client.call("steering_state")
     for kind in kinds:
 
         async def leaky(_method, kind=kind):
             return [states[0], {**states[1], kind: 3}]
 
-        monkeypatch.setattr(two, "_rpc", leaky)
-        assert await two.held() == {"requests": 3}
+        monkeypatch.setattr(two._client, "call", leaky)
+        assert await two.num_held_requests() == 3
 
 
 async def test_workers_that_give_no_answer_are_not_waited_for_for_ever(two, monkeypatch):
@@ -83,11 +84,11 @@ async def test_workers_that_give_no_answer_are_not_waited_for_for_ever(two, monk
         await asyncio.sleep(60)
 
     with monkeypatch.context() as patched:
-        patched.setattr(two._llm, "collective_rpc", silent)
-        patched.setattr(vllm, "_RPC_SECONDS", 0.1)
+        patched.setattr(two._client._llm, "collective_rpc", silent)
+        patched.setattr(client, "_CALL_SECONDS", 0.1)
         with pytest.raises(EngineFailedError, match=r"steering_take: the workers gave no answer in 0\.1 seconds"):
-            await asyncio.wait_for(two._rpc("steering_take", []), 5)
-    assert await two._rpc("steering_take", []) == [[], []]
+            await asyncio.wait_for(two._client.call("steering_take", []), 5)
+    assert await two._client.call("steering_take", []) == [[], []]
 
 
 async def test_two_tensor_parallel_workers_and_a_compiled_model_give_the_ids_of_one_eager_worker(

@@ -62,7 +62,7 @@ def _job(*rows, **sampling):
 
 async def test_what_vllm_would_refuse_or_replace_is_refused_when_it_is_submitted(vllm_engine, monkeypatch):
     engine = await vllm_engine()
-    monkeypatch.setattr(engine._llm.model_config, "max_logprobs", 5)
+    monkeypatch.setattr(engine._client._llm.model_config, "max_logprobs", 5)
     size = engine.model.vocab_size
     refused = {"temperature": 2.5, "logprobs": 6, "stop_token_ids": (size,)}
     for name, value in refused.items():
@@ -74,7 +74,7 @@ async def test_what_vllm_would_refuse_or_replace_is_refused_when_it_is_submitted
 async def test_a_full_queue_of_vllms_own_is_no_failure_of_the_engine(vllm_engine, ids, monkeypatch):
     engine = await vllm_engine()
     with monkeypatch.context() as patch:
-        patch.setattr(engine._llm.scheduler_config, "max_num_queued_reqs", 1)
+        patch.setattr(engine._client._llm.scheduler_config, "max_num_queued_reqs", 1)
         job = engine.submit(_job(Row(), Row()))
         with pytest.raises(QueueFullError, match="max_num_queued_reqs") as caught:
             async for _ in job:

@@ -64,7 +64,7 @@ async def test_preempted_and_chunked_requests_give_the_ids_of_an_undisturbed_run
     )
     assert await texts(crowded, jobs, sampling) == expected
     assert preemptions() > before
-    assert await crowded.held() == {"requests": 0}
+    assert await crowded.num_held_requests() == 0
 
 
 def preemptions():
@@ -97,7 +97,7 @@ async def test_10_abandoned_of_100_requests_leave_the_others_and_the_workers_alo
     )
     assert found == [expected[job] for job in staying]
     async with asyncio.timeout(20):
-        while (engine.running, engine.waiting, await engine.held()) != (0, 0, {"requests": 0}):
+        while (engine.running, engine.waiting, await engine.num_held_requests()) != (0, 0, 0):
             await asyncio.sleep(0.1)
 
 
@@ -106,14 +106,14 @@ async def test_a_long_text_is_scored_in_pieces_between_which_others_are_decoded(
 ):
     engine = await vllm_engine()
     silent = steered_row(operator_of("The Golden Gate Bridge in San", "residual", 15), 0.0)
-    asked, rpc = [], engine._rpc
+    asked, call = [], engine._client.call
 
     async def watched(method, *args):
         if method == "steering_score":
             asked.append((len(args[2]), args[3]))
-        return await rpc(method, *args)
+        return await call(method, *args)
 
-    monkeypatch.setattr(engine, "_rpc", watched)
+    monkeypatch.setattr(engine._client, "call", watched)
     job = DecodeJob(
         await engine.encode(Prompt(text=PROMPTS[0])),
         replace(SAMPLING, max_tokens=70),

@@ -124,7 +124,8 @@ class VLLMEngine:
         print("vLLM loads", file=sys.stderr, flush=True)
         await asyncio.to_thread(time.sleep, 600)
 
-sys.modules["steer_server.engine.vllm.engine"] = types.SimpleNamespace(VLLMEngine=VLLMEngine, DEVICE="cpu")
+sys.modules["steer_server.engine.vllm.engine"] = types.SimpleNamespace(VLLMEngine=VLLMEngine)
+sys.modules["steer_server.engine.vllm.engine_config"] = types.SimpleNamespace(DEVICE="cpu")
 from steer_server.command import app
 app()
 """

@@ -14,8 +14,9 @@ import psutil
 import pytest
 from steer_client import OperatorUse, SamplingParams, SteerClient
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.store import Store
 
 pytestmark = pytest.mark.model
@@ -67,11 +68,11 @@ def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engin
 
 FORGETFUL = """
 from steer_server.command import app
-from steer_server.engine.vllm.engine import VLLMEngine
+from steer_server.engine.vllm.client import VLLMClient
 
-generate = VLLMEngine.generate
-VLLMEngine.generate = lambda self, ids, params, uses, key, **options: generate(
-    self, ids, params, () if key == "self-test-2" else uses, key, **options
+generate = VLLMClient.generate
+VLLMClient.generate = lambda self, ids, params, settings, key, **options: generate(
+    self, ids, params, () if key == "self-test-2" else settings, key, **options
 )
 app()
 """

@@ -6,16 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
 from operators.model.loading import LoadedModel
-from steer_server.engine.hf.decode import Decoder, Interrupted
-from steer_server.engine.hf.steering import PreparedOperators
-from steer_server.engine.vllm.pushes import Segment
-from steer_server.engine.vllm.step_steering import BatchSteering, Site, Sited, Use
+from steer_server.engine.hf.decode import Decoder, InterruptionCheck
+from steer_server.engine.hf.operator_cache import PreparedOperatorCache
+from steer_server.engine.vllm.layer_push import LayerPush
+from steer_server.engine.vllm.pushes import TokenSpan
+from steer_server.engine.vllm.step_steering import LoadedOperator, StepSteering
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.types import (
     Application,
     DecodeJob,
@@ -132,7 +135,7 @@ def model_info(llama: LoadedModel) -> ModelInfo:
     return ModelInfo(
         model=llama.name,
         architecture="LlamaForCausalLM",
-        fingerprint=llama.fingerprint,
+        model_fingerprint=llama.fingerprint,
         tokenizer_fingerprint=llama.tokenizer_fingerprint,
         num_layers=llama.num_layers,
         hidden_size=llama.hidden_size,
@@ -160,14 +163,14 @@ def prompt_ids(llama: LoadedModel) -> tuple[int, ...]:
 
 @pytest.fixture(scope="session")
 def make_decoder(prompt_ids: tuple[int, ...]) -> Callable[..., Decoder]:
-    """``make_decoder(loaded, rows, max_tokens=6, interrupted=..., ids=..., **sampling)``: one job, not yet begun."""
+    """``make_decoder(loaded, rows, max_tokens=6, check_interruption=..., ids=..., **sampling)``: of one new job."""
 
     def make(
         loaded: LoadedModel,
         rows: Sequence[Row],
         *,
         max_tokens: int = 6,
-        interrupted: Interrupted = lambda: None,
+        check_interruption: InterruptionCheck = lambda: None,
         ids: tuple[int, ...] = prompt_ids,
         **sampling: object,
     ) -> Decoder:
@@ -175,8 +178,8 @@ def make_decoder(prompt_ids: tuple[int, ...]) -> Callable[..., Decoder]:
         return Decoder(
             loaded=loaded,
             job=DecodeJob(ids, params, tuple(rows)),
-            prepared=PreparedOperators(loaded.device, budget=1 << 30),
-            interrupted=interrupted,
+            operators=PreparedOperatorCache(loaded.device, budget=1 << 30),
+            check_interruption=check_interruption,
             eos_ids=frozenset(),
         )
 
@@ -207,16 +210,16 @@ def decode(make_decoder: Callable[..., Decoder]) -> Callable[..., tuple[list, li
 class Batch:
     """Texts that are fed as an engine with continuous batching does; rows that are nobody's lie between them."""
 
-    def __init__(self, sited: dict[str, Sited], dtype: torch.dtype) -> None:
-        self.sited, self.dtype = sited, dtype
+    def __init__(self, loaded: dict[str, LoadedOperator], dtype: torch.dtype) -> None:
+        self.loaded, self.dtype = loaded, dtype
         self.texts: dict[str, torch.Tensor] = {}
-        self.uses: dict[str, tuple[Use, ...]] = {}
-        self.at: dict[str, int] = {}
-        """Where each text stands."""
-        self.asked: list[tuple[str, int]] = []
-        """Whose beginnings were asked for."""
-        self.steering = BatchSteering(dtype)
-        for digest, operator in sited.items():
+        self.settings: dict[str, tuple[OperatorSetting, ...]] = {}
+        self.positions: dict[str, int] = {}
+        """Of the next token of each text."""
+        self.embedded_prefixes: list[tuple[str, int]] = []
+        """Texts of which the beginning was embedded again, and how many tokens of it."""
+        self.steering = StepSteering(dtype)
+        for digest, operator in loaded.items():
             self.steering.load(digest, operator)
 
     @staticmethod
@@ -224,71 +227,79 @@ class Batch:
         return torch.randn(length, _BATCH_WIDTH, generator=torch.Generator().manual_seed(seed))
 
     def begin(
-        self, request: str, *uses: Use, x: torch.Tensor | None = None, seed: int = 0, salt: str | None = None
+        self,
+        request: str,
+        *settings: OperatorSetting,
+        x: torch.Tensor | None = None,
+        seed: int = 0,
+        salt: str | None = None,
     ) -> None:
         """A text of random embeddings, or of those given; under a salt of its own, or a shared one."""
         self.texts[request] = self.embeddings(seed=seed) if x is None else x
-        self.uses[request] = uses
-        self.steering.follow(request, uses, request if salt is None else salt)
+        self.settings[request] = settings
+        self.steering.add_request(request, settings, request if salt is None else salt)
 
-    def earlier(self, request: str, count: int) -> torch.Tensor:
-        self.asked.append((request, count))
+    def embed_prefix(self, request: str, count: int) -> torch.Tensor:
+        self.embedded_prefixes.append((request, count))
         return self.texts[request][:count]
 
-    def prepare(self, *parts: tuple[str, int, int], announced: bool = True) -> tuple[list[Segment], dict[int, Site]]:
-        """The segments and sites of a step of (request, first position, number of tokens).
+    def prepare(
+        self, *parts: tuple[str, int, int], announced: bool = True
+    ) -> tuple[list[TokenSpan], dict[int, LayerPush]]:
+        """The spans and pushes of a step of (request, first position, number of tokens).
 
-        ``announced``: as an engine does, requests that begin or come back elsewhere than where they stand.
+        ``announced``: requests that begin or come back at another position are announced, as an engine does.
         """
-        segments, start = [], 1
+        spans, start = [], 1
         for request, first, count in parts:
-            if announced and first != self.at.get(request):
-                self.steering.arrives(request, first)
-            self.at[request] = first + count
-            segments.append(Segment(request, start, first, count))
+            if announced and first != self.positions.get(request):
+                self.steering.start_at(request, first)
+            self.positions[request] = first + count
+            spans.append(TokenSpan(request, start, first, count))
             start += count + 1
         x = torch.cat([self.texts[request][first : first + count] for request, first, count in parts])
-        return segments, self.steering.prepare(segments, x, self.earlier)
+        return spans, self.steering.prepare(spans, x, self.embed_prefix)
 
     def step(
         self,
         *parts: tuple[str, int, int],
-        change: Callable[[dict[int, Site]], None] | None = None,
+        change: Callable[[dict[int, LayerPush]], None] | None = None,
         announced: bool = True,
     ) -> dict[tuple[str, int], torch.Tensor]:
         """One forward pass: the pushes (count, d) of each request at each layer, zero where there is none.
 
         ``change`` may forge what was measured.
         """
-        segments, sites = self.prepare(*parts, announced=announced)
-        owned = {row for each in segments for row in range(each.start, each.start + each.count)}
+        spans, pushes = self.prepare(*parts, announced=announced)
+        owned = {row for span in spans for row in range(span.start_row, span.start_row + span.num_tokens)}
         hidden = torch.randn(max(owned) + 2, _BATCH_WIDTH, generator=torch.Generator().manual_seed(len(owned)))
         hidden = hidden.to(self.dtype)
         pushed = {}
-        for layer, site in sites.items():
-            rows = site.rows.tolist()
+        for layer, push in pushes.items():
+            rows = push.rows.tolist()
             assert len(set(rows)) == len(rows)
             assert set(rows) <= owned
-            _, site.doses = steer(hidden[site.rows], site.push)
-            dense = torch.zeros(hidden.shape).index_copy(0, site.rows, site.push)
-            pushed |= {(each.request, layer): dense[each.start : each.start + each.count] for each in segments}
+            _, push.doses = steer(hidden[push.rows], push.push)
+            dense = torch.zeros(hidden.shape).index_copy(0, push.rows, push.push)
+            pushed |= {(span.request, layer): dense[span.start_row :][: span.num_tokens] for span in spans}
         if change is not None:
-            change(sites)
-        self.steering.book(sites)
+            change(pushes)
+        self.steering.record(pushes)
         return pushed
 
     def expected(self, request: str, layer: int) -> torch.Tensor:
         """The pushes (T, d) of a whole text at a layer, worked out alone."""
         x = self.texts[request]
         total = torch.zeros_like(x)
-        for use in self.uses[request]:
-            if self.sited[use.digest].layer == layer:
-                setting = Setting(use.strength, use.rule, use.blend)
-                total = total + use.strength / 2 * Direction(self.sited[use.digest].operator, setting).advance(x)
+        for setting in self.settings[request]:
+            loaded = self.loaded[setting.digest]
+            if loaded.layer == layer:
+                direction = Direction(loaded.operator, Setting(setting.strength, setting.rule, setting.blend))
+                total = total + setting.strength / 2 * direction.advance(x)
         return total
 
     def failure(self, request: str) -> str:
-        return self.steering.account(request).failure
+        return self.steering.measurement(request).failure
 
 
 @pytest.fixture(scope="session")
@@ -299,13 +310,13 @@ def make_batch(make_operator: Callable[..., OperatorArtifact]) -> Callable[..., 
     basis = torch.linalg.qr(torch.randn(_BATCH_WIDTH, 2, generator=generator)).Q
     factors = torch.randn(4, 2, _BATCH_WIDTH, generator=generator)
     base, anchor = torch.randn(2, _BATCH_WIDTH, generator=generator)
-    sited = {
-        "exact": Sited(prepare(make_operator(3, seed=1), cpu), 2),
-        "affine": Sited(prepare(make_operator(1, affine=True, seed=2), cpu), 2),
-        "higher": Sited(prepare(make_operator(2, seed=3), cpu), 3),
-        "low": Sited(PreparedOperator(factors, basis, None, base, anchor / anchor.norm()), 3),
+    loaded = {
+        "exact": LoadedOperator(prepare(make_operator(3, seed=1), cpu), 2),
+        "affine": LoadedOperator(prepare(make_operator(1, affine=True, seed=2), cpu), 2),
+        "higher": LoadedOperator(prepare(make_operator(2, seed=3), cpu), 3),
+        "low": LoadedOperator(PreparedOperator(factors, basis, None, base, anchor / anchor.norm()), 3),
     }
-    return lambda dtype=torch.float32: Batch(sited, dtype)
+    return lambda dtype=torch.float32: Batch(loaded, dtype)
 
 
 @pytest.fixture

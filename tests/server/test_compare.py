@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_server.compare import compare, first_divergence, hold_against, percentile, perplexity
+from steer_server.compare import compare, compare_completions, first_divergence, percentile, perplexity
 from steer_server.errors import InvalidRequestError
 from steer_server.types import (
     Arm,
@@ -17,6 +17,7 @@ from steer_server.types import (
     SamplingParams,
     Score,
     Timings,
+    Usage,
 )
 
 _IDS = st.lists(st.integers(0, 2), max_size=6)
@@ -26,7 +27,17 @@ _USE = (OperatorUse("golden"),)
 
 def _completion(ids, scores=()):
     return Completion(
-        "r", "", tuple(ids), FinishReason.MAX_TOKENS, "", 1, Timings(0.0, 0.0, 0.0), (), (), tuple(scores), 0
+        "r",
+        "",
+        tuple(ids),
+        FinishReason.MAX_TOKENS,
+        "",
+        Usage(1, len(ids)),
+        Timings(0.0, 0.0, 0.0),
+        (),
+        (),
+        0,
+        tuple(scores),
     )
 
 
@@ -70,7 +81,7 @@ def test_a_fair_coin_has_perplexity_two():
 @pytest.mark.parametrize("logprob", [-1e4, -1e300, -math.inf])
 def test_a_text_that_is_impossible_to_the_model_has_an_infinite_perplexity(logprob):
     assert perplexity([Score(0.0, logprob)] * 3) == math.inf
-    found = hold_against(_completion([1]), _completion([1], [Score(0.0, logprob)]), "loud")
+    found = compare_completions(_completion([1]), _completion([1], [Score(0.0, logprob)]), "loud")
     assert found.steered_perplexity == math.inf
 
 
@@ -85,7 +96,7 @@ def test_what_was_not_scored_has_no_perplexity():
 def test_two_texts_are_held_against_each_other():
     normal = _completion([1, 2, 3], [Score(0.0, math.log(0.5))] * 3)
     steered = _completion([1, 9, 3], [Score(kl, math.log(0.25)) for kl in (0.0, 3.0, 1.5)])
-    found = hold_against(normal, steered, "loud")
+    found = compare_completions(normal, steered, "loud")
     assert found.arm == "loud"
     assert found.first_divergence == 1
     assert found.kl_per_token == (0.0, 3.0, 1.5)
@@ -96,7 +107,7 @@ def test_two_texts_are_held_against_each_other():
 
 
 def test_what_was_not_scored_has_no_divergence_measure():
-    found = hold_against(_completion([1]), _completion([1]), "loud")
+    found = compare_completions(_completion([1]), _completion([1]), "loud")
     assert found.first_divergence is None
     assert found.kl_per_token == ()
     assert found.kl_mean is found.kl_p95 is found.normal_perplexity is found.steered_perplexity is None

@@ -1,4 +1,4 @@
-"""Salts of the prefix cache: requests of the very same steering share keys and values, and no others do."""
+"""Salts of the prefix cache: requests with exactly the same steering share keys and values, all others do not."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from steer_server.engine.vllm.step_steering import Use
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
-_MOST = 4096
-"""Steerings whose renewals are remembered."""
-
-
-class Salts:
-    """A salt per steering, made of its operators and scalars, until it is renewed."""
-
-    def __init__(self, *, most: int = _MOST) -> None:
-        """``most``: how many renewed steerings are told apart; one more renews them all."""
-        self._most = most
-        self._renewed: dict[str, int] = {}
-        self._era = 0
-
-    def of(self, uses: Sequence[Use]) -> str:
-        """The salt of a steering, whatever the order of its operators."""
-        steering = _name(uses)
-        # Of a fixed length, whatever the number of operators: the scheduler hashes it with every block.
-        return _digest(json.dumps([self._era, self._renewed.get(steering, 0), steering]))
-
-    def renew(self, uses: Sequence[Use]) -> None:
-        """From now on nobody finds the keys and values of this steering so far: one of its requests failed."""
-        steering = _name(uses)
-        if steering not in self._renewed and len(self._renewed) >= self._most:
-            # To forget one alone would bring its first salt back.
-            self._era += 1
-            self._renewed.clear()
-        self._renewed[steering] = self._renewed.get(steering, 0) + 1
+_MAX_RENEWED = 4096
 
 
-def _name(uses: Sequence[Use]) -> str:
-    return _digest(json.dumps(sorted(dataclasses.astuple(use) for use in uses)))
+class CacheSalts:
+    """One salt per steering, derived from its operators and scalars; renewing it yields a salt never used before."""
+
+    def __init__(self, *, max_renewed: int = _MAX_RENEWED) -> None:
+        """``max_renewed``: bound on the steerings whose renewals are counted one by one; beyond it all are renewed."""
+        self._max_renewed = max_renewed
+        self._renewals: dict[str, int] = {}
+        """Number of renewals, by the digest of a steering."""
+        self._generation = 0
+
+    def of(self, settings: Sequence[OperatorSetting]) -> str:
+        """The salt of a steering; the order of its operators does not matter."""
+        steering = _steering_digest(settings)
+        # A digest, so that its length does not grow with the operators: the scheduler hashes it with every block.
+        return _digest(json.dumps([self._generation, self._renewals.get(steering, 0), steering]))
+
+    def renew(self, settings: Sequence[OperatorSetting]) -> None:
+        """Makes what is cached under this steering unreachable, because one of its requests failed."""
+        steering = _steering_digest(settings)
+        if steering not in self._renewals and len(self._renewals) >= self._max_renewed:
+            # Dropping one count alone would bring back the first salt of that steering, and what is cached under it.
+            self._generation += 1
+            self._renewals.clear()
+        self._renewals[steering] = self._renewals.get(steering, 0) + 1
+
+
+def _steering_digest(settings: Sequence[OperatorSetting]) -> str:
+    return _digest(json.dumps(sorted(dataclasses.astuple(setting) for setting in settings)))
 
 
 def _digest(text: str) -> str:

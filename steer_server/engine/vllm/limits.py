@@ -1,4 +1,7 @@
-"""What of vLLM cannot be steered yet, by the names of its options. Refused at the start, here and in every worker."""
+"""Configurations of vLLM that steering does not support, by the names of their options.
+
+Refused at the start, by the server and by every worker.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ def check_supported(config: Any) -> None:
     captured = graphs is not None and graphs.requires_piecewise_compilation()
     refused = {
         "pipeline_parallel_size above 1": parallel.pipeline_parallel_size > 1,
-        # Calls to the workers reach one engine of several.
+        # collective_rpc reaches the workers of one engine only.
         "data_parallel_size above 1 (run several servers)": parallel.data_parallel_size > 1,
         "prefill_context_parallel_size above 1": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-        # What a connector stores is found by token ids alone: steered and plain requests would share it.
+        # Connectors look keys and values up by token ids alone: steered and plain requests would share them.
         "kv_transfer_config": config.kv_transfer_config is not None,
         "kv_sharing_fast_prefill": bool(config.cache_config.kv_sharing_fast_prefill),
         "logprobs_mode other than raw_logprobs": model.logprobs_mode != "raw_logprobs",
         "speculative_config": config.speculative_config is not None,
-        # A canvas of tokens is denoised over and over: no position has one embedding.
+        # Tokens are replaced over and over while they are denoised: no position has one embedding.
         "diffusion_config": config.diffusion_config is not None,
         "models that do not generate (runner)": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
@@ -31,21 +34,21 @@ def check_supported(config: Any) -> None:
         "enable_prompt_embeds": model.enable_prompt_embeds,
         "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
         "enable_dbo": parallel.use_ubatching,
-        # A graph of the whole model would replay the pushes of the step that it was captured in.
+        # A graph of the whole model would replay the pushes of the step in which it was captured.
         "full CUDA graphs (cudagraph_mode PIECEWISE is)": graphs is not None and graphs.has_full_cudagraphs(),
-        # Captured pieces of a breakable graph end where vLLM's own operations ask for it, and not at a push.
+        # Captured pieces of a breakable graph end at vLLM's own operations only, so a push would be captured.
         "VLLM_USE_BREAKABLE_CUDAGRAPH=1": captured and os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1",
         **_offloading(config.offload_config),
     }
-    found = [name for name, wanted in refused.items() if wanted]
-    if found:
-        raise ValueError(f"steering does not support {', '.join(found)}")
+    requested = [name for name, is_requested in refused.items() if is_requested]
+    if requested:
+        raise ValueError(f"steering does not support {', '.join(requested)}")
 
 
 def _offloading(config: Any) -> dict[str, bool]:
-    """A layer whose weights are fetched in each pass has its forward replaced: its hook is passed by, or runs twice.
+    """Ways of offloading weights that replace the ``forward`` of a layer: its hook is then skipped, or runs twice.
 
-    Where the device reads the host's memory itself (UVA), ``cpu_offload_gb`` moves weights and replaces nothing.
+    Where the device reads the host's memory itself (UVA), ``cpu_offload_gb`` replaces no ``forward``.
     """
     backend = config.offload_backend
     if backend == "auto":
@@ -57,26 +60,26 @@ def _offloading(config: Any) -> dict[str, bool]:
 
 
 def _reads_host_memory() -> bool:
-    # Imported late: only a start on vLLM comes here.
+    # Imported late: this module is also used where vLLM is not installed.
     from vllm import envs
     from vllm.utils.platform_utils import is_uva_available
 
     return bool(is_uva_available()) and not envs.VLLM_WEIGHT_OFFLOADING_DISABLE_UVA
 
 
-def check_device(given: str | None, platform: str) -> None:
-    """Raises :class:`ValueError` where another device is asked for than the installed vLLM computes on."""
-    if given is not None and given != platform:
-        raise ValueError(f"device: the vLLM that is installed computes on {platform!r}, not on {given!r}")
+def check_device(requested: str | None, platform: str) -> None:
+    """Raises :class:`ValueError` where the requested device is not the one that the installed vLLM computes on."""
+    if requested is not None and requested != platform:
+        raise ValueError(f"device: the vLLM that is installed computes on {platform!r}, not on {requested!r}")
 
 
-def check_room(total: int, utilization: float, operators: int) -> None:
-    """Raises :class:`ValueError` where operators have no room beside vLLM.
+def check_memory(total: int, utilization: float, operators: int) -> None:
+    """Raises :class:`ValueError` where a device has no memory for operators beside vLLM.
 
     Args:
         total: bytes of a device.
         utilization: the share of it that vLLM fills with weights, activations and its cache.
-        operators: bytes that operators may take on it. vLLM knows nothing of them when it measures.
+        operators: bytes that operators may take on it, of which vLLM knows nothing when it sizes its cache.
     """
     left = round(total * (1.0 - utilization))
     if left < operators:

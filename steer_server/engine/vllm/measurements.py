@@ -1,4 +1,4 @@
-"""What the workers say that they did to a request, and the receipts made of it."""
+"""What the workers measured of a request: collected from them, merged, and turned into receipts."""
 
 from __future__ import annotations
 
@@ -9,138 +9,150 @@ from typing import Any
 
 import structlog
 
-from steer_server.engine.dose import Dose
-from steer_server.engine.receipts import receipts_of
-from steer_server.engine.vllm.cache_salts import Salts
-from steer_server.engine.vllm.step_steering import Use
+from steer_server.engine.dose import DoseStatistics
+from steer_server.engine.receipts import make_receipts
+from steer_server.engine.vllm.cache_salts import CacheSalts
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Receipt, SteeringPlan
 
-_AGREEMENT = 1e-3
-"""Relative difference of a dose between workers that is one of rounding: all have the same hidden states."""
+_DOSE_TOLERANCE = 1e-3
+"""Relative difference of a dose between workers that counts as rounding: all have the same hidden states."""
 
 log = structlog.get_logger(__name__)
 
-Take = Callable[[list[str]], Awaitable[Sequence[Mapping[str, Any] | None]]]
-"""Asks the workers for the accounts of requests, which they then forget."""
+TakeMeasurements = Callable[[list[str]], Awaitable[Sequence[Mapping[str, Any] | None]]]
+"""Measurements of requests by key, which the workers then forget; None for one that never reached a worker.
+
+A measurement holds ``cached``, ``layers`` (doses by layer, as text) and ``failure``; see
+:class:`.request_state.RequestMeasurement`.
+"""
 
 
-class AccountDesk:
-    """Asks for accounts: those wanted at the same time in one call, since a call waits for a step of the engine."""
+class MeasurementCollector:
+    """Collects the measurements of ended requests; those requested during a call share the next one.
 
-    def __init__(self, take: Take, salts: Salts) -> None:
-        self._ask, self._salts = take, salts
-        self._settling: set[asyncio.Task[Any]] = set()
-        self._wanted: dict[str, asyncio.Future[Mapping[str, Any] | None]] = {}
-        self._asking: asyncio.Task[None] | None = None
+    A call waits for the running step of the engine, so one per request would slow all of them down.
+    """
+
+    def __init__(self, take_measurements: TakeMeasurements, salts: CacheSalts) -> None:
+        self._take_measurements, self._salts = take_measurements, salts
+        self._collecting: set[asyncio.Task[Any]] = set()
+        self._requested: dict[str, asyncio.Future[Mapping[str, Any] | None]] = {}
+        self._calls: asyncio.Task[None] | None = None
 
     async def take(self, key: str) -> Mapping[str, Any] | None:
-        """The account of a request; None for one that never reached a worker."""
+        """The measurement of a request; None for one that never reached a worker."""
         future: asyncio.Future[Mapping[str, Any] | None] = asyncio.get_running_loop().create_future()
-        self._wanted[key] = future
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._work())
+        self._requested[key] = future
+        if self._calls is None or self._calls.done():
+            self._calls = asyncio.create_task(self._call_until_none_requested())
         return await future
 
-    def settle(self, key: str, uses: Sequence[Use], *, begun: bool = False) -> asyncio.Task[Mapping[str, Any] | None]:
-        """Takes the account of a row that is over, and renews the salt of its steering if it failed.
+    def collect(
+        self, key: str, settings: Sequence[OperatorSetting], *, begun: bool = False
+    ) -> asyncio.Task[Mapping[str, Any] | None]:
+        """Takes the measurement of an ended row, and renews the salt of its steering if the row failed.
 
-        Goes on when nobody waits for it: what a failed row left in the prefix cache is there, whoever reads its text.
+        The task runs to its end even if nobody awaits it: what a failed row left in the prefix cache must become
+        unreachable, whether or not somebody reads its text.
 
         Args:
             begun: the row has a token, so that the workers must know of it.
         """
-        task = asyncio.create_task(self._settle(key, uses, begun))
-        self._settling.add(task)
-        task.add_done_callback(self._settled)
+        task = asyncio.create_task(self._collect(key, settings, begun))
+        self._collecting.add(task)
+        task.add_done_callback(self._collected)
         return task
 
-    async def _settle(self, key: str, uses: Sequence[Use], begun: bool) -> Mapping[str, Any] | None:
+    async def _collect(self, key: str, settings: Sequence[OperatorSetting], begun: bool) -> Mapping[str, Any] | None:
         try:
-            account = await self.take(key)
+            measurement = await self.take(key)
         except BaseException:
-            if uses:
-                # What the workers would have told of it is lost.
-                self._salts.renew(uses)
+            if settings:
+                # Whether the row failed is now unknown.
+                self._salts.renew(settings)
             raise
-        if uses and (begun if account is None else account["failure"]):
-            self._salts.renew(uses)
-        return account
+        if settings and (begun if measurement is None else measurement["failure"]):
+            self._salts.renew(settings)
+        return measurement
 
-    def _settled(self, task: asyncio.Task[Any]) -> None:
-        self._settling.discard(task)
+    def _collected(self, task: asyncio.Task[Any]) -> None:
+        self._collecting.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("the workers gave no account of a request", error=str(error) or type(error).__name__)
+            log.error("the workers gave no measurement of a request", error=str(error) or type(error).__name__)
 
-    async def _work(self) -> None:
-        while self._wanted:
-            wanted, self._wanted = self._wanted, {}
+    async def _call_until_none_requested(self) -> None:
+        while self._requested:
+            requested, self._requested = self._requested, {}
             try:
-                found = await self._ask(list(wanted))
-                for future, account in zip(wanted.values(), found, strict=True):
+                measurements = await self._take_measurements(list(requested))
+                for future, measurement in zip(requested.values(), measurements, strict=True):
                     if not future.done():
-                        future.set_result(account)
+                        future.set_result(measurement)
             except Exception as error:  # noqa: BLE001 - handed on to all who wait
-                # Whatever broke the call, nobody is to wait for its answer.
-                for future in wanted.values():
+                # Whatever broke the call: a future without a result would be awaited for ever.
+                for future in requested.values():
                     if not future.done():
                         future.set_exception(error)
 
 
-def agreed(workers: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[Mapping[str, Any] | None]:
-    """One account per request, from those of every worker: under tensor parallel each steers its share alike.
+def merge_measurements(workers: Sequence[Sequence[Mapping[str, Any] | None]]) -> list[Mapping[str, Any] | None]:
+    """One measurement per request, from those of every worker.
 
-    A request that the workers tell different things of has failed.
+    Under tensor parallelism each worker has the whole hidden states and must measure the same: a request of which the
+    workers measured different things has failed.
     """
-    found = []
-    for accounts in zip(*workers, strict=True):
-        first = accounts[0]
-        failures = [account["failure"] for account in accounts if account is not None and account["failure"]]
+    merged = []
+    for measurements in zip(*workers, strict=True):
+        first = measurements[0]
+        failures = [one["failure"] for one in measurements if one is not None and one["failure"]]
         if first is not None and failures:
             first = {**first, "failure": failures[0]}
-        elif first is not None and not all(_same(first, account) for account in accounts[1:]):
+        elif first is not None and not all(_agree(first, other) for other in measurements[1:]):
             first = {**first, "failure": "the workers do not agree on what was steered"}
-        found.append(first if all(account is not None for account in accounts) else None)
-    return found
+        merged.append(first if all(one is not None for one in measurements) else None)
+    return merged
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
     if other is None or one["cached"] != other["cached"] or one["layers"].keys() != other["layers"].keys():
         return False
     pairs = [(doses, other["layers"][layer]) for layer, doses in one["layers"].items()]
     return all(
-        len(mine) == len(theirs) and all(isclose(a, b, rel_tol=_AGREEMENT) for a, b in zip(mine, theirs, strict=True))
+        len(mine) == len(theirs)
+        and all(isclose(a, b, rel_tol=_DOSE_TOLERANCE) for a, b in zip(mine, theirs, strict=True))
         for mine, theirs in pairs
     )
 
 
-def receipts(
-    plan: SteeringPlan, account: Mapping[str, Any] | None, *, prompt_tokens: int, fed: int
+def measured_receipts(
+    plan: SteeringPlan, measurement: Mapping[str, Any] | None, *, prompt_tokens: int, fed: int
 ) -> tuple[Receipt, ...]:
     """One receipt per operator of the plan.
 
     Args:
-        fed: how many tokens, from the prompt's first on, the text is due to. The engine may have run ahead of a text
-            that had ended.
+        fed: number of tokens, the prompt's first to the last one fed to the model, that the text depends on. Measured
+            tokens beyond them are ignored: the engine may have run ahead of a text that had ended.
 
     Raises:
         SteeringNotAppliedError: the plan was not applied, or not at every token; says why.
     """
-    if account is None:
+    if measurement is None:
         raise SteeringNotAppliedError("no worker knows of this request: it was not steered")
-    if account["failure"]:
-        raise SteeringNotAppliedError(str(account["failure"]))
-    cached, doses = int(account["cached"]), {}
+    if measurement["failure"]:
+        raise SteeringNotAppliedError(str(measurement["failure"]))
+    cached, doses = int(measurement["cached"]), {}
     if cached >= prompt_tokens:
         raise SteeringNotAppliedError(
             f"{cached} tokens count as cached; of a prompt of {prompt_tokens} the last is always computed"
         )
     for layer in sorted({use.layer for use in plan.applications if use.setting.strength}):
-        measured = account["layers"].get(str(layer), [])[: fed - cached]
+        measured = measurement["layers"].get(str(layer), [])[: fed - cached]
         if cached + len(measured) < fed:
             raise SteeringNotAppliedError(f"layer {layer}: {len(measured)} of {fed - cached} tokens were steered")
-        dose = doses[layer] = Dose()
-        split = prompt_tokens - cached
-        dose.add(measured[:split], prompt=True)
-        dose.add(measured[split:], prompt=False)
-    return receipts_of(plan, doses, cached=cached)
+        dose = doses[layer] = DoseStatistics()
+        num_computed_prompt_tokens = prompt_tokens - cached
+        dose.add(measured[:num_computed_prompt_tokens], prompt=True)
+        dose.add(measured[num_computed_prompt_tokens:], prompt=False)
+    return make_receipts(plan, doses, cached=cached)

@@ -1,4 +1,4 @@
-"""Options of vLLM that are handed through: ``KEY=VALUE``, or a YAML file of them."""
+"""Options that are passed on to vLLM: ``KEY=VALUE``, or a YAML file of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from steer_server.errors import StartupError
 
-OURS = {
+SERVER_OPTIONS = {
     "model": "--model",
     "tokenizer": "--model",
     "dtype": "--dtype",
@@ -21,9 +21,9 @@ OURS = {
     "tokens_only": "nothing: text is needed",
     "seed": "the seed of a request",
 }
-"""Keys that this server sets, and what to use in their place."""
+"""Options of vLLM that this server sets itself, and what the user is to use instead."""
 
-ANOTHER_MODEL = {
+MODEL_OPTIONS = {
     "model_weights": "weights",
     "weight_transfer_config": "weights",
     "hf_config_path": "a configuration",
@@ -35,24 +35,24 @@ ANOTHER_MODEL = {
     "revision": "a version",
     "tokenizer_revision": "a tokenizer",
 }
-"""Keys by which vLLM would serve something else than what operators were built for, and what they replace."""
+"""Options by which vLLM would serve another model than the one that operators were built for, and what they replace."""
 
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "pt", "npcache")
-"""Ways to read the very weights of ``--model``; the others of vLLM read other files, other processes or nothing."""
+"""Those that read the weights files of ``--model``; others of vLLM read other files, other processes or nothing."""
 
 
-def read_engine_args(given: Iterable[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` (the value in YAML: numbers, true, lists) and names of YAML files, later ones over earlier ones.
+def read_engine_args(arguments: Iterable[str]) -> dict[str, Any]:
+    """Options from ``KEY=VALUE`` arguments, the value in YAML, and from YAML files; later ones override earlier ones.
 
     Raises:
-        StartupError: neither, or a file that cannot be read.
+        StartupError: an argument that is neither, or a file that cannot be read.
     """
-    found: dict[str, Any] = {}
-    for item in given:
+    options: dict[str, Any] = {}
+    for item in arguments:
         key, equals, value = item.partition("=")
         try:
             if equals:
-                found[key.strip().replace("-", "_")] = yaml.safe_load(value)
+                options[key.strip().replace("-", "_")] = yaml.safe_load(value)
                 continue
             content = yaml.safe_load(Path(item).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -61,27 +61,30 @@ def read_engine_args(given: Iterable[str]) -> dict[str, Any]:
             raise StartupError(f"engine_args: {item!r} is neither KEY=VALUE nor a YAML file: {why}") from error
         if not isinstance(content, dict):
             raise StartupError(f"engine_args: {item} does not hold KEY: VALUE lines")
-        found |= {str(key).replace("-", "_"): value for key, value in content.items()}
-    return found
+        options |= {str(key).replace("-", "_"): value for key, value in content.items()}
+    return options
 
 
-def check_engine_args(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises :class:`StartupError` for a key that vLLM does not have, or that is not the user's to set.
+def check_engine_args(options: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raises :class:`StartupError` for an option that vLLM does not have, or that the user may not set.
 
-    Operators belong to a model's weights, configuration and tokenizer. They are recognised in the files of ``--model``,
-    so vLLM has to serve these.
+    Operators belong to a model's weights, configuration and tokenizer. Those are fingerprinted in the files of
+    ``--model``, so vLLM must serve exactly these.
+
+    Args:
+        known: names of all options of vLLM.
     """
     names = set(known)
-    for key, value in given.items():
-        if key in OURS:
-            raise StartupError(f"engine_args.{key} is set by this server; use {OURS[key]}")
+    for key, value in options.items():
+        if key in SERVER_OPTIONS:
+            raise StartupError(f"engine_args.{key} is set by this server; use {SERVER_OPTIONS[key]}")
         if key not in names:
             near = difflib.get_close_matches(key, names, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise StartupError(f"engine_args.{key} is not an option of this vLLM{hint}")
-        if key in ANOTHER_MODEL:
+        if key in MODEL_OPTIONS:
             raise StartupError(
-                f"engine_args.{key} is refused: it gives vLLM {ANOTHER_MODEL[key]} that operators were not built for; "
+                f"engine_args.{key} is refused: it gives vLLM {MODEL_OPTIONS[key]} that operators were not built for; "
                 "use --model with a directory that holds what is to be served"
             )
         if key == "load_format" and value not in LOAD_FORMATS:

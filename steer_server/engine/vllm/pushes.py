@@ -1,7 +1,8 @@
 """The pushes of one step, for the tokens of many requests at once.
 
-What rows do not share with their neighbours is worked out for all rows together; per operator there remain two matrix
-products (the first one per block in use), so that 64 different operators in a batch cost little more than one.
+Operations that are the same for every token run once, over the tokens of all operators. Per operator there remain two
+matrix products (the first of them one per block in use), so that 64 different operators in a step cost little more
+than one.
 """
 
 from __future__ import annotations
@@ -18,144 +19,153 @@ from operators.core.header import Rule
 
 
 @dataclass(frozen=True)
-class Segment:
-    """``count`` tokens of one request in a step: rows ``start``... of the batch, positions ``first``... of its text."""
+class TokenSpan:
+    """The tokens of one request in a step: consecutive rows of the batch, consecutive positions of its text."""
 
     request: str
-    start: int
-    first: int
-    count: int
+    start_row: int
+    first_position: int
+    num_tokens: int
 
 
 @dataclass(eq=False)
-class Task:
-    """One operator over one segment.
+class SpanPush:
+    """The push of one operator on one span. Filled by :class:`.step_steering.StepSteering`."""
 
-    ``use``: which of the request's operators; ``at``: the segment's first row in the step's embeddings; ``half``:
-    lambda/2. ``total`` (r,): s of the published rule before the segment, which :func:`work_out` moves to its end; other
-    rules have none.
-    """
-
-    segment: Segment
-    use: int
-    at: int
-    half: float
+    span: TokenSpan
+    setting_index: int
+    """Which of the request's operators."""
+    offset: int
+    """Row of the span's first token in the step's embeddings."""
+    half_strength: float
+    """lambda/2."""
     blend: float
-    total: torch.Tensor | None
+    running_sum: torch.Tensor | None
+    """(r,): s_{k-1} of the rule "cumulative", before the span; :func:`compute_pushes` replaces it by that after the
+    span. None where there is none."""
 
     @property
-    def first(self) -> int:
+    def first_position(self) -> int:
         """Position of its first token."""
-        return self.segment.first
+        return self.span.first_position
 
     @property
-    def count(self) -> int:
-        """Its tokens."""
-        return self.segment.count
+    def num_tokens(self) -> int:
+        """Its number of tokens."""
+        return self.span.num_tokens
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """The tasks of a step that use one operator by one rule; None is the anchor alone (blend 1)."""
+class OperatorGroup:
+    """The spans of a step that one operator pushes by one rule. Rule None is the anchor alone (blend 1)."""
 
     operator: PreparedOperator
     rule: Rule | None
-    tasks: list[Task]
+    span_pushes: list[SpanPush]
 
     @property
-    def count(self) -> int:
-        """Its tokens."""
-        return sum(task.count for task in self.tasks)
+    def num_tokens(self) -> int:
+        """Tokens of all its spans."""
+        return sum(push.num_tokens for push in self.span_pushes)
 
 
-def work_out(groups: Sequence[Group], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lambda/2) d_k/|d_k| for every token of every task.
+def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lambda/2) d_k/|d_k| for every token of every span of every group.
+
+    With the operator's a_k and anchor y, d_k = (1 - blend) a_k/|a_k| + blend y/|y|. Nothing is read from the device.
 
     Args:
+        groups: the ``span_pushes`` of each are reordered, and their running sums advanced.
         x: (R, d) float32, the step's embeddings.
 
     Returns:
-        Pushes (T, d) float32, group after group and task after task; and which of them (T,) have a direction. Those
-        that have none are 0. Tasks are put in another order within their group. Nothing is read from the device.
+        The pushes (T, d) float32, group after group and span after span, in the new order; and which of the tokens (T,)
+        have a direction. The push of those that have none is 0.
     """
     for group in groups:
-        group.tasks.sort(key=partial(_order, group.operator.factors.shape[0]))
-    tasks = [task for group in groups for task in group.tasks]
-    mine = x[send(indices([task.at for task in tasks], [task.count for task in tasks]), x.device)]
-    parts, at = [], 0
+        group.span_pushes.sort(key=partial(_sort_key, group.operator.factors.shape[0]))
+    span_pushes = [push for group in groups for push in group.span_pushes]
+    rows = concatenate_ranges([push.offset for push in span_pushes], [push.num_tokens for push in span_pushes])
+    gathered = x[copy_to_device(rows, x.device)]
+    unnormalised, start = [], 0
     for group in groups:
-        end = at + group.count
-        parts.append(_raw(group, mine[at:end]))
-        at = end
-    unit, usable = _unit(parts[0] if len(parts) == 1 else torch.cat(parts))
-    if any(0.0 < task.blend < 1.0 for task in tasks):
-        blend = _per_token([task.blend for task in tasks], tasks, x)
-        anchors = torch.cat([group.operator.unit_anchor.expand(group.count, -1) for group in groups])
-        # The bits of a row without a blend do not depend on its neighbours' blends.
-        mixed, still = _unit((1.0 - blend) * unit + blend * anchors)
-        unit, usable = torch.where(blend > 0, mixed, unit), usable & (still | (blend == 0).squeeze(-1))
-    push = _per_token([task.half for task in tasks], tasks, x) * unit
-    return torch.where(usable[:, None], push, torch.zeros_like(push)), usable
+        end = start + group.num_tokens
+        unnormalised.append(_unnormalised_directions(group, gathered[start:end]))
+        start = end
+    unit, usable = _normalise(unnormalised[0] if len(unnormalised) == 1 else torch.cat(unnormalised))
+    if any(0.0 < push.blend < 1.0 for push in span_pushes):
+        blend = _per_token([push.blend for push in span_pushes], span_pushes, x)
+        anchors = torch.cat([group.operator.unit_anchor.expand(group.num_tokens, -1) for group in groups])
+        blended, blend_usable = _normalise((1.0 - blend) * unit + blend * anchors)
+        # Tokens without a blend keep their bits, whatever the blends of their neighbours.
+        unit = torch.where(blend > 0, blended, unit)
+        usable = usable & (blend_usable | (blend == 0).squeeze(-1))
+    pushes = _per_token([push.half_strength for push in span_pushes], span_pushes, x) * unit
+    return torch.where(usable[:, None], pushes, torch.zeros_like(pushes)), usable
 
 
-def _raw(group: Group, x: torch.Tensor) -> torch.Tensor:
+def _unnormalised_directions(group: OperatorGroup, x: torch.Tensor) -> torch.Tensor:
     """a_k (T, d)."""
     if group.rule is None:
         return group.operator.unit_anchor.expand(x.shape[0], -1)
     if group.rule == "substitute":
         return substitute(group.operator, x)
-    return cumulative(group.operator, _sums(group.operator, group.tasks, x))
+    return cumulative(group.operator, _running_sums(group.operator, group.span_pushes, x))
 
 
-def _sums(operator: PreparedOperator, tasks: Sequence[Task], x: torch.Tensor) -> torch.Tensor:
-    """s_k (T, r). Each task's total moves on to its last token."""
+def _running_sums(operator: PreparedOperator, span_pushes: Sequence[SpanPush], x: torch.Tensor) -> torch.Tensor:
+    """s_k (T, r) at every token; the running sum of each span advances to its last token.
+
+    ``span_pushes`` are in the order of :func:`_sort_key`: spans of several tokens, then single tokens block by block.
+    """
     blocks, rank, _ = operator.factors.shape
     sums = x.new_empty(x.shape[0], rank)
-    before = torch.stack([task.total for task in tasks if task.total is not None])
-    long = [task for task in tasks if task.count > 1]
-    at = sum(task.count for task in long)
+    before = torch.stack([push.running_sum for push in span_pushes if push.running_sum is not None])
+    long = [push for push in span_pushes if push.num_tokens > 1]
+    num_long_tokens = sum(push.num_tokens for push in long)
     if long:
-        counts = [task.count for task in long]
-        sums[:at] = terms(operator, x[:at], indices([task.first for task in long], counts))
-        for task, part, total in zip(long, torch.split(sums[:at], counts), before, strict=False):
-            part[0] += total
-            task.total = part.cumsum_(0)[-1].clone()
-    single = tasks[len(long) :]
-    end = at
-    for block, some in groupby(single, key=lambda task: task.first % blocks):
-        start, end = end, end + len(list(some))
+        counts = [push.num_tokens for push in long]
+        positions = concatenate_ranges([push.first_position for push in long], counts)
+        sums[:num_long_tokens] = terms(operator, x[:num_long_tokens], positions)
+        for push, part, earlier in zip(long, torch.split(sums[:num_long_tokens], counts), before, strict=False):
+            part[0] += earlier
+            push.running_sum = part.cumsum_(0)[-1].clone()
+    single = span_pushes[len(long) :]
+    end = num_long_tokens
+    for block, of_block in groupby(single, key=lambda push: push.first_position % blocks):
+        start, end = end, end + len(list(of_block))
         torch.mm(x[start:end], operator.factors[block].T, out=sums[start:end])
-    sums[at:] += before[len(long) :]
-    for task, total in zip(single, sums[at:].unbind(), strict=True):
-        task.total = total
+    sums[num_long_tokens:] += before[len(long) :]
+    for push, running_sum in zip(single, sums[num_long_tokens:].unbind(), strict=True):
+        push.running_sum = running_sum
     return sums
 
 
-def _order(blocks: int, task: Task) -> int:
-    """Texts of several tokens first; then one row each, those that meet the same block side by side."""
-    return -1 if task.count > 1 else task.first % blocks
+def _sort_key(blocks: int, push: SpanPush) -> int:
+    """Spans of several tokens first; then single tokens, those of one block side by side, for one product."""
+    return -1 if push.num_tokens > 1 else push.first_position % blocks
 
 
-def _unit(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """v/|v| (T, d), and which rows (T,) have a direction."""
+def _normalise(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """v/|v| (T, d), and which rows (T,) have a finite norm other than 0."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     return vectors / norms, (torch.isfinite(norms) & (norms > 0)).squeeze(-1)
 
 
-def _per_token(values: list[float], tasks: Sequence[Task], like: torch.Tensor) -> torch.Tensor:
-    """A value per task as one per token, (T, 1)."""
-    found = torch.tensor(values, dtype=torch.float32)
-    if any(task.count > 1 for task in tasks):
-        found = found.repeat_interleave(torch.tensor([task.count for task in tasks]))
-    return send(found[:, None], like.device)
+def _per_token(values: list[float], span_pushes: Sequence[SpanPush], like: torch.Tensor) -> torch.Tensor:
+    """One value per span, repeated for each of its tokens: (T, 1), on the device of ``like``."""
+    repeated = torch.tensor(values, dtype=torch.float32)
+    if any(push.num_tokens > 1 for push in span_pushes):
+        repeated = repeated.repeat_interleave(torch.tensor([push.num_tokens for push in span_pushes]))
+    return copy_to_device(repeated[:, None], like.device)
 
 
-def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Values of the host on a device, which has them in its own time: the host does not wait for its queue."""
+def copy_to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a device, made in the order of its queue: the host does not wait for it."""
     return values.to(device, non_blocking=True)
 
 
-def indices(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+def concatenate_ranges(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
     """start, start + 1, ..., ``count`` numbers for each start: (sum of counts,)."""
     if all(count == 1 for count in counts):
         return torch.tensor(starts)

@@ -1,4 +1,4 @@
-"""A request's sampling in vLLM's words, and what of it vLLM would refuse or replace by something else."""
+"""A request's sampling as arguments of vLLM, and a check for values that vLLM would refuse or silently change."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from steer_server.engine.prompts import check_ids
 from steer_server.errors import InvalidRequestError
 from steer_server.types import SamplingParams
 
-_COLDEST, _HOTTEST = 0.01, 2.0
-"""vLLM's own bounds: it raises a temperature below the first one to it, and refuses one above the second."""
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 0.01, 2.0
+"""vLLM's own bounds: it raises a lower temperature to the first one, and refuses a higher one than the second."""
 
 
 def check_sampling(sampling: SamplingParams, *, vocab_size: int, max_logprobs: int) -> None:
-    """Raises :class:`InvalidRequestError`, which names the field, for what vLLM would not do as it is asked.
+    """Raises :class:`InvalidRequestError`, which names the field, for a value that vLLM would refuse or change.
 
     Args:
         max_logprobs: vLLM's option; -1 stands for the whole vocabulary.
     """
     check_ids("sampling.stop_token_ids", sampling.stop_token_ids, vocab_size)
     temperature = sampling.temperature
-    if temperature != 0.0 and not _COLDEST <= temperature <= _HOTTEST:
+    if temperature != 0.0 and not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
         raise InvalidRequestError(
             "sampling.temperature",
-            f"is {temperature}; this engine (vllm) accepts 0 (greedy) and {_COLDEST:g} to {_HOTTEST:g}",
+            f"is {temperature}; this engine (vllm) accepts 0 (greedy) and {_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}",
         )
-    most = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
-    if sampling.logprobs is not None and sampling.logprobs > most:
+    limit = vocab_size if max_logprobs == -1 else min(max_logprobs, vocab_size)
+    if sampling.logprobs is not None and sampling.logprobs > limit:
         raise InvalidRequestError(
             "sampling.logprobs",
-            f"is {sampling.logprobs}; this engine (vllm) accepts 0 to {most}: max_logprobs is {max_logprobs}, and the "
+            f"is {sampling.logprobs}; this engine (vllm) accepts 0 to {limit}: max_logprobs is {max_logprobs}, and the "
             f"vocabulary has {vocab_size} tokens",
         )
 
 
 def vllm_sampling(sampling: SamplingParams) -> dict[str, Any]:
-    """Arguments of vLLM's ``SamplingParams`` that choose tokens and end a text; lengths and log-probabilities apart."""
+    """Arguments of vLLM's ``SamplingParams`` that choose and stop at tokens; without lengths and log-probabilities."""
     return {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -44,14 +44,14 @@ def vllm_sampling(sampling: SamplingParams) -> dict[str, Any]:
         "repetition_penalty": sampling.repetition_penalty,
         "seed": _signed(sampling.seed),
         "stop_token_ids": list(sampling.stop_token_ids),
-        # Which tokens end a text is decided here, as for the other engine: vLLM knows more of them.
+        # The server ends a text at the model's EOS tokens itself, alike for both engines; vLLM stops at others too.
         "ignore_eos": True,
     }
 
 
 def _signed(seed: int) -> int:
-    """The int64 of the same bits as a uint64: one of vLLM's two runners keeps seeds as int64.
+    """The int64 with the bits of a uint64: one of vLLM's two runners keeps seeds as int64.
 
-    vLLM reads -1 as no seed at all. So the last uint64 draws the numbers of the one before it.
+    To vLLM, -1 means no seed, so the largest uint64 gives the same text as the second largest.
     """
     return min(seed - 2**64, -2) if seed >= 2**63 else seed

@@ -1,6 +1,7 @@
-"""What a score is made of: the last hidden states that a worker keeps of two requests, and the two distributions.
+"""Scores: the last hidden states that a worker keeps of two requests, and the divergence of their distributions.
 
-A long text is scored a few positions at a time (:data:`ROWS`), between which the tokens of other requests are decoded.
+A long text is scored a few positions at a time (:data:`POSITIONS_PER_CALL`), so that the tokens of other requests are
+decoded in between.
 """
 
 from __future__ import annotations
@@ -10,48 +11,52 @@ from dataclasses import dataclass, field
 
 import torch
 
-ROWS = 64
-"""Positions whose logits over the vocabulary are looked at together."""
+POSITIONS_PER_CALL = 64
+"""Bounds the logits, (positions, vocabulary), that are held at once."""
 
 
 @dataclass(eq=False)
-class Kept:
+class KeptStates:
     """Last hidden states of one request, (d,) each, from position ``first`` on."""
 
     first: int
     states: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, states: torch.Tensor, first: int) -> None:
-        """``states`` (T, d) of positions first...; what is there already is not added again, nor what follows a gap."""
-        known = self.first + len(self.states) - first
-        if known >= 0:
-            self.states.extend(states[known:].unbind())
+        """Adds ``states`` (T, d) of positions ``first``...; those that are kept already, or follow a gap, are not."""
+        num_kept = self.first + len(self.states) - first
+        if num_kept >= 0:
+            self.states.extend(states[num_kept:].unbind())
 
 
-def compare(
-    logits_of: Callable[[torch.Tensor], torch.Tensor | None], steered: Kept, plain: Kept, ids: Sequence[int], at: int
+def score_states(
+    compute_logits: Callable[[torch.Tensor], torch.Tensor | None],
+    steered: KeptStates,
+    plain: KeptStates,
+    ids: Sequence[int],
+    start: int,
 ) -> tuple[list[float], list[float]]:
-    """KL(plain || steered) in nats and log p_plain of each token in ``ids``, those of a text from ``at`` on.
+    """KL(plain || steered) in nats and log p_plain of each token in ``ids``, those of a text from ``start`` on.
 
     Args:
-        logits_of: logits (T, vocabulary) of states (T, d); None where another rank of the engine has them.
+        compute_logits: logits (T, V) of states (T, d); None where another rank of the engine has them.
 
     Returns:
-        A number per token each; nothing where another rank has the logits.
+        One number per token each; both empty where another rank has the logits.
 
     Raises:
         ValueError: a state was not kept.
     """
-    states = [kept.states[at : at + len(ids)] for kept in (plain, steered)]
-    if any(len(some) != len(ids) for some in states):
-        theirs, ours = map(len, states)
-        raise ValueError(f"{len(ids)} tokens are to be scored; {ours} and {theirs} states were kept")
+    states = [kept.states[start : start + len(ids)] for kept in (plain, steered)]
+    if any(len(part) != len(ids) for part in states):
+        num_plain, num_steered = map(len, states)
+        raise ValueError(f"{len(ids)} tokens are to be scored; {num_steered} and {num_plain} states were kept")
     with torch.inference_mode():
-        p, q = (logits_of(torch.stack(some)) for some in states)
-        if p is None or q is None:
+        plain_logits, steered_logits = (compute_logits(torch.stack(part)) for part in states)
+        if plain_logits is None or steered_logits is None:
             return [], []
-        p, q = (each.float().log_softmax(-1) for each in (p, q))
+        log_p, log_q = (logits.float().log_softmax(-1) for logits in (plain_logits, steered_logits))
         # Rounding can leave a tiny negative sum where the two are the same.
-        kl = (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
-        tokens = torch.tensor(ids, device=p.device)
-        return kl.tolist(), p.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
+        tokens = torch.tensor(ids, device=log_p.device)
+        return kl.tolist(), log_p.gather(-1, tokens[:, None]).squeeze(-1).tolist()

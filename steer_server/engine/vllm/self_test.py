@@ -1,8 +1,8 @@
-"""The start-up self-test: every decoder layer of the live engine steers the request that asks for it and no other.
+"""The start-up self-test: every decoder layer of the live engine steers the request that names it and no other.
 
-One plain request runs alone. Then it runs again beside one steered request per layer, in one batch: the plain one must
-give what it gave alone, each steered one must give something else, and its account must show every token pushed at its
-layer by what its strength gives. An engine that fails is not served.
+One plain request runs alone. Then it runs again beside one steered request per layer, in one batch. The plain request
+must give what it gave alone. Each steered one must give something else, and its measurement must show every token
+pushed at its layer by what its strength gives. An engine that fails is not served.
 """
 
 from __future__ import annotations
@@ -12,94 +12,100 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steer_server.engine.vllm.measurements import agreed
-from steer_server.engine.vllm.step_steering import Use
+from steer_server.engine.vllm.measurements import merge_measurements
+from steer_server.engine.vllm.worker_protocol import OperatorSetting, WorkerCall
 from steer_server.errors import StartupError
 
 STRENGTH = 1.0
 TOKENS = 2
-_SAME = 0.05
-"""Most that log-probabilities of one request may differ between two batches, in nats: rounding of bfloat16."""
+_LOGPROB_TOLERANCE = 0.05
+"""Nats by which log-probabilities of one request may differ between two batches: rounding of bfloat16."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class Continuation:
     """The tokens of a short greedy continuation and the log-probabilities of the first one's alternatives."""
 
     ids: tuple[int, ...]
     logprobs: Mapping[int, float]
 
 
-Try = Callable[[Use | None, str], Awaitable[Trial]]
-"""``run(use, key)``: a short prompt, steered by one operator or by none."""
-Rpc = Callable[..., Awaitable[Sequence[Any]]]
+RunPrompt = Callable[[OperatorSetting | None, str], Awaitable[Continuation]]
+"""``await run(setting, key)``: continues the self-test's prompt, steered by one operator or by none."""
 
 
-def check_same_model(found: Mapping[int, float], expected: Sequence[float], *, most: float) -> None:
-    """Holds the engine's weights against those that operators are recognised by.
+def check_same_model(logprobs: Mapping[int, float], expected: Sequence[float], *, tolerance: float) -> None:
+    """Checks that vLLM serves the weights whose fingerprints operators are checked against.
 
     Args:
-        found: log-probabilities of the engine's likeliest tokens after a prompt, in nats.
+        logprobs: log-probabilities, in nats, of vLLM's likeliest tokens after a prompt.
         expected: those of every token after the same prompt, from the model that was fingerprinted.
-        most: by how much they may differ on average.
+        tolerance: by how much they may differ on average.
 
     Raises:
         StartupError: they differ by more; says by how much.
     """
-    apart = sum(abs(logprob - expected[token]) for token, logprob in found.items()) / len(found)
-    # Negated: what is no number is no agreement either.
-    if not apart <= most:
+    difference = sum(abs(logprob - expected[token]) for token, logprob in logprobs.items()) / len(logprobs)
+    # Negated, so that NaN is refused as well.
+    if not difference <= tolerance:
         raise StartupError(
             f"self-test: vLLM serves another model than the one that operators are checked against: the "
-            f"log-probabilities of its {len(found)} likeliest tokens differ by {apart:.3g} nats on average from those "
-            f"in transformers; at most {most:g} is rounding"
+            f"log-probabilities of its {len(logprobs)} likeliest tokens differ by {difference:.3g} nats on average "
+            f"from those in transformers; at most {tolerance:g} is rounding"
         )
 
 
-async def check_live(run: Try, rpc: Rpc, *, prompt_tokens: int, num_layers: int) -> Trial:
-    """The plain request's trial. Raises :class:`StartupError` with what went wrong."""
-    for layers in await rpc("steering_layers"):
+async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int, num_layers: int) -> Continuation:
+    """Steers every layer of the live engine and returns the plain request's continuation.
+
+    Raises :class:`StartupError` with what went wrong.
+    """
+    for layers in await call("steering_layers"):
         if layers != num_layers:
             raise StartupError(f"self-test: a worker has {layers} decoder layers, the model {num_layers}")
-    uses = [Use(f"self-test-{layer}", "cumulative", STRENGTH, 0.0) for layer in range(num_layers)]
-    for layer, use in enumerate(uses):
-        await rpc("steering_load_random", use.digest, layer)
+    settings = [OperatorSetting(f"self-test-{layer}", "cumulative", STRENGTH, 0.0) for layer in range(num_layers)]
+    digests = [setting.digest for setting in settings]
+    for layer, digest in enumerate(digests):
+        await call("steering_load_random", digest, layer)
     try:
-        await rpc("steering_watch_inputs", True)
+        await call("steering_check_inputs", True)
         alone = await run(None, "self-test-alone")
-        beside, *steered = await asyncio.gather(run(None, "self-test-beside"), *(run(use, use.digest) for use in uses))
-        worst = max(await rpc("steering_watch_inputs", False))
-        accounts = agreed(await rpc("steering_take", [use.digest for use in uses]))
-    finally:
-        await rpc("steering_unload", [use.digest for use in uses])
-    if worst > 0.0:
-        raise StartupError(
-            f"self-test: the first layer's input differs from the token embeddings by {worst:.2g} of their size"
+        beside, *steered = await asyncio.gather(
+            run(None, "self-test-beside"), *(run(setting, setting.digest) for setting in settings)
         )
-    if not _same(alone, beside):
+        input_error = max(await call("steering_check_inputs", False))
+        measurements = merge_measurements(await call("steering_take", digests))
+    finally:
+        await call("steering_unload", digests)
+    if input_error > 0.0:
+        raise StartupError(
+            f"self-test: the first layer's input differs from the token embeddings by {input_error:.2g} of their size"
+        )
+    if not _equal(alone, beside):
         raise StartupError("self-test: a plain request is changed by the steered requests beside it")
-    for layer, (trial, account) in enumerate(zip(steered, accounts, strict=True)):
-        problem = _problem(layer, account, prompt_tokens + TOKENS - 1)
-        if not problem and _same(alone, trial):
+    for layer, (continuation, measurement) in enumerate(zip(steered, measurements, strict=True)):
+        problem = _problem(layer, measurement, prompt_tokens + TOKENS - 1)
+        if not problem and _equal(alone, continuation):
             problem = "its text is that of the plain one"
         if problem:
             raise StartupError(f"self-test: a request steered at layer {layer} failed: {problem}")
     return alone
 
 
-def _same(one: Trial, other: Trial) -> bool:
-    known = one.logprobs.keys() & other.logprobs.keys()
-    near = all(abs(one.logprobs[token] - other.logprobs[token]) <= _SAME for token in known)
-    return bool(known) and near and one.ids[0] == other.ids[0]
+def _equal(one: Continuation, other: Continuation) -> bool:
+    shared = one.logprobs.keys() & other.logprobs.keys()
+    close = all(abs(one.logprobs[token] - other.logprobs[token]) <= _LOGPROB_TOLERANCE for token in shared)
+    return bool(shared) and close and one.ids[0] == other.ids[0]
 
 
-def _problem(layer: int, account: Mapping[str, Any] | None, tokens: int) -> str:
-    if account is None:
+def _problem(layer: int, measurement: Mapping[str, Any] | None, num_tokens: int) -> str:
+    """Why a measurement does not prove that ``num_tokens`` were pushed at ``layer``; empty where it does."""
+    if measurement is None:
         return "no worker knows of it"
-    if account["failure"]:
-        return str(account["failure"])
-    doses = account["layers"].get(str(layer), [])
-    if list(account["layers"]) != [str(layer)] or len(doses) < tokens:
-        counts = {at: len(found) for at, found in account["layers"].items()}
-        return f"tokens pushed by layer: {counts}; {tokens} at layer {layer} were due"
+    if measurement["failure"]:
+        return str(measurement["failure"])
+    doses = measurement["layers"].get(str(layer), [])
+    if list(measurement["layers"]) != [str(layer)] or len(doses) < num_tokens:
+        counts = {at: len(measured) for at, measured in measurement["layers"].items()}
+        return f"tokens pushed by layer: {counts}; {num_tokens} at layer {layer} were due"
     return ""

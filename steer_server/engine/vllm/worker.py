@@ -1,385 +1,258 @@
-"""Steering inside vLLM: the one file that knows its internals (0.32).
+"""Steering inside vLLM's worker processes. With ``layer_hooks`` and ``runner_hooks``, all that knows their internals.
 
-``worker_cls`` names :class:`SteeringWorker`. It is the platform's own worker, with three things added, all of them on
-the instance: a hook on every decoder layer, a look at each step before the model runs, and calls that load operators
-and hand out accounts (``collective_rpc``). What is looked at is checked by name when the model is loaded, so that a
-vLLM in which something moved is refused instead of half steered.
-
-    V1 runner   ``_model_forward`` of the runner instance is wrapped (CPU, and CUDA where it is selected)
-    V2 runner   ``prepare_inputs`` of the instance's ``model_state`` is wrapped
-
-A hook calls the op ``steering::push``, which is opaque to Dynamo: it changes the rows of the step's plan in place and
-leaves all other bits alone. Layers hand their input on as ``hidden_states + residual`` in most models of vLLM; the norm
-is taken over the sum and the push is written into ``hidden_states``.
+``worker_cls`` names :class:`SteeringWorker`. It is the platform's own worker with three additions, all made on
+instances: a hook on every decoder layer, a look at each step before the model runs, and methods that load operators and
+hand out measurements (called by ``collective_rpc``). What they rely on is checked by name when the model is loaded, so
+that a vLLM in which something moved is refused instead of half steered.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from vllm.platforms import current_platform
 
-from operators.core.apply import PreparedOperator, steer
+from operators.core.apply import PreparedOperator
+from steer_server.engine.vllm.layer_hooks import PUSH_OP, forward_pass, install_hooks, make_embedder
+from steer_server.engine.vllm.layer_push import LayerPush
 from steer_server.engine.vllm.limits import check_supported
-from steer_server.engine.vllm.pushes import Segment, send
-from steer_server.engine.vllm.scoring import Kept, compare
-from steer_server.engine.vllm.step_steering import Account, BatchSteering, Site, Sited, Use
-from steer_server.engine.vllm.transfer import Arrivals, Layout
+from steer_server.engine.vllm.pushes import TokenSpan, copy_to_device
+from steer_server.engine.vllm.runner_hooks import V1RunnerHook, V2RunnerHook
+from steer_server.engine.vllm.scoring import KeptStates, score_states
+from steer_server.engine.vllm.step_steering import LoadedOperator, StepSteering
+from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
+from steer_server.engine.vllm.worker_protocol import SteeringArgs
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
 else:
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 
-EXTRA = "steering"
-"""Key of ``SamplingParams.extra_args``: {"key", "salt", "uses": [[digest, rule, strength, blend], ...], "keep": int}.
-
-``keep``: the position from which on the last hidden states are kept, for a score; or None.
-"""
-
-_BOOK_EVERY = 64
+_MAX_UNRECORDED_STEPS = 64
 """Steps whose measurements may wait on the device: reading them makes the host wait for it."""
 
 
-class _Step:
-    """What the hooks of this process do in the forward pass under way. One model, one pass at a time."""
-
-    sites: Mapping[int, Site] = {}
-    kept: Sequence[tuple[Kept, Segment]] = ()
-    inputs: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Rows and what they should be when the first layer gets them; looked at in the self-test only."""
-    worst: float = 0.0
-    """By how much they were not, relative to their size."""
-
-
-def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
-    if layer == 0 and _Step.inputs is not None:
-        _compare_inputs(hidden, *_Step.inputs)
-    site = _Step.sites.get(layer)
-    if site is None:
-        return
-    width = hidden.shape[-1]
-    rows = hidden.view(-1, width)
-    rest = None if residual is None else residual.view(-1, width)[site.rows]
-    moved, site.doses = steer(rows[site.rows], site.push, rest)
-    rows.index_copy_(0, site.rows, moved)
-
-
-def _compare_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Tensor) -> None:
-    found = hidden.view(-1, hidden.shape[-1])[rows]
-    _Step.worst = max(_Step.worst, float((found - expected).abs().max() / expected.abs().max()))
-
-
-_LIBRARY: Any = torch.library.Library("steering", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("push(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
-_LIBRARY.impl("push", _push, "CompositeExplicitAutograd")
-_LIBRARY._register_fake("push", lambda _hidden, _residual, _layer: None)
-
-
 class SteeringWorker(_Worker):  # type: ignore[misc]
-    """The platform's worker, which also steers. Its public methods are called by ``collective_rpc``."""
+    """The platform's worker, which also steers. The server calls its ``steering_`` methods."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Loads the model and prepares it. Raises :class:`RuntimeError` for what is not supported, by name."""
+        """Loads the model and hooks it. Raises :class:`RuntimeError` for what is not supported, by name."""
         check_supported(self.vllm_config)
         if not current_platform.is_cpu() and self.vllm_config.compilation_config.splitting_ops:
-            # What is pushed is decided on the host in every step: captured pieces end before it.
-            self.vllm_config.compilation_config.splitting_ops.append("steering::push")
+            # The host decides in every step what is pushed, so the op must not be captured in a graph.
+            self.vllm_config.compilation_config.splitting_ops.append(PUSH_OP)
         super().load_model(*args, **kwargs)
         model = self.model_runner.get_model()
-        self._steering = BatchSteering(self.model_config.dtype)
-        self._embed = _embedder(model)
-        self._requests: dict[str, str] = {}
+        self._steering = StepSteering(self.model_config.dtype)
+        self._embed = make_embedder(model)
         self._keys: dict[str, str] = {}
-        self._kept: dict[str, Kept] = {}
-        self._pending: list[Mapping[int, Site]] = []
-        self._arrivals = Arrivals()
-        self._watching = False
-        self._seen: set[str] = set()
-        self._layers = _decoder_layers(model)
-        for layer, module in enumerate(self._layers):
-            module.register_forward_pre_hook(_hook(module, layer), with_kwargs=True)
-        model.register_forward_hook(_keep)
-        self._watch_runner()
+        """Keys of running requests, by vLLM's request id."""
+        self._requests: dict[str, str] = {}
+        """vLLM's request ids by key, until the request's measurement is taken."""
+        self._kept_states: dict[str, KeptStates] = {}
+        """By key, until the request's measurement is taken."""
+        self._unrecorded: list[Mapping[int, LayerPush]] = []
+        """The pushes of steps whose measurements have not been read from the device."""
+        self._incoming = IncomingOperators()
+        self._checks_inputs = False
+        self._prepared_requests: set[str] = set()
+        """Steered requests for which the step under way was prepared."""
+        self._num_layers = install_hooks(model)
+        runner_hook = V2RunnerHook if self.use_v2_model_runner else V1RunnerHook
+        self._runner_hook = runner_hook(self.model_runner, self._prepare_step)
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """One step. Requests that ended are kept until their accounts are taken."""
+        """One step. The state of requests that ended is kept until their measurements are taken."""
         for request in scheduler_output.finished_req_ids:
-            self._requests.pop(request, None)
-        # The V2 runner is told of a preempted request that comes back as of a new one.
+            self._keys.pop(request, None)
+        # The V2 runner announces a preempted request that comes back as a new one.
         for new in scheduler_output.scheduled_new_reqs:
-            self._meet(new)
-            self._steering.arrives(new.req_id, new.num_computed_tokens)
+            self._add_request(new)
+            self._steering.start_at(new.req_id, new.num_computed_tokens)
         known = scheduler_output.scheduled_cached_reqs
         for request, computed in zip(known.req_ids, known.num_computed_tokens, strict=True):
             if request in known.resumed_req_ids:
-                self._steering.arrives(request, computed)
-        self._seen.clear()
+                self._steering.start_at(request, computed)
+        self._prepared_requests.clear()
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
         finally:
-            for request in scheduler_output.num_scheduled_tokens.keys() - self._seen:
-                self._steering.missed(request)
-            # No other pass, of whatever kind, is to find the pushes of this one.
-            for site in _Step.sites.values():
-                site.let_go()
-            _Step.sites, _Step.kept, _Step.inputs = {}, (), None
+            for request in scheduler_output.num_scheduled_tokens.keys() - self._prepared_requests:
+                self._steering.fail_unprepared(request)
+            for layer_push in forward_pass.pushes.values():
+                layer_push.release()
+            forward_pass.clear()
 
     # What the server calls.
 
     def steering_call(self, method: str, args: Sequence[Any]) -> tuple[Any, str]:
-        """What one of these methods returns, or why it failed: where a worker raises, vLLM confuses the others' answers
-        with those to the next call.
+        """What a method returns, or why it failed.
+
+        Exceptions do not pass: where one worker raises, vLLM takes the answers of the others for those to its next
+        call.
         """
         try:
             return getattr(self, method)(*args), ""
-        except Exception as error:  # noqa: BLE001 - told instead
+        except Exception as error:  # noqa: BLE001 - returned instead
             return None, f"{type(error).__name__}: {error}"
 
-    def steering_load(self, digest: str, at: int, data: bytes, layout: Layout | None) -> bool:
-        """Takes a piece of an operator, or is asked again; true once the operator is ready (:mod:`.transfer`)."""
-        if not data and digest not in self._arrivals and digest in self._steering.loaded:
-            # Another worker took longer.
+    def steering_load(self, digest: str, offset: int, data: bytes, layout: TensorLayout | None) -> bool:
+        """Takes the next chunk of an operator, if any (:mod:`.transfer`). Whether the operator can be used now."""
+        if not data and digest not in self._incoming and digest in self._steering.loaded:
+            # Asked again because another worker is not ready.
             return True
-        found = self._arrivals.take(digest, at, data, layout)
-        if found is not None:
-            operator, layer = found
-            self._steering.load(digest, Sited(operator.to(self.device), layer))
-        return found is not None
+        received = self._incoming.receive(digest, offset, data, layout)
+        if received is not None:
+            operator, layer = received
+            self._steering.load(digest, LoadedOperator(operator.to(self.device), layer))
+        return received is not None
 
     def steering_load_random(self, digest: str, layer: int) -> None:
-        """An operator for the self-test: of rank 2, two positions, in no particular direction."""
+        """Loads a random operator for the self-test, of rank 2 and two positions."""
         d = self.model_config.get_hidden_size()
         generator = torch.Generator().manual_seed(layer)
         basis = torch.linalg.qr(torch.randn(d, 2, generator=generator)).Q
         factors = torch.randn(2, 2, d, generator=generator)
         vectors = torch.randn(2, d, generator=generator)
-        place = partial(torch.Tensor.to, device=self.device, dtype=torch.float32)
+        to_device = partial(torch.Tensor.to, device=self.device, dtype=torch.float32)
         operator = PreparedOperator(
-            place(factors), place(basis), None, place(vectors[0]), place(vectors[1] / vectors[1].norm())
+            to_device(factors),
+            to_device(basis),
+            None,
+            to_device(vectors[0]),
+            to_device(vectors[1] / vectors[1].norm()),
         )
-        self._steering.load(digest, Sited(operator, layer))
+        self._steering.load(digest, LoadedOperator(operator, layer))
 
     def steering_unload(self, digests: Sequence[str]) -> None:
-        """Forgets operators, and what has come of them."""
+        """Forgets operators, and what has been received of them."""
         for digest in digests:
-            self._arrivals.drop(digest)
+            self._incoming.drop(digest)
             self._steering.unload(digest)
 
     def steering_take(self, keys: Sequence[str]) -> list[dict[str, Any] | None]:
-        """The accounts of requests, which are forgotten; None for one that never reached the model."""
-        self._book()
-        return [self._take(key) for key in keys]
+        """The measurements of requests, which are then forgotten; None for one that never reached the model."""
+        self._record_steps()
+        return [self._take_measurement(key) for key in keys]
 
-    def steering_score(self, steered: str, plain: str, ids: Sequence[int], at: int) -> tuple[list[float], list[float]]:
-        """What :func:`.scoring.compare` makes of the states kept of two requests, for a text's tokens from ``at`` on.
+    def steering_score(
+        self, steered_key: str, plain_key: str, ids: Sequence[int], start: int
+    ) -> tuple[list[float], list[float]]:
+        """:func:`.scoring.score_states` of two requests, for a text's tokens from ``start`` on.
 
-        They are kept until the requests' accounts are taken. Raises :class:`ValueError` where a state was not kept.
+        Their states are kept until their measurements are taken. Raises :class:`ValueError` for one that was not kept.
         """
-        ours, theirs = (self._kept.get(key, Kept(0)) for key in (steered, plain))
-        return compare(self.model_runner.get_model().compute_logits, ours, theirs, ids, at)
+        steered, plain = (self._kept_states.get(key, KeptStates(0)) for key in (steered_key, plain_key))
+        return score_states(self.model_runner.get_model().compute_logits, steered, plain, ids, start)
 
     def steering_state(self) -> dict[str, int]:
-        """How much is held: operators, their bytes, operators on their way, and each kind of what a request has."""
+        """Counts of what is held: operators, their bytes, incoming operators, and each kind of state of a request."""
         loaded = self._steering.loaded.values()
         return {
             "operators": len(loaded),
-            "bytes": sum(sited.operator.nbytes for sited in loaded),
-            "arriving": len(self._arrivals),
+            "bytes": sum(one.operator.nbytes for one in loaded),
+            "incoming": len(self._incoming),
             "requests": len(self._requests),
             "keys": len(self._keys),
-            "kept": len(self._kept),
-            "followed": len(self._steering),
+            "kept_states": len(self._kept_states),
+            "steered": len(self._steering),
         }
 
     def steering_layers(self) -> int:
-        """How many decoder layers can be pushed."""
-        return len(self._layers)
+        """Number of decoder layers that can be pushed."""
+        return self._num_layers
 
-    def steering_watch_inputs(self, on: bool) -> float:
-        """Holds what the first layer gets against the embeddings that pushes are made of, from now on or no longer.
+    def steering_check_inputs(self, enabled: bool) -> float:
+        """Switches the comparison of the first layer's input with the embeddings that pushes are computed from.
 
-        Returns the largest difference so far, relative to the embeddings.
+        Returns the largest difference since the last call, relative to the embeddings.
         """
-        self._watching = on
-        _Step.inputs, worst = None, _Step.worst
-        _Step.worst = 0.0
-        return worst
+        self._checks_inputs = enabled
+        forward_pass.expected_inputs, error = None, forward_pass.input_error
+        forward_pass.input_error = 0.0
+        return error
 
     # What happens in a step.
 
-    def _meet(self, new: Any) -> None:
-        asked = (new.sampling_params.extra_args or {}).get(EXTRA) if new.sampling_params else None
-        if asked is None or new.req_id in self._requests:
+    def _add_request(self, new: Any) -> None:
+        steering = SteeringArgs.from_extra_args(new.sampling_params.extra_args) if new.sampling_params else None
+        if steering is None or new.req_id in self._keys:
             return
-        self._requests[new.req_id] = key = asked["key"]
-        self._keys[key] = new.req_id
-        if asked["uses"]:
-            self._steering.follow(new.req_id, tuple(Use(*use) for use in asked["uses"]), asked["salt"])
-        if asked["keep"] is not None:
-            self._kept[key] = Kept(asked["keep"])
+        self._keys[new.req_id] = steering.key
+        self._requests[steering.key] = new.req_id
+        if steering.settings:
+            self._steering.add_request(new.req_id, steering.settings, steering.salt)
+        if steering.keep_from is not None:
+            self._kept_states[steering.key] = KeptStates(steering.keep_from)
 
-    def _take(self, key: str) -> dict[str, Any] | None:
-        request = self._keys.pop(key, None)
-        self._kept.pop(key, None)
+    def _take_measurement(self, key: str) -> dict[str, Any] | None:
+        request = self._requests.pop(key, None)
+        self._kept_states.pop(key, None)
         if request is None:
             return None
-        # vLLM has ended it, and says so with its next step.
-        self._requests.pop(request, None)
+        # vLLM has ended it, but names it as finished only in its next step.
+        self._keys.pop(request, None)
         if request not in self._steering:
             return None
-        account: Account = self._steering.account(request)
-        self._steering.forget(request)
+        measurement = self._steering.measurement(request)
+        self._steering.remove_request(request)
         return {
-            "cached": account.cached,
-            "layers": {str(found.layer): list(found.doses) for found in account.layers},
-            "failure": account.failure,
+            "cached": measurement.cached,
+            "layers": {str(measured.layer): list(measured.doses) for measured in measurement.layers},
+            "failure": measurement.failure,
         }
 
-    def _watch_runner(self) -> None:
-        runner = self.model_runner
-        if self.use_v2_model_runner:
-            _require(runner, "model_state", "req_states")
-            state = runner.model_state
-            _require(state, "prepare_inputs")
-            inner = state.prepare_inputs
-
-            def prepare_inputs(batch: Any, states: Any) -> Any:
-                self._load_step(batch.req_ids, batch.query_start_loc_np, batch.num_computed_tokens_np, batch.input_ids)
-                return inner(batch, states)
-
-            state.prepare_inputs = prepare_inputs
-        else:
-            _require(runner, "_model_forward", "input_batch", "query_start_loc", "input_ids")
-            forward = runner._model_forward
-
-            def model_forward(*args: Any, **kwargs: Any) -> Any:
-                batch = runner.input_batch
-                self._load_step(
-                    batch.req_ids, runner.query_start_loc.np, batch.num_computed_tokens_cpu, runner.input_ids.gpu
-                )
-                return forward(*args, **kwargs)
-
-            runner._model_forward = model_forward
-
-    def _load_step(
+    def _prepare_step(
         self, requests: Sequence[str], starts: np.ndarray[Any, Any], computed: np.ndarray[Any, Any], ids: torch.Tensor
     ) -> None:
-        """Works out the pushes of the step that is about to run."""
-        _Step.sites, _Step.kept = {}, ()
-        if not self._requests:
+        """Computes the pushes of the step that is about to run; see :data:`.runner_hooks.BeforeStep`."""
+        forward_pass.pushes, forward_pass.kept = {}, ()
+        if not self._keys:
             return
-        segments = [
-            Segment(request, int(starts[row]), int(computed[row]), int(starts[row + 1] - starts[row]))
+        spans = [
+            TokenSpan(request, int(starts[row]), int(computed[row]), int(starts[row + 1] - starts[row]))
             for row, request in enumerate(requests)
-            if request in self._requests
+            if request in self._keys
         ]
-        _Step.kept = [
-            (self._kept[key], segment) for segment in segments if (key := self._requests[segment.request]) in self._kept
+        forward_pass.kept = [
+            (self._kept_states[key], span) for span in spans if (key := self._keys[span.request]) in self._kept_states
         ]
-        segments = [segment for segment in segments if segment.request in self._steering]
-        self._seen.update(segment.request for segment in segments)
-        if not segments:
+        spans = [span for span in spans if span.request in self._steering]
+        self._prepared_requests.update(span.request for span in spans)
+        if not spans:
             return
+        # On accelerators these ranges are built on the host and copied without waiting for the device.
         rows = torch.from_numpy(
-            np.concatenate([np.arange(s.start, s.start + s.count, dtype=np.int64) for s in segments])
+            np.concatenate([np.arange(s.start_row, s.start_row + s.num_tokens, dtype=np.int64) for s in spans])
         )
         positions = torch.from_numpy(
-            np.concatenate([np.arange(s.first, s.first + s.count, dtype=np.int64) for s in segments])
+            np.concatenate(
+                [np.arange(s.first_position, s.first_position + s.num_tokens, dtype=np.int64) for s in spans]
+            )
         )
-        at = send(rows, ids.device)
+        rows_on_device = copy_to_device(rows, ids.device)
         with torch.inference_mode():
-            x = self._embed(ids[at], send(positions, ids.device))
-            sites = self._steering.prepare(segments, x, self._earlier)
-        _Step.sites = sites
-        _Step.inputs = (at, x) if self._watching else None
-        self._pending.append(sites)
-        if len(self._pending) > _BOOK_EVERY:
-            last = self._pending.pop()
-            self._book()
-            self._pending.append(last)
+            x = self._embed(ids[rows_on_device], copy_to_device(positions, ids.device))
+            pushes = self._steering.prepare(spans, x, self._embed_prefix)
+        forward_pass.pushes = pushes
+        forward_pass.expected_inputs = (rows_on_device, x) if self._checks_inputs else None
+        self._unrecorded.append(pushes)
+        if len(self._unrecorded) > _MAX_UNRECORDED_STEPS:
+            # All but the coming step, which has measured nothing yet.
+            coming = self._unrecorded.pop()
+            self._record_steps()
+            self._unrecorded.append(coming)
 
-    def _book(self) -> None:
-        for sites in self._pending:
-            self._steering.book(sites)
-        self._pending.clear()
+    def _record_steps(self) -> None:
+        for pushes in self._unrecorded:
+            self._steering.record(pushes)
+        self._unrecorded.clear()
 
-    def _earlier(self, request: str, count: int) -> torch.Tensor:
-        """Embeddings of a request's first tokens, from what the runner knows of it."""
-        runner = self.model_runner
-        if self.use_v2_model_runner:
-            known = runner.req_states
-            ids = known.all_token_ids.gpu[known.req_id_to_index[request], :count]
-        else:
-            batch = runner.input_batch
-            ids = torch.from_numpy(batch.token_ids_cpu[batch.req_id_to_index[request], :count])
+    def _embed_prefix(self, request: str, count: int) -> torch.Tensor:
+        """Embeddings (count, d) of a request's first tokens."""
+        ids = self._runner_hook.prefix_ids(request, count)
         return self._embed(ids.to(self.device), torch.arange(count, device=self.device))
-
-
-def _keep(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
-    for kept, segment in _Step.kept:
-        first = max(segment.first, kept.first)
-        states = output[segment.start + first - segment.first : segment.start + segment.count]
-        if len(states):
-            kept.add(states.clone(), first)
-
-
-def _hook(module: nn.Module, layer: int) -> Callable[..., None]:
-    names = list(inspect.signature(module.forward).parameters)
-    _require_names(module, names, "hidden_states")
-
-    def take(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        place = names.index(name) if name in names else len(args)
-        return args[place] if place < len(args) else None
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Traced, the op is always there; in eager mode a layer without anything to do costs next to nothing.
-        if not torch.compiler.is_compiling() and layer not in _Step.sites and _Step.inputs is None:
-            return
-        torch.ops.steering.push(take(args, kwargs, "hidden_states"), take(args, kwargs, "residual"), layer)
-
-    return hook
-
-
-def _embedder(model: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``embed(ids, positions)``: (T, d) as the first block receives it; the learned positions of GPT-2 are added."""
-    learned = getattr(getattr(model, "transformer", None), "wpe", None)
-
-    def embed(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        x: torch.Tensor = model.embed_input_ids(ids)
-        return x if learned is None else x + learned(positions)
-
-    return embed
-
-
-def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    for path in ("model.layers", "transformer.h"):
-        found: Any = model
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if isinstance(found, nn.ModuleList):
-            return found
-    raise RuntimeError(f"{type(model).__name__} has its decoder layers neither in model.layers nor in transformer.h")
-
-
-def _require(owner: Any, *names: str) -> None:
-    _require_names(owner, dir(owner), *names)
-
-
-def _require_names(owner: Any, there: Iterable[str], *names: str) -> None:
-    from vllm import __version__
-
-    missing = [name for name in names if name not in there]
-    if missing:
-        raise RuntimeError(
-            f"{type(owner).__name__} of vLLM {__version__} has no {', '.join(missing)}: "
-            "something moved since 0.32, for which this worker was written"
-        )

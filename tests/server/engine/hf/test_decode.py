@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from steer_server.engine.hf import decode as decode_module
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
-from steer_server.generate import Gatherer
+from steer_server.generate import CompletionBuilder
 from steer_server.types import (
     Admitted,
     Completion,
@@ -105,15 +106,15 @@ def test_a_row_that_is_interrupted_in_its_prompt_has_no_text_and_no_error(
     plan = plan_of((artifact, 0.5))
     asked = iter([None] * chunks)
     rows = [Row(None, score=True), Row(plan, score=True)]
-    decoder = make_decoder(llama, rows, interrupted=lambda: next(asked, reason))
+    decoder = make_decoder(llama, rows, check_interruption=lambda: next(asked, reason))
     assert len(decoder.job.prompt_ids) > read
     sizes, events = _rows_per_step(llama, decoder)
     assert len(sizes) == chunks
     assert [(event.row, event.reason, event.text) for event in events] == [(0, reason, ""), (1, reason, "")]
     assert events[1].receipts[0].prompt_tokens_steered == read
-    gatherer = Gatherer("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     (completion,) = gatherer.add(events[1])
-    assert (completion.text, completion.token_ids, completion.reason) == ("", (), reason)
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("", (), reason)
 
 
 def test_a_row_that_is_interrupted_right_after_its_prompt_has_no_text_and_a_steered_prompt(
@@ -121,8 +122,8 @@ def test_a_row_that_is_interrupted_right_after_its_prompt_has_no_text_and_a_stee
 ):
     plan = plan_of((artifact, 0.5))
     asked = iter([None])
-    decoder = make_decoder(llama, [Row(plan)], interrupted=lambda: next(asked, FinishReason.TIME_LIMIT))
-    gatherer = Gatherer("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    decoder = make_decoder(llama, [Row(plan)], check_interruption=lambda: next(asked, FinishReason.TIME_LIMIT))
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     completion = _completion_of(gatherer, decoder.run())
     assert (completion.text, completion.token_ids) == ("", ())
     assert completion.receipts[0].prompt_tokens_steered == len(decoder.job.prompt_ids)
@@ -152,7 +153,7 @@ def test_a_prompt_read_in_chunks_gives_the_text_of_one_read_at_once(
 @pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.TIME_LIMIT])
 def test_an_interrupted_row_ends_with_its_receipts(llama, artifact, plan_of, reason, make_decoder):
     calls = iter([None, None, None, reason])
-    events = list(make_decoder(llama, [Row(plan_of((artifact, 0.5)))], interrupted=lambda: next(calls)).run())
+    events = list(make_decoder(llama, [Row(plan_of((artifact, 0.5)))], check_interruption=lambda: next(calls)).run())
     end = events[-1]
     assert end.reason is reason
     assert sum(isinstance(event, TokenEvent) for event in events) == 2
@@ -167,10 +168,10 @@ def _completion_of(gatherer, events):
 def test_an_interrupted_row_is_accepted_with_all_of_its_positions(llama, artifact, plan_of, make_decoder):
     plan = plan_of((artifact, 0.5))
     calls = iter([None, None, None, FinishReason.TIME_LIMIT])
-    decoder = make_decoder(llama, [Row(plan)], interrupted=lambda: next(calls))
-    gatherer = Gatherer("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    decoder = make_decoder(llama, [Row(plan)], check_interruption=lambda: next(calls))
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     completion = _completion_of(gatherer, decoder.run())
-    assert completion.reason is FinishReason.TIME_LIMIT
+    assert completion.finish_reason is FinishReason.TIME_LIMIT
     assert len(completion.token_ids) == 2
 
 
@@ -190,7 +191,7 @@ def test_an_engine_that_forgets_its_plan_gives_no_text(llama, artifact, plan_of,
         "a cached token too many": (replace(receipt, prompt_tokens_cached=1),),
         "another digest": (replace(receipt, digest="sha256:" + "0" * 64),),
     }[change]
-    gatherer = Gatherer("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     with pytest.raises(SteeringNotAppliedError):
         _completion_of(gatherer, [*tokens, replace(end, receipts=forged)])
 
@@ -201,7 +202,7 @@ def test_prompt_tokens_that_came_steered_from_the_cache_are_not_missed(llama, ar
     *tokens, end = decoder.run()
     (receipt,) = end.receipts
     cached = replace(receipt, prompt_tokens_steered=receipt.prompt_tokens_steered - 2, prompt_tokens_cached=2)
-    gatherer = Gatherer("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     completion = _completion_of(gatherer, [*tokens, replace(end, receipts=(cached,))])
     assert completion.receipts == (cached,)
 
@@ -220,7 +221,7 @@ def test_a_stop_string_ends_one_row_and_leaves_the_others(llama, decode, make_de
 
 def test_timings_are_those_of_the_engine_and_not_of_a_slow_reader():
     def completion(pause):
-        gatherer = Gatherer("r", 3, SamplingParams(), None, 100.0)
+        gatherer = CompletionBuilder("r", 3, SamplingParams(), None, 100.0)
         events = [
             Admitted(at=100.5),
             TokenEvent(0, 7, "a", at=101.0),

@@ -1,4 +1,4 @@
-"""What becomes of the options of vLLM, with vLLM's own configuration and without an engine."""
+"""What becomes of the options of vLLM, and of calls without an answer, with vLLM's code and without an engine."""
 
 import asyncio
 
@@ -7,6 +7,7 @@ import torch
 
 from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
+from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.errors import EngineFailedError, StartupError
 
 pytest.importorskip("vllm")
@@ -15,11 +16,18 @@ GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
-def engine():
-    """The module of the engine: importing vLLM takes seconds, and only where a test runs."""
-    from steer_server.engine.vllm import engine as vllm
+def engine_config():
+    """The module: importing vLLM takes seconds, and only where a test runs."""
+    from steer_server.engine.vllm import engine_config as module
 
-    return vllm
+    return module
+
+
+@pytest.fixture(scope="module")
+def transformers_logprobs():
+    from steer_server.engine.vllm.boot import transformers_logprobs as function
+
+    return function
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +40,9 @@ def directory(llama, tiny_tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def configure(engine, directory):
+def configure(engine_config, directory):
     """``configure(memory=GIB, **options)``"""
-    return lambda memory=GIB, **given: engine._config(str(directory), "float32", given, memory)
+    return lambda memory=GIB, **options: engine_config.make_engine_config(str(directory), "float32", options, memory)
 
 
 def test_options_that_the_constructor_takes_itself_are_handed_on(configure):
@@ -64,27 +72,27 @@ def test_options_that_are_not_accepted_are_refused_as_options(configure, given, 
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no"), AssertionError(), KeyError("x"), RuntimeError("no")])
-def test_whatever_vllm_raises_is_a_refusal(engine, configure, monkeypatch, error):
+def test_whatever_vllm_raises_is_a_refusal(engine_config, configure, monkeypatch, error):
     def fail(_args):
         raise error
 
-    monkeypatch.setattr(engine.AsyncEngineArgs, "create_engine_config", fail)
+    monkeypatch.setattr(engine_config.AsyncEngineArgs, "create_engine_config", fail)
     with pytest.raises(StartupError, match=r"^engine_args: they are refused: .") as caught:
         configure()
     assert caught.value.__cause__ is error
 
 
 def test_operators_without_room_on_a_device_end_the_start_unless_the_cache_has_a_size_of_its_own(
-    engine, configure, monkeypatch
+    engine_config, configure, monkeypatch
 ):
     config, _ = configure()
-    monkeypatch.setattr(engine.AsyncEngineArgs, "create_engine_config", lambda _args: config)
+    monkeypatch.setattr(engine_config.AsyncEngineArgs, "create_engine_config", lambda _args: config)
     monkeypatch.setattr(config.cache_config, "gpu_memory_utilization", 0.92)
     # The platform cpu always gives the cache a size of its own.
     monkeypatch.setattr(config.cache_config, "kv_cache_memory_bytes", None)
     configure(memory=4 * GIB)
-    monkeypatch.setattr(engine.current_platform, "is_cpu", lambda: False)
-    monkeypatch.setattr(engine.current_platform, "get_device_total_memory", lambda: 24 * GIB)
+    monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(engine_config.current_platform, "get_device_total_memory", lambda: 24 * GIB)
     with pytest.raises(StartupError, match=r"^engine_args: .*gpu_memory_utilization 0\.92 leaves 1\.9 GiB"):
         configure(memory=4 * GIB)
     configure(memory=GIB)
@@ -92,16 +100,16 @@ def test_operators_without_room_on_a_device_end_the_start_unless_the_cache_has_a
     configure(memory=4 * GIB)
 
 
-def test_log_probabilities_in_transformers_are_those_after_the_whole_prompt(engine, llama):
-    found = engine._logprobs(llama, [1, 2, 3])
+def test_log_probabilities_in_transformers_are_those_after_the_whole_prompt(transformers_logprobs, llama):
+    found = transformers_logprobs(llama, [1, 2, 3])
     assert len(found) == llama.model.config.vocab_size
-    assert found != engine._logprobs(llama, [3, 2, 1])
+    assert found != transformers_logprobs(llama, [3, 2, 1])
     assert sum(2.718281828459045**each for each in found) == pytest.approx(1.0, abs=1e-4)
 
 
-def test_a_model_that_transformers_does_not_run_ends_the_start_by_name(engine, llama):
+def test_a_model_that_transformers_does_not_run_ends_the_start_by_name(transformers_logprobs, llama):
     with pytest.raises(StartupError, match=r"^self-test: transformers cannot run the model: IndexError: "):
-        engine._logprobs(llama, [10**6])
+        transformers_logprobs(llama, [10**6])
 
 
 @pytest.mark.parametrize(
@@ -118,16 +126,16 @@ def test_a_model_that_transformers_does_not_run_ends_the_start_by_name(engine, l
     ids=str,
 )
 def test_a_model_is_held_against_transformers_as_far_as_it_is_not_rounded(
-    engine, configure, monkeypatch, part, changes, most
+    engine_config, configure, monkeypatch, part, changes, most
 ):
     config, _ = configure()
     for name, value in changes.items():
         monkeypatch.setattr(getattr(config, part), name, value)
-    assert engine._rounding(config) == (most if engine.DEVICE == "cpu" or most is None else 1.0)
+    assert engine_config.logprob_tolerance(config) == (most if engine_config.DEVICE == "cpu" or most is None else 1.0)
 
 
-async def test_a_device_that_vllm_does_not_compute_on_is_refused_before_a_model_is_loaded(engine):
-    other = "cpu" if engine.DEVICE == "cuda" else "cuda"
+async def test_a_device_that_vllm_does_not_compute_on_is_refused_before_a_model_is_loaded(engine_config):
+    other = "cpu" if engine_config.DEVICE == "cuda" else "cuda"
     config = ServerConfig(model="no-such-model", engine="vllm", device=other)
     with pytest.raises(StartupError, match=r"^device: "):
         await ENGINES["vllm"](config, "float32", other)
@@ -142,11 +150,12 @@ class Stuck:
         await asyncio.Event().wait()
 
 
-async def test_workers_that_give_no_answer_end_the_engine(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_RPC_SECONDS", 0.0)
-    monkeypatch.setattr(engine, "_POLL_SECONDS", 0.01)
-    stuck = object.__new__(engine.VLLMEngine)
-    stuck._llm, stuck._silent = Stuck(), ""
+async def test_workers_that_give_no_answer_end_the_engine(monkeypatch):
+    from steer_server.engine.vllm import client as module
+
+    monkeypatch.setattr(module, "_CALL_SECONDS", 0.0)
+    monkeypatch.setattr(module, "_POLL_SECONDS", 0.01)
+    client = module.VLLMClient(Stuck(), CacheSalts())
     with pytest.raises(EngineFailedError, match="steering_take: the workers gave no answer"):
-        await stuck._rpc("steering_take", ["a"])
-    assert "the workers gave no answer" in await asyncio.wait_for(stuck.failed(), 5)
+        await client.call("steering_take", ["a"])
+    assert "the workers gave no answer" in await asyncio.wait_for(client.failed(), 5)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from operators.core.apply import Setting, prepared_bytes
-from steer_server.engine.vllm.cache_salts import Salts
+from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.job import VLLMJob
-from steer_server.engine.vllm.measurements import AccountDesk
-from steer_server.engine.vllm.operator_cache import OperatorShelf
+from steer_server.engine.vllm.measurements import MeasurementCollector
+from steer_server.engine.vllm.operator_cache import OperatorCache
+from steer_server.engine.vllm.row_decoder import DecodeContext
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteeringNotAppliedError
 from steer_server.types import (
     Application,
@@ -33,10 +34,10 @@ class Engine:
     """Decodes IDS, ends a reading at once, and gives a good account of both; gates make what they name wait."""
 
     def __init__(self, model):
-        self.model, self.dtype = model, torch.float32
-        self.salts = Salts()
-        self.desk = AccountDesk(self._take, self.salts)
-        self.shelf = self
+        self.model = model
+        self.salts = CacheSalts()
+        self.collector = MeasurementCollector(self.take_measurements, self.salts)
+        self.operator_cache = self
         self.loaded, self.streams, self.closed, self.taken, self.over = [], [], [], [], []
         self.gates = {}
         self.failed = {}
@@ -51,12 +52,12 @@ class Engine:
         await self._wait("load")
         self.loaded += artifacts
 
-    async def generate(self, ids, params, uses, key, *, keep=None, alone=False):
-        self.streams.append((key, tuple(ids), tuple(uses), keep, alone))
+    async def generate(self, ids, params, settings, key, *, keep_from=None, private_cache=False):
+        self.streams.append((key, tuple(ids), tuple(settings), keep_from, private_cache))
         try:
-            tokens = (0,) if alone else IDS
+            tokens = (0,) if private_cache else IDS
             for place, token in enumerate(tokens):
-                await self._wait("read" if alone else place)
+                await self._wait("read" if private_cache else place)
                 found = {token: SimpleNamespace(logprob=-0.5)} if params.get("logprobs") is not None else None
                 choice = SimpleNamespace(token_ids=[token], logprobs=[found] if found else None, finish_reason=None)
                 yield SimpleNamespace(outputs=[choice], metrics=None, finished=False)
@@ -67,22 +68,22 @@ class Engine:
         await self._wait("score")
         return {"kl": [0.25] * len(ids), "logprobs": [-1.0] * len(ids)}
 
-    async def _take(self, keys):
+    async def take_measurements(self, keys):
         await self._wait("take")
         self.taken += keys
-        return [self._account(key) for key in keys]
+        return [self._measurement(key) for key in keys]
 
-    def _account(self, key):
-        [uses] = [uses for name, _, uses, _, _ in self.streams if name == key]
-        if not uses:
+    def _measurement(self, key):
+        [settings] = [settings for name, _, settings, _, _ in self.streams if name == key]
+        if not settings:
             return None
         count = len(PROMPT) + len(IDS) - 1 if self.count is None else self.count
         return {"cached": 0, "failure": self.failed.get("all", ""), "layers": {"2": [0.2] * count}}
 
-    def failure(self, error):
+    def translate_error(self, error):
         return EngineFailedError(str(error))
 
-    def ended(self, job, seconds):
+    def end_job(self, job, seconds):
         self.over.append(job)
 
 
@@ -100,7 +101,17 @@ def steered(artifact):
 def start(engine, llama):
     def run(*rows, operators=(), **sampling):
         job = DecodeJob(PROMPT, SamplingParams(**sampling), rows)
-        return VLLMJob(engine, llama.tokenizer, job, operators)
+        context = DecodeContext(
+            client=engine,
+            operator_cache=engine.operator_cache,
+            measurements=engine.collector,
+            salts=engine.salts,
+            model=engine.model,
+            tokenizer=llama.tokenizer,
+            dtype=torch.float32,
+            translate_error=engine.translate_error,
+        )
+        return VLLMJob(context, job, operators, engine.end_job)
 
     return run
 
@@ -122,14 +133,16 @@ async def _ends(job):
 
 
 async def _settled(engine):
-    """Every row that was begun has been closed, and its account taken."""
+    """Every row that was begun has been closed, and its measurement taken."""
     async with asyncio.timeout(5):
         while not engine.over:
             await asyncio.sleep(0)
-        await asyncio.gather(*engine.desk._settling)
+        await asyncio.gather(*engine.collector._collecting)
     begun = [key for key, *_ in engine.streams]
     assert sorted(engine.closed) == sorted(begun)
-    assert sorted(engine.taken) == sorted(key for key, _, uses, keep, _ in engine.streams if uses or keep is not None)
+    assert sorted(engine.taken) == sorted(
+        key for key, _, settings, keep, _ in engine.streams if settings or keep is not None
+    )
 
 
 async def test_a_steered_text_ends_with_its_receipts_and_its_scores(engine, start, scored):
@@ -138,8 +151,8 @@ async def test_a_steered_text_ends_with_its_receipts_and_its_scores(engine, star
     assert [(score.kl, score.plain_logprob) for score in end.scores] == [(0.25, -1.0)] * len(IDS)
     assert end.receipts[0].prompt_tokens_steered == len(PROMPT)
     assert end.receipts[0].generated_tokens_steered == len(IDS) - 1
-    (_, prompt, uses, keep, alone), (_, read, plain, also, by_itself) = engine.streams
-    assert (prompt, len(uses), keep, alone) == (PROMPT, 1, len(PROMPT) - 1, False)
+    (_, prompt, settings, keep, alone), (_, read, plain, also, by_itself) = engine.streams
+    assert (prompt, len(settings), keep, alone) == (PROMPT, 1, len(PROMPT) - 1, False)
     assert (read, plain, also, by_itself) == ((*PROMPT, *IDS[:-1]), (), len(PROMPT) - 1, True)
     await _settled(engine)
 
@@ -181,18 +194,18 @@ async def test_a_job_of_many_rows_that_ends_leaves_the_operators_to_another_one(
         for digest in digests:
             there.remove(digest)
 
-    shelf = OperatorShelf(load, unload, budget=prepared_bytes(artifact))
+    operator_cache = OperatorCache(load, unload, budget=prepared_bytes(artifact))
 
-    def ended(job, seconds):
+    def end_job(job, seconds):
         engine.over.append(job)
-        shelf.release(job.operators)
+        operator_cache.release(job.operators)
 
-    monkeypatch.setattr(engine, "shelf", shelf)
-    monkeypatch.setattr(engine, "ended", ended)
+    monkeypatch.setattr(engine, "operator_cache", operator_cache)
+    monkeypatch.setattr(engine, "end_job", end_job)
     engine.gates[2] = asyncio.Event()
     jobs = []
     for rows in (3, 1):
-        shelf.reserve([artifact], retry_after=1.0)
+        operator_cache.reserve([artifact], retry_after=1.0)
         jobs.append(start(*[steered] * rows, operators=[artifact]))
     async with asyncio.timeout(5):
         while sum(job.running for job in jobs) < 4:
@@ -201,11 +214,11 @@ async def test_a_job_of_many_rows_that_ends_leaves_the_operators_to_another_one(
     await _over(engine, jobs[0])
     other = replace(artifact, digest="another")
     with pytest.raises(QueueFullError):
-        shelf.reserve([other], retry_after=1.0)
+        operator_cache.reserve([other], retry_after=1.0)
     jobs[1].cancel()
     await _over(engine, jobs[1])
     assert engine.over == jobs
-    shelf.reserve([other], retry_after=1.0)
+    operator_cache.reserve([other], retry_after=1.0)
 
 
 # Time limits.
@@ -271,19 +284,19 @@ async def test_a_row_that_was_not_steered_is_an_error_and_its_prefixes_are_forsa
     job = start(steered)
     with pytest.raises(SteeringNotAppliedError, match=said):
         await _events(job)
-    uses = engine.streams[0][2]
-    assert engine.salts.of(uses) != Salts().of(uses)
+    settings = engine.streams[0][2]
+    assert engine.salts.of(settings) != CacheSalts().of(settings)
     await _settled(engine)
 
 
-@pytest.mark.parametrize("when", [2, "take"], ids=["while it decodes", "while its account is taken"])
+@pytest.mark.parametrize("when", [2, "take"], ids=["while it decodes", "while its measurement is taken"])
 async def test_a_row_that_failed_forsakes_its_prefixes_although_its_reader_has_gone(engine, start, steered, when):
     gate = engine.gates[when] = asyncio.Event()
     engine.failed["all"] = "layer 2 was not reached"
     job = start(steered)
     reader = asyncio.ensure_future(_events(job))
     async with asyncio.timeout(5):
-        while not engine.streams or (when == "take" and not engine.desk._settling):
+        while not engine.streams or (when == "take" and not engine.collector._collecting):
             await asyncio.sleep(0.001)
     await asyncio.sleep(0.01)
     reader.cancel()
@@ -291,8 +304,8 @@ async def test_a_row_that_failed_forsakes_its_prefixes_although_its_reader_has_g
     await asyncio.sleep(0.01)
     gate.set()
     await _settled(engine)
-    uses = engine.streams[0][2]
-    assert engine.salts.of(uses) != Salts().of(uses)
+    settings = engine.streams[0][2]
+    assert engine.salts.of(settings) != CacheSalts().of(settings)
 
 
 async def test_a_job_that_is_stopped_while_operators_are_loaded_says_so(engine, start, steered):

@@ -1,12 +1,12 @@
-"""Accounts of the workers: asked for together, and turned into receipts only where they prove the plan."""
+"""Measurements of the workers: requested together, and turned into receipts only where they prove the plan."""
 
 import asyncio
 
 import pytest
 
-from steer_server.engine.vllm.cache_salts import Salts
-from steer_server.engine.vllm.measurements import AccountDesk, agreed, receipts
-from steer_server.engine.vllm.step_steering import Use
+from steer_server.engine.vllm.cache_salts import CacheSalts
+from steer_server.engine.vllm.measurements import MeasurementCollector, measured_receipts, merge_measurements
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.errors import SteeringNotAppliedError
 
 
@@ -33,48 +33,48 @@ async def workers():
 
 @pytest.fixture
 def salts():
-    return Salts()
+    return CacheSalts()
 
 
 @pytest.fixture
-def desk(workers, salts):
-    return AccountDesk(workers.take, salts)
+def collector(workers, salts):
+    return MeasurementCollector(workers.take, salts)
 
 
-async def test_each_request_gets_its_own_account(workers, desk):
+async def test_each_request_gets_its_own_measurement(workers, collector):
     workers.answer = [{"of": "a"}, None]
-    assert await asyncio.gather(desk.take("a"), desk.take("b")) == [{"of": "a"}, None]
+    assert await asyncio.gather(collector.take("a"), collector.take("b")) == [{"of": "a"}, None]
 
 
-async def test_what_is_wanted_at_the_same_time_is_asked_for_together(workers, desk):
+async def test_what_is_wanted_at_the_same_time_is_asked_for_together(workers, collector):
     workers.gate.clear()
-    first = asyncio.ensure_future(desk.take("a"))
+    first = asyncio.ensure_future(collector.take("a"))
     await asyncio.sleep(0.01)
-    others = [asyncio.ensure_future(desk.take(key)) for key in "bcd"]
+    others = [asyncio.ensure_future(collector.take(key)) for key in "bcd"]
     await asyncio.sleep(0.01)
     assert workers.calls == [["a"]]
     workers.gate.set()
     assert await asyncio.gather(first, *others) == [{"of": key} for key in "abcd"]
     assert workers.calls == [["a"], ["b", "c", "d"]]
-    assert await desk.take("e") == {"of": "e"}
+    assert await collector.take("e") == {"of": "e"}
     assert workers.calls[2:] == [["e"]]
 
 
 @pytest.mark.parametrize("problem", ["a failed call", "an answer too few"])
-async def test_an_error_reaches_everyone_who_waits_and_no_one_after(workers, desk, problem):
+async def test_an_error_reaches_everyone_who_waits_and_no_one_after(workers, collector, problem):
     if problem == "a failed call":
         workers.error = RuntimeError("the engine died")
     else:
         workers.answer = []
-    found = await asyncio.wait_for(asyncio.gather(*map(desk.take, "abc"), return_exceptions=True), 5)
+    found = await asyncio.wait_for(asyncio.gather(*map(collector.take, "abc"), return_exceptions=True), 5)
     assert [type(error) for error in found] == [RuntimeError if workers.error else ValueError] * 3
     workers.error = workers.answer = None
-    assert await desk.take("d") == {"of": "d"}
+    assert await collector.take("d") == {"of": "d"}
 
 
-async def test_one_who_gives_up_leaves_the_others_their_accounts(workers, desk):
+async def test_one_who_gives_up_leaves_the_others_their_measurements(workers, collector):
     workers.gate.clear()
-    given_up, other = (asyncio.ensure_future(desk.take(key)) for key in "ab")
+    given_up, other = (asyncio.ensure_future(collector.take(key)) for key in "ab")
     await asyncio.sleep(0.01)
     given_up.cancel()
     workers.gate.set()
@@ -83,7 +83,7 @@ async def test_one_who_gives_up_leaves_the_others_their_accounts(workers, desk):
         await given_up
     workers.error = RuntimeError("the engine died")
     workers.gate.clear()
-    given_up, other = (asyncio.ensure_future(desk.take(key)) for key in "ab")
+    given_up, other = (asyncio.ensure_future(collector.take(key)) for key in "ab")
     await asyncio.sleep(0.01)
     given_up.cancel()
     workers.gate.set()
@@ -91,13 +91,13 @@ async def test_one_who_gives_up_leaves_the_others_their_accounts(workers, desk):
         await asyncio.wait_for(other, 5)
 
 
-USES, OTHER = ((Use(digest, "cumulative", 0.4, 0.0),) for digest in ("gate", "dress"))
+SETTINGS, OTHER = ((OperatorSetting(digest, "cumulative", 0.4, 0.0),) for digest in ("gate", "dress"))
 GOOD, BAD = ({"cached": 0, "layers": {}, "failure": failure} for failure in ("", "layer 2 was not reached"))
 
 
 @pytest.mark.parametrize("waiting", [True, False], ids=["read", "abandoned"])
 @pytest.mark.parametrize(
-    ("account", "begun", "renewed"),
+    ("measurement", "begun", "renewed"),
     [
         (GOOD, True, False),
         (GOOD, False, False),
@@ -109,36 +109,38 @@ GOOD, BAD = ({"cached": 0, "layers": {}, "failure": failure} for failure in ("",
     ],
 )
 async def test_a_row_that_failed_takes_its_shared_prefixes_along_whether_or_not_somebody_reads_it(
-    workers, desk, salts, account, begun, renewed, waiting
+    workers, collector, salts, measurement, begun, renewed, waiting
 ):
-    workers.answer = [account]
-    before = salts.of(USES), salts.of(OTHER)
-    settling = desk.settle("a", USES, begun=begun)
+    workers.answer = [measurement]
+    before = salts.of(SETTINGS), salts.of(OTHER)
+    collecting = collector.collect("a", SETTINGS, begun=begun)
     if waiting:
-        assert await settling == account
+        assert await collecting == measurement
     else:
-        reader = asyncio.ensure_future(asyncio.shield(settling))
+        reader = asyncio.ensure_future(asyncio.shield(collecting))
         await asyncio.sleep(0)
         reader.cancel()
-        await asyncio.wait({settling}, timeout=5)
+        await asyncio.wait({collecting}, timeout=5)
     assert workers.calls == [["a"]]
-    assert (salts.of(USES) != before[0], salts.of(OTHER) != before[1]) == (renewed, False)
+    assert (salts.of(SETTINGS) != before[0], salts.of(OTHER) != before[1]) == (renewed, False)
 
 
-async def test_a_row_without_steering_renews_nothing(workers, desk, salts):
+async def test_a_row_without_steering_renews_nothing(workers, collector, salts):
     before = salts.of(())
     workers.answer = [None]
-    await desk.settle("a", (), begun=True)
+    await collector.collect("a", (), begun=True)
     assert salts.of(()) == before
 
 
-async def test_a_call_that_fails_while_nobody_waits_renews_the_salt_and_leaves_the_desk_open(workers, desk, salts):
-    before, workers.error = salts.of(USES), RuntimeError("no answer")
-    await asyncio.wait({desk.settle("a", USES, begun=True)}, timeout=5)
+async def test_a_call_that_fails_while_nobody_waits_renews_the_salt_and_leaves_the_collector_usable(
+    workers, collector, salts
+):
+    before, workers.error = salts.of(SETTINGS), RuntimeError("no answer")
+    await asyncio.wait({collector.collect("a", SETTINGS, begun=True)}, timeout=5)
     workers.error = None
-    assert await desk.take("b") == {"of": "b"}
+    assert await collector.take("b") == {"of": "b"}
     # What the workers would have told is lost.
-    assert salts.of(USES) != before
+    assert salts.of(SETTINGS) != before
 
 
 # Receipts: a prompt of 4 tokens, 6 fed in all, at layer 2.
@@ -149,16 +151,16 @@ def plan(artifact, other_artifact, plan_of):
     return plan_of((artifact, 0.6), (other_artifact, 0.0), (artifact, 0.2))
 
 
-def _account(*doses, cached=0, failure=""):
+def _measurement(*doses, cached=0, failure=""):
     return {"cached": cached, "layers": {"2": list(doses)}, "failure": failure}
 
 
-def _receipts(plan, account, prompt_tokens=4, fed=6):
-    return receipts(plan, account, prompt_tokens=prompt_tokens, fed=fed)
+def _receipts(plan, measurement, prompt_tokens=4, fed=6):
+    return measured_receipts(plan, measurement, prompt_tokens=prompt_tokens, fed=fed)
 
 
 def test_a_receipt_tells_what_was_measured(plan):
-    first, idle, second = _receipts(plan, _account(0.5, 0.25, 0.25, 0.25, 0.125, 0.125))
+    first, idle, second = _receipts(plan, _measurement(0.5, 0.25, 0.25, 0.25, 0.125, 0.125))
     for receipt in (first, second):
         assert (receipt.layer, receipt.dose_bound) == (2, pytest.approx(0.4))
         assert (receipt.prompt_tokens_steered, receipt.generated_tokens_steered) == (4, 2)
@@ -169,13 +171,13 @@ def test_a_receipt_tells_what_was_measured(plan):
 
 
 def test_what_the_engine_computed_ahead_of_a_text_that_had_ended_does_not_count(plan):
-    receipt, *_ = _receipts(plan, _account(0.25, 0.25, 0.25, 0.25, 0.125, 0.125, 0.5, 0.5))
+    receipt, *_ = _receipts(plan, _measurement(0.25, 0.25, 0.25, 0.25, 0.125, 0.125, 0.5, 0.5))
     assert (receipt.prompt_tokens_steered, receipt.generated_tokens_steered) == (4, 2)
     assert receipt.max_dose == 0.25
 
 
 def test_cached_prompt_tokens_are_counted_apart_and_measured_by_nobody(plan):
-    first, idle, _ = _receipts(plan, _account(0.25, 0.5, 0.125, 0.375, cached=3))
+    first, idle, _ = _receipts(plan, _measurement(0.25, 0.5, 0.125, 0.375, cached=3))
     assert (first.prompt_tokens_steered, first.prompt_tokens_cached, first.generated_tokens_steered) == (1, 3, 2)
     assert (first.mean_dose, first.max_dose) == (pytest.approx(0.875 / 3), 0.5)
     # An operator without strength took no part in them.
@@ -184,59 +186,59 @@ def test_cached_prompt_tokens_are_counted_apart_and_measured_by_nobody(plan):
 
 def test_layers_are_measured_apart(artifact, remake, plan_of):
     plan = plan_of((artifact, 0.6), (remake(artifact, layer=3, injection_layer=3), 1.0))
-    account = {"cached": 0, "layers": {"3": [0.5, 0.5], "2": [0.25, 0.25]}, "failure": ""}
-    lower, higher = _receipts(plan, account, prompt_tokens=2, fed=2)
+    measurement = {"cached": 0, "layers": {"3": [0.5, 0.5], "2": [0.25, 0.25]}, "failure": ""}
+    lower, higher = _receipts(plan, measurement, prompt_tokens=2, fed=2)
     assert (lower.mean_dose, higher.mean_dose) == (0.25, 0.5)
-    account["layers"].pop("3")
+    measurement["layers"].pop("3")
     with pytest.raises(SteeringNotAppliedError, match="layer 3: 0 of 2 tokens were steered"):
-        _receipts(plan, account, prompt_tokens=2, fed=2)
+        _receipts(plan, measurement, prompt_tokens=2, fed=2)
 
 
 @pytest.mark.parametrize(
-    ("account", "why"),
+    ("measurement", "why"),
     [
         (None, "no worker knows of this request"),
-        (_account(*[0.25] * 6, failure="layer 2 was not reached"), "^layer 2 was not reached$"),
-        (_account(*[0.25] * 5), "layer 2: 5 of 6 tokens were steered"),
-        (_account(*[0.25] * 2, cached=3), "layer 2: 2 of 3 tokens were steered"),
-        (_account(), "layer 2: 0 of 6 tokens were steered"),
+        (_measurement(*[0.25] * 6, failure="layer 2 was not reached"), "^layer 2 was not reached$"),
+        (_measurement(*[0.25] * 5), "layer 2: 5 of 6 tokens were steered"),
+        (_measurement(*[0.25] * 2, cached=3), "layer 2: 2 of 3 tokens were steered"),
+        (_measurement(), "layer 2: 0 of 6 tokens were steered"),
         ({"cached": 0, "layers": {"1": [0.25] * 6}, "failure": ""}, "layer 2: 0 of 6 tokens were steered"),
-        (_account(*[0.25] * 2, cached=4), "4 tokens count as cached; of a prompt of 4 the last is always computed"),
-        (_account(*[0.25] * 2, cached=9), "9 tokens count as cached"),
+        (_measurement(*[0.25] * 2, cached=4), "4 tokens count as cached; of a prompt of 4 the last is always computed"),
+        (_measurement(*[0.25] * 2, cached=9), "9 tokens count as cached"),
     ],
     ids=["unknown", "failed", "one short", "one short after the cache", "none", "another layer", "no prompt", "beyond"],
 )
-def test_an_account_that_does_not_prove_the_plan_gives_no_receipt(plan, account, why):
+def test_a_measurement_that_does_not_prove_the_plan_gives_no_receipt(plan, measurement, why):
     with pytest.raises(SteeringNotAppliedError, match=why):
-        _receipts(plan, account)
+        _receipts(plan, measurement)
 
 
-def _told(failure="", cached=0, doses=3, last=0.2, layer="2"):
+def _measured(failure="", cached=0, doses=3, last=0.2, layer="2"):
     return {"cached": cached, "failure": failure, "layers": {layer: [0.2] * (doses - 1) + [last]}}
 
 
 def test_workers_that_say_the_same_are_believed():
-    assert agreed([[_told(), None], [_told(), None]]) == [_told(), None]
+    assert merge_measurements([[_measured(), None], [_measured(), None]]) == [_measured(), None]
     # Rounded otherwise.
-    assert agreed([[_told()], [_told(last=0.2 * (1 + 5e-4))]]) == [_told()]
+    assert merge_measurements([[_measured()], [_measured(last=0.2 * (1 + 5e-4))]]) == [_measured()]
 
 
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (_told(failure="layer 2 was not reached"), "layer 2 was not reached"),
-        (_told(doses=2), "the workers do not agree"),
-        (_told(cached=32), "the workers do not agree"),
-        (_told(layer="3"), "the workers do not agree"),
-        (_told(last=0.2 * (1 + 2e-3)), "the workers do not agree"),
-        (_told(last=0.0), "the workers do not agree"),
+        (_measured(failure="layer 2 was not reached"), "layer 2 was not reached"),
+        (_measured(doses=2), "the workers do not agree"),
+        (_measured(cached=32), "the workers do not agree"),
+        (_measured(layer="3"), "the workers do not agree"),
+        (_measured(last=0.2 * (1 + 2e-3)), "the workers do not agree"),
+        (_measured(last=0.0), "the workers do not agree"),
     ],
 )
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_worker_that_says_otherwise_fails_the_request(other, said, order):
-    [account] = agreed([[_told()], [_told()], [other]][::order])
-    assert said in account["failure"]
+    [measurement] = merge_measurements([[_measured()], [_measured()], [other]][::order])
+    assert said in measurement["failure"]
 
 
 def test_a_request_that_one_worker_does_not_know_is_known_to_none():
-    assert agreed([[_told()], [None]]) == [None]
+    assert merge_measurements([[_measured()], [None]]) == [None]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from operators.core.apply import prepare, prepared_bytes
-from steer_server.engine.vllm.operator_cache import OperatorShelf, needed
+from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
 from steer_server.errors import InvalidRequestError, OperatorUnusableError, QueueFullError
 from steer_server.types import DecodeJob, Row, SamplingParams
 
@@ -19,7 +19,7 @@ class Workers:
     """Hold what they are sent; loading waits for the gate of its digest, if it has one."""
 
     def __init__(self):
-        self.there, self.log, self.most = {}, [], 0
+        self.loaded, self.log, self.most = {}, [], 0
         self.gates, self.broken = {}, {}
 
     async def load(self, artifact):
@@ -30,8 +30,8 @@ class Workers:
             await self.gates[digest].wait()
         if digest in self.broken:
             raise self.broken[digest]
-        self.there[digest] = artifact
-        self.most = max(self.most, len(self.there))
+        self.loaded[digest] = artifact
+        self.most = max(self.most, len(self.loaded))
 
     async def unload(self, digests):
         self.log.append(("unload", *digests))
@@ -41,7 +41,7 @@ class Workers:
         if "unload" in self.broken:
             raise self.broken["unload"]
         for digest in digests:
-            del self.there[digest]
+            del self.loaded[digest]
 
     def loads(self, artifact):
         return self.log.count(("load", artifact.digest))
@@ -53,9 +53,9 @@ def workers():
 
 
 @pytest.fixture
-def shelf_of(workers):
-    """A shelf with room for so many operators."""
-    return lambda room: OperatorShelf(workers.load, workers.unload, budget=room * SIZE)
+def cache_of(workers):
+    """A cache with room for so many operators."""
+    return lambda room: OperatorCache(workers.load, workers.unload, budget=room * SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -63,20 +63,20 @@ def made(make_operator):
     return [make_operator(1, 4, seed=seed) for seed in range(4)]
 
 
-async def hold(shelf, artifacts):
+async def hold(cache, artifacts):
     """As a request does it."""
-    shelf.reserve(artifacts, retry_after=2.5)
+    cache.reserve(artifacts, retry_after=2.5)
     try:
-        await shelf.load(artifacts)
+        await cache.load(artifacts)
     except BaseException:
-        shelf.release(artifacts)
+        cache.release(artifacts)
         raise
 
 
-async def use(shelf, *artifacts):
+async def use(cache, *artifacts):
     """A request that is over at once."""
-    await hold(shelf, artifacts)
-    shelf.release(artifacts)
+    await hold(cache, artifacts)
+    cache.release(artifacts)
 
 
 async def _until(condition):
@@ -85,15 +85,15 @@ async def _until(condition):
             await asyncio.sleep(0.001)
 
 
-async def test_an_operator_reaches_the_workers(shelf_of, workers, made):
-    shelf = shelf_of(4)
-    await hold(shelf, made[:2])
-    assert workers.there == {artifact.digest: artifact for artifact in made[:2]}
-    assert shelf.num_bytes == 2 * SIZE
+async def test_an_operator_reaches_the_workers(cache_of, workers, made):
+    cache = cache_of(4)
+    await hold(cache, made[:2])
+    assert workers.loaded == {artifact.digest: artifact for artifact in made[:2]}
+    assert cache.num_bytes == 2 * SIZE
 
 
-async def test_holding_nothing_loads_nothing(shelf_of, workers):
-    await hold(shelf_of(4), [])
+async def test_holding_nothing_loads_nothing(cache_of, workers):
+    await hold(cache_of(4), [])
     assert workers.log == []
 
 
@@ -113,48 +113,48 @@ def _as(artifact, dtype):
 # Loading.
 
 
-async def test_concurrent_holders_of_an_operator_wait_for_one_load(shelf_of, workers, made):
-    shelf = shelf_of(4)
+async def test_concurrent_holders_of_an_operator_wait_for_one_load(cache_of, workers, made):
+    cache = cache_of(4)
     gate = workers.gates[made[0].digest] = asyncio.Event()
-    holders = [asyncio.ensure_future(hold(shelf, [made[0], other])) for other in made[1:]]
+    holders = [asyncio.ensure_future(hold(cache, [made[0], other])) for other in made[1:]]
     await _until(lambda: workers.loads(made[0]))
     await asyncio.sleep(0.01)
     assert not any(holder.done() for holder in holders)
     gate.set()
     await asyncio.gather(*holders)
-    await hold(shelf, [made[0]])
+    await hold(cache, [made[0]])
     assert [workers.loads(artifact) for artifact in made] == [1, 1, 1, 1]
 
 
-async def test_an_operator_that_a_request_names_twice_is_held_once(shelf_of, workers, made):
-    shelf = shelf_of(1)
-    await use(shelf, made[0], made[0])
-    await use(shelf, made[1])
-    assert workers.there.keys() == {made[1].digest}
+async def test_an_operator_that_a_request_names_twice_is_held_once(cache_of, workers, made):
+    cache = cache_of(1)
+    await use(cache, made[0], made[0])
+    await use(cache, made[1])
+    assert workers.loaded.keys() == {made[1].digest}
 
 
-async def test_a_load_that_fails_fails_all_who_wait_and_holds_nothing(shelf_of, workers, made):
-    shelf = shelf_of(2)
+async def test_a_load_that_fails_fails_all_who_wait_and_holds_nothing(cache_of, workers, made):
+    cache = cache_of(2)
     gate = workers.gates[made[1].digest] = asyncio.Event()
     workers.broken[made[1].digest] = RuntimeError("out of memory")
-    holders = [asyncio.ensure_future(hold(shelf, made[:2])) for _ in range(3)]
+    holders = [asyncio.ensure_future(hold(cache, made[:2])) for _ in range(3)]
     await _until(lambda: workers.loads(made[1]))
     gate.set()
     found = await asyncio.gather(*holders, return_exceptions=True)
     assert [str(error) for error in found] == ["out of memory"] * 3
     assert workers.loads(made[1]) == 1
-    assert shelf.num_bytes == SIZE
+    assert cache.num_bytes == SIZE
     del workers.broken[made[1].digest]
     # The one that was loaded before the failure is held by nobody.
-    await hold(shelf, made[1:3])
+    await hold(cache, made[1:3])
     assert workers.loads(made[1]) == 2
-    assert workers.there.keys() == {made[1].digest, made[2].digest}
+    assert workers.loaded.keys() == {made[1].digest, made[2].digest}
 
 
-async def test_a_holder_that_gives_up_leaves_the_load_to_the_others_and_holds_nothing(shelf_of, workers, made):
-    shelf = shelf_of(1)
+async def test_a_holder_that_gives_up_leaves_the_load_to_the_others_and_holds_nothing(cache_of, workers, made):
+    cache = cache_of(1)
     gate = workers.gates[made[0].digest] = asyncio.Event()
-    given_up, other = (asyncio.ensure_future(hold(shelf, [made[0]])) for _ in range(2))
+    given_up, other = (asyncio.ensure_future(hold(cache, [made[0]])) for _ in range(2))
     await _until(lambda: workers.loads(made[0]))
     given_up.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -162,147 +162,147 @@ async def test_a_holder_that_gives_up_leaves_the_load_to_the_others_and_holds_no
     gate.set()
     await other
     assert workers.loads(made[0]) == 1
-    shelf.release([made[0]])
-    await hold(shelf, [made[1]])
-    assert workers.there.keys() == {made[1].digest}
+    cache.release([made[0]])
+    await hold(cache, [made[1]])
+    assert workers.loaded.keys() == {made[1].digest}
 
 
 # Room.
 
 
-async def test_what_is_released_stays_until_its_room_is_needed(shelf_of, workers, made):
-    shelf = shelf_of(2)
-    await use(shelf, *made[:2])
-    await hold(shelf, made[:1])
-    assert workers.there.keys() == {made[0].digest, made[1].digest}
+async def test_what_is_released_stays_until_its_room_is_needed(cache_of, workers, made):
+    cache = cache_of(2)
+    await use(cache, *made[:2])
+    await hold(cache, made[:1])
+    assert workers.loaded.keys() == {made[0].digest, made[1].digest}
     assert [workers.loads(artifact) for artifact in made[:2]] == [1, 1]
 
 
-async def test_the_least_recently_used_operator_goes_first(shelf_of, workers, made):
-    shelf = shelf_of(2)
+async def test_the_least_recently_used_operator_goes_first(cache_of, workers, made):
+    cache = cache_of(2)
     for place in (0, 1, 0, 2):
-        await use(shelf, made[place])
-    assert workers.there.keys() == {made[0].digest, made[2].digest}
+        await use(cache, made[place])
+    assert workers.loaded.keys() == {made[0].digest, made[2].digest}
     assert ("unload", made[1].digest) in workers.log
-    assert shelf.num_bytes == 2 * SIZE
-    await hold(shelf, [made[1]])
+    assert cache.num_bytes == 2 * SIZE
+    await hold(cache, [made[1]])
     assert workers.loads(made[1]) == 2
-    assert workers.there.keys() == {made[1].digest, made[2].digest}
+    assert workers.loaded.keys() == {made[1].digest, made[2].digest}
 
 
-async def test_an_operator_is_held_until_its_last_holder_releases_it(shelf_of, workers, made):
-    shelf = shelf_of(2)
+async def test_an_operator_is_held_until_its_last_holder_releases_it(cache_of, workers, made):
+    cache = cache_of(2)
     for _ in range(2):
-        await hold(shelf, [made[0]])
-    shelf.release([made[0]])
+        await hold(cache, [made[0]])
+    cache.release([made[0]])
     for other in made[1:]:
-        await use(shelf, other)
-    assert made[0].digest in workers.there
-    shelf.release([made[0]])
-    await use(shelf, *made[1:3])
-    assert made[0].digest not in workers.there
+        await use(cache, other)
+    assert made[0].digest in workers.loaded
+    cache.release([made[0]])
+    await use(cache, *made[1:3])
+    assert made[0].digest not in workers.loaded
 
 
-async def test_what_is_not_held_is_not_released_nor_what_is_asked_for_with_it(shelf_of, workers, made):
-    shelf = shelf_of(2)
-    await hold(shelf, [made[0]])
+async def test_what_is_not_held_is_not_released_nor_what_is_asked_for_with_it(cache_of, workers, made):
+    cache = cache_of(2)
+    await hold(cache, [made[0]])
     with pytest.raises(ValueError, match=made[1].digest):
-        shelf.release(made[:2])
-    await use(shelf, made[1])
-    await use(shelf, made[2])
-    assert workers.there.keys() == {made[0].digest, made[2].digest}
+        cache.release(made[:2])
+    await use(cache, made[1])
+    await use(cache, made[2])
+    assert workers.loaded.keys() == {made[0].digest, made[2].digest}
 
 
-async def test_room_is_made_before_an_operator_is_loaded(shelf_of, workers, made):
-    shelf = shelf_of(2)
+async def test_room_is_made_before_an_operator_is_loaded(cache_of, workers, made):
+    cache = cache_of(2)
     for first in made:
         for second in made:
-            await use(shelf, first, second)
+            await use(cache, first, second)
     assert workers.most == 2
 
 
-async def test_what_others_hold_leaves_no_room_until_they_release_it(shelf_of, workers, made):
-    shelf = shelf_of(3)
-    await hold(shelf, made[:2])
+async def test_what_others_hold_leaves_no_room_until_they_release_it(cache_of, workers, made):
+    cache = cache_of(3)
+    await hold(cache, made[:2])
     with pytest.raises(
         QueueFullError, match=r"running requests take 192 bytes of 288 bytes, and .* 192 bytes"
     ) as caught:
-        shelf.reserve(made[2:], retry_after=2.5)
+        cache.reserve(made[2:], retry_after=2.5)
     assert caught.value.retry_after == 2.5
     # What they hold is there for everybody.
-    await use(shelf, *made[:3])
-    shelf.release(made[:1])
-    await hold(shelf, made[2:])
-    assert workers.there.keys() == {artifact.digest for artifact in made[1:]}
+    await use(cache, *made[:3])
+    cache.release(made[:1])
+    await hold(cache, made[2:])
+    assert workers.loaded.keys() == {artifact.digest for artifact in made[1:]}
 
 
-async def test_a_request_that_is_refused_leaves_everything_as_it_was(shelf_of, workers, made):
-    shelf = shelf_of(2)
-    await hold(shelf, made[:1])
+async def test_a_request_that_is_refused_leaves_everything_as_it_was(cache_of, workers, made):
+    cache = cache_of(2)
+    await hold(cache, made[:1])
     for _ in range(3):
         with pytest.raises(QueueFullError):
-            shelf.reserve(made[1:3], retry_after=1.0)
-    await use(shelf, made[3])
-    shelf.release(made[:1])
-    await use(shelf, *made[1:3])
-    assert workers.there.keys() == {made[1].digest, made[2].digest}
+            cache.reserve(made[1:3], retry_after=1.0)
+    await use(cache, made[3])
+    cache.release(made[:1])
+    await use(cache, *made[1:3])
+    assert workers.loaded.keys() == {made[1].digest, made[2].digest}
 
 
-async def test_room_that_is_reserved_is_taken_before_anything_is_loaded(shelf_of, made):
-    shelf = shelf_of(2)
-    shelf.reserve(made[:2], retry_after=1.0)
+async def test_room_that_is_reserved_is_taken_before_anything_is_loaded(cache_of, made):
+    cache = cache_of(2)
+    cache.reserve(made[:2], retry_after=1.0)
     with pytest.raises(QueueFullError):
-        shelf.reserve(made[2:3], retry_after=1.0)
-    shelf.release(made[:2])
-    shelf.reserve(made[2:], retry_after=1.0)
+        cache.reserve(made[2:3], retry_after=1.0)
+    cache.release(made[:2])
+    cache.reserve(made[2:], retry_after=1.0)
 
 
-async def test_what_is_on_its_way_for_nobody_is_waited_for_and_then_makes_room(shelf_of, workers, made):
-    shelf = shelf_of(2)
+async def test_what_is_on_its_way_for_nobody_is_waited_for_and_then_makes_room(cache_of, workers, made):
+    cache = cache_of(2)
     gate = workers.gates[made[0].digest] = asyncio.Event()
-    given_up = asyncio.ensure_future(hold(shelf, made[:1]))
+    given_up = asyncio.ensure_future(hold(cache, made[:1]))
     await _until(lambda: workers.loads(made[0]))
     given_up.cancel()
-    next_one = asyncio.ensure_future(hold(shelf, made[1:3]))
+    next_one = asyncio.ensure_future(hold(cache, made[1:3]))
     await asyncio.sleep(0.01)
     assert not next_one.done()
     gate.set()
     await asyncio.wait_for(next_one, 5)
-    assert workers.there.keys() == {made[1].digest, made[2].digest}
+    assert workers.loaded.keys() == {made[1].digest, made[2].digest}
     assert workers.most == 2
 
 
-async def test_one_who_waits_for_room_and_gives_up_has_nothing_loaded(shelf_of, workers, made):
-    shelf = shelf_of(1)
+async def test_one_who_waits_for_room_and_gives_up_has_nothing_loaded(cache_of, workers, made):
+    cache = cache_of(1)
     gate = workers.gates[made[0].digest] = asyncio.Event()
-    first = asyncio.ensure_future(hold(shelf, [made[0]]))
+    first = asyncio.ensure_future(hold(cache, [made[0]]))
     await _until(lambda: workers.loads(made[0]))
     first.cancel()
     await asyncio.sleep(0.01)
-    waiting = asyncio.ensure_future(hold(shelf, [made[1]]))
+    waiting = asyncio.ensure_future(hold(cache, [made[1]]))
     await asyncio.sleep(0.01)
     waiting.cancel()
     await asyncio.sleep(0.01)
-    third = asyncio.ensure_future(hold(shelf, [made[2]]))
+    third = asyncio.ensure_future(hold(cache, [made[2]]))
     await asyncio.sleep(0.01)
     gate.set()
     await asyncio.wait_for(third, 5)
     await asyncio.sleep(0.01)
     assert workers.loads(made[1]) == 0
-    assert (workers.there.keys(), workers.most) == ({made[2].digest}, 1)
+    assert (workers.loaded.keys(), workers.most) == ({made[2].digest}, 1)
 
 
-async def test_an_operator_that_is_wanted_while_it_goes_is_loaded_again(shelf_of, workers, made):
-    shelf = shelf_of(2)
-    await use(shelf, *made[:2])
+async def test_an_operator_that_is_wanted_while_it_goes_is_loaded_again(cache_of, workers, made):
+    cache = cache_of(2)
+    await use(cache, *made[:2])
     gate = workers.gates["unload"] = asyncio.Event()
-    evicting = asyncio.ensure_future(use(shelf, made[2]))
+    evicting = asyncio.ensure_future(use(cache, made[2]))
     await _until(lambda: ("unload", made[0].digest) in workers.log)
-    again = asyncio.ensure_future(use(shelf, made[0]))
+    again = asyncio.ensure_future(use(cache, made[0]))
     await _until(lambda: ("unload", made[1].digest) in workers.log)
     gate.set()
     await asyncio.gather(evicting, again)
-    assert workers.there.keys() == {made[0].digest, made[2].digest}
+    assert workers.loaded.keys() == {made[0].digest, made[2].digest}
     assert workers.loads(made[0]) == 2
     # In this order the workers get them.
     mine = [what for what, *digests in workers.log if made[0].digest in digests]
@@ -310,11 +310,11 @@ async def test_an_operator_that_is_wanted_while_it_goes_is_loaded_again(shelf_of
 
 
 @pytest.mark.parametrize("end", ["cancelled", "failed"])
-async def test_a_holder_that_ends_while_room_is_made_holds_nothing(shelf_of, workers, made, end):
-    shelf = shelf_of(1)
-    await use(shelf, made[0])
+async def test_a_holder_that_ends_while_room_is_made_holds_nothing(cache_of, workers, made, end):
+    cache = cache_of(1)
+    await use(cache, made[0])
     gate = workers.gates["unload"] = asyncio.Event()
-    holder = asyncio.ensure_future(hold(shelf, [made[1]]))
+    holder = asyncio.ensure_future(hold(cache, [made[1]]))
     await _until(lambda: ("unload", made[0].digest) in workers.log)
     if end == "cancelled":
         holder.cancel()
@@ -325,10 +325,10 @@ async def test_a_holder_that_ends_while_room_is_made_holds_nothing(shelf_of, wor
         await holder
     gate.set()
     workers.broken.clear()
-    workers.there.pop(made[0].digest, None)
-    await asyncio.wait_for(hold(shelf, [made[2]]), 5)
-    assert workers.there.keys() == {made[2].digest}
-    assert shelf.num_bytes == SIZE
+    workers.loaded.pop(made[0].digest, None)
+    await asyncio.wait_for(hold(cache, [made[2]]), 5)
+    assert workers.loaded.keys() == {made[2].digest}
+    assert cache.num_bytes == SIZE
 
 
 # What a request needs.
@@ -340,9 +340,9 @@ def _job(*plans):
 
 def test_a_job_needs_each_operator_of_its_rows_once_and_none_without_strength(made, plan_of):
     job = _job(None, plan_of((made[0], 0.5), (made[1], 0.0)), plan_of((made[2], 0.25), (made[0], -0.5)))
-    found = needed(job, budget=2 * SIZE)
+    found = required_operators(job, budget=2 * SIZE)
     assert [artifact.digest for artifact in found] == [made[0].digest, made[2].digest]
-    assert needed(_job(None), budget=0) == []
+    assert required_operators(_job(None), budget=0) == []
 
 
 def test_an_operator_that_takes_more_than_there_is_cannot_be_used(made, plan_of, make_operator):
@@ -351,15 +351,15 @@ def test_an_operator_that_takes_more_than_there_is_cannot_be_used(made, plan_of,
     with pytest.raises(
         OperatorUnusableError, match="takes 160 bytes in a worker; this server keeps 100 bytes"
     ) as caught:
-        needed(job, budget=100)
+        required_operators(job, budget=100)
     assert caught.value.name == "operator-1"
 
 
 def test_operators_that_take_more_than_there_is_together_are_refused_with_their_sizes(made, plan_of):
     job = _job(plan_of((made[0], 0.5), (made[1], 0.5)), plan_of((made[2], 0.5)))
-    assert len(needed(job, budget=3 * SIZE)) == 3
+    assert len(required_operators(job, budget=3 * SIZE)) == 3
     with pytest.raises(InvalidRequestError) as caught:
-        needed(job, budget=3 * SIZE - 1)
+        required_operators(job, budget=3 * SIZE - 1)
     assert caught.value.field == "operators"
     assert "take 288 bytes in a worker; this server keeps 287 bytes" in str(caught.value)
     assert "operator-0 96 bytes, operator-1 96 bytes" in str(caught.value)
@@ -369,7 +369,7 @@ def test_operators_that_take_more_than_there_is_together_are_refused_with_their_
 def test_of_many_operators_the_largest_are_named(make_operator, plan_of):
     many = [make_operator(1 + place, 4, seed=place) for place in range(6)]
     with pytest.raises(InvalidRequestError) as caught:
-        needed(_job(plan_of(*((each, 0.1) for each in many))), budget=500)
+        required_operators(_job(plan_of(*((each, 0.1) for each in many))), budget=500)
     assert str(caught.value).endswith(
         ": operator-5 416 bytes, operator-4 352 bytes, operator-3 288 bytes, operator-2 224 bytes and 2 more"
     )

@@ -6,7 +6,13 @@ import pytest
 
 from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
-from steer_server.engine.vllm.options import ANOTHER_MODEL, LOAD_FORMATS, OURS, check_engine_args, read_engine_args
+from steer_server.engine.vllm.options import (
+    LOAD_FORMATS,
+    MODEL_OPTIONS,
+    SERVER_OPTIONS,
+    check_engine_args,
+    read_engine_args,
+)
 from steer_server.errors import StartupError
 
 KNOWN = (
@@ -17,7 +23,7 @@ KNOWN = (
     "additional_config",
     "load_format",
 )
-KNOWN += (*OURS, *ANOTHER_MODEL)
+KNOWN += (*SERVER_OPTIONS, *MODEL_OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -102,14 +108,14 @@ def test_an_option_that_vllm_does_not_have_is_refused_with_what_is_near(key, tol
     caught.match(told)
 
 
-@pytest.mark.parametrize("key", OURS)
+@pytest.mark.parametrize("key", SERVER_OPTIONS)
 def test_an_option_that_the_server_sets_is_refused_with_what_to_use(key):
     with pytest.raises(StartupError, match=rf"^engine_args\.{key} is set by this server; use ") as caught:
         check_engine_args({key: "x"}, KNOWN)
-    assert OURS[key] in str(caught.value)
+    assert SERVER_OPTIONS[key] in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ANOTHER_MODEL)
+@pytest.mark.parametrize("key", MODEL_OPTIONS)
 def test_an_option_that_replaces_the_model_that_operators_were_built_for_is_refused_by_name(key):
     with pytest.raises(
         StartupError, match=rf"^engine_args\.{key} is refused: it gives vLLM .* not built for; use --model"

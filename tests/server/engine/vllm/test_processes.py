@@ -27,12 +27,12 @@ import multiprocessing, sys
 from vllm.v1.engine.core import EngineCoreProc
 from steer_server.engine.vllm import processes as vllm_processes
 
-vllm_processes._LAST_SECONDS = 0.5
+vllm_processes._TERMINATE_SECONDS = 0.5
 
 if __name__ == "__main__":
     before = EngineCoreProc.run_engine_core
     method, stubborn = sys.argv[1], sys.argv[2] == "stubborn"
-    with vllm_processes.session_of_their_own():
+    with vllm_processes.engine_core_in_its_own_session():
         target = EngineCoreProc.run_engine_core
         core = multiprocessing.get_context(method).Process(target=target, kwargs={"stubborn": stubborn})
         core.start()

@@ -5,14 +5,14 @@ from collections import defaultdict
 
 import pytest
 
-from steer_server.engine.vllm.self_test import STRENGTH, TOKENS, Trial, check_live, check_same_model
+from steer_server.engine.vllm.self_test import STRENGTH, TOKENS, Continuation, check_same_model, check_steering
 from steer_server.errors import StartupError
 
 LAYERS = 3
 PROMPT = 5
 FED = PROMPT + TOKENS - 1
-PLAIN = Trial((7, 8), {7: -0.5, 9: -1.5})
-STEERED = Trial((9, 8), {9: -0.25, 7: -2.5})
+PLAIN = Continuation((7, 8), {7: -0.5, 9: -1.5})
+STEERED = Continuation((9, 8), {9: -0.25, 7: -2.5})
 
 
 class Engine:
@@ -20,18 +20,18 @@ class Engine:
 
     def __init__(self):
         self.layers = [LAYERS, LAYERS]
-        self.worst = [0.0, 0.0]
-        self.trials = {}
-        self.accounts = {
+        self.input_errors = [0.0, 0.0]
+        self.continuations = {}
+        self.measurements = {
             f"self-test-{layer}": {"cached": 0, "failure": "", "layers": {str(layer): [STRENGTH / 2] * FED}}
             for layer in range(LAYERS)
         }
         self.error = None
         self.loaded, self.asked = {}, []
-        self.watching, self.at_once = False, 0
+        self.checks_inputs, self.at_once = False, 0
         self.together = asyncio.Barrier(LAYERS + 1)
 
-    async def rpc(self, method, *args):
+    async def call(self, method, *args):
         return await getattr(self, method)(*args)
 
     async def steering_layers(self):
@@ -41,31 +41,31 @@ class Engine:
         self.loaded[digest] = layer
         return [None, None]
 
-    async def steering_watch_inputs(self, on):
-        self.watching, before = on, self.watching
-        return self.worst if before else [0.0, 0.0]
+    async def steering_check_inputs(self, on):
+        self.checks_inputs, before = on, self.checks_inputs
+        return self.input_errors if before else [0.0, 0.0]
 
     async def steering_take(self, keys):
-        return [[self.accounts.get(key) for key in keys]] * 2
+        return [[self.measurements.get(key) for key in keys]] * 2
 
     async def steering_unload(self, digests):
         for digest in digests:
             del self.loaded[digest]
         return [None, None]
 
-    async def run(self, use, key):
-        assert self.watching
-        self.asked.append((key, use and self.loaded[use.digest]))
-        if self.error is not None and use is not None:
+    async def run(self, setting, key):
+        assert self.checks_inputs
+        self.asked.append((key, setting and self.loaded[setting.digest]))
+        if self.error is not None and setting is not None:
             raise self.error
         if key != "self-test-alone":
             # One batch: none of them ends before all have begun.
             async with asyncio.timeout(5):
                 await self.together.wait()
-        return self.trials.get(key, STEERED if use else PLAIN)
+        return self.continuations.get(key, STEERED if setting else PLAIN)
 
     async def check(self):
-        return await check_live(self.run, self.rpc, prompt_tokens=PROMPT, num_layers=LAYERS)
+        return await check_steering(self.run, self.call, prompt_tokens=PROMPT, num_layers=LAYERS)
 
 
 @pytest.fixture
@@ -78,11 +78,11 @@ async def test_an_engine_that_steers_every_layer_passes_and_keeps_nothing_of_the
     beside = {("self-test-beside", None), *((f"self-test-{layer}", layer) for layer in range(LAYERS))}
     assert engine.asked[0] == ("self-test-alone", None)
     assert set(engine.asked[1:]) == beside
-    assert (engine.loaded, engine.watching) == ({}, False)
+    assert (engine.loaded, engine.checks_inputs) == ({}, False)
 
 
 async def test_rounding_between_two_batches_is_no_change(engine):
-    engine.trials["self-test-beside"] = Trial(PLAIN.ids, {7: -0.52, 9: -1.48})
+    engine.continuations["self-test-beside"] = Continuation(PLAIN.ids, {7: -0.52, 9: -1.48})
     await engine.check()
 
 
@@ -100,33 +100,37 @@ async def test_an_engine_with_another_number_of_layers_is_refused_before_anythin
 
 
 async def test_a_first_layer_that_gets_no_embeddings_is_refused(engine):
-    engine.worst = [0.0, 0.125]
+    engine.input_errors = [0.0, 0.125]
     await _fails(engine, "the first layer's input differs from the token embeddings by 0.12 of their size")
 
 
 @pytest.mark.parametrize(
     "beside",
-    [Trial((9, 8), PLAIN.logprobs), Trial(PLAIN.ids, {7: -0.6, 9: -1.5}), Trial(PLAIN.ids, {1: -0.5})],
+    [
+        Continuation((9, 8), PLAIN.logprobs),
+        Continuation(PLAIN.ids, {7: -0.6, 9: -1.5}),
+        Continuation(PLAIN.ids, {1: -0.5}),
+    ],
     ids=["another token", "another probability", "nothing in common"],
 )
 async def test_a_plain_request_that_its_neighbours_change_is_refused(engine, beside):
-    engine.trials["self-test-beside"] = beside
+    engine.continuations["self-test-beside"] = beside
     await _fails(engine, "a plain request is changed by the steered requests beside it")
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 async def test_a_layer_whose_request_reads_as_the_plain_one_is_refused(engine, layer):
-    engine.trials[f"self-test-{layer}"] = PLAIN
+    engine.continuations[f"self-test-{layer}"] = PLAIN
     await _fails(engine, f"steered at layer {layer} failed: its text is that of the plain one")
 
 
 async def test_a_request_that_no_worker_knows_is_refused(engine):
-    del engine.accounts["self-test-1"]
+    del engine.measurements["self-test-1"]
     await _fails(engine, "steered at layer 1 failed: no worker knows of it")
 
 
 async def test_a_request_that_a_worker_failed_is_refused_in_its_words(engine):
-    engine.accounts["self-test-2"]["failure"] = "layer 2 was not reached"
+    engine.measurements["self-test-2"]["failure"] = "layer 2 was not reached"
     await _fails(engine, "steered at layer 2 failed: layer 2 was not reached")
 
 
@@ -140,14 +144,14 @@ async def test_a_request_that_a_worker_failed_is_refused_in_its_words(engine):
     ],
     ids=["too short", "empty", "another layer", "one layer more"],
 )
-async def test_an_account_of_other_tokens_than_those_due_is_refused(engine, measured, said):
+async def test_a_measurement_of_other_tokens_than_those_due_is_refused(engine, measured, said):
     layers = defaultdict(list, {layer: [STRENGTH / 2] * count for layer, count in measured.items()})
-    engine.accounts["self-test-1"]["layers"] = layers
+    engine.measurements["self-test-1"]["layers"] = layers
     await _fails(engine, f"steered at layer 1 failed: tokens pushed by layer: {said}")
 
 
 async def test_what_the_engine_computed_beyond_the_last_token_is_no_failure(engine):
-    engine.accounts["self-test-1"]["layers"]["1"] += [STRENGTH / 2] * 2
+    engine.measurements["self-test-1"]["layers"]["1"] += [STRENGTH / 2] * 2
     await engine.check()
 
 
@@ -164,7 +168,7 @@ EXPECTED = [-9.0, -0.5, -2.0, -1.0]
 
 @pytest.mark.parametrize("found", [{1: -0.5, 3: -1.0}, {1: -0.5, 3: -1.125}, {1: -0.375, 3: -1.0, 2: -2.125}])
 def test_weights_whose_log_probabilities_differ_by_rounding_pass(found):
-    check_same_model(found, EXPECTED, most=0.1)
+    check_same_model(found, EXPECTED, tolerance=0.1)
 
 
 @pytest.mark.parametrize(
@@ -175,4 +179,4 @@ def test_weights_of_another_model_are_refused_with_the_figures(found, apart):
     with pytest.raises(
         StartupError, match=rf"^self-test: vLLM serves another model .* {apart} nats .* at most 0\.1 is"
     ):
-        check_same_model(found, EXPECTED, most=0.1)
+        check_same_model(found, EXPECTED, tolerance=0.1)

@@ -5,9 +5,11 @@ import torch
 
 from operators.core.apply import prepare
 from steer_server.engine.dose import dose_limit
-from steer_server.engine.vllm.step_steering import Measured, Sited, Use
+from steer_server.engine.vllm.request_state import LayerDoses
+from steer_server.engine.vllm.step_steering import LoadedOperator
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
-CUMULATIVE = Use("exact", "cumulative", 0.5, 0.0)
+CUMULATIVE = OperatorSetting("exact", "cumulative", 0.5, 0.0)
 
 
 def close(found, expected):
@@ -15,25 +17,29 @@ def close(found, expected):
 
 
 def set_doses(value):
-    def change(sites):
-        for site in sites.values():
-            site.doses = None if value is None else torch.full_like(site.doses, value)
+    def change(pushes):
+        for push in pushes.values():
+            push.doses = None if value is None else torch.full_like(push.doses, value)
 
     return change
 
 
 def test_an_operator_that_was_never_loaded_is_a_failure(batch):
-    batch.begin("a", Use("exact", "cumulative", 0.5, 0.0), Use("unknown", "cumulative", 0.5, 0.0))
+    batch.begin(
+        "a", OperatorSetting("exact", "cumulative", 0.5, 0.0), OperatorSetting("unknown", "cumulative", 0.5, 0.0)
+    )
     batch.step(("a", 0, 2))
     assert batch.failure("a") == "operator unknown is not loaded"
 
 
 @pytest.mark.parametrize(
-    "use", [CUMULATIVE, Use("exact", "substitute", 0.5, 0.0), Use("exact", "cumulative", 0.5, 1.0)], ids=str
+    "setting",
+    [CUMULATIVE, OperatorSetting("exact", "substitute", 0.5, 0.0), OperatorSetting("exact", "cumulative", 0.5, 1.0)],
+    ids=str,
 )
-def test_an_operator_that_is_unloaded_under_a_request_is_its_failure(batch, use):
-    batch.begin("a", use)
-    batch.begin("b", Use("affine", "cumulative", 0.5, 0.0), seed=1)
+def test_an_operator_that_is_unloaded_under_a_request_is_its_failure(batch, setting):
+    batch.begin("a", setting)
+    batch.begin("b", OperatorSetting("affine", "cumulative", 0.5, 0.0), seed=1)
     batch.step(("a", 0, 2), ("b", 0, 2))
     batch.steering.unload("exact")
     batch.steering.unload("exact")
@@ -58,8 +64,8 @@ def test_a_direction_that_does_not_exist_is_a_failure_of_its_request_alone(batch
     x = batch.embeddings()
     x[:3] = 0.0 if value == 0.0 else batch.embeddings(3)
     x[2] = value
-    batch.begin("a", Use("exact", "cumulative", 0.5, blend), x=x)
-    batch.begin("b", Use("exact", "cumulative", 0.5, 0.3), seed=1)
+    batch.begin("a", OperatorSetting("exact", "cumulative", 0.5, blend), x=x)
+    batch.begin("b", OperatorSetting("exact", "cumulative", 0.5, 0.3), seed=1)
     pushed = batch.step(("b", 0, 2), ("a", 0, 3))
     place = 0 if value == 0.0 else 2
     assert batch.failure("a") == f"the steering direction at position {place} is zero or not finite"
@@ -77,8 +83,10 @@ def test_a_direction_that_one_of_two_operators_lacks_is_told_by_its_position(mak
         x[0] = 0.0
     if lost != "exact":
         x[3] = float("inf")
-    batch.begin("a", Use("exact", "cumulative", 0.5, 0.0), Use("affine", "cumulative", 0.3, 0.0), x=x)
-    batch.begin("b", Use("exact", "cumulative", 0.5, 0.0), seed=1)
+    batch.begin(
+        "a", OperatorSetting("exact", "cumulative", 0.5, 0.0), OperatorSetting("affine", "cumulative", 0.3, 0.0), x=x
+    )
+    batch.begin("b", OperatorSetting("exact", "cumulative", 0.5, 0.0), seed=1)
     batch.step(("b", 0, 2), ("a", 0, 5))
     place = 3 if lost == "affine" else 0
     assert batch.failure("a") == f"the steering direction at position {place} is zero or not finite"
@@ -86,15 +94,15 @@ def test_a_direction_that_one_of_two_operators_lacks_is_told_by_its_position(mak
 
 
 def test_the_anchor_is_a_direction_whatever_the_embeddings_are(batch):
-    batch.begin("a", Use("exact", "cumulative", 0.5, 1.0), x=torch.zeros_like(batch.embeddings()))
+    batch.begin("a", OperatorSetting("exact", "cumulative", 0.5, 1.0), x=torch.zeros_like(batch.embeddings()))
     close(batch.step(("a", 0, 3))["a", 2], batch.expected("a", 2)[:3])
     assert batch.failure("a") == ""
 
 
 def test_a_hook_that_never_ran_is_a_failure(batch):
     batch.begin("a", CUMULATIVE)
-    batch.begin("b", Use("low", "cumulative", 0.5, 0.0))
-    batch.step(("a", 0, 2), ("b", 0, 2), change=lambda sites: setattr(sites[2], "doses", None))
+    batch.begin("b", OperatorSetting("low", "cumulative", 0.5, 0.0))
+    batch.step(("a", 0, 2), ("b", 0, 2), change=lambda pushes: setattr(pushes[2], "doses", None))
     assert batch.failure("a") == "layer 2 was not reached: the model did not call its hook"
     assert batch.failure("b") == ""
 
@@ -108,10 +116,12 @@ def test_a_hidden_state_that_did_not_move_by_a_positive_amount_is_a_failure(batc
 
 def test_a_dose_above_what_the_strengths_of_its_layer_give_is_a_failure(batch):
     limit = dose_limit(0.25 + 0.1, torch.float32)
-    uses = CUMULATIVE, Use("affine", "cumulative", -0.2, 0.0)
+    settings = CUMULATIVE, OperatorSetting("affine", "cumulative", -0.2, 0.0)
     for request, dose in (("a", limit * (1 - 1e-6)), ("b", limit * (1 + 1e-6))):
-        batch.begin(request, *uses, Use("low", "cumulative", 9.0, 0.0))
-        batch.step((request, 0, 2), change=lambda sites, dose=dose: setattr(sites[2], "doses", torch.full((2,), dose)))
+        batch.begin(request, *settings, OperatorSetting("low", "cumulative", 9.0, 0.0))
+        batch.step(
+            (request, 0, 2), change=lambda pushes, dose=dose: setattr(pushes[2], "doses", torch.full((2,), dose))
+        )
     assert batch.failure("a") == ""
     assert "layer 2: the hidden state moved by 0.35" in batch.failure("b")
 
@@ -119,10 +129,10 @@ def test_a_dose_above_what_the_strengths_of_its_layer_give_is_a_failure(batch):
 @pytest.mark.parametrize("count", range(1, 13))
 def test_strengths_that_cancel_are_a_failure_however_they_are_rounded(batch, make_operator, count):
     # Worked out in places of their own, equal directions may differ in their last bits.
-    batch.steering.load("same", Sited(prepare(make_operator(seed=1), torch.device("cpu")), 2))
+    batch.steering.load("same", LoadedOperator(prepare(make_operator(seed=1), torch.device("cpu")), 2))
     for request, other in (("a", "exact"), ("b", "same")):
-        batch.begin(request, CUMULATIVE, Use(other, "cumulative", -0.5, 0.0))
-        batch.begin(f"beside {request}", Use(other, "cumulative", 0.5, 0.0), seed=1)
+        batch.begin(request, CUMULATIVE, OperatorSetting(other, "cumulative", -0.5, 0.0))
+        batch.begin(f"beside {request}", OperatorSetting(other, "cumulative", 0.5, 0.0), seed=1)
     batch.step(*((request, 0, count) for request in batch.texts))
     assert "they may cancel" in batch.failure("a")
     assert "they may cancel" in batch.failure("b")
@@ -132,7 +142,7 @@ def test_strengths_that_cancel_are_a_failure_however_they_are_rounded(batch, mak
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weakest_strength_that_a_dtype_resolves_is_no_rounding(make_batch, dtype):
     batch = make_batch(dtype)
-    batch.begin("a", Use("exact", "cumulative", torch.finfo(dtype).eps, 0.0))
+    batch.begin("a", OperatorSetting("exact", "cumulative", torch.finfo(dtype).eps, 0.0))
     batch.step(("a", 0, 12))
     assert batch.failure("a") == ""
 
@@ -142,7 +152,7 @@ def test_a_dose_is_looked_at_when_its_position_is_computed_once_more(batch):
     batch.step(("a", 0, 4))
     batch.step(("a", 0, 4), change=set_doses(0.9))
     assert "moved by 0.9" in batch.failure("a")
-    assert batch.steering.account("a").layers == (Measured(2, pytest.approx([0.25] * 4, abs=1e-5)),)
+    assert batch.steering.measurement("a").layers == (LayerDoses(2, pytest.approx([0.25] * 4, abs=1e-5)),)
 
 
 def test_the_first_failure_is_the_one_that_is_told(batch):
@@ -158,15 +168,15 @@ def test_the_first_failure_is_the_one_that_is_told(batch):
 
 
 @pytest.mark.parametrize("first", [0, 3])
-@pytest.mark.parametrize("use", [CUMULATIVE, Use("exact", "substitute", 0.5, 0.0)], ids=str)
-def test_a_chunk_of_a_prompt_that_was_not_seen_is_a_failure_and_no_cached_prefix(batch, use, first):
-    batch.begin("a", use)
-    batch.begin("b", use, seed=1)
+@pytest.mark.parametrize("setting", [CUMULATIVE, OperatorSetting("exact", "substitute", 0.5, 0.0)], ids=str)
+def test_a_chunk_of_a_prompt_that_was_not_seen_is_a_failure_and_no_cached_prefix(batch, setting, first):
+    batch.begin("a", setting)
+    batch.begin("b", setting, seed=1)
     batch.step(("b", 0, 4), *([("a", 0, first)] if first else []))
     batch.step(("a", 6, 2), ("b", 4, 2), announced=False)
     batch.step(("a", 8, 1), ("b", 6, 1))
     assert batch.failure("a") == f"positions {first} to 5 were not steered: no step announced them"
-    assert batch.steering.account("a").cached == 0
+    assert batch.steering.measurement("a").cached == 0
     assert batch.failure("b") == ""
 
 
@@ -175,43 +185,43 @@ def test_a_request_that_was_announced_at_a_position_must_go_on_from_there(batch,
     batch.begin("a", CUMULATIVE)
     batch.step(("a", 0, 4))
     # Also where its own earlier steps had come as far: what they left is gone.
-    batch.steering.arrives("a", at)
+    batch.steering.start_at("a", at)
     batch.step(("a", 7, 2), announced=False)
     assert batch.failure("a") == f"positions {at} to 6 were not steered: no step announced them"
 
 
 def test_a_request_that_was_announced_twice_before_it_ran_begins_where_it_was_announced_last(batch):
     batch.begin("a", CUMULATIVE)
-    batch.steering.arrives("a", 8)
-    batch.steering.arrives("a", 2)
+    batch.steering.start_at("a", 8)
+    batch.steering.start_at("a", 2)
     batch.step(("a", 2, 8), announced=False)
-    account = batch.steering.account("a")
-    assert (account.cached, account.failure) == (8, "")
+    measurement = batch.steering.measurement("a")
+    assert (measurement.cached, measurement.failure) == (8, "")
 
 
 def test_a_step_that_ran_without_a_request_fails_it_and_whoever_found_what_that_step_left(batch):
     for request in ("a", "after", "beside"):
         batch.begin(request, CUMULATIVE, salt="s" if request != "beside" else "another salt")
     batch.step(("beside", 0, 4))
-    batch.steering.missed("a")
+    batch.steering.fail_unprepared("a")
     batch.step(("after", 4, 2), ("beside", 4, 2))
     # It finds its own blocks, which would pass for another's.
     batch.step(("a", 4, 2))
     assert batch.failure("a") == "a step ran without its pushes"
-    assert batch.failure("after") == TAINTED
+    assert batch.failure("after") == INHERITED
     assert batch.failure("beside") == ""
 
 
 def test_a_request_that_nobody_follows_may_be_announced_and_missed(batch):
-    batch.steering.arrives("plain", 4)
-    batch.steering.missed("plain")
+    batch.steering.start_at("plain", 4)
+    batch.steering.fail_unprepared("plain")
     assert len(batch.steering) == 0
 
 
 def test_a_layer_that_was_left_out_of_a_step_is_a_failure(batch):
-    batch.begin("a", CUMULATIVE, Use("low", "cumulative", 0.5, 0.0))
+    batch.begin("a", CUMULATIVE, OperatorSetting("low", "cumulative", 0.5, 0.0))
     batch.step(("a", 0, 4))
-    batch.step(("a", 4, 2), change=lambda sites: sites.pop(3))
+    batch.step(("a", 4, 2), change=lambda pushes: pushes.pop(3))
     assert batch.failure("a") == ""
     batch.step(("a", 6, 1))
     assert batch.failure("a") == "layer 3: positions 4 to 5 were not steered: no step announced them"
@@ -219,7 +229,7 @@ def test_a_layer_that_was_left_out_of_a_step_is_a_failure(batch):
 
 # What a request that failed left in the cache of keys and values.
 
-TAINTED = "its prompt's beginning was left by a request that failed"
+INHERITED = "its prompt's beginning was left by a request that failed"
 
 
 def _fails(batch, request="bad", salt="s"):
@@ -227,27 +237,27 @@ def _fails(batch, request="bad", salt="s"):
     batch.step((request, 0, 4), change=set_doses(None))
 
 
-@pytest.mark.parametrize("taken", [True, False], ids=["its account taken", "still running"])
+@pytest.mark.parametrize("taken", [True, False], ids=["its measurement taken", "still running"])
 def test_a_request_that_begins_on_what_a_failed_one_left_fails_too(batch, taken):
     _fails(batch)
     if taken:
-        batch.steering.account("bad")
-        batch.steering.forget("bad")
+        batch.steering.measurement("bad")
+        batch.steering.remove_request("bad")
     for request, salt, first in (("after", "s", 4), ("whole", "s", 0), ("other", "another salt", 4)):
         batch.begin(request, CUMULATIVE, salt=salt)
         batch.step((request, first, 2))
-    assert batch.failure("after") == TAINTED
+    assert batch.failure("after") == INHERITED
     # These two share none of its keys and values.
     assert batch.failure("whole") == batch.failure("other") == ""
 
 
 def test_a_request_that_begins_on_what_an_unknown_operator_left_fails_too(batch):
-    batch.begin("bad", Use("late", "cumulative", 0.5, 0.0), salt="s")
+    batch.begin("bad", OperatorSetting("late", "cumulative", 0.5, 0.0), salt="s")
     batch.step(("bad", 0, 4))
-    batch.steering.load("late", batch.sited["exact"])
-    batch.begin("after", Use("late", "cumulative", 0.5, 0.0), salt="s")
+    batch.steering.load("late", batch.loaded["exact"])
+    batch.begin("after", OperatorSetting("late", "cumulative", 0.5, 0.0), salt="s")
     batch.step(("after", 4, 2))
-    assert batch.failure("after") == TAINTED
+    assert batch.failure("after") == INHERITED
 
 
 def test_a_request_that_was_under_way_before_is_not_to_blame_for_a_later_failure(batch):
@@ -262,9 +272,9 @@ def test_a_request_that_was_under_way_before_is_not_to_blame_for_a_later_failure
 
 def test_what_a_request_leaves_may_be_found_in_the_very_same_step(batch):
     batch.begin("bad", CUMULATIVE, salt="s")
-    batch.begin("beside", Use("low", "cumulative", 0.5, 0.0), salt="s")
-    batch.step(("bad", 0, 4), ("beside", 4, 1), change=lambda sites: setattr(sites[2], "doses", None))
-    assert batch.failure("beside") == TAINTED
+    batch.begin("beside", OperatorSetting("low", "cumulative", 0.5, 0.0), salt="s")
+    batch.step(("bad", 0, 4), ("beside", 4, 1), change=lambda pushes: setattr(pushes[2], "doses", None))
+    assert batch.failure("beside") == INHERITED
 
 
 def test_a_failure_that_is_noticed_late_reaches_those_who_began_in_between(batch):
@@ -275,10 +285,10 @@ def test_a_failure_that_is_noticed_late_reaches_those_who_began_in_between(batch
     _, failing = batch.prepare(("bad", 0, 4))
     batch.step(("after", 4, 2))
     batch.step(("before", 4, 2))
-    batch.steering.book(failing)
+    batch.steering.record(failing)
     _fails(batch, "bad later")
     assert "was not reached" in batch.failure("bad")
-    assert batch.failure("after") == TAINTED
+    assert batch.failure("after") == INHERITED
     assert batch.failure("before") == ""
 
 
@@ -287,7 +297,7 @@ def test_a_request_that_comes_back_finds_what_a_failed_one_left(batch):
     batch.step(("a", 0, 6))
     _fails(batch)
     batch.step(("a", 4, 2))
-    assert batch.failure("a") == TAINTED
+    assert batch.failure("a") == INHERITED
 
 
 def test_a_request_that_comes_back_to_where_it_stood_may_stand_on_what_a_failed_one_left(batch):
@@ -296,9 +306,9 @@ def test_a_request_that_comes_back_to_where_it_stood_may_stand_on_what_a_failed_
         batch.step((request, 0, 4))
     _fails(batch)
     # Its own blocks were given away meanwhile.
-    batch.steering.arrives("a", 4)
+    batch.steering.start_at("a", 4)
     batch.step(("a", 4, 2), ("never away", 4, 2))
-    assert batch.failure("a") == TAINTED
+    assert batch.failure("a") == INHERITED
     assert batch.failure("never away") == ""
 
 
@@ -306,7 +316,7 @@ def test_what_a_missed_chunk_left_is_tainted_from_the_missed_step_on(batch):
     batch.begin("a", CUMULATIVE, salt="s")
     batch.begin("after", CUMULATIVE, salt="s")
     # A step in which nothing was prepared brought positions 0 to 3 of the one, and the other finds them.
-    batch.steering.arrives("after", 4)
+    batch.steering.start_at("after", 4)
     batch.step(("after", 4, 2), ("a", 4, 2), announced=False)
     assert "were not steered" in batch.failure("a")
-    assert batch.failure("after") == TAINTED
+    assert batch.failure("after") == INHERITED

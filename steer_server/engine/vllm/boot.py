@@ -1,0 +1,112 @@
+"""Starts vLLM on a model, and tests that it serves that model and steers it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import structlog
+import torch
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from operators.core.header import DTypeName
+from operators.model.loading import LoadedModel
+from steer_server.engine.vllm.cache_salts import CacheSalts
+from steer_server.engine.vllm.client import VLLMClient
+from steer_server.engine.vllm.engine_config import logprob_tolerance, make_engine_config
+from steer_server.engine.vllm.processes import engine_core_in_its_own_session
+from steer_server.engine.vllm.self_test import TOKENS, Continuation, check_same_model, check_steering
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
+from steer_server.errors import StartupError
+from steer_server.types import ModelInfo
+
+log = structlog.get_logger(__name__)
+
+_PROMPT_TOKENS = 6
+
+
+async def boot_vllm(
+    loaded: LoadedModel,
+    model: ModelInfo,
+    source: str,
+    *,
+    dtype: DTypeName,
+    engine_args: Mapping[str, Any],
+    operator_memory: int,
+    salts: CacheSalts,
+) -> VLLMClient:
+    """A running vLLM that has passed its self-test.
+
+    Args:
+        loaded: the same model in transformers, for what it makes of the self-test's prompt; not kept.
+        model: its description.
+        source: directory or Hugging Face id of the model.
+
+    Raises:
+        StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
+    """
+    config, constructor_options = make_engine_config(source, dtype, engine_args, operator_memory)
+    # The same prompt at every start; its ids are in every vocabulary.
+    prompt = [index % model.vocab_size for index in range(1, 1 + _PROMPT_TOKENS)]
+    tolerance = logprob_tolerance(config)
+    expected = None if tolerance is None else await asyncio.to_thread(transformers_logprobs, loaded, prompt)
+    try:
+        with engine_core_in_its_own_session():
+            llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config, **constructor_options)
+    except Exception as error:
+        # vLLM's parts raise exceptions of any class; its own log has the details.
+        raise StartupError(f"vLLM did not start: {type(error).__name__}: {error}") from error
+    client = VLLMClient(llm, salts)
+    began = time.monotonic()
+    try:
+        await _self_test(client, prompt, model.num_layers, expected, tolerance)
+    except BaseException:
+        await client.shutdown()
+        raise
+    log.info("self-test passed", layers=model.num_layers, seconds=round(time.monotonic() - began, 1))
+    return client
+
+
+async def _self_test(
+    client: VLLMClient,
+    prompt: Sequence[int],
+    num_layers: int,
+    expected: Sequence[float] | None,
+    tolerance: float | None,
+) -> None:
+    params = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 5}
+
+    async def run(setting: OperatorSetting | None, key: str) -> Continuation:
+        ids: list[int] = []
+        first: dict[int, float] = {}
+        async for output in client.generate(prompt, params, [setting] if setting else [], key):
+            choice = output.outputs[0]
+            ids.extend(choice.token_ids)
+            first = first or {token: entry.logprob for token, entry in choice.logprobs[0].items()}
+        return Continuation(tuple(ids), first)
+
+    try:
+        plain = await check_steering(run, client.call, prompt_tokens=len(prompt), num_layers=num_layers)
+        if expected is not None and tolerance is not None:
+            check_same_model(plain.logprobs, expected, tolerance=tolerance)
+    except StartupError:
+        raise
+    except Exception as error:
+        # An engine that dies under its first requests, or workers that refuse a call.
+        raise StartupError(f"self-test: {type(error).__name__}: {error}") from error
+
+
+def transformers_logprobs(loaded: LoadedModel, prompt: Sequence[int]) -> list[float]:
+    """Log-probabilities (V,), in nats, of the token after a prompt, by the model in transformers.
+
+    Raises :class:`StartupError` where it cannot run there.
+    """
+    try:
+        with torch.inference_mode():
+            logits = loaded.model(torch.tensor([prompt], device=loaded.device), use_cache=False).logits[0, -1]
+    except Exception as error:
+        raise StartupError(f"self-test: transformers cannot run the model: {type(error).__name__}: {error}") from error
+    logprobs: list[float] = logits.float().log_softmax(-1).tolist()
+    return logprobs

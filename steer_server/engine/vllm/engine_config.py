@@ -1,0 +1,82 @@
+"""vLLM's configuration: the user's options and those that steering needs, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm import AsyncEngineArgs
+from vllm.platforms import current_platform
+
+from operators.core.dtypes import DTYPES
+from operators.core.header import DTypeName
+from operators.core.version import __version__
+from steer_server.engine.vllm.limits import check_memory, check_supported
+from steer_server.engine.vllm.options import check_engine_args
+from steer_server.errors import StartupError
+
+DEVICE: str = current_platform.device_type
+"""What the installed vLLM computes on: cpu, cuda (ROCm too) or another."""
+WORKER = "steer_server.engine.vllm.worker.SteeringWorker"
+_EXACT_TOLERANCE, _ROUNDED_TOLERANCE = 0.02, 1.0
+"""Nats, see :func:`logprob_tolerance`: for float32 on a CPU, and where anything is rounded to fewer bits. Measured:
+bfloat16 changes SmolLM2 by 0.13 and Gemma 3 270M by 0.04; two different models are several nats apart."""
+_UNQUANTISED_CACHES = ("auto", "float32", "float16", "bfloat16")
+_CONSTRUCTOR_OPTIONS = ("disable_log_stats", "enable_log_requests", "aggregate_engine_logging")
+"""Options that vLLM's constructor takes itself: they are no part of its configuration."""
+
+
+def make_engine_config(
+    source: str, dtype: DTypeName, engine_args: Mapping[str, Any], operator_memory: int
+) -> tuple[Any, Mapping[str, bool]]:
+    """vLLM's configuration for the model at ``source``, and the arguments that its constructor takes beside it.
+
+    Args:
+        engine_args: the user's options of vLLM.
+        operator_memory: bytes on each device that operators may take.
+
+    Raises:
+        StartupError: an option is not accepted, or steering does not support the configuration.
+    """
+    check_engine_args(engine_args, [field.name for field in dataclasses.fields(AsyncEngineArgs)])
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    required: dict[str, Any] = {
+        "model": source,
+        "dtype": DTYPES[dtype],
+        "worker_cls": WORKER,
+        # vLLM hashes this into the key of its compile cache: another version of the worker compiles anew.
+        "additional_config": {**(engine_args.get("additional_config") or {}), "steering": __version__},
+    }
+    defaults: dict[str, Any] = {}
+    if not current_platform.is_cpu():
+        # The op that pushes decides on the host what it does, so it must run between captured graphs, never inside one.
+        defaults["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
+    try:
+        args = AsyncEngineArgs(**{**defaults, **engine_args, **required})
+        config = args.create_engine_config()
+        check_supported(config)
+        if not current_platform.is_cpu() and config.cache_config.kv_cache_memory_bytes is None:
+            total = current_platform.get_device_total_memory()
+            check_memory(total, config.cache_config.gpu_memory_utilization, operator_memory)
+    except Exception as error:
+        # vLLM's parts raise exceptions of any class here.
+        why = str(error) or type(error).__name__
+        raise StartupError(f"engine_args: they are refused: {why}") from error
+    return config, {name: bool(getattr(args, name)) for name in _CONSTRUCTOR_OPTIONS}
+
+
+def logprob_tolerance(config: Any) -> float | None:
+    """Nats by which vLLM and transformers may differ, on average over the likeliest tokens, and be the same model.
+
+    None where vLLM quantises weights or cache: then no difference proves that the model is another one.
+    """
+    model, cache_dtype = config.model_config, config.cache_config.cache_dtype
+    if model.quantization is not None or cache_dtype not in _UNQUANTISED_CACHES:
+        return None
+    # Accelerators may round float32 products. Of long rope factors, vLLM uses one set for all texts of a server, chosen
+    # by max_model_len, and transformers one chosen by the length of each text.
+    exact = current_platform.is_cpu() and model.dtype == torch.float32 and cache_dtype in ("auto", "float32")
+    return _EXACT_TOLERANCE if exact and "longrope" not in repr(model.hf_text_config) else _ROUNDED_TOLERANCE

@@ -1,0 +1,136 @@
+"""Hooks on the model in a vLLM worker (0.32): the push into each layer's input, and the last hidden states kept.
+
+A layer's hook calls the op ``steering::push``, which is opaque to Dynamo. It changes the rows of the step's pushes in
+place and leaves the bits of all others alone. In most of vLLM's models a layer receives its input as
+``hidden_states + residual``; the norm is taken of the sum, and the push is added to ``hidden_states``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from operators.core.apply import steer
+from steer_server.engine.vllm.layer_push import LayerPush
+from steer_server.engine.vllm.pushes import TokenSpan
+from steer_server.engine.vllm.scoring import KeptStates
+from steer_server.engine.vllm.version_check import require_names
+
+PUSH_OP = "steering::push"
+
+
+class ForwardPass:
+    """What the hooks do in the forward pass under way. Filled by the worker before it, cleared after it."""
+
+    def __init__(self) -> None:
+        self.input_error = 0.0
+        """Largest difference so far between the first layer's input and ``expected_inputs``, relative to them."""
+        self.clear()
+
+    def clear(self) -> None:
+        """No later pass, of whatever kind, may find the pushes of this one."""
+        self.pushes: Mapping[int, LayerPush] = {}
+        """By layer."""
+        self.kept: Sequence[tuple[KeptStates, TokenSpan]] = ()
+        """Requests whose last hidden states are kept, with their tokens of this pass."""
+        self.expected_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
+        """In the self-test: rows (R,) and what the first layer must receive there (R, d)."""
+
+
+forward_pass = ForwardPass()
+"""That of this process: a worker has one model, and runs one pass at a time."""
+
+
+def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
+    if layer == 0 and forward_pass.expected_inputs is not None:
+        _check_inputs(hidden, *forward_pass.expected_inputs)
+    layer_push = forward_pass.pushes.get(layer)
+    if layer_push is None:
+        return
+    width = hidden.shape[-1]
+    rows = hidden.view(-1, width)
+    residual_rows = None if residual is None else residual.view(-1, width)[layer_push.rows]
+    moved, layer_push.doses = steer(rows[layer_push.rows], layer_push.push, residual_rows)
+    rows.index_copy_(0, layer_push.rows, moved)
+
+
+def _check_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Tensor) -> None:
+    received = hidden.view(-1, hidden.shape[-1])[rows]
+    error = float((received - expected).abs().max() / expected.abs().max())
+    forward_pass.input_error = max(forward_pass.input_error, error)
+
+
+_LIBRARY: Any = torch.library.Library("steering", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("push(Tensor(a!) hidden, Tensor? residual, int layer) -> ()")
+_LIBRARY.impl("push", _push, "CompositeExplicitAutograd")
+_LIBRARY._register_fake("push", lambda _hidden, _residual, _layer: None)
+
+
+def install_hooks(model: nn.Module) -> int:
+    """Hooks every decoder layer and the model's output; returns the number of layers.
+
+    Raises :class:`RuntimeError` for a model whose layers are not found, or have no ``hidden_states``.
+    """
+    layers = _decoder_layers(model)
+    for layer, module in enumerate(layers):
+        module.register_forward_pre_hook(_push_hook(module, layer), with_kwargs=True)
+    model.register_forward_hook(_keep_states)
+    return len(layers)
+
+
+def _decoder_layers(model: nn.Module) -> nn.ModuleList:
+    for path in ("model.layers", "transformer.h"):
+        layers: Any = model
+        for name in path.split("."):
+            layers = getattr(layers, name, None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
+    raise RuntimeError(f"{type(model).__name__} has its decoder layers neither in model.layers nor in transformer.h")
+
+
+def _push_hook(module: nn.Module, layer: int) -> Callable[..., None]:
+    names = list(inspect.signature(module.forward).parameters)
+    require_names(module, names, "hidden_states")
+
+    def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        place = names.index(name) if name in names else len(args)
+        return args[place] if place < len(args) else None
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A compiled model always holds the op; in eager mode a layer without pushes does not even call it.
+        if (
+            not torch.compiler.is_compiling()
+            and layer not in forward_pass.pushes
+            and forward_pass.expected_inputs is None
+        ):
+            return
+        torch.ops.steering.push(argument(args, kwargs, "hidden_states"), argument(args, kwargs, "residual"), layer)
+
+    return hook
+
+
+def _keep_states(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
+    for kept, span in forward_pass.kept:
+        first = max(span.first_position, kept.first)
+        end_row = span.start_row + span.num_tokens
+        states = output[span.start_row + first - span.first_position : end_row]
+        if len(states):
+            # Cloned: the output's memory is used again in the next pass.
+            kept.add(states.clone(), first)
+
+
+def make_embedder(model: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """``embed(ids, positions)``: (T, d) as the first block receives them, GPT-2's learned positions included."""
+    learned_positions = getattr(getattr(model, "transformer", None), "wpe", None)
+
+    def embed(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = model.embed_input_ids(ids)
+        return x if learned_positions is None else x + learned_positions(positions)
+
+    return embed

@@ -1,0 +1,232 @@
+"""One row of a job on vLLM: its operators loaded, its text decoded and scored, its measurements collected."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from steer_server.engine.dose import check_strengths
+from steer_server.engine.receipts import empty_receipts
+from steer_server.engine.row_text import RowText
+from steer_server.engine.text import Detokenizer
+from steer_server.engine.vllm.cache_salts import CacheSalts
+from steer_server.engine.vllm.measurements import MeasurementCollector, measured_receipts
+from steer_server.engine.vllm.operator_cache import OperatorCache
+from steer_server.engine.vllm.sampling import vllm_sampling
+from steer_server.engine.vllm.worker_protocol import operator_settings
+from steer_server.errors import EngineFailedError, SteeringNotAppliedError, SteerServerError
+from steer_server.types import (
+    DecodeJob,
+    EngineEvent,
+    FinishReason,
+    ModelInfo,
+    Receipt,
+    RowFinished,
+    Score,
+    SteeringPlan,
+    TokenEvent,
+    TokenLogprob,
+    TopLogprob,
+)
+
+if TYPE_CHECKING:
+    # Not at run time: it imports vLLM, and jobs are tested without.
+    from steer_server.engine.vllm.client import VLLMClient
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeContext:
+    """What the rows of all jobs use. Filled by the engine, once."""
+
+    client: VLLMClient
+    operator_cache: OperatorCache
+    measurements: MeasurementCollector
+    salts: CacheSalts
+    model: ModelInfo
+    tokenizer: Any
+    dtype: torch.dtype
+    """Of the hidden states."""
+    translate_error: Callable[[Exception], SteerServerError]
+    """What a request is told of an exception that vLLM raised."""
+
+
+@dataclass(frozen=True)
+class _DecodedText:
+    """Why a text ended, by which stop string if by one, and its tokens' own log-probabilities where requested."""
+
+    reason: FinishReason
+    stop_string: str
+    logprobs: tuple[float, ...]
+
+
+class RowDecoder:
+    """Decodes one row of a job, once."""
+
+    def __init__(
+        self,
+        context: DecodeContext,
+        job: DecodeJob,
+        index: int,
+        *,
+        deadline: float | None,
+        emit: Callable[[EngineEvent], None],
+        on_first_output: Callable[[Any], None],
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        """Nothing runs before :meth:`run`.
+
+        Args:
+            deadline: end of the job's time limit, by the clock of the event loop.
+            emit: takes the row's token events.
+            on_first_output: called once, with vLLM's metrics of the request, when its first output has come.
+            is_stopping: whether a cancellation is the server's shutdown, at which the row ends with the text it has.
+        """
+        self._context, self._job, self._index, self._row = context, job, index, job.rows[index]
+        self._deadline = deadline
+        self._emit, self._on_first_output, self._is_stopping = emit, on_first_output, is_stopping
+        self._key = uuid.uuid4().hex
+
+    async def run(self) -> RowFinished:
+        """Decodes the row to its end.
+
+        Raises:
+            SteeringNotAppliedError: the plan was not applied at every token, so the text is withheld.
+            Exception: whatever vLLM raises.
+        """
+        plan, prompt = self._row.plan, self._job.prompt_ids
+        if plan is not None:
+            check_strengths(plan, self._context.dtype)
+            if not await self._load_operators(plan):
+                return RowFinished(self._index, FinishReason.TIME_LIMIT, "", "", empty_receipts(plan))
+        text = RowText(
+            Detokenizer(self._context.tokenizer, prompt),
+            self._job.sampling,
+            prompt_tokens=len(prompt),
+            context_length=self._context.model.context_length,
+            eos_ids=frozenset(self._context.model.eos_token_ids),
+        )
+        settings = () if plan is None else operator_settings(plan)
+        # The text's first token is chosen from the hidden state of the prompt's last one.
+        keep_from = len(prompt) - 1 if self._row.score and plan is not None else None
+        collect = self._context.measurements.collect
+        # Whether the workers hold something for this request that nobody has collected yet.
+        uncollected = False
+        try:
+            stream = self._context.client.generate(prompt, self._params(), settings, self._key, keep_from=keep_from)
+            uncollected = bool(settings) or keep_from is not None
+            decoded = await self._decode(stream, text)
+            scores = await self._scores(text.ids, decoded.logprobs) if self._row.score else ()
+            receipts = empty_receipts(plan)
+            if settings and text.ids and plan is not None:
+                uncollected = False
+                measurement = await asyncio.shield(collect(self._key, settings, begun=True))
+                receipts = self._receipts(plan, measurement, fed=len(prompt) + len(text.ids) - 1)
+            shown = "" if decoded.stop_string else text.flush()
+            return RowFinished(self._index, decoded.reason, shown, decoded.stop_string, receipts, scores)
+        finally:
+            if uncollected:
+                # Nobody waits for the measurement; taking it makes the workers forget the request.
+                collect(self._key, settings, begun=bool(text.ids))
+
+    async def _load_operators(self, plan: SteeringPlan) -> bool:
+        """Whether the operators were in the workers before the time limit."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                await self._context.operator_cache.load(
+                    use.artifact for use in plan.applications if use.setting.strength
+                )
+        except TimeoutError:
+            return False
+        return True
+
+    def _params(self) -> dict[str, Any]:
+        sampling = self._job.sampling
+        max_tokens = min(sampling.max_tokens, self._context.model.context_length - len(self._job.prompt_ids))
+        # A plain row is its own plain model: the log-probabilities of its tokens are its score.
+        own_logprobs = sampling.logprobs is None and self._row.score and self._row.plan is None
+        logprobs = 0 if own_logprobs else sampling.logprobs
+        return {**vllm_sampling(sampling), "max_tokens": max_tokens, "logprobs": logprobs}
+
+    async def _decode(self, stream: Any, text: RowText) -> _DecodedText:
+        """Reads vLLM's outputs and posts their tokens, until one of them ends the text."""
+        own_logprobs: list[float] = []
+        num_top = self._job.sampling.logprobs
+        begun = False
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                async for output in stream:
+                    if not begun:
+                        begun = True
+                        self._on_first_output(output.metrics)
+                    choice = output.outputs[0]
+                    for place, token in enumerate(choice.token_ids):
+                        logprobs = choice.logprobs[place] if choice.logprobs else None
+                        if logprobs is not None:
+                            own_logprobs.append(logprobs[token].logprob)
+                        piece, reason = text.push(token)
+                        shown = None if num_top is None else self._token_logprob(token, logprobs, num_top)
+                        self._emit(TokenEvent(self._index, token, piece.text, shown))
+                        if reason is not None:
+                            return _DecodedText(reason, piece.stop_string, tuple(own_logprobs))
+                    if output.finished:
+                        raise EngineFailedError(f"vLLM ended a text without a reason of ours: {choice.finish_reason}")
+        except TimeoutError:
+            return _DecodedText(FinishReason.TIME_LIMIT, "", tuple(own_logprobs))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._is_stopping() or task is None:
+                raise
+            task.uncancel()
+            return _DecodedText(FinishReason.CANCELLED, "", tuple(own_logprobs))
+        finally:
+            await stream.aclose()
+        raise EngineFailedError("vLLM ended a text without a last token")
+
+    def _token_logprob(self, token: int, logprobs: Any, num_top: int) -> TokenLogprob:
+        ranked = sorted(logprobs.items(), key=lambda item: -item[1].logprob)[:num_top]
+        top = tuple(TopLogprob(other, self._token_text(other), entry.logprob) for other, entry in ranked)
+        return TokenLogprob(token, self._token_text(token), logprobs[token].logprob, top)
+
+    def _token_text(self, token: int) -> str:
+        return str(self._context.tokenizer.decode([token]))
+
+    async def _scores(self, ids: Sequence[int], own_logprobs: Sequence[float]) -> tuple[Score, ...]:
+        """Each token of a finished text under the plain model, for which one more request reads the text unsteered.
+
+        Empty where the time limit runs out: that changes neither the text nor the reason for which it ended.
+        """
+        if self._is_stopping():
+            return ()
+        if self._row.plan is None or not ids:
+            return tuple(Score(0.0, logprob) for logprob in own_logprobs)
+        if self._deadline is not None and self._deadline <= asyncio.get_running_loop().time():
+            return ()
+        client, prompt, plain_key = self._context.client, self._job.prompt_ids, uuid.uuid4().hex
+        params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
+        # Without the last token: no token of the text is chosen after it.
+        read = (*prompt, *ids[:-1])
+        stream = client.generate(read, params, (), plain_key, keep_from=len(prompt) - 1, private_cache=True)
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                async for _ in stream:
+                    pass
+                scores = await client.score(self._key, plain_key, ids)
+        except TimeoutError:
+            return ()
+        finally:
+            await stream.aclose()
+            self._context.measurements.collect(plain_key, ())
+        return tuple(Score(kl, logprob) for kl, logprob in zip(scores["kl"], scores["logprobs"], strict=True))
+
+    def _receipts(self, plan: SteeringPlan, measurement: Mapping[str, Any] | None, *, fed: int) -> tuple[Receipt, ...]:
+        try:
+            return measured_receipts(plan, measurement, prompt_tokens=len(self._job.prompt_ids), fed=fed)
+        except SteeringNotAppliedError:
+            # Also where the workers noticed no failure: what is cached under the salt is not of this steering.
+            self._context.salts.renew(operator_settings(plan))
+            raise

@@ -1,0 +1,65 @@
+"""What the server and its workers agree on: the steering of a request as it travels, and how workers are called."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from operators.core.header import Rule
+from steer_server.types import SteeringPlan
+
+EXTRA_ARGS_KEY = "steering"
+"""Key of vLLM's ``SamplingParams.extra_args`` under which a request carries its :class:`SteeringArgs`."""
+
+WorkerCall = Callable[..., Awaitable[Sequence[Any]]]
+"""``await call(method, *args)``: the answers of all workers, in order of their ranks."""
+
+
+@dataclass(frozen=True)
+class OperatorSetting:
+    """One operator of one request, by its digest, with its scalars. The strength is never 0."""
+
+    digest: str
+    rule: Rule
+    strength: float
+    blend: float
+
+
+def operator_settings(plan: SteeringPlan) -> tuple[OperatorSetting, ...]:
+    """The operators of a plan that the workers apply: those of a strength other than 0."""
+    return tuple(
+        OperatorSetting(use.artifact.digest, use.setting.rule, use.setting.strength, use.setting.blend)
+        for use in plan.applications
+        if use.setting.strength != 0.0
+    )
+
+
+@dataclass(frozen=True)
+class SteeringArgs:
+    """What a worker is to do for one request. Filled by the client, read by the worker."""
+
+    key: str
+    """Names the request in later calls to the workers."""
+    salt: str
+    """The request's cache salt; empty where it has none."""
+    settings: tuple[OperatorSetting, ...]
+    keep_from: int | None
+    """Position from which on the last hidden states are kept, for a score; None keeps none."""
+
+    def to_extra_args(self) -> dict[str, Any]:
+        """Plain lists and scalars, which vLLM serialises."""
+        operators = [list(dataclasses.astuple(setting)) for setting in self.settings]
+        return {
+            EXTRA_ARGS_KEY: {"key": self.key, "salt": self.salt, "operators": operators, "keep_from": self.keep_from}
+        }
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> SteeringArgs | None:
+        """The inverse of :meth:`to_extra_args`; None for a request that carries no steering."""
+        fields = (extra_args or {}).get(EXTRA_ARGS_KEY)
+        if fields is None:
+            return None
+        settings = tuple(OperatorSetting(*values) for values in fields["operators"])
+        return cls(fields["key"], fields["salt"], settings, fields["keep_from"])
