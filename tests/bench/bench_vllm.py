@@ -53,7 +53,7 @@ from operators.core.store import Store
 from operators.model.loading import LoadedModel, load_model
 from operators.model.obtain import obtain
 from steer_server.engine.vllm.engine import VLLMEngine
-from steer_server.engine.vllm.step_steering import Use
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 BIN = Path(sys.executable).parent
 LAYERS = (7, 12, 17, 22)
@@ -159,14 +159,14 @@ async def arms(
     try:
         if {"idle", "steered", "varied"} & set(names):
             engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=OPTIONS)
-            engine.shelf.reserve(made, retry_after=1.0)
-            await engine.shelf.load(made)
+            engine._operator_cache.reserve(made, retry_after=1.0)
+            await engine._operator_cache.load(made)
             ways |= {
                 name: way
                 for name, way in {
-                    "idle": lambda prompts, tokens: ours(engine, [], prompts, tokens),
-                    "steered": lambda prompts, tokens: ours(engine, [use(made[0], 0.3)], prompts, tokens),
-                    "varied": lambda prompts, tokens: ours(engine, varied(made), prompts, tokens),
+                    "idle": lambda prompts, tokens: steered(engine, [], prompts, tokens),
+                    "steered": lambda prompts, tokens: steered(engine, [setting(made[0], 0.3)], prompts, tokens),
+                    "varied": lambda prompts, tokens: steered(engine, varied(made), prompts, tokens),
                 }.items()
                 if name in names
             }
@@ -206,22 +206,23 @@ async def direct(llm: AsyncLLM, prompts: Prompts, tokens: int) -> Run:
     return await timed([one(ids, os.urandom(8).hex()) for ids in prompts], tokens)
 
 
-async def ours(engine: VLLMEngine, uses: Sequence[Use], prompts: Prompts, tokens: int) -> Run:
-    """The same on the engine; where it is steered, with the account of what was done to each request."""
+async def steered(engine: VLLMEngine, settings: Sequence[OperatorSetting], prompts: Prompts, tokens: int) -> Run:
+    """The same on the engine; where it is steered, with the measurement of each request."""
     params = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True}
 
-    async def one(ids: Sequence[int], mine: Sequence[Use], key: str) -> float:
+    async def one(ids: Sequence[int], own: Sequence[OperatorSetting], key: str) -> float:
         began, first = time.perf_counter(), 0.0
-        async for _ in engine.generate(ids, params, mine, key):
+        async for _ in engine._client.generate(ids, params, own, key):
             first = first or time.perf_counter() - began
-        if mine:
-            account = await engine.desk.take(key)
-            assert account is not None
-            assert not account["failure"]
+        if own:
+            measurement = await engine._context.measurements.take(key)
+            assert measurement is not None
+            assert not measurement["failure"]
         return first
 
     jobs = [
-        one(ids, [uses[index % len(uses)]] if uses else [], os.urandom(8).hex()) for index, ids in enumerate(prompts)
+        one(ids, [settings[index % len(settings)]] if settings else [], os.urandom(8).hex())
+        for index, ids in enumerate(prompts)
     ]
     return await timed(jobs, tokens)
 
@@ -292,7 +293,7 @@ async def answer(target: str) -> None:
 
 
 def operators(loaded: LoadedModel) -> list[OperatorArtifact]:
-    """Random operators of the default model: what they say costs nothing, how large they are does."""
+    """Random operators of the default model: the time depends on their sizes, not on their values."""
     d, made = loaded.hidden_size, []
     for index, layer in enumerate(LAYERS * OPERATORS_PER_LAYER):
         generator = torch.Generator().manual_seed(index)
@@ -331,14 +332,14 @@ def operators(loaded: LoadedModel) -> list[OperatorArtifact]:
     return made
 
 
-def use(artifact: OperatorArtifact, strength: float) -> Use:
+def setting(artifact: OperatorArtifact, strength: float) -> OperatorSetting:
     """An operator by the published rule."""
-    return Use(artifact.digest, "cumulative", strength, 0.0)
+    return OperatorSetting(artifact.digest, "cumulative", strength, 0.0)
 
 
-def varied(made: Sequence[OperatorArtifact]) -> list[Use]:
+def varied(made: Sequence[OperatorArtifact]) -> list[OperatorSetting]:
     """64 of them, no two alike."""
-    return [use(artifact, 0.1 * step) for step in (1, 2, 3, 4) for artifact in made]
+    return [setting(artifact, 0.1 * step) for step in (1, 2, 3, 4) for artifact in made]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from operators.core.header import Calibration, CalibrationPoint, OperatorHeader,
 from operators.model.loading import LoadedModel
 from steer_server.engine.hf.decode import Decoder, InterruptionCheck
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
-from steer_server.engine.vllm.layer_push import LayerPush
+from steer_server.engine.vllm.step_push import StepPush
 from steer_server.engine.vllm.pushes import TokenSpan
 from steer_server.engine.vllm.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
@@ -245,7 +245,7 @@ class Batch:
 
     def prepare(
         self, *parts: tuple[str, int, int], announced: bool = True
-    ) -> tuple[list[TokenSpan], dict[int, LayerPush]]:
+    ) -> tuple[list[TokenSpan], dict[int, StepPush]]:
         """The spans and pushes of a step of (request, first position, number of tokens).
 
         ``announced``: requests that begin or come back at another position are announced, as an engine does.
@@ -263,7 +263,7 @@ class Batch:
     def step(
         self,
         *parts: tuple[str, int, int],
-        change: Callable[[dict[int, LayerPush]], None] | None = None,
+        change: Callable[[dict[int, StepPush]], None] | None = None,
         announced: bool = True,
     ) -> dict[tuple[str, int], torch.Tensor]:
         """One forward pass: the pushes (count, d) of each request at each layer, zero where there is none.

@@ -17,7 +17,7 @@ from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
 from steer_server.engine.vllm.engine_config import logprob_tolerance, make_engine_config
 from steer_server.engine.vllm.processes import engine_core_in_its_own_session
-from steer_server.engine.vllm.self_test import TOKENS, Continuation, check_same_model, check_steering
+from steer_server.engine.vllm.self_test import TOKENS, SelfTestOutput, check_same_model, check_steering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.errors import StartupError
 from steer_server.types import ModelInfo
@@ -78,14 +78,14 @@ async def _self_test(
 ) -> None:
     params = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 5}
 
-    async def run(setting: OperatorSetting | None, key: str) -> Continuation:
+    async def run(setting: OperatorSetting | None, key: str) -> SelfTestOutput:
         ids: list[int] = []
         first: dict[int, float] = {}
         async for output in client.generate(prompt, params, [setting] if setting else [], key):
             choice = output.outputs[0]
             ids.extend(choice.token_ids)
             first = first or {token: entry.logprob for token, entry in choice.logprobs[0].items()}
-        return Continuation(tuple(ids), first)
+        return SelfTestOutput(tuple(ids), first)
 
     try:
         plain = await check_steering(run, client.call, prompt_tokens=len(prompt), num_layers=num_layers)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from operators.core.apply import steer
-from steer_server.engine.vllm.layer_push import LayerPush
+from steer_server.engine.vllm.step_push import StepPush
 from steer_server.engine.vllm.pushes import TokenSpan
 from steer_server.engine.vllm.scoring import KeptStates
 from steer_server.engine.vllm.version_check import require_names
@@ -33,7 +33,7 @@ class ForwardPass:
 
     def clear(self) -> None:
         """No later pass, of whatever kind, may find the pushes of this one."""
-        self.pushes: Mapping[int, LayerPush] = {}
+        self.pushes: Mapping[int, StepPush] = {}
         """By layer."""
         self.kept: Sequence[tuple[KeptStates, TokenSpan]] = ()
         """Requests whose last hidden states are kept, with their tokens of this pass."""
@@ -48,14 +48,14 @@ forward_pass = ForwardPass()
 def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     if layer == 0 and forward_pass.expected_inputs is not None:
         _check_inputs(hidden, *forward_pass.expected_inputs)
-    layer_push = forward_pass.pushes.get(layer)
-    if layer_push is None:
+    step_push = forward_pass.pushes.get(layer)
+    if step_push is None:
         return
     width = hidden.shape[-1]
     rows = hidden.view(-1, width)
-    residual_rows = None if residual is None else residual.view(-1, width)[layer_push.rows]
-    moved, layer_push.doses = steer(rows[layer_push.rows], layer_push.push, residual_rows)
-    rows.index_copy_(0, layer_push.rows, moved)
+    residual_rows = None if residual is None else residual.view(-1, width)[step_push.rows]
+    moved, step_push.doses = steer(rows[step_push.rows], step_push.push, residual_rows)
+    rows.index_copy_(0, step_push.rows, moved)
 
 
 def _check_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Tensor) -> None:

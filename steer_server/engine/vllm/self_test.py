@@ -23,14 +23,14 @@ _LOGPROB_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Continuation:
+class SelfTestOutput:
     """The tokens of a short greedy continuation and the log-probabilities of the first one's alternatives."""
 
     ids: tuple[int, ...]
     logprobs: Mapping[int, float]
 
 
-RunPrompt = Callable[[OperatorSetting | None, str], Awaitable[Continuation]]
+RunPrompt = Callable[[OperatorSetting | None, str], Awaitable[SelfTestOutput]]
 """``await run(setting, key)``: continues the self-test's prompt, steered by one operator or by none."""
 
 
@@ -55,7 +55,7 @@ def check_same_model(logprobs: Mapping[int, float], expected: Sequence[float], *
         )
 
 
-async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int, num_layers: int) -> Continuation:
+async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int, num_layers: int) -> SelfTestOutput:
     """Steers every layer of the live engine and returns the plain request's continuation.
 
     Raises :class:`StartupError` with what went wrong.
@@ -83,16 +83,16 @@ async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int
         )
     if not _equal(alone, beside):
         raise StartupError("self-test: a plain request is changed by the steered requests beside it")
-    for layer, (continuation, measurement) in enumerate(zip(steered, measurements, strict=True)):
+    for layer, (output, measurement) in enumerate(zip(steered, measurements, strict=True)):
         problem = _problem(layer, measurement, prompt_tokens + TOKENS - 1)
-        if not problem and _equal(alone, continuation):
+        if not problem and _equal(alone, output):
             problem = "its text is that of the plain one"
         if problem:
             raise StartupError(f"self-test: a request steered at layer {layer} failed: {problem}")
     return alone
 
 
-def _equal(one: Continuation, other: Continuation) -> bool:
+def _equal(one: SelfTestOutput, other: SelfTestOutput) -> bool:
     shared = one.logprobs.keys() & other.logprobs.keys()
     close = all(abs(one.logprobs[token] - other.logprobs[token]) <= _LOGPROB_TOLERANCE for token in shared)
     return bool(shared) and close and one.ids[0] == other.ids[0]

@@ -23,7 +23,7 @@ import torch
 from operators.core.apply import PreparedOperator, terms
 from operators.core.header import Rule
 from steer_server.engine.dose import dose_floor, dose_limit
-from steer_server.engine.vllm.layer_push import LayerPush, combine_pushes
+from steer_server.engine.vllm.step_push import StepPush, combine_pushes
 from steer_server.engine.vllm.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
 from steer_server.engine.vllm.request_state import RequestMeasurement, RequestState, not_steered
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
@@ -118,7 +118,7 @@ class StepSteering:
         if request in self._requests:
             self._fail(self._requests[request], self._step, "a step ran without its pushes")
 
-    def prepare(self, spans: Sequence[TokenSpan], x: torch.Tensor, embed_prefix: EmbedPrefix) -> dict[int, LayerPush]:
+    def prepare(self, spans: Sequence[TokenSpan], x: torch.Tensor, embed_prefix: EmbedPrefix) -> dict[int, StepPush]:
         """The pushes of the coming step, by layer.
 
         A request that cannot be steered (an operator was unloaded, a token has no direction, or was not announced) has
@@ -151,11 +151,11 @@ class StepSteering:
                 group.span_pushes.append(push)
             state.advance(span)
             offset += span.num_tokens
-        return self._layer_pushes(groups, x) if groups else {}
+        return self._step_pushes(groups, x) if groups else {}
 
-    def _layer_pushes(
+    def _step_pushes(
         self, groups: Mapping[tuple[int, str, Rule | None], OperatorGroup], x: torch.Tensor
-    ) -> dict[int, LayerPush]:
+    ) -> dict[int, StepPush]:
         # By layers, so that the pushes of each are one slice.
         ordered = sorted(groups.items(), key=lambda item: item[0][0])
         pushes, usable = compute_pushes([group for _, group in ordered], x)
@@ -164,24 +164,24 @@ class StepSteering:
             for push in group.span_pushes:
                 spans[layer].append(push.span)
                 self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
-        layer_pushes, start = {}, 0
+        step_pushes, start = {}, 0
         for layer, of_layer in spans.items():
             end = start + sum(span.num_tokens for span in of_layer)
-            layer_pushes[layer] = combine_pushes(of_layer, pushes[start:end], usable[start:end], self._step)
+            step_pushes[layer] = combine_pushes(of_layer, pushes[start:end], usable[start:end], self._step)
             start = end
-        return layer_pushes
+        return step_pushes
 
-    def record(self, layer_pushes: Mapping[int, LayerPush]) -> None:
+    def record(self, step_pushes: Mapping[int, StepPush]) -> None:
         """Records what was measured in a forward pass. Reads it from the device, which waits for the pass."""
-        for layer, layer_push in layer_pushes.items():
-            doses, usable = layer_push.read()
+        for layer, step_push in step_pushes.items():
+            doses, usable = step_push.read()
             start = 0
-            for span in layer_push.spans:
+            for span in step_push.spans:
                 end = start + span.num_tokens
                 state = self._requests.get(span.request)
                 problem = "" if state is None else state.record(layer, span, doses[start:end], usable[start:end])
                 if state is not None and problem:
-                    self._fail(state, layer_push.step, problem)
+                    self._fail(state, step_push.step, problem)
                 start = end
 
     def _complete_running_sums(self, state: RequestState, span: TokenSpan, embed_prefix: EmbedPrefix) -> None:

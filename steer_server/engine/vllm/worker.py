@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from operators.core.apply import PreparedOperator
 from steer_server.engine.vllm.layer_hooks import PUSH_OP, forward_pass, install_hooks, make_embedder
-from steer_server.engine.vllm.layer_push import LayerPush
+from steer_server.engine.vllm.step_push import StepPush
 from steer_server.engine.vllm.limits import check_supported
 from steer_server.engine.vllm.pushes import TokenSpan, copy_to_device
 from steer_server.engine.vllm.runner_hooks import V1RunnerHook, V2RunnerHook
@@ -55,7 +55,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         """vLLM's request ids by key, until the request's measurement is taken."""
         self._kept_states: dict[str, KeptStates] = {}
         """By key, until the request's measurement is taken."""
-        self._unrecorded: list[Mapping[int, LayerPush]] = []
+        self._unrecorded: list[Mapping[int, StepPush]] = []
         """The pushes of steps whose measurements have not been read from the device."""
         self._incoming = IncomingOperators()
         self._checks_inputs = False
@@ -83,8 +83,8 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         finally:
             for request in scheduler_output.num_scheduled_tokens.keys() - self._prepared_requests:
                 self._steering.fail_unprepared(request)
-            for layer_push in forward_pass.pushes.values():
-                layer_push.release()
+            for step_push in forward_pass.pushes.values():
+                step_push.release()
             forward_pass.clear()
 
     # What the server calls.

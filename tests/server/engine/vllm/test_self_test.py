@@ -5,14 +5,14 @@ from collections import defaultdict
 
 import pytest
 
-from steer_server.engine.vllm.self_test import STRENGTH, TOKENS, Continuation, check_same_model, check_steering
+from steer_server.engine.vllm.self_test import STRENGTH, TOKENS, SelfTestOutput, check_same_model, check_steering
 from steer_server.errors import StartupError
 
 LAYERS = 3
 PROMPT = 5
 FED = PROMPT + TOKENS - 1
-PLAIN = Continuation((7, 8), {7: -0.5, 9: -1.5})
-STEERED = Continuation((9, 8), {9: -0.25, 7: -2.5})
+PLAIN = SelfTestOutput((7, 8), {7: -0.5, 9: -1.5})
+STEERED = SelfTestOutput((9, 8), {9: -0.25, 7: -2.5})
 
 
 class Engine:
@@ -21,7 +21,7 @@ class Engine:
     def __init__(self):
         self.layers = [LAYERS, LAYERS]
         self.input_errors = [0.0, 0.0]
-        self.continuations = {}
+        self.outputs = {}
         self.measurements = {
             f"self-test-{layer}": {"cached": 0, "failure": "", "layers": {str(layer): [STRENGTH / 2] * FED}}
             for layer in range(LAYERS)
@@ -62,7 +62,7 @@ class Engine:
             # One batch: none of them ends before all have begun.
             async with asyncio.timeout(5):
                 await self.together.wait()
-        return self.continuations.get(key, STEERED if setting else PLAIN)
+        return self.outputs.get(key, STEERED if setting else PLAIN)
 
     async def check(self):
         return await check_steering(self.run, self.call, prompt_tokens=PROMPT, num_layers=LAYERS)
@@ -82,7 +82,7 @@ async def test_an_engine_that_steers_every_layer_passes_and_keeps_nothing_of_the
 
 
 async def test_rounding_between_two_batches_is_no_change(engine):
-    engine.continuations["self-test-beside"] = Continuation(PLAIN.ids, {7: -0.52, 9: -1.48})
+    engine.outputs["self-test-beside"] = SelfTestOutput(PLAIN.ids, {7: -0.52, 9: -1.48})
     await engine.check()
 
 
@@ -107,20 +107,20 @@ async def test_a_first_layer_that_gets_no_embeddings_is_refused(engine):
 @pytest.mark.parametrize(
     "beside",
     [
-        Continuation((9, 8), PLAIN.logprobs),
-        Continuation(PLAIN.ids, {7: -0.6, 9: -1.5}),
-        Continuation(PLAIN.ids, {1: -0.5}),
+        SelfTestOutput((9, 8), PLAIN.logprobs),
+        SelfTestOutput(PLAIN.ids, {7: -0.6, 9: -1.5}),
+        SelfTestOutput(PLAIN.ids, {1: -0.5}),
     ],
     ids=["another token", "another probability", "nothing in common"],
 )
 async def test_a_plain_request_that_its_neighbours_change_is_refused(engine, beside):
-    engine.continuations["self-test-beside"] = beside
+    engine.outputs["self-test-beside"] = beside
     await _fails(engine, "a plain request is changed by the steered requests beside it")
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
 async def test_a_layer_whose_request_reads_as_the_plain_one_is_refused(engine, layer):
-    engine.continuations[f"self-test-{layer}"] = PLAIN
+    engine.outputs[f"self-test-{layer}"] = PLAIN
     await _fails(engine, f"steered at layer {layer} failed: its text is that of the plain one")
 
 

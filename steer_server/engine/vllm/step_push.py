@@ -11,7 +11,7 @@ from steer_server.engine.vllm.pushes import TokenSpan, concatenate_ranges, copy_
 
 
 @dataclass(eq=False)
-class LayerPush:
+class StepPush:
     """The pushes of one layer in one step. Filled by :func:`combine_pushes`; ``doses`` by the layer's hook.
 
     The host reads none of its tensors before the step is over: on an accelerator it would wait for it.
@@ -41,7 +41,7 @@ class LayerPush:
         return doses, usable
 
 
-def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch.Tensor, step: int) -> LayerPush:
+def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch.Tensor, step: int) -> StepPush:
     """The pushes (T, d) of one layer, span after span, with those of several operators on one span added up.
 
     A row is usable only if all its operators have a direction.
@@ -60,4 +60,4 @@ def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch
         push = push.new_zeros(total, push.shape[1]).index_add_(0, places, push)
         num_unusable = push.new_zeros(total).index_add_(0, places, (~usable).to(push.dtype))
         usable = num_unusable == 0
-    return LayerPush(copy_to_device(rows, push.device), push, usable, distinct, step)
+    return StepPush(copy_to_device(rows, push.device), push, usable, distinct, step)
