@@ -175,7 +175,8 @@ def test_every_public_name_exists_once():
 
 def test_the_client_needs_neither_torch_nor_the_server():
     heavy = "torch", "numpy", "pydantic", "operators", "steer_server"
-    program = f"import steer_client._cli.app, sys; print([name for name in {heavy!r} if name in sys.modules])"
+    shown = f"[name for name in {heavy!r} if name in sys.modules]"
+    program = f"import steer_client._cli.app, sys; steer_client.SteerClient; print({shown})"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
