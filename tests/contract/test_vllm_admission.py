@@ -31,7 +31,7 @@ SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 RUNNING, WAITING = 2, 2
 
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 
 @pytest.fixture(scope="module")

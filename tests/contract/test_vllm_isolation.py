@@ -10,7 +10,7 @@ from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Prompt, Row, SamplingParams
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 # More than two blocks of 32 tokens, so that there is a prefix to be found.
 PROMPT = (

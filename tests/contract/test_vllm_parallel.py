@@ -11,10 +11,11 @@ import pytest_asyncio
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
-from steer_server.engine.vllm import client
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.errors import EngineFailedError
 from steer_server.types import DecodeJob, Row, SamplingParams, TokenEvent
+
+pytestmark = pytest.mark.vllm
 
 PROMPTS = ("Here is the bridge", "the golden dress of the bride in the bay", "a")
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
@@ -80,6 +81,8 @@ async def test_what_any_worker_holds_of_a_request_is_told_and_goes_with_it(two, 
 
 
 async def test_workers_that_give_no_answer_are_not_waited_for_for_ever(two, monkeypatch):
+    from steer_server.engine.vllm import client
+
     async def silent(*_args, **_options):
         await asyncio.sleep(60)
 

@@ -13,7 +13,7 @@ from operators.tune.prompts import neutral_prompts
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.types import DecodeJob, Prompt, RowFinished, SamplingParams, TokenEvent, TokenLogprob
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 # The reference decodes one prompt at a time: 20 of them are minutes of two cores, and are asked for by hand.
 PROMPTS = neutral_prompts()[: int(os.environ.get("PARITY_PROMPTS", "3"))]

@@ -10,7 +10,7 @@ import pytest_asyncio
 from steer_server.errors import InvalidRequestError, QueueFullError
 from steer_server.types import DecodeJob, Row, SamplingParams
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 PROMPT = "The bridge over the bay is"
 GREEDY = SamplingParams(max_tokens=10, ignore_eos=True)

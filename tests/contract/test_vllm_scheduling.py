@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 
 from steer_server.types import DecodeJob, Prompt, Row, RowFinished, SamplingParams, TokenEvent
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 PROMPTS = (
     "Here is a painting of the",

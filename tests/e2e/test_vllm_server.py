@@ -19,7 +19,7 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.store import Store
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 BIN = Path(sys.executable).parent
 OPTIONS = ("--engine", "vllm", "--engine-args", "enforce_eager=true", "--engine-args", "max_model_len=512")

