@@ -40,13 +40,13 @@ async def generate(
     """
     plan = registry.plan(request.operators)
     ids = await engine.encode(request.prompt)
-    row = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
+    builder = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:
         yield Started(request.request_id, ids)
         async for event in stream:
-            for gathered in row.add(event):
-                yield gathered
+            for result in builder.add(event):
+                yield result
     finally:
         stream.cancel()
 
@@ -68,7 +68,7 @@ class CompletionBuilder:
     _scores: list[Score] = field(default_factory=list)
 
     def add(self, event: EngineEvent) -> tuple[Delta | Completion, ...]:
-        """What this event gives the reader."""
+        """What the client gets at this event."""
         elapsed = event.at - self._began
         if isinstance(event, Admitted):
             self._admitted = elapsed
@@ -108,9 +108,9 @@ class CompletionBuilder:
         return (Delta(event.text, (), ()), completion) if event.text else (completion,)
 
     def _check_receipts(self, receipts: tuple[Receipt, ...]) -> None:
-        """The last line of defence: an engine that forgot a plan, or part of a row, gives no text to the caller."""
+        """Checks once more, for any engine, that the plan was applied at every token; otherwise there is no text."""
         uses = self.plan.applications if self.plan else ()
-        # What was fed to the model: all of the prompt once there is a token, and each token but the last.
+        # Tokens fed to the model: once there is a token, the whole prompt, and every generated token but the last.
         fed = (self.prompt_tokens, len(self._ids) - 1) if self._ids else None
         if [use.artifact.digest for use in uses] != [receipt.digest for receipt in receipts]:
             raise SteeringNotAppliedError("the engine's receipts are not those of the plan")

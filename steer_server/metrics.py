@@ -62,17 +62,17 @@ class Metrics:
             registry.register(collector)
         model = engine.model
         Info("steer_model", "The model being served", registry=registry).info(
-            {"model": model.model, "engine": model.engine, "dtype": model.dtype, "fingerprint": model.fingerprint}
+            {"model": model.model, "engine": model.engine, "dtype": model.dtype, "fingerprint": model.model_fingerprint}
         )
 
     def completed(self, completion: Completion) -> None:
-        """Books a finished continuation."""
+        """Counts a finished continuation."""
         steered = str(bool(completion.receipts)).lower()
-        self._prompt_tokens.inc(completion.prompt_tokens)
+        self._prompt_tokens.inc(completion.usage.prompt_tokens)
         self._generated.labels(steered).inc(len(completion.token_ids))
-        self._finished.labels(completion.reason.value, steered).inc()
+        self._finished.labels(completion.finish_reason.value, steered).inc()
         self._queued.observe(completion.timings.queued)
-        if completion.token_ids:
+        if completion.timings.time_to_first_token is not None:
             self._first_token.observe(completion.timings.time_to_first_token)
         for receipt in completion.receipts:
             positions = receipt.prompt_tokens_steered + receipt.generated_tokens_steered

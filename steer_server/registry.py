@@ -25,9 +25,9 @@ from steer_server.errors import (
 from steer_server.types import MAX_OPERATORS, Application, ModelInfo, OperatorUse, SteeringPlan
 
 _MAX_PROBLEM = 1024
-"""Characters."""
+"""Characters of a problem that are kept: listings repeat it."""
 _ROUNDING = 1e-9
-"""Strengths that add up to the limit on paper may pass it by rounding."""
+"""Relative: the floating-point sum of strengths that add up to the limit may exceed it."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class OperatorEntry:
 
 
 @dataclass(frozen=True)
-class ReloadReport:
-    """What a reload of the store changed, by name."""
+class StoreChanges:
+    """What a reload of the store changed: names of operators. ``unusable`` are all that cannot be used now."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -51,10 +51,16 @@ class ReloadReport:
 
 
 class Registry:
-    """Operators by name."""
+    """Operators by name: one snapshot of the store at a time."""
 
     def __init__(self, store: Store, model: ModelInfo, *, max_bytes: int, max_dose: float) -> None:
-        """``max_bytes``: of a file. ``max_dose``: most that the |lambda|/2 of one request at one layer add up to."""
+        """Reads the store. Raises :class:`StoreUnreadableError`.
+
+        Args:
+            model: the model being served, which operators must have been built for.
+            max_bytes: larger files are not read.
+            max_dose: upper bound of the sum of |lambda|/2 over the operators of one request at one layer.
+        """
         self._store = store
         self._model = model
         self._max_bytes = max_bytes
@@ -73,21 +79,21 @@ class Registry:
             raise UnknownOperatorError(name, tuple(self._entries))
         return entry
 
-    def reload(self) -> ReloadReport:
-        """Reads the store again and swaps the snapshot in one assignment. Unchanged operators stay the same objects.
+    def reload(self) -> StoreChanges:
+        """Reads the store again and replaces the snapshot in one assignment. Unchanged operators stay the same objects.
 
-        Raises :class:`StoreUnreadableError`; the snapshot is then as before.
+        Raises :class:`StoreUnreadableError`; the snapshot then stays.
         """
         before = self._entries
         try:
-            after = {name: _kept(before.get(name), self._read(name)) for name in self._store.names()}
+            after = {name: _reuse_unchanged(before.get(name), self._read(name)) for name in self._store.names()}
         except StoreError as error:
             raise StoreUnreadableError(str(error)) from error
         self._entries = MappingProxyType(after)
-        kept = before.keys() & after.keys()
-        return ReloadReport(
+        in_both = before.keys() & after.keys()
+        return StoreChanges(
             added=tuple(sorted(after.keys() - before.keys())),
-            changed=tuple(sorted(name for name in kept if _version(before[name]) != _version(after[name]))),
+            changed=tuple(sorted(name for name in in_both if _version(before[name]) != _version(after[name]))),
             removed=tuple(sorted(before.keys() - after.keys())),
             unusable=tuple(name for name, entry in after.items() if entry.problem),
         )
@@ -96,9 +102,9 @@ class Registry:
         """The plan for the operators of one request; None when it names none.
 
         Raises:
-            UnknownOperatorError, OperatorUnusableError: an operator is not there, or not usable.
+            UnknownOperatorError, OperatorUnusableError: an operator is not in the store, or cannot be used.
             InvalidRequestError: a strength, rule or blend is not accepted; names the field.
-            DoseTooHighError: the operators at one layer push too hard together.
+            DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
         if len(uses) > MAX_OPERATORS:
             raise InvalidRequestError(field, f"has {len(uses)} operators; at most {MAX_OPERATORS} are accepted")
@@ -114,13 +120,13 @@ class Registry:
             dose = plan.dose_bound(layer)
             if dose <= self._max_dose * (1.0 + _ROUNDING):
                 continue
-            there = [index for index, use in enumerate(plan.applications) if use.layer == layer]
+            indices = [index for index, use in enumerate(plan.applications) if use.layer == layer]
             raise DoseTooHighError(
-                f"{field}[{there[0]}].strength" if len(there) == 1 else field,
+                f"{field}[{indices[0]}].strength" if len(indices) == 1 else field,
                 layer=layer,
                 dose=dose,
                 max_dose=self._max_dose,
-                parts=tuple(_dose_in_words(plan.applications[index]) for index in there),
+                parts=tuple(_describe_dose(plan.applications[index]) for index in indices),
             )
 
     def _application(self, use: OperatorUse, field: str) -> Application:
@@ -152,33 +158,33 @@ class Registry:
             artifact = self._store.load(name, max_bytes=self._max_bytes)
             self._check_fits(artifact)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
-            # A hostile file chooses parts of the message; every listing carries it.
+            # Cut, because a hostile file chooses parts of the message.
             return OperatorEntry(name, (str(error) or type(error).__name__)[:_MAX_PROBLEM], size, None)
         return OperatorEntry(name, "", size, artifact)
 
     def _check_fits(self, artifact: OperatorArtifact) -> None:
         header, model = artifact.header, self._model
-        # Not by name: a model may be served from a path or a mirror. Its fingerprint decides.
-        for what, found, served in (
+        # By fingerprint, not by name: the same model may be served from a path or a mirror.
+        for what, built_for, served in (
             ("hidden size", header.hidden_size, model.hidden_size),
             ("number of layers", header.num_layers, model.num_layers),
-            (f"model {header.model}", header.model_fingerprint, model.fingerprint),
+            (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
             ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
         ):
-            if found != served:
-                raise ArtifactError(f"built for {what} {found}; this server has {served} ({model.model})")
+            if built_for != served:
+                raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model})")
         highest = max(max(text.ids) for text in header.texts)
         if highest >= model.vocab_size:
             raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
 
 
-def _dose_in_words(use: Application) -> str:
+def _describe_dose(use: Application) -> str:
     recommended = ", the recommended strength" if "strength" in use.defaulted else ""
     return f"{use.name} {abs(use.setting.strength) / 2.0:.12g}{recommended}"
 
 
-def _kept(before: OperatorEntry | None, read: OperatorEntry) -> OperatorEntry:
-    """The entry as it was where the artifact is the same: requests and the device hold that object already."""
+def _reuse_unchanged(before: OperatorEntry | None, read: OperatorEntry) -> OperatorEntry:
+    """The earlier entry where the artifact is the same: running requests and operator caches hold that object."""
     if before is None or before.artifact is None or read.artifact is None:
         return read
     return before if before.artifact.digest == read.artifact.digest else read

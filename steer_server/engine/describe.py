@@ -10,7 +10,7 @@ from steer_server.errors import StartupError
 from steer_server.types import ModelInfo
 
 
-def describe(loaded: LoadedModel, *, engine: str) -> ModelInfo:
+def describe_model(loaded: LoadedModel, *, engine: str) -> ModelInfo:
     """Raises :class:`StartupError` for a model that this engine cannot decode or steer."""
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         raise StartupError(
@@ -25,7 +25,7 @@ def describe(loaded: LoadedModel, *, engine: str) -> ModelInfo:
     return ModelInfo(
         model=loaded.name,
         architecture=type(loaded.model).__name__,
-        fingerprint=loaded.fingerprint,
+        model_fingerprint=loaded.fingerprint,
         tokenizer_fingerprint=loaded.tokenizer_fingerprint,
         num_layers=layers,
         hidden_size=loaded.hidden_size,

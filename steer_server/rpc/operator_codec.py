@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from google.protobuf.timestamp_pb2 import Timestamp
+from steering.convert import enum_numbers, writer
+from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
 from operators.core.header import Calibration, LowRank, OperatorHeader
-from steer_server.registry import OperatorEntry
-from steer_server.rpc.codec import WIRE_RULES
+from steer_server.registry import OperatorEntry, StoreChanges
 
 _MAX_MORE_TEXTS = 64 << 10
 """Bytes: the header admits a thousand texts of 65536 tokens each."""
+_RULES = enum_numbers(pb.Rule.DESCRIPTOR)
+
+_write_operator = writer(ops.Operator)
+_write_calibration = writer(ops.Calibration)
+_write_point = writer(ops.CalibrationPoint)
+_write_store_changes = writer(ops.ReloadOperatorsResponse)
 
 
 def operator(entry: OperatorEntry) -> ops.Operator:
@@ -20,38 +26,30 @@ def operator(entry: OperatorEntry) -> ops.Operator:
     if entry.artifact is None:
         return ops.Operator(name=entry.name, problem=entry.problem, size_bytes=entry.size_bytes)
     header = entry.artifact.header
-    created = Timestamp()
-    created.FromDatetime(header.created)
-    return ops.Operator(
+    # Every other field is the header's of the same name.
+    return _write_operator(
+        header,
         name=entry.name,
+        problem=entry.problem,
+        size_bytes=entry.size_bytes,
         digest=entry.artifact.digest,
-        concept=header.concept,
+        positions=entry.artifact.positions,
         concept_token_ids=header.concept_ids,
         concept_weight=header.shares[0],
         num_texts=len(header.texts),
         more_texts=_within(_MAX_MORE_TEXTS, _more_texts(header)),
-        members=(ops.Member(name=one.name, digest=one.digest, weight=one.weight) for one in header.members),
-        model=header.model,
-        model_fingerprint=header.model_fingerprint,
-        model_dtype=header.model_dtype,
-        profile=header.profile,
-        rule_set=header.rule_set,
-        layer=header.layer,
-        injection_layer=header.injection_layer,
-        hidden_size=header.hidden_size,
-        positions=entry.artifact.positions,
         rank=header.low_rank.rank if header.low_rank else header.hidden_size,
         low_rank=_low_rank(header.low_rank) if header.low_rank else None,
-        dtype=header.dtype,
         recommended_strength=header.recommended.strength,
-        recommended_rule=WIRE_RULES[header.recommended.rule],
+        recommended_rule=_RULES[header.recommended.rule],
         recommended_blend=header.recommended.blend,
         calibration=_calibration(header, header.calibration) if header.calibration else None,
-        reconstruction_error=header.reconstruction_error,
-        created=created,
-        size_bytes=entry.size_bytes,
-        builder_version=header.builder_version,
     )
+
+
+def store_changes(changes: StoreChanges) -> ops.ReloadOperatorsResponse:
+    """What a reload changed."""
+    return _write_store_changes(changes)
 
 
 def _more_texts(header: OperatorHeader) -> Iterator[ops.ConceptText]:
@@ -76,18 +74,4 @@ def _low_rank(low_rank: LowRank) -> ops.LowRank:
 
 def _calibration(header: OperatorHeader, calibration: Calibration) -> ops.Calibration:
     point = header.calibrated_point
-    return ops.Calibration(
-        recommended=None
-        if point is None
-        else ops.CalibrationPoint(
-            kl_p95=point.kl_p95,
-            hit_rate=point.hit_rate,
-            perplexity_ratio=point.perplexity_ratio,
-            distinct_2=point.distinct_2,
-        ),
-        plain_hit_rate=calibration.plain_hit_rate,
-        kl_budget=calibration.kl_budget,
-        max_perplexity_ratio=calibration.max_perplexity_ratio,
-        prompts=calibration.prompts,
-        tokens=calibration.tokens,
-    )
+    return _write_calibration(calibration, recommended=None if point is None else _write_point(point))

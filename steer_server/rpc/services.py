@@ -21,8 +21,8 @@ from steer_server.generate import generate
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc import codec
-from steer_server.rpc.operator_codec import operator
-from steer_server.types import ArmEvent, Completion
+from steer_server.rpc.operator_codec import operator, store_changes
+from steer_server.types import ArmEvent, Completion, Tokenization
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -54,8 +54,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Compare(self, request: pb.CompareRequest, context: _Context) -> AsyncIterator[pb.CompareEvent]:
         """Arm by arm, token by token."""
-        asked = codec.compare_request(request)
-        events = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms)
+        events = compare(self._engine, self._registry, codec.compare_request(request), max_arms=self._config.max_arms)
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, ArmEvent) and isinstance(event.event, Completion):
@@ -65,7 +64,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""
         ids = await self._engine.encode(codec.prompt(request.prompt))
-        return pb.TokenizeResponse(token_ids=ids, tokens=await asyncio.to_thread(self._engine.token_texts, ids))
+        texts = await asyncio.to_thread(self._engine.token_texts, ids)
+        return codec.tokenization(Tokenization(ids, tuple(texts)))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _Context) -> pb.GetModelInfoResponse:
         """The model and the limits."""
@@ -98,7 +98,5 @@ class OperatorService(operators_pb2_grpc.OperatorServiceServicer):
     ) -> ops.ReloadOperatorsResponse:
         """Reads the store again, beside the event loop: hashing gigabytes takes a while."""
         async with self._reloading:
-            report = await asyncio.to_thread(self._registry.reload)
-        return ops.ReloadOperatorsResponse(
-            added=report.added, changed=report.changed, removed=report.removed, unusable=report.unusable
-        )
+            changes = await asyncio.to_thread(self._registry.reload)
+        return store_changes(changes)

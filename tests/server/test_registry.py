@@ -82,7 +82,7 @@ def test_a_bad_artifact_is_listed_with_its_problem_and_refused(registry, tmp_pat
 def test_what_was_served_is_named_beside_what_was_found(registry, tmp_path, artifact, remake, model_info):
     Store(tmp_path).save("bad", remake(artifact, model="gpt-9", model_fingerprint=_OTHER))
     problem = registry().entry("bad").problem
-    for part in ("gpt-9", _OTHER, model_info.model, model_info.fingerprint):
+    for part in ("gpt-9", _OTHER, model_info.model, model_info.model_fingerprint):
         assert part in problem
 
 

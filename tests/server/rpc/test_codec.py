@@ -22,6 +22,7 @@ from steer_server.types import (
     Timings,
     TokenLogprob,
     TopLogprob,
+    Usage,
 )
 
 _TEXT = pb.Prompt(text="hello")
@@ -41,9 +42,9 @@ def _completion(**changes):
         "request_id": "r1",
         "text": "one two",
         "token_ids": (4, 5),
-        "reason": FinishReason.STOP_STRING,
+        "finish_reason": FinishReason.STOP_STRING,
         "stop_string": "\n",
-        "prompt_tokens": 3,
+        "usage": Usage(3, 2),
         "timings": Timings(0.25, 0.5, 1.75),
         "receipts": (
             Receipt(
@@ -239,10 +240,10 @@ def test_a_comparison_is_scored_unless_it_says_no():
 
 
 def test_every_finish_reason_has_its_number_and_every_number_its_reason():
-    numbers = {codec.completion(_completion(reason=reason)).finish_reason for reason in FinishReason}
+    numbers = {codec.completion(_completion(finish_reason=reason)).finish_reason for reason in FinishReason}
     assert numbers == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
     for reason in FinishReason:
-        number = codec.completion(_completion(reason=reason)).finish_reason
+        number = codec.completion(_completion(finish_reason=reason)).finish_reason
         assert pb.FinishReason.Name(number) == f"FINISH_REASON_{reason.value}"
 
 
@@ -277,7 +278,7 @@ def test_a_completion_crosses_whole():
 
 
 def test_a_text_without_tokens_has_no_time_to_its_first_token():
-    message = codec.completion(_completion(token_ids=(), timings=Timings(0.1, 0.0, 0.2)))
+    message = codec.completion(_completion(token_ids=(), timings=Timings(0.1, None, 0.2)))
     assert not message.timings.HasField("time_to_first_token")
     assert message.timings.HasField("total")
 

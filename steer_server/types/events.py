@@ -1,0 +1,108 @@
+"""What an engine answers, event by event."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from operators.core.header import Rule
+
+
+class FinishReason(StrEnum):
+    """Why a text ended."""
+
+    EOS = "EOS"
+    STOP_STRING = "STOP_STRING"
+    STOP_TOKEN = "STOP_TOKEN"  # noqa: S105 - a finish reason, no secret
+    MAX_TOKENS = "MAX_TOKENS"
+    CONTEXT_LIMIT = "CONTEXT_LIMIT"
+    TIME_LIMIT = "TIME_LIMIT"
+    CANCELLED = "CANCELLED"
+
+
+@dataclass(frozen=True)
+class TopLogprob:
+    """One alternative at a position."""
+
+    token_id: int
+    token: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token under the row's own model, before temperature and truncation; in nats."""
+
+    token_id: int
+    token: str
+    logprob: float
+    top: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats."""
+
+    kl: float
+    plain_logprob: float
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one operator did to one row, measured on the hidden states. Filled by the engine."""
+
+    operator: str
+    digest: str
+    layer: int
+    rule: Rule
+    strength: float
+    blend: float
+    prompt_tokens_steered: int
+    generated_tokens_steered: int
+    prompt_tokens_cached: int
+    """Whose keys and values an earlier request with the very same steering left: not computed, so not measured."""
+    mean_dose: float
+    max_dose: float
+    dose_bound: float
+    """Of the layer: sum of |lambda|/2 over its operators."""
+    defaulted: tuple[str, ...]
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """The job has left the queue. ``at``, in every event: when it happened, in seconds of the monotonic clock."""
+
+    at: float = field(default_factory=time.monotonic, compare=False)
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One token of one row."""
+
+    row: int
+    token_id: int
+    text: str
+    logprob: TokenLogprob | None = None
+    score: Score | None = None
+    at: float = field(default_factory=time.monotonic, compare=False)
+
+
+@dataclass(frozen=True)
+class RowFinished:
+    """The end of one row. ``text`` is what was still held back.
+
+    ``scores`` are those of all its tokens, from an engine that scores a text when it is whole.
+    """
+
+    row: int
+    reason: FinishReason
+    text: str
+    stop_string: str
+    receipts: tuple[Receipt, ...]
+    scores: tuple[Score, ...] = ()
+    at: float = field(default_factory=time.monotonic, compare=False)
+
+
+EngineEvent = Admitted | TokenEvent | RowFinished

@@ -1,0 +1,55 @@
+"""What an engine is given: a prompt, and the rows that continue it, each with its steering. Filled by ``generate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from operators.core.apply import Setting
+from operators.core.artifact import OperatorArtifact
+from steer_server.types.requests import SamplingParams
+
+
+@dataclass(frozen=True, eq=False)
+class Application:
+    """One operator, at one setting, of one request. Holds the very version that the request started with."""
+
+    name: str
+    artifact: OperatorArtifact
+    setting: Setting
+    defaulted: tuple[str, ...]
+    """Which of strength, rule and blend the artifact recommended."""
+    calibrated: bool = False
+    """Whether the setting is the recommended one, and the artifact holds what a calibration measured there."""
+
+    @property
+    def layer(self) -> int:
+        """The decoder layer whose input is pushed."""
+        return self.artifact.header.injection_layer
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringPlan:
+    """What is added to the layer inputs of one row; never empty."""
+
+    applications: tuple[Application, ...]
+
+    def dose_bound(self, layer: int) -> float:
+        """Sum of |lambda|/2 over the operators at ``layer``: what the dose there cannot pass, but for rounding."""
+        return sum(abs(use.setting.strength) / 2.0 for use in self.applications if use.layer == layer)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One continuation of a job. ``score`` asks for KL and log-probabilities under the plain model."""
+
+    plan: SteeringPlan | None = None
+    score: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeJob:
+    """One prompt and the rows that continue it in one batch."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    rows: tuple[Row, ...]

@@ -1,0 +1,107 @@
+"""What a request's fields accept, declared beside each: ``top_p: Annotated[float, Range(above=0.0, maximum=1.0)]``.
+
+A request checks itself, and the parts that do not check themselves, with :func:`check_fields` when it is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from typing import Any, Protocol, get_type_hints, runtime_checkable
+
+from steer_server.errors import InvalidRequestError
+
+
+@runtime_checkable
+class Limit(Protocol):
+    """What the value of a field must be. None, a value that was not given, is always accepted."""
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a value, and what is accepted; None where nothing is wrong."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number of ``minimum`` or more, or above ``above``, and at most ``maximum``, without which it must be finite."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    above: float = -math.inf
+    accepted: str = ""
+    """The range in words, where they say more than its numbers."""
+
+    def problem(self, value: float) -> str | None:
+        """See :class:`Limit`. The comparison is written so that NaN fails it."""
+        if value >= self.minimum and value > self.above and value <= self.maximum and value < math.inf:
+            return None
+        return f"is {value}; accepted: {self.accepted or self._in_words()}"
+
+    def _in_words(self) -> str:
+        integer = isinstance(self.minimum, int)
+        if self.above > -math.inf:
+            return f"a number above {self.above:g}, at most {self.maximum:g}"
+        if self.maximum == math.inf:
+            return f"{'' if integer else 'a finite number of '}{self.minimum:g} or more"
+        return f"{'' if integer else 'a number from '}{self.minimum:g} to {self.maximum:g}"
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """At most so many items, and so many characters in a text, be it the value or one of its items."""
+
+    max_characters: int
+    min_characters: int = 0
+    max_items: int | None = None
+
+    def problem(self, value: str | tuple[object, ...]) -> str | None:
+        """See :class:`Limit`."""
+        items = (value,) if isinstance(value, str) else value
+        sizes = [len(item) for item in items if isinstance(item, str)]
+        fits = all(self.min_characters <= size <= self.max_characters for size in sizes)
+        if fits and (self.max_items is None or len(items) <= self.max_items):
+            return None
+        if isinstance(value, str):
+            return f"has {len(value)} characters; at most {self.max_characters} are accepted"
+        texts = f" of {sizes[:4]} characters" if sizes else ""
+        accepted = f"at most {self.max_items}, of {self.min_characters} to {self.max_characters} characters"
+        return f"has {len(items)} items{texts}; accepted: {accepted}"
+
+
+@dataclass(frozen=True)
+class NotEmpty:
+    """At least one item, or character. ``needed``: of what, in words."""
+
+    needed: str
+
+    def problem(self, value: str | tuple[object, ...]) -> str | None:
+        """See :class:`Limit`."""
+        return None if value else f"is empty; at least one {self.needed} is needed"
+
+
+def check_fields(instance: Any, path: str = "") -> None:
+    """Raises :class:`InvalidRequestError`, which names the field from ``path`` on, for the first value not accepted."""
+    for name, limits in _limits(instance.__class__):
+        value, place = getattr(instance, name), f"{path}.{name}" if path else name
+        for limit in limits:
+            problem = None if value is None else limit.problem(value)
+            if problem is not None:
+                raise InvalidRequestError(place, problem)
+        for part, at in _parts(value, place):
+            if is_dataclass(part) and not hasattr(part, "__post_init__"):
+                check_fields(part, at)
+
+
+def _parts(value: object, path: str) -> Iterator[tuple[object, str]]:
+    if isinstance(value, tuple):
+        yield from ((item, f"{path}[{index}]") for index, item in enumerate(value))
+    else:
+        yield value, path
+
+
+@cache
+def _limits(cls: type) -> tuple[tuple[str, tuple[Limit, ...]], ...]:
+    hints = get_type_hints(cls, include_extras=True)
+    declared = ((each.name, getattr(hints[each.name], "__metadata__", ())) for each in fields(cls))
+    return tuple((name, tuple(limit for limit in limits if isinstance(limit, Limit))) for name, limits in declared)

@@ -1,0 +1,135 @@
+"""What a caller asks for. ``rpc.codec`` makes each from its message; a value that is not accepted is refused here."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from operators.core.header import Rule
+from steer_server.errors import InvalidRequestError
+from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
+
+DEFAULT_MAX_TOKENS = 128
+MAX_LOGPROBS = 20
+MAX_OPERATORS = 16
+NORMAL = "normal"
+"""Name of the plain arm of a comparison."""
+
+_STOPS = Bounded(max_items=64, min_characters=1, max_characters=1024)
+
+
+def _draw_request_id() -> str:
+    return secrets.token_hex(8)
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(63)
+
+
+@dataclass(frozen=True)
+class ChatMessage:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Exactly one of a text, token ids (used as they are) or a conversation."""
+
+    text: Annotated[str | None, NotEmpty("token")] = None
+    token_ids: Annotated[tuple[int, ...] | None, NotEmpty("token")] = None
+    chat: Annotated[tuple[ChatMessage, ...] | None, NotEmpty("message")] = None
+
+    def __post_init__(self) -> None:
+        if sum(part is not None for part in (self.text, self.token_ids, self.chat)) != 1:
+            raise InvalidRequestError("prompt", "is missing; exactly one of text, token_ids and chat is accepted")
+        check_fields(self, "prompt")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Defaults are those of the contract."""
+
+    temperature: Annotated[float, Range(0.0)] = 0.0
+    top_p: Annotated[float, Range(above=0.0, maximum=1.0)] = 1.0
+    top_k: Annotated[int, Range(0, accepted="0 (off) or more")] = 0
+    min_p: Annotated[float, Range(0.0, 1.0)] = 0.0
+    repetition_penalty: Annotated[float, Range(0.01, 100.0)] = 1.0
+    # Drawn where a request names none, so that the response can report what was used.
+    seed: int = field(default=0, metadata={"when_unset": _draw_seed})
+    max_tokens: Annotated[int, Range(1)] = DEFAULT_MAX_TOKENS
+    stop_strings: Annotated[tuple[str, ...], _STOPS] = ()
+    stop_token_ids: Annotated[tuple[int, ...], _STOPS] = ()
+    ignore_eos: bool = False
+    logprobs: Annotated[int | None, Range(0, MAX_LOGPROBS)] = None
+    time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
+    """Seconds, waiting included."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "sampling")
+
+
+@dataclass(frozen=True)
+class OperatorUse:
+    """An operator as a request names it; None takes the operator's recommended value."""
+
+    name: str
+    strength: float | None = None
+    rule: Rule | None = None
+    blend: float | None = None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One steered arm of a comparison."""
+
+    name: str
+    # The plain arm runs anyway.
+    operators: Annotated[tuple[OperatorUse, ...], NotEmpty("operator")]
+
+
+_RequestId = Annotated[str, Bounded(max_characters=128)]
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt, one continuation."""
+
+    request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
+    prompt: Prompt
+    sampling: SamplingParams
+    operators: tuple[OperatorUse, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """One prompt, a plain continuation and one per arm."""
+
+    request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
+    prompt: Prompt
+    sampling: SamplingParams
+    arms: Annotated[tuple[Arm, ...], NotEmpty("steered arm")]
+    score: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        names = [arm.name for arm in self.arms]
+        for index, arm in enumerate(self.arms):
+            if not arm.name or arm.name == NORMAL or names.count(arm.name) > 1:
+                raise InvalidRequestError(
+                    f"arms[{index}].name",
+                    f"is {arm.name!r}; a name of its own is needed, other than {NORMAL!r}",
+                )
+
+
+@dataclass(frozen=True)
+class TokenizeRequest:
+    """A prompt whose token ids the caller wants to see."""
+
+    prompt: Prompt

@@ -1,0 +1,121 @@
+"""What a caller is answered. The fields are those of the messages of the same meaning in the contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steer_server.types.events import FinishReason, Receipt, Score, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from entering the queue."""
+
+    queued: float
+    time_to_first_token: float | None
+    """None where there was no token."""
+    total: float
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens read and produced; the token that ended the text counts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished continuation. Filled by ``generate``."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_string: str
+    usage: Usage
+    timings: Timings
+    receipts: tuple[Receipt, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    seed: int
+    scores: tuple[Score, ...] = ()
+    """Of its tokens, where they were asked for. Not sent: a comparison is made of them."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The prompt as the model gets it. First event of every stream."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Delta:
+    """New text; may be empty."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+
+
+GenerateEvent = Started | Delta | Completion
+
+
+@dataclass(frozen=True)
+class ArmEvent:
+    """One event of one arm."""
+
+    arm: str
+    event: GenerateEvent
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One steered arm held against the plain one. KL in nats; None and empty where not scored."""
+
+    arm: str
+    first_divergence: int | None
+    kl_per_token: tuple[float, ...]
+    kl_mean: float | None
+    kl_p95: float | None
+    normal_perplexity: float | None
+    steered_perplexity: float | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Last event of a comparison: one entry per steered arm."""
+
+    comparisons: tuple[Comparison, ...]
+
+
+CompareEvent = ArmEvent | Compared
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model being served. Filled by the engine when it starts."""
+
+    model: str
+    architecture: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    has_chat_template: bool
+    engine: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """A prompt as it reaches the model: token ids and their texts, one for one."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
