@@ -73,14 +73,14 @@ def serve(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Serve steered text generation. Every option is also read from the environment as STEER_NAME."""
-    given = {name: value for name, value in locals().items() if value is not None and name != "version"}
+    options = {name: value for name, value in locals().items() if value is not None and name != "version"}
     if version:
         print(f"steer-server {__version__}")
         return
     try:
         if engine_args is not None:
-            given["engine_args"] = read_engine_args(engine_args)
-        config = ServerConfig(**given)
+            options["engine_args"] = read_engine_args(engine_args)
+        config = ServerConfig(**options)
         _configure_logging(config)
         asyncio.run(_run(config))
     except ValidationError as error:
@@ -103,7 +103,7 @@ async def _run(config: ServerConfig) -> None:
     device = config.device or _default_device()
     dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
     store = Store.default() if config.store is None else Store(config.store)
-    _check_free(config.listen)
+    _check_port(config.listen)
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
         engine = await ENGINES[config.engine](config, dtype, device)
@@ -155,7 +155,7 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
         check_device(config.device, DEVICE)
     except ValueError as error:
         raise StartupError(str(error)) from error
-    # On the CPU, whatever vLLM runs on: it is looked at for its fingerprints, runs one short prompt, and is dropped.
+    # On the CPU, whatever vLLM runs on: only for its fingerprints and one short prompt of the self-test.
     loaded = load_model(config.model, dtype=dtype, device="cpu")
     try:
         return await VLLMEngine.start(
@@ -167,7 +167,7 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
             engine_args=config.engine_args,
         )
     except asyncio.CancelledError:
-        # Ctrl-C. The thread in which vLLM loads a model cannot be stopped; its processes end with this one.
+        # Ctrl-C. The thread in which vLLM loads a model cannot be stopped; vLLM's processes end when this one does.
         sys.stderr.write("steer-server: interrupted\n")
         sys.stderr.flush()
         os._exit(130)
@@ -179,13 +179,13 @@ ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Engine]]] 
 }
 
 
-def _check_free(listen: str) -> None:
-    """Says before the model is loaded that a port is taken; binding it for good comes after."""
+def _check_port(listen: str) -> None:
+    """Raises :class:`StartupError` for a port that is taken, before the model is loaded; it is not kept bound."""
     host, _, port = listen.rpartition(":")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind) as probe:
-            # As the server will: a port whose last connections are still closing is free.
+            # As the server sets it: a port of which only closing connections are left counts as free.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, OverflowError) as error:
@@ -221,6 +221,6 @@ def _configure_logging(config: ServerConfig) -> None:
 
 def _fail(message: str, *, code: int) -> None:
     print(f"steer-server: {message}", file=sys.stderr)
-    # The decoding thread holds no state worth saving, and a start that failed must end at once.
+    # Not sys.exit, which waits for the decoding thread; that has no state to save.
     sys.stderr.flush()
     os._exit(code)

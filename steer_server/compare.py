@@ -1,4 +1,4 @@
-"""The A/B: one prompt, a plain row and a row per steered arm, in one batch; then one held against the other."""
+"""The A/B: one prompt, a plain row and a row per steered arm, decoded in one batch and then compared."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ async def compare(
     plans = [registry.plan(arm.operators, field=f"arms[{index}].operators") for index, arm in enumerate(request.arms)]
     ids = await engine.encode(request.prompt)
     names = (NORMAL, *(arm.name for arm in request.arms))
-    # The plain row is scored too: its own log-probabilities give its perplexity.
+    # Scoring the plain row gives its own log-probabilities, and so its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))
-    gatherers = [CompletionBuilder(request.request_id, len(ids), request.sampling, row.plan) for row in rows]
-    done: dict[str, Completion] = {}
+    builders = [CompletionBuilder(request.request_id, len(ids), request.sampling, row.plan) for row in rows]
+    completions: dict[str, Completion] = {}
     stream = engine.submit(DecodeJob(ids, request.sampling, rows))
     try:
         for name in names:
@@ -48,18 +48,18 @@ async def compare(
         async for event in stream:
             places = range(len(rows)) if isinstance(event, Admitted) else (event.row,)
             for place in places:
-                for gathered in gatherers[place].add(event):
-                    if isinstance(gathered, Completion):
-                        done[names[place]] = gathered
-                    yield ArmEvent(names[place], gathered)
-        normal = done[NORMAL]
-        yield Compared(tuple(compare_completions(normal, done[arm.name], arm.name) for arm in request.arms))
+                for result in builders[place].add(event):
+                    if isinstance(result, Completion):
+                        completions[names[place]] = result
+                    yield ArmEvent(names[place], result)
+        normal = completions[NORMAL]
+        yield Compared(tuple(compare_completions(normal, completions[arm.name], arm.name) for arm in request.arms))
     finally:
         stream.cancel()
 
 
 def compare_completions(normal: Completion, steered: Completion, arm: str) -> Comparison:
-    """Where the two part, how far apart they are, and how likely the plain model finds each."""
+    """Where two texts diverge, KL(plain || steered) per token in nats, and their perplexities under the plain model."""
     kl = tuple(score.kl for score in steered.scores)
     return Comparison(
         arm=arm,
@@ -73,25 +73,25 @@ def compare_completions(normal: Completion, steered: Completion, arm: str) -> Co
 
 
 def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Index of the first difference; the shorter length where one begins the other; None where they are equal."""
+    """Index of the first token that differs: the shorter length where one begins the other; None where a equals b."""
     if a == b:
         return None
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between order statistics, as numpy's default."""
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """The quantile at ``fraction`` (0 to 1), interpolated linearly between order statistics as by numpy's default."""
     ordered = sorted(values)
-    place = share * (len(ordered) - 1)
+    place = fraction * (len(ordered) - 1)
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def perplexity(scores: Sequence[Score]) -> float | None:
-    """exp of the mean negative log-probability under the plain model; None where nothing was scored."""
+    """exp(-mean log p) under the plain model; None where nothing was scored."""
     if not scores:
         return None
     mean = math.fsum(score.plain_logprob for score in scores) / len(scores)
-    # Beyond the range of a float it is called infinite: one text that the model finds impossible loses no comparison.
+    # Infinite beyond the range of a float, where exp would raise.
     return math.exp(-mean) if mean > -700.0 else math.inf

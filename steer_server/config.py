@@ -1,4 +1,4 @@
-"""Settings of a server. Command line over environment (``STEER_*``) over these defaults."""
+"""Settings of a server. The command line overrides the environment (``STEER_*``), which overrides these defaults."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from operators.core.capacity import parse_bytes
 from operators.core.errors import BuildError
 
 OPERATOR_MEMORY = 4 << 30
-"""Bytes that operators may take where nobody says."""
+"""Default of the memory for operators, in bytes."""
 
 
-def _bytes(given: object) -> object:
+def _parse_size(value: object) -> object:
     try:
-        return parse_bytes(given) if isinstance(given, str) else given
+        return parse_bytes(value) if isinstance(value, str) else value
     except BuildError as error:
         raise ValueError(str(error)) from error
 
@@ -51,9 +51,9 @@ class ServerConfig(BaseSettings):
     """Most that the doses |strength|/2 of a request's operators at one layer may add up to."""
     max_artifact_bytes: int = Field(default=4 << 30, ge=1)
     """Larger files in the store are not read."""
-    operator_memory: Annotated[int, BeforeValidator(_bytes)] = Field(default=OPERATOR_MEMORY, ge=1 << 20)
-    """Bytes, or a size such as 4GiB. vllm: most that the operators in each worker take, beside vLLM's own memory; what
-    the requests of a moment need beyond that is refused. hf: what is kept between requests."""
+    operator_memory: Annotated[int, BeforeValidator(_parse_size)] = Field(default=OPERATOR_MEMORY, ge=1 << 20)
+    """Bytes, or a size such as 4GiB. vllm: upper bound of what operators take in each worker, beside vLLM's own memory;
+    a request that needs more than is left is refused. hf: what is kept between requests."""
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running requests get when the server is stopped."""
     log_format: Literal["console", "json"] = "console"

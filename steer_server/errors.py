@@ -1,11 +1,11 @@
-"""What a request can meet, as a tree. ``rpc/status.py`` gives each its gRPC status; the SDK its exception.
+"""The errors that a request can meet, as a tree. ``rpc/status.py`` maps each to a gRPC status, the SDK to an exception.
 
 SteerServerError
 ├── InvalidRequestError         the caller's fault; names the field
 │   ├── PromptTooLongError          prompt does not fit the context
-│   └── DoseTooHighError            the operators at one layer push more than the server admits
+│   └── DoseTooHighError            the doses at one layer add up to more than the server admits
 ├── UnknownOperatorError        no such operator in the store
-├── OperatorUnusableError       it is there and cannot be used: damaged, or for another model
+├── OperatorUnusableError       it is in the store and cannot be used: damaged, or for another model
 ├── QueueFullError              no room while others wait and run; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
@@ -56,9 +56,9 @@ class UnknownOperatorError(SteerServerError):
     """No operator of that name is in the store."""
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
-        there = ", ".join(known) if known else "none"
+        names = ", ".join(known) if known else "none"
         super().__init__(
-            f"no operator {name!r} has been read from the store; there are: {there} "
+            f"no operator {name!r} has been read from the store; there are: {names} "
             "(steer operators --reload reads new ones)"
         )
         self.name = name
