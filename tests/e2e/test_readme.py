@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shlex
@@ -19,8 +20,8 @@ ADDRESS = "127.0.0.1:50051"
 pytestmark = pytest.mark.model
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
 
 
 def commands(block):
@@ -42,10 +43,10 @@ def target(environment, start_server):
         yield server.target
 
 
-def run(command, environment, **options):
+def run(command, environment, stderr=subprocess.PIPE, **options):
     done = subprocess.run(
         command if options.get("shell") else shlex.split(command),
-        env=environment, capture_output=True, text=True, timeout=300, check=False, **options,
+        env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=300, check=False, **options,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -61,8 +62,21 @@ def test_the_commands_run_and_the_steered_ones_print_text(environment, target):
         assert run(command, {**environment, "STEER_TARGET": target}).strip(), command
 
 
+def test_the_output_that_is_shown_is_that_of_the_last_command(environment, target):
+    *_, command = commands(blocks("console")[-1])
+    [shown] = blocks("text")
+    printed = run(command, {**environment, "STEER_TARGET": target}, stderr=subprocess.STDOUT)
+    assert printed.split()[:8] == shown.split()[:8]
+    there, here = ([re.split("…|, dose", line) for line in text.splitlines()[-2:]] for text in (shown, printed))
+    assert there[0][0].split(" · ")[:2] == here[0][0].split(" · ")[:2]
+    # The digest holds the time of the build, and the last digit of a dose depends on the processor.
+    assert there[1][1] == here[1][1]
+    for one, other in zip(re.findall(r"[\d.]+", there[1][2]), re.findall(r"[\d.]+", here[1][2]), strict=True):
+        assert float(one) == pytest.approx(float(other), abs=0.002)
+
+
 def test_the_python_runs_and_prints_a_line_per_strength(environment, target):
-    [program] = blocks("python")
+    [program] = [block for block in blocks("python") if "steer_client" in block]
     assert ADDRESS in program
     done = subprocess.run(
         [sys.executable, "-c", program.replace(ADDRESS, target)],
@@ -70,7 +84,7 @@ def test_the_python_runs_and_prints_a_line_per_strength(environment, target):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("plain: ")
-    assert re.findall(r"^λ = (\S+):.*dose 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.15", "0.25", "0.35"]
+    assert re.findall(r"^λ = (\S+):.*dose 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
 
 
 def test_a_client_that_knows_only_the_address_can_ask(environment, target):
@@ -85,25 +99,39 @@ def test_the_server_command_names_options_that_exist(environment):
 
 
 def test_the_commands_of_the_builder_name_options_that_exist(environment):
-    shown = "".join(block for block in blocks("sh") if block.startswith("steer-operators"))
+    pages = (README, (ROOT / "docs/MEASURED.md").read_text())
+    shown = "".join(block for page in pages for block in blocks("sh", page) if block.startswith("steer-operators"))
     for line in shown.splitlines():
         options = set(re.findall(r"--[a-z-]+", line))
         assert options <= set(re.findall(r"--[a-z-]+", run(f"steer-operators {line.split()[1]} --help", environment)))
 
 
-def test_the_demo_ends_well_and_prints_what_the_readme_shows(environment, tmp_path):
-    printed = run(f"{sys.executable} {ROOT / 'tools/demo.py'} --svg {tmp_path / 'demo.svg'}", environment, cwd=tmp_path)
+def test_the_demo_ends_well_and_prints_what_the_picture_shows(environment, tmp_path):
+    made = tmp_path / "demo.svg"
+    printed = run(f"{sys.executable} {ROOT / 'tools/demo.py'} --svg {made}", environment, cwd=tmp_path)
     normal, published, best = first_panels(printed)
     assert "San Francisco" not in normal
     assert re.search("San Francisco|Golden Gate|[Bb]ridge", published)
     assert re.search("San Francisco|Golden Gate|[Bb]ridge", best)
-    assert (tmp_path / "demo.svg").read_text().startswith("<svg")
-    [shown] = blocks("text")
+    assert made.read_text().startswith("<svg")
+    [shown] = [text_of(ROOT / name) for name in re.findall(r"!\[.*?\]\((\S+\.svg)\)", README)]
+    assert first_panels(text_of(made)) == [normal, published, best]
     # Digests hold the time of the build, and the last digits of a figure depend on the processor.
     for arm in ("published", "best setting"):
-        [there], [here] = (re.findall(rf"^ {arm} .*$", text, flags=re.MULTILINE)[:1] for text in (shown, printed))
-        assert constant(there) == constant(here)
+        there, here = (re.findall(rf"^ ?{arm} .*$", text, flags=re.MULTILINE) for text in (shown, printed))
+        assert len(there) == len(here) == 3
+        assert [constant(line) for line in there] == [constant(line) for line in here]
     assert first_panels(shown)[0].split()[:8] == normal.split()[:8]
+
+
+def text_of(picture):
+    """What a terminal's picture shows, each piece in its column: a character is 12.2 wide."""
+    lines = {}
+    pieces = re.findall(r'<text class="\S+-r\d+" x="(\S+)" y="(\S+)"[^>]*>(.*?)</text>', picture.read_text())
+    for x, y, piece in pieces:
+        line = lines.get(float(y), "").ljust(round(float(x) / 12.2))
+        lines[float(y)] = line + html.unescape(piece).replace("\xa0", " ")
+    return "\n".join(lines[y] for y in sorted(lines))
 
 
 def first_panels(printed):
@@ -114,5 +142,5 @@ def first_panels(printed):
 
 
 def constant(line):
-    """The columns that follow from the operator and the prompt: layer, λ, β, tokens steered, dose."""
+    """The columns that follow from the operator and the prompt: block, λ, β, tokens steered, dose."""
     return re.search(r"✓ [0-9a-f]{8}\s+(\S+)\s+(\S+)\s+(\S+)\s+(.*?)\s{2,}(\S+)", line).groups()
