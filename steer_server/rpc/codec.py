@@ -32,9 +32,9 @@ _read_compare_request = reader(pb.CompareRequest, CompareRequest)
 _read_tokenize_request = reader(pb.TokenizeRequest, TokenizeRequest)
 _write_generate_event = oneof_writer(pb.GenerateEvent, _GENERATE_EVENTS)
 _write_compare_event = oneof_writer(pb.CompareEvent, _GENERATE_EVENTS | {Compared: "compared"})
-_write_completion = writer(pb.GenerateResponse)
-_write_tokenization = writer(pb.TokenizeResponse)
-_write_model_info = writer(pb.GetModelInfoResponse)
+_write_completion = writer(pb.GenerateResponse, Completion)
+_write_tokenization = writer(pb.TokenizeResponse, Tokenization)
+_write_model_info = writer(pb.GetModelInfoResponse, ModelInfo)
 
 
 def generation_request(message: pb.GenerateRequest) -> GenerationRequest:

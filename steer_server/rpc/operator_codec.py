@@ -8,17 +8,17 @@ from steering.convert import enum_numbers, writer
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
-from operators.core.header import Calibration, LowRank, OperatorHeader
+from operators.core.header import Calibration, CalibrationPoint, LowRank, OperatorHeader
 from steer_server.registry import OperatorEntry, StoreChanges
 
 _MAX_MORE_TEXTS = 64 << 10
 """Bytes: the header admits a thousand texts of 65536 tokens each."""
 _RULES = enum_numbers(pb.Rule.DESCRIPTOR)
 
-_write_operator = writer(ops.Operator)
-_write_calibration = writer(ops.Calibration)
-_write_point = writer(ops.CalibrationPoint)
-_write_store_changes = writer(ops.ReloadOperatorsResponse)
+_write_operator = writer(ops.Operator, OperatorHeader)
+_write_calibration = writer(ops.Calibration, Calibration)
+_write_point = writer(ops.CalibrationPoint, CalibrationPoint)
+_write_store_changes = writer(ops.ReloadOperatorsResponse, StoreChanges)
 
 
 def operator(entry: OperatorEntry) -> ops.Operator:

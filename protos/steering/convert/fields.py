@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from typing import Any, TypeAlias
+from collections.abc import Callable, Collection, Sequence
+from types import NoneType
+from typing import Any, TypeAlias, get_args, get_origin
 
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
@@ -30,6 +31,17 @@ class FieldError(ValueError):
         self.path = part + ("." if self.path and not self.path.startswith("[") else "") + self.path
         self.message = message if self.message is None else self.message
         return self
+
+
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """A type without None, and whether it admitted None."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return (kinds[0], True) if NoneType in get_args(hint) else (hint, False)
+
+
+def is_sequence(hint: Any) -> bool:
+    """Whether a type is that of a repeated field."""
+    return get_origin(hint) in (tuple, Sequence)
 
 
 def enum_numbers(enum: EnumDescriptor) -> dict[str, int]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
 from dataclasses import MISSING, Field, fields
 from datetime import UTC
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
-from types import NoneType
-from typing import Any, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from steering.convert.fields import WHEN_UNSET, Convert, FieldError, enum_numbers, items
+from steering.convert.fields import WHEN_UNSET, Convert, FieldError, enum_numbers, is_sequence, items, without_none
 
 _T = TypeVar("_T", covariant=True)
 _LEFT_OUT: Any = object()
@@ -30,22 +29,27 @@ class Reader(Protocol[_T]):
         """Raises FieldError for a value of an enum that the dataclass does not know, or a message that is not set."""
 
 
-def reader(message: type[Message], cls: type[_T], *, given: Sequence[str] = (), strict: bool = False) -> Reader[_T]:
+def reader(message: type[Message], cls: type[_T], *, strict: bool = False) -> Reader[_T]:
     """What turns a message into a dataclass. Fields of the message that the dataclass lacks are left out.
 
-    ``given``: fields of the dataclass that the caller of the reader gives. ``strict``: a nested message must be set
-    where neither None nor a default can stand for it; else it is read as an empty one. Raises TypeError for a
-    dataclass that needs more than the message has.
+    ``strict``: a nested message must be set where neither None nor a default can stand for it; else it is read as an
+    empty one. The reader raises TypeError where the dataclass needs more than is in the message and given.
     """
-    return _reader(cast("Descriptor", message.DESCRIPTOR), cls, given, strict)
+    descriptor = cast("Descriptor", message.DESCRIPTOR)
+
+    @cache
+    def reading(given: frozenset[str]) -> Reader[_T]:
+        return _reader(descriptor, cls, strict, given)
+
+    return lambda message, /, **given: reading(frozenset(given))(message, **given)
 
 
-def _reader(descriptor: Descriptor, cls: type[_T], given: Sequence[str], strict: bool) -> Reader[_T]:
+def _reader(descriptor: Descriptor, cls: type[_T], strict: bool, without: Container[str] = ()) -> Reader[_T]:
     hints = get_type_hints(cls)
     plain: list[str] = []
     converted: list[tuple[str, Convert]] = []
     for declared in fields(cls):  # type: ignore[arg-type]
-        if declared.name in given:
+        if declared.name in without:
             continue
         field = descriptor.fields_by_name.get(declared.name)
         if field is None:
@@ -79,9 +83,7 @@ def _read_field(field: FieldDescriptor, hint: Any, declared: Field[Any], strict:
     get = attrgetter(field.name)
     if field.is_repeated:
         return _read_items(field, hint, strict)
-    optional = NoneType in get_args(hint)
-    if optional:
-        [hint] = (kind for kind in get_args(hint) if kind is not NoneType)
+    hint, optional = without_none(hint)
     convert = _read_one(field, hint, strict)
     unset = declared.metadata.get(WHEN_UNSET) or _unset(field, optional, _has_default(declared), strict)
     if unset is None:
@@ -108,9 +110,9 @@ def _read_one(field: FieldDescriptor, hint: Any, strict: bool) -> Convert | None
         return _read_enum(field.enum_type, hint)
     if field.message_type is None:
         return None
-    if get_origin(hint) is tuple:
+    if is_sequence(hint):
         return _read_items(field.message_type.fields[0], hint, strict)
-    return _WELL_KNOWN.get(field.message_type.full_name) or _reader(field.message_type, hint, (), strict)
+    return _WELL_KNOWN.get(field.message_type.full_name) or _reader(field.message_type, hint, strict)
 
 
 def _read_enum(enum: EnumDescriptor, hint: Any) -> Convert:

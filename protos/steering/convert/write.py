@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from datetime import datetime
 from functools import cache, partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from steering.convert.fields import Convert, FieldError, enum_numbers, items
+from steering.convert.fields import Convert, FieldError, enum_numbers, is_sequence, items, without_none
 
 _M = TypeVar("_M", bound=Message, covariant=True)
 
@@ -25,65 +25,72 @@ class Writer(Protocol[_M]):
 
 
 class Accept(Protocol):
-    """Checks a value before it is written; returns what is written in its place. Raises FieldError."""
+    """Checks values before they are written."""
 
-    def __call__(self, field: FieldDescriptor, value: Any, *, many: bool) -> Any:
-        """``many``: the values of a repeated field together; each follows alone."""
+    def __call__(self, field: FieldDescriptor, kind: Any, value: Any) -> Any:
+        """What is written in place of ``value``. Raises FieldError.
+
+        ``kind``: the type that the dataclass gives to the value; ``list`` for the values of a repeated field together,
+        each of which follows alone.
+        """
 
 
-def writer(message: type[_M], accept: Accept | None = None) -> Writer[_M]:
-    """What turns an object into a message, each field from the attribute of its name; None leaves a field unset.
+def writer(message: type[_M], cls: type, accept: Accept | None = None) -> Writer[_M]:
+    """What turns an object of a class into a message, each field from the attribute of its name; None leaves it unset.
 
-    Without ``accept``, values are taken to be of their types.
+    Without ``accept``, values are taken to be of their types. The writer raises TypeError where the class lacks a field
+    that is not given.
     """
     descriptor = cast("Descriptor", message.DESCRIPTOR)
-    every_field = _keywords(descriptor, accept)
 
     @cache
-    def without(names: frozenset[str]) -> Callable[[object], dict[str, Any]]:
-        return _keywords(descriptor, accept, names)
+    def keywords(given: frozenset[str]) -> Callable[[object], dict[str, Any]]:
+        return _keywords(descriptor, cls, accept, given)
 
-    def write(source: object, /, **given: Any) -> _M:
-        keywords = without(frozenset(given)) if given else every_field
-        return message(**keywords(source), **given)
-
-    return write
+    return lambda source, /, **given: message(**keywords(frozenset(given))(source), **given)
 
 
 def oneof_writer(message: type[_M], kinds: Mapping[type, str]) -> Writer[_M]:
     """What turns an object of one of these classes into a message that has it in the field of that name."""
     fields = cast("Descriptor", message.DESCRIPTOR).fields_by_name
-    writes = {cls: (name, _keywords(cast("Descriptor", fields[name].message_type))) for cls, name in kinds.items()}
+    keywords = {
+        cls: (name, _keywords(cast("Descriptor", fields[name].message_type), cls)) for cls, name in kinds.items()
+    }
 
     def write(source: object, /, **given: Any) -> _M:
-        name, keywords = writes[type(source)]
-        return message(**{name: keywords(source)}, **given)
+        name, of_source = keywords[type(source)]
+        return message(**{name: of_source(source)}, **given)
 
     return write
 
 
 def _keywords(
-    descriptor: Descriptor, accept: Accept | None = None, without: Container[str] = ()
+    descriptor: Descriptor, cls: type, accept: Accept | None = None, without: Container[str] = ()
 ) -> Callable[[object], dict[str, Any]]:
     """What makes the keywords of a message's constructor; those of nested messages are dicts, which saves copies."""
+    hints = get_type_hints(cls)
     plain: list[str] = []
-    converted: list[tuple[str, Convert]] = []
+    converted: list[tuple[str, Convert, bool]] = []
     for field in descriptor.fields:
         if field.name in without:
             continue
-        write = _write_field(field, accept)
+        if field.name not in hints:
+            raise TypeError(f"{cls.__name__} has no field for {field.full_name}")
+        kind, optional = without_none(hints[field.name])
+        write = _write_field(field, kind, accept)
         if write is None:
             plain.append(field.name)
         else:
-            converted.append((field.name, write))
+            # A None that should not be is left to ``accept``.
+            converted.append((field.name, write, optional or accept is None))
 
     def keywords(source: object) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for name in plain:
             values[name] = getattr(source, name)
-        for name, write in converted:
+        for name, write, may_be_none in converted:
             value = getattr(source, name)
-            if value is None:
+            if value is None and may_be_none:
                 continue
             try:
                 values[name] = write(value)
@@ -94,31 +101,33 @@ def _keywords(
     return keywords
 
 
-def _write_field(field: FieldDescriptor, accept: Accept | None) -> Convert | None:
+def _write_field(field: FieldDescriptor, kind: Any, accept: Accept | None) -> Convert | None:
     """What converts the value of a field; None where it is written as it is."""
-    convert = _write_one(field, accept)
-    if accept is not None:
-        convert = _after(partial(accept, field, many=False), convert)
-    if not field.is_repeated or convert is None:
-        return convert
-    return items(convert) if accept is None else _after(partial(accept, field, many=True), items(convert))
+    if not field.is_repeated:
+        return _write_one(field, kind, accept)
+    convert = _write_one(field, get_args(kind)[0], accept)
+    if convert is None:
+        return None
+    return items(convert) if accept is None else _after(partial(accept, field, list), items(convert))
 
 
-def _write_one(field: FieldDescriptor, accept: Accept | None) -> Convert | None:
-    """What converts one value; None for a scalar."""
+def _write_one(field: FieldDescriptor, kind: Any, accept: Accept | None) -> Convert | None:
+    """What converts one value; None for a scalar that nobody checks."""
+    convert = _write_trusted(field, kind, accept)
+    return convert if accept is None else _after(partial(accept, field, kind), convert)
+
+
+def _write_trusted(field: FieldDescriptor, kind: Any, accept: Accept | None) -> Convert | None:
     if field.enum_type is not None:
         numbers = enum_numbers(field.enum_type)
         return lambda value: numbers[value.lower()]
     if field.message_type is None:
         return None
-    if field.message_type.full_name in _WELL_KNOWN:
-        return _WELL_KNOWN[field.message_type.full_name]
-    keywords = _keywords(field.message_type, accept)
-    only = field.message_type.fields[0]
-    if len(field.message_type.fields) > 1 or not only.is_repeated:
-        return keywords
-    every = _write_field(only, accept) or list
-    return lambda value: {only.name: every(value)} if isinstance(value, list | tuple) else keywords(value)
+    if is_sequence(kind):
+        only = field.message_type.fields[0]
+        write = _write_field(only, kind, accept) or list
+        return lambda value: {only.name: write(value)}
+    return _WELL_KNOWN.get(field.message_type.full_name) or _keywords(field.message_type, kind, accept)
 
 
 def _after(first: Convert, then: Convert | None) -> Convert:
