@@ -1,4 +1,4 @@
-"""What every engine offers."""
+"""The interface of an engine: both implement these protocols."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from steer_server.types import DecodeJob, EngineEvent, ModelInfo, Prompt
 
 
 class JobStream(Protocol):
-    """The events of one job, in order: Admitted, then tokens and ends of its rows as they come.
+    """The events of one job, in order: Admitted, then the tokens and ends of its rows.
 
-    Iterating raises the job's error. Whoever holds a stream must ``cancel()`` it when done; after the last event
-    that does nothing.
+    Iterating raises the job's error. The holder of a stream must call ``cancel()`` when done with it; after the last
+    event that does nothing.
     """
 
     def __aiter__(self) -> AsyncIterator[EngineEvent]:
@@ -43,17 +43,17 @@ class Engine(Protocol):
         ...
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
-        """Token ids of a prompt, worked out beside the event loop.
+        """Token ids of a prompt, computed in another thread.
 
         Raises:
             InvalidRequestError: no tokens, an id outside of the vocabulary, a chat without a template.
             PromptTooLongError: no room for one more token.
-            QueueFullError: too many prompts wait for it.
+            QueueFullError: too many prompts are waiting.
         """
         ...
 
     def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
-        """Each token on its own, as text."""
+        """Each token decoded on its own."""
         ...
 
     def submit(self, job: DecodeJob) -> JobStream:
@@ -66,9 +66,9 @@ class Engine(Protocol):
         ...
 
     async def failed(self) -> str:
-        """Returns when the engine can decode nothing any more, with the reason; not before."""
+        """Waits until the engine can no longer decode anything, and returns the reason."""
         ...
 
     async def close(self) -> None:
-        """Ends running rows as CANCELLED, refuses waiting ones, frees the model's thread."""
+        """Ends running rows as CANCELLED, refuses waiting jobs, and releases threads and processes."""
         ...

@@ -1,4 +1,4 @@
-"""What a loaded model is, as clients and artifacts know it."""
+"""The description of a loaded model that clients get, and that operators are checked against."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from steer_server.types import ModelInfo
 
 
 def describe_model(loaded: LoadedModel, *, engine: str) -> ModelInfo:
-    """Raises :class:`StartupError` for a model that this engine cannot decode or steer."""
+    """The description of ``loaded`` as served by ``engine``.
+
+    Raises:
+        StartupError: the model cannot be decoded or steered.
+    """
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         raise StartupError(
             f"{loaded.name}: its tokenizer {type(loaded.tokenizer).__name__} has no fast form, which streaming needs"
@@ -40,7 +44,7 @@ def describe_model(loaded: LoadedModel, *, engine: str) -> ModelInfo:
 
 
 def _eos_ids(loaded: LoadedModel) -> tuple[int, ...]:
-    found = loaded.model.generation_config.eos_token_id
-    if found is None:
-        found = loaded.tokenizer.eos_token_id
-    return tuple(found) if isinstance(found, list | tuple) else () if found is None else (int(found),)
+    ids = loaded.model.generation_config.eos_token_id
+    if ids is None:
+        ids = loaded.tokenizer.eos_token_id
+    return tuple(ids) if isinstance(ids, list | tuple) else () if ids is None else (int(ids),)

@@ -1,4 +1,4 @@
-"""Doses: what the strengths of a plan allow, what rounding adds to it, and what was measured."""
+"""Doses |h' - h|/|h|: what the strengths of a plan can give, what rounding adds, and what was measured."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import SteeringPlan
 
 _ARITHMETIC = 1e-5
-"""Relative error of norms and unit vectors of any hidden size, worked out in float32."""
+"""Upper bound of the relative error of norms and unit vectors computed in float32, for any hidden size."""
 
 
 def dose_limit(bound: float, dtype: torch.dtype) -> float:
-    """What |h' - h|/|h| may be where the strengths give at most ``bound``, h' = h + |h| push rounded to ``dtype``."""
+    """The largest dose that strengths with at most ``bound`` can give, with h' = h + |h| push rounded to ``dtype``."""
     return bound * (1.0 + _ARITHMETIC) + (1.0 + bound) * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
 def dose_floor(bound: float) -> float:
-    """What |h' - h|/|h| must pass to be more than the rounding of strengths that cancel and add up to ``bound``."""
+    """The dose that rounding alone can give where strengths cancel whose magnitudes add up to ``bound``.
+
+    A dose must be above it to be an effect of steering.
+    """
     return bound * _ARITHMETIC
 
 
@@ -28,7 +31,7 @@ def check_strengths(plan: SteeringPlan, dtype: torch.dtype) -> None:
     """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
     resolution = torch.finfo(dtype).eps
     for use in plan.applications:
-        # A smaller push moves a few of the state's elements and leaves the rest: no longer in its direction.
+        # A smaller push changes only a few elements of the state, and so no longer points in its direction.
         if 0.0 < abs(use.setting.strength) < resolution:
             raise SteeringNotAppliedError(
                 f"{use.name}: strength {use.setting.strength:g} is lost in rounding: hidden states in "
@@ -37,8 +40,8 @@ def check_strengths(plan: SteeringPlan, dtype: torch.dtype) -> None:
 
 
 @dataclass
-class Dose:
-    """Running measurement at one layer of one row. Strengths that cancel or are zero leave it empty."""
+class DoseStatistics:
+    """The measured doses at one layer of one row so far; empty where every strength at the layer is zero."""
 
     prompt_tokens: int = 0
     generated_tokens: int = 0

@@ -1,4 +1,4 @@
-"""Reading prompts: text, ids or a conversation to token ids, beside the event loop and not without bound."""
+"""Encoding prompts (text, ids or a conversation) to token ids, in a thread beside the event loop and with a bound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from steer_server.types import ModelInfo, Prompt
 
 
 class PromptReader:
-    """One tokenizer, in a thread of its own: a long prompt takes seconds, and streams go on."""
+    """One tokenizer in a thread of its own: a long prompt takes seconds, and must not hold up the event loop."""
 
     def __init__(self, tokenizer: Any, model: ModelInfo, *, max_waiting: int) -> None:
         self._tokenizer = tokenizer
@@ -35,7 +35,7 @@ class PromptReader:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and not (task and task.cancelling()):
-                # Not the caller gave up: closing took the prompt out of the line.
+                # The caller did not give up: closing cancelled the waiting prompts.
                 raise ShuttingDownError from None
             raise
         finally:
@@ -47,23 +47,23 @@ class PromptReader:
             raise InvalidRequestError("prompt", "has no tokens; at least one is needed")
         if len(ids) >= self._model.context_length:
             raise PromptTooLongError(len(ids), self._model.context_length)
-        # Of text too: a tokenizer may know more tokens than the model has embeddings for.
+        # Ids of a text are checked too: a tokenizer may have more tokens than the model has embeddings.
         check_ids("prompt.token_ids", ids, self._model.vocab_size)
         return ids
 
     def _tokenise(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
         fewest = len(text.encode()) // self._longest_token
         if fewest > self._model.context_length:
-            # Known without tokenising, which for megabytes takes long.
+            # A lower bound that is too high already: tokenising megabytes would take long.
             raise PromptTooLongError(fewest, self._model.context_length)
         return tuple(self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
 
     def texts(self, ids: Iterable[int]) -> tuple[str, ...]:
-        """Each token on its own, as text."""
+        """Each token decoded on its own."""
         return tuple(str(self._tokenizer.decode([token])) for token in ids)
 
     def close(self) -> None:
-        """Refuses the prompts that wait."""
+        """Refuses waiting and new prompts with :class:`ShuttingDownError`."""
         self._closed = True
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
@@ -78,13 +78,13 @@ class PromptReader:
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:
-            # Templates are programs of their authors, and raise what they like.
+            # A template is a program of the model's author, and may raise any exception.
             raise InvalidRequestError("prompt.chat", f"the chat template refuses it: {error}") from error
         return self._tokenise(text, special_tokens=False)
 
 
 def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
-    """Raises :class:`InvalidRequestError` for the first id that is no token."""
+    """Raises :class:`InvalidRequestError` for the first id outside of the vocabulary; ``field`` names it."""
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise InvalidRequestError(f"{field}[{index}]", f"is {token}; 0 to {vocab_size - 1} are accepted")

@@ -1,4 +1,4 @@
-"""The text of one row, token by token, and why it ends: what both engines must do alike."""
+"""The text of one row, token by token, and why it ends. Shared by the engines, so that both end texts alike."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steer_server.types import FinishReason, SamplingParams
 
 @dataclass(eq=False)
 class RowText:
-    """Turns the tokens of one continuation into text."""
+    """The text of one continuation. ``ids``: its tokens so far, without the prompt."""
 
     detokenizer: Detokenizer
     sampling: SamplingParams
@@ -24,13 +24,13 @@ class RowText:
         self._stops = StopStrings(self.sampling.stop_strings)
 
     def push(self, token: int) -> tuple[Piece, FinishReason | None]:
-        """The text that may be shown after this token, and the reason why it is the last one, if it is."""
+        """Adds a token: the text that may be shown now, and why the continuation ends with it (None: it goes on)."""
         self.ids.append(token)
         piece = self._stops.push(self.detokenizer.push(token))
         return piece, FinishReason.STOP_STRING if piece.stop_string else self._reason(token)
 
     def flush(self) -> str:
-        """What was held back, at an end that is not a stop string."""
+        """The text still held back, once the continuation has ended otherwise than by a stop string."""
         return self._stops.push(self.detokenizer.flush()).text + self._stops.flush()
 
     def _reason(self, token: int) -> FinishReason | None:

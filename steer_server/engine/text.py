@@ -1,4 +1,4 @@
-"""From token ids to text, a piece at a time: whole characters only, and nothing of a stop string."""
+"""Incremental decoding of token ids to text: whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from tokenizers.decoders import DecodeStream
 
 _UNREADABLE = "\ufffd"
 _MAX_UNREADABLE_TOKENS = 16
-"""Tokens at the end of a prompt that are looked through for a whole character; one character has at most four."""
+"""Tokens at the end of a prompt that are searched for the end of a character; one character has at most four."""
 _PRIMING = (64, 65, 66, 67, 1024, 1025, 1026, 1027)
-"""Tokens of a prompt's end to try, in fours because one in four begins where a character of bytes does."""
-_MOST_PRIMING = 4096
+"""Numbers of last tokens to try; four in a row, because one of four tokens in a row begins a character."""
+_MAX_PRIMING = 4096
 
 
 class Detokenizer:
     """Incremental decoding of one continuation.
 
-    Pieces are cut so that no character is split. The stream is primed with the end of the prompt, because many
-    tokenizers drop the space that a text begins with.
+    No character is split between two pieces. The stream is primed with the end of the prompt, because many tokenizers
+    drop a space at the beginning of a text.
     """
 
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(ids=self._whole(prompt_ids), skip_special_tokens=True)
-        self._seen = list(prompt_ids[-_MOST_PRIMING:])
+        self._stream = DecodeStream(ids=self._priming_ids(prompt_ids), skip_special_tokens=True)
+        self._ids = list(prompt_ids[-_MAX_PRIMING:])
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes; often empty in the middle of a character."""
-        self._seen.append(token_id)
+        """The text that this token completes; empty within a character."""
+        self._ids.append(token_id)
         self._pending.append(token_id)
         try:
             piece = self._stream.step(self._backend, token_id)
         except Exception:  # noqa: BLE001 - the bare class is what it raises
-            # Bytes that cannot be text rewrite what was read before them (byte-fallback tokenizers): the stream gives
-            # up. What is pending is shown as it decodes, and the stream begins anew.
-            self._stream = DecodeStream(ids=self._whole(self._seen), skip_special_tokens=True)
+            # With byte-fallback tokenizers, bytes that are not UTF-8 change how the tokens before them decode, and the
+            # stream raises. The pending tokens are decoded on their own, and a new stream is begun.
+            self._stream = DecodeStream(ids=self._priming_ids(self._ids), skip_special_tokens=True)
             return self.flush()
         if piece is None:
             return ""
@@ -46,53 +46,54 @@ class Detokenizer:
         return str(piece)
 
     def flush(self) -> str:
-        """What is left at the end: an incomplete character becomes U+FFFD."""
-        left = self._backend.decode(self._pending, skip_special_tokens=True) if self._pending else ""
+        """The text of the pending tokens; an incomplete character becomes U+FFFD."""
+        text = self._backend.decode(self._pending, skip_special_tokens=True) if self._pending else ""
         self._pending.clear()
-        return str(left)
+        return str(text)
 
-    def _whole(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The prompt up to its last whole character: primed with half of one, the stream would repeat the prompt."""
-        last = self._last(prompt_ids)
+    def _priming_ids(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt's end up to its last whole character: primed with a part of one, the stream repeats the prompt."""
+        last = self._last_ids(prompt_ids)
         for end in range(len(last), max(0, len(last) - _MAX_UNREADABLE_TOKENS), -1):
             ids = last[:end]
             if not self._backend.decode(ids, skip_special_tokens=True).endswith(_UNREADABLE):
                 return ids
         return []
 
-    def _last(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The fewest last tokens after which text reads as after all of them, which for a long prompt take long.
+    def _last_ids(self, prompt_ids: Sequence[int]) -> list[int]:
+        """A few last tokens after which text decodes as after the whole prompt; priming with a long one takes long.
 
-        There must be text among them, or the next space would be one that a text begins with; and they must not begin
-        within a character, which makes bytes after it unreadable. Where most of a prompt is neither, it is cut.
+        There must be text among them, or the next space counts as the beginning of a text and is dropped; and they must
+        not begin within a character, because the bytes after it would not decode. Where no number of tokens in _PRIMING
+        fulfils both, the last _MAX_PRIMING are taken.
         """
         for size in _PRIMING:
             ids = list(prompt_ids[-size:])
             text = self._backend.decode(ids, skip_special_tokens=True)
             if size >= len(prompt_ids) or (text and not text.startswith(_UNREADABLE)):
                 return ids
-        return list(prompt_ids[-_MOST_PRIMING:])
+        return list(prompt_ids[-_MAX_PRIMING:])
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that may be shown, and the stop string that ended it, if one did."""
+    """Text that may be shown, and the stop string that ended the continuation, if one did."""
 
     text: str
     stop_string: str = ""
 
 
 class StopStrings:
-    """Holds text back for as long as it could be the beginning of a stop string."""
+    """Finds stop strings, and holds back text that could be the beginning of one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
 
     def push(self, text: str) -> Piece:
-        """The part of the text so far that is safe to show."""
+        """Adds text: what may be shown of all that is held, and the stop string that was found, if any."""
         self._held += text
-        # The match that is complete first wins, so that the cuts do not matter; of two, the longer.
+        # The match that ends first wins, so that the result does not depend on how the text is cut; of two, the longer.
         starts = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
         if starts:
             start, stop = min(starts, key=lambda found: (found[0] + len(found[1]), found[0]))
@@ -104,7 +105,7 @@ class StopStrings:
         return Piece(shown)
 
     def flush(self) -> str:
-        """The text still held back: it was no stop string after all."""
+        """The text still held back, which turned out not to be a stop string."""
         shown, self._held = self._held, ""
         return shown
 

@@ -1,7 +1,7 @@
 """Decoding one job on a transformers model: prefill, then one token per row and step, with a KV cache.
 
-The rows of a job share every forward pass. Plain rows share one prefill. A row that is to be scored brings a
-follower: a plain row that is fed the same tokens and never chooses one.
+The rows of a job share every forward pass. Plain rows share one prefill. A steered row that is to be scored has a
+plain reference in the batch: it is fed the same tokens, chooses none, and gives the plain model's logits for them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
+from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.sampling import Sampler
-from steer_server.engine.hf.steering import PreparedOperators, RowSteering, SteeringHooks
+from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
 from steer_server.engine.row_text import RowText
 from steer_server.engine.text import Detokenizer
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
@@ -29,17 +31,17 @@ from steer_server.types import (
     TopLogprob,
 )
 
-Interrupted = Callable[[], FinishReason | None]
-"""Asked between steps: TIME_LIMIT or CANCELLED when the job must end, else None."""
+InterruptionCheck = Callable[[], FinishReason | None]
+"""Called between steps: TIME_LIMIT or CANCELLED when the job must end, else None."""
 
 
 _PREFILL_CHUNK = 1024
-"""Prompt tokens between two looks at whether the job is still wanted."""
+"""Prompt tokens between two interruption checks."""
 
 
 @dataclass(eq=False)
-class _Leader:
-    """A row that chooses tokens."""
+class _RowState:
+    """One row of the job while it is being decoded. ``sequence``: prompt and generated tokens, (T,)."""
 
     index: int
     steering: RowSteering | None
@@ -49,33 +51,33 @@ class _Leader:
     sequence: torch.Tensor
 
     @property
-    def generated(self) -> int:
+    def num_generated(self) -> int:
         return len(self.text.ids)
 
 
 @dataclass(frozen=True, eq=False)
-class _Slot:
-    """One row of the batch: a leader, or the plain follower of one."""
+class _BatchSlot:
+    """One row of the batch: a row of the job, or its plain reference."""
 
-    leader: _Leader
-    follower: bool = False
+    state: _RowState
+    reference: bool = False
 
     @property
     def steering(self) -> RowSteering | None:
-        return None if self.follower else self.leader.steering
+        return None if self.reference else self.state.steering
 
 
 @dataclass(eq=False)
 class Decoder:
-    """Everything one job needs of the engine."""
+    """Decodes one job. Filled by the engine."""
 
     loaded: LoadedModel
     job: DecodeJob
-    prepared: PreparedOperators
-    interrupted: Interrupted
+    operators: PreparedOperatorCache
+    check_interruption: InterruptionCheck
     eos_ids: frozenset[int]
     _cache: DynamicCache = field(init=False)
-    _hooks: SteeringHooks = field(init=False)
+    _hooks: PushHooks = field(init=False)
 
     @torch.inference_mode()
     def run(self) -> Iterator[EngineEvent]:
@@ -85,37 +87,36 @@ class Decoder:
             SteeringNotAppliedError: a plan could not be applied at some step.
             EngineFailedError: the plain model itself gives logits that are not finite.
         """
-        leaders = [self._leader(index) for index in range(len(self.job.rows))]
-        slots = [_Slot(leader) for leader in leaders]
-        # A plain row is its own plain model.
-        slots += [_Slot(leader, follower=True) for leader in leaders if leader.scored and leader.steering]
-        layers = {layer for leader in leaders if leader.steering for layer in leader.steering.layers}
+        states = [self._row_state(index) for index in range(len(self.job.rows))]
+        slots = [_BatchSlot(state) for state in states]
+        # A plain row is its own reference.
+        slots += [_BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
+        layers = {layer for state in states if state.steering for layer in state.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
-        with SteeringHooks(decoder_layers(self.loaded.model), layers) as self._hooks:
+        with PushHooks(decoder_layers(self.loaded.model), layers) as self._hooks:
             logits, interruption = self._prefill(slots)
             while True:
-                ended: set[_Leader] = set()
-                for event, leader in self._choose(slots, logits, interruption):
+                events = _end_all(states, interruption) if interruption else self._choose_tokens(slots, logits)
+                ended: set[int] = set()
+                for event in events:
                     yield event
                     if isinstance(event, RowFinished):
-                        ended.add(leader)
-                live = [place for place, slot in enumerate(slots) if slot.leader not in ended]
-                if not live:
+                        ended.add(event.row)
+                states = [state for state in states if state.index not in ended]
+                slots = self._drop_ended(slots, ended)
+                if not slots:
                     return
-                if len(live) < len(slots):
-                    slots = [slots[place] for place in live]
-                    self._cache.batch_select_indices(torch.tensor(live, device=self.loaded.device))
-                interruption = self.interrupted()
+                interruption = self.check_interruption()
                 if interruption is None:
                     # A token is fed back only to choose another: the last one of a text never is, however it ends.
-                    last = torch.stack([slot.leader.sequence[-1:] for slot in slots])
+                    last = torch.stack([slot.state.sequence[-1:] for slot in slots])
                     logits = self._forward(slots, last, prompt=False)
 
-    def _leader(self, index: int) -> _Leader:
+    def _row_state(self, index: int) -> _RowState:
         row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
-        return _Leader(
+        return _RowState(
             index=index,
-            steering=RowSteering(row.plan, self.prepared, self.loaded.dtype) if row.plan else None,
+            steering=RowSteering(row.plan, self.operators, self.loaded.dtype) if row.plan else None,
             scored=row.score,
             sampler=Sampler(sampling, device),
             text=RowText(
@@ -128,12 +129,12 @@ class Decoder:
             sequence=torch.tensor(self.job.prompt_ids, device=device),
         )
 
-    def _prefill(self, slots: list[_Slot]) -> tuple[torch.Tensor, FinishReason | None]:
-        """Logits (B, V) after the prompt, read in chunks; and what interrupted the reading, if anything did.
+    def _prefill(self, slots: list[_BatchSlot]) -> tuple[torch.Tensor, FinishReason | None]:
+        """Logits (B, V) after the prompt, computed in chunks; and what interrupted the prefill, if anything did.
 
         Plain rows are one row here and are copied afterwards.
         """
-        unique: list[_Slot] = []
+        unique: list[_BatchSlot] = []
         source: list[int] = []
         for slot in slots:
             plain = next((i for i, other in enumerate(unique) if not (slot.steering or other.steering)), None)
@@ -142,64 +143,53 @@ class Decoder:
                 unique.append(slot)
         rows = torch.tensor(source, device=self.loaded.device)
         logits = torch.empty(len(unique), 0, device=self.loaded.device)
-        for chunk in torch.split(slots[0].leader.sequence, _PREFILL_CHUNK):
-            if interruption := self.interrupted():
+        for chunk in torch.split(slots[0].state.sequence, _PREFILL_CHUNK):
+            if interruption := self.check_interruption():
                 return logits[rows], interruption
             logits = self._forward(unique, chunk.expand(len(unique), -1), prompt=True)
         if len(unique) < len(slots):
             self._cache.batch_select_indices(rows)
-        return logits[rows], self.interrupted()
+        return logits[rows], self.check_interruption()
 
-    def _forward(self, slots: list[_Slot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
+    def _forward(self, slots: list[_BatchSlot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
         """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
-        steered = [(row, slot.steering) for row, slot in enumerate(slots) if slot.steering is not None]
         model, start = self.loaded.model, self._cache.get_seq_length()
-        self._hooks.load(steered, {row: block_input(model, embed(model, ids[row]), start=start) for row, _ in steered})
+        steered = {row: slot.steering for row, slot in enumerate(slots) if slot.steering is not None}
+        load_pushes(
+            self._hooks, steered, {row: block_input(model, embed(model, ids[row]), start=start) for row in steered}
+        )
         output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits: torch.Tensor = output.logits[:, -1].float()
-        finite = torch.isfinite(logits).all(-1).tolist()
-        for slot, whole in zip(slots, finite, strict=True):
-            if not whole and slot.steering is not None:
-                raise SteeringNotAppliedError(
-                    f"{slot.steering.describe()} makes the logits of token {slot.leader.generated} not finite; "
-                    "a smaller strength is needed"
-                )
-            if not whole:
-                raise EngineFailedError(f"the model's logits of token {slot.leader.generated} are not finite")
-        self._hooks.collect(steered, prompt=prompt)
+        _check_finite(slots, logits)
+        record_doses(self._hooks, steered, prompt=prompt)
         return logits
 
-    def _choose(
-        self, slots: list[_Slot], logits: torch.Tensor, interruption: FinishReason | None
-    ) -> Iterator[tuple[EngineEvent, _Leader]]:
-        followers = {slot.leader: logits[row] for row, slot in enumerate(slots) if slot.follower}
+    def _drop_ended(self, slots: list[_BatchSlot], ended: set[int]) -> list[_BatchSlot]:
+        """The slots whose rows go on; the KV cache keeps only theirs."""
+        live = [place for place, slot in enumerate(slots) if slot.state.index not in ended]
+        if 0 < len(live) < len(slots):
+            self._cache.batch_select_indices(torch.tensor(live, device=self.loaded.device))
+        return [slots[place] for place in live]
+
+    def _choose_tokens(self, slots: list[_BatchSlot], logits: torch.Tensor) -> Iterator[EngineEvent]:
+        """The next token of every row of the job, from its logits in (B, V); and the end of those that it ends."""
+        plain = {slot.state.index: logits[row] for row, slot in enumerate(slots) if slot.reference}
         for row, slot in enumerate(slots):
-            if slot.follower:
+            if slot.reference:
                 continue
-            leader = slot.leader
-            if interruption is not None:
-                yield self._end(leader, interruption, ""), leader
-                continue
-            token = leader.sampler.choose(leader.sequence, logits[row])
-            leader.sequence = torch.cat([leader.sequence, leader.sequence.new_tensor([token])])
-            piece, reason = leader.text.push(token)
-            yield (
-                TokenEvent(
-                    row=leader.index,
-                    token_id=token,
-                    text=piece.text,
-                    logprob=self._logprob(token, logits[row]),
-                    score=_score(token, logits[row], followers.get(leader, logits[row])) if leader.scored else None,
-                ),
-                leader,
+            state = slot.state
+            token = state.sampler.choose(state.sequence, logits[row])
+            state.sequence = torch.cat([state.sequence, state.sequence.new_tensor([token])])
+            piece, reason = state.text.push(token)
+            yield TokenEvent(
+                row=state.index,
+                token_id=token,
+                text=piece.text,
+                logprob=self._logprob(token, logits[row]),
+                score=_score(token, logits[row], plain.get(state.index, logits[row])) if state.scored else None,
             )
             if reason is not None:
-                yield self._end(leader, reason, piece.stop_string), leader
-
-    def _end(self, leader: _Leader, reason: FinishReason, stop_string: str) -> RowFinished:
-        text = "" if stop_string else leader.text.flush()
-        receipts = leader.steering.receipts() if leader.steering else ()
-        return RowFinished(leader.index, reason, text, stop_string, receipts)
+                yield _end(state, reason, piece.stop_string)
 
     def _logprob(self, token: int, logits: torch.Tensor) -> TokenLogprob | None:
         count = self.job.sampling.logprobs
@@ -215,6 +205,30 @@ class Decoder:
 
     def _text(self, token: int) -> str:
         return str(self.loaded.tokenizer.decode([token]))
+
+
+def _check_finite(slots: list[_BatchSlot], logits: torch.Tensor) -> None:
+    finite = torch.isfinite(logits).all(-1).tolist()
+    for slot, row_is_finite in zip(slots, finite, strict=True):
+        if row_is_finite:
+            continue
+        if slot.steering is None:
+            raise EngineFailedError(f"the model's logits of token {slot.state.num_generated} are not finite")
+        raise SteeringNotAppliedError(
+            f"{slot.steering.describe()} makes the logits of token {slot.state.num_generated} not finite; "
+            "a smaller strength is needed"
+        )
+
+
+def _end(state: _RowState, reason: FinishReason, stop_string: str) -> RowFinished:
+    text = "" if stop_string else state.text.flush()
+    receipts = state.steering.receipts() if state.steering else ()
+    return RowFinished(state.index, reason, text, stop_string, receipts)
+
+
+def _end_all(states: list[_RowState], reason: FinishReason) -> Iterator[EngineEvent]:
+    for state in states:
+        yield _end(state, reason, "")
 
 
 def _score(token: int, logits: torch.Tensor, plain: torch.Tensor) -> Score:

@@ -1,7 +1,7 @@
 """The embedded engine: a transformers model in this process, one decoding thread, one job at a time.
 
-The readable reference. A job's rows share a batch; jobs wait for each other. Serving many users at once is what the
-vLLM engine is for.
+The readable reference: the rows of a job share a batch, and jobs run one after the other. For many concurrent users
+there is the vLLM engine.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import structlog
 
 from operators.model.loading import LoadedModel
 from steer_server.config import OPERATOR_MEMORY
-from steer_server.engine.describe import describe
+from steer_server.engine.describe import describe_model
 from steer_server.engine.hf.decode import Decoder
+from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.queue import JobQueue, QueuedJob
-from steer_server.engine.hf.steering import PreparedOperators
 from steer_server.engine.prompts import PromptReader, check_ids
 from steer_server.errors import EngineFailedError, SteerServerError
 from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
@@ -25,19 +25,19 @@ from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
 log = structlog.get_logger(__name__)
 
 _CLOSE_SECONDS = 5.0
-"""How long closing waits for a forward pass that is under way."""
+"""How long closing waits for a running forward pass."""
 
 
 class HFEngine:
-    """Implements :class:`steer_server.engine.base.Engine`. Needs a running event loop to submit."""
+    """Implements :class:`steer_server.engine.base.Engine`. :meth:`submit` needs a running event loop."""
 
     def __init__(self, loaded: LoadedModel, *, max_queue: int, operator_memory: int = OPERATOR_MEMORY) -> None:
         """``operator_memory``: bytes of operators kept on the device between jobs."""
         self._loaded = loaded
-        self._prepared = PreparedOperators(loaded.device, budget=operator_memory)
+        self._operators = PreparedOperatorCache(loaded.device, budget=operator_memory)
         self._queue = JobQueue(max_queue)
-        self._model = describe(loaded, engine="hf")
-        # Reading a prompt is quick beside decoding it; the queue of jobs is to be the one that fills.
+        self._model = describe_model(loaded, engine="hf")
+        # Encoding a prompt is quick compared to decoding a job: the queue of jobs should fill first.
         self._prompts = PromptReader(loaded.tokenizer, self._model, max_waiting=4 * max_queue)
         self._thread = threading.Thread(target=self._work, name="hf-engine", daemon=True)
         self._thread.start()
@@ -62,7 +62,7 @@ class HFEngine:
         return await self._prompts.encode(prompt)
 
     def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
-        """Each token on its own, as text."""
+        """Each token decoded on its own."""
         return self._prompts.texts(ids)
 
     def submit(self, job: DecodeJob) -> QueuedJob:
@@ -72,16 +72,16 @@ class HFEngine:
 
     @property
     def collectors(self) -> tuple[()]:
-        """None: what there is to count, the server counts."""
+        """None: the server's own metrics cover this engine."""
         return ()
 
     async def failed(self) -> str:
-        """Never returns: what fails here is one job."""
+        """Never returns: a failure ends one job, and never the engine."""
         never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         return await never
 
     async def close(self) -> None:
-        """Ends the running job as CANCELLED, refuses waiting ones, joins the thread."""
+        """Ends the running job as CANCELLED, refuses waiting ones and joins the thread."""
         self._queue.close()
         self._prompts.close()
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
@@ -95,22 +95,22 @@ class HFEngine:
             except SteerServerError as error:
                 queued.post(error)
             except Exception as error:
-                # One job's failure is its own: the thread goes on to serve the others.
+                # Ends this job only: the thread goes on with the others.
                 log.exception("job failed")
                 queued.post(EngineFailedError(f"{type(error).__name__}: {error}"))
-            self._queue.finished_in(time.monotonic() - started)
+            self._queue.record_duration(time.monotonic() - started)
 
     def _decode(self, queued: QueuedJob) -> None:
         queued.post(Admitted())
         decoder = Decoder(
             loaded=self._loaded,
             job=queued.job,
-            prepared=self._prepared,
-            interrupted=queued.interrupted,
+            operators=self._operators,
+            check_interruption=queued.interruption,
             eos_ids=frozenset(self._model.eos_token_ids),
         )
         try:
             for event in decoder.run():
                 queued.post(event)
         finally:
-            self._prepared.trim()
+            self._operators.trim()

@@ -1,4 +1,4 @@
-"""A bounded queue of jobs between the event loop and the one thread that decodes."""
+"""A bounded queue of jobs between the event loop and the decoding thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 
-from steer_server.engine.receipts import untouched_receipts
+from steer_server.engine.receipts import empty_receipts
 from steer_server.errors import QueueFullError, ShuttingDownError, SteerServerError
 from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished
 
@@ -17,7 +17,7 @@ _Message = EngineEvent | SteerServerError | None
 
 
 class QueuedJob:
-    """One job on its way: an async stream on the loop's side, ``post`` and ``interrupted`` on the thread's."""
+    """One job: the event loop iterates over it, the decoding thread calls ``post`` and ``interruption``."""
 
     def __init__(self, job: DecodeJob, queue: JobQueue) -> None:
         self.job = job
@@ -30,10 +30,10 @@ class QueuedJob:
         self._deadline = None if limit is None else time.monotonic() + limit
 
     async def __aiter__(self) -> AsyncIterator[EngineEvent]:
-        """The engine's events; raises the job's error."""
+        """The events of the job; raises its error."""
         if await self._expires_waiting():
             for index, row in enumerate(self.job.rows):
-                yield RowFinished(index, FinishReason.TIME_LIMIT, "", "", untouched_receipts(row.plan))
+                yield RowFinished(index, FinishReason.TIME_LIMIT, "", "", empty_receipts(row.plan))
             return
         while (message := await self._messages.get()) is not None:
             if isinstance(message, SteerServerError):
@@ -41,7 +41,7 @@ class QueuedJob:
             yield message
 
     async def _expires_waiting(self) -> bool:
-        """Waits for the job to be taken; true when its time limit runs out first."""
+        """Waits until the job is taken from the queue; true when its time limit ends first."""
         try:
             async with asyncio.timeout(None if self._deadline is None else self._deadline - time.monotonic()):
                 await self._taken.wait()
@@ -50,7 +50,7 @@ class QueuedJob:
         return False
 
     def cancel(self) -> None:
-        """Frees the place in the queue, or stops the work at the next step."""
+        """Removes the job from the queue, or stops it at its next step."""
         self.stop()
         self._queue.discard(self)
 
@@ -58,8 +58,8 @@ class QueuedJob:
         """Ends the job at its next step, as CANCELLED."""
         self._cancelled.set()
 
-    def interrupted(self) -> FinishReason | None:
-        """What ends the job before its time, if anything does."""
+    def interruption(self) -> FinishReason | None:
+        """CANCELLED or TIME_LIMIT when the job must end now, else None."""
         if self._cancelled.is_set():
             return FinishReason.CANCELLED
         if self._deadline is not None and time.monotonic() >= self._deadline:
@@ -67,17 +67,17 @@ class QueuedJob:
         return None
 
     def post(self, message: _Message) -> None:
-        """Hands a message to the loop, from the decoding thread."""
+        """Sends a message to the stream. Called by the decoding thread."""
         try:
             self._loop.call_soon_threadsafe(self._messages.put_nowait, message)
             self._loop.call_soon_threadsafe(self._taken.set)
         except RuntimeError:
-            # The loop has been closed: nobody is left to read.
+            # The event loop is closed, and with it the stream.
             self._cancelled.set()
 
 
 class JobQueue:
-    """First come, first served; at most ``limit`` jobs wait."""
+    """First in, first out; at most ``limit`` jobs wait."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -96,7 +96,12 @@ class JobQueue:
         return int(self._running is not None)
 
     def put(self, job: DecodeJob) -> QueuedJob:
-        """Admits a job. Raises :class:`QueueFullError` with an estimate of when there is room, or ShuttingDownError."""
+        """Adds a job.
+
+        Raises:
+            QueueFullError: ``limit`` jobs wait; with an estimate of when there is room.
+            ShuttingDownError: the queue is closed.
+        """
         queued = QueuedJob(job, self)
         with self._changed:
             if self._closed:
@@ -109,7 +114,7 @@ class JobQueue:
         return queued
 
     def take(self) -> QueuedJob | None:
-        """The next job, when there is one; None once the queue is closed. Called by the decoding thread."""
+        """Waits for the next job; None once the queue is closed. Called by the decoding thread."""
         with self._changed:
             self._running = None
             self._changed.wait_for(lambda: self._waiting or self._closed)
@@ -118,17 +123,17 @@ class JobQueue:
             self._running = self._waiting.popleft()
             return self._running
 
-    def finished_in(self, seconds: float) -> None:
-        """Keeps a moving average of a job's duration, for retry hints."""
+    def record_duration(self, seconds: float) -> None:
+        """Updates the moving average of a job's duration, which ``retry_after`` is estimated from."""
         self._seconds_per_job += 0.2 * (seconds - self._seconds_per_job)
 
     def discard(self, queued: QueuedJob) -> bool:
-        """Removes a job that still waits; false when it does not wait any more."""
+        """Removes a waiting job; false when it is not waiting any more."""
         with self._changed:
-            waits = queued in self._waiting
-            if waits:
+            is_waiting = queued in self._waiting
+            if is_waiting:
                 self._waiting.remove(queued)
-            return waits
+            return is_waiting
 
     def close(self) -> None:
         """Refuses the waiting jobs and stops the running one."""

@@ -14,22 +14,22 @@ from transformers import (
 
 from steer_server.types import SamplingParams
 
-_COLDEST = 1e-30
-"""Below it, logits over temperature can leave the range of float32; any two that differ are then far apart: greedy."""
+_MIN_TEMPERATURE = 1e-30
+"""Below this temperature logits / temperature can overflow float32, and sampling is greedy in effect: so it is done."""
 
 
 class Sampler:
     """Greedy or random choice.
 
-    The random numbers belong to the row: two rows with the same seed draw the same ones, so the arms of a comparison
-    differ by steering alone, and a request repeats itself in any batch.
+    Each row has a random generator of its own: rows with the same seed draw the same numbers, so that the arms of a
+    comparison differ by steering alone, and a request gives the same text in any batch.
     """
 
     def __init__(self, params: SamplingParams, device: torch.device) -> None:
         self._processors = LogitsProcessorList()
         if params.repetition_penalty != 1.0:
             self._processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        self._random = params.temperature >= _COLDEST
+        self._random = params.temperature >= _MIN_TEMPERATURE
         if self._random:
             self._processors.extend(_warpers(params))
             self._generator = torch.Generator(device).manual_seed(params.seed)

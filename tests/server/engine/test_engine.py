@@ -124,7 +124,7 @@ async def test_operators_are_kept_between_jobs_within_the_memory_for_them(llama,
     async for _ in engine.submit(DecodeJob((1, 2), SamplingParams(max_tokens=2), (Row(plan_of((artifact, 0.5))),))):
         pass
     await engine.close()
-    assert len(engine._prepared) == kept
+    assert len(engine._operators) == kept
 
 
 def test_a_model_without_decoder_layers_cannot_be_served(tiny_tokenizer):

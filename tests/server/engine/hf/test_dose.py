@@ -7,11 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from operators.core import hooks
 from operators.core.apply import Setting
 from operators.core.header import Recommended
 from operators.core.store import Store
-from steer_server.engine.hf import steering
-from steer_server.engine.receipts import untouched_receipts
+from steer_server.engine.receipts import empty_receipts
 from steer_server.errors import DoseTooHighError, SteeringNotAppliedError
 from steer_server.registry import Registry
 from steer_server.types import Application, OperatorUse, SteeringPlan
@@ -138,8 +138,8 @@ def test_layers_are_bounded_each_by_its_own_strengths(llama, artifact, low_artif
 
 
 def test_a_state_that_moves_more_than_the_strengths_allow_is_an_error(llama, artifact, plan_of, decode, monkeypatch):
-    steer = steering.steer
-    monkeypatch.setattr(steering, "steer", lambda hidden, push: steer(hidden, 1.001 * push))
+    steer = hooks.steer
+    monkeypatch.setattr(hooks, "steer", lambda hidden, push: steer(hidden, 1.001 * push))
     with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: .* strengths give at most 0\.25"):
         decode(llama, plan_of((artifact, 0.5)))
 
@@ -153,7 +153,7 @@ def test_rounding_to_the_models_dtype_is_no_violation(tiny, artifact, plan_of, d
 
 
 def test_a_row_that_never_reached_the_model_has_its_bound(plan_of, artifact):
-    (receipt,) = untouched_receipts(plan_of((artifact, -0.5)))
+    (receipt,) = empty_receipts(plan_of((artifact, -0.5)))
     assert (receipt.dose_bound, receipt.max_dose) == (0.25, 0.0)
 
 

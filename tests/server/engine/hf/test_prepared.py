@@ -5,8 +5,9 @@ import torch
 
 from operators.core.apply import prepare
 from steer_server.engine.hf import engine as hf
-from steer_server.engine.hf import steering
-from steer_server.engine.hf.steering import PreparedOperators, RowSteering
+from steer_server.engine.hf import operator_cache
+from steer_server.engine.hf.operator_cache import PreparedOperatorCache
+from steer_server.engine.hf.steering import RowSteering
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import DecodeJob, Row, SamplingParams
 
@@ -15,20 +16,20 @@ _DTYPES = [(torch.float32, "float32"), (torch.bfloat16, "bfloat16"), (torch.floa
 
 
 def _prepared(budget=1 << 30):
-    return PreparedOperators(_CPU, budget=budget)
+    return PreparedOperatorCache(_CPU, budget=budget)
 
 
 @pytest.fixture
 def prepared_digests(monkeypatch):
     """The operators that were moved to the device, in order."""
     moved = []
-    prepare = steering.prepare
+    prepare = operator_cache.prepare
 
     def watched(artifact, device):
         moved.append(artifact.digest)
         return prepare(artifact, device)
 
-    monkeypatch.setattr(steering, "prepare", watched)
+    monkeypatch.setattr(operator_cache, "prepare", watched)
     return moved
 
 
@@ -116,6 +117,6 @@ async def test_the_engine_keeps_no_more_than_its_budget(llama, artifact, other_a
         for _ in range(2):
             texts = [event async for event in engine.submit(job)]
             assert texts[-1].receipts[1].generated_tokens_steered == 2
-            assert len(engine._prepared) <= 1
+            assert len(engine._operators) <= 1
     finally:
         await engine.close()

@@ -48,7 +48,7 @@ async def test_the_retry_hint_follows_how_long_jobs_take():
     queue = JobQueue(1)
     queue.put(_job())
     for _ in range(50):
-        queue.finished_in(30.0)
+        queue.record_duration(30.0)
     with pytest.raises(QueueFullError) as caught:
         queue.put(_job())
     assert caught.value.retry_after == pytest.approx(30.0, rel=0.01)
@@ -69,27 +69,27 @@ async def test_cancelling_twice_or_after_the_end_does_nothing():
     assert queue.take() is queued
     queued.cancel()
     queued.cancel()
-    assert queued.interrupted() is FinishReason.CANCELLED
+    assert queued.interruption() is FinishReason.CANCELLED
     assert len(queue) == 0
 
 
 async def test_a_job_that_nobody_cancelled_is_not_interrupted():
-    assert JobQueue(1).put(_job()).interrupted() is None
+    assert JobQueue(1).put(_job()).interruption() is None
 
 
 async def test_a_time_limit_runs_out_from_the_moment_of_admission():
     queue = JobQueue(1)
     queued = queue.put(_job(time_limit=0.05))
-    assert queued.interrupted() is None
+    assert queued.interruption() is None
     await asyncio.sleep(0.06)
-    assert queued.interrupted() is FinishReason.TIME_LIMIT
+    assert queued.interruption() is FinishReason.TIME_LIMIT
 
 
 async def test_being_cancelled_comes_before_running_out_of_time():
     queued = JobQueue(1).put(_job(time_limit=1e-9))
     await asyncio.sleep(0.001)
     queued.cancel()
-    assert queued.interrupted() is FinishReason.CANCELLED
+    assert queued.interruption() is FinishReason.CANCELLED
 
 
 async def test_events_come_in_order_and_the_stream_ends():
@@ -116,7 +116,7 @@ async def test_closing_refuses_those_who_wait_and_stops_the_one_who_runs():
     running, waiting = queue.put(_job()), queue.put(_job())
     assert queue.take() is running
     queue.close()
-    assert running.interrupted() is FinishReason.CANCELLED
+    assert running.interruption() is FinishReason.CANCELLED
     with pytest.raises(ShuttingDownError):
         await _drain(waiting)
     assert len(queue) == 0
@@ -150,7 +150,7 @@ def test_posting_after_the_loop_has_ended_stops_the_job():
 
     queued = asyncio.run(put())
     queued.post(Admitted())
-    assert queued.interrupted() is FinishReason.CANCELLED
+    assert queued.interruption() is FinishReason.CANCELLED
 
 
 async def test_a_job_whose_time_runs_out_while_it_waits_ends_without_the_engine_and_frees_its_place():

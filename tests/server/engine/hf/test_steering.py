@@ -6,9 +6,11 @@ from transformers import DynamicCache
 
 from operators.core.apply import Setting
 from operators.core.artifact import make_artifact
+from operators.core.hooks import PushHooks
 from operators.model.loading import decoder_layers, embed
 from steer_server.engine.hf import decode as decode_module
-from steer_server.engine.hf.steering import PreparedOperators, RowSteering, SteeringHooks
+from steer_server.engine.hf.operator_cache import PreparedOperatorCache
+from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import (
     Application,
@@ -148,7 +150,7 @@ def test_the_model_is_left_as_it_was_after_success_and_after_every_error(
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        list(make_decoder(llama, [Row(plan_of((artifact, 0.5)))], interrupted=fail).run())
+        list(make_decoder(llama, [Row(plan_of((artifact, 0.5)))], check_interruption=fail).run())
     assert _hooks_left(llama) == 0
 
 
@@ -234,14 +236,14 @@ def test_a_cached_step_at_a_time_equals_recomputing_everything(exact, rule, pref
     assert length > 2 * artifact.positions
 
     def run(cuts, cache):
-        steering = RowSteering(plan, PreparedOperators(loaded.device, budget=1 << 30), torch.float64)
+        steering = RowSteering(plan, PreparedOperatorCache(loaded.device, budget=1 << 30), torch.float64)
         hidden = []
-        with torch.inference_mode(), SteeringHooks(decoder_layers(loaded.model), steering.layers) as hooks:
+        with torch.inference_mode(), PushHooks(decoder_layers(loaded.model), steering.layers) as hooks:
             for start, end in cuts:
                 x = embed(loaded.model, ids[:, start:end])
-                hooks.load([(0, steering)], {0: x[0]})
+                load_pushes(hooks, {0: steering}, {0: x[0]})
                 output = loaded.model.get_decoder()(inputs_embeds=x, past_key_values=cache, use_cache=cache is not None)
-                hooks.collect([(0, steering)], prompt=start == 0)
+                record_doses(hooks, {0: steering}, prompt=start == 0)
                 hidden.append(output.last_hidden_state)
         return torch.cat(hidden, dim=1)
 

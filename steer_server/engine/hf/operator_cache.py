@@ -1,0 +1,41 @@
+"""Operators on the device that steers, kept between jobs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+
+from operators.core.apply import PreparedOperator, prepare
+from operators.core.errors import SteeringError
+from steer_server.errors import SteeringNotAppliedError
+from steer_server.types import Application
+
+
+class PreparedOperatorCache:
+    """By digest; the least recently used are dropped when they take more than ``budget``."""
+
+    def __init__(self, device: torch.device, *, budget: int) -> None:
+        """``budget``: bytes. The operators of the running job may exceed it until :meth:`trim`."""
+        self._device = device
+        self._budget = budget
+        self._operators: OrderedDict[str, PreparedOperator] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._operators)
+
+    def get(self, application: Application) -> PreparedOperator:
+        """Raises :class:`SteeringNotAppliedError` for an operator whose anchor has no direction."""
+        digest = application.artifact.digest
+        if digest not in self._operators:
+            try:
+                self._operators[digest] = prepare(application.artifact, self._device)
+            except SteeringError as error:
+                raise SteeringNotAppliedError(f"{application.name}: {error}") from error
+        self._operators.move_to_end(digest)
+        return self._operators[digest]
+
+    def trim(self) -> None:
+        """Drops operators until the others are within the budget."""
+        while self._operators and sum(operator.nbytes for operator in self._operators.values()) > self._budget:
+            self._operators.popitem(last=False)
