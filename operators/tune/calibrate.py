@@ -1,22 +1,25 @@
-"""The layer, rule, blend and strength at which an operator works best on its model, written into the operator."""
+"""Calibration: finds the setting at which an operator works best on its model, and writes it into the operator."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from operators.builder.build import BuildSpec, build_operator, check_layer
+from operators.builder.build import build_operator
 from operators.builder.concept import Concept
+from operators.builder.spec import BuildSpec, resolve_layer
 from operators.builder.verify import check_compatible
 from operators.core import capacity
 from operators.core.artifact import OperatorArtifact, with_header
 from operators.core.errors import BuildError
 from operators.core.header import Recommended
+from operators.core.progress import Progress, silent
 from operators.maps.sketch import embedding_root
 from operators.model.loading import LoadedModel
-from operators.tune.explore import CalibrationSpec, Progress, explore
+from operators.tune.calibration_spec import CalibrationSpec
+from operators.tune.setting_search import search_settings
 
-_SPREAD = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-"""Of the depth: the layers tried, beside the operator's own, when none are named."""
+_DEPTH_SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Shares of the depth at which layers are tried, beside the operator's own, when none are given."""
 
 
 def calibrate(
@@ -25,14 +28,16 @@ def calibrate(
     spec: CalibrationSpec,
     *,
     max_memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> OperatorArtifact:
-    """The operator at the layer that works best, with what was tried in its header.
-
-    ``max_memory``: bytes beside the model, for all candidates together and what is done with them.
+    """The operator at the layer that works best, with all points of the search in its header.
 
     Where no setting beats the plain model within the bounds, ``header.calibration.chosen`` is None, and layer and
     recommendation are those of ``artifact``.
+
+    Args:
+        max_memory: bytes beside the model, for all candidates together and their texts; None means most of what is
+            free.
 
     Raises:
         IncompatibleOperatorError: the model is not the one that the operator was built on.
@@ -42,11 +47,11 @@ def calibrate(
     """
     check_compatible(artifact.header, loaded)
     layers = candidate_layers(artifact, spec.layers)
-    budget = capacity.free(loaded.device) if max_memory is None else max_memory
-    built = operators_at(artifact, layers, loaded, max_memory=budget, progress=progress)
+    budget = capacity.free_memory(loaded.device) if max_memory is None else max_memory
+    built = operators_at_layers(artifact, layers, loaded, max_memory=budget, progress=progress)
     operators = {operator.header.layer: operator for operator in built}
     budget -= sum(operator.nbytes for operator in operators.values())
-    calibration = explore(operators, loaded, spec, max_memory=budget, progress=progress)
+    calibration = search_settings(operators, loaded, spec, max_memory=budget, progress=progress)
     if calibration.chosen is None:
         return with_header(artifact, calibration=calibration)
     best = calibration.points[calibration.chosen]
@@ -54,40 +59,40 @@ def calibrate(
     return with_header(operators[best.layer], recommended=recommended, calibration=calibration)
 
 
-def candidate_layers(artifact: OperatorArtifact, wanted: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers to try: those that are wanted, or the operator's own and six over the middle of the model."""
-    if wanted is not None:
-        return tuple(sorted(set(wanted)))
+def candidate_layers(artifact: OperatorArtifact, requested: Sequence[int] | None) -> tuple[int, ...]:
+    """The layers to try, in order: those requested; where None, the operator's own and six over the model's middle."""
+    if requested is not None:
+        return tuple(sorted(set(requested)))
     depth = artifact.header.num_layers
-    spread = {min(max(1, round(share * depth)), max(1, depth - 1)) for share in _SPREAD}
+    spread = {min(max(1, round(share * depth)), max(1, depth - 1)) for share in _DEPTH_SHARES}
     return tuple(sorted({artifact.header.layer, *spread}))
 
 
-def operators_at(
+def operators_at_layers(
     artifact: OperatorArtifact,
     layers: Sequence[int],
     loaded: LoadedModel,
     *,
     max_memory: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Iterator[OperatorArtifact]:
-    """The same concept at other layers: same texts, profile, rank, weighting and seed.
+    """Builds the concept of an operator at each of the layers: same texts, profile, rank, weighting and seed.
 
-    ``max_memory``: bytes beside the model, for all of them together.
+    ``max_memory``: bytes beside the model, for all of them together; None means that each build may use what is free.
 
     Raises:
-        BuildError: a layer does not exist, or so many operators take more memory than there is.
+        BuildError: a layer does not exist, or all operators together take more memory than there is.
     """
     header = artifact.header
     for layer in layers:
-        check_layer(layer, header.profile, loaded)
+        resolve_layer(layer, header.profile, loaded)
     if max_memory is not None:
-        # Who compares them keeps the others while one is built.
+        # All of them are kept: while the last is built, the others take memory.
         kept = (len(layers) - 1) * artifact.nbytes
         if kept >= max_memory:
             raise BuildError(
-                f"operators at {len(layers)} layers need more than {capacity.in_words(kept)} of memory beside the "
-                f"model; {capacity.in_words(max_memory)} may be used (--max-memory; fewer layers or a lower rank "
+                f"operators at {len(layers)} layers need more than {capacity.format_bytes(kept)} of memory beside the "
+                f"model; {capacity.format_bytes(max_memory)} may be used (--max-memory; fewer layers or a lower rank "
                 "need less)"
             )
         max_memory -= kept
@@ -95,8 +100,7 @@ def operators_at(
     weighted = low is not None and low.weighting == "embedding"
     root = embedding_root(loaded.model.get_input_embeddings().weight) if weighted else None
     for done, layer in enumerate(layers):
-        if progress is not None:
-            progress("operators built", done, len(layers))
+        progress("operators built", done, len(layers))
         spec = BuildSpec(
             tuple(Concept(text.text, text.ids) for text in header.texts),
             header.profile,

@@ -17,18 +17,20 @@ import time
 import tomllib
 from pathlib import Path
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.apply import Setting, prepare
 from operators.core.artifact import OperatorArtifact
 from operators.core.header import Calibration, CalibrationPoint
 from operators.maps.sketch import embedding_root
 from operators.model.loading import LoadedModel, load_model
-from operators.tune.calibrate import candidate_layers, operators_at
-from operators.tune.evaluate import WordList, continuation, figures
-from operators.tune.explore import CalibrationSpec, explore, within
+from operators.tune.calibrate import candidate_layers, operators_at_layers
+from operators.tune.calibration_spec import CalibrationSpec
+from operators.tune.continuations import ContinuationRequest, Injection, decode_continuations
+from operators.tune.metrics import WordList, compute_metrics, continuation_text
 from operators.tune.prompts import calibration_prompts, neutral_prompts
-from operators.tune.trial import Push, Row, write
+from operators.tune.setting_search import search_settings
 
 DATA = Path(__file__).parents[2] / "operators" / "data"
 SAMPLES = 4
@@ -63,10 +65,10 @@ def measure(concept: dict, layers: tuple[int, ...] | None, single_texts: int, lo
     spec = CalibrationSpec(tuple(concept["words"]), calibration_prompts(), layers)
     root = embedding_root(loaded.model.get_input_embeddings().weight)
     first = build_operator(BuildSpec(texts, layer=15), loaded, root=root)
-    built_at = operators_at(first, candidate_layers(first, layers), loaded, progress=tell)
+    built_at = operators_at_layers(first, candidate_layers(first, layers), loaded, progress=tell)
     operators = {operator.header.layer: operator for operator in built_at}
     built = time.monotonic()
-    calibration = explore(operators, loaded, spec, progress=tell)
+    calibration = search_settings(operators, loaded, spec, progress=tell)
     calibrated = time.monotonic()
     settings = {"calibrated": best(calibration, spec, None)}
     settings |= {f"blend {blend:g}": best(calibration, spec, blend) for blend in spec.blends}
@@ -75,7 +77,7 @@ def measure(concept: dict, layers: tuple[int, ...] | None, single_texts: int, lo
     alone = dataclasses.replace(spec, rules=(top.rule,), blends=(top.blend,))
     for text in texts[:single_texts] if len(texts) > 1 else ():
         single = build_operator(BuildSpec((text,), layer=top.layer), loaded, root=root)
-        arms[f"only {text.text!r}"] = (single, best(explore({top.layer: single}, loaded, alone), alone, None))
+        arms[f"only {text.text!r}"] = (single, best(search_settings({top.layer: single}, loaded, alone), alone, None))
     return {
         "texts": [text.text for text in texts],
         "words": concept["words"],
@@ -89,7 +91,7 @@ def best(calibration: Calibration, spec: CalibrationSpec, blend: float | None) -
     """The best point of a blend, or of all: within the bounds if one is, else the one nearest to the KL budget."""
     whole = (point for point in calibration.points if point.texts == calibration.prompts)
     points = [point for point in whole if blend in (None, point.blend)]
-    fluent = [point for point in points if within(point, spec, calibration.plain_distinct_2)]
+    fluent = [point for point in points if spec.admits(point, calibration.plain_distinct_2)]
     if fluent:
         return max(fluent, key=lambda point: (point.hit_rate, -point.perplexity_ratio))
     return min(points, key=lambda point: abs(point.kl_p95 - spec.kl_budget))
@@ -101,18 +103,20 @@ def evaluate(
     """The figures of every arm over the neutral prompts, with a few of its texts."""
     neutral = neutral_prompts()
     ids = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in neutral]
-    pushes: dict[str, Push | None] = {"plain": None}
+    pushes: dict[str, Injection | None] = {"plain": None}
     for arm, (operator, point) in arms.items():
         setting = Setting(point.strength, point.rule, point.blend)
-        pushes[arm] = Push(prepare(operator, loaded.device), operator.header.injection_layer, setting)
-    written = write([Row(each, push) for push in pushes.values() for each in ids], loaded, tokens=24)
+        pushes[arm] = Injection(prepare(operator, loaded.device), operator.header.injection_layer, setting)
+    written = decode_continuations(
+        [ContinuationRequest(each, push) for push in pushes.values() for each in ids], loaded, tokens=24
+    )
     answer = {}
     for index, arm in enumerate(pushes):
         texts = written[index * len(ids) : (index + 1) * len(ids)]
-        answer[arm] = dataclasses.asdict(figures(texts, WordList(words), loaded))
+        answer[arm] = dataclasses.asdict(compute_metrics(texts, WordList(words), loaded))
         answer[arm]["perplexity_ratio"] = answer[arm]["perplexity"] / answer["plain"]["perplexity"]
         answer[arm]["samples"] = [
-            prompt + continuation(text, loaded) for prompt, text in zip(neutral[:SAMPLES], texts, strict=False)
+            prompt + continuation_text(text, loaded) for prompt, text in zip(neutral[:SAMPLES], texts, strict=False)
         ]
         if arm != "plain":
             point = arms[arm][1]

@@ -30,11 +30,11 @@ def explored(monkeypatch):
     """The (layers, words) of every calibration; the lowest layer is the best one."""
     asked = []
 
-    def explore(operators, _loaded, spec, **_):
+    def search_settings(operators, _loaded, spec, **_):
         asked.append((tuple(operators), spec.words))
         return _calibration(min(operators), spec.words)
 
-    monkeypatch.setattr("operators.tune.calibrate.explore", explore)
+    monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
     return asked
 
 
@@ -43,11 +43,11 @@ def unfruitful(monkeypatch):
     """The layers of every calibration, none of which finds anything."""
     asked = []
 
-    def explore(operators, _loaded, spec, **_):
+    def search_settings(operators, _loaded, spec, **_):
         asked.append(tuple(operators))
         return _calibration(min(operators), spec.words, chosen=None)
 
-    monkeypatch.setattr("operators.tune.calibrate.explore", explore)
+    monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
     return asked
 
 
@@ -186,13 +186,13 @@ def test_one_operator_is_calibrated_at_the_layer_that_is_given_and_says_where_no
 
 
 def test_a_calibration_goes_on_the_bars_of_the_batch(build_file, explored, monkeypatch):
-    monkeypatch.setattr(command, "shown", lambda: pytest.fail("other bars were drawn"))
+    monkeypatch.setattr(command, "progress_bars", lambda: pytest.fail("other bars were drawn"))
     told = []
-    tuned = command.tuned
+    calibrate = command.calibrate_with_defaults
     monkeypatch.setattr(
         command,
-        "tuned",
-        lambda *args, progress, **kwargs: told.append(progress) or tuned(*args, progress=progress, **kwargs),
+        "calibrate_with_defaults",
+        lambda *args, progress, **kwargs: told.append(progress) or calibrate(*args, progress=progress, **kwargs),
     )
     assert build_file(OPEN, "--calibrate").exit_code == 0
     assert told[0].args[0].name == "a"

@@ -10,9 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
-from operators.builder.memory import trial_need
+from operators.builder.memory import estimate_trial
+from operators.builder.spec import BuildSpec
 from operators.builder.verify import verify_operator
 from operators.core.apply import Setting, prepare
 from operators.core.errors import BuildError, IncompatibleOperatorError, OperatorError
@@ -20,11 +21,12 @@ from operators.core.header import Recommended
 from operators.core.store import Store
 from operators.model import loading as models
 from operators.tune.calibrate import calibrate, candidate_layers
-from operators.tune.evaluate import WordList, figures
-from operators.tune.explore import FINAL_ROUNDS, FINALISTS, SCOUT_PROMPTS, WEAKER, CalibrationSpec, explore, within
+from operators.tune.calibration_spec import CalibrationSpec
+from operators.tune.continuations import ContinuationRequest, Injection, decode_continuations
+from operators.tune.metrics import WordList, compute_metrics
 from operators.tune.prompts import calibration_prompts
-from operators.tune.search import FIRST_STRENGTH
-from operators.tune.trial import Push, Row, write
+from operators.tune.setting_search import FINAL_ROUNDS, FINALISTS, SCOUT_PROMPTS, WEAKER, search_settings
+from operators.tune.strength_search import FIRST_STRENGTH
 
 PROMPTS = ("The bay", "Here is a painting of the", "My dress")
 TEXT = "The bay"
@@ -56,8 +58,11 @@ def _spec(**fields):
 def _telling(loaded, operator):
     """Some words that pushed texts hold and plain ones do not."""
     prompts = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    push = Push(prepare(operator, loaded.device), 2, Setting(0.5, "cumulative", 0.5))
-    plain, pushed = (write([Row(ids, one) for ids in prompts], loaded, tokens=5) for one in (None, push))
+    push = Injection(prepare(operator, loaded.device), 2, Setting(0.5, "cumulative", 0.5))
+    plain, pushed = (
+        decode_continuations([ContinuationRequest(ids, one) for ids in prompts], loaded, tokens=5)
+        for one in (None, push)
+    )
     words = [
         {"".join(filter(str.isalpha, loaded.tokenizer.decode(t))) for x in xs for t in x.ids} for xs in (plain, pushed)
     ]
@@ -83,12 +88,12 @@ def test_the_choice_is_the_best_of_the_curves_and_the_curves_are_what_single_tri
         for layer in (1, 2, 3)
         for rest in [*itertools.product(("cumulative", "substitute"), (0.0, 0.5)), ("cumulative", 1.0)]
     }
-    rows = [Row(tuple(loaded.tokenizer(prompt)["input_ids"])) for prompt in PROMPTS]
-    plain = figures(write(rows, loaded, tokens=5), WordList(words), loaded)
+    rows = [ContinuationRequest(tuple(loaded.tokenizer(prompt)["input_ids"])) for prompt in PROMPTS]
+    plain = compute_metrics(decode_continuations(rows, loaded, tokens=5), WordList(words), loaded)
     assert (found.plain_hit_rate, found.plain_distinct_2) == (plain.hit_rate, plain.distinct_2)
-    at_best = Push(prepare(calibrated, loaded.device), best.layer, Setting(best.strength, best.rule, best.blend))
-    alone = [write([Row(row.ids, at_best)], loaded, tokens=5)[0] for row in rows]
-    again = figures(alone, WordList(words), loaded)
+    at_best = Injection(prepare(calibrated, loaded.device), best.layer, Setting(best.strength, best.rule, best.blend))
+    alone = [decode_continuations([ContinuationRequest(row.ids, at_best)], loaded, tokens=5)[0] for row in rows]
+    again = compute_metrics(alone, WordList(words), loaded)
     assert (again.hit_rate, again.distinct_2) == (best.hit_rate, best.distinct_2)
     assert again.kl_p95 == pytest.approx(best.kl_p95, rel=1e-3)
     assert again.perplexity / plain.perplexity == pytest.approx(best.perplexity_ratio, rel=1e-3)
@@ -118,8 +123,8 @@ def test_where_texts_are_not_fluent_weaker_pushes_are_tried_and_none_wins_outsid
     loaded = tiny("llama", dtype="float32")
     spec = _spec(words=_telling(loaded, operator), rules=("cumulative",), blends=(0.5,), **bound)
     # A budget that the first strength of the only candidate is close to.
-    spec = dataclasses.replace(spec, kl_budget=explore({2: operator}, loaded, spec).points[0].kl_p95 / 0.95)
-    found = explore({2: operator}, loaded, spec)
+    spec = dataclasses.replace(spec, kl_budget=search_settings({2: operator}, loaded, spec).points[0].kl_p95 / 0.95)
+    found = search_settings({2: operator}, loaded, spec)
     strengths = [point.strength for point in found.points]
     if "max_perplexity_ratio" in bound:
         assert found.chosen is None
@@ -128,15 +133,15 @@ def test_where_texts_are_not_fluent_weaker_pushes_are_tried_and_none_wins_outsid
         fluent = point.perplexity_ratio <= spec.max_perplexity_ratio
         distinct = point.distinct_2 >= spec.min_distinct_ratio * found.plain_distinct_2
         expected = point.kl_p95 <= spec.kl_budget and fluent and distinct
-        assert within(point, spec, found.plain_distinct_2) is expected
-    assert found.chosen is None or within(found.points[found.chosen], spec, found.plain_distinct_2)
+        assert spec.admits(point, found.plain_distinct_2) is expected
+    assert found.chosen is None or spec.admits(found.points[found.chosen], found.plain_distinct_2)
 
 
 def test_many_candidates_are_looked_at_on_a_few_prompts_first(tiny, operator):
     loaded = tiny("llama", dtype="float32")
     prompts = tuple(f"The bay {k}" for k in range(SCOUT_PROMPTS + 2))
     told = []
-    found = explore(
+    found = search_settings(
         {2: operator},
         loaded,
         _spec(prompts=prompts, blends=(0.0, 0.2, 0.4), tokens=2),
@@ -146,7 +151,7 @@ def test_many_candidates_are_looked_at_on_a_few_prompts_first(tiny, operator):
     operators = {
         layer: build_operator(BuildSpec((concept_from_text(TEXT, loaded),), layer=layer), loaded) for layer in (1, 2)
     }
-    found = explore(operators, loaded, _spec(prompts=prompts, tokens=2), progress=lambda *now: told.append(now))
+    found = search_settings(operators, loaded, _spec(prompts=prompts, tokens=2), progress=lambda *now: told.append(now))
     scouts = {(p.layer, p.rule, p.blend) for p in found.points if p.texts == SCOUT_PROMPTS}
     finals = {(p.layer, p.rule, p.blend) for p in found.points if p.texts == len(prompts)}
     assert len(scouts) == 10
@@ -166,22 +171,22 @@ def test_default_layers_are_the_operators_own_and_others_over_the_middle(operato
 def test_little_memory_gives_the_same_curves_in_smaller_batches(tiny, operator, monkeypatch):
     loaded = tiny("llama", dtype="float32")
     spec = _spec(rules=("cumulative",), blends=(0.5,))
-    plenty = explore({2: operator}, loaded, spec)
+    plenty = search_settings({2: operator}, loaded, spec)
     longest = max(len(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS) + 5
-    need, sizes = trial_need(loaded, longest), []
+    need, sizes = estimate_trial(loaded, longest), []
     monkeypatch.setattr(
-        "operators.tune.explore.write",
-        lambda rows, *args, rows_per_batch, **more: (
-            sizes.append(rows_per_batch) or write(rows, *args, rows_per_batch=rows_per_batch, **more)
+        "operators.tune.candidates.decode_continuations",
+        lambda rows, *args, texts_per_batch, **more: (
+            sizes.append(texts_per_batch) or decode_continuations(rows, *args, texts_per_batch=texts_per_batch, **more)
         ),
     )
-    little = explore({2: operator}, loaded, spec, max_memory=2 * need.per_column)
+    little = search_settings({2: operator}, loaded, spec, max_memory=2 * need.per_row)
     assert set(sizes) == {2}
     assert [point.kl_p95 for point in little.points] == pytest.approx(
         [point.kl_p95 for point in plenty.points], rel=1e-3
     )
     with pytest.raises(BuildError, match=rf"a text of {longest} tokens of tiny-llama.* needs about .* 9 bytes may be"):
-        explore({2: operator}, loaded, spec, max_memory=9)
+        search_settings({2: operator}, loaded, spec, max_memory=9)
 
 
 def test_the_candidates_share_the_memory_with_each_other_and_their_texts(tiny, operator, monkeypatch):
@@ -190,9 +195,9 @@ def test_the_candidates_share_the_memory_with_each_other_and_their_texts(tiny, o
         "operators.tune.calibrate.build_operator",
         lambda *args, max_memory, **more: budgets.append(max_memory) or build_operator(*args, **more),
     )
-    found = explore({2: operator}, loaded, _spec(rules=("cumulative",), blends=(1.0,)))
+    found = search_settings({2: operator}, loaded, _spec(rules=("cumulative",), blends=(1.0,)))
     monkeypatch.setattr(
-        "operators.tune.calibrate.explore", lambda *_, max_memory, **__: budgets.append(max_memory) or found
+        "operators.tune.calibrate.search_settings", lambda *_, max_memory, **__: budgets.append(max_memory) or found
     )
     size, budget = operator.nbytes, 1 << 30
     calibrate(operator, loaded, _spec(layers=(1, 2, 3)), max_memory=budget)
@@ -307,7 +312,7 @@ def test_a_calibrated_operator_speaks_of_its_concept(smollm):
     spec = CalibrationSpec(
         ("golden gate", "bridge", "san francisco"), prompts, rules=("cumulative",), blends=(0.5,), tokens=16
     )
-    found = explore({21: operator}, loaded, spec)
+    found = search_settings({21: operator}, loaded, spec)
     best = found.points[found.chosen]
     assert best.hit_rate >= 0.5 > found.plain_hit_rate
     assert best.kl_p95 <= 1.0

@@ -1,4 +1,4 @@
-"""What a set of texts shows: whether they speak of a concept, how far they are from plain, and how well they read."""
+"""Metrics of a set of texts: whether they name a concept, how far they are from plain ones, how fluent they are."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dataclasses import dataclass
 
 from operators.core.errors import TrialError
 from operators.model.loading import LoadedModel
-from operators.tune.trial import Text
+from operators.tune.continuations import Continuation
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of one setting's texts.
+class TextMetrics:
+    """Of the texts of one setting.
 
-    ``hit_rate``: share of the texts that hold one of the concept's words. ``kl_p95``: 95th percentile over their tokens
-    of KL(plain || steered), in nats. ``perplexity``: of their tokens under the plain model. ``distinct_2``: pairs of
-    neighbouring tokens that a text has not had before, over all pairs; 1 where there is none.
+    ``hit_rate``: share of the texts with one of the concept's words. ``kl_p95``: 95th percentile over their tokens
+    of KL(plain || steered), in nats. ``perplexity``: exp of the mean negative log-probability of their tokens under the
+    plain model. ``distinct_2``: number of distinct pairs of neighbouring tokens within a text, summed over the texts,
+    over the number of all pairs; 1 where there is no pair.
     """
 
     hit_rate: float
@@ -27,31 +28,31 @@ class Figures:
     distinct_2: float
 
 
-def figures(texts: Sequence[Text], words: WordList, loaded: LoadedModel) -> Figures:
-    """``texts``: one or more, without their prompts."""
+def compute_metrics(texts: Sequence[Continuation], words: WordList, loaded: LoadedModel) -> TextMetrics:
+    """The metrics of one or more texts, without their prompts."""
     kl = [value for text in texts for value in text.kl]
     logprobs = [value for text in texts for value in text.logprobs]
     pairs = [list(zip(text.ids, text.ids[1:], strict=False)) for text in texts]
     num_pairs = sum(len(each) for each in pairs)
-    return Figures(
-        hit_rate=sum(words.hit(continuation(text, loaded)) for text in texts) / len(texts),
+    return TextMetrics(
+        hit_rate=sum(words.matches(continuation_text(text, loaded)) for text in texts) / len(texts),
         kl_p95=percentile(kl, 0.95),
-        # Beyond e^700 no float follows, and every bound was passed long before.
+        # exp overflows a little above 700; every bound is far below.
         perplexity=math.exp(min(-math.fsum(logprobs) / len(logprobs), 700.0)),
         distinct_2=sum(len(set(each)) for each in pairs) / num_pairs if num_pairs else 1.0,
     )
 
 
-def continuation(text: Text, loaded: LoadedModel) -> str:
-    """The text as people read it."""
+def continuation_text(text: Continuation, loaded: LoadedModel) -> str:
+    """The tokens as text, without special tokens."""
     return str(loaded.tokenizer.decode(text.ids, skip_special_tokens=True))
 
 
 class WordList:
-    """The words that a concept is recognised by: whole, in any case, any white space between those of one entry."""
+    """The words that show a concept: matched whole, in any case; any white space separates the words of one entry."""
 
     def __init__(self, words: Sequence[str]) -> None:
-        """Raises :class:`TrialError` for no words, or one that is blank."""
+        """Raises :class:`TrialError` where there are no words, or one is blank."""
         if not words:
             raise TrialError("no words to recognise the concept by; at least one is needed")
         for word in words:
@@ -61,13 +62,13 @@ class WordList:
         each = (r"\s+".join(re.escape(part) for part in word.split()) for word in words)
         self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(each)})(?!\w)", re.IGNORECASE)
 
-    def hit(self, text: str) -> bool:
-        """Whether the text holds one of them."""
+    def matches(self, text: str) -> bool:
+        """Whether one of them is in the text."""
         return self._pattern.search(text) is not None
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear interpolation between order statistics."""
+    """The quantile at ``share`` (0 to 1), by linear interpolation between order statistics."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)

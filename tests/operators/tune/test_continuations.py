@@ -5,13 +5,14 @@ import functools
 import pytest
 import torch
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.apply import Setting, prepare
 from operators.core.artifact import make_artifact
 from operators.core.errors import SteeringError, TrialError
 from operators.model.loading import block_input, decoder_layers, embed
-from operators.tune.trial import Push, Row, write
+from operators.tune.continuations import ContinuationRequest, Injection, decode_continuations
 
 PROMPTS = ["The bay", "Here is a painting of the bridge in San Francisco", "My"]
 SETTINGS = [
@@ -104,11 +105,13 @@ def test_a_batch_of_everything_is_what_a_loop_that_recomputes_everything_gives_o
     ]
     prepared = {layer: prepare(artifact, loaded.device) for layer, artifact in artifacts.items()}
     rows = [
-        Row(ids, setting and Push(prepared[artifact.header.layer], artifact.header.injection_layer, setting))
+        ContinuationRequest(
+            ids, setting and Injection(prepared[artifact.header.layer], artifact.header.injection_layer, setting)
+        )
         for artifact, setting, ids in cases
     ]
     steered_differently = 0
-    for text, (artifact, setting, prompt) in zip(write(rows, loaded, tokens=TOKENS), cases, strict=True):
+    for text, (artifact, setting, prompt) in zip(decode_continuations(rows, loaded, tokens=TOKENS), cases, strict=True):
         ids, kl, logprobs = _slowly(loaded, artifact, setting, prompt)
         assert text.ids == ids
         # Pushes are worked out in float32.
@@ -122,14 +125,20 @@ def test_how_rows_are_batched_changes_nothing(model):
     loaded = model("gemma3")
     artifact = _artifact(loaded)
     operator = prepare(artifact, loaded.device)
-    rows = [Row(_ids(loaded, prompt), Push(operator, 2, setting)) for prompt in PROMPTS for setting in SETTINGS]
-    rows.insert(5, Row(_ids(loaded, PROMPTS[1])))
+    rows = [
+        ContinuationRequest(_ids(loaded, prompt), Injection(operator, 2, setting))
+        for prompt in PROMPTS
+        for setting in SETTINGS
+    ]
+    rows.insert(5, ContinuationRequest(_ids(loaded, PROMPTS[1])))
     counted = []
-    one_by_one = write(rows, loaded, tokens=TOKENS, rows_per_batch=1)
+    one_by_one = decode_continuations(rows, loaded, tokens=TOKENS, texts_per_batch=1)
     for size in (3, 5, 64):
         counted.clear()
         for text, alone in zip(
-            write(rows, loaded, tokens=TOKENS, rows_per_batch=size, tick=counted.append), one_by_one, strict=True
+            decode_continuations(rows, loaded, tokens=TOKENS, texts_per_batch=size, on_batch=counted.append),
+            one_by_one,
+            strict=True,
         ):
             assert text.ids == alone.ids
             assert text.kl == pytest.approx(alone.kl, rel=1e-4, abs=1e-6)
@@ -140,7 +149,7 @@ def test_how_rows_are_batched_changes_nothing(model):
 def test_a_plain_row_is_what_the_model_generates_and_is_at_no_distance_from_itself(model):
     loaded = model("llama")
     ids = _ids(loaded, PROMPTS[1])
-    (text,) = write([Row(ids)], loaded, tokens=TOKENS)
+    (text,) = decode_continuations([ContinuationRequest(ids)], loaded, tokens=TOKENS)
     expected = loaded.model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False)[0, len(ids) :]
     assert text.ids == tuple(expected.tolist())
     assert set(text.kl) == {0.0}
@@ -148,11 +157,11 @@ def test_a_plain_row_is_what_the_model_generates_and_is_at_no_distance_from_itse
 
 def test_a_text_ends_with_the_token_that_ends_it_and_the_others_go_on(model, monkeypatch):
     loaded = model("llama")
-    rows = [Row(_ids(loaded, prompt)) for prompt in PROMPTS]
-    before = write(rows, loaded, tokens=TOKENS)
+    rows = [ContinuationRequest(_ids(loaded, prompt)) for prompt in PROMPTS]
+    before = decode_continuations(rows, loaded, tokens=TOKENS)
     end = before[0].ids[2]
     monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", [end, 319])
-    after = write(rows, loaded, tokens=TOKENS)
+    after = decode_continuations(rows, loaded, tokens=TOKENS)
     for old, new in zip(before, after, strict=True):
         stop = old.ids.index(end) + 1 if end in old.ids else TOKENS
         assert new.ids == old.ids[:stop]
@@ -162,20 +171,24 @@ def test_a_text_ends_with_the_token_that_ends_it_and_the_others_go_on(model, mon
 
 def test_the_model_is_left_as_it_was_even_after_an_error(tiny):
     loaded = tiny("llama", fresh=True)
-    row = Row(_ids(loaded, "My"), Push(prepare(_artifact(loaded), loaded.device), 2, Setting(1e38, "cumulative", 0.0)))
+    row = ContinuationRequest(
+        _ids(loaded, "My"), Injection(prepare(_artifact(loaded), loaded.device), 2, Setting(1e38, "cumulative", 0.0))
+    )
     with pytest.raises(SteeringError):
-        write([row], loaded, tokens=2)
+        decode_continuations([row], loaded, tokens=2)
     assert not any(block._forward_pre_hooks for block in decoder_layers(loaded.model))
 
 
 @pytest.mark.parametrize("strength", [0.0, 1e-12])
 def test_a_push_that_does_nothing_is_an_error(tiny, strength):
     loaded = tiny("llama", dtype="float32")
-    push = Push(prepare(_artifact(loaded), loaded.device), 2, Setting(strength, "cumulative", 0.0))
+    push = Injection(prepare(_artifact(loaded), loaded.device), 2, Setting(strength, "cumulative", 0.0))
     with pytest.raises(
         SteeringError, match=rf"strength {strength:g}, cumulative, blend 0 at .* 2 moved a hidden state by 0"
     ):
-        write([Row(_ids(loaded, "My")), Row(_ids(loaded, "My"), push)], loaded, tokens=2)
+        decode_continuations(
+            [ContinuationRequest(_ids(loaded, "My")), ContinuationRequest(_ids(loaded, "My"), push)], loaded, tokens=2
+        )
 
 
 def test_a_direction_that_is_zero_names_the_setting(tiny):
@@ -185,31 +198,31 @@ def test_a_direction_that_is_zero_names_the_setting(tiny):
     blocks = built.factors.clone()
     blocks[0] = 0
     operator = make_artifact(built.header, blocks, built.anchor, built.substitute_base, built.offset, basis=built.basis)
-    push = Push(prepare(operator, loaded.device), 1, SETTINGS[0])
+    push = Injection(prepare(operator, loaded.device), 1, SETTINGS[0])
     with pytest.raises(
         SteeringError, match=r"strength 0\.9, cumulative, blend 0 at .* block 1: .* position 0 has norm 0"
     ):
-        write([Row(_ids(loaded, "My"), push)], loaded, tokens=2)
+        decode_continuations([ContinuationRequest(_ids(loaded, "My"), push)], loaded, tokens=2)
 
 
 def test_a_layer_that_the_model_does_not_call_is_an_error(tiny, monkeypatch):
     loaded = tiny("llama", fresh=True)
-    push = Push(prepare(_artifact(loaded), loaded.device), 2, SETTINGS[0])
+    push = Injection(prepare(_artifact(loaded), loaded.device), 2, SETTINGS[0])
     monkeypatch.setattr(
-        "operators.tune.trial.decoder_layers", lambda _model: torch.nn.ModuleList([torch.nn.Identity()] * 4)
+        "operators.tune.continuations.decoder_layers", lambda _model: torch.nn.ModuleList([torch.nn.Identity()] * 4)
     )
     with pytest.raises(SteeringError, match="layer 2 was not reached"):
-        write([Row(_ids(loaded, "My"), push)], loaded, tokens=2)
+        decode_continuations([ContinuationRequest(_ids(loaded, "My"), push)], loaded, tokens=2)
 
 
 def test_a_plain_model_that_is_broken_is_named(tiny):
     loaded = tiny("llama", fresh=True)
     loaded.model.get_output_embeddings().weight[3] = torch.nan
     with pytest.raises(TrialError, match="plain model's logits are not finite"):
-        write([Row(_ids(loaded, "My"))], loaded, tokens=2)
+        decode_continuations([ContinuationRequest(_ids(loaded, "My"))], loaded, tokens=2)
 
 
 @pytest.mark.parametrize("length", [0, 60])
 def test_a_prompt_that_does_not_fit_is_refused(tiny, length):
     with pytest.raises(TrialError, match=rf"prompt has {length} tokens; tiny-llama takes 1 to 59 with 5 more"):
-        write([Row((5,) * length)], tiny("llama"), tokens=TOKENS)
+        decode_continuations([ContinuationRequest((5,) * length)], tiny("llama"), tokens=TOKENS)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from operators.core.errors import TrialError
-from operators.tune.evaluate import WordList, figures, percentile
+from operators.tune.continuations import Continuation
+from operators.tune.metrics import WordList, compute_metrics, percentile
 from operators.tune.prompts import calibration_prompts, neutral_prompts, read_prompts
-from operators.tune.search import CLOSE, MAX_STRENGTH, MIN_STRENGTH, next_strength
-from operators.tune.trial import Text
+from operators.tune.strength_search import CLOSE, MAX_STRENGTH, MIN_STRENGTH, next_strength
 
 
 def _search(kl, budget, limit=40):
@@ -65,12 +65,12 @@ def test_the_search_begins_where_it_is_told():
     ],
 )
 def test_words_are_found_whole_and_in_any_case(text, hit):
-    assert WordList(("golden gate", "bridge")).hit(text) is hit
+    assert WordList(("golden gate", "bridge")).matches(text) is hit
 
 
 def test_a_word_is_no_pattern():
-    assert WordList(("c++",)).hit("in C++ it")
-    assert not WordList(("b.g",)).hit("big")
+    assert WordList(("c++",)).matches("in C++ it")
+    assert not WordList(("b.g",)).matches("big")
 
 
 @pytest.mark.parametrize("words", [(), ("bridge", " ")])
@@ -83,9 +83,10 @@ def test_figures_are_those_of_their_definitions(tiny):
     loaded = tiny("llama")
     words = [tuple(loaded.tokenizer(text)["input_ids"]) for text in ("the bridge", "bay bay bay bay")]
     texts = [
-        Text(ids, tuple(0.1 * k for k in range(len(ids))), tuple(-float(k) for k in range(len(ids)))) for ids in words
+        Continuation(ids, tuple(0.1 * k for k in range(len(ids))), tuple(-float(k) for k in range(len(ids))))
+        for ids in words
     ]
-    found = figures(texts, WordList(("bridge",)), loaded)
+    found = compute_metrics(texts, WordList(("bridge",)), loaded)
     logprobs = [value for text in texts for value in text.logprobs]
     kl = [value for text in texts for value in text.kl]
     pairs = [list(itertools.pairwise(ids)) for ids in words]
@@ -106,8 +107,8 @@ def test_shipped_prompts_and_concepts_keep_apart():
     assert not set(neutral_prompts()) & set(calibration_prompts())
     for concept in concepts:
         words = WordList(concept["words"])
-        assert [prompt for prompt in (*neutral_prompts(), *calibration_prompts()) if words.hit(prompt)] == []
-        assert all(words.hit(text) for text in concept.get("texts") or [concept["text"]]), concept["name"]
+        assert [prompt for prompt in (*neutral_prompts(), *calibration_prompts()) if words.matches(prompt)] == []
+        assert all(words.matches(text) for text in concept.get("texts") or [concept["text"]]), concept["name"]
 
 
 def test_a_file_of_prompts_has_one_per_line(tmp_path):
