@@ -1,4 +1,4 @@
-"""One operator to be built, as somebody asks for it: on a command line, or in a file of concepts."""
+"""One operator to be built, as given on a command line or in a file of concepts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from operators.core.errors import BuildError
 from operators.core.header import MAX_TEXTS, MAX_WORD, MAX_WORDS, Profile, Rule
 from operators.core.store import check_name
 
-_LONGEST_SHOWN = 60
+_MAX_SHOWN = 60
+"""Characters of a value in an error message."""
 
 
 @dataclass(frozen=True)
 class ConceptEntry:
-    """What is asked for. None is what nobody said: a build takes its default.
+    """What to build. None means not given: the build uses its default.
 
-    Filled by :mod:`operators.recipes.concept_file` and the ``build`` command, from :func:`checked` values.
+    Filled by :mod:`operators.recipes.concept_file` and the ``build`` command, from values of :func:`validate_value`.
     """
 
     name: str
@@ -40,55 +41,55 @@ class ConceptEntry:
             raise BuildError(f"rank {self.rank} and tolerance {self.tolerance:g} were both given; one is accepted")
 
 
-def checked(key: str, value: object) -> Any:
-    """What ``key`` is given, as an entry holds it: all that can be checked without a model.
+def validate_value(key: str, value: object) -> Any:
+    """The value of a key, converted to the type that an entry has for it, after every check that needs no model.
 
-    ``text`` and ``layers`` are further keys: one text, and several layers.
+    Beside the fields of :class:`ConceptEntry`, ``text`` (one text) and ``layers`` (several layers) are keys.
 
     Raises:
-        OperatorError: of the kind that fits; says what the value is and what is accepted.
+        OperatorError: the value is not accepted; a subclass by key. Says what the value is and what is accepted.
     """
-    return _CHECKS[key](value)
+    return _VALIDATORS[key](value)
 
 
-def hint(word: str, known: tuple[str, ...]) -> str:
-    """``"; did you mean 'strength'?"``, or nothing."""
+def suggest(word: str, known: tuple[str, ...]) -> str:
+    """``"; did you mean 'strength'?"`` where a known word is similar, else an empty text."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def shown(value: object) -> str:
-    """A value from outside in an error message, cut where it is long."""
+def format_value(value: object) -> str:
+    """A value of the user for an error message, cut after 60 characters."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
         return "a table"
     try:
-        written = repr(value) if isinstance(value, str | list) else str(value)
-    except ValueError:  # Python does not write out whole numbers of thousands of digits
+        text = repr(value) if isinstance(value, str | list) else str(value)
+    except ValueError:  # Python does not print integers of thousands of digits
         return "a very large number"
-    return written if len(written) <= _LONGEST_SHOWN else written[:_LONGEST_SHOWN] + "…"
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "…"
 
 
-def _refused(key: str, value: object, accepted: str, hint: str = "") -> BuildError:
-    return BuildError(f"{key} is {shown(value)}; {accepted} accepted{hint}")
+def _invalid(key: str, value: object, accepted: str, suggestion: str = "") -> BuildError:
+    return BuildError(f"{key} is {format_value(value)}; {accepted} accepted{suggestion}")
 
 
 def _name(value: object) -> str:
     if not isinstance(value, str):
-        raise _refused("name", value, "a text is")
+        raise _invalid("name", value, "a text is")
     return check_name(value)
 
 
 def _text(value: object) -> tuple[str, ...]:
     if not isinstance(value, str):
-        raise _refused("text", value, "a text is")
+        raise _invalid("text", value, "a text is")
     return (check_text(value),)
 
 
 def _texts(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise _refused("texts", value, "a list of texts is")
+        raise _invalid("texts", value, "a list of texts is")
     if len(value) > MAX_TEXTS:
         raise BuildError(f"texts has {len(value)} texts; at most {MAX_TEXTS} are accepted")
     return tuple(check_text(text) for text in value)
@@ -96,7 +97,7 @@ def _texts(value: object) -> tuple[str, ...]:
 
 def _words(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
-        raise _refused("words", value, "a list of words is")
+        raise _invalid("words", value, "a list of words is")
     if len(value) > MAX_WORDS:
         raise BuildError(f"words has {len(value)} words; at most {MAX_WORDS} are accepted")
     longest = max(value, key=len)
@@ -106,32 +107,32 @@ def _words(value: object) -> tuple[str, ...]:
 
 
 def _layer(value: object, key: str = "layer") -> int:
-    if not _is_whole(value) or value < 1:
-        raise _refused(key, value, "a whole number of at least 1 is")
+    if not _is_integer(value) or value < 1:
+        raise _invalid(key, value, "a whole number of at least 1 is")
     return value
 
 
 def _layers(value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
-        raise _refused("layers", value, "a list of whole numbers is")
-    layers = tuple(_layer(one, "layers: one") for one in value)
-    twice = next((layer for layer in layers if layers.count(layer) > 1), None)
-    if twice is not None:
-        raise BuildError(f"layers has {twice} twice; each layer once is accepted")
+        raise _invalid("layers", value, "a list of whole numbers is")
+    layers = tuple(_layer(layer, "layers: one") for layer in value)
+    repeated = next((layer for layer in layers if layers.count(layer) > 1), None)
+    if repeated is not None:
+        raise BuildError(f"layers has {repeated} twice; each layer once is accepted")
     return layers
 
 
 def _rank(value: object) -> int | Literal["full"]:
     if value == "full":
         return "full"
-    if not _is_whole(value) or value < 1:
-        raise _refused("rank", value, "a whole number of at least 1 or 'full' is")
+    if not _is_integer(value) or value < 1:
+        raise _invalid("rank", value, "a whole number of at least 1 or 'full' is")
     return value
 
 
 def _tolerance(value: object) -> float:
     if not _is_number(value) or not 0.0 < value < 1.0:
-        raise _refused("tolerance", value, "a number between 0 and 1 is")
+        raise _invalid("tolerance", value, "a number between 0 and 1 is")
     return float(value)
 
 
@@ -147,7 +148,7 @@ def _choice(key: str, values: tuple[str, ...]) -> Callable[[object], str]:
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in values:
             accepted = " and ".join(map(repr, values)) + " are"
-            raise _refused(key, value, accepted, hint(value, values) if isinstance(value, str) else "")
+            raise _invalid(key, value, accepted, suggest(value, values) if isinstance(value, str) else "")
         return value
 
     return check
@@ -155,23 +156,23 @@ def _choice(key: str, values: tuple[str, ...]) -> Callable[[object], str]:
 
 def _number(key: str, value: object) -> float:
     if not _is_number(value):
-        raise _refused(key, value, "a number is")
+        raise _invalid(key, value, "a number is")
     try:
         return float(value)
     except OverflowError:
-        raise _refused(key, value, "a number that a float can hold is") from None
+        raise _invalid(key, value, "a number that a float can hold is") from None
 
 
-def _is_whole(value: object) -> TypeGuard[int]:
-    # True is a number to Python, and not to a person.
+def _is_integer(value: object) -> TypeGuard[int]:
+    # bool is a subclass of int.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, float) or _is_whole(value)
+    return isinstance(value, float) or _is_integer(value)
 
 
-_CHECKS: Mapping[str, Callable[[object], Any]] = MappingProxyType(
+_VALIDATORS: Mapping[str, Callable[[object], Any]] = MappingProxyType(
     {
         "name": _name,
         "text": _text,
@@ -188,4 +189,4 @@ _CHECKS: Mapping[str, Callable[[object], Any]] = MappingProxyType(
     }
 )
 
-KEYS = tuple(_CHECKS)
+KEYS = tuple(_VALIDATORS)

@@ -1,4 +1,4 @@
-"""Where a TOML document says what: the parser gives values without their lines."""
+"""Line numbers of the tables and keys of a TOML document: the parser of the standard library gives none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """A place in a document: keys, and indices into arrays of tables."""
 
 # Longest quotes first. A multi-line string may end in up to two quotes of its own.
@@ -15,59 +15,59 @@ _STRING_OR_COMMENT = re.compile(
 )
 
 
-def key_lines(text: str) -> dict[Path, int]:
-    """The line, from 1, of every table and key of a valid document.
+def key_lines(text: str) -> dict[KeyPath, int]:
+    """The line number, from 1, of every table and key of a valid document.
 
-    Tables and keys inside ``{...}`` and ``[...]`` values are not among them: those are where their value is.
+    Tables and keys inside ``{...}`` and ``[...]`` values have no entry: :func:`line_of` gives the line of the value.
     """
-    lines: dict[Path, int] = {}
-    counts: dict[Path, int] = {}
-    table: Path = ()
+    lines: dict[KeyPath, int] = {}
+    counts: dict[KeyPath, int] = {}
+    table: KeyPath = ()
     for line, statement, masked in _statements(text):
         if masked.lstrip().startswith("["):
             first = masked.index("[")
             width = 2 if masked[first + 1] == "[" else 1
-            parts = _keys(statement[first + width : masked.index("]")])
-            array = _indexed(parts[:-1], counts) + parts[-1:]
+            parts = _parse_keys(statement[first + width : masked.index("]")])
+            array = _with_indices(parts[:-1], counts) + parts[-1:]
             if width == 2:
                 counts[array] = counts.get(array, 0) + 1
-            table, place = _indexed(parts, counts), array
+            table, place = _with_indices(parts, counts), array
         else:
-            place = table + _keys(statement[: masked.index("=")])
-        # What is around it may have no line of its own.
+            place = table + _parse_keys(statement[: masked.index("=")])
+        # Tables around it may have no header of their own.
         for path in (*(place[:depth] for depth in range(1, len(place) + 1)), table):
             if path:
                 lines.setdefault(path, line)
     return lines
 
 
-def line_of(lines: Mapping[Path, int], path: Path) -> int:
-    """The line of a place, or of the nearest one around it that has a line."""
+def line_of(lines: Mapping[KeyPath, int], path: KeyPath) -> int:
+    """The line of a place, or of the innermost one around it that has an entry."""
     while path and path not in lines:
         path = path[:-1]
     return lines.get(path, 1)
 
 
 def _statements(text: str) -> Iterator[tuple[int, str, str]]:
-    """Line, text, and text with strings as underscores and comments as blanks, of each header and key = value."""
-    # What is inside strings must look neither like structure nor like the end of a line.
+    """Per header or key = value: its line, its text, and its text with strings masked by "_" and comments by blanks."""
+    # Brackets and line ends inside strings are not structure.
     masked = _STRING_OR_COMMENT.sub(lambda found: (" " if found[0][0] == "#" else "_") * len(found[0]), text)
     depth, start, line = 0, 0, 1
-    for mark in re.finditer(r"[\[\]{}]|\n|\Z", masked):
-        if mark[0] in ("[", "{"):
+    for token in re.finditer(r"[\[\]{}]|\n|\Z", masked):
+        if token[0] in ("[", "{"):
             depth += 1
-        elif mark[0] in ("]", "}"):
+        elif token[0] in ("]", "}"):
             depth -= 1
         elif depth == 0:
-            if masked[start : mark.start()].strip():
-                yield line, text[start : mark.start()], masked[start : mark.start()]
-            line += text.count("\n", start, mark.end())
-            start = mark.end()
+            if masked[start : token.start()].strip():
+                yield line, text[start : token.start()], masked[start : token.start()]
+            line += text.count("\n", start, token.end())
+            start = token.end()
 
 
-def _keys(written: str) -> tuple[str, ...]:
-    """``'a."b c"'`` -> ``("a", "b c")``, by the parser's own rules."""
-    inner = tomllib.loads(f"{written} = 0")
+def _parse_keys(text: str) -> tuple[str, ...]:
+    """``'a."b c"'`` -> ``("a", "b c")``, by the parser of the standard library."""
+    inner = tomllib.loads(f"{text} = 0")
     keys: list[str] = []
     while isinstance(inner, dict):
         ((key, inner),) = inner.items()
@@ -75,9 +75,9 @@ def _keys(written: str) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def _indexed(keys: Path, counts: Mapping[Path, int]) -> Path:
+def _with_indices(keys: KeyPath, counts: Mapping[KeyPath, int]) -> KeyPath:
     """The path with, after each array of tables, the index of its last table so far."""
-    path: Path = ()
+    path: KeyPath = ()
     for key in keys:
         path = (*path, key)
         if path in counts:

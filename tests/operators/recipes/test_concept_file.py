@@ -4,8 +4,8 @@ import pytest
 
 from operators.core.errors import BuildError, ConceptFileError, OperatorError
 from operators.core.header import MAX_CONCEPT, MAX_TEXTS, MAX_WORD, MAX_WORDS
-from operators.recipes.concept_entry import ConceptEntry, checked
-from operators.recipes.concept_file import MAX_BYTES, parse_concepts, pick, read_concept_file
+from operators.recipes.concept_entry import ConceptEntry, validate_value
+from operators.recipes.concept_file import MAX_BYTES, parse_concepts, read_concept_file, select_entries
 
 WHOLE = """\
 [defaults]
@@ -246,7 +246,7 @@ def test_concepts_are_picked_by_their_name_or_by_that_of_one_operator():
     entries = parse_concepts(WHOLE, "c.toml")
 
     def picked(*names):
-        return [one.entry.name for one in pick(entries, names)]
+        return [one.entry.name for one in select_entries(entries, names)]
 
     assert picked("ocean") == ["ocean-layer15", "ocean-layer20"]
     assert picked("bridge", "ocean-layer20") == ["ocean-layer20", "bridge"]
@@ -264,7 +264,7 @@ def test_a_rank_and_a_tolerance_exclude_each_other():
 
 
 def test_whole_numbers_are_numbers():
-    assert isinstance(checked("strength", 2), float)
-    assert checked("blend", 1) == 1.0
+    assert isinstance(validate_value("strength", 2), float)
+    assert validate_value("blend", 1) == 1.0
     with pytest.raises(OperatorError, match="blend is nan"):
-        checked("blend", math.nan)
+        validate_value("blend", math.nan)

@@ -12,9 +12,11 @@ from operators.core.artifact import make_artifact
 from operators.core.errors import ConceptFileError, UnsupportedModelError
 from operators.core.header import Calibration, CalibrationPoint, Recommended
 from operators.core.store import Store
-from operators.recipes import run as batch
+from operators.maps import sketch
 from operators.recipes.concept_entry import KEYS
 from operators.recipes.concept_file import parse_concepts
+from operators.recipes.run import run_tasks
+from operators.recipes.tasks import prepare_tasks
 
 FILE = """\
 [defaults]
@@ -53,7 +55,7 @@ def _no_build(monkeypatch):
 
 def test_a_file_gives_the_operators_that_its_concepts_give_one_by_one(build_file, shelf, monkeypatch):
     roots = []
-    root = batch.embedding_root
+    root = sketch.embedding_root
     monkeypatch.setattr("operators.recipes.run.embedding_root", lambda table: roots.append(1) or root(table))
     monkeypatch.setattr("operators.builder.build.embedding_root", lambda _table: pytest.fail("computed again"))
     assert build_file(FILE).exit_code == 0
@@ -278,9 +280,9 @@ def test_mistakes_in_the_file_are_told_without_loading_the_model_or_writing_to_t
 
 def test_a_name_that_was_taken_meanwhile_is_not_replaced(tiny, shelf, make_operator):
     loaded = tiny("llama")
-    tasks = batch.plan(parse_concepts(ONE, "c.toml"), loaded, Store(shelf))
+    tasks = prepare_tasks(parse_concepts(ONE, "c.toml"), loaded, Store(shelf))
     Store(shelf).save("a", make_operator())
-    (outcome,) = batch.run(tasks, loaded, Store(shelf))
+    (outcome,) = run_tasks(tasks, loaded, Store(shelf))
     assert outcome.status == "failed"
     assert "is already in" in str(outcome.problem)
     assert Store(shelf).load("a").digest == make_operator().digest
@@ -290,13 +292,13 @@ def test_a_model_that_no_rule_covers_is_refused_once(tiny, shelf):
     loaded = tiny("llama", fresh=True)
     loaded.model.train()
     with pytest.raises(UnsupportedModelError, match="training mode"):
-        batch.plan(parse_concepts(FILE, "c.toml"), loaded, Store(shelf))
+        prepare_tasks(parse_concepts(FILE, "c.toml"), loaded, Store(shelf))
 
 
 def test_a_store_that_cannot_be_written_to_is_told_before_anything_is_built(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConceptFileError, match="line 2: concept 'a': operator 'a' cannot be written to"):
-        batch.plan(parse_concepts(ONE, "c.toml"), tiny("llama"), Store(tmp_path / "file" / "store"))
+        prepare_tasks(parse_concepts(ONE, "c.toml"), tiny("llama"), Store(tmp_path / "file" / "store"))
 
 
 def test_only_some_concepts_are_built_and_the_others_still_checked(build_file, shelf):
