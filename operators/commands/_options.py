@@ -1,20 +1,17 @@
-"""Options that several commands share, and what they stand for when they are not given."""
+"""Options that several commands share, and their values where they are not given."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from operators.core.store import Store
+from operators.core.header import DTypeName
+from operators.core.store import Store
 
-# The same choices as in operators.core.header, which is not imported here because it imports torch.
-ProfileChoice = Literal["golden", "residual"]
-RuleChoice = Literal["cumulative", "substitute"]
-DTypeChoice = Literal["float32", "float64", "bfloat16"]
-DeviceChoice = Literal["cpu", "cuda"]
+DeviceName = Literal["cpu", "cuda"]
 
 NameArgument = Annotated[str, typer.Argument(help="Name of the operator.", show_default=False)]
 StoreOption = Annotated[
@@ -32,33 +29,44 @@ ModelOption = Annotated[
         show_default=False,
     ),
 ]
-DTypeOption = Annotated[DTypeChoice, typer.Option(help="Precision of the model.")]
-DeviceOption = Annotated[
-    DeviceChoice | None, typer.Option(help="(default: cuda where there is one)", show_default=False)
-]
+DTypeOption = Annotated[DTypeName, typer.Option(help="Precision of the model.")]
+DeviceOption = Annotated[DeviceName | None, typer.Option(help="(default: cuda where there is one)", show_default=False)]
 MaxMemoryOption = Annotated[
     str | None,
     typer.Option(help="Memory beside the model, such as 8GiB (default: most of what is free).", show_default=False),
 ]
+ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace an operator of that name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The options of ``build`` that do not describe an operator. Filled by :func:`operators.commands.build.build`."""
+
+    model: str | None
+    dtype: DTypeName
+    device: DeviceName | None
+    store_path: Path | None
+    max_memory: str | None
+    replace: bool
+    calibrate: bool
+    as_json: bool
 
 
 def open_store(path: Path | None) -> Store:
     """The store at ``path``, or the default one."""
-    from operators.core.store import Store
-
     return Store.default() if path is None else Store(path)
 
 
-def device_or_default(given: DeviceChoice | None) -> DeviceChoice:
-    """The device that is meant."""
+def default_device() -> DeviceName:
+    """CUDA where this machine has it."""
     import torch
 
-    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def memory_or_default(given: str | None) -> int | None:
+def parse_memory(size: str | None) -> int | None:
     """Bytes beside the model; None leaves it to the build. Raises :class:`BuildError`."""
     from operators.core.capacity import parse_bytes
 
-    return None if given is None else parse_bytes(given)
+    return None if size is None else parse_bytes(size)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from operators.commands import _output as report
-from operators.commands._options import DeviceOption, DTypeOption, JsonOption, ModelOption, device_or_default
+from operators.commands import _output as output
+from operators.commands._options import DeviceOption, DTypeOption, JsonOption, ModelOption, default_device
 
 
 def analyse(
@@ -32,14 +32,14 @@ def analyse(
     """Show what a model does with a prompt: reconstruction, spectra, tokens, layer by layer. Writes a report."""
     of_one = {"--text": text, "--model": model, "--layer": layer}
     _check_usage(compare, models, of_one, {"--phrases": phrases, "--limit": limit})
-    with report.reporting(as_json):
-        from operators.analyse.run import analyse_text, compare_models
+    with output.exit_on_error(as_json):
+        from operators.analyse.write_report import write_analysis, write_summaries
 
         if compare:
-            answer = compare_models(models or [], phrases, limit, out, dtype, device_or_default(device))
+            answer, lines = write_summaries(models or [], phrases, limit, out, dtype, device or default_device())
         else:
-            answer = analyse_text(text or "", model, layer, out, dtype, device_or_default(device))
-        report.tell(answer[0], answer[1], as_json=as_json)
+            answer, lines = write_analysis(text or "", model, layer, out, dtype, device or default_device())
+        output.print_answer(answer, lines, as_json=as_json)
 
 
 def _check_usage(

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from operators.commands import _output as report
+from operators.commands import _describe as describe
+from operators.commands import _output as output
 from operators.commands._options import (
     JsonOption,
     MaxMemoryOption,
     NameArgument,
     StoreOption,
-    device_or_default,
-    memory_or_default,
+    default_device,
     open_store,
+    parse_memory,
 )
 from operators.core.progress import Progress, progress_bars
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from operators.model.loading import LoadedModel
 
 _SHOWN = 6
-"""Points that people are shown; JSON has them all."""
+"""Points that are printed for people; JSON has all of them."""
 
 
 def calibrate(
@@ -69,16 +70,16 @@ def calibrate(
 ) -> None:
     """Find the setting at which an operator works best, and store it as the operator's recommendation."""
     start = time.monotonic()
-    with report.reporting(as_json):
+    with output.exit_on_error(as_json):
         from operators.core.errors import TrialError
         from operators.model.loading import load_model
-        from operators.tune.calibrate import calibrate as find
+        from operators.tune.calibrate import calibrate as calibrate_operator
         from operators.tune.calibration_spec import CalibrationSpec
         from operators.tune.prompts import calibration_prompts, read_prompts
 
         store = open_store(store_path)
         artifact = store.load(name)
-        budget = memory_or_default(max_memory)
+        budget = parse_memory(max_memory)
         header = artifact.header
         known = header.words or (header.calibration.words if header.calibration else ())
         if words is None and not known:
@@ -86,7 +87,7 @@ def calibrate(
         spec = CalibrationSpec(
             words=known if words is None else tuple(word.strip() for word in words.split(",")),
             prompts=calibration_prompts() if prompts is None else read_prompts(prompts),
-            layers=None if layers is None else _numbers(layers),
+            layers=None if layers is None else _parse_layers(layers),
             kl_budget=kl_budget,
             max_perplexity_ratio=max_perplexity_ratio,
             min_distinct_ratio=min_distinct_ratio,
@@ -94,21 +95,21 @@ def calibrate(
         )
         if plot is not None:
             _check_plot(plot)
-        loaded = load_model(model or header.model, dtype=header.model_dtype, device=device_or_default(None))
+        loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
         with progress_bars() as progress:
-            calibrated = find(artifact, loaded, spec, max_memory=budget, progress=progress)
+            calibrated = calibrate_operator(artifact, loaded, spec, max_memory=budget, progress=progress)
         path = store.save(name, calibrated, replace=True)
         curves = calibrated.header.calibration
         assert curves is not None  # noqa: S101 - for the type checker
         if plot is not None:
             _draw(curves, name, plot)
-        answer = report.described(name, path, calibrated)
+        answer = describe.operator_json(name, path, store.read_header(name))
         answer["found"] = curves.chosen is not None
         answer["seconds"] = round(time.monotonic() - start, 2)
-        report.tell(answer, _lines(answer, curves), as_json=as_json)
+        output.print_answer(answer, _lines(answer, curves), as_json=as_json)
 
 
-def tuned(
+def calibrate_with_defaults(
     artifact: OperatorArtifact,
     loaded: LoadedModel,
     *,
@@ -116,26 +117,26 @@ def tuned(
     max_memory: int | None,
     progress: Progress,
 ) -> OperatorArtifact:
-    """``artifact``, calibrated by the words that it was built with, and everything but ``layers`` at its default."""
-    from operators.tune.calibrate import calibrate as find
+    """``artifact`` calibrated with the words that it was built with; everything but ``layers`` has its default."""
+    from operators.tune.calibrate import calibrate as calibrate_operator
     from operators.tune.calibration_spec import CalibrationSpec
     from operators.tune.prompts import calibration_prompts
 
     spec = CalibrationSpec(words=artifact.header.words, prompts=calibration_prompts(), layers=layers)
-    return find(artifact, loaded, spec, max_memory=max_memory, progress=progress)
+    return calibrate_operator(artifact, loaded, spec, max_memory=max_memory, progress=progress)
 
 
-def _numbers(given: str) -> tuple[int, ...]:
+def _parse_layers(text: str) -> tuple[int, ...]:
     from operators.core.errors import TrialError
 
     try:
-        return tuple(int(number) for number in given.split(","))
+        return tuple(int(number) for number in text.split(","))
     except ValueError:
-        raise TrialError(f"layers are {given!r}; whole numbers separated by commas are accepted") from None
+        raise TrialError(f"layers are {text!r}; whole numbers separated by commas are accepted") from None
 
 
 def _lines(answer: dict[str, Any], curves: Calibration) -> list[str]:
-    setting = report.setting(answer["recommended"])
+    setting = describe.setting_line(answer["recommended"])
     whole = [point for point in curves.points if point.texts == curves.prompts]
     shown = sorted(whole, key=lambda point: point.hit_rate, reverse=True)[:_SHOWN]
     if curves.chosen is not None and curves.points[curves.chosen] not in shown:
@@ -158,7 +159,7 @@ def _lines(answer: dict[str, Any], curves: Calibration) -> list[str]:
         f"{len(curves.points)} settings, {curves.prompts} prompts, {curves.tokens} tokens each; "
         f"words: {', '.join(curves.words)}; {answer['seconds']:.0f} s"
     )
-    return [found, *report.columns(table), measured]
+    return [found, *output.align(table), measured]
 
 
 def _cells(point: CalibrationPoint) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from operators.commands import _output as report
+from operators.commands import _describe as describe
+from operators.commands import _output as output
 from operators.commands._options import (
     DeviceOption,
     DTypeOption,
@@ -15,12 +16,14 @@ from operators.commands._options import (
     MaxMemoryOption,
     ModelOption,
     NameArgument,
+    ReplaceOption,
     StoreOption,
-    device_or_default,
-    memory_or_default,
+    default_device,
     open_store,
+    parse_memory,
 )
 from operators.core.errors import BuildError
+from operators.core.progress import progress_bars
 
 
 def combine(
@@ -39,34 +42,34 @@ def combine(
     device: DeviceOption = None,
     max_memory: MaxMemoryOption = None,
     store_path: StoreOption = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an operator of that name.")] = False,
+    replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Build one operator from several of one layer and profile. It has one direction, and so one operator's dose."""
     start = time.monotonic()
-    with report.reporting(as_json):
-        from operators.builder.combine import Part
-        from operators.builder.combine import combine as mix
+    with output.exit_on_error(as_json):
+        from operators.builder.combine import WeightedOperator
+        from operators.builder.combine import combine as combine_operators
         from operators.model.loading import load_model
 
         store = open_store(store_path)
         store.check_free(name, replace=replace)
-        weights = [_weight(member) for member in members]
-        parts = [Part(member, store.load(member), weight) for member, weight in weights]
-        budget = memory_or_default(max_memory)
-        source = model or parts[0].artifact.header.model
-        loaded = load_model(source, dtype=dtype, device=device_or_default(device))
-        with report.product_progress() as progress:
-            artifact = mix(parts, loaded, rank=rank, max_memory=budget, progress=progress)
+        weights = [_parse_member(member) for member in members]
+        weighted = [WeightedOperator(member, store.load(member), weight) for member, weight in weights]
+        memory = parse_memory(max_memory)
+        source = model or weighted[0].artifact.header.model
+        loaded = load_model(source, dtype=dtype, device=device or default_device())
+        with progress_bars() as progress:
+            artifact = combine_operators(weighted, loaded, rank=rank, max_memory=memory, progress=progress)
         path = store.save(name, artifact, replace=replace)
-        answer = report.described(name, path, artifact)
+        answer = describe.operator_json(name, path, store.read_header(name))
         answer["seconds"] = round(time.monotonic() - start, 2)
-        told = " ".join(f"{part.weight:+g} {part.name}" for part in parts)
-        lines = report.operator_lines(answer, mixture=told, seconds=answer["seconds"])
-        report.tell(answer, lines, as_json=as_json)
+        mixture = " ".join(f"{member.weight:+g} {member.name}" for member in weighted)
+        lines = describe.operator_lines(answer, mixture=mixture, seconds=answer["seconds"])
+        output.print_answer(answer, lines, as_json=as_json)
 
 
-def _weight(member: str) -> tuple[str, float]:
+def _parse_member(member: str) -> tuple[str, float]:
     name, equals, weight = member.partition("=")
     try:
         return name, float(weight) if equals else 1.0

@@ -1,4 +1,4 @@
-"""``list``, ``show``, ``verify`` and ``delete``: looking after the operators that are there."""
+"""``list``, ``show``, ``verify`` and ``delete``: the operators in a store. All but ``verify`` do without torch."""
 
 from __future__ import annotations
 
@@ -6,39 +6,46 @@ from typing import Annotated, Any
 
 import typer
 
-from operators.commands import _output as report
-from operators.commands._options import JsonOption, NameArgument, StoreOption, device_or_default, open_store
+from operators.commands import _describe as describe
+from operators.commands import _output as output
+from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
 from operators.core.errors import OperatorError
 
 
 def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) -> None:
-    """List the operators in the store, broken ones with what is wrong with them."""
-    with report.reporting(as_json):
+    """List the operators in the store, broken ones with what is wrong with them.
+
+    Digests are as the files state them: their numbers are not read. 'verify' reads and checks them.
+    """
+    with output.exit_on_error(as_json):
         store = open_store(store_path)
         entries: list[dict[str, Any]] = []
-        for name in store.names():
+        for name in store:
             try:
-                entries.append(report.described(name, store.path_of(name), store.load(name)))
+                entries.append(describe.operator_json(name, store.path_of(name), store.read_header(name)))
             except OperatorError as error:
-                entries.append({"name": name, "problem": report.problem(error)})
-        lines = report.list_lines(entries) or [f"no operators in {store.path}"]
-        report.tell({"store": str(store.path), "operators": entries}, lines, as_json=as_json)
+                entries.append({"name": name, "problem": output.error_json(error)})
+        lines = describe.list_lines(entries) or [f"no operators in {store.path}"]
+        output.print_answer({"store": str(store.path), "operators": entries}, lines, as_json=as_json)
 
 
 def show(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show everything about one operator but its numbers."""
-    with report.reporting(as_json):
+    """Show everything about one operator but its numbers.
+
+    The digest is as the file states it: the numbers are not read. 'verify' reads and checks them.
+    """
+    with output.exit_on_error(as_json):
         store = open_store(store_path)
-        artifact = store.load(name)
-        header = artifact.header
-        answer = report.described(name, store.path_of(name), artifact)
-        lines = report.operator_lines(
-            answer,
+        found = store.read_header(name)
+        header = found.header
+        answer = describe.operator_json(name, store.path_of(name), found)
+        lines = describe.operator_lines(
+            {**answer, "digest": f"{found.digest} (as the file states; 'verify' checks it)"},
             rules=header.rule_set,
             fingerprints=f"model {header.model_fingerprint}, tokenizer {header.tokenizer_fingerprint}",
             created=f"{header.created.isoformat()} by version {header.builder_version}",
         )
-        report.tell(answer, lines, as_json=as_json)
+        output.print_answer(answer, lines, as_json=as_json)
 
 
 def verify(
@@ -52,7 +59,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check an operator's file, then hold it against its model."""
-    with report.reporting(as_json):
+    with output.exit_on_error(as_json):
         artifact = open_store(store_path).load(name)
         answer: dict[str, Any] = {"name": name, "digest": artifact.digest, "file": "valid"}
         line = f"{name}: the file is valid ({artifact.digest})"
@@ -61,7 +68,7 @@ def verify(
             from operators.model.loading import load_model
 
             header = artifact.header
-            loaded = load_model(model or header.model, dtype=header.model_dtype, device=device_or_default(None))
+            loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
             error = verify_operator(artifact, loaded)
             answer |= {
                 "model": loaded.name,
@@ -72,12 +79,12 @@ def verify(
                 f" and fits {loaded.name}: |sum J x - y| / |y| = {error:.2e} "
                 f"({header.reconstruction_error:.2e} when it was built)"
             )
-        report.tell(answer, [line], as_json=as_json)
+        output.print_answer(answer, [line], as_json=as_json)
 
 
 def delete(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption = False) -> None:
     """Remove an operator from the store."""
-    with report.reporting(as_json):
+    with output.exit_on_error(as_json):
         store = open_store(store_path)
         store.delete(name)
-        report.tell({"deleted": name, "store": str(store.path)}, [f"{name}: deleted"], as_json=as_json)
+        output.print_answer({"deleted": name, "store": str(store.path)}, [f"{name}: deleted"], as_json=as_json)

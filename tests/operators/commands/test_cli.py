@@ -7,28 +7,29 @@ import sys
 from typing import get_args
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
 from operators import __version__
-from operators.commands import _options
-from operators.core import header
 from operators.core.artifact import make_artifact
+from operators.core.header import DTypeName, Profile, Rule
 from operators.core.store import Store
 from operators.model import loading as models
+from operators.tune.calibration_spec import CalibrationSpec
 
 TEXT = "The Golden Gate Bridge"
 
 
 @pytest.fixture
-def shelf(tmp_path):
+def store_path(tmp_path):
     return tmp_path / "store"
 
 
 @pytest.fixture
-def run(shelf, tiny_directory, monkeypatch):
+def run(store_path, tiny_directory, monkeypatch):
     """``run("list", "--json")``: the command in this process, with its own store and the tiny Llama as the model."""
-    monkeypatch.setenv("STEER_STORE", str(shelf))
+    monkeypatch.setenv("STEER_STORE", str(store_path))
     monkeypatch.setenv("STEER_MODEL", str(tiny_directory("llama")))
     runner = CliRunner()
     return lambda *arguments: runner.invoke(cli.app, list(arguments), catch_exceptions=False)
@@ -58,14 +59,14 @@ def _process(*arguments, **environment):
     )
 
 
-def test_build_stores_an_operator_and_describes_it(run, shelf, tiny_directory):
+def test_build_stores_an_operator_and_describes_it(run, store_path, tiny_directory):
     result = run("build", "golden-gate", "--text", TEXT, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     answer = _json(result)
-    stored = Store(shelf).load("golden-gate")
+    stored = Store(store_path).load("golden-gate")
     assert answer["digest"] == stored.digest
-    assert answer["path"] == str(shelf / "golden-gate.safetensors")
-    assert answer["bytes"] == (shelf / "golden-gate.safetensors").stat().st_size
+    assert answer["path"] == str(store_path / "golden-gate.safetensors")
+    assert answer["bytes"] == (store_path / "golden-gate.safetensors").stat().st_size
     assert answer["concept"] == TEXT
     assert "".join(answer["concept_tokens"]) == TEXT
     assert len(answer["concept_tokens"]) == len(answer["concept_ids"]) == stored.positions
@@ -78,7 +79,7 @@ def test_build_stores_an_operator_and_describes_it(run, shelf, tiny_directory):
     assert answer["affine"] is False
 
 
-def test_build_takes_every_option(run, shelf, tiny_directory, tmp_path):
+def test_build_takes_every_option(run, store_path, tiny_directory, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     result = run(
         *("build", "a", "--text", TEXT, "--model", str(tiny_directory("gemma3")), "--profile", "golden"),
@@ -91,19 +92,19 @@ def test_build_takes_every_option(run, shelf, tiny_directory, tmp_path):
     assert header.recommended.model_dump() == {"strength": -1.5, "rule": "substitute", "blend": 0.25}
     assert header.dtype == "float64"
     assert header.reconstruction_error < 1e-12
-    assert not shelf.exists()
+    assert not store_path.exists()
 
 
-def test_build_tells_a_person_what_was_built(run, shelf):
+def test_build_tells_a_person_what_was_built(run, store_path):
     result = run("build", "a", "--text", TEXT, "--strength", "-0.5")
     lines = dict(re.split(r":\s+", line, maxsplit=1) for line in result.stdout.splitlines())
     assert lines["name"] == "a"
-    assert lines["digest"] == Store(shelf).load("a").digest
+    assert lines["digest"] == Store(store_path).load("a").digest
     assert lines["concept"] == repr(TEXT)
     assert re.fullmatch(r"\d+: 'The' ' G'( '\w+'| ' \w+')+", lines["tokens"])
     assert lines["layer"] == "2 of 4, added to the input of block 2"
     assert lines["recommended"] == "strength -0.5, cumulative, blend 0"
-    assert lines["file"].startswith(str(shelf / "a.safetensors"))
+    assert lines["file"].startswith(str(store_path / "a.safetensors"))
     assert float(lines["reconstruction"].split()[0]) < 5e-5
     assert float(lines["seconds"]) > 0
 
@@ -132,9 +133,9 @@ REFUSED_EARLY = [
 
 @pytest.mark.parametrize(("arguments", "kind", "words"), REFUSED_EARLY)
 def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(
-    run, shelf, make_operator, no_model, arguments, kind, words
+    run, store_path, make_operator, no_model, arguments, kind, words
 ):
-    Store(shelf).save("taken", make_operator())
+    Store(store_path).save("taken", make_operator())
     plain = run("build", *arguments)
     assert (plain.exit_code, plain.stdout) == (1, "")
     assert re.fullmatch(r"steer-operators: [^\n]+\n", plain.stderr)
@@ -144,13 +145,13 @@ def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(
     error = _json(result)["error"]
     assert error["type"] == kind
     assert words in error["message"]
-    assert Store(shelf).names() == ["taken"]
+    assert Store(store_path).names() == ["taken"]
 
 
-def test_replace_replaces_a_taken_name(run, shelf, make_operator):
-    Store(shelf).save("a", make_operator())
+def test_replace_replaces_a_taken_name(run, store_path, make_operator):
+    Store(store_path).save("a", make_operator())
     assert run("build", "a", "--text", TEXT, "--replace").exit_code == 0
-    assert Store(shelf).load("a").header.concept == TEXT
+    assert Store(store_path).load("a").header.concept == TEXT
 
 
 @pytest.mark.parametrize(
@@ -164,21 +165,21 @@ def test_replace_replaces_a_taken_name(run, shelf, make_operator):
         (["--model", "no/such-model"], "model 'no/such-model' cannot be loaded: .*'smollm2-135m'"),
     ],
 )
-def test_what_the_model_refuses_leaves_the_store_empty(run, shelf, arguments, words):
+def test_what_the_model_refuses_leaves_the_store_empty(run, store_path, arguments, words):
     result = run("build", "a", "--text", TEXT, *arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.search(words, result.stderr)
     assert result.stderr.count("\n") == 1
-    assert Store(shelf).names() == []
+    assert Store(store_path).names() == []
 
 
-def test_ctrl_c_exits_with_130_and_leaves_the_store_empty(run, shelf, monkeypatch):
+def test_ctrl_c_exits_with_130_and_leaves_the_store_empty(run, store_path, monkeypatch):
     def interrupt(*_args, **_kwargs):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("operators.builder.build.build_operator", interrupt)
     assert run("build", "a", "--text", TEXT).exit_code == 130
-    assert Store(shelf).names() == []
+    assert Store(store_path).names() == []
 
 
 @pytest.mark.parametrize(
@@ -216,15 +217,15 @@ def test_the_help_says_what_a_model_may_be(run, command):
     assert "GGUF file" in re.sub(r"[│\s]+", " ", run(command, "--help").stdout)
 
 
-def test_an_empty_store_is_listed_as_empty(run, shelf):
-    assert _json(run("list", "--json")) == {"store": str(shelf), "operators": []}
-    assert run("list").stdout == f"no operators in {shelf}\n"
+def test_an_empty_store_is_listed_as_empty(run, store_path):
+    assert _json(run("list", "--json")) == {"store": str(store_path), "operators": []}
+    assert run("list").stdout == f"no operators in {store_path}\n"
 
 
-def test_list_shows_broken_operators_beside_sound_ones(run, shelf, make_operator):
-    Store(shelf).save("sound", make_operator(concept="a golden bridge"))
-    (shelf / "broken.safetensors").write_bytes((shelf / "sound.safetensors").read_bytes()[:-1])
-    (shelf / "linked.safetensors").symlink_to("sound.safetensors")
+def test_list_shows_broken_operators_beside_sound_ones(run, store_path, make_operator):
+    Store(store_path).save("sound", make_operator(concept="a golden bridge"))
+    (store_path / "broken.safetensors").write_bytes((store_path / "sound.safetensors").read_bytes()[:-1])
+    (store_path / "linked.safetensors").symlink_to("sound.safetensors")
     result = run("list", "--json")
     assert result.exit_code == 0
     broken, linked, sound = _json(result)["operators"]
@@ -241,8 +242,22 @@ def test_list_shows_broken_operators_beside_sound_ones(run, shelf, make_operator
     assert "'a golden bridge'" in lines[2]
 
 
-def test_show_gives_the_whole_header(run, shelf, make_operator):
-    Store(shelf).save("a", make_operator(affine=True))
+def test_list_and_show_give_the_digest_that_the_file_states_and_verify_checks_it(run, store_path, make_operator):
+    path = Store(store_path).save("a", make_operator())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    digest = make_operator().digest
+    (listed,) = _json(run("list", "--json"))["operators"]
+    assert listed["digest"] == _json(run("show", "a", "--json"))["digest"] == digest
+    assert f"{digest} (as the file states; 'verify' checks it)" in run("show", "a").stdout
+    for command in ("list", "show"):
+        assert "'verify' reads and checks them" in re.sub(r"\s+", " ", run(command, "--help").stdout)
+    assert "it is damaged" in run("verify", "a", "--file-only").stderr
+
+
+def test_show_gives_the_whole_header(run, store_path, make_operator):
+    Store(store_path).save("a", make_operator(affine=True))
     answer = _json(run("show", "a", "--json"))
     header = make_operator(affine=True).header.model_dump(mode="json")
     assert {name: answer[name] for name in header} == header
@@ -252,9 +267,9 @@ def test_show_gives_the_whole_header(run, shelf, make_operator):
         assert expected in text
 
 
-def test_a_concept_cannot_write_to_the_terminal(run, shelf, make_operator):
+def test_a_concept_cannot_write_to_the_terminal(run, store_path, make_operator):
     hostile = "\x1b[2J\x1b]0;owned\x07 a\nb\u202e\u009b31m"
-    Store(shelf).save("a", make_operator(concept=hostile, model=hostile, builder_version=hostile))
+    Store(store_path).save("a", make_operator(concept=hostile, model=hostile, builder_version=hostile))
     for arguments in (["show", "a"], ["list"], ["verify", "a"]):
         result = run(*arguments)
         for character in "\x1b\x07\u202e\u009b":
@@ -263,19 +278,19 @@ def test_a_concept_cannot_write_to_the_terminal(run, shelf, make_operator):
 
 
 @pytest.mark.parametrize("command", ["show", "verify", "delete"])
-def test_a_missing_operator_is_refused_with_those_there_are(run, shelf, make_operator, command):
-    Store(shelf).save("there", make_operator())
+def test_a_missing_operator_is_refused_with_those_there_are(run, store_path, make_operator, command):
+    Store(store_path).save("there", make_operator())
     result = run(command, "missing")
     assert result.exit_code == 1
-    assert result.stderr == f"steer-operators: no operator 'missing' in {shelf}; there are: there\n"
+    assert result.stderr == f"steer-operators: no operator 'missing' in {store_path}; there are: there\n"
 
 
-def test_delete_removes_one_operator(run, shelf, make_operator):
+def test_delete_removes_one_operator(run, store_path, make_operator):
     for name in ("a", "b"):
-        Store(shelf).save(name, make_operator())
+        Store(store_path).save(name, make_operator())
     assert run("delete", "a").stdout == "a: deleted\n"
-    assert _json(run("delete", "b", "--json")) == {"deleted": "b", "store": str(shelf)}
-    assert Store(shelf).names() == []
+    assert _json(run("delete", "b", "--json")) == {"deleted": "b", "store": str(store_path)}
+    assert Store(store_path).names() == []
 
 
 def test_verify_holds_an_operator_against_the_model_in_its_header(run, tiny_directory):
@@ -297,24 +312,24 @@ def test_verify_names_what_another_model_has_instead(run, tiny_directory):
     assert re.search(r"number of layers of '.*' is 3; .* with 4", error["message"])
 
 
-def test_verify_finds_wrong_numbers_behind_a_right_digest(run, shelf):
+def test_verify_finds_wrong_numbers_behind_a_right_digest(run, store_path):
     run("build", "a", "--text", TEXT)
-    good = Store(shelf).load("a")
+    good = Store(store_path).load("a")
     wrong = make_artifact(good.header, 1.01 * good.factors, good.anchor, good.substitute_base)
-    Store(shelf).save("a", wrong, replace=True)
+    Store(store_path).save("a", wrong, replace=True)
     result = run("verify", "a")
     assert (result.exit_code, result.stdout) == (1, "")
     assert re.search(r"sum J x misses the hidden state by .*e-0[0-9] at layer 2; at most 5e-05", result.stderr)
 
 
-def test_verifying_the_file_only_loads_no_model(run, shelf, make_operator, no_model):
-    Store(shelf).save("a", make_operator())
+def test_verifying_the_file_only_loads_no_model(run, store_path, make_operator, no_model):
+    Store(store_path).save("a", make_operator())
     answer = _json(run("verify", "a", "--file-only", "--json"))
     assert answer == {"name": "a", "digest": make_operator().digest, "file": "valid"}
 
 
-def test_verify_refuses_a_damaged_file_without_loading_a_model(run, shelf, make_operator, no_model):
-    path = Store(shelf).save("a", make_operator())
+def test_verify_refuses_a_damaged_file_without_loading_a_model(run, store_path, make_operator, no_model):
+    path = Store(store_path).save("a", make_operator())
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -324,13 +339,18 @@ def test_verify_refuses_a_damaged_file_without_loading_a_model(run, shelf, make_
         assert "it is damaged" in result.stderr
 
 
-def test_the_choices_of_the_command_are_those_of_the_artifact():
-    for choice, own in (
-        (_options.ProfileChoice, header.Profile),
-        (_options.RuleChoice, header.Rule),
-        (_options.DTypeChoice, header.DTypeName),
-    ):
-        assert get_args(choice) == get_args(own)
+@pytest.mark.parametrize(("option", "type_"), [("profile", Profile), ("rule", Rule), ("dtype", DTypeName)])
+def test_the_choices_of_the_command_are_those_of_the_artifact(run, option, type_):
+    words = re.sub(r"[│\s]+", " ", run("build", "--help").stdout)
+    assert f"--{option} <{'|'.join(get_args(type_))}>" in words
+
+
+def test_the_defaults_of_calibrate_are_those_of_a_calibration():
+    spec = CalibrationSpec(words=("gate",), prompts=("The",))
+    command = typer.main.get_command(cli.app).commands["calibrate"]
+    defaults = {parameter.name: parameter.default for parameter in command.params}
+    for name in ("kl_budget", "max_perplexity_ratio", "min_distinct_ratio", "tokens"):
+        assert defaults[name] == getattr(spec, name), name
 
 
 def test_the_version_is_told(run):
@@ -338,24 +358,14 @@ def test_the_version_is_told(run):
     assert (result.exit_code, result.stdout) == (0, f"steer-operators {__version__}\n")
 
 
-def test_help_imports_nothing_heavy():
-    program = (
-        "import sys\nfrom typer.testing import CliRunner\nfrom operators.__main__ import app\n"
-        "lines = ('--help', 'build --help', '--version', 'x')\n"
-        "codes = [CliRunner().invoke(app, line.split()).exit_code for line in lines]\n"
-        "print(codes, sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "[0, 0, 0, 2] []\n"
-
-
-def test_the_module_is_the_command(shelf, tiny_directory):
+def test_the_module_is_the_command(store_path, tiny_directory):
     built = _process("build", "a", "--text", TEXT, "--model", str(tiny_directory("llama")), "--json",
-                     STEER_STORE=str(shelf))  # fmt: skip
+                     STEER_STORE=str(store_path))  # fmt: skip
     assert (built.returncode, built.stderr) == (0, "")
     assert json.loads(built.stdout)["name"] == "a"
-    again = _process("build", "a", "--text", TEXT, STEER_STORE=str(shelf))
+    again = _process("build", "a", "--text", TEXT, STEER_STORE=str(store_path))
     assert (again.returncode, again.stdout) == (1, "")
     assert (
-        again.stderr == f"steer-operators: operator 'a' is already in {shelf}; delete it, or replace it (--replace)\n"
+        again.stderr
+        == f"steer-operators: operator 'a' is already in {store_path}; delete it, or replace it (--replace)\n"
     )

@@ -9,15 +9,15 @@ import pytest
 import torch
 import typer
 
-from operators.builder.build import BuildSpec
 from operators.builder.concept import Concept
-from operators.builder.stored import Stored
-from operators.commands import _output as report
-from operators.commands import _recipe as _batch
+from operators.builder.spec import BuildSpec
+from operators.builder.stored import StoredOperator
+from operators.commands import _build_file, _describe, _output
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, LowRank, Recommended
+from operators.core.progress import progress_bars
 from operators.core.store import Store
-from operators.recipes.run import Task
+from operators.recipes.tasks import BuildTask
 
 POINT = CalibrationPoint(layer=2, rule="substitute", blend=0.5, strength=0.3, texts=20, kl_p95=0.9, hit_rate=0.4,
                          perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
@@ -47,11 +47,11 @@ def _terminal(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
 def test_the_progress_bar_is_drawn_on_a_terminal_and_only_there(capfd, monkeypatch):
-    with report.product_progress() as progress:
-        progress(1, 2)
+    with progress_bars() as progress:
+        progress("Jacobian products", 1, 2)
     assert capfd.readouterr().err == ""
-    with _terminal(monkeypatch) as drawn, report.product_progress() as progress:
-        progress(64, 576)
+    with _terminal(monkeypatch) as drawn, progress_bars() as progress:
+        progress("Jacobian products", 64, 576)
     assert "Jacobian products" in drawn[0]
     assert "64/576" in drawn[0]
 
@@ -60,23 +60,23 @@ def test_the_progress_bar_is_drawn_on_a_terminal_and_only_there(capfd, monkeypat
     ("number", "words"), [(0, "0 B"), (999, "999 B"), (7_970_000, "7.97 MB"), (12_500_000_000, "12.5 GB")]
 )
 def test_sizes_are_told_in_the_unit_that_fits(number, words):
-    assert report.size(number) == words
+    assert _describe.file_size(number) == words
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
 def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(capfd, monkeypatch, make_operator):
     spec = BuildSpec((Concept("x", (1,)),))
-    there = Task("there", spec, Stored(make_operator().header, ""), replace=True)
+    there = BuildTask("there", spec, StoredOperator(make_operator().header, ""), replace=True)
     tasks = [
         there,
-        Task("first", spec, None, replace=False),
+        BuildTask("first", spec, None, replace=False),
         # Nothing is built of it, and it takes its time all the same.
         dataclasses.replace(there, name="second", calibrate=True),
     ]
-    with _terminal(monkeypatch) as drawn, _batch._progress(tasks) as watch:
-        watch(tasks[1], "Jacobian products", 3, 7)
+    with _terminal(monkeypatch) as drawn, _build_file._progress_bars(tasks) as progress:
+        progress(tasks[1], "Jacobian products", 3, 7)
         print("first  built")
-        watch(tasks[2], "texts written", 5, 9)
+        progress(tasks[2], "texts written", 5, 9)
     assert capfd.readouterr().out == "first  built\n"
     for expected in ("operators", "second: texts written", "5/9", "1/2"):
         assert expected in drawn[0]
@@ -84,7 +84,9 @@ def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(ca
 
 
 def _described(artifact, tmp_path):
-    return report.described("a", Store(tmp_path).save("a", artifact), artifact)
+    store = Store(tmp_path)
+    path = store.save("a", artifact)
+    return _describe.operator_json("a", path, store.read_header("a"))
 
 
 def test_a_list_says_layer_block_rank_further_texts_and_calibration(make_operator, tmp_path):
@@ -95,7 +97,7 @@ def test_a_list_says_layer_block_rank_further_texts_and_calibration(make_operato
     factors, basis = full.factors[:, :2], full.factors[0, :, :2]
     reduced = make_artifact(header, factors, full.anchor, full.substitute_base, basis=basis)
     rows = [_described(full, tmp_path / "full"), _described(reduced, tmp_path / "reduced")]
-    one, other = report.list_lines(rows)
+    one, other = _describe.list_lines(rows)
     assert "  golden: layer 2 of 4, pushes block 1    rank full  " in one
     assert one.endswith("'a concept' and 2 more (calibrated: 40% hits at p95 KL 0.9)")
     assert "  residual: layer 2 of 4, pushes block 2  rank 2     " in other
@@ -105,13 +107,13 @@ def test_a_list_says_layer_block_rank_further_texts_and_calibration(make_operato
 def test_an_operator_is_shown_with_its_words_texts_and_calibration(make_operator, tmp_path):
     artifact = make_operator(words=("gate",), recommended=FOUND, calibration=CALIBRATION,
                              more_texts=({"text": "more\x1b", "ids": (1, 2)},))  # fmt: skip
-    lines = dict(line.split(":", 1) for line in report.operator_lines(_described(artifact, tmp_path)))
+    lines = dict(line.split(":", 1) for line in _describe.operator_lines(_described(artifact, tmp_path)))
     assert lines["words"].strip() == "'gate'"
     assert lines["more texts"].strip() == r"'more\x1b'"
     assert lines["calibration"].strip() == (
         "40% hits at p95 KL 0.9; 20 prompts x 28 tokens, words 'gate', 'bay' (5% of the plain texts), budget p95 KL 1"
     )
-    plain = dict(line.split(":", 1) for line in report.operator_lines(_described(make_operator(), tmp_path / "b")))
+    plain = dict(line.split(":", 1) for line in _describe.operator_lines(_described(make_operator(), tmp_path / "b")))
     assert plain.keys() & {"words", "more texts", "calibration"} == set()
 
 
@@ -135,9 +137,9 @@ def test_a_recommendation_that_no_calibration_chose_is_not_called_calibrated(
     assert artifact.header.calibrated_point is None
     described = _described(artifact, tmp_path)
     assert described["calibrated"] is None
-    (line,) = report.list_lines([described])
+    (line,) = _describe.list_lines([described])
     assert line.endswith(f"(not calibrated: {words})")
-    lines = dict(one.split(":", 1) for one in report.operator_lines(described))
+    lines = dict(one.split(":", 1) for one in _describe.operator_lines(described))
     assert lines["calibration"].strip().startswith(f"{words}; 20 prompts")
 
 
@@ -167,7 +169,7 @@ def _python_is():
      (_python_is, "")],
 )  # fmt: skip
 def test_memory_that_runs_out_in_any_command_is_told_in_one_line(capsys, fail, needed):
-    with pytest.raises(typer.Exit) as ended, report.reporting(as_json=False):
+    with pytest.raises(typer.Exit) as ended, _output.exit_on_error(as_json=False):
         fail()
     assert ended.value.exit_code == 1
     said = f"steer-operators: there is not enough memory{needed}; a lower rank, "
@@ -177,5 +179,5 @@ def test_memory_that_runs_out_in_any_command_is_told_in_one_line(capsys, fail, n
 
 
 def test_another_error_of_the_same_kind_is_not_told_as_a_lack_of_memory():
-    with pytest.raises(RuntimeError, match="size mismatch"), report.reporting(as_json=False):
+    with pytest.raises(RuntimeError, match="size mismatch"), _output.exit_on_error(as_json=False):
         raise RuntimeError("size mismatch")

@@ -1,0 +1,51 @@
+"""``build NAME --text``: one operator from the command line."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from operators.commands import _describe as describe
+from operators.commands import _output as output
+from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.core.progress import progress_bars
+
+
+def build_one(described: Mapping[str, Any], options: BuildOptions) -> None:
+    """Builds, checks and stores one operator; ``described`` has the fields of a :class:`ConceptEntry` as given."""
+    start = time.monotonic()
+    with output.exit_on_error(options.as_json):
+        from operators.recipes.concept_entry import ConceptEntry, validate_value
+
+        # Everything that can be refused without the model is refused before it is loaded.
+        store = open_store(options.store_path)
+        entry = ConceptEntry(**{key: validate_value(key, value) for key, value in described.items()})
+        store.check_free(entry.name, replace=options.replace)
+        memory = parse_memory(options.max_memory)
+
+        from operators.builder.build import build_operator
+        from operators.model.loading import default_model, load_model
+        from operators.recipes.tasks import build_spec
+
+        device = options.device or default_device()
+        loaded = load_model(options.model or default_model(), dtype=options.dtype, device=device)
+        spec = build_spec(entry, loaded)
+        with progress_bars() as progress:
+            artifact = build_operator(spec, loaded, max_memory=memory, progress=progress)
+        if options.calibrate:
+            from operators.commands.calibrate import calibrate_with_defaults
+
+            layers = None if entry.layer is None else (entry.layer,)
+            with progress_bars() as progress:
+                artifact = calibrate_with_defaults(
+                    artifact, loaded, layers=layers, max_memory=memory, progress=progress
+                )
+        path = store.save(entry.name, artifact, replace=options.replace)
+        seconds = round(time.monotonic() - start, 2)
+        answer = describe.operator_json(entry.name, path, store.read_header(entry.name))
+        answer["concept_tokens"] = [loaded.tokenizer.decode([token]) for token in spec.texts[0].ids]
+        answer["seconds"] = seconds
+        if artifact.header.calibration is not None:
+            answer["found"] = artifact.header.calibration.chosen is not None
+        output.print_answer(answer, describe.operator_lines(answer, seconds=seconds), as_json=options.as_json)

@@ -1,0 +1,127 @@
+"""A stored operator, as JSON and as lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from operators.commands._output import align
+from operators.core.header import Recommended
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from operators.core.file_format import FileHeader
+
+
+def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
+    """A stored operator as JSON shows it: its header, and what the header does not say."""
+    point = found.header.calibrated_point
+    return {
+        "name": name,
+        "digest": found.digest,
+        "path": str(path),
+        "bytes": found.num_bytes,
+        "affine": found.affine,
+        "calibrated": None if point is None else point.model_dump(mode="json"),
+        **found.header.model_dump(mode="json"),
+    }
+
+
+def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
+    """One operator for a person. ``operator`` is what :func:`operator_json` returns; ``further`` goes last."""
+    tokens = operator.get("concept_tokens", operator["concept_ids"])
+    more = [repr(text["text"]) for text in operator["more_texts"]]
+    fields: dict[str, object] = {
+        "name": operator["name"],
+        "digest": operator["digest"],
+        "concept": repr(operator["concept"]),
+        "tokens": f"{len(tokens)}: " + " ".join(repr(token) for token in tokens),
+        **({"more texts": "; ".join(more)} if more else {}),
+        **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),
+        "model": f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']})",
+        "profile": operator["profile"],
+        "layer": f"{operator['layer']} of {operator['num_layers']}, "
+        f"added to the input of block {operator['injection_layer']}",
+        "reconstruction": f"{operator['reconstruction_error']:.2e} (|sum J x - y| / |y|)",
+        "rank": _rank(operator),
+        "recommended": setting_line(operator["recommended"]),
+        **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
+        "file": f"{operator['path']} ({file_size(operator['bytes'])})",
+        **further,
+    }
+    return align([(f"{key}:", str(value)) for key, value in fields.items()])
+
+
+def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One line per operator; a broken one says what is wrong with it."""
+    return align(map(_list_row, operators))
+
+
+def setting_line(recommended: Mapping[str, Any]) -> str:
+    """A recommended setting on one line."""
+    return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+
+
+def nothing_found_line(recommended: Mapping[str, Any]) -> str:
+    """What is recommended after a calibration that found no setting."""
+    default = Recommended().model_dump(mode="json")
+    kept = "the default" if recommended == default else "what was recommended"
+    return f"nothing within the bounds was found, and {kept} is kept"
+
+
+def file_size(num_bytes: int) -> str:
+    """12_300_000 -> ``"12.3 MB"``: powers of 1000, as file managers count."""
+    amount = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1000
+    return f"{amount:.3g} GB"
+
+
+def _rank(operator: Mapping[str, Any]) -> str:
+    low_rank, d = operator["low_rank"], operator["hidden_size"]
+    if low_rank is None:
+        return f"full ({d})"
+    residuals = low_rank["residuals"]
+    return f"{low_rank['rank']} of {d}, residual {min(residuals):.2g} to {max(residuals):.2g} per position"
+
+
+def _calibration(operator: Mapping[str, Any]) -> str:
+    calibration = operator["calibration"]
+    words = ", ".join(map(repr, calibration["words"]))
+    return (
+        f"{_calibrated(operator)}; {calibration['prompts']} prompts x {calibration['tokens']} tokens, words {words} "
+        f"({calibration['plain_hit_rate']:.0%} of the plain texts), budget p95 KL {calibration['kl_budget']:g}"
+    )
+
+
+def _calibrated(operator: Mapping[str, Any]) -> str:
+    """What the calibration measured at the recommended setting, or why it says nothing about that."""
+    point = operator["calibrated"]
+    if point is not None:
+        return f"{point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
+    if operator["calibration"]["chosen"] is None:
+        return nothing_found_line(operator["recommended"])
+    return "the recommended setting is another than the one that was found"
+
+
+def _calibrated_note(operator: Mapping[str, Any]) -> str:
+    if not operator["calibration"]:
+        return ""
+    return f" ({'' if operator['calibrated'] else 'not '}calibrated: {_calibrated(operator)})"
+
+
+def _list_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    if "problem" in entry:
+        return (entry["name"], f"broken: {entry['problem']['message']}")
+    more = len(entry["more_texts"])
+    return (
+        entry["name"],
+        f"{entry['profile']}: layer {entry['layer']} of {entry['num_layers']}, pushes block {entry['injection_layer']}",
+        f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
+        str(entry["model"]),
+        entry["digest"].removeprefix("sha256:")[:12],
+        repr(entry["concept"]) + (f" and {more} more" if more else "") + _calibrated_note(entry),
+    )
