@@ -1,4 +1,4 @@
-"""A concept: the text whose linear map becomes an operator."""
+"""The text of a concept and its tokens: an operator is read off the model's linear map at such a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ class Concept:
 
 
 def check_text(text: str) -> str:
-    """The text itself, if some model could take it as a concept. Raises :class:`ConceptError`."""
+    """Returns the text, after the checks that need no tokenizer.
+
+    Raises:
+        ConceptError: the text is empty, not Unicode, or longer than MAX_CONCEPT characters.
+    """
     if not text.strip():
         raise ConceptError(f"concept {text[:40]!r} has no tokens; at least one is needed")
     if len(text) > MAX_CONCEPT:
@@ -39,13 +43,13 @@ def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
         ConceptError: the text is empty, not Unicode, or longer than the model's context.
     """
     check_text(text)
-    # Not verbose: what it would say of a long text, the error below says.
+    # Not verbose: the tokenizer would log a warning about a long text, which the error below reports.
     ids = tuple(int(token) for token in loaded.tokenizer(text, verbose=False)["input_ids"])
     if not ids:
         raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
-    most = min(loaded.context_length, MAX_CONCEPT)
-    if len(ids) > most:
+    limit = min(loaded.context_length, MAX_CONCEPT)
+    if len(ids) > limit:
         raise ConceptError(
-            f"concept has {len(ids)} tokens; {loaded.name} takes at most {most} (it begins {text[:40]!r})"
+            f"concept has {len(ids)} tokens; {loaded.name} takes at most {limit} (it begins {text[:40]!r})"
         )
     return Concept(text, ids)

@@ -1,4 +1,4 @@
-"""Whether the operator that is in the store already is the one that a build would give."""
+"""Whether an operator in the store is the one that a build would give, so that it need not be built again."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 import os
 from dataclasses import dataclass
 
-from operators.builder.build import BuildSpec
 from operators.builder.checks import dtype_name
+from operators.builder.spec import BuildSpec
 from operators.core.errors import ArtifactError, StoreError
 from operators.core.header import OperatorHeader
 from operators.core.store import Store
@@ -18,65 +18,79 @@ from operators.model.loading import LoadedModel
 
 
 @dataclass(frozen=True)
-class Stored:
-    """An operator in the store, without its numbers."""
+class StoredOperator:
+    """An operator in the store, without its tensors."""
 
     header: OperatorHeader
     digest: str
 
 
-def stored_already(
-    store: Store, name: str, spec: BuildSpec, loaded: LoadedModel, *, replace: bool = False, any_layer: bool = False
-) -> Stored | None:
-    """The operator of that name, if building ``spec`` would give it again; None when it is to be built.
+def find_up_to_date(
+    store: Store,
+    name: str,
+    spec: BuildSpec,
+    loaded: LoadedModel,
+    *,
+    replace: bool = False,
+    layer_is_default: bool = False,
+) -> StoredOperator | None:
+    """The stored operator of that name, where building ``spec`` would give the same one; None means build it.
 
-    ``any_layer``: nobody asked for the layer of ``spec``, so that a calibration may have moved the operator.
+    Args:
+        spec: with its layer, and a rank, "full" or a tolerance: what the defaults come to.
+        replace: whether another operator of that name may be replaced, and None returned for it.
+        layer_is_default: the layer was not given, so that one to which a calibration moved the operator is accepted.
 
     Raises:
-        StoreError: another one has the name, and may not be replaced; says in what it differs.
+        StoreError: another operator has the name and may not be replaced; says in what it differs.
     """
     if not os.path.lexists(store.check_free(name, replace=True)):
         return None
-    found: Stored | None = None
+    existing: StoredOperator | None = None
     try:
         artifact = store.load(name)
-        found = Stored(artifact.header, artifact.digest)
-        if any_layer and found.header.calibration is not None:
-            spec = dataclasses.replace(spec, layer=found.header.layer)
-        others = differences(found.header, spec, loaded)
+        existing = StoredOperator(artifact.header, artifact.digest)
+        if layer_is_default and existing.header.calibration is not None:
+            spec = dataclasses.replace(spec, layer=existing.header.layer)
+        problems = differences(existing.header, spec, loaded)
     except ArtifactError as error:
-        others = [str(error)]
-    if others and not replace:
+        problems = [str(error)]
+    if problems and not replace:
         raise StoreError(
-            f"operator {name!r} in {store.path} is another one: {'; '.join(others)} (--replace replaces it)"
+            f"operator {name!r} in {store.path} is another one: {'; '.join(problems)} (--replace replaces it)"
         )
-    return None if others else found
+    return None if problems else existing
 
 
 def differences(header: OperatorHeader, spec: BuildSpec, loaded: LoadedModel) -> list[str]:
-    """In what a stored operator is not the one asked for: nothing, when building it again would give it again.
+    """In what a stored operator differs from the one that ``spec`` describes; empty when building would give it again.
 
-    ``spec`` has its layer, and a rank, "full" or a tolerance. What is only recommended is not compared.
+    ``spec`` has its layer, and a rank, "full" or a tolerance. Words and recommendation are not compared: they change no
+    number of the operator.
     """
-    low = header.low_rank
-    asked = spec.rank if spec.tolerance is None else f"what tolerance {spec.tolerance} takes"
-    rank = low.rank if low else "full"
-    found = rank if header.tolerance is None else f"what tolerance {header.tolerance} takes"
-    pairs: list[tuple[str, object, object]] = [
+    low_rank = header.low_rank
+    requested_size = spec.rank if spec.tolerance is None else f"what tolerance {spec.tolerance} takes"
+    rank = low_rank.rank if low_rank else "full"
+    size = rank if header.tolerance is None else f"what tolerance {header.tolerance} takes"
+    properties: list[tuple[str, object, object]] = [
         ("profile", header.profile, spec.profile),
         ("layer", header.layer, spec.layer),
         ("weights", header.weights, spec.weights),
         ("members", header.members, spec.members),
-        ("rank", found, asked),
+        ("rank", size, requested_size),
         ("model", header.model_fingerprint, loaded.fingerprint),
         ("tokenizer", header.tokenizer_fingerprint, loaded.tokenizer_fingerprint),
         ("model dtype", header.model_dtype, dtype_name(loaded.dtype)),
         ("rule set", header.rule_set, RULE_SET),
         ("builder version", header.builder_version, __version__),
     ]
-    if low is not None:
-        sketch = (low.weighting, low.oversample, low.power_iterations, low.seed)
-        pairs.append(("sketch", sketch, (spec.weighting, OVERSAMPLE, POWER_ITERATIONS, spec.seed)))
+    if low_rank is not None:
+        sketch = (low_rank.weighting, low_rank.oversample, low_rank.power_iterations, low_rank.seed)
+        properties.append(("sketch", sketch, (spec.weighting, OVERSAMPLE, POWER_ITERATIONS, spec.seed)))
+    found = [
+        f"its {name} is {stored}, not {requested}" for name, stored, requested in properties if stored != requested
+    ]
     texts = [(text.text, text.ids) for text in spec.texts]
-    others = [f"its {what} is {found}, not {asked}" for what, found, asked in pairs if found != asked]
-    return others if [(text.text, text.ids) for text in header.texts] == texts else ["its texts are others", *others]
+    if [(text.text, text.ids) for text in header.texts] != texts:
+        found.insert(0, "its texts are others")
+    return found

@@ -1,4 +1,4 @@
-"""An operator held against the model it says it came from."""
+"""Checks a stored operator against the model that it was built on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from operators.builder.checks import (
     RECONSTRUCTION_TOLERANCE,
     check_basis,
-    check_map,
     check_reconstruction,
+    check_replay,
     dtype_name,
-    reconstruction_error,
+    worst_reconstruction_error,
 )
 from operators.builder.concept import Concept
 from operators.core.artifact import OperatorArtifact
@@ -19,16 +19,20 @@ from operators.core.header import DTypeName, OperatorHeader
 from operators.maps.detach import RULE_SET
 from operators.maps.jacobian import relative_error
 from operators.maps.replay import Replay
-from operators.maps.weighted_map import MeanMap
+from operators.maps.weighted_map import WeightedMap
 from operators.model.loading import LoadedModel
 
 _PROBES = 8
+"""Random tangents that the factors are compared at."""
 
 
 def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
-    """Holds an artifact against the model it says it came from: |sum J x + c - y| / |y|, with y computed anew.
+    """Computes every tensor of the artifact anew, or its products, and compares.
 
     The model is best loaded in the artifact's dtype; in a coarser one, its own rounding is what is measured.
+
+    Returns:
+        |sum_i J_i x_i + c - y| / |y| of the text where it is largest, with y computed anew.
 
     Raises:
         IncompatibleOperatorError: another model, tokenizer, depth or width; names what was found and what was
@@ -39,48 +43,51 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
     header = artifact.header
     replays = [Replay(loaded.model, text.ids, layer=header.layer, profile=header.profile) for text in header.texts]
     for text, replay in zip(header.texts, replays, strict=True):
-        check_map(Concept(text.text, text.ids), replay, loaded, layer=header.layer, profile=header.profile)
-    concept = MeanMap(replays, header.shares)
+        check_replay(Concept(text.text, text.ids), replay, loaded, layer=header.layer, profile=header.profile)
+    weighted_map = WeightedMap(replays, header.shares)
+    # The coarser of the two dtypes decides how much rounding is accepted.
     dtype = max(header.model_dtype, dtype_name(loaded.dtype), key=RECONSTRUCTION_TOLERANCE.__getitem__)
-    y = concept.y.double()
     if artifact.basis is not None:
-        check_basis(artifact.basis.to(concept.y), concept.y - concept.offset, dtype)
-    factors = artifact.factors.to(concept.y)
-    basis = None if artifact.basis is None else artifact.basis.to(concept.y)
-    error = max(reconstruction_error(replay, factors, basis, replays) for replay in replays)
+        check_basis(artifact.basis.to(weighted_map.y), weighted_map.y - weighted_map.offset, dtype)
+    factors = artifact.factors.to(weighted_map.y)
+    basis = None if artifact.basis is None else artifact.basis.to(weighted_map.y)
+    error = worst_reconstruction_error(replays, factors, basis)
     check_reconstruction(error, header.layer, dtype)
-    last = concept.last_term if basis is None else basis @ (basis.T @ concept.last_term)
+    y = weighted_map.y.double()
     for name, stored, expected in (
-        ("anchor", artifact.anchor, concept.y),
-        ("substitute_base", artifact.substitute_base, concept.y - last),
-        ("offset", artifact.offset, concept.offset),
+        ("anchor", artifact.anchor, weighted_map.y),
+        ("substitute_base", artifact.substitute_base, weighted_map.substitute_base(basis)),
+        ("offset", artifact.offset, weighted_map.offset),
     ):
-        # Against |y|, not against itself: the base of a one-token concept is zero up to rounding.
+        # Relative to |y|, not to the tensor itself: the base of a one-token concept is zero up to rounding.
         value = y.new_zeros(len(y)) if stored is None else stored.to(y)
-        off = torch.linalg.vector_norm(value - expected.double()) / torch.linalg.vector_norm(y)
-        _check_tensor(name, float(off), dtype)
-    _check_tensor("factors", _probe(concept, factors, basis), dtype)
+        difference = torch.linalg.vector_norm(value - expected.double()) / torch.linalg.vector_norm(y)
+        _check_tensor(name, float(difference), dtype)
+    _check_tensor("factors", _factors_error(weighted_map, factors, basis), dtype)
     return error
 
 
-def _probe(concept: MeanMap, factors: torch.Tensor, basis: torch.Tensor | None) -> float:
-    """How far U sum B_i v_i is from U U^T sum J_i v_i for random v, relative: what one text's own x cannot show."""
-    n, d = concept.shape
-    generator = torch.Generator(concept.y.device).manual_seed(0)
-    probes = torch.randn(_PROBES, n, d, generator=generator, dtype=concept.y.dtype, device=concept.y.device)
-    expected = concept.push(probes)
-    stored = torch.einsum("nrj,lnj->lr", factors, probes)
+def _factors_error(weighted_map: WeightedMap, factors: torch.Tensor, basis: torch.Tensor | None) -> float:
+    """Relative error of sum_i B_i v_i against U^T sum_i J_i v_i for random tangents v.
+
+    The reconstruction tests the factors at the text's own x only, and the factors of several texts not at all.
+    """
+    n, d = weighted_map.shape
+    generator = torch.Generator(weighted_map.y.device).manual_seed(0)
+    tangents = torch.randn(_PROBES, n, d, generator=generator, dtype=weighted_map.y.dtype, device=weighted_map.y.device)
+    expected = weighted_map.jvp(tangents)
+    stored = torch.einsum("nrj,lnj->lr", factors, tangents)
     return relative_error(stored, expected if basis is None else expected @ basis)
 
 
-def _check_tensor(name: str, off: float, dtype: DTypeName) -> None:
-    if not off <= RECONSTRUCTION_TOLERANCE[dtype]:
-        raise ReconstructionError(f"tensor {name!r} is off by {off:.1e} of what this model gives")
+def _check_tensor(name: str, error: float, dtype: DTypeName) -> None:
+    if not error <= RECONSTRUCTION_TOLERANCE[dtype]:
+        raise ReconstructionError(f"tensor {name!r} is off by {error:.1e} of what this model gives")
 
 
 def check_compatible(header: OperatorHeader, loaded: LoadedModel) -> None:
-    """Raises :class:`IncompatibleOperatorError` naming the first thing in which the model is not the header's."""
-    for what, expected, found in (
+    """Raises :class:`IncompatibleOperatorError` naming the first property in which the model is not the header's."""
+    for name, expected, found in (
         ("number of layers", header.num_layers, loaded.num_layers),
         ("hidden size", header.hidden_size, loaded.hidden_size),
         ("model fingerprint", header.model_fingerprint, loaded.fingerprint),
@@ -89,7 +96,7 @@ def check_compatible(header: OperatorHeader, loaded: LoadedModel) -> None:
     ):
         if found != expected:
             raise IncompatibleOperatorError(
-                f"{what} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
+                f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
             )
     size = int(loaded.model.get_input_embeddings().weight.shape[0])
     largest = max(max(text.ids) for text in header.texts)

@@ -1,15 +1,23 @@
-"""Frozen replay: the detached map of one prompt as passes of matrix products.
+"""Frozen replay: the detached map of one prompt, applied and transposed without being formed.
 
-One forward pass records every frozen factor (norm scales, gates, attention weights). With them fixed, the blocks are
-affine in their input, f(X) = J X + c, and run on any X:
+One forward pass at the prompt records every frozen factor: 1/RMS of the norms, gates, attention weights. With these
+held constant, the first ``layer`` blocks are an affine function of their input X (n, d),
 
-    J V    = f(V) - f(0)            a forward pass over all columns of V at once
-    J^T U  = the backward pass of f, whose graph holds constants only and is made once, of one column
-    c      = f(0)
+    f(X) = sum_i J_i x_i + c,        J_i (d, d),  c (d,),
 
-Neither pass computes a query, a key, a gate, a softmax or a norm, nor anything but the last position after the last
-block's attention; what is left is GEMMs (Golden, section 3; the tangents that ``detach`` blocks in forward mode are
-why this does not go through ``torch.func.jvp``).
+and at the prompt's own block input it is the model's hidden state (Golden, section 3). Hence, for batches of l vectors,
+
+    JVP   J V   = f(V) - f(0),    V (l, n, d) -> (l, d)       forward passes of f
+    VJP   J^T U                   U (l, d)    -> (l, n, d)    backward passes of f
+          c     = f(0)            zero for a model without biases
+
+When it holds: the equality is exact up to rounding, for tangents and cotangents of any size. For an X other than the
+prompt's, f(X) is not what the model computes: there the factors would be others.
+
+Cost: one forward pass of the model to record, one of f for c. Then l vectors take ceil(l / g) passes of f, where g is
+``vectors_per_pass`` or fewer for a long prompt. A pass of f is matrix products only: no queries, keys, gates, softmax
+or norm statistics, and in the last block only the last position beyond the values of attention. ``torch.func.jvp``
+through the detached model gives the same numbers and computes all of these again for every tangent.
 """
 
 from __future__ import annotations
@@ -28,17 +36,18 @@ from operators.model.loading import block_input, decoder_layers, embed, final_no
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+VECTORS_PER_PASS = 64
+"""Upper bound of the tangents or cotangents in one pass: larger batches do not speed up the matrix products."""
+
 _POSITIONS_PER_PASS = 1024
-"""Columns go through the blocks in groups of so many positions: GEMMs are large by then, and temporaries small."""
-COLUMNS_PER_PASS = 64
-"""At most: more make no GEMM quicker."""
+"""Upper bound of vectors times positions in one pass: the products are large by then, and their temporaries small."""
 
 
-class Map(Protocol):
-    """An affine map of n block inputs: what :class:`Replay` is for one text."""
+class AffineMap(Protocol):
+    """x -> sum_i J_i x_i + c for n block inputs x_i (d,), given by its products and not by its matrices."""
 
     y: torch.Tensor
-    """(d,), its value at the concept."""
+    """(d,), its value at the texts that it belongs to."""
     offset: torch.Tensor
     """(d,) = c."""
 
@@ -47,21 +56,25 @@ class Map(Protocol):
         """(n, d)."""
         ...
 
-    def push(self, columns: torch.Tensor) -> torch.Tensor:
-        """J V (l, d) for V (l, n, d)."""
+    def jvp(self, tangents: torch.Tensor) -> torch.Tensor:
+        """J V, shape (l, d), for V (l, n, d)."""
         ...
 
-    def pull(self, questions: torch.Tensor) -> torch.Tensor:
-        """J^T U (l, n, d) for U (l, d)."""
+    def vjp(self, cotangents: torch.Tensor) -> torch.Tensor:
+        """J^T U, shape (l, n, d), for U (l, d)."""
         ...
 
 
 class Replay:
-    """The map from block inputs x (n, d) to the target h (d,) at the last position, for one prompt and layer.
+    """The map from block inputs (n, d) to the target (d,) at the last position, for one prompt and layer.
 
-    ``x``: (n, d). ``y``: (d,), the target's value. ``offset``: (d,) = c, zero without biases. All in float32 at least:
-    a bfloat16 model's weights are widened as they are used.
-    ``products`` counts the columns that were pushed and pulled.
+    Attributes:
+        x: (n, d), the prompt's block input.
+        y: (d,), the target that the model computes for it (:func:`target_hidden_state`).
+        offset: (d,) = c, zero without biases.
+        products: how many tangents and cotangents have been multiplied so far.
+
+    Tensors are at least float32: a bfloat16 model's weights are widened as they are used.
     """
 
     def __init__(
@@ -71,103 +84,122 @@ class Replay:
         *,
         layer: int,
         profile: Profile,
-        columns: int = COLUMNS_PER_PASS,
-        tick: Callable[[int], None] | None = None,
+        vectors_per_pass: int = VECTORS_PER_PASS,
+        on_products: Callable[[int], None] | None = None,
     ) -> None:
-        """``columns``: how many go through a pass at most. ``tick`` is told of those that have."""
+        """Records the frozen factors of ``ids``.
+
+        Args:
+            layer: the target is h^(layer), from 1 to L.
+            vectors_per_pass: upper bound of the vectors in one pass; memory grows with it.
+            on_products: called after each pass with the number of vectors that it multiplied.
+
+        Raises:
+            UnsupportedModelError: the model's architecture has no detach table.
+        """
         self._model, self._layer, self._profile = model, layer, profile
         device = model.get_input_embeddings().weight.device
         embeddings = embed(model, torch.tensor(ids, device=device))
         with torch.no_grad(), recording(model) as self._tape:
-            y = hidden_state(model, embeddings[None], layer=layer, profile=profile)[0]
-        wide = torch.promote_types(y.dtype, torch.float32)
-        self.y = y.to(wide)
-        self.x = block_input(model, embeddings).to(wide)
-        self._group = max(1, min(columns, _POSITIONS_PER_PASS // len(ids)))
+            y = target_hidden_state(model, embeddings[None], layer=layer, profile=profile)[0]
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        self.y = y.to(dtype)
+        self.x = block_input(model, embeddings).to(dtype)
+        self._vectors_per_pass = max(1, min(vectors_per_pass, _POSITIONS_PER_PASS // len(ids)))
         self._graph: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._tick = tick
+        self._on_products = on_products
         self.products = 0
         with torch.no_grad():
-            self.offset = self._run(torch.zeros_like(self.x)[None])[0]
-        self._affine = bool(self.offset.any())
+            self.offset = self._forward(torch.zeros_like(self.x)[None])[0]
+        self._has_offset = bool(self.offset.any())
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, d)."""
         return int(self.x.shape[0]), int(self.x.shape[1])
 
-    def push(self, columns: torch.Tensor) -> torch.Tensor:
+    def jvp(self, tangents: torch.Tensor) -> torch.Tensor:
         """J V, shape (l, d), for V (l, n, d)."""
-        groups = []
-        for group in self._split(columns):
+        outputs = []
+        for group in self._split(tangents):
             with torch.no_grad():
-                groups.append(self._run(group))
+                outputs.append(self._forward(group))
             self._count(len(group))
-        images = torch.cat(groups)
-        return images - self.offset if self._affine else images
+        values = torch.cat(outputs)
+        return values - self.offset if self._has_offset else values
 
-    def pull(self, questions: torch.Tensor) -> torch.Tensor:
+    def vjp(self, cotangents: torch.Tensor) -> torch.Tensor:
         """J^T U, shape (l, n, d), for U (l, d)."""
         if self._graph is None:
-            # The graph of a linear map holds constants only: any column makes it, and zeros do.
-            column = self.x.new_zeros(1, *self.shape, requires_grad=True)
+            # The graph of an affine map holds only constants, so that one made at zero serves every cotangent.
+            zero = self.x.new_zeros(1, *self.shape, requires_grad=True)
             with torch.enable_grad():
-                self._graph = column, self._run(column)
-        column, image = self._graph
-        answers = []
-        for group in self._split(questions):
-            (answer,) = torch.autograd.grad(image, column, group[:, None], retain_graph=True, is_grads_batched=True)
-            answers.append(answer[:, 0])
+                self._graph = zero, self._forward(zero)
+        inputs, output = self._graph
+        gradients = []
+        for group in self._split(cotangents):
+            (gradient,) = torch.autograd.grad(output, inputs, group[:, None], retain_graph=True, is_grads_batched=True)
+            gradients.append(gradient[:, 0])
             self._count(len(group))
-        return torch.cat(answers)
+        return torch.cat(gradients)
 
-    def _split(self, columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Groups of even size: a short last one is slow for what it does."""
-        groups = math.ceil(len(columns) / self._group)
-        return torch.split(columns, max(1, math.ceil(len(columns) / max(1, groups))))
+    def reconstruction(self) -> torch.Tensor:
+        """sum_i J_i x_i + c, shape (d,), by one JVP: equal to ``y`` up to rounding."""
+        return self.jvp(self.x[None])[0] + self.offset
 
-    def _count(self, columns: int) -> None:
-        self.products += columns
-        if self._tick is not None:
-            self._tick(columns)
+    def _split(self, vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Groups of even size: a short last pass would take nearly as long as a full one."""
+        groups = math.ceil(len(vectors) / self._vectors_per_pass)
+        return torch.split(vectors, max(1, math.ceil(len(vectors) / max(1, groups))))
 
-    def _run(self, columns: torch.Tensor) -> torch.Tensor:
-        hidden = columns
+    def _count(self, vectors: int) -> None:
+        self.products += vectors
+        if self._on_products is not None:
+            self._on_products(vectors)
+
+    def _forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """f, shape (l, d), for inputs (l, n, d)."""
+        hidden = inputs
         blocks = decoder_layers(self._model)[: self._layer]
         with replaying(self._model, self._tape, final=blocks[-1]):
             for block in blocks:
                 hidden = block(hidden)
-            last = hidden[:, -1]
-            normed: torch.Tensor = final_norm(self._model)(last) if self._profile == "golden" else last
-        return normed
+            return _target(self._model, hidden, self._profile)
 
 
-def hidden_state(model: PreTrainedModel, embeddings: torch.Tensor, *, layer: int, profile: Profile) -> torch.Tensor:
+def target_hidden_state(
+    model: PreTrainedModel, embeddings: torch.Tensor, *, layer: int, profile: Profile
+) -> torch.Tensor:
     """The map's target at the last position, (batch, d), for token embeddings (batch, n, d).
 
     ``residual``: h^(layer), the stream entering block ``layer``. ``golden``: the model's final norm applied to
     it. Blocks from ``layer`` on are not run.
     """
     layers = decoder_layers(model)
-    seen: list[torch.Tensor] = []
+    streams: list[torch.Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+        streams.append(args[0] if args else kwargs["hidden_states"])
+        raise _TargetReached
 
     # The stream that leaves the last block is the one that enters the final norm.
-    place = layers[layer] if layer < len(layers) else final_norm(model)
-    hook = place.register_forward_pre_hook(stop, with_kwargs=True)
+    module = layers[layer] if layer < len(layers) else final_norm(model)
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model.get_decoder()(inputs_embeds=embeddings, use_cache=False)
-    except _Reached:
+    except _TargetReached:
         pass
     finally:
         hook.remove()
-    last = seen[0][:, -1]
-    normed: torch.Tensor = final_norm(model)(last) if profile == "golden" else last
-    return normed
+    return _target(model, streams[0], profile)
 
 
-class _Reached(Exception):  # noqa: N818 - it is no error: the wanted layer has been reached
+def _target(model: PreTrainedModel, stream: torch.Tensor, profile: Profile) -> torch.Tensor:
+    """The target, (batch, d), of a stream (batch, n, d)."""
+    last = stream[:, -1]
+    target: torch.Tensor = final_norm(model)(last) if profile == "golden" else last
+    return target
+
+
+class _TargetReached(Exception):  # noqa: N818 - not an error: it ends the forward pass at the target layer
     pass

@@ -1,16 +1,30 @@
-"""A low-rank operator for every position at once, from a two-pass joint sketch.
+"""A low-rank approximation of all positions at once, from a joint sketch.
 
-All positions share the left space: with J = [J_0 ... J_{n-1}] (d, n d), an orthonormal U (d, r), B_i = U^T J_i (r, d),
+All positions share the left space: with J = [J_0 ... J_{n-1}] (d, n d), U (d, r) orthonormal and B_i = U^T J_i (r, d),
 
     J_i  ~  U B_i.
 
-The operator only ever multiplies token embeddings, so what should be small is (J - U B) C^{1/2}, C the second moment
-of the embedding table. The range of J C^{1/2} is that of (J C J^T)^q G for l random columns G, with QR between half
-steps (subspace iteration; Halko, Martinsson and Tropp 2011, algorithm 4.4, begun on the left side, which has d rows
-and not n d), and B is one more pull: l (1 + 2q) products whatever n is. y - c is in the basis, so that
-U sum B_i x_i + c = y at the concept of one text, at any rank.
+Weighting. The operator only ever multiplies token embeddings, so what should be small is (J - U B) C^{1/2}, with C the
+second moment of the embedding table (or C = 1, "white").
 
-Of the last l columns, PROBES ask for what the basis left out, so that the error comes with the operator.
+Range. With l = min(r + OVERSAMPLE, d) Gaussian columns G (d, l) and q power iterations, the range of J C^{1/2} is
+approximated by that of
+
+    (J C J^T)^q G,
+
+orthonormalised by QR after every half step (subspace iteration; Halko, Martinsson and Tropp 2011, algorithm 4.4, begun
+on the left side, which has d rows and not n d). B is one more VJP of the basis.
+
+Anchor. y - c is the first vector of the basis, whatever the rank, so that for the map of one text
+U sum_i B_i x_i + c = y up to rounding.
+
+Certificate. PROBES of the cotangents of the last VJP are Gaussian and orthogonal to the basis Q: for such g,
+E |J_i^T g|^2 = |(1 - Q Q^T) J_i|_F^2. The residual is thus sampled itself, and is no difference of two large numbers.
+
+When it is good: the error is near the least possible where the singular values of J C^{1/2} decay beyond r; where they
+are flat, no rank-r matrix is close, and the residual says so.
+
+Cost: l (1 + 2q) + PROBES products whatever n is, and about 6 l n d numbers of memory.
 """
 
 from __future__ import annotations
@@ -22,28 +36,34 @@ from dataclasses import dataclass
 import torch
 
 from operators.core.errors import BuildError
-from operators.maps.replay import Map
+from operators.maps.replay import AffineMap
 
 OVERSAMPLE = 12
+"""l - r: columns of the sketch beyond the rank."""
 POWER_ITERATIONS = 1
+"""q. With one, the error is at most 1.2 times the least of any matrix of that rank (the tests hold it to that)."""
 PROBES = 8
-"""Random columns for the residual certificate: its relative error is about sqrt(2/PROBES) over the residual's rank."""
+"""Random cotangents of the certificate: its relative error is about sqrt(2/PROBES) over the residual's rank."""
 
 FIRST_RANK = 32
-"""Where the search for a tolerance begins; it goes on by doubling."""
+"""The first rank that is tried for a tolerance; each further one is twice the last."""
 
-ROWS_AT_ONCE = 1 << 14
-"""Rows of the embedding table that are in float64 at a time."""
+TABLE_ROWS_AT_ONCE = 1 << 14
+"""Rows of the embedding table that are held in float64 at a time."""
 
-Columns = Callable[[torch.Tensor], torch.Tensor]
+_Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Reduced:
-    """U (d, r), B (n, r, d), and the relative residual |J_i - U B_i|_F / |J_i|_F per position.
+class LowRankMap:
+    """J_i ~ U B_i, and what it leaves out. Filled by :func:`sketch`.
 
-    ``singular_values``: (r + OVERSAMPLE,), those of J C^{1/2} as the sketch sees them, descending. ``residual`` is that
-    of all positions together.
+    Attributes:
+        basis: U (d, r), orthonormal; its first column is parallel to y - c.
+        factors: B (n, r, d).
+        residuals: |J_i - U B_i|_F / |J_i|_F per position, as the probes measured it; 0 where J_i is zero.
+        residual: |J - U B|_F / |J|_F of all positions together.
+        singular_values: (l,), those of Q^T J C^{1/2} for the basis Q before truncation, descending.
     """
 
     basis: torch.Tensor
@@ -54,20 +74,19 @@ class Reduced:
 
 
 def num_products(rank: int, d: int, *, power_iterations: int = POWER_ITERATIONS) -> int:
-    """l (1 + 2q) and PROBES: the products that a sketch of this rank takes, certificate included."""
-    columns = _columns(rank, d)
-    return columns * (1 + 2 * power_iterations) + PROBES
+    """l (1 + 2q) + PROBES: the JVPs and VJPs of a sketch of this rank, certificate included."""
+    return _num_columns(rank, d) * (1 + 2 * power_iterations) + PROBES
 
 
 def sketch(
-    concept: Map,
+    affine_map: AffineMap,
     rank: int,
     *,
     root: torch.Tensor | None,
     power_iterations: int = POWER_ITERATIONS,
     seed: int = 0,
-) -> Reduced:
-    """The map of one concept, reduced to ``rank``.
+) -> LowRankMap:
+    """The map approximated with ``rank``.
 
     Args:
         root: C^{1/2} (d, d), symmetric; None for white test vectors (C = 1).
@@ -75,52 +94,57 @@ def sketch(
     Raises:
         ValueError: the rank is not from 1 to d.
     """
-    _, d = concept.shape
+    _, d = affine_map.shape
     if not 1 <= rank <= d:
         raise ValueError(f"rank is {rank}; 1 to {d} are accepted")
-    return _truncated(_sketched(concept, rank, root, power_iterations, seed), rank)
+    return _truncate(_sketch(affine_map, rank, root, power_iterations, seed), rank)
 
 
 def sketch_within(
-    concept: Map,
+    affine_map: AffineMap,
     tolerance: float,
     *,
     root: torch.Tensor | None,
     seed: int = 0,
-    check: Callable[[int], None] | None = None,
-) -> Reduced | None:
-    """The map reduced to the smallest rank whose residual |J - U B|_F / |J|_F is at most ``tolerance``.
+    check_rank: Callable[[int], None] | None = None,
+) -> LowRankMap | None:
+    """The map approximated with the smallest rank whose residual |J - U B|_F / |J|_F is at most ``tolerance``.
 
-    None where that would be no smaller than the exact operator. ``check`` is asked about every rank that is about to be
-    tried, and may raise.
+    None where that takes no fewer numbers than the exact operator. Ranks are tried from FIRST_RANK on by doubling, each
+    with a sketch of its own, and the first sufficient one is truncated.
+
+    Args:
+        root: C^{1/2} (d, d), symmetric; None for white test vectors (C = 1).
+        check_rank: called with every rank before it is tried; may raise to end the search.
 
     Raises:
         ValueError: the tolerance is not between 0 and 1.
     """
     if not 0.0 < tolerance < 1.0:
         raise ValueError(f"tolerance is {tolerance}; a number between 0 and 1 is accepted")
-    n, d = concept.shape
+    n, d = affine_map.shape
     rank = min(FIRST_RANK, d)
     while True:
-        if check is not None:
-            check(rank)
-        found = _sketched(concept, rank, root, POWER_ITERATIONS, seed)
-        for enough in range(1, rank + 1):
-            if found.residual(enough) <= tolerance:
-                return _truncated(found, enough) if enough * (n + 1) < n * d else None
+        if check_rank is not None:
+            check_rank(rank)
+        sketched = _sketch(affine_map, rank, root, POWER_ITERATIONS, seed)
+        for sufficient in range(1, rank + 1):
+            if sketched.residual(sufficient) <= tolerance:
+                return _truncate(sketched, sufficient) if sufficient * (n + 1) < n * d else None
         if rank == d:
-            # Nothing is left out at the full rank: what is not reached has no number for an error.
+            # The full rank leaves nothing out, so that this is reached only where its residual is not a number.
             return None
         rank = min(2 * rank, d)
 
 
 def embedding_root(table: torch.Tensor) -> torch.Tensor:
-    """C^{1/2} (d, d) in float64 of the table's second moment C = E x x^T, scaled to unit mean variance.
+    """C^{1/2} (d, d) in float64, for C = E x x^T over the rows x of ``table`` (V, d), scaled to unit mean variance.
 
-    Raises :class:`BuildError` for a table with values that are not finite.
+    Raises:
+        BuildError: the table has values that are not finite.
     """
     moment = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
-    for rows in torch.split(table, ROWS_AT_ONCE):
+    for rows in torch.split(table, TABLE_ROWS_AT_ONCE):
         wide = rows.double()
         moment += wide.T @ wide
     moment /= len(table)
@@ -133,83 +157,85 @@ def embedding_root(table: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Sketch:
-    """Rows ordered by what they carry: ``basis`` (m, d), ``factors`` (m, n, d).
+    """Q^T and Q^T J before truncation, rows by descending importance.
 
-    ``carried`` (m, n): |row of B_i|^2. ``left`` (n,): |J_i|_F^2 beyond all rows.
+    ``basis`` (l, d); ``factors`` (l, n, d); ``squares`` (l, n), the squared norm of each row of ``factors``;
+    ``outside`` (n,), |(1 - Q Q^T) J_i|_F^2.
     """
 
     basis: torch.Tensor
     factors: torch.Tensor
-    carried: torch.Tensor
-    left: torch.Tensor
+    squares: torch.Tensor
+    outside: torch.Tensor
     singular_values: torch.Tensor
 
-    def squares(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def squared_errors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """|J_i - U B_i|_F^2 and |J_i|_F^2 per position, (n,) each, for the first ``rank`` rows."""
-        return self.left + self.carried[rank:].sum(0), self.left + self.carried.sum(0)
+        return self.outside + self.squares[rank:].sum(0), self.outside + self.squares.sum(0)
 
     def residual(self, rank: int) -> float:
-        """Of all positions together."""
-        lost, total = self.squares(rank)
-        return math.sqrt(float(lost.sum() / total.sum()))
+        """|J - U B|_F / |J|_F of all positions together, for the first ``rank`` rows."""
+        errors, totals = self.squared_errors(rank)
+        return math.sqrt(float(errors.sum() / totals.sum()))
 
 
-def _sketched(concept: Map, rank: int, root: torch.Tensor | None, power_iterations: int, seed: int) -> _Sketch:
-    d = concept.shape[1]
-    columns = _columns(rank, d)
-    generator = torch.Generator(concept.y.device).manual_seed(seed)
-    weigh = _weigher(root)
+def _sketch(affine_map: AffineMap, rank: int, root: torch.Tensor | None, power_iterations: int, seed: int) -> _Sketch:
+    d = affine_map.shape[1]
+    columns = _num_columns(rank, d)
+    generator = torch.Generator(affine_map.y.device).manual_seed(seed)
+    weight = _weighting(root)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=concept.y.dtype, device=concept.y.device)
+    def gaussian(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=affine_map.y.dtype, device=affine_map.y.device)
 
-    images = draw(columns, d)
+    # The l columns of the equations are rows here: samples (l, d), products (l, n, d).
+    samples = gaussian(columns, d)
     for _ in range(power_iterations):
-        pulled = weigh(concept.pull(_orthonormal_rows(images)))
-        images = concept.push(weigh(_orthonormal_rows(pulled.flatten(1)).view_as(pulled)))
-    # The concept's own point comes first, so that it survives any truncation.
-    anchor = (concept.y - concept.offset)[None]
-    leading = torch.linalg.svd(images.T, full_matrices=False).U.T
+        products = weight(affine_map.vjp(_orthonormal_rows(samples)))
+        samples = affine_map.jvp(weight(_orthonormal_rows(products.flatten(1)).view_as(products)))
+    # y - c comes first, so that it survives any truncation.
+    anchor = (affine_map.y - affine_map.offset)[None]
+    leading = torch.linalg.svd(samples.T, full_matrices=False).U.T
     basis = _orthonormal_rows(torch.cat([anchor, leading]))[:columns]
-    probes = draw(PROBES, d)
+    probes = gaussian(PROBES, d)
     for _ in range(2):
-        # Once leaves rounding of the size of what may be left.
+        # Projecting once leaves a rounding error inside the basis that can be as large as the residual itself.
         probes = probes - (probes @ basis.T) @ basis
-    answers = concept.pull(torch.cat([basis, probes]))
-    factors, left = answers[: len(basis)], answers[len(basis) :].double().pow(2).sum(-1)
-    # E |J_i^T g|^2 = |(1 - Q Q^T) J_i|_F^2 for Gaussian g made orthogonal to Q: the residual itself is sampled, not
-    # a difference of two large numbers. Where Q is everything, nothing is left.
-    complete = len(basis) == d
-    return _ordered(basis, factors, torch.zeros_like(left[0]) if complete else left.mean(0), weigh)
+    products = affine_map.vjp(torch.cat([basis, probes]))
+    factors, probed = products[: len(basis)], products[len(basis) :].double().pow(2).sum(-1)
+    # A basis of the whole space leaves nothing outside; its probes are rounding.
+    outside = torch.zeros_like(probed[0]) if len(basis) == d else probed.mean(0)
+    return _ordered(basis, factors, outside, weight)
 
 
-def _columns(rank: int, d: int) -> int:
+def _num_columns(rank: int, d: int) -> int:
+    """l."""
     return min(rank + OVERSAMPLE, d)
 
 
-def _ordered(basis: torch.Tensor, factors: torch.Tensor, left: torch.Tensor, weigh: Columns) -> _Sketch:
-    """The concept's direction first, then the others by their singular values."""
-    weighed = weigh(factors).flatten(1).double()
-    sigma = torch.linalg.eigvalsh(weighed @ weighed.T).clamp_min(0).sqrt().flip(0)
-    _, vectors = torch.linalg.eigh(weighed[1:] @ weighed[1:].T)
-    turn = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
-    turn[0, 0] = 1.0
-    turn[1:, 1:] = vectors.T.flip(0)
-    turn = turn.to(basis.dtype)
-    factors = torch.tensordot(turn, factors, 1)
-    return _Sketch(turn @ basis, factors, factors.double().pow(2).sum(-1), left, sigma)
+def _ordered(basis: torch.Tensor, factors: torch.Tensor, outside: torch.Tensor, weight: _Transform) -> _Sketch:
+    """The anchor's row first, then the others rotated to the left singular vectors of Q^T J C^{1/2}, descending."""
+    weighted = weight(factors).flatten(1).double()
+    singular_values = torch.linalg.eigvalsh(weighted @ weighted.T).clamp_min(0).sqrt().flip(0)
+    _, vectors = torch.linalg.eigh(weighted[1:] @ weighted[1:].T)
+    rotation = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
+    rotation[0, 0] = 1.0
+    rotation[1:, 1:] = vectors.T.flip(0)
+    rotation = rotation.to(basis.dtype)
+    factors = torch.tensordot(rotation, factors, 1)
+    return _Sketch(rotation @ basis, factors, factors.double().pow(2).sum(-1), outside, singular_values)
 
 
-def _truncated(found: _Sketch, rank: int) -> Reduced:
-    lost, total = found.squares(rank)
-    # A position that nothing reaches (a window shorter than the concept) has lost nothing.
-    residuals = torch.where(total > 0, lost / total, torch.zeros_like(total)).sqrt()
-    return Reduced(
-        basis=found.basis[:rank].T.contiguous(),
-        factors=found.factors[:rank].transpose(0, 1).contiguous(),
+def _truncate(sketched: _Sketch, rank: int) -> LowRankMap:
+    errors, totals = sketched.squared_errors(rank)
+    # J_i = 0 where the attention windows end before position i: nothing of it is lost.
+    residuals = torch.where(totals > 0, errors / totals, torch.zeros_like(totals)).sqrt()
+    return LowRankMap(
+        basis=sketched.basis[:rank].T.contiguous(),
+        factors=sketched.factors[:rank].transpose(0, 1).contiguous(),
         residuals=tuple(residuals.tolist()),
-        residual=found.residual(rank),
-        singular_values=found.singular_values,
+        residual=sketched.residual(rank),
+        singular_values=sketched.singular_values,
     )
 
 
@@ -218,14 +244,15 @@ def _orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
     return basis
 
 
-def _weigher(root: torch.Tensor | None) -> Columns:
+def _weighting(root: torch.Tensor | None) -> _Transform:
+    """v -> C^{1/2} v on the last axis; the identity where ``root`` is None. Keeps ``root`` in the dtypes it met."""
     if root is None:
-        return lambda columns: columns
-    narrow: dict[torch.dtype, torch.Tensor] = {}
+        return lambda vectors: vectors
+    by_dtype: dict[torch.dtype, torch.Tensor] = {}
 
-    def weigh(columns: torch.Tensor) -> torch.Tensor:
-        if columns.dtype not in narrow:
-            narrow[columns.dtype] = root.to(columns.dtype)
-        return columns @ narrow[columns.dtype]
+    def weight(vectors: torch.Tensor) -> torch.Tensor:
+        if vectors.dtype not in by_dtype:
+            by_dtype[vectors.dtype] = root.to(vectors.dtype)
+        return vectors @ by_dtype[vectors.dtype]
 
-    return weigh
+    return weight

@@ -4,14 +4,14 @@
 
 The paper's way is ``torch.autograd.functional.jacobian(f, x, vectorize=True)`` on the detached model. Each side of each
 pair runs in a process of its own, after the model is loaded and has run once: seconds of one run, by the clock and of
-all threads, and the highest resident memory during it over what was resident before. The order alternates, and ratios
-are taken pair by pair. Where the paper's way does not fit into the memory that is free, or with --chunk, it is asked
-for a chunk of its rows, by the same vectorised backward pass (``torch.func.vmap`` over ``autograd.grad``): its seconds
-are those of the chunk times the number of chunks, its memory is the chunk's in proportion to the rows. Both are marked.
+all threads, and the highest resident memory during it minus what was resident before. The order alternates, and ratios
+are taken pair by pair. Where the paper's way does not fit into the memory that is free, or with --chunk, it computes
+only a chunk of its rows, by the same vectorised backward pass (``torch.func.vmap`` over ``autograd.grad``): its seconds
+are those of the chunk times the number of chunks, its memory is the chunk's times the same number. Both are marked.
 
     peak     FLOP/s of a 4096 x 4096 x 4096 float32 matmul, best of 3, in the sketch's own process, before and after
-    replay   FLOP/s of the replay: a push and a pull of the sketch's number of columns l
-             2 passes x l columns x 2 FLOP x ((layers - 1) n (V + P) + n V + P), where V is the number of value
+    replay   FLOP/s of the replay: a JVP and a VJP of the sketch's number of columns l
+             2 products x l columns x 2 FLOP x ((layers - 1) n (V + P) + n V + P), where V is the number of value
              weights of a block and P = O + up + down weights + n x heads x head size
 
 Not a test; nothing here passes or fails. Run it on a quiet machine.
@@ -33,15 +33,16 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from operators.maps.detach import detached
-from operators.maps.replay import Replay, hidden_state
+from operators.maps.replay import Replay, target_hidden_state
 from operators.maps.sketch import OVERSAMPLE, sketch
 from operators.model.loading import embed, load_model
 
 RANK = 64
-# name: tokens, layer, rows of the chunk that the paper's way is cut to where it does not fit
+# name: (tokens, layer, rows of the chunk that the paper's way computes where all rows do not fit)
 CASES = {"llama-8": (8, 4, 256), "llama-64": (64, 4, 64), "smollm2-128": (128, 20, 64)}
-# Of the paper's way: bytes per row, position and intermediate channel, seen to be live at once in float32.
+# Of the paper's way: bytes per row, position and intermediate channel, measured to be alive at once in float32.
 LIVE_BYTES = 12
+# Bytes of free memory that are left alone.
 SPARE = 4 << 30
 
 
@@ -54,16 +55,19 @@ def main() -> None:
     options.add_argument("--chunk", action="store_true")
     options.add_argument("--json", action="store_true")
     options.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
-    given = options.parse_args()
-    if given.side:
-        torch.set_num_threads(given.threads)
-        print(json.dumps(SIDES[given.side[0]](given.side[1], given.chunk)))
+    arguments = options.parse_args()
+    if arguments.side:
+        torch.set_num_threads(arguments.threads)
+        print(json.dumps(SIDES[arguments.side[0]](arguments.side[1], arguments.chunk)))
         return
-    results = {case: [pair(case, number, given) for number in range(given.pairs)] for case in given.cases}
-    if given.json:
+    results = {case: [pair(case, number, arguments) for number in range(arguments.pairs)] for case in arguments.cases}
+    if arguments.json:
         print(json.dumps(results))
         return
-    print(f"rank {RANK}, float32, {given.threads} threads, torch {torch.__version__}, {given.pairs} interleaved pairs")
+    print(
+        f"rank {RANK}, float32, {arguments.threads} threads, torch {torch.__version__}, "
+        f"{arguments.pairs} interleaved pairs"
+    )
     print(f"{'':12} {'seconds':>19} {'ratio':>22} {'of CPU':>6} {'peak MiB':>19} {'ratio':>7} {'replay':>15}")
     print(
         f"{'case':12} {'paper':>10} {'sketch':>8} {'min':>7} {'median':>7} {'max':>6} {'paper':>10} {'sketch':>8} ",
@@ -77,22 +81,22 @@ def main() -> None:
 def row(case: str, pairs: list[dict[str, dict[str, float]]]) -> str:
     """One line of the table: medians, and the range of the ratios in time."""
 
-    def middle(side: str, what: str) -> float:
-        return statistics.median(found[side][what] for found in pairs)
+    def median(side: str, figure: str) -> float:
+        return statistics.median(found[side][figure] for found in pairs)
 
     cpu = statistics.median(found["paper"]["cpu"] / found["sketch"]["cpu"] for found in pairs)
     times = [found["paper"]["seconds"] / found["sketch"]["seconds"] for found in pairs]
     memory = statistics.median(found["paper"]["mebibytes"] / found["sketch"]["mebibytes"] for found in pairs)
     mark = "*" if pairs[0]["paper"]["chunked"] else " "
     return (
-        f"{case:12} {middle('paper', 'seconds'):9.1f}{mark} {middle('sketch', 'seconds'):8.2f} {min(times):7.1f} "
-        f"{statistics.median(times):7.1f} {max(times):6.1f} {cpu:6.1f} {middle('paper', 'mebibytes'):9.0f}{mark} "
-        f"{middle('sketch', 'mebibytes'):8.0f} {memory:7.1f} {middle('sketch', 'replay'):8.0f} "
-        f"{middle('sketch', 'replay') / middle('sketch', 'peak'):8.0%}" + (" * chunk x number" if mark == "*" else "")
+        f"{case:12} {median('paper', 'seconds'):9.1f}{mark} {median('sketch', 'seconds'):8.2f} {min(times):7.1f} "
+        f"{statistics.median(times):7.1f} {max(times):6.1f} {cpu:6.1f} {median('paper', 'mebibytes'):9.0f}{mark} "
+        f"{median('sketch', 'mebibytes'):8.0f} {memory:7.1f} {median('sketch', 'replay'):8.0f} "
+        f"{median('sketch', 'replay') / median('sketch', 'peak'):8.0%}" + (" * chunk x number" if mark == "*" else "")
     )
 
 
-def pair(case: str, number: int, given: argparse.Namespace) -> dict[str, dict[str, float]]:
+def pair(case: str, number: int, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Both sides, one after the other, each in a fresh process."""
     found = {}
     for side in list(SIDES)[:: 1 if number % 2 else -1]:
@@ -100,14 +104,14 @@ def pair(case: str, number: int, given: argparse.Namespace) -> dict[str, dict[st
             sys.executable,
             __file__,
             "--threads",
-            str(given.threads),
+            str(arguments.threads),
             "--side",
             side,
             case,
-            *["--chunk"] * given.chunk,
+            *["--chunk"] * arguments.chunk,
         ]
         found[side] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        print(f"# {case} {number + 1}/{given.pairs} {side}: {found[side]}", file=sys.stderr, flush=True)
+        print(f"# {case} {number + 1}/{arguments.pairs} {side}: {found[side]}", file=sys.stderr, flush=True)
     return found
 
 
@@ -129,8 +133,8 @@ def prepare(case: str) -> tuple[PreTrainedModel, tuple[int, ...], int]:
     return LlamaForCausalLM(config).eval().requires_grad_(False), tuple(range(tokens)), layer
 
 
-def wake(model: PreTrainedModel, ids: tuple[int, ...]) -> None:
-    """One plain forward pass: weights are paged in, threads started."""
+def warm_up(model: PreTrainedModel, ids: tuple[int, ...]) -> None:
+    """One plain forward pass, so that weights are paged in and threads started."""
     with torch.no_grad():
         model(torch.tensor([ids]))
 
@@ -142,7 +146,7 @@ def gemm_peak() -> float:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Of one call."""
+    """Seconds of one call, by the clock."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
@@ -154,10 +158,10 @@ def memory(field: str) -> int:
     return int(lines[field].split()[0]) << 10
 
 
-def measured(run: Callable[[], object]) -> dict[str, float]:
+def measure(run: Callable[[], object]) -> dict[str, float]:
     """Seconds of one call, by the clock and of all threads, and how much resident memory rose in it, in MiB."""
     before = memory("VmRSS")
-    # Linux: the highest mark begins anew.
+    # On Linux, this resets the high-water mark of the resident memory.
     Path("/proc/self/clear_refs").write_text("5")
     cpu = time.process_time()
     took = seconds(run)
@@ -166,49 +170,49 @@ def measured(run: Callable[[], object]) -> dict[str, float]:
 
 
 def sketch_side(case: str, _chunk: bool) -> dict[str, float]:
-    """One sketch, from the ids; then the replay alone, between two looks at the machine's peak."""
+    """One sketch, from the ids; then the replay alone, between two measurements of the machine's peak."""
     model, ids, layer = prepare(case)
-    wake(model, ids)
-    found = measured(lambda: sketch(Replay(model, ids, layer=layer, profile="residual"), RANK, root=None))
+    warm_up(model, ids)
+    found = measure(lambda: sketch(Replay(model, ids, layer=layer, profile="residual"), RANK, root=None))
     replay = Replay(model, ids, layer=layer, profile="residual")
     n, d = replay.shape
-    columns, questions = torch.randn(RANK + OVERSAMPLE, n, d), torch.randn(RANK + OVERSAMPLE, d)
+    tangents, cotangents = torch.randn(RANK + OVERSAMPLE, n, d), torch.randn(RANK + OVERSAMPLE, d)
     before = gemm_peak()
 
-    def both() -> None:
-        replay.push(columns)
-        replay.pull(questions)
+    def both_products() -> None:
+        replay.jvp(tangents)
+        replay.vjp(cotangents)
 
-    both()
-    speed = statistics.median(2 * len(columns) * cost(model, n, layer) / seconds(both) for _ in range(3))
+    both_products()
+    speed = statistics.median(2 * len(tangents) * cost(model, n, layer) / seconds(both_products) for _ in range(3))
     return found | {"replay": speed / 1e9, "peak": max(before, gemm_peak()) / 1e9}
 
 
 def cost(model: PreTrainedModel, n: int, layer: int) -> int:
-    """FLOP per column of one replayed pass; norms, gates and sums are not counted."""
+    """FLOP per vector of one JVP or VJP; norms, gates and sums are not counted."""
     block = model.model.layers[0]
     values = block.self_attn.v_proj.weight.numel()
     others = (block.self_attn.o_proj, block.mlp.up_proj, block.mlp.down_proj)
     position = sum(part.weight.numel() for part in others) + n * block.self_attn.o_proj.in_features
-    # Of the last block, only the last position goes beyond the values.
+    # In the last block, only the last position is computed beyond the values.
     return 2 * ((layer - 1) * n * (values + position) + n * values + position)
 
 
 def paper_side(case: str, chunked: bool) -> dict[str, float]:
     """The whole Jacobian, or a chunk of its rows where it does not fit."""
     model, ids, layer = prepare(case)
-    wake(model, ids)
+    warm_up(model, ids)
     x = embed(model, torch.tensor(ids))
     n, d = x.shape
 
     def f(inputs: torch.Tensor) -> torch.Tensor:
-        return hidden_state(model, inputs[None], layer=layer, profile="residual")[0]
+        return target_hidden_state(model, inputs[None], layer=layer, profile="residual")[0]
 
     need = LIVE_BYTES * d * n * model.config.intermediate_size
     free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) << 10
     if need + SPARE <= free and not chunked:
         with detached(model):
-            found = measured(lambda: torch.autograd.functional.jacobian(f, x, vectorize=True))
+            found = measure(lambda: torch.autograd.functional.jacobian(f, x, vectorize=True))
         return found | {"chunked": False}
     rows = CASES[case][2]
 
@@ -218,8 +222,8 @@ def paper_side(case: str, chunked: bool) -> dict[str, float]:
         torch.func.vmap(lambda row: torch.autograd.grad(y, inputs, row, retain_graph=True)[0])(torch.eye(d)[:rows])
 
     with detached(model):
-        found = measured(chunk)
-    return {what: value * d / rows for what, value in found.items()} | {"chunked": True}
+        found = measure(chunk)
+    return {figure: value * d / rows for figure, value in found.items()} | {"chunked": True}
 
 
 SIDES = {"paper": paper_side, "sketch": sketch_side}

@@ -1,8 +1,8 @@
-"""How far a reduced operator steers from the exact one, over ranks.
+"""How far a low-rank operator steers from the exact one, over ranks.
 
     python tests/bench/bench_rank.py [--concepts FILE] [--ranks 16,32,64,128] [--plot FILE.png] [--json]
 
-For every concept: the exact operator, and at each rank two reduced ones, from test vectors with the covariance of the
+For every concept: the exact operator, and at each rank two low-rank ones, from test vectors with the covariance of the
 embedding table and from white noise. On prompts that no operator was built from, at every position: the cosine of the
 two directions a_k (published rule), and whether the next token under steering (strength 0.5) is the same one. Prints
 the median and the 5th percentile over all positions, concept by concept and of all together.
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
 from operators.core.artifact import OperatorArtifact
 from operators.maps.sketch import embedding_root
@@ -54,17 +55,17 @@ def main() -> None:
     options.add_argument("--ranks", default="8,16,32,64,128,256")
     options.add_argument("--plot", type=Path)
     options.add_argument("--json", action="store_true")
-    given = options.parse_args()
-    ranks = [int(rank) for rank in given.ranks.split(",")]
-    loaded = load_model(given.model, dtype="float32")
-    prompts = list(read_prompts(given.prompts))
-    concepts = tomllib.loads(given.concepts.read_text())["concept"]
+    arguments = options.parse_args()
+    ranks = [int(rank) for rank in arguments.ranks.split(",")]
+    loaded = load_model(arguments.model, dtype="float32")
+    prompts = list(read_prompts(arguments.prompts))
+    concepts = tomllib.loads(arguments.concepts.read_text())["concept"]
     root = embedding_root(loaded.model.get_input_embeddings().weight)
     curves = [curve for concept in concepts for curve in _curves(concept, ranks, prompts, loaded, root)]
-    curves += [_together(curves, weighting, rank) for weighting in WEIGHTINGS for rank in ranks]
-    if given.plot:
-        _draw(curves, ranks, given.plot)
-    if given.json:
+    curves += [_over_all_concepts(curves, weighting, rank) for weighting in WEIGHTINGS for rank in ranks]
+    if arguments.plot:
+        _draw(curves, ranks, arguments.plot)
+    if arguments.json:
         print(json.dumps([{**_row(curve), "concept": curve.concept} for curve in curves], indent=2))
         return
     print(f"{loaded.name}, {len(concepts)} concepts, {len(prompts)} prompts, cosine of a_k: median / 5th percentile")
@@ -83,28 +84,28 @@ def _curves(
     texts = concept["texts"] if "texts" in concept else [concept["text"]]
     assert isinstance(texts, list)
     spec = {"texts": tuple(concept_from_text(text, loaded) for text in texts), "layer": concept.get("layer")}
-    exact = _walk(build_operator(BuildSpec(**spec, rank="full"), loaded), prompts, loaded)
+    exact = _steered(build_operator(BuildSpec(**spec, rank="full"), loaded), prompts, loaded)
     for weighting in WEIGHTINGS:
         for rank in ranks:
-            reduced = build_operator(BuildSpec(**spec, rank=rank, weighting=weighting), loaded, root=root)
-            found = _walk(reduced, prompts, loaded)
+            low_rank = build_operator(BuildSpec(**spec, rank=rank, weighting=weighting), loaded, root=root)
+            found = _steered(low_rank, prompts, loaded)
             cosines = torch.cat([(a * b).sum(-1) for (a, _), (b, _) in zip(exact, found, strict=True)])
             same = torch.cat([(a == b).double() for (_, a), (_, b) in zip(exact, found, strict=True)])
             yield Curve(str(concept["name"]), weighting, rank, tuple(cosines.tolist()), float(same.mean()))
 
 
-def _walk(
+def _steered(
     artifact: OperatorArtifact, prompts: list[str], loaded: LoadedModel
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Per prompt, the unit directions (T, d) and the steered model's next tokens (T,)."""
     operator, layer = prepare(artifact, torch.device("cpu")), artifact.header.injection_layer
-    walked = []
+    steered = []
     for prompt in prompts:
         ids = torch.tensor(loaded.tokenizer(prompt)["input_ids"])
         directions = _directions(operator, ids, loaded)
-        with _pushed(loaded, layer, STRENGTH / 2 * directions), torch.no_grad():
-            walked.append((directions, loaded.model(ids[None]).logits[0].argmax(-1)))
-    return walked
+        with _steering(loaded, layer, STRENGTH / 2 * directions), torch.no_grad():
+            steered.append((directions, loaded.model(ids[None]).logits[0].argmax(-1)))
+    return steered
 
 
 def _directions(operator: PreparedOperator, ids: torch.Tensor, loaded: LoadedModel) -> torch.Tensor:
@@ -113,7 +114,7 @@ def _directions(operator: PreparedOperator, ids: torch.Tensor, loaded: LoadedMod
 
 
 @contextmanager
-def _pushed(loaded: LoadedModel, layer: int, push: torch.Tensor) -> Iterator[None]:
+def _steering(loaded: LoadedModel, layer: int, push: torch.Tensor) -> Iterator[None]:
     def hook(_module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (steer(args[0], push)[0], *args[1:])
 
@@ -124,10 +125,10 @@ def _pushed(loaded: LoadedModel, layer: int, push: torch.Tensor) -> Iterator[Non
         handle.remove()
 
 
-def _together(curves: list[Curve], weighting: str, rank: int) -> Curve:
-    mine = [curve for curve in curves if (curve.weighting, curve.rank) == (weighting, rank)]
-    cosines = tuple(cosine for curve in mine for cosine in curve.cosines)
-    return Curve("all", weighting, rank, cosines, sum(curve.agreement for curve in mine) / len(mine))
+def _over_all_concepts(curves: list[Curve], weighting: str, rank: int) -> Curve:
+    matching = [curve for curve in curves if (curve.weighting, curve.rank) == (weighting, rank)]
+    cosines = tuple(cosine for curve in matching for cosine in curve.cosines)
+    return Curve("all", weighting, rank, cosines, sum(curve.agreement for curve in matching) / len(matching))
 
 
 def _row(curve: Curve) -> dict[str, object]:
@@ -150,7 +151,7 @@ def _draw(curves: list[Curve], ranks: list[int], path: Path) -> None:
         rows = [_row(curve) for curve in curves if (curve.concept, curve.weighting) == ("all", weighting)]
         axes.plot(ranks, [row["median"] for row in rows], "o-", color=colour, label=f"{weighting}, median")
         axes.plot(ranks, [row["p5"] for row in rows], "s--", color=colour, label=f"{weighting}, 5th percentile")
-    axes.set(xscale="log", xticks=ranks, xlabel="rank", ylabel="cosine of reduced and exact direction")
+    axes.set(xscale="log", xticks=ranks, xlabel="rank", ylabel="cosine of low-rank and exact direction")
     axes.set_xticks(ranks, labels=[str(rank) for rank in ranks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

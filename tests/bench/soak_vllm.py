@@ -35,8 +35,9 @@ from typing import Any
 from soak_server import Server, Watch
 from steer_client import ABResult, AsyncSteerClient, Generation, OperatorUse, RequestCancelledError, SamplingParams
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.artifact import OperatorArtifact, with_header
 from operators.core.store import Store
 from operators.model.loading import load_model

@@ -6,8 +6,9 @@ import pytest
 import pytest_asyncio
 import torch
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.types import Row, SamplingParams
 

@@ -8,8 +8,9 @@ import pytest
 import pytest_asyncio
 from steer_client import AsyncSteerClient, OperatorUse, SamplingParams
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.store import Store
 
 pytestmark = pytest.mark.model

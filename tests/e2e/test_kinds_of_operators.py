@@ -9,8 +9,9 @@ import pytest
 from steer_client import DoseTooHighError, OperatorUse, SamplingParams, SteerClient, SteeringNotAppliedError
 
 from operators import __version__
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, Recommended
 from operators.core.store import Store

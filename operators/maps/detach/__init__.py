@@ -1,11 +1,11 @@
 """Detached models: the same values, other gradients.
 
-:func:`detached` freezes the gains in a decoder's norms, gates and attention, so that autograd sees the linear map
-that the model is at one prompt. :func:`recording` keeps what was frozen, and :func:`replaying` runs the map alone.
-``rules`` holds the rules, ``families`` a table per architecture, ``context`` the ``with`` blocks that apply a table
-and undo it.
+A decoder's norms, gates and attention multiply the stream by factors that depend on it. Inside :func:`detached` these
+factors are constants for autograd, so that the Jacobian is that of the affine map which the model is at one prompt.
+:func:`recording` keeps the factors of a forward pass, and :func:`replaying` runs the affine map with them on any input.
 
-docs/ARCHITECTURES.md says how another architecture gets its table, and :func:`register` takes it.
+``rules`` holds the rules, ``families`` a table per architecture, ``context`` the ``with`` blocks that apply a table
+and undo it. docs/ARCHITECTURES.md says how another architecture gets its table; :func:`register` adds it.
 """
 
 from operators.maps.detach.context import RULE_SET, detached, recording, replaying

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -19,33 +19,33 @@ from operators.maps.detach.rules import (
     AttentionOutput,
     FrozenGate,
     FrozenSlope,
-    Skipped,
     Tape,
     frozen_eager,
     frozen_sdpa,
     mix,
-    weights_too,
     wide_linear,
+    with_weights,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RULE_SET = "up-live/1"
-"""Name of the choice in ``rules``; other choices (gate live) reconstruct as well and are other operators."""
+"""Names the choice of rules, in every artifact. Another choice (gate live) reconstructs as well, and gives other
+operators."""
 
 _FROZEN_ATTENTION = {"sdpa": frozen_sdpa, "eager": frozen_eager}
 for _name, _function in _FROZEN_ATTENTION.items():
-    for _use, _attention in (("detached", _function), ("recorded", weights_too(_function))):
-        AttentionInterface.register(f"{_use}_{_name}", _attention)
-        AttentionMaskInterface.register(f"{_use}_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
+    for _variant, _attention in (("detached", _function), ("recorded", with_weights(_function))):
+        AttentionInterface.register(f"{_variant}_{_name}", _attention)
+        AttentionMaskInterface.register(f"{_variant}_{_name}", ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
 @contextmanager
 def detached(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block, gradients of ``model`` follow the detached rules; values stay what they were.
 
-    The model is restored on every way out. Not for use by two threads at once.
+    The model is restored however the block ends. Two threads must not do this to one model at a time.
 
     Raises:
         UnsupportedModelError: a module is in no table, or the attention implementation is neither sdpa nor
@@ -57,7 +57,10 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def recording(model: PreTrainedModel) -> Iterator[Tape]:
-    """Like :func:`detached`, and the tape keeps every frozen factor of the last forward pass, for :func:`replaying`."""
+    """Like :func:`detached`; the tape keeps every frozen factor of the last forward pass, for :func:`replaying`.
+
+    The forward pass must have a batch of one prompt.
+    """
     tape = Tape("record", {})
     with _frozen(model, tape, "recorded") as family, ExitStack() as undo:
         for module in model.modules():
@@ -68,24 +71,27 @@ def recording(model: PreTrainedModel) -> Iterator[Tape]:
 
 @contextmanager
 def replaying(model: PreTrainedModel, tape: Tape, *, final: nn.Module | None = None) -> Iterator[None]:
-    """Inside the block, the model's blocks are the affine map that was recorded, on any input of that length.
+    """Inside the block, the model's blocks are the affine maps that were recorded, for inputs of the recorded length.
 
-    Call the blocks themselves, with hidden states (l, n, d) and nothing else: what needs positions and masks is
-    frozen. Queries, keys and gates are not computed. Hidden states may be wider than the weights: a bfloat16 model's
-    map is applied in float32. Of the block ``final``, where one is named, only the last position is computed; what it
-    returns for the others is meaningless.
+    Call the blocks themselves, with hidden states (l, n, d) and nothing else: whatever uses positions and masks is
+    frozen. Queries, keys and gates are not computed. Hidden states may have a wider dtype than the weights: a bfloat16
+    model's map is applied in float32.
+
+    Args:
+        final: a block of which only the last position is needed, and computed beyond the values of attention; what it
+            returns for the other positions is meaningless. None means that all blocks compute all positions.
     """
     family = family_of(model)
     tape = tape.replayed()
     with ExitStack() as undo:
         _freeze_norms_and_gates(model, family, tape, undo)
-        ends = set() if final is None else set(final.modules())
+        in_final = set() if final is None else set(final.modules())
         for module in list(model.modules()):
             kind = type(module)
             if kind in family.attentions:
-                # Adding one position to the stream of all of them leaves the last one right.
-                asked = slice(-1, None) if module in ends else slice(None)
-                replay = partial(_replay_attention, module, family.attentions[kind], tape, asked)
+                # One position broadcasts over the stream of all of them: the sum is right at the last one only.
+                queries = slice(-1, None) if module in in_final else slice(None)
+                replay = partial(_replay_attention, module, family.attentions[kind], tape, queries)
                 _swap(module, "forward", replay, undo)
             if isinstance(module, nn.Linear):
                 _swap(module, "forward", partial(_apply_linear, module), undo)
@@ -93,25 +99,26 @@ def replaying(model: PreTrainedModel, tape: Tape, *, final: nn.Module | None = N
                 _swap(module, "forward", partial(_apply_conv1d, module), undo)
             table = family.mlps.get(kind)
             if isinstance(table, GatedMLP) and table.gate is not None:
-                _swap(module, table.gate, Skipped(), undo)
-            if table is not None and module in ends:
+                # The activation returns the recorded factor whatever it is given.
+                _swap(module, table.gate, nn.Identity(), undo)
+            if table is not None and module in in_final:
                 _swap(module, "forward", partial(_at_the_last_position, module.forward), undo)
         yield
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel, tape: Tape, use: str) -> Iterator[Family]:
+def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "recorded"]) -> Iterator[Family]:
     family = family_of(model)
-    own = model.config._attn_implementation
-    if own not in _FROZEN_ATTENTION:
+    implementation = model.config._attn_implementation
+    if implementation not in _FROZEN_ATTENTION:
         raise UnsupportedModelError(
-            f"attention implementation {own!r} cannot be detached; load the model with one of "
+            f"attention implementation {implementation!r} cannot be detached; load the model with one of "
             f"{sorted(_FROZEN_ATTENTION)}"
         )
     with ExitStack() as undo:
         _freeze_norms_and_gates(model, family, tape, undo)
-        undo.callback(model.set_attn_implementation, own)
-        model.set_attn_implementation(f"{use}_{own}")
+        undo.callback(model.set_attn_implementation, implementation)
+        model.set_attn_implementation(f"{variant}_{implementation}")
         yield family
 
 
@@ -140,7 +147,7 @@ def _norm(rule: Callable[..., torch.Tensor], module: nn.Module, tape: Tape, x: t
 
 def _swap(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> None:
     if attribute == "forward" and attribute not in module.__dict__:
-        # An instance attribute will hide the method of the class.
+        # An instance attribute hides the method of the class; deleting it shows the method again.
         undo.callback(delattr, module, attribute)
     else:
         undo.callback(setattr, module, attribute, getattr(module, attribute))
@@ -149,7 +156,7 @@ def _swap(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> 
 
 def _keep_weights(tape: Tape, module: nn.Module, _args: object, output: AttentionOutput) -> None:
     weights = output[1]
-    assert weights is not None  # noqa: S101 - for the type checker; weights_too gives them
+    assert weights is not None  # noqa: S101 - for the type checker; with_weights returns them
     tape.keep(module, weights)
 
 
@@ -157,12 +164,12 @@ def _replay_attention(
     module: nn.Module,
     table: Attention,
     tape: Tape,
-    asked: slice,
+    queries: slice,
     hidden_states: torch.Tensor,
     *_args: Any,
     **_kwargs: Any,
 ) -> AttentionOutput:
-    weights = tape.factor(module, lambda: hidden_states)[0, :, asked]
+    weights = tape.factor(module, lambda: hidden_states)[0, :, queries]
     output: torch.Tensor = getattr(module, table.output)(mix(weights, table.values(module, hidden_states)))
     return output, None
 

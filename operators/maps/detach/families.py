@@ -1,4 +1,7 @@
-"""One table per architecture. Everything in a model must be in its table; nothing is guessed."""
+"""One table per architecture: which rule applies to which of its module classes.
+
+Every module of a model must be in its table; a model with any other is refused, and nothing is guessed.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from operators.core.errors import UnsupportedModelError
 from operators.maps.detach.rules import NormForward, late_rms_norm, layer_norm, offset_rms_norm, rms_norm, wide_linear
 
-# Linear (or affine) in their input, looked up before the map begins, or the identity in evaluation mode.
 _LINEAR: frozenset[type[nn.Module]] = frozenset({nn.Linear, Conv1D, nn.Embedding, nn.ModuleList, nn.Dropout})
+"""Classes that need no rule: affine in their input, or before the map (embeddings), or the identity in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture is made linear. Modules are known by their exact class.
+    """How one architecture is made affine. A module is recognised by its exact class: a subclass may compute anything.
 
-    ``norms`` maps each norm class to its detached forward; ``containers`` only pass tensors on.
+    ``norms`` maps each norm class to its detached forward; ``containers`` are the classes that only pass tensors on,
+    add them, scale them by constants or look up positions.
     """
 
     name: str
@@ -59,17 +63,19 @@ class Family:
 
 
 def projected_values(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """V (l, n, K, e) where the attention has a projection ``v_proj`` of its own."""
+    """V (l, n, K, e) of x (l, n, d), for an attention with a separate projection ``v_proj``."""
     values: torch.Tensor = module.v_proj(x).view(*x.shape[:2], -1, module.head_dim)
     return values
 
 
 def _phi3_values(module: Any, x: torch.Tensor) -> torch.Tensor:
+    # One projection gives Q, K and V, in this order.
     size = module.num_key_value_heads * module.head_dim
     return wide_linear(x, module.qkv_proj.weight[-size:], None).view(*x.shape[:2], -1, module.head_dim)
 
 
 def _gpt2_values(module: Any, x: torch.Tensor) -> torch.Tensor:
+    # One projection gives Q, K and V, in this order. It is a Conv1D, whose weight is (in, out).
     weight, bias = module.c_attn.weight[:, -module.embed_dim :], module.c_attn.bias[-module.embed_dim :]
     return wide_linear(x, weight.T, bias).view(*x.shape[:2], -1, module.head_dim)
 

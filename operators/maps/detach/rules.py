@@ -1,4 +1,4 @@
-"""What is frozen and what stays live.
+"""The rules: which factor of each module is frozen, and what stays live.
 
     RMSNorm      live x                      frozen rsqrt(mean x^2 + eps)
     LayerNorm    live x - mean(x)            frozen 1/std; its bias is an affine term
@@ -6,9 +6,13 @@
     gated MLP    live up                     frozen act(gate), whole
     plain MLP    live x                      frozen act(x)/x
 
-Each rule leaves the value as it was. Norms are computed in at least float32 and never down-cast from float64.
-Every frozen factor goes through a :class:`Tape`, so that one rule serves three uses: differentiating the model as it
-runs, recording the factors of one prompt, and replaying them on other inputs.
+Frozen means that the factor is computed as the model does and then held constant. Each rule leaves the module's value
+as it was; only the gradient changes. The choices are those of Golden, section 3. Freezing up and keeping the gate live
+would give the hidden state back just as well, and be another map: RULE_SET in ``context`` names the choice.
+
+Norms are computed in at least float32, and in float64 for float64 models. Every frozen factor goes through a
+:class:`Tape`, so that one rule serves three uses: differentiating the model as it runs, recording the factors of one
+prompt, and replaying them on other inputs.
 """
 
 from __future__ import annotations
@@ -22,13 +26,14 @@ import torch.nn.functional as F
 from torch import nn
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
-"""The output, and the weights where they were computed."""
+"""The output (b, n, H, e), and the weights (b, H, n, n) where they were computed."""
 
 
 class Tape:
     """The frozen factors of one prompt, by module.
 
-    ``live`` computes and forgets them, ``record`` keeps them, ``replay`` gives them back without computing.
+    Modes: ``live`` computes a factor and does not keep it, ``record`` computes and keeps it, ``replay`` returns what
+    was kept and computes nothing.
     """
 
     def __init__(self, mode: Literal["live", "record", "replay"], factors: dict[nn.Module, torch.Tensor]) -> None:
@@ -36,27 +41,34 @@ class Tape:
         self._factors = factors
 
     def factor(
-        self, module: nn.Module, compute: Callable[[], torch.Tensor], *, of: torch.Tensor | None = None
+        self, module: nn.Module, compute: Callable[[], torch.Tensor], *, multiplies: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The detached factor of ``module``; replayed, for the last positions, as many as ``of`` (..., n, d) has."""
+        """The frozen factor of ``module``, without a gradient.
+
+        Args:
+            compute: gives the factor, where it is not replayed.
+            multiplies: the input (..., m, d) that it will multiply. Where that has only the last m of the n recorded
+                positions, so has the replayed factor. None means all positions.
+        """
         if self._mode == "replay":
             factor = self._factors[module]
-            return factor if of is None else factor[..., -of.shape[-2] :, :]
+            return factor if multiplies is None else factor[..., -multiplies.shape[-2] :, :]
         value = compute().detach()
         if self._mode == "record":
             self._factors[module] = value
         return value
 
     def keep(self, module: nn.Module, factor: torch.Tensor) -> None:
-        """Stores a factor that was computed elsewhere (attention weights)."""
+        """Records a factor that was computed elsewhere (attention weights)."""
         self._factors[module] = factor.detach()
 
     def replayed(self) -> Tape:
-        """The same factors, to be replayed."""
+        """A tape with the same factors that replays them."""
         return Tape("replay", self._factors)
 
 
 NormForward = Callable[[nn.Module, torch.Tensor, Tape], torch.Tensor]
+"""The forward of a norm with its scale on the tape: (module, x, tape) -> normed, both (..., n, d)."""
 
 
 def rms_norm(*, eps: str) -> NormForward:
@@ -113,7 +125,7 @@ class FrozenGate(nn.Module):
 
     def forward(self, gate: torch.Tensor) -> torch.Tensor:
         """The activation of ``gate``, detached."""
-        return self._tape.factor(self._key[0], lambda: self.activation(gate), of=gate)
+        return self._tape.factor(self._key[0], lambda: self.activation(gate), multiplies=gate)
 
 
 class FrozenSlope(nn.Module):
@@ -126,46 +138,39 @@ class FrozenSlope(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The activation of ``x``, linear in it."""
-        return x * self._tape.factor(self._key[0], lambda: self._ratio(x), of=x)
+        return x * self._tape.factor(self._key[0], lambda: self._ratio(x), multiplies=x)
 
     def _ratio(self, x: torch.Tensor) -> torch.Tensor:
-        # Where x is 0 the value is 0 whatever the ratio; the limit is taken there.
+        # At x = 0 the ratio is 0/0. Its limit is taken there, by evaluating it at a tiny x.
         tiny = torch.finfo(x.dtype).tiny ** 0.5
         safe = torch.where(x.abs() < tiny, torch.full_like(x, tiny), x)
         ratio: torch.Tensor = self.activation(safe) / safe
         return ratio
 
 
-class Skipped(nn.Module):
-    """Stands in for a projection whose result is frozen, where computing it again would be wasted."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The input, which nobody looks at."""
-        return x
-
-
 def frozen_sdpa(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> AttentionOutput:
-    """Scaled dot product attention whose weights are constants."""
+    """Scaled dot product attention whose softmax weights are constants for autograd."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    own: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    return own(module, query.detach(), key.detach(), value, *args, **kwargs)
+    attention: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return attention(module, query.detach(), key.detach(), value, *args, **kwargs)
 
 
 def frozen_eager(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> AttentionOutput:
-    """The model's own eager attention (soft-caps and all) whose weights are constants."""
-    own: Callable[..., AttentionOutput] = sys.modules[type(module).__module__].eager_attention_forward
-    return own(module, query.detach(), key.detach(), value, *args, **kwargs)
+    """The eager attention of the model's own file, soft-caps included, with weights that are constants for autograd."""
+    attention: Callable[..., AttentionOutput] = sys.modules[type(module).__module__].eager_attention_forward
+    return attention(module, query.detach(), key.detach(), value, *args, **kwargs)
 
 
-def weights_too(attention: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
-    """The same attention, showing its weights (b, H, n, n): what it makes of the identity in the place of V.
+def with_weights(attention: Callable[..., AttentionOutput]) -> Callable[..., AttentionOutput]:
+    """The same attention, returning its weights (b, H, n, n) too: its output for V = 1, the identity.
 
-    Any implementation can be asked this way, in its own precision, with its own masks and soft-caps.
+    This works for every implementation, since attention is linear in V, and gives the weights in its own precision,
+    with its own masks and soft-caps.
     """
 
     def forward(
@@ -181,8 +186,11 @@ def weights_too(attention: Callable[..., AttentionOutput]) -> Callable[..., Atte
 
 
 class _WideLinear(torch.autograd.Function):
-    """x W^T for x wider than W. Weights are widened for the moment of the product, forwards and backwards: a graph
-    that kept them so would be a second, larger copy of the model."""
+    """x W^T for x of a wider dtype than W.
+
+    W is widened anew for each product, forward and backward: a graph that kept the widened weights would be a second,
+    larger copy of the model.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -198,30 +206,31 @@ class _WideLinear(torch.autograd.Function):
 def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias, with ``weight`` (out, in), in the precision of ``x``."""
     if weight.dtype == x.dtype:
-        # In two dimensions: of many inputs with one position each, torch would make as many small products.
+        # Flattened to two dimensions: for many inputs of one position each, torch would do as many small products.
         return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     product: torch.Tensor = _WideLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return product if bias is None else product + bias.to(x.dtype)
 
 
 def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Attention with given weights (H, m, n) on values (l, n, K, e) of K heads: (l, m, H e), one GEMM per head.
+    """Attention with given weights (H, m, n) on values (l, n, K, e) of K heads: (l, m, H e), one GEMM per value head.
 
-    Query head h reads value head h // (H/K). The l inputs stand side by side, so that the weights are read once.
+    Query head h reads value head h // (H/K). The l inputs are laid side by side in the last axis of the product, so
+    that the weights are read once for all of them.
     """
     inputs, n, heads, size = values.shape
     group = weights.shape[0] // heads
     stacked = values.permute(2, 1, 0, 3).reshape(heads, n, inputs * size)
-    asked = weights.shape[1]
-    mixed = torch.bmm(weights.to(values.dtype).reshape(heads, group * asked, n), stacked)
-    return mixed.view(heads, group, asked, inputs, size).permute(3, 2, 0, 1, 4).reshape(inputs, asked, -1)
+    queries = weights.shape[1]
+    mixed = torch.bmm(weights.to(values.dtype).reshape(heads, group * queries, n), stacked)
+    return mixed.view(heads, group, queries, inputs, size).permute(3, 2, 0, 1, 4).reshape(inputs, queries, -1)
 
 
 def _scaled(module: nn.Module, wide: torch.Tensor, eps: str, tape: Tape) -> torch.Tensor:
     def scale() -> torch.Tensor:
         return torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + float(getattr(module, eps)))
 
-    return wide * tape.factor(module, scale, of=wide)
+    return wide * tape.factor(module, scale, multiplies=wide)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,10 @@ import torch
 import operators
 from operators.builder import build as builder
 from operators.builder import checks, verify
-from operators.builder.build import BuildSpec, build_operator, check_layer
+from operators.builder import spec as build_spec
+from operators.builder.build import build_operator
 from operators.builder.concept import Concept, check_text, concept_from_text
+from operators.builder.spec import BuildSpec, resolve_layer
 from operators.builder.verify import verify_operator
 from operators.core.artifact import from_bytes, make_artifact, to_bytes
 from operators.core.errors import (
@@ -82,17 +84,17 @@ def test_float32_and_float64_give_the_same_operator_up_to_rounding(built):
 
 @pytest.mark.parametrize(("family", "layer"), [("llama", 2), ("qwen3", 2), ("gemma3", 2)])
 def test_the_default_layer_is_at_two_thirds(tiny, family, layer):
-    assert check_layer(None, "residual", tiny(family)) == layer
-    assert check_layer(None, "golden", tiny(family)) == layer
+    assert resolve_layer(None, "residual", tiny(family)) == layer
+    assert resolve_layer(None, "golden", tiny(family)) == layer
 
 
 @pytest.mark.parametrize(("profile", "last"), [("residual", 3), ("golden", 4)])
 def test_layers_from_1_to_the_last_of_the_profile_are_accepted(tiny, profile, last):
     loaded = tiny("llama")
-    assert [check_layer(layer, profile, loaded) for layer in (1, last)] == [1, last]
+    assert [resolve_layer(layer, profile, loaded) for layer in (1, last)] == [1, last]
     for layer in (-1, 0, last + 1):
         with pytest.raises(BuildError, match=rf"layer {layer} of tiny-llama .*; 1 to {last} are accepted"):
-            check_layer(layer, profile, loaded)
+            resolve_layer(layer, profile, loaded)
 
 
 @pytest.mark.parametrize("size", [{"rank": "full"}, {"rank": 8}, {"tolerance": 0.5}])
@@ -101,20 +103,21 @@ def test_progress_only_grows_and_ends_at_its_end(tiny, texts, size):
     calls = []
     spec = BuildSpec(tuple(Concept("x", ids) for ids in texts), layer=1, **size)
     build_operator(spec, tiny("llama"), progress=lambda *call: calls.append(call))
-    done, total = zip(*calls, strict=True)
+    what, done, total = zip(*calls, strict=True)
+    assert set(what) == {"Jacobian products"}
     assert done[-1] == total[-1]
     assert list(done) == sorted(done)
 
 
 def test_an_operator_that_no_reader_would_take_is_refused_before_it_is_computed(tiny, monkeypatch):
-    monkeypatch.setattr(builder, "MAX_BYTES", 2 * 40 * 40 * 8)
-    monkeypatch.setattr(builder, "exact", None)
+    monkeypatch.setattr(build_spec, "MAX_BYTES", 2 * 40 * 40 * 8)
+    monkeypatch.setattr(builder, "exact_jacobian", None)
     with pytest.raises(BuildError, match=r"operator of 3 tokens at hidden size 40 takes 38400 bytes; at most"):
         build_operator(BuildSpec((Concept("x", (1, 2, 3)),)), tiny("llama"))
 
 
 def test_memory_that_runs_out_during_a_build_is_a_build_error(tiny, monkeypatch):
-    monkeypatch.setattr(builder, "exact", lambda _concept: torch.empty(1 << 50))
+    monkeypatch.setattr(builder, "exact_jacobian", lambda _map: torch.empty(1 << 50))
     with pytest.raises(BuildError, match=r"there is not enough memory: [0-9]+ bytes more are needed; .*--max-memory"):
         build_operator(BuildSpec((Concept("x", (1, 2)),), rank="full"), tiny("llama"))
 

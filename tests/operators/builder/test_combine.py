@@ -7,9 +7,10 @@ import torch
 from typer.testing import CliRunner
 
 from operators.__main__ import app
-from operators.builder.build import BuildSpec, build_operator
-from operators.builder.combine import Part, combine
+from operators.builder.build import build_operator
+from operators.builder.combine import WeightedOperator, combine
 from operators.builder.concept import concept_from_text
+from operators.builder.spec import BuildSpec
 from operators.builder.verify import verify_operator
 from operators.core.apply import Direction, Setting, prepare
 from operators.core.artifact import from_bytes, to_bytes
@@ -27,7 +28,7 @@ def part(tiny):
     def build(name, weight=1.0, *, texts=None, family="llama", **spec):
         loaded = tiny(family)
         concepts = tuple(concept_from_text(text, loaded) for text in texts or [TEXTS[name]])
-        return Part(name, build_operator(BuildSpec(concepts, **{"layer": 2, **spec}), loaded), weight)
+        return WeightedOperator(name, build_operator(BuildSpec(concepts, **{"layer": 2, **spec}), loaded), weight)
 
     return build
 
@@ -79,7 +80,7 @@ def test_a_mixture_of_a_mixture_is_that_of_all_members(tiny, part):
     loaded = tiny("llama")
     bridge, wedding = part("bridge", rank="full"), part("wedding", rank="full")
     third = part("later", texts=[LATER], rank="full")
-    inner = Part("inner", combine([bridge, wedding], loaded), 1.0)
+    inner = WeightedOperator("inner", combine([bridge, wedding], loaded), 1.0)
     outer = combine([inner, third], loaded)
     assert len(outer.header.texts) == 3
     assert verify_operator(outer, loaded) <= 1e-12
@@ -90,14 +91,20 @@ def test_a_mixture_of_a_mixture_is_that_of_all_members(tiny, part):
     [
         (lambda a, b, _: [a], "a mixture of 1 operators; two or more are needed"),
         (lambda a, b, _: [a, b, a], "'bridge' is in the mixture 2 times; once is accepted"),
-        (lambda a, b, _: [a, Part(b.name, b.artifact, 0.0)], "weight of 'wedding' is 0.0; a finite number other"),
-        (lambda a, b, _: [a, Part(b.name, b.artifact, float("inf"))], "weight of 'wedding' is inf"),
+        (
+            lambda a, b, _: [a, WeightedOperator(b.name, b.artifact, 0.0)],
+            "weight of 'wedding' is 0.0; a finite number other",
+        ),
+        (lambda a, b, _: [a, WeightedOperator(b.name, b.artifact, float("inf"))], "weight of 'wedding' is inf"),
         (
             lambda a, b, part: [a, part("wedding", layer=1)],
             "'wedding' is residual at layer 1, 'bridge' is residual at layer 2; a mixture has one layer and profile",
         ),
         (lambda a, b, part: [a, part("wedding", profile="golden")], "'wedding' is golden at layer 2, 'bridge' is res"),
-        (lambda a, b, _: [a, Part("again", a.artifact, -1.0)], "weighted operators cancel: their sum has no direction"),
+        (
+            lambda a, b, _: [a, WeightedOperator("again", a.artifact, -1.0)],
+            "weighted operators cancel: their sum has no direction",
+        ),
     ],
 )
 def test_mixtures_that_make_no_sense_are_refused(tiny, part, change, words):

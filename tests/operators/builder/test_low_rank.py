@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from operators.builder import build as builder
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder import spec as build_spec
+from operators.builder.build import build_operator
 from operators.builder.concept import Concept, concept_from_text
-from operators.builder.memory import columns_within, exact_need, sketch_need
+from operators.builder.memory import MemoryEstimate, estimate_exact, estimate_sketch, rows_within
+from operators.builder.spec import BuildSpec
 from operators.builder.verify import verify_operator
 from operators.core.apply import Direction, Setting, prepare
 from operators.core.artifact import from_bytes, make_artifact, to_bytes
 from operators.core.capacity import parse_bytes
 from operators.core.errors import BuildError, ReconstructionError
-from operators.maps import sketch as reduce
+from operators.maps import sketch as sketching
 from operators.maps.jacobian import detached_jacobian
 from operators.maps.sketch import num_products
 from operators.model.loading import block_input, embed
@@ -94,9 +95,9 @@ def test_several_texts_give_the_mean_of_their_maps_laid_end_to_end(tiny, family,
 
 def test_the_order_of_texts_does_not_change_the_operator(tiny):
     loaded = tiny("llama")
-    there = build_operator(BuildSpec(_concepts(loaded, TEXTS), layer=2, rank="full"), loaded)
-    back = build_operator(BuildSpec(_concepts(loaded, TEXTS[::-1]), layer=2, rank="full"), loaded)
-    torch.testing.assert_close(there.jacobian(), back.jacobian(), rtol=1e-12, atol=1e-12)
+    forwards = build_operator(BuildSpec(_concepts(loaded, TEXTS), layer=2, rank="full"), loaded)
+    backwards = build_operator(BuildSpec(_concepts(loaded, TEXTS[::-1]), layer=2, rank="full"), loaded)
+    torch.testing.assert_close(forwards.jacobian(), backwards.jacobian(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["factors", "basis", "anchor", "substitute_base"])
@@ -136,21 +137,21 @@ def test_little_memory_gives_the_same_operator_in_more_passes(tiny, size):
     loaded = tiny("llama")
     concepts = _concepts(loaded, TEXTS)
     n = max(len(concept.ids) for concept in concepts)
-    need = exact_need(loaded, n, 2) if size.get("rank") == "full" else sketch_need(loaded, n, 2, 60)
+    need = estimate_exact(loaded, n, 2) if size.get("rank") == "full" else estimate_sketch(loaded, n, 2, 60)
     plenty = build_operator(BuildSpec(concepts, layer=2, **size), loaded)
-    little = build_operator(BuildSpec(concepts, layer=2, **size), loaded, max_memory=need.fixed + 3 * need.per_column)
+    little = build_operator(BuildSpec(concepts, layer=2, **size), loaded, max_memory=need.fixed + 3 * need.per_row)
     torch.testing.assert_close(little.jacobian(), plenty.jacobian(), rtol=1e-9, atol=1e-11)
 
 
-def test_what_lives_at_once_is_counted(tiny):
+def test_the_arrays_that_are_alive_at_once_are_counted(tiny):
     loaded, n, d, size = tiny("llama", dtype="float32"), 3, 40, 4
-    passes = exact_need(loaded, n, 2).fixed - 3 * n * d * d * size
+    passes = estimate_exact(loaded, n, 2).fixed - 3 * n * d * d * size
     # The tape of two blocks: attention weights of four heads, the inner layer, two norms' scales.
     assert passes == 2 * n * (4 * n + 56 + 2) * size
     # C^(1/2) is made from the whole table of 320 tokens, in float64, before the smallest of sketches begins.
-    assert sketch_need(loaded, n, 2, 1).fixed == passes + 8 * (5 * d * d + 320 * d)
+    assert estimate_sketch(loaded, n, 2, 1).fixed == passes + 8 * (5 * d * d + 320 * d)
     # A large one meets it when it is there: in float64, and as narrow as what it weighs.
-    assert sketch_need(loaded, n, 2, 1000).fixed == passes + 6 * 1000 * n * d * size + 2 * 8 * d * d
+    assert estimate_sketch(loaded, n, 2, 1000).fixed == passes + 6 * 1000 * n * d * size + 2 * 8 * d * d
 
 
 def test_too_little_memory_says_what_is_needed(tiny):
@@ -160,11 +161,9 @@ def test_too_little_memory_says_what_is_needed(tiny):
         build_operator(BuildSpec((Concept("x", (1, 2)),), rank=4), loaded, max_memory=10)
 
 
-def test_the_columns_of_a_pass_are_those_that_fit():
-    from operators.builder.memory import Need
-
-    assert columns_within(1000, Need(100, 300), 8, "it") == 3
-    assert columns_within(10_000, Need(100, 300), 8, "it") == 8
+def test_a_pass_has_as_many_rows_as_fit():
+    assert rows_within(1000, MemoryEstimate(100, 300), 8, "it") == 3
+    assert rows_within(10_000, MemoryEstimate(100, 300), 8, "it") == 8
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GiB", 8 << 30), ("1.5 kb", 1536), ("7", 7), ("2M", 2 << 20)])
@@ -202,9 +201,9 @@ def test_another_subspace_behind_consistent_numbers_is_found_out(tiny, change):
 
 def test_a_search_for_a_tolerance_stays_within_the_memory_too(tiny, monkeypatch):
     loaded = tiny("llama")
-    monkeypatch.setattr(reduce, "FIRST_RANK", 4)
-    monkeypatch.setattr(builder, "FIRST_RANK", 4)
-    need = sketch_need(loaded, len(_concepts(loaded)[0].ids), 2, num_products(4, 40, power_iterations=0))
+    monkeypatch.setattr(sketching, "FIRST_RANK", 4)
+    monkeypatch.setattr(build_spec, "FIRST_RANK", 4)
+    need = estimate_sketch(loaded, len(_concepts(loaded)[0].ids), 2, num_products(4, 40, power_iterations=0))
     spec = BuildSpec(_concepts(loaded), layer=2, tolerance=1e-9)
     with pytest.raises(BuildError, match=r"needs about .* of memory"):
-        build_operator(spec, loaded, max_memory=need.fixed + need.per_column)
+        build_operator(spec, loaded, max_memory=need.fixed + need.per_row)

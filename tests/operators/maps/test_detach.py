@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from operators.core.errors import UnsupportedModelError
 from operators.maps.detach import detached, family_of
-from operators.maps.detach.rules import FrozenGate, FrozenSlope, Tape, frozen_eager, frozen_sdpa, mix, weights_too
+from operators.maps.detach.rules import FrozenGate, FrozenSlope, Tape, frozen_eager, frozen_sdpa, mix, with_weights
 from operators.maps.jacobian import relative_error
 
 SWIGLU = ["llama", "qwen2", "qwen3", "gemma3", "mistral", "olmo2"]
@@ -234,13 +234,13 @@ def test_layer_norm_keeps_its_mean_live_and_freezes_its_scale(tiny):
 
 
 @pytest.mark.parametrize("rule", [frozen_sdpa, frozen_eager])
-def test_attention_asked_about_the_identity_shows_its_weights(tiny, rule):
+def test_attention_applied_to_the_identity_shows_its_weights(tiny, rule):
     attention = tiny("llama").model.model.layers[0].self_attn
     generator = torch.Generator().manual_seed(6)
     query = torch.randn(1, 4, 5, 10, dtype=torch.float64, generator=generator)
     key, value = (torch.randn(1, 2, 5, 10, dtype=torch.float64, generator=generator) for _ in range(2))
     mask = torch.full((5, 5), float("-inf"), dtype=torch.float64).triu(1)[None, None]
-    output, weights = weights_too(rule)(attention, query, key, value, mask, dropout=0.0, scaling=0.3)
+    output, weights = with_weights(rule)(attention, query, key, value, mask, dropout=0.0, scaling=0.3)
     assert weights.shape == (1, 4, 5, 5)
     assert not weights.triu(1).any()
     mixed = mix(weights[0], value.transpose(1, 2))

@@ -5,8 +5,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from operators.core.errors import UnsupportedModelError
 from operators.maps.detach import detached, families
-from operators.maps.jacobian import detached_jacobian, exact, jacobian, relative_error
-from operators.maps.replay import Replay, hidden_state
+from operators.maps.jacobian import detached_jacobian, exact_jacobian, ordinary_jacobian, relative_error
+from operators.maps.replay import Replay, target_hidden_state
 from operators.model.loading import embed
 
 # Where the embeddings are what the first block receives, so that they can be fed in again.
@@ -33,7 +33,7 @@ def test_the_sum_of_jacobian_times_embeddings_is_the_hidden_state(tiny, family, 
 
 def test_the_ordinary_jacobian_does_not_give_the_hidden_state_back(tiny, family):
     loaded = tiny(family)
-    assert jacobian(loaded.model, IDS, layer=2, profile="residual").reconstruction_error > 0.1
+    assert ordinary_jacobian(loaded.model, IDS, layer=2, profile="residual").reconstruction_error > 0.1
 
 
 def _outputs(model, ids):
@@ -50,21 +50,21 @@ def test_the_target_is_the_models_own_hidden_state(tiny, family):
     x = embed(model, torch.tensor([IDS]))
     for layer in range(1, len(states) - 1):
         with torch.no_grad():
-            residual = hidden_state(model, x, layer=layer, profile="residual")[0]
-            golden = hidden_state(model, x, layer=layer, profile="golden")[0]
+            residual = target_hidden_state(model, x, layer=layer, profile="residual")[0]
+            golden = target_hidden_state(model, x, layer=layer, profile="golden")[0]
         assert relative_error(residual, states[layer]) <= 1e-12
         assert relative_error(golden, model.get_decoder().norm(states[layer])) <= 1e-12
     with torch.no_grad():
-        last = hidden_state(model, x, layer=len(states) - 1, profile="golden")[0]
+        last = target_hidden_state(model, x, layer=len(states) - 1, profile="golden")[0]
     assert relative_error(last, final) <= 1e-12
 
 
 def test_stopping_at_a_layer_or_failing_on_the_way_leaves_no_hook_behind(tiny):
     model = tiny("llama").model
     x = embed(model, torch.tensor([IDS]))
-    hidden_state(model, x, layer=2, profile="golden")
+    target_hidden_state(model, x, layer=2, profile="golden")
     with pytest.raises(RuntimeError, match="size of tensor"):
-        hidden_state(model, x[:, :, :3], layer=4, profile="golden")
+        target_hidden_state(model, x[:, :, :3], layer=4, profile="golden")
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -76,7 +76,7 @@ def test_the_jacobian_is_what_autograd_finds_row_by_row(tiny, family, profile, a
     found = detached_jacobian(loaded.model, IDS, layer=2, profile=profile)
     with detached(loaded.model):
         expected = torch.autograd.functional.jacobian(
-            lambda x: hidden_state(loaded.model, x[None], layer=2, profile=profile)[0], found.x
+            lambda x: target_hidden_state(loaded.model, x[None], layer=2, profile=profile)[0], found.x
         )
     assert relative_error(found.jacobian, expected.transpose(0, 1)) <= 1e-13
 
@@ -132,7 +132,7 @@ def test_the_jacobian_is_that_of_a_replay_written_by_hand_with_frozen_gains(tiny
     n, d = len(IDS), loaded.hidden_size
     x, y, replay = _frozen_replay(loaded.model, IDS, layer=3)
     found = detached_jacobian(loaded.model, IDS, layer=3, profile="residual")
-    # The replay is linear, so its columns are its values at the unit vectors: no differentiation at all.
+    # The replay is linear, so the Jacobian's columns are its values at the unit vectors: no differentiation at all.
     units = torch.eye(n * d, dtype=torch.float64).view(n * d, n, d)
     with torch.no_grad():
         expected = torch.stack([replay(unit) for unit in units]).view(n, d, d).transpose(1, 2)
@@ -153,7 +153,7 @@ def test_forward_and_reverse_derivatives_are_adjoint(tiny, family, attention):
     # The other CPU kernels of scaled dot product attention have no forward-mode derivative.
     with detached(loaded.model), sdpa_kernel(SDPBackend.MATH):
         _, forward = torch.func.jvp(
-            lambda x: hidden_state(loaded.model, x[None], layer=2, profile="golden")[0], (found.x,), (v,)
+            lambda x: target_hidden_state(loaded.model, x[None], layer=2, profile="golden")[0], (found.x,), (v,)
         )
     reverse = torch.einsum("nij,i->nj", found.jacobian, u)
     assert float((u * forward).sum()) == pytest.approx(float((reverse * v).sum()), rel=1e-11)
@@ -168,10 +168,10 @@ def test_no_token_after_a_sliding_window_is_reached_in_one_layer(tiny):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 40, 64])
-def test_the_jacobian_does_not_depend_on_how_many_rows_a_pass_answers(tiny, rows):
+def test_the_jacobian_does_not_depend_on_how_many_rows_a_pass_computes(tiny, rows):
     model = tiny("llama").model
     expected = detached_jacobian(model, IDS, layer=2, profile="residual")
-    found = exact(Replay(model, IDS, layer=2, profile="residual"), columns=rows)
+    found = exact_jacobian(Replay(model, IDS, layer=2, profile="residual"), rows_per_pass=rows)
     assert relative_error(found, expected.jacobian) <= 1e-13
 
 
@@ -208,7 +208,7 @@ def test_the_default_model_is_reconstructed(smollm, dtype, layer, profile, bound
 def test_the_ordinary_jacobian_of_the_default_model_is_far_off(smollm):
     loaded = smollm("float32")
     ids = tuple(loaded.tokenizer("The bridge")["input_ids"])
-    assert jacobian(loaded.model, ids, layer=8, profile="residual").reconstruction_error > 0.3
+    assert ordinary_jacobian(loaded.model, ids, layer=8, profile="residual").reconstruction_error > 0.3
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -217,27 +217,27 @@ def test_the_replay_is_autograd_through_the_detached_model(tiny, family, profile
     loaded = tiny(family, attention)
     for layer in (1, loaded.num_layers - 1, loaded.num_layers):
         with detached(loaded.model):
-            oracle = jacobian(loaded.model, IDS, layer=layer, profile=profile)
+            expected = ordinary_jacobian(loaded.model, IDS, layer=layer, profile=profile)
         found = detached_jacobian(loaded.model, IDS, layer=layer, profile=profile)
-        assert relative_error(found.jacobian, oracle.jacobian) <= 1e-12
+        assert relative_error(found.jacobian, expected.jacobian) <= 1e-12
         assert found.reconstruction_error <= 1e-12
 
 
-def test_push_and_pull_are_adjoint_and_are_the_jacobian(tiny, family):
+def test_jvp_and_vjp_are_adjoint_and_are_products_with_the_jacobian(tiny, family):
     loaded = tiny(family)
     replay = Replay(loaded.model, IDS, layer=2, profile="golden")
     n, d = replay.shape
     generator = torch.Generator().manual_seed(7)
     v = torch.randn(3, n, d, dtype=torch.float64, generator=generator)
     u = torch.randn(3, d, dtype=torch.float64, generator=generator)
-    images = replay.push(v)
-    assert relative_error((replay.pull(u) * v).sum((1, 2)), (u * images).sum(1)) <= 1e-12
+    products = replay.jvp(v)
+    assert relative_error((replay.vjp(u) * v).sum((1, 2)), (u * products).sum(1)) <= 1e-12
     dense = detached_jacobian(loaded.model, IDS, layer=2, profile="golden").jacobian
-    assert relative_error(images, torch.einsum("nij,lnj->li", dense, v)) <= 1e-12
+    assert relative_error(products, torch.einsum("nij,lnj->li", dense, v)) <= 1e-12
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_biases_make_the_map_affine_and_its_offset_is_what_it_makes_of_nothing(tiny, family):
+def test_biases_make_the_map_affine_and_its_offset_is_its_value_at_zero(tiny, family):
     found = detached_jacobian(tiny(family).model, IDS, layer=2, profile="residual")
     linear = torch.einsum("nij,nj->i", found.jacobian, found.x)
     assert relative_error(linear, found.y) > 0.01

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.model
 TEXT = "The bridge out of Marin is the Golden"
 DEPTH = {"smollm2-135m": 30, "gemma3-270m": 18}
 TOLERANCE = {"float32": 5e-6, "bfloat16": 3e-2}
-QUESTIONS = 16
+NUM_COTANGENTS = 16
 
 
 @pytest.fixture(scope="module")
@@ -33,16 +33,16 @@ def test_the_map_gives_the_hidden_state_back_at_the_first_the_middle_and_the_las
     loaded, depth = load(name, dtype), DEPTH[name]
     ids = concept_from_text(TEXT, loaded).ids
     generator = torch.Generator().manual_seed(4)
-    questions = torch.randn(QUESTIONS, loaded.hidden_size, generator=generator)
+    cotangents = torch.randn(NUM_COTANGENTS, loaded.hidden_size, generator=generator)
     for profile, last in (("residual", depth - 1), ("golden", depth)):
         for layer in (1, depth // 2, last):
             replay = Replay(loaded.model, ids, layer=layer, profile=profile)
-            assert relative_error(replay.push(replay.x[None])[0], replay.y) <= TOLERANCE[dtype], (profile, layer)
+            assert relative_error(replay.reconstruction(), replay.y) <= TOLERANCE[dtype], (profile, layer)
             # Row by row: u^T J x, from J^T u, against u^T y.
-            rows = torch.einsum("qnd,nd->q", replay.pull(questions).double(), replay.x.double())
-            exact = questions.double() @ replay.y.double()
+            rows = torch.einsum("qnd,nd->q", replay.vjp(cotangents).double(), replay.x.double())
+            expected = cotangents.double() @ replay.y.double()
             scale = torch.linalg.vector_norm(replay.y.double()) * len(replay.y) ** 0.5
-            assert (rows - exact).abs().max() / scale <= TOLERANCE[dtype], (profile, layer)
+            assert (rows - expected).abs().max() / scale <= TOLERANCE[dtype], (profile, layer)
             assert not replay.offset.any()
 
 

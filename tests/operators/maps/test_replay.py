@@ -15,23 +15,25 @@ def _random(*shape):
 
 @pytest.mark.parametrize("positions", [1, 20, 35, 10_000])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_columns_give_the_same_in_groups_of_any_size(tiny, monkeypatch, family, positions):
+def test_products_are_the_same_in_passes_of_any_size(tiny, monkeypatch, family, positions):
     dense = detached_jacobian(tiny(family).model, IDS, layer=2, profile="golden").jacobian
     monkeypatch.setattr(replaying, "_POSITIONS_PER_PASS", positions)
     replay = Replay(tiny(family).model, IDS, layer=2, profile="golden")
     n, d = replay.shape
     for count in (7, 3, 12):
         v, u = _random(count, n, d), _random(count + 1, d)
-        assert relative_error(replay.push(v), torch.einsum("nij,lnj->li", dense, v)) <= 1e-12
-        assert relative_error(replay.pull(u), torch.einsum("nij,li->lnj", dense, u)) <= 1e-12
+        assert relative_error(replay.jvp(v), torch.einsum("nij,lnj->li", dense, v)) <= 1e-12
+        assert relative_error(replay.vjp(u), torch.einsum("nij,li->lnj", dense, u)) <= 1e-12
 
 
-def test_columns_are_counted_and_told_as_they_pass(tiny):
-    told = []
-    replay = Replay(tiny("llama").model, IDS, layer=2, profile="residual", columns=4, tick=told.append)
-    replay.push(_random(5, *replay.shape))
-    replay.pull(_random(6, 40))
-    assert told == [3, 2, 3, 3]
+def test_products_are_counted_and_reported_pass_by_pass(tiny):
+    reported = []
+    replay = Replay(
+        tiny("llama").model, IDS, layer=2, profile="residual", vectors_per_pass=4, on_products=reported.append
+    )
+    replay.jvp(_random(5, *replay.shape))
+    replay.vjp(_random(6, 40))
+    assert reported == [3, 2, 3, 3]
     assert replay.products == 11
 
 
@@ -46,5 +48,5 @@ def test_the_inner_layer_of_the_last_block_sees_one_position_and_the_others_all(
     seen = []
     for module in inner[:3]:
         module.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[1]))
-    replay.push(_random(2, *replay.shape))
+    replay.jvp(_random(2, *replay.shape))
     assert seen == [len(IDS), len(IDS), 1]

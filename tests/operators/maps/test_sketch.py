@@ -8,7 +8,7 @@ from scipy.sparse.linalg import LinearOperator, svds
 
 from operators.maps.jacobian import detached_jacobian, relative_error
 from operators.maps.replay import Replay
-from operators.maps.sketch import OVERSAMPLE, POWER_ITERATIONS, PROBES, Reduced, embedding_root, num_products, sketch
+from operators.maps.sketch import OVERSAMPLE, POWER_ITERATIONS, PROBES, LowRankMap, embedding_root, num_products, sketch
 from operators.model.loading import LoadedModel
 
 IDS = (277, 12, 290, 65, 278, 69, 317)
@@ -28,7 +28,7 @@ class Case:
         """J C^{1/2}, (n, d, d); J itself where the test vectors are white."""
         return self.dense if self.root is None else self.dense @ self.root
 
-    def sketch(self, rank: int, seed: int = 0, power_iterations: int = POWER_ITERATIONS) -> Reduced:
+    def sketch(self, rank: int, seed: int = 0, power_iterations: int = POWER_ITERATIONS) -> LowRankMap:
         return sketch(self.replay, rank, root=self.root, seed=seed, power_iterations=power_iterations)
 
 
@@ -48,7 +48,7 @@ def _wide(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.transpose(0, 1).flatten(1)
 
 
-def _error(case: Case, found: Reduced) -> tuple[float, float]:
+def _error(case: Case, found: LowRankMap) -> tuple[float, float]:
     """Of the sketch, and the least of any matrix of that rank (Eckart and Young), in the norm that it was made for."""
     left = case.dense - found.basis.double() @ found.factors.double()
     left = left if case.root is None else left @ case.root
@@ -117,8 +117,8 @@ def test_singular_values_that_have_converged_are_those_of_scipy(case, family, ki
     operator = LinearOperator(
         shape=(d, n * d),
         dtype="float64",
-        matvec=lambda v: here.replay.push(torch.from_numpy(v).view(1, n, d) @ root)[0].numpy(),
-        rmatvec=lambda u: (here.replay.pull(torch.from_numpy(u).view(1, d)) @ root).flatten().numpy(),
+        matvec=lambda v: here.replay.jvp(torch.from_numpy(v).view(1, n, d) @ root)[0].numpy(),
+        rmatvec=lambda u: (here.replay.vjp(torch.from_numpy(u).view(1, d)) @ root).flatten().numpy(),
     )
     values = svds(operator, k=rank, tol=1e-12, rng=0, return_singular_vectors=False)
     expected = torch.tensor(sorted(values, reverse=True))

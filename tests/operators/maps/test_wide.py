@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from operators.builder.build import BuildSpec, build_operator
+from operators.builder.build import build_operator
 from operators.builder.concept import Concept
+from operators.builder.spec import BuildSpec
 from operators.maps.replay import Replay
 
 IDS = (3, 1, 4, 1, 5, 9, 2)
@@ -14,11 +15,11 @@ def test_narrow_weights_give_what_the_same_weights_give_when_they_are_wide(tiny,
     loaded = tiny(family, dtype="bfloat16", fresh=True)
     replay = Replay(loaded.model, IDS, layer=2, profile="golden")
     assert replay.x.dtype == replay.y.dtype == torch.float32
-    columns = torch.randn(5, *replay.shape, generator=torch.Generator().manual_seed(0))
-    questions = torch.randn(5, replay.shape[1], generator=torch.Generator().manual_seed(1))
+    tangents = torch.randn(5, *replay.shape, generator=torch.Generator().manual_seed(0))
+    cotangents = torch.randn(5, replay.shape[1], generator=torch.Generator().manual_seed(1))
 
     def both_ways():
-        return replay.push(columns), replay.pull(questions)
+        return replay.jvp(tangents), replay.vjp(cotangents)
 
     narrow = both_ways()
     # The frozen factors stay what was recorded; only the weights change their dtype, and the graph with them.

@@ -1,0 +1,135 @@
+"""What to build, and what its defaults come to on a given model and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from operators.builder import memory
+from operators.builder.concept import Concept
+from operators.core import capacity
+from operators.core.file_format import MAX_BYTES
+from operators.core.errors import BuildError
+from operators.core.header import Member, Profile, Recommended
+from operators.maps.replay import VECTORS_PER_PASS
+from operators.maps.sketch import FIRST_RANK, num_products
+from operators.model.loading import LoadedModel
+
+DEFAULT_RANK = 64
+"""Rank of an operator where none is given; the README (*How much rank*) has the measurements behind it."""
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """What to build: one operator of one or more texts.
+
+    ``layer`` None means the default of two thirds of the depth, floor(2L/3). ``rank`` None means DEFAULT_RANK, or the
+    exact operator where that takes no more numbers; "full" means the exact one. ``tolerance``, in place of a rank, asks
+    for the smallest rank with that residual |J - U B|_F / |J|_F. ``weighting`` and ``seed`` are those of the sketch.
+    ``weights`` are the texts' weights in a mixture (:mod:`operators.builder.combine`); without, the operator is the
+    mean of their maps. ``words``, ``recommended`` and ``members`` are only written into the header.
+    """
+
+    texts: tuple[Concept, ...]
+    profile: Profile = "residual"
+    layer: int | None = None
+    rank: int | Literal["full"] | None = None
+    tolerance: float | None = None
+    weighting: Literal["embedding", "white"] = "embedding"
+    seed: int = 0
+    words: tuple[str, ...] = ()
+    recommended: Recommended = field(default_factory=Recommended)
+    weights: tuple[float, ...] = ()
+    members: tuple[Member, ...] = ()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The weight of each text's map in the operator's."""
+        return self.weights or (1.0 / len(self.texts),) * len(self.texts)
+
+    @property
+    def num_positions(self) -> int:
+        """n, the number of blocks: the tokens of the longest text."""
+        return max(len(text.ids) for text in self.texts)
+
+
+@dataclass(frozen=True)
+class BuildParameters:
+    """The numbers of one build. Filled by :func:`resolve_spec`."""
+
+    layer: int
+    rank: int | None
+    """Of the sketch; with a tolerance, that of the first attempt. None means the exact operator."""
+    vectors_per_pass: int
+    """Tangents or cotangents that go through the model at a time, within the memory."""
+
+
+def resolve_spec(spec: BuildSpec, loaded: LoadedModel, *, max_memory: int | None = None) -> BuildParameters:
+    """What the defaults of ``spec`` come to on this model, after checking all that can be checked before the build.
+
+    Args:
+        max_memory: bytes beside the model; None means most of what is free.
+
+    Raises:
+        BuildError: the layer, rank or tolerance is out of range; or the operator takes more memory than there is,
+            or would be larger than any reader accepts.
+    """
+    layer = resolve_layer(spec.layer, spec.profile, loaded)
+    rank = _resolve_rank(spec, loaded)
+    return BuildParameters(layer, rank, vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory))
+
+
+def resolve_layer(layer: int | None, profile: Profile, loaded: LoadedModel) -> int:
+    """The layer to build at. Raises :class:`BuildError` when there is no such layer for this profile."""
+    if layer is None:
+        return max(1, 2 * loaded.num_layers // 3)
+    # The residual operator is added to the input of block `layer`, so that block must exist.
+    last = loaded.num_layers if profile == "golden" else loaded.num_layers - 1
+    if not 1 <= layer <= last:
+        raise BuildError(f"layer {layer} of {loaded.name} for profile {profile!r}; 1 to {last} are accepted")
+    return layer
+
+
+def vectors_per_pass(
+    spec: BuildSpec, loaded: LoadedModel, layer: int, rank: int | None, *, max_memory: int | None
+) -> int:
+    """How many tangents or cotangents fit into one pass of a build at ``layer`` with ``rank`` (None: exact).
+
+    Raises:
+        BuildError: not even one fits into ``max_memory``, or the operator's file would exceed MAX_BYTES.
+    """
+    n, d = spec.num_positions, loaded.hidden_size
+    itemsize = torch.promote_types(loaded.dtype, torch.float32).itemsize
+    num_bytes = (n * d * d if rank is None else (n + 1) * rank * d) * itemsize
+    if num_bytes > MAX_BYTES:
+        raise BuildError(
+            f"the operator of {n} tokens at hidden size {d} takes {num_bytes} bytes; at most {MAX_BYTES} are accepted"
+        )
+    if rank is None:
+        estimate = memory.estimate_exact(loaded, n, layer, len(spec.texts))
+    else:
+        # The widest product is the last one: the basis and the probes.
+        estimate = memory.estimate_sketch(loaded, n, layer, num_products(rank, d, power_iterations=0), len(spec.texts))
+    budget = capacity.free_memory(loaded.device) if max_memory is None else max_memory
+    subject = f"the operator of {n} tokens of {loaded.name} at layer {layer}"
+    return memory.rows_within(budget, estimate, VECTORS_PER_PASS, subject)
+
+
+def _resolve_rank(spec: BuildSpec, loaded: LoadedModel) -> int | None:
+    """The rank to sketch, with a tolerance the first one; None means the exact operator."""
+    d, n = loaded.hidden_size, spec.num_positions
+    if spec.tolerance is not None:
+        if spec.rank is not None:
+            raise BuildError(f"rank {spec.rank} and tolerance {spec.tolerance:g} were both given; one is accepted")
+        if not 0.0 < spec.tolerance < 1.0:
+            raise BuildError(f"tolerance is {spec.tolerance:g}; a number between 0 and 1 is accepted")
+        return FIRST_RANK
+    if spec.rank == "full":
+        return None
+    if spec.rank is None:
+        return DEFAULT_RANK if DEFAULT_RANK * (n + 1) < n * d and d > DEFAULT_RANK else None
+    if not 1 <= spec.rank <= d:
+        raise BuildError(f"rank is {spec.rank}; 1 to {d} (the hidden size of {loaded.name}) or 'full' are accepted")
+    return spec.rank
