@@ -1,6 +1,6 @@
-"""How pictures look, and how they become PNG files: two themes, fonts that have the glyphs, and one exit.
+"""How figures look and become PNG files: two themes, axes of tokens, labels that the font has glyphs for.
 
-With ``plots`` the only file that knows matplotlib, through its objects and never through pyplot's global state.
+Only this module and the two of plots use matplotlib, through its objects and never through pyplot's global state.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from operators.analyse.tokens import visible
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 144
-_MOST_LABELS = 40
+_MAX_TICK_LABELS = 40
 _SHORT_LOG = 500
+"""Ratio of an axis's ends below which powers of ten alone would be too few labels."""
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours: page, ink, what stands back, grid, three series, and a range for what has an order."""
+    """Colours: page, ink, secondary ink, grid, three series, and the range of viridis for an ordered series."""
 
     page: str
     ink: str
@@ -40,8 +42,8 @@ DARK = Theme("#14181d", "#e7eaee", "#9aa4b0", "#2d343c", ("#6cb6f5", "#f2a15c", 
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One plot as PNG, for a light and for a dark page."""
+class ThemedImage:
+    """One plot as PNG files: on a light and on a dark page."""
 
     light: bytes
     dark: bytes
@@ -53,9 +55,9 @@ def check_installed() -> None:
         raise AnalysisError("matplotlib, which draws the plots, is not installed; install steering-operators[analyse]")
 
 
-def render(draw: Callable[[Figure, Theme], None], *, size: tuple[float, float], footer: str) -> Picture:
-    """Draws one figure of ``size`` inches in both themes; ``footer`` says below what it is a picture of."""
-    return Picture(*(_render(draw, size, footer, theme) for theme in (LIGHT, DARK)))
+def render(draw: Callable[[Figure, Theme], None], *, size: tuple[float, float], footer: str) -> ThemedImage:
+    """Draws one figure of ``size`` inches in both themes; ``footer`` is printed below."""
+    return ThemedImage(*(_render(draw, size, footer, theme) for theme in (LIGHT, DARK)))
 
 
 def _render(draw: Callable[[Figure, Theme], None], size: tuple[float, float], footer: str, theme: Theme) -> bytes:
@@ -66,17 +68,17 @@ def _render(draw: Callable[[Figure, Theme], None], size: tuple[float, float], fo
     with matplotlib.rc_context(_style(theme)):
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
-        # The strip at the bottom is the footer's.
+        # The footer has a strip at the bottom of its own.
         strip = 0.22 / size[1]
         engine = figure.get_layout_engine()
         if engine is not None:
             engine.set(rect=(0, strip, 1, 1 - strip))  # type: ignore[call-arg]
         figure.text(0.006, 0.25 * strip, _drawable(footer, 120), size=8, color=theme.muted)
         draw(figure, theme)
-        out = io.BytesIO()
-        # Without the version, the same numbers give the same bytes.
-        figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()
+        file = io.BytesIO()
+        # Without matplotlib's version in the metadata, the same numbers give the same bytes.
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
 
 
 def _style(theme: Theme) -> Any:
@@ -115,21 +117,26 @@ def label(text: str, *, longest: int = 16) -> str:
 
 
 def _drawable(text: str, longest: int) -> str:
-    shown = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    shortened = text if len(text) <= longest else f"{text[: longest - 1]}…"
     glyphs = _glyphs()
-    drawn = "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in shown)
-    # Two dollars would make a formula.
+    drawn = "".join(c if ord(c) in glyphs else c.encode("unicode_escape").decode() for c in shortened)
+    # Text between two dollars would be set as a formula.
     return drawn.replace("$", r"\$")
 
 
+def short_name(model: str) -> str:
+    """The last part of a model's name or path."""
+    return PurePath(model).name or model
+
+
 def token_axis(axes: Axes, texts: Sequence[str]) -> None:
-    """Puts tokens under a horizontal axis of positions; of many, every second, third, ..."""
-    step = -(-len(texts) // _MOST_LABELS)
-    places = list(range(0, len(texts), step))
-    small = len(places) > 24
+    """Labels a horizontal axis of positions with tokens: every second, third, ... where there are many."""
+    step = -(-len(texts) // _MAX_TICK_LABELS)
+    labelled = list(range(0, len(texts), step))
+    small = len(labelled) > 24
     axes.set_xticks(
-        places,
-        [f"{label(texts[i])}  {i}" for i in places],
+        labelled,
+        [f"{label(texts[i])}  {i}" for i in labelled],
         rotation=90 if small else 45,
         ha="center" if small else "right",
         rotation_mode="default" if small else "anchor",

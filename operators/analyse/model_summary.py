@@ -1,4 +1,4 @@
-"""Many phrases under several models: how low-dimensional is the map of a position, and what does it say?"""
+"""One model over many phrases: the stable ranks of the first and last position's maps, and their leading tokens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 import torch
 
 from operators.analyse import spectra
-from operators.analyse.analysis import dtype_name, next_tokens
+from operators.analyse.analysis import next_tokens
 from operators.analyse.positions import PROFILE
-from operators.analyse.results import ModelSummary, Phrase, mean, rounded
-from operators.analyse.tokens import Readout
+from operators.analyse.results import ModelSummary, PhraseSummary, mean, rounded
+from operators.analyse.tokens import VocabularyProjection
+from operators.builder.checks import dtype_name
 from operators.builder.concept import concept_from_text
 from operators.core.errors import AnalysisError, ConceptError
 from operators.core.progress import Progress, silent
 from operators.maps.replay import Replay
 from operators.model.loading import LoadedModel
 
-SHIPPED = Path(__file__).with_name("phrases.txt")
+DEFAULT_PHRASES = Path(__file__).with_name("phrases.txt")
 """A hundred short phrases, one per line."""
 _TOKENS = 6
 
@@ -50,8 +51,8 @@ def read_phrases(path: Path, *, limit: int | None = None) -> tuple[str, ...]:
     return tuple(phrases[:limit])
 
 
-def summarise(phrases: Iterable[str], loaded: LoadedModel, *, progress: Progress = silent) -> ModelSummary:
-    """All phrases under one model, at its output embedding. Spectra are sketched, not exact: see ``spectra``.
+def summarise_model(phrases: Iterable[str], loaded: LoadedModel, *, progress: Progress = silent) -> ModelSummary:
+    """All phrases under one model, at its output embedding. Spectra are sketched: see ``spectra.sketched_spectra``.
 
     Raises:
         AnalysisError: a phrase has no tokens or too many, or gives what is not finite; names its number.
@@ -59,8 +60,8 @@ def summarise(phrases: Iterable[str], loaded: LoadedModel, *, progress: Progress
     """
     start = time.monotonic()
     phrases = tuple(phrases)
-    readout = Readout(loaded)
-    found = []
+    vocabulary = VocabularyProjection(loaded)
+    summaries = []
     for number, text in enumerate(phrases, start=1):
         try:
             ids = concept_from_text(text, loaded).ids
@@ -70,34 +71,36 @@ def summarise(phrases: Iterable[str], loaded: LoadedModel, *, progress: Progress
         if not bool(torch.isfinite(replay.y).all()):
             raise AnalysisError(
                 f"phrase {number}: the output embedding of {text!r} under {loaded.name} is not finite in "
-                f"{dtype_name(loaded)}"
+                f"{dtype_name(loaded.dtype)}"
             )
-        found.append(_phrase(text, ids, replay, loaded, readout))
+        summaries.append(_summarise_phrase(text, ids, replay, loaded, vocabulary))
         progress(f"Phrases, {loaded.name}", number, len(phrases))
     return ModelSummary(
         model=loaded.name,
         architecture=type(loaded.model).__name__,
         model_fingerprint=loaded.fingerprint,
-        dtype=dtype_name(loaded),
+        dtype=dtype_name(loaded.dtype),
         num_layers=loaded.num_layers,
         hidden_size=loaded.hidden_size,
-        phrases=tuple(found),
+        phrases=tuple(summaries),
         seconds=round(time.monotonic() - start, 2),
     )
 
 
-def _phrase(text: str, ids: tuple[int, ...], replay: Replay, loaded: LoadedModel, readout: Readout) -> Phrase:
-    spectrums = spectra.sketched(replay, 1)
-    stable = [None if s.stable_rank is None else rounded(s.stable_rank) for s in spectrums]
-    first, last = spectrums[0].facing(replay.x[0]), spectrums[-1].facing(replay.x[-1])
-    return Phrase(
+def _summarise_phrase(
+    text: str, ids: tuple[int, ...], replay: Replay, loaded: LoadedModel, vocabulary: VocabularyProjection
+) -> PhraseSummary:
+    by_position = spectra.sketched_spectra(replay, 1)
+    stable = [None if spectrum.stable_rank is None else rounded(spectrum.stable_rank) for spectrum in by_position]
+    first, last = by_position[0].facing(replay.x[0]), by_position[-1].facing(replay.x[-1])
+    return PhraseSummary(
         text=text,
         num_tokens=len(ids),
         first=stable[0],
         last=stable[-1],
         mean=mean(stable),
-        answer=next_tokens(loaded, ids, readout),
-        first_left=readout.top(readout.logits(first.left[:1], normed=True), _TOKENS)[0],
-        last_left=readout.top(readout.logits(last.left[:1], normed=True), _TOKENS)[0],
-        last_right=readout.top(readout.similarities(last.right[:1]), _TOKENS)[0],
+        answer=next_tokens(loaded, ids, vocabulary),
+        first_left=vocabulary.top(vocabulary.logits(first.left[:1], normed=True), _TOKENS)[0],
+        last_left=vocabulary.top(vocabulary.logits(last.left[:1], normed=True), _TOKENS)[0],
+        last_right=vocabulary.top(vocabulary.similarities(last.right[:1]), _TOKENS)[0],
     )

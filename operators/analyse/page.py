@@ -1,4 +1,4 @@
-"""HTML pages that need nothing but themselves: their style, their pictures as data, text that is always escaped."""
+"""HTML pages that need nothing but themselves: their style and images are inside, and text is always escaped."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from operators.analyse.canvas import Picture
-from operators.analyse.results import Token
+from operators.analyse.canvas import ThemedImage
+from operators.analyse.results import ScoredToken
 from operators.analyse.tokens import visible
 
-# No scripts, and nothing from elsewhere: the page says so to the browser, which holds it to that.
+PAPER = "J. R. Golden, Equivalent Linear Mappings of Large Language Models, TMLR 2025, arXiv 2505.24293"
+
+# Forbids scripts and anything from elsewhere, so that the browser enforces what this module promises.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --muted: #5b6470; --line: #dfe3e8; --card: #f5f7f9;
@@ -62,11 +64,11 @@ def page(title: str, body: Iterable[str]) -> str:
     )
 
 
-def figure(picture: Picture, *, says: str, caption: str) -> str:
-    """A picture for both themes, with its alternative text; ``caption`` is HTML."""
+def figure(image: ThemedImage, *, alt: str, caption: str) -> str:
+    """An image for both themes, with its alternative text; ``caption`` is HTML."""
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(picture.dark)}">'
-        f'<img src="{_data(picture.light)}" alt="{escape(says)}"></picture>'
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_data(image.dark)}">'
+        f'<img src="{_data(image.light)}" alt="{escape(alt)}"></picture>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -89,12 +91,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Itera
     return f'<div class="scroll"><table><thead>{line(heads, "th")}</thead>\n<tbody>\n{inner}\n</tbody></table></div>'
 
 
-def chips(tokens: Iterable[Token], *, hit: int | None = None) -> str:
+def chips(tokens: Iterable[ScoredToken], *, hit: int | None = None) -> str:
     """Tokens, their white space marked; the token ``hit`` stands out."""
     return " ".join(chip(token, hit=token.id == hit) for token in tokens) or "–"
 
 
-def chip(token: Token, *, hit: bool = False) -> str:
+def chip(token: ScoredToken, *, hit: bool = False) -> str:
     """One token. Isolated, so that right-to-left text stays in its own box."""
     mark = ' class="hit"' if hit else ""
     return f"<code{mark}><bdi>{escape(visible(token.text))}</bdi></code>"

@@ -1,14 +1,13 @@
-"""The plots of an analysis and of a comparison."""
+"""The plots of an analysis."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import PurePath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from operators.analyse.canvas import Picture, Theme, label, legible_log, render, token_axis
-from operators.analyse.results import Analysis, Comparison, Place, Scope
+from operators.analyse.canvas import Theme, ThemedImage, label, legible_log, render, short_name, token_axis
+from operators.analyse.results import Analysis, Scope, SourcePosition, Target
 from operators.analyse.tokens import visible
 
 if TYPE_CHECKING:
@@ -16,64 +15,49 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEGEND_LINES = 12
-_TARGETS = (
+"""Positions that a legend has lines for; more get a colour bar."""
+_TARGETS: tuple[tuple[Target, str, str], ...] = (
     ("block", "block $h^{(s)}$", "-"),
     ("attention", "attention $a^{(s)}$", "--"),
     ("mlp", "MLP $m^{(s)}$", "-."),
 )
 
 
-def analysis_plots(analysis: Analysis) -> dict[str, Picture]:
+def analysis_plots(analysis: Analysis) -> dict[str, ThemedImage]:
     """Every plot of one prompt, by name."""
-    footer = f"{short(analysis.model)}, {analysis.dtype}: “{visible(analysis.text).replace('␣', ' ')}”"
+    footer = f"{short_name(analysis.model)}, {analysis.dtype}: “{visible(analysis.text).replace('␣', ' ')}”"
     width = min(11.5, max(9.0, 0.17 * len(analysis.positions) + 3))
 
-    def picture(draw: Callable[[Figure, Theme, Analysis], None], size: tuple[float, float]) -> Picture:
+    def image(draw: Callable[[Figure, Theme, Analysis], None], size: tuple[float, float]) -> ThemedImage:
         return render(lambda figure, theme: draw(figure, theme, analysis), size=size, footer=footer)
 
     return {
-        "reconstruction": picture(_reconstruction, (9.6, 4.7)),
-        "spectra": picture(_spectra, (9.6, 4.9)),
-        "positions": picture(_positions, (width, 5.8)),
-        "emergence": picture(_emergence, (9.6, 4.0)),
-        "dimensions": picture(_dimensions, (9.6, 6.6)),
-        "stream": picture(_stream, (9.6, 4.9)),
+        "reconstruction": image(_reconstruction, (9.6, 4.7)),
+        "spectra": image(_spectra, (9.6, 4.9)),
+        "positions": image(_positions, (width, 5.8)),
+        "emergence": image(_emergence, (9.6, 4.0)),
+        "dimensions": image(_dimensions, (9.6, 6.6)),
+        "stream": image(_stream, (9.6, 4.9)),
     }
 
 
-def comparison_plots(comparison: Comparison) -> dict[str, Picture]:
-    """The plot of a comparison, by name."""
-    footer = f"{len(comparison.phrases)} phrases, output embedding of the last layer"
-    width = max(9.6, 1.0 + 3 * 0.6 * len(comparison.models))
-
-    def draw(figure: Figure, theme: Theme) -> None:
-        _stable_ranks(figure, theme, comparison)
-
-    return {"stable-ranks": render(draw, size=(width, 5.0), footer=footer)}
-
-
-def short(model: str) -> str:
-    """The last part of a model's name or path."""
-    return PurePath(model).name or model
-
-
 def _reconstruction(figure: Figure, theme: Theme, analysis: Analysis) -> None:
-    found = analysis.reconstruction
-    whole = [*found.target, *found.detached, *found.ordinary]
-    ends = (min(whole), max(whole))
+    data = analysis.reconstruction
+    values = [*data.target, *data.detached, *data.ordinary]
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, values, name, error, colour in (
-        (panels[0], found.detached, r"Detached map, $\Sigma_i\, J_i x_i + c$", found.detached_error, theme.series[0]),
-        (panels[1], found.ordinary, r"Ordinary Jacobian, $\Sigma_i\, J_i x_i$", found.ordinary_error, theme.series[1]),
+    for axes, reconstructed, name, error, colour in (
+        (panels[0], data.detached, r"Detached map, $\Sigma_i\, J_i x_i + c$", data.detached_error, theme.series[0]),
+        (panels[1], data.ordinary, r"Ordinary Jacobian, $\Sigma_i\, J_i x_i$", data.ordinary_error, theme.series[1]),
     ):
         axes.axline((0, 0), slope=1, color=theme.muted, linewidth=0.8, zorder=1)
-        axes.scatter(found.target, values, s=11, alpha=0.7, color=colour, linewidths=0, zorder=2)
+        axes.scatter(data.target, reconstructed, s=11, alpha=0.7, color=colour, linewidths=0, zorder=2)
         axes.set_title(f"{name}\nrelative error {error:.2g}")
         axes.set_xlabel("component of the output embedding $h$")
         axes.set_aspect("equal", adjustable="box")
-        margin = 0.05 * (ends[1] - ends[0])
-        axes.set_xlim(ends[0] - margin, ends[1] + margin)
-        axes.set_ylim(ends[0] - margin, ends[1] + margin)
+        axes.set_xlim(low - margin, high + margin)
+        axes.set_ylim(low - margin, high + margin)
     panels[0].set_ylabel("the same component, reconstructed")
 
 
@@ -92,7 +76,7 @@ def _spectra(figure: Figure, theme: Theme, analysis: Analysis) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    # What is below is rounding.
+    # Smaller values are rounding.
     axes.set_ylim(bottom=max(top * 1e-7, 0.5 * min(p.singular_values[-1] for p in analysis.positions)))
     legible_log(axes)
     axes.set_xlabel("index $k$ of the singular value")
@@ -104,24 +88,23 @@ def _spectra(figure: Figure, theme: Theme, analysis: Analysis) -> None:
 
 
 def _position_bar(figure: Figure, axes: Axes, theme: Theme, n: int) -> None:
-    from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    low, high = theme.order
-    scale = ListedColormap([colormaps["viridis"](low + (high - low) * i / 255) for i in range(256)])
+    # 256 colours are the resolution of matplotlib's own maps.
+    scale = ListedColormap(_ordered(theme, 256))
     figure.colorbar(ScalarMappable(Normalize(0, n - 1), scale), ax=axes, label="position $i$")
 
 
 def _positions(figure: Figure, theme: Theme, analysis: Analysis) -> None:
     positions = analysis.positions
     ranks, shares = figure.subplots(2, 1, sharex=True)
-    places = range(len(positions))
-    ranks.bar(places, [_or_gap(p.stable_rank) for p in positions], color=theme.series[0], width=0.72)
+    indices = range(len(positions))
+    ranks.bar(indices, [_or_nan(p.stable_rank) for p in positions], color=theme.series[0], width=0.72)
     ranks.axhline(1, color=theme.muted, linewidth=0.8)
     ranks.set_title("Stable rank of $J_i$")
     ranks.set_ylabel(r"$\|J_i\|_F^2 \, / \, \sigma_1^2$")
-    shares.bar(places, [100 * p.share for p in positions], color=theme.series[1], width=0.72)
+    shares.bar(indices, [100 * p.share for p in positions], color=theme.series[1], width=0.72)
     shares.axhline(0, color=theme.muted, linewidth=0.8)
     shares.set_title("Share of the output embedding")
     shares.set_ylabel(r"$h \cdot J_i x_i \, / \, \|h\|^2$  (%)")
@@ -134,11 +117,11 @@ def _positions(figure: Figure, theme: Theme, analysis: Analysis) -> None:
 def _emergence(figure: Figure, theme: Theme, analysis: Analysis) -> None:
     axes = figure.subplots()
     steps = [layer.index for layer in analysis.layers]
-    places: tuple[Place, ...] = ("last", "first")
+    sources: tuple[SourcePosition, ...] = ("last", "first")
     series = [[float(layer.lens_answer_rank) for layer in analysis.layers]]
-    for place in places:
-        maps = [layer.map("cumulative", "block", place) for layer in analysis.layers]
-        series.append([_or_gap(found.answer_rank) for found in maps])
+    for source in sources:
+        maps = [layer.map("cumulative", "block", source) for layer in analysis.layers]
+        series.append([_or_nan(each.answer_rank) for each in maps])
     names = (
         "stream $h^{(s)}$, last position (logit lens)",
         "$u_1$ of the last position’s map",
@@ -162,17 +145,17 @@ def _dimensions(figure: Figure, theme: Theme, analysis: Analysis) -> None:
         ("cumulative", "from the embeddings to layer $s$"),
         ("single", "of layer $s$ alone"),
     )
-    rows: tuple[tuple[Place, str], ...] = (("last", "last position"), ("first", "first position"))
-    for row, (place, where) in enumerate(rows):
-        for column, (scope, arrow) in enumerate(scopes):
+    rows: tuple[tuple[SourcePosition, str], ...] = (("last", "last position"), ("first", "first position"))
+    for row, (source, source_name) in enumerate(rows):
+        for column, (scope, scope_name) in enumerate(scopes):
             axes = panels[row][column]
             for (target, name, dashes), colour in zip(_TARGETS, theme.series, strict=True):
-                values = [_or_gap(layer.map(scope, target, place).stable_rank) for layer in analysis.layers]
+                values = [_or_nan(layer.map(scope, target, source).stable_rank) for layer in analysis.layers]
                 axes.plot(steps, values, dashes, color=colour, linewidth=1.7, label=name)
             axes.set_yscale("log")
             axes.set_ylim(bottom=0.9)
             legible_log(axes)
-            axes.set_title(f"Map {arrow}, {where}")
+            axes.set_title(f"Map {scope_name}, {source_name}")
         panels[row][0].set_ylabel(r"stable rank $\|J\|_F^2 \, / \, \sigma_1^2$")
     for axes in panels[1]:
         _layer_axis(axes, len(steps))
@@ -182,16 +165,16 @@ def _dimensions(figure: Figure, theme: Theme, analysis: Analysis) -> None:
 
 def _stream(figure: Figure, theme: Theme, analysis: Analysis) -> None:
     norms, along = figure.subplots(1, 2)
-    found = analysis.layers
+    layers = analysis.layers
     blue, orange, green = theme.series
-    maps = [layer.map("cumulative", "block", "last").along_final or (math.nan, math.nan) for layer in found]
-    cosines = [layer.along_final for layer in found]
+    maps = [layer.map("cumulative", "block", "last").along_final or (math.nan, math.nan) for layer in layers]
+    cosines = [layer.along_final for layer in layers]
     _lines(
         norms,
-        ("$h^{(s)}$, last position", "-", blue, [layer.norm_last for layer in found]),
-        ("$h^{(s)}$, first position", ":", blue, [layer.norm_first for layer in found]),
-        ("attention $a^{(s)}$, last", "--", orange, [layer.norm_attention for layer in found]),
-        ("MLP $m^{(s)}$, last", "-.", green, [layer.norm_mlp for layer in found]),
+        ("$h^{(s)}$, last position", "-", blue, [layer.norm_last for layer in layers]),
+        ("$h^{(s)}$, first position", ":", blue, [layer.norm_first for layer in layers]),
+        ("attention $a^{(s)}$, last", "--", orange, [layer.norm_attention for layer in layers]),
+        ("MLP $m^{(s)}$, last", "-.", green, [layer.norm_mlp for layer in layers]),
     )
     norms.set_yscale("log")
     legible_log(norms)
@@ -209,46 +192,11 @@ def _stream(figure: Figure, theme: Theme, analysis: Analysis) -> None:
 
 
 def _lines(axes: Axes, *series: tuple[str, str, str, list[float]]) -> None:
-    """Lines over the layers, with a legend below them."""
+    """Draws (name, dashes, colour, values) as lines over the layers, with a legend below them."""
     for name, dashes, colour, values in series:
         axes.plot(range(1, len(values) + 1), values, dashes, color=colour, linewidth=1.7, label=name)
     _layer_axis(axes, len(series[0][3]))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-
-
-def _stable_ranks(figure: Figure, theme: Theme, comparison: Comparison) -> None:
-    kinds: tuple[tuple[Literal["first", "last", "mean"], str], ...] = (
-        ("first", "First position"),
-        ("last", "Last position"),
-        ("mean", "Mean over positions"),
-    )
-    panels = figure.subplots(1, 3)
-    names = [label(short(model.model), longest=24) for model in comparison.models]
-    places = list(range(len(names)))
-    for axes, (kind, title), colour in zip(panels, kinds, theme.series, strict=True):
-        for place, model in zip(places, comparison.models, strict=True):
-            values = sorted(model.values(kind))
-            # A fixed spread from the order, so that points of one value do not hide one another.
-            spread = [place + 0.34 * (((7 * i) % 11) / 10 - 0.5) for i in range(len(values))]
-            axes.scatter(spread, values, s=16, alpha=0.6, color=colour, linewidths=0)
-            if values:
-                axes.boxplot(
-                    [values],
-                    positions=[place],
-                    widths=0.5,
-                    showfliers=False,
-                    boxprops={"color": theme.ink},
-                    whiskerprops={"color": theme.ink},
-                    capprops={"color": theme.ink},
-                    medianprops={"color": theme.ink, "linewidth": 2},
-                )
-        axes.set_yscale("log")
-        legible_log(axes)
-        axes.set_title(title)
-        axes.set_xticks(places, names, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_xlim(-0.6, len(names) - 0.4)
-        axes.grid(visible=False, axis="x")
-    panels[0].set_ylabel(r"stable rank $\|J\|_F^2 \, / \, \sigma_1^2$")
 
 
 def _layer_axis(axes: Axes, num_layers: int) -> None:
@@ -260,11 +208,13 @@ def _layer_axis(axes: Axes, num_layers: int) -> None:
 
 
 def _ordered(theme: Theme, count: int) -> list[tuple[float, float, float, float]]:
+    """``count`` colours (red, green, blue, opacity) for a series with an order."""
     from matplotlib import colormaps
 
     low, high = theme.order
     return [colormaps["viridis"](low + (high - low) * i / max(1, count - 1)) for i in range(count)]
 
 
-def _or_gap(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
+    # matplotlib draws nothing for NaN.
     return math.nan if value is None else value

@@ -1,16 +1,16 @@
-"""The map into the model's output embedding: does it give it back, and what is each position's part in it?"""
+"""The map into the model's output embedding: its reconstruction, and each position's spectrum, tokens and share."""
 
 from __future__ import annotations
 
 import torch
 
 from operators.analyse import spectra
-from operators.analyse.maps import ordinary_product
-from operators.analyse.results import Direction, Position, Reconstruction, rounded
-from operators.analyse.tokens import Readout
+from operators.analyse.frozen_blocks import ordinary_product
+from operators.analyse.results import PositionAnalysis, Reconstruction, SingularDirection, rounded
+from operators.analyse.tokens import VocabularyProjection
 from operators.core.header import Profile
 from operators.core.progress import Progress
-from operators.maps.jacobian import LinearMap, exact, relative_error
+from operators.maps.jacobian import DenseMap, dense_map, relative_error
 from operators.maps.replay import Replay
 from operators.model.loading import LoadedModel
 
@@ -20,54 +20,54 @@ _DIRECTIONS = 3
 _TOKENS = 8
 
 
-def output_map(loaded: LoadedModel, ids: tuple[int, ...], *, layer: int, progress: Progress) -> LinearMap:
-    """The exact detached map into the output embedding."""
+def output_map(loaded: LoadedModel, ids: tuple[int, ...], *, layer: int, progress: Progress) -> DenseMap:
+    """The dense detached map into the output embedding, of layer ``layer``."""
     rows = 0
 
-    def tick(columns: int) -> None:
+    def count(products: int) -> None:
         nonlocal rows
-        rows = min(rows + columns, loaded.hidden_size)
+        # The last pass may have more cotangents than rows are left.
+        rows = min(rows + products, loaded.hidden_size)
         progress("Jacobian rows", rows, loaded.hidden_size)
 
-    replay = Replay(loaded.model, ids, layer=layer, profile=PROFILE, tick=tick)
-    return LinearMap(exact(replay), replay.x, replay.y, replay.offset)
+    return dense_map(Replay(loaded.model, ids, layer=layer, profile=PROFILE, on_products=count))
 
 
-def reconstruction(loaded: LoadedModel, ids: tuple[int, ...], found: LinearMap, *, layer: int) -> Reconstruction:
-    """sum J x + c against h, component by component, for the detached map and for the ordinary Jacobian."""
+def reconstruction(loaded: LoadedModel, ids: tuple[int, ...], output: DenseMap, *, layer: int) -> Reconstruction:
+    """sum_i J_i x_i + c against h, component by component, for the detached map and for the ordinary Jacobian."""
     ordinary = ordinary_product(loaded.model, ids, layer=layer, profile=PROFILE)
     return Reconstruction(
-        target=_numbers(found.y),
-        detached=_numbers(found.reconstruction),
+        target=_numbers(output.y),
+        detached=_numbers(output.reconstruction),
         ordinary=_numbers(ordinary),
-        detached_error=rounded(found.reconstruction_error),
-        ordinary_error=rounded(relative_error(ordinary, found.y)),
+        detached_error=rounded(output.reconstruction_error),
+        ordinary_error=rounded(relative_error(ordinary, output.y)),
     )
 
 
-def positions(
-    ids: tuple[int, ...], found: LinearMap, readout: Readout, *, progress: Progress
-) -> tuple[tuple[Position, ...], float]:
-    """Spectrum, stable rank, tokens and share of each position; and the share of c."""
-    y = found.y.double()
-    described = []
+def analyse_positions(
+    ids: tuple[int, ...], output: DenseMap, vocabulary: VocabularyProjection, *, progress: Progress
+) -> tuple[tuple[PositionAnalysis, ...], float]:
+    """Spectrum, stable rank, tokens and share of each position; and the share of c, (h . c) / |h|^2."""
+    y = output.y.double()
+    analyses = []
     for i, token in enumerate(ids):
-        spectrum = spectra.exact(found.jacobian[i]).facing(found.x[i])
-        left = readout.top(readout.logits(spectrum.left[:_DIRECTIONS], normed=True), _TOKENS)
-        right = readout.top(readout.similarities(spectrum.right[:_DIRECTIONS]), _TOKENS)
+        spectrum = spectra.full_spectrum(output.jacobian[i]).facing(output.x[i])
+        left = vocabulary.top(vocabulary.logits(spectrum.left[:_DIRECTIONS], normed=True), _TOKENS)
+        right = vocabulary.top(vocabulary.similarities(spectrum.right[:_DIRECTIONS]), _TOKENS)
         sigmas = _numbers(spectrum.values)
-        described.append(
-            Position(
+        analyses.append(
+            PositionAnalysis(
                 index=i,
-                token=readout.token(token),
-                share=rounded(float(y @ (found.jacobian[i] @ found.x[i]).double() / (y @ y))),
+                token=vocabulary.token(token),
+                share=rounded(float(y @ (output.jacobian[i] @ output.x[i]).double() / (y @ y))),
                 stable_rank=None if spectrum.stable_rank is None else rounded(spectrum.stable_rank),
                 singular_values=sigmas,
-                directions=tuple(Direction(*parts) for parts in zip(sigmas, left, right, strict=False)),
+                directions=tuple(SingularDirection(*triplet) for triplet in zip(sigmas, left, right, strict=False)),
             )
         )
         progress("Spectra", i + 1, len(ids))
-    return tuple(described), rounded(float(y @ found.offset.double() / (y @ y)))
+    return tuple(analyses), rounded(float(y @ output.offset.double() / (y @ y)))
 
 
 def _numbers(values: torch.Tensor) -> tuple[float, ...]:

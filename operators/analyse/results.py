@@ -1,7 +1,7 @@
 """What an analysis finds, as frozen data. The JSON files are these classes; ``schema`` names their version.
 
-Numbers are rounded to what is worth reading. null stands for what does not exist, such as the stable rank of a map
-that is zero. Layers count from 1, positions from 0.
+Numbers are rounded to what is worth reading. None (null) stands for what does not exist, such as the stable rank of a
+map that is zero. Layers count from 1, positions from 0.
 """
 
 from __future__ import annotations
@@ -12,14 +12,23 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 ANALYSIS_SCHEMA = "steering-operators/analysis/1"
-COMPARISON_SCHEMA = "steering-operators/comparison/1"
+SUMMARIES_SCHEMA = "steering-operators/comparison/1"
 
+Target = Literal["block", "attention", "mlp"]
+"""What a layer's map goes into: the block's output, or what its attention or its MLP adds to the stream."""
+TARGETS: tuple[Target, ...] = ("block", "attention", "mlp")
 Scope = Literal["single", "cumulative"]
-Place = Literal["last", "first"]
+"""Where a layer's map begins: at the input of the layer itself, or at the embeddings."""
+SourcePosition = Literal["last", "first"]
+"""The position whose vector is mapped. The result is always that of the last position."""
+
+StableRankKind = Literal["first", "last", "mean"]
+"""Of a phrase's maps: that of the first or of the last position, or the mean over all."""
+STABLE_RANK_KINDS: tuple[StableRankKind, ...] = ("first", "last", "mean")
 
 
 @dataclass(frozen=True)
-class Token:
+class ScoredToken:
     """A token, its text, and its score: a logit, a probability or a cosine, as the field that holds it says."""
 
     id: int
@@ -35,50 +44,51 @@ class Reconstruction:
     detached: tuple[float, ...]
     ordinary: tuple[float, ...]
     detached_error: float
+    """|sum J x + c - h| / |h|."""
     ordinary_error: float
 
 
 @dataclass(frozen=True)
-class Direction:
+class SingularDirection:
     """One triplet: sigma, u through the unembedding (logits), v against the embeddings (cosines)."""
 
     sigma: float
-    left: tuple[Token, ...]
-    right: tuple[Token, ...]
+    left: tuple[ScoredToken, ...]
+    right: tuple[ScoredToken, ...]
 
 
 @dataclass(frozen=True)
-class Position:
+class PositionAnalysis:
     """One input token and its map J_i. ``share``: (h . J_i x_i) / |h|^2; with the share of c they add up to 1."""
 
     index: int
-    token: Token
+    token: ScoredToken
     share: float
     stable_rank: float | None
     singular_values: tuple[float, ...]
-    directions: tuple[Direction, ...]
+    directions: tuple[SingularDirection, ...]
 
 
 @dataclass(frozen=True)
 class LayerMap:
-    """A map into block ``target`` of one layer, from the input of that block (single) or from x (cumulative).
+    """One map into one layer, described by its leading triplets. ``place`` is the source position.
 
     ``along_final``: |u_1 . u_k| with u_k, k = 1 and 2, of the cumulative block map of the last layer.
     ``answer_rank``: the rank of the model's next token among the logits of u_1, 1 being the top.
     """
 
     scope: Scope
-    target: Literal["block", "attention", "mlp"]
-    place: Place
+    target: Target
+    place: SourcePosition
     sigma: float
     stable_rank: float | None
     answer_rank: int | None
     along_final: tuple[float, float] | None
-    left: tuple[Token, ...]
+    left: tuple[ScoredToken, ...]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerAnalysis:
     """One layer. ``lens``: the logit lens of h at the last position (logits); the norms are Euclidean.
 
     ``along_final``: the cosine between h and that of the last layer, at the last position.
@@ -90,11 +100,11 @@ class Layer:
     norm_attention: float
     norm_mlp: float
     along_final: float
-    lens: tuple[Token, ...]
+    lens: tuple[ScoredToken, ...]
     lens_answer_rank: int
     maps: tuple[LayerMap, ...]
 
-    def map(self, scope: Scope, target: str, place: Place) -> LayerMap:
+    def map(self, scope: Scope, target: Target, place: SourcePosition) -> LayerMap:
         """One of the maps."""
         return next(m for m in self.maps if (m.scope, m.target, m.place) == (scope, target, place))
 
@@ -113,7 +123,11 @@ class Emergence:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything about one prompt. ``answer``: the model's most likely next tokens, with probabilities."""
+    """Everything about one prompt. Filled by :mod:`operators.analyse.analysis`.
+
+    ``answer``: the model's most likely next tokens, with probabilities. ``layer``: that of the output embedding h.
+    ``offset_share``: (h . c) / |h|^2.
+    """
 
     schema: str
     text: str
@@ -125,38 +139,42 @@ class Analysis:
     num_layers: int
     hidden_size: int
     layer: int
-    answer: tuple[Token, ...]
+    answer: tuple[ScoredToken, ...]
     offset_share: float
     reconstruction: Reconstruction
-    positions: tuple[Position, ...]
-    layers: tuple[Layer, ...]
+    positions: tuple[PositionAnalysis, ...]
+    layers: tuple[LayerAnalysis, ...]
     emergence: Emergence
     seconds: float
 
     @property
     def mean_stable_rank(self) -> float | None:
-        """Over the positions that have one."""
+        """The mean over the positions that have a stable rank."""
         return mean([position.stable_rank for position in self.positions])
 
 
 @dataclass(frozen=True)
-class Phrase:
-    """One phrase under one model. ``answer``: next tokens (probabilities); ``*_left``: u_1 (logits)."""
+class PhraseSummary:
+    """One phrase under one model.
+
+    ``first``, ``last``, ``mean``: stable ranks (:data:`StableRankKind`). ``answer``: next tokens (probabilities).
+    ``*_left``: u_1 through the unembedding (logits). ``last_right``: v_1 against the embeddings (cosines).
+    """
 
     text: str
     num_tokens: int
     first: float | None
     last: float | None
     mean: float | None
-    answer: tuple[Token, ...]
-    first_left: tuple[Token, ...]
-    last_left: tuple[Token, ...]
-    last_right: tuple[Token, ...]
+    answer: tuple[ScoredToken, ...]
+    first_left: tuple[ScoredToken, ...]
+    last_left: tuple[ScoredToken, ...]
+    last_right: tuple[ScoredToken, ...]
 
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """One model over all phrases."""
+    """One model over all phrases. Filled by :mod:`operators.analyse.model_summary`."""
 
     model: str
     architecture: str
@@ -164,45 +182,45 @@ class ModelSummary:
     dtype: str
     num_layers: int
     hidden_size: int
-    phrases: tuple[Phrase, ...]
+    phrases: tuple[PhraseSummary, ...]
     seconds: float
 
-    def values(self, which: Literal["first", "last", "mean"]) -> list[float]:
+    def stable_ranks(self, kind: StableRankKind) -> list[float]:
         """The stable ranks of one kind, of the phrases that have one."""
-        found = (getattr(phrase, which) for phrase in self.phrases)
-        return [value for value in found if value is not None]
+        values = (getattr(phrase, kind) for phrase in self.phrases)
+        return [value for value in values if value is not None]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Several models over the same phrases."""
+class ModelSummaries:
+    """Several models over the same phrases: what ``analyse --compare`` finds."""
 
     schema: str
     phrases: tuple[str, ...]
     models: tuple[ModelSummary, ...]
 
 
-def to_json(result: Analysis | Comparison) -> str:
+def to_json(result: Analysis | ModelSummaries) -> str:
     """The result as one JSON document."""
     return TypeAdapter(type(result)).dump_json(result, indent=1).decode()
 
 
 def analysis_from_json(document: str) -> Analysis:
-    """An analysis read back. Raises ``pydantic.ValidationError``."""
+    """Reads what :func:`to_json` wrote. Raises ``pydantic.ValidationError``."""
     return TypeAdapter(Analysis).validate_json(document)
 
 
-def comparison_from_json(document: str) -> Comparison:
-    """A comparison read back. Raises ``pydantic.ValidationError``."""
-    return TypeAdapter(Comparison).validate_json(document)
+def summaries_from_json(document: str) -> ModelSummaries:
+    """Reads what :func:`to_json` wrote. Raises ``pydantic.ValidationError``."""
+    return TypeAdapter(ModelSummaries).validate_json(document)
 
 
 def rounded(value: float) -> float:
-    """Six significant digits."""
+    """The value to six significant digits."""
     return float(f"{value:.6g}")
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean of those that are numbers."""
+    """The mean of the values that are not None, rounded; None where there are none."""
     numbers = [value for value in values if value is not None]
     return rounded(sum(numbers) / len(numbers)) if numbers else None

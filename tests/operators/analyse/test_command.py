@@ -39,7 +39,7 @@ def no_model(monkeypatch):
 def undrawn(monkeypatch):
     """Pictures of nothing: drawing takes most of the time."""
     names = ("reconstruction", "spectra", "positions", "emergence", "dimensions", "stream")
-    monkeypatch.setattr(plots, "analysis_plots", lambda _found: dict.fromkeys(names, canvas.Picture(b"", b"")))
+    monkeypatch.setattr(plots, "analysis_plots", lambda _found: dict.fromkeys(names, canvas.ThemedImage(b"", b"")))
 
 
 def test_analyse_writes_report_data_and_plots_and_says_where(run, tmp_path, tiny_directory):
@@ -50,8 +50,8 @@ def test_analyse_writes_report_data_and_plots_and_says_where(run, tmp_path, tiny
     assert {tmp_path / path for path in answer["files"].values()} == set(out.iterdir())
     assert {path.suffix for path in out.iterdir()} == {".html", ".json", ".png"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {0o644}
-    for picture in out.glob("*.png"):
-        content = picture.read_bytes()
+    for image in out.glob("*.png"):
+        content = image.read_bytes()
         assert content.startswith(b"\x89PNG")
         assert base64.b64encode(content).decode() in (out / "analysis.html").read_text()
     found = results.analysis_from_json((out / "analysis.json").read_text())
@@ -79,7 +79,7 @@ def test_compare_writes_table_plot_and_data(run, tmp_path, tiny_directory):
     answer = json.loads(result.stdout)
     assert answer["phrases"] == 2
     assert [model["model"] for model in answer["models"]] == two
-    found = results.comparison_from_json((tmp_path / "out" / "comparison.json").read_text())
+    found = results.summaries_from_json((tmp_path / "out" / "comparison.json").read_text())
     assert found.phrases == ("The Golden Gate", "a painting")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "comparison.html",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from operators.analyse import analysis, canvas, page, plots, report, results
-from operators.analyse import model_summary as compare
-from operators.analyse.maps import FrozenBlocks
-from operators.analyse.tokens import Readout, norm_direction, ranks, visible
+from operators.analyse import analysis, canvas, model_summary, page, plots, report, results
+from operators.analyse.frozen_blocks import FrozenBlocks
+from operators.analyse.summary_page import summary_page
+from operators.analyse.tokens import VocabularyProjection, norm_direction, ranks, visible
 from operators.core.errors import AnalysisError, ConceptError
 from operators.model.loading import final_norm
 
@@ -21,29 +21,29 @@ TEXT = "The Golden <script>&\n$a$ 🌉"
 
 @pytest.fixture(scope="module")
 def found(tiny):
-    return analysis.analyse(TEXT, tiny("llama"))
+    return analysis.analyse_prompt(TEXT, tiny("llama"))
 
 
 @pytest.fixture
 def undrawn():
     """Pictures of nothing: drawing takes most of the time."""
     names = ("reconstruction", "spectra", "positions", "emergence", "dimensions", "stream", "stable-ranks")
-    return dict.fromkeys(names, canvas.Picture(b"light", b"dark"))
+    return dict.fromkeys(names, canvas.ThemedImage(b"light", b"dark"))
 
 
 def test_vectors_that_are_rows_of_the_tables_decode_to_their_tokens(tiny):
     loaded = tiny("llama", fresh=True)
     model = loaded.model
     model.get_output_embeddings().weight.data = torch.eye(320, 40, dtype=torch.float64)
-    readout = Readout(loaded)
+    vocabulary = VocabularyProjection(loaded)
     for k, token in enumerate((5, 17, 39)):
-        logits = readout.logits(torch.eye(40, dtype=torch.float64)[[5, 17, 39]], normed=True)
-        assert [t.id for t in readout.top(logits, 1)[k]] == [token]
-        assert readout.top(logits, 1)[k][0].score == 1.0
+        logits = vocabulary.logits(torch.eye(40, dtype=torch.float64)[[5, 17, 39]], normed=True)
+        assert [t.id for t in vocabulary.top(logits, 1)[k]] == [token]
+        assert vocabulary.top(logits, 1)[k][0].score == 1.0
     table = model.get_input_embeddings().weight
-    scores = readout.similarities(3 * table[[7, 300]])
-    assert [tokens[0].id for tokens in readout.top(scores, 4)] == [7, 300]
-    assert [tokens[0].score for tokens in readout.top(scores, 4)] == [1.0, 1.0]
+    scores = vocabulary.similarities(3 * table[[7, 300]])
+    assert [tokens[0].id for tokens in vocabulary.top(scores, 4)] == [7, 300]
+    assert [tokens[0].score for tokens in vocabulary.top(scores, 4)] == [1.0, 1.0]
     assert ranks(scores, 7)[0] == 1
     assert ranks(scores, 7)[1] == int((scores[1] > scores[1, 7]).sum()) + 1
 
@@ -53,10 +53,10 @@ def test_rows_that_no_token_has_are_never_read_out(tiny):
     size = len(loaded.tokenizer)
     for layer in (loaded.model.get_output_embeddings(), loaded.model.get_input_embeddings()):
         layer.weight.data = torch.cat([layer.weight.data[:size], torch.full((9, 40), 1e3, dtype=torch.float64)])
-    readout = Readout(loaded)
+    vocabulary = VocabularyProjection(loaded)
     ones = torch.ones(1, 40, dtype=torch.float64)
-    assert readout.logits(ones, normed=False).shape == (1, size)
-    assert readout.similarities(ones).shape == (1, size)
+    assert vocabulary.logits(ones, normed=False).shape == (1, size)
+    assert vocabulary.similarities(ones).shape == (1, size)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "gpt2"])
@@ -85,13 +85,13 @@ def test_part_of_a_character_is_shown_as_its_vocabulary_entry(tiny):
     loaded = tiny("llama")
     first = loaded.tokenizer("🌉")["input_ids"][0]
     assert loaded.tokenizer.decode([first]) == "�"
-    assert Readout(loaded).text(first) == loaded.tokenizer.convert_ids_to_tokens(first)
+    assert VocabularyProjection(loaded).text(first) == loaded.tokenizer.convert_ids_to_tokens(first)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_an_analysis_is_consistent_with_the_model_and_with_itself(tiny, family):
     loaded = tiny(family)
-    found = analysis.analyse("The Golden Gate", loaded)
+    found = analysis.analyse_prompt("The Golden Gate", loaded)
     ids = loaded.tokenizer("The Golden Gate")["input_ids"]
     with torch.no_grad():
         logits = loaded.model(input_ids=torch.tensor([ids])).logits[0, -1]
@@ -117,7 +117,7 @@ def test_an_analysis_is_consistent_with_the_model_and_with_itself(tiny, family):
 
 def test_a_map_that_does_not_reach_has_no_rank(tiny):
     # Block 1 of the tiny Gemma slides over three tokens, so the first of these is out of its sight.
-    found = analysis.analyse("The Golden Gate Bridge", tiny("gemma3"))
+    found = analysis.analyse_prompt("The Golden Gate Bridge", tiny("gemma3"))
     assert len(found.positions) > 3
     unseen = found.layers[0].map("single", "block", "first")
     assert (unseen.stable_rank, unseen.answer_rank, unseen.along_final, unseen.left) == (None, None, None, ())
@@ -127,7 +127,7 @@ def test_a_map_that_does_not_reach_has_no_rank(tiny):
 
 
 def test_an_earlier_layer_can_be_the_target(tiny):
-    found = analysis.analyse("The Golden Gate", tiny("llama"), layer=2)
+    found = analysis.analyse_prompt("The Golden Gate", tiny("llama"), layer=2)
     assert found.layer == 2
     assert found.reconstruction.detached_error < 1e-12
 
@@ -135,24 +135,24 @@ def test_an_earlier_layer_can_be_the_target(tiny):
 @pytest.mark.parametrize("layer", [0, 5, -1])
 def test_a_layer_that_is_not_there_is_refused(tiny, layer):
     with pytest.raises(AnalysisError, match=f"layer {layer} of tiny-llama; 1 to 4 are accepted"):
-        analysis.analyse(TEXT, tiny("llama"), layer=layer)
+        analysis.analyse_prompt(TEXT, tiny("llama"), layer=layer)
 
 
 def test_texts_that_cannot_be_analysed_are_refused(tiny, monkeypatch):
     loaded = tiny("llama")
     with pytest.raises(ConceptError, match="has no tokens"):
-        analysis.analyse(" ", loaded)
+        analysis.analyse_prompt(" ", loaded)
     with pytest.raises(ConceptError, match="at most 64"):
-        analysis.analyse("bridge " * 64, loaded)
-    monkeypatch.setattr(analysis, "MAX_BYTES", 2 * 40 * 40 * 8)
+        analysis.analyse_prompt("bridge " * 64, loaded)
+    monkeypatch.setattr(analysis, "MAX_MAP_BYTES", 2 * 40 * 40 * 8)
     with pytest.raises(AnalysisError, match=r"take 0\.0128 MB each, and at most 2 are held"):
-        analysis.analyse("The Golden Gate", loaded)
+        analysis.analyse_prompt("The Golden Gate", loaded)
 
 
 def test_maps_are_counted_as_wide_as_they_are_held(tiny, monkeypatch):
-    monkeypatch.setattr(analysis, "MAX_BYTES", 2 * 40 * 40 * 4)
+    monkeypatch.setattr(analysis, "MAX_MAP_BYTES", 2 * 40 * 40 * 4)
     with pytest.raises(AnalysisError, match=r"in bfloat16 take 0\.0064 MB each, and at most 2 are held"):
-        analysis.analyse("The Golden Gate", tiny("llama", dtype="bfloat16"))
+        analysis.analyse_prompt("The Golden Gate", tiny("llama", dtype="bfloat16"))
 
 
 def test_json_gives_the_analysis_back(found):
@@ -215,7 +215,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(found, undrawn):
 
 
 def test_a_token_that_is_markup_stays_a_token():
-    said = page.chip(results.Token(1, ' <img src=x onerror="a()">&amp;', 0.0))
+    said = page.chip(results.ScoredToken(1, ' <img src=x onerror="a()">&amp;', 0.0))
     assert "<img" not in said
     assert "".join(_read(said).texts) == '␣<img␣src=x␣onerror="a()">&amp;'
 
@@ -239,10 +239,10 @@ def test_drawing_many_positions_leaves_matplotlib_as_it_was(found):
 
 
 def test_the_shipped_phrases_are_a_hundred_short_ones():
-    phrases = compare.read_phrases(compare.SHIPPED)
+    phrases = model_summary.read_phrases(model_summary.DEFAULT_PHRASES)
     assert len(phrases) == len(set(phrases)) == 100
     assert all(2 <= len(phrase.split()) <= 10 for phrase in phrases)
-    assert compare.read_phrases(compare.SHIPPED, limit=3) == phrases[:3]
+    assert model_summary.read_phrases(model_summary.DEFAULT_PHRASES, limit=3) == phrases[:3]
 
 
 @pytest.mark.parametrize(
@@ -259,19 +259,19 @@ def test_phrases_that_cannot_be_read_are_refused_by_line(tmp_path, content, word
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(AnalysisError, match=words):
-        compare.read_phrases(path)
+        model_summary.read_phrases(path)
 
 
 def test_a_comparison_describes_every_phrase_under_every_model(tiny, undrawn):
     phrases = ("The Golden Gate", "a painting of <b>", "x")
     calls = []
     models = tuple(
-        compare.summarise(phrases, tiny(family), progress=lambda *call: calls.append(call))
+        model_summary.summarise_model(phrases, tiny(family), progress=lambda *call: calls.append(call))
         for family in ("llama", "gpt2")
     )
     assert calls[2] == ("Phrases, tiny-llama", 3, 3)
-    comparison = results.Comparison(results.COMPARISON_SCHEMA, phrases, models)
-    whole = analysis.analyse("The Golden Gate", tiny("llama"))
+    summaries = results.ModelSummaries(results.SUMMARIES_SCHEMA, phrases, models)
+    whole = analysis.analyse_prompt("The Golden Gate", tiny("llama"))
     first = models[0].phrases[0]
     assert first.num_tokens == len(whole.positions)
     assert first.answer == whole.answer
@@ -280,8 +280,8 @@ def test_a_comparison_describes_every_phrase_under_every_model(tiny, undrawn):
     assert first.last_left[0].id == whole.positions[-1].directions[0].left[0].id
     one = models[0].phrases[2]
     assert one.first == one.last == one.mean
-    assert results.comparison_from_json(results.to_json(comparison)) == comparison
-    document = report.comparison_page(comparison, undrawn)
+    assert results.summaries_from_json(results.to_json(summaries)) == summaries
+    document = summary_page(summaries, undrawn)
     assert "a painting of <b>" in "".join(_is_self_contained(document).texts)
 
 
@@ -289,9 +289,9 @@ def test_a_phrase_that_a_model_makes_nothing_finite_of_is_named(tiny):
     loaded = tiny("llama", fresh=True)
     loaded.model.get_input_embeddings().weight[loaded.tokenizer("bay")["input_ids"][-1]] = torch.inf
     with pytest.raises(AnalysisError, match=r"phrase 2: the output embedding of 'bay' under tiny-llama is not finite"):
-        compare.summarise(("The Golden Gate", "bay"), loaded)
+        model_summary.summarise_model(("The Golden Gate", "bay"), loaded)
 
 
 def test_a_phrase_that_is_too_long_is_named(tiny):
     with pytest.raises(AnalysisError, match=r"phrase 2: concept has .* at most 64"):
-        compare.summarise(("a", "bridge " * 64), tiny("llama"))
+        model_summary.summarise_model(("a", "bridge " * 64), tiny("llama"))

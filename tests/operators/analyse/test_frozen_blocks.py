@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from operators.analyse import spectra
-from operators.analyse.layers import layer_matrices, settled
-from operators.analyse.maps import TARGETS, FrozenBlocks, ordinary_product
+from operators.analyse.frozen_blocks import TARGETS, FrozenBlocks, ordinary_product
+from operators.analyse.layers import layer_matrices, settled_layer
 from operators.core.errors import AnalysisError
-from operators.maps.jacobian import detached_jacobian, jacobian, relative_error
+from operators.maps.jacobian import detached_jacobian, ordinary_jacobian, relative_error
 from operators.maps.replay import Replay
 from operators.model.loading import decoder_layers
 
@@ -44,7 +44,7 @@ def test_single_layer_maps_compose_to_the_cumulative_one(tiny, family):
     num_layers, n, d = frozen.shape
     unit = torch.eye(n * d, dtype=torch.float64)
     # The whole map of each block, over all positions, from the columns of the identity.
-    whole = [frozen.push(layer, unit.view(-1, n, d), range(n)).block.reshape(-1, n * d).T for layer in (1, 2, 3)]
+    whole = [frozen.jvp(layer, unit.view(-1, n, d), range(n)).block.reshape(-1, n * d).T for layer in (1, 2, 3)]
     product = whole[2] @ whole[1] @ whole[0]
     exact = detached_jacobian(loaded.model, IDS, layer=3, profile="residual").jacobian
     assert relative_error(product[-d:].view(d, n, d).transpose(0, 1), exact) <= 1e-12
@@ -58,7 +58,7 @@ def test_positions_that_are_zero_need_not_be_computed(tiny, family):
     columns = torch.randn(3, 2, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     spread = torch.zeros(3, n, d, dtype=torch.float64)
     spread[:, [0, n - 1]] = columns
-    cut, whole = frozen.push(2, columns, [0, n - 1]), frozen.push(2, spread, range(n))
+    cut, whole = frozen.jvp(2, columns, [0, n - 1]), frozen.jvp(2, spread, range(n))
     for target in TARGETS:
         assert relative_error(cut.last(target), whole.last(target)) <= 1e-13
 
@@ -94,7 +94,7 @@ def test_a_block_whose_parts_do_not_add_up_is_refused(tiny):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_one_product_is_the_sum_over_the_ordinary_jacobian(tiny, family, attention):
     model = tiny(family, attention).model
-    summed = jacobian(model, IDS, layer=3, profile="golden").reconstruction
+    summed = ordinary_jacobian(model, IDS, layer=3, profile="golden").reconstruction
     # transformers' own norms compute in float32.
     assert relative_error(ordinary_product(model, IDS, layer=3, profile="golden"), summed) <= 1e-5
 
@@ -107,7 +107,7 @@ def _matrix(sigmas, d=24, seed=3):
     return left * values @ right.T, left, right
 
 
-@pytest.mark.parametrize("find", [spectra.exact, lambda matrix: spectra.leading(matrix, 2)])
+@pytest.mark.parametrize("find", [spectra.full_spectrum, lambda matrix: spectra.leading_triplets(matrix, 2)])
 @pytest.mark.parametrize(
     ("sigmas", "stable_rank"), [([7.0], 1.0), ([2.0] * 24, 24.0), ([2.0, 1.0, 1.0], 1.5), ([10.0, 5.0], 1.25)]
 )
@@ -116,7 +116,7 @@ def test_stable_ranks_are_those_of_known_matrices(find, sigmas, stable_rank):
 
 
 def test_a_map_that_is_zero_has_no_stable_rank():
-    for found in (spectra.exact(torch.zeros(5, 5)), spectra.leading(torch.zeros(5, 5), 2)):
+    for found in (spectra.full_spectrum(torch.zeros(5, 5)), spectra.leading_triplets(torch.zeros(5, 5), 2)):
         assert found.stable_rank is None
         assert float(found.values[0]) == 0
 
@@ -124,7 +124,7 @@ def test_a_map_that_is_zero_has_no_stable_rank():
 def test_the_leading_triplets_are_those_of_the_matrix():
     sigmas = [0.9**k for k in range(200)]
     matrix, left, right = _matrix(sigmas, d=200)
-    found = spectra.leading(matrix, 3)
+    found = spectra.leading_triplets(matrix, 3)
     assert found.values.tolist() == pytest.approx(sigmas[:3], rel=1e-9)
     for k in range(3):
         assert abs(float(found.left[k] @ left[:, k])) == pytest.approx(1, abs=1e-6)
@@ -139,13 +139,13 @@ def test_the_largest_singular_value_of_a_flat_spectrum_is_accurate():
         300, 300, dtype=torch.float64, generator=generator
     )
     top = float(torch.linalg.matrix_norm(matrix, 2))
-    assert 0.99 * top <= float(spectra.leading(matrix, 1).values[0]) <= top * (1 + 1e-12)
+    assert 0.99 * top <= float(spectra.leading_triplets(matrix, 1).values[0]) <= top * (1 + 1e-12)
 
 
 def test_a_pair_is_turned_towards_the_embedding():
     matrix, _, _ = _matrix([3.0, 1.0])
     for x in (torch.ones(24, dtype=torch.float64), -torch.ones(24, dtype=torch.float64)):
-        found = spectra.exact(matrix).facing(x)
+        found = spectra.full_spectrum(matrix).facing(x)
         assert (found.right @ x >= 0).all()
         assert relative_error((found.left.T * found.values) @ found.right, matrix) <= 1e-12
 
@@ -153,8 +153,10 @@ def test_a_pair_is_turned_towards_the_embedding():
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_sketch_finds_what_the_exact_spectrum_has(tiny, family):
     model = tiny(family).model
-    exact = [spectra.exact(matrix) for matrix in detached_jacobian(model, IDS, layer=4, profile="golden").jacobian]
-    found = spectra.sketched(Replay(model, IDS, layer=4, profile="golden"), 2)
+    exact = [
+        spectra.full_spectrum(matrix) for matrix in detached_jacobian(model, IDS, layer=4, profile="golden").jacobian
+    ]
+    found = spectra.sketched_spectra(Replay(model, IDS, layer=4, profile="golden"), 2)
     assert len(found) == len(IDS)
     for sketch, whole in zip(found, exact, strict=True):
         assert 0.98 * whole.values[0] <= sketch.values[0] <= whole.values[0] * (1 + 1e-9)
@@ -166,5 +168,5 @@ def test_the_sketch_finds_what_the_exact_spectrum_has(tiny, family):
     ("ranks", "layer"),
     [([3, 2, 1, 1], 3), ([1, 1, 1], 1), ([1, 2, 1], 3), ([1, 1, 2], None), ([None, 1], 2), ([1, None], None)],
 )
-def test_an_answer_has_settled_from_the_layer_after_which_it_never_leaves_the_top(ranks, layer):
-    assert settled(ranks) == layer
+def test_an_answer_has_settled_layer_from_the_layer_after_which_it_never_leaves_the_top(ranks, layer):
+    assert settled_layer(ranks) == layer
