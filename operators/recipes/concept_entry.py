@@ -75,19 +75,19 @@ def _invalid(key: str, value: object, accepted: str, suggestion: str = "") -> Bu
     return BuildError(f"{key} is {format_value(value)}; {accepted} accepted{suggestion}")
 
 
-def _name(value: object) -> str:
+def _validate_name(value: object) -> str:
     if not isinstance(value, str):
         raise _invalid("name", value, "a text is")
     return check_name(value)
 
 
-def _text(value: object) -> tuple[str, ...]:
+def _validate_text(value: object) -> tuple[str, ...]:
     if not isinstance(value, str):
         raise _invalid("text", value, "a text is")
     return (check_text(value),)
 
 
-def _texts(value: object) -> tuple[str, ...]:
+def _validate_texts(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
         raise _invalid("texts", value, "a list of texts is")
     if len(value) > MAX_TEXTS:
@@ -95,7 +95,7 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(check_text(text) for text in value)
 
 
-def _words(value: object) -> tuple[str, ...]:
+def _validate_words(value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(word, str) and word.strip() for word in value):
         raise _invalid("words", value, "a list of words is")
     if len(value) > MAX_WORDS:
@@ -106,23 +106,23 @@ def _words(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _layer(value: object, key: str = "layer") -> int:
+def _validate_layer(value: object, key: str = "layer") -> int:
     if not _is_integer(value) or value < 1:
         raise _invalid(key, value, "a whole number of at least 1 is")
     return value
 
 
-def _layers(value: object) -> tuple[int, ...]:
+def _validate_layers(value: object) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
         raise _invalid("layers", value, "a list of whole numbers is")
-    layers = tuple(_layer(layer, "layers: one") for layer in value)
+    layers = tuple(_validate_layer(layer, "layers: one") for layer in value)
     repeated = next((layer for layer in layers if layers.count(layer) > 1), None)
     if repeated is not None:
         raise BuildError(f"layers has {repeated} twice; each layer once is accepted")
     return layers
 
 
-def _rank(value: object) -> int | Literal["full"]:
+def _validate_rank(value: object) -> int | Literal["full"]:
     if value == "full":
         return "full"
     if not _is_integer(value) or value < 1:
@@ -130,21 +130,21 @@ def _rank(value: object) -> int | Literal["full"]:
     return value
 
 
-def _tolerance(value: object) -> float:
+def _validate_tolerance(value: object) -> float:
     if not _is_number(value) or not 0.0 < value < 1.0:
         raise _invalid("tolerance", value, "a number between 0 and 1 is")
     return float(value)
 
 
-def _strength(value: object) -> float:
-    return Setting(strength=_number("strength", value), rule="cumulative", blend=0.0).strength
+def _validate_strength(value: object) -> float:
+    return Setting(strength=_validate_number("strength", value), rule="cumulative", blend=0.0).strength
 
 
-def _blend(value: object) -> float:
-    return Setting(strength=0.0, rule="cumulative", blend=_number("blend", value)).blend
+def _validate_blend(value: object) -> float:
+    return Setting(strength=0.0, rule="cumulative", blend=_validate_number("blend", value)).blend
 
 
-def _choice(key: str, values: tuple[str, ...]) -> Callable[[object], str]:
+def _choice_validator(key: str, values: tuple[str, ...]) -> Callable[[object], str]:
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in values:
             accepted = " and ".join(map(repr, values)) + " are"
@@ -154,7 +154,7 @@ def _choice(key: str, values: tuple[str, ...]) -> Callable[[object], str]:
     return check
 
 
-def _number(key: str, value: object) -> float:
+def _validate_number(key: str, value: object) -> float:
     if not _is_number(value):
         raise _invalid(key, value, "a number is")
     try:
@@ -174,18 +174,18 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 _VALIDATORS: Mapping[str, Callable[[object], Any]] = MappingProxyType(
     {
-        "name": _name,
-        "text": _text,
-        "texts": _texts,
-        "words": _words,
-        "profile": _choice("profile", get_args(Profile)),
-        "layer": _layer,
-        "layers": _layers,
-        "rank": _rank,
-        "tolerance": _tolerance,
-        "strength": _strength,
-        "rule": _choice("rule", get_args(Rule)),
-        "blend": _blend,
+        "name": _validate_name,
+        "text": _validate_text,
+        "texts": _validate_texts,
+        "words": _validate_words,
+        "profile": _choice_validator("profile", get_args(Profile)),
+        "layer": _validate_layer,
+        "layers": _validate_layers,
+        "rank": _validate_rank,
+        "tolerance": _validate_tolerance,
+        "strength": _validate_strength,
+        "rule": _choice_validator("rule", get_args(Rule)),
+        "blend": _validate_blend,
     }
 )
 

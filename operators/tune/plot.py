@@ -1,4 +1,4 @@
-"""The curves of a calibration, drawn. Needs matplotlib, which is an extra."""
+"""A plot of the curves of a calibration. Needs matplotlib, which is an optional dependency."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ if TYPE_CHECKING:
 
 
 def check_format(path: Path) -> None:
-    """Raises :class:`TrialError` for a file ending that is no picture, or where nothing can draw."""
+    """Raises :class:`TrialError` for a file ending that is no format of pictures, or without matplotlib."""
     accepted = sorted(_matplotlib().figure.Figure().canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".").lower() not in accepted:
         raise TrialError(f"plot {path}: its ending is {path.suffix!r}; accepted: {', '.join(accepted)}")
 
 
 def draw_calibration(curves: Calibration, name: str, path: Path) -> None:
-    """Hit rate and perplexity ratio over p95 KL, one line per layer, rule and blend. Raises :class:`TrialError`."""
+    """Plots hit rate and perplexity ratio over p95 KL, one line per layer, rule and blend.
+
+    Raises:
+        TrialError: matplotlib is not installed, or the file cannot be written.
+    """
     figure = _matplotlib().figure.Figure(figsize=(11, 4.5), layout="constrained")
     hits, fluency = figure.subplots(1, 2)
     series: dict[tuple[int, Rule, float], list[CalibrationPoint]] = {}
     for point in curves.points:
-        # Points of a few prompts are coarse: only those of all are drawn.
+        # Only points on all prompts are drawn: those of the first round are coarse.
         if point.texts == curves.prompts:
             series.setdefault((point.layer, point.rule, point.blend), []).append(point)
     for (layer, rule, blend), points in series.items():

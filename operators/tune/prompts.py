@@ -1,4 +1,4 @@
-"""Files of prompts: one per line; blank lines and those that begin with # are not prompts."""
+"""Files of prompts: one per line; blank lines and lines that begin with # are skipped."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from operators.core.errors import TrialError
 
 
 def calibration_prompts() -> tuple[str, ...]:
-    """Neutral openings that settings are tried on."""
-    return _shipped("prompts_calibration.txt")
+    """Neutral openings of texts, on which calibration evaluates settings."""
+    return _packaged_prompts("prompts_calibration.txt")
 
 
 def neutral_prompts() -> tuple[str, ...]:
-    """Neutral openings, none of them a calibration prompt, that operators are measured on."""
-    return _shipped("prompts_neutral.txt")
+    """Neutral openings of texts for measuring operators; none of them is a calibration prompt."""
+    return _packaged_prompts("prompts_neutral.txt")
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a file. Raises :class:`TrialError` where it cannot be read or holds none."""
+    """The prompts of a file. Raises :class:`TrialError` where it cannot be read or has none."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise TrialError(f"prompts {path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise TrialError(f"prompts {path}: not UTF-8 text (at byte {error.start})") from error
-    found = _lines(text)
-    if not found:
+    prompts = _lines(text)
+    if not prompts:
         raise TrialError(f"prompts {path}: there are none; one per line is accepted")
-    return found
+    return prompts
 
 
-def _shipped(name: str) -> tuple[str, ...]:
+def _packaged_prompts(name: str) -> tuple[str, ...]:
     return _lines((resources.files("operators") / "data" / name).read_text(encoding="utf-8"))
 
 

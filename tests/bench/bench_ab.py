@@ -29,33 +29,34 @@ USES = [OperatorUse("bridge", 0.4, blend=0.5)]
 
 def main() -> None:
     """Prints a table (or JSON) of seconds and ratios."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--pairs", type=int, default=7)
-    options.add_argument("--tokens", type=int, default=48)
-    options.add_argument("--score", action="store_true")
-    options.add_argument("--json", action="store_true")
-    given = options.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--score", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as store:
         build = [BIN / "steer-operators", "build", "bridge", "--text", "The Golden Gate Bridge in San Francisco"]
         subprocess.run([*build, "--layer", "15", "--store", store], check=True, stdout=subprocess.DEVNULL)
         results = {
-            dtype: measure(dtype, store, given.pairs, given.tokens, given.score) for dtype in ("bfloat16", "float32")
+            dtype: measure(dtype, store, options.pairs, options.tokens, options.score)
+            for dtype in ("bfloat16", "float32")
         }
-    if given.json:
+    if options.json:
         print(json.dumps(results))
         return
-    print(f"{given.pairs} pairs of {given.tokens} tokens per text, scoring {'on' if given.score else 'off'}")
+    print(f"{options.pairs} pairs of {options.tokens} tokens per text, scoring {'on' if options.score else 'off'}")
     print(f"{'dtype':10} {'A/B, s':>8} {'in turn, s':>11} {'ratio: min':>11} {'median':>7} {'max':>6}")
-    for dtype, found in results.items():
-        ratios = found["ratios"]
+    for dtype, timings in results.items():
+        ratios = timings["ratios"]
         print(
-            f"{dtype:10} {statistics.median(found['batched']):8.2f} {statistics.median(found['in_turn']):11.2f} "
+            f"{dtype:10} {statistics.median(timings['batched']):8.2f} {statistics.median(timings['in_turn']):11.2f} "
             f"{min(ratios):11.2f} {statistics.median(ratios):7.2f} {max(ratios):6.2f}"
         )
 
 
 def measure(dtype: str, store: str, pairs: int, tokens: int, score: bool) -> dict[str, list[float]]:
-    """Seconds of each way and their ratios, pair by pair."""
+    """Seconds of both variants and their ratios, pair by pair."""
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
     batched, in_turn = [], []
     with server(dtype, store) as target, SteerClient(target) as client:
@@ -71,11 +72,11 @@ def measure(dtype: str, store: str, pairs: int, tokens: int, score: bool) -> dic
         one_batch()
         two_calls()
         for pair in range(pairs):
-            # The order alternates, so that neither way always runs on a warmer machine.
-            for way, seconds in ((one_batch, batched), (two_calls, in_turn))[:: 1 if pair % 2 else -1]:
-                began = time.perf_counter()
-                way()
-                seconds.append(time.perf_counter() - began)
+            # The order alternates, so that neither always runs on the warmer machine.
+            for run, seconds in ((one_batch, batched), (two_calls, in_turn))[:: 1 if pair % 2 else -1]:
+                start = time.perf_counter()
+                run()
+                seconds.append(time.perf_counter() - start)
     return {
         "batched": batched,
         "in_turn": in_turn,

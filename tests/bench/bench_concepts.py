@@ -38,37 +38,37 @@ SAMPLES = 4
 
 def main() -> None:
     """Measures the concepts that the output does not have yet."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--file", type=Path, default=DATA / "concepts.toml")
-    options.add_argument("--only", default="", help="names, separated by commas")
-    options.add_argument("--layers", default="", help="numbers, separated by commas")
-    options.add_argument("--single-texts", type=int, default=1, help="how many of its texts to try alone")
-    options.add_argument("--out", type=Path, default=Path("concepts.json"))
-    given = options.parse_args()
-    found = json.loads(given.out.read_text()) if given.out.exists() else {}
-    concepts = tomllib.loads(given.file.read_text())["concept"]
-    wanted = [one for one in concepts if not given.only or one["name"] in given.only.split(",")]
-    layers = tuple(int(layer) for layer in given.layers.split(",")) if given.layers else None
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--file", type=Path, default=DATA / "concepts.toml")
+    parser.add_argument("--only", default="", help="names, separated by commas")
+    parser.add_argument("--layers", default="", help="numbers, separated by commas")
+    parser.add_argument("--single-texts", type=int, default=1, help="how many of its texts to try alone")
+    parser.add_argument("--out", type=Path, default=Path("concepts.json"))
+    options = parser.parse_args()
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    concepts = tomllib.loads(options.file.read_text())["concept"]
+    selected = [concept for concept in concepts if not options.only or concept["name"] in options.only.split(",")]
+    layers = tuple(int(layer) for layer in options.layers.split(",")) if options.layers else None
     loaded = load_model("smollm2-135m", dtype="float32")
-    for concept in wanted:
-        if concept["name"] not in found:
-            found[concept["name"]] = measure(concept, layers, given.single_texts, loaded)
-            given.out.write_text(json.dumps(found, indent=1))
-            print(concept["name"], json.dumps(found[concept["name"]]["arms"], indent=1), flush=True)
-    print(table(found))
+    for concept in selected:
+        if concept["name"] not in results:
+            results[concept["name"]] = measure(concept, layers, options.single_texts, loaded)
+            options.out.write_text(json.dumps(results, indent=1))
+            print(concept["name"], json.dumps(results[concept["name"]]["arms"], indent=1), flush=True)
+    print(table(results))
 
 
 def measure(concept: dict, layers: tuple[int, ...] | None, single_texts: int, loaded: LoadedModel) -> dict:
     """Everything about one concept."""
-    began = time.monotonic()
+    start = time.monotonic()
     texts = tuple(concept_from_text(text, loaded) for text in concept.get("texts") or [concept["text"]])
     spec = CalibrationSpec(tuple(concept["words"]), calibration_prompts(), layers)
     root = embedding_root(loaded.model.get_input_embeddings().weight)
     first = build_operator(BuildSpec(texts, layer=15), loaded, root=root)
-    built_at = operators_at_layers(first, candidate_layers(first, layers), loaded, progress=tell)
+    built_at = operators_at_layers(first, candidate_layers(first, layers), loaded, progress=print_progress)
     operators = {operator.header.layer: operator for operator in built_at}
     built = time.monotonic()
-    calibration = search_settings(operators, loaded, spec, progress=tell)
+    calibration = search_settings(operators, loaded, spec, progress=print_progress)
     calibrated = time.monotonic()
     settings = {"calibrated": best(calibration, spec, None)}
     settings |= {f"blend {blend:g}": best(calibration, spec, blend) for blend in spec.blends}
@@ -81,7 +81,7 @@ def measure(concept: dict, layers: tuple[int, ...] | None, single_texts: int, lo
     return {
         "texts": [text.text for text in texts],
         "words": concept["words"],
-        "seconds": {"build": built - began, "calibrate": calibrated - built},
+        "seconds": {"build": built - start, "calibrate": calibrated - built},
         "arms": evaluate(arms, concept["words"], loaded),
         "calibration": calibration.model_dump(mode="json"),
     }
@@ -89,8 +89,8 @@ def measure(concept: dict, layers: tuple[int, ...] | None, single_texts: int, lo
 
 def best(calibration: Calibration, spec: CalibrationSpec, blend: float | None) -> CalibrationPoint:
     """The best point of a blend, or of all: within the bounds if one is, else the one nearest to the KL budget."""
-    whole = (point for point in calibration.points if point.texts == calibration.prompts)
-    points = [point for point in whole if blend in (None, point.blend)]
+    final = (point for point in calibration.points if point.texts == calibration.prompts)
+    points = [point for point in final if blend in (None, point.blend)]
     fluent = [point for point in points if spec.admits(point, calibration.plain_distinct_2)]
     if fluent:
         return max(fluent, key=lambda point: (point.hit_rate, -point.perplexity_ratio))
@@ -100,46 +100,48 @@ def best(calibration: Calibration, spec: CalibrationSpec, blend: float | None) -
 def evaluate(
     arms: dict[str, tuple[OperatorArtifact, CalibrationPoint]], words: list[str], loaded: LoadedModel
 ) -> dict[str, dict]:
-    """The figures of every arm over the neutral prompts, with a few of its texts."""
+    """The metrics of every arm over the neutral prompts, with a few of its texts."""
     neutral = neutral_prompts()
     ids = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in neutral]
-    pushes: dict[str, Injection | None] = {"plain": None}
+    injections: dict[str, Injection | None] = {"plain": None}
     for arm, (operator, point) in arms.items():
         setting = Setting(point.strength, point.rule, point.blend)
-        pushes[arm] = Injection(prepare(operator, loaded.device), operator.header.injection_layer, setting)
-    written = decode_continuations(
-        [ContinuationRequest(each, push) for push in pushes.values() for each in ids], loaded, tokens=24
+        injections[arm] = Injection(prepare(operator, loaded.device), operator.header.injection_layer, setting)
+    continuations = decode_continuations(
+        [ContinuationRequest(prompt_ids, injection) for injection in injections.values() for prompt_ids in ids],
+        loaded,
+        tokens=24,
     )
-    answer = {}
-    for index, arm in enumerate(pushes):
-        texts = written[index * len(ids) : (index + 1) * len(ids)]
-        answer[arm] = dataclasses.asdict(compute_metrics(texts, WordList(words), loaded))
-        answer[arm]["perplexity_ratio"] = answer[arm]["perplexity"] / answer["plain"]["perplexity"]
-        answer[arm]["samples"] = [
+    metrics = {}
+    for index, arm in enumerate(injections):
+        texts = continuations[index * len(ids) : (index + 1) * len(ids)]
+        metrics[arm] = dataclasses.asdict(compute_metrics(texts, WordList(words), loaded))
+        metrics[arm]["perplexity_ratio"] = metrics[arm]["perplexity"] / metrics["plain"]["perplexity"]
+        metrics[arm]["samples"] = [
             prompt + continuation_text(text, loaded) for prompt, text in zip(neutral[:SAMPLES], texts, strict=False)
         ]
         if arm != "plain":
             point = arms[arm][1]
-            answer[arm]["setting"] = point.model_dump(include={"layer", "rule", "blend", "strength"}, mode="json")
-    return answer
+            metrics[arm]["setting"] = point.model_dump(include={"layer", "rule", "blend", "strength"}, mode="json")
+    return metrics
 
 
-def table(found: dict[str, dict]) -> str:
+def table(results: dict[str, dict]) -> str:
     """One line per concept and arm."""
     lines = [
         "| concept | arm | layer | rule | β | λ | hits | p95 KL | perplexity / plain | distinct-2 |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, concept in found.items():
-        for arm, figure in concept["arms"].items():
-            setting = figure.get("setting") or dict.fromkeys(("layer", "rule", "blend", "strength"), "")
-            numbers = f"{figure['hit_rate']:.2f} | {figure['kl_p95']:.2f} | {figure['perplexity_ratio']:.2f}"
+    for name, concept in results.items():
+        for arm, metrics in concept["arms"].items():
+            setting = metrics.get("setting") or dict.fromkeys(("layer", "rule", "blend", "strength"), "")
+            numbers = f"{metrics['hit_rate']:.2f} | {metrics['kl_p95']:.2f} | {metrics['perplexity_ratio']:.2f}"
             place = " | ".join(str(setting[key]) for key in ("layer", "rule", "blend", "strength"))
-            lines.append(f"| {name} | {arm} | {place} | {numbers} | {figure['distinct_2']:.2f} |")
+            lines.append(f"| {name} | {arm} | {place} | {numbers} | {metrics['distinct_2']:.2f} |")
     return "\n".join(lines)
 
 
-def tell(what: str, done: int, total: int) -> None:
+def print_progress(what: str, done: int, total: int) -> None:
     """Progress, on a line of its own."""
     print(f"{time.strftime('%H:%M:%S')} {what}: {done} of {total}", flush=True)
 
