@@ -25,7 +25,7 @@ class AsyncSteerClient(Methods, Asynchronous):
     """An asyncio client for one event loop; close it, or use it as an async context manager.
 
     Parameters and errors are those of SteerClient. `stream` and `compare_stream` are not awaited: they
-    start the call at once and give something to iterate.
+    start the call at once and return a stream to iterate.
     """
 
     async def __aenter__(self) -> Self:

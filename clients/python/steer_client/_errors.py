@@ -5,7 +5,7 @@ SteerError
 │   ├── PromptTooLongError     the prompt leaves no room in the model's context
 │   └── DoseTooHighError       the operators at one layer push more than the server admits
 ├── UnknownOperatorError       no such operator in the server's store
-├── OperatorUnusableError      it is there, but does not fit or cannot be read
+├── OperatorUnusableError      the operator in the store does not fit the model or cannot be read
 ├── ServerBusyError            the queue is full; `.retry_after` in seconds
 ├── SteeringNotAppliedError    a text came back without proof of its steering
 ├── EngineFailedError          decoding failed
@@ -19,34 +19,38 @@ SteerError
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, TypedDict, Unpack
 
 import grpc
+
+
+class Status(TypedDict, total=False):
+    """What the server reports of an error. What is absent takes the default of the error's class."""
+
+    #: The gRPC status.
+    code: grpc.StatusCode | None
+    #: The stable name of the cause.
+    reason: str
+    #: More about the cause, by key.
+    metadata: Mapping[str, str]
 
 
 class SteerError(Exception):
     """Base of every error that a call raises. `str(error)` is one message for a person."""
 
-    #: What the error stands for when it is raised without a status from the server.
+    #: Code and reason of an error that is raised without a status from the server.
     default_code: ClassVar[grpc.StatusCode | None] = None
     default_reason: ClassVar[str] = ""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: grpc.StatusCode | None = None,
-        reason: str = "",
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, message: str, **status: Unpack[Status]) -> None:
         super().__init__(message)
         self.message = message
         #: The gRPC status; None where none applies.
-        self.code = code or self.default_code
+        self.code = status.get("code") or self.default_code
         #: The server's stable name for the cause, for example "UNKNOWN_OPERATOR"; may be empty.
-        self.reason = reason or self.default_reason
+        self.reason = status.get("reason") or self.default_reason
         #: What the server says about the cause, by key.
-        self.metadata: Mapping[str, str] = dict(metadata or {})
+        self.metadata: Mapping[str, str] = dict(status.get("metadata") or {})
 
 
 class InvalidRequestError(SteerError):
@@ -55,16 +59,8 @@ class InvalidRequestError(SteerError):
     default_code = grpc.StatusCode.INVALID_ARGUMENT
     default_reason = "INVALID_REQUEST"
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        field: str = "",
-        code: grpc.StatusCode | None = None,
-        reason: str = "",
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message, code=code, reason=reason, metadata=metadata)
+    def __init__(self, message: str, *, field: str = "", **status: Unpack[Status]) -> None:
+        super().__init__(message, **status)
         self.field = field
 
 
@@ -75,9 +71,9 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class DoseTooHighError(InvalidRequestError):
-    """The doses |strength|/2 of the operators at one layer pass the server's `max_dose`.
+    """The doses |strength|/2 of the operators at one layer sum to more than the server's `max_dose`.
 
-    `metadata` has the "layer", their "dose" in all, and "max_dose".
+    `metadata` has the "layer", their sum "dose", and "max_dose".
     """
 
     default_reason = "DOSE_TOO_HIGH"
@@ -103,21 +99,13 @@ class ServerBusyError(SteerError):
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
     default_reason = "QUEUE_FULL"
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        retry_after: float | None = None,
-        code: grpc.StatusCode | None = None,
-        reason: str = "",
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message, code=code, reason=reason, metadata=metadata)
+    def __init__(self, message: str, *, retry_after: float | None = None, **status: Unpack[Status]) -> None:
+        super().__init__(message, **status)
         self.retry_after = retry_after
 
 
 class SteeringNotAppliedError(SteerError):
-    """A steered text was asked for, and nothing proves that it was steered as asked."""
+    """A text came back without proof that it was steered as requested."""
 
     default_code = grpc.StatusCode.INTERNAL
     default_reason = "STEERING_NOT_APPLIED"
@@ -149,7 +137,7 @@ class RequestCancelledError(SteerError):
 
 
 class ProtocolError(SteerError):
-    """The answer does not follow the contract, or is of a newer one than this client knows."""
+    """The answer does not follow the contract, or follows a newer one than this client knows."""
 
 
 class ServerError(SteerError):

@@ -1,4 +1,4 @@
-"""Streams of events to results, one event at a time. No input or output happens here."""
+"""Folds the events of a stream into its result, one event at a time. No input or output happens here."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Reducer(Protocol[Item, Result]):
         """None until the stream has started."""
 
     def feed(self, event: Any) -> Item | None:
-        """Takes the next event; gives what the caller should see of it."""
+        """Takes the next event; returns the caller's item, or None if the event makes none."""
 
     def finish(self) -> Result:
-        """Takes the end of the stream."""
+        """Takes the end of the stream; returns its result."""
 
 
 class GenerationReducer:
-    """started, delta*, finished. `arm` is for messages only."""
+    """The events of one text: started, any number of deltas, finished. `arm` is for messages only."""
 
     def __init__(self, uses: Sequence[OperatorUse], arm: str = "") -> None:
         self._uses = uses
-        self._of = f" of arm {arm!r}" if arm else ""
+        self._of_arm = f" of arm {arm!r}" if arm else ""
         self._text: list[str] = []
         self._token_ids: list[int] = []
         self._result: Generation | None = None
@@ -52,7 +52,7 @@ class GenerationReducer:
         if kind is None:
             raise ProtocolError("the server sent an event that this client does not know: update the client")
         if self._result is not None or (kind == "started") != (self.prompt_token_ids is None):
-            raise ProtocolError(f"the server's events{self._of} are out of order at `{kind}`")
+            raise ProtocolError(f"the server's events{self._of_arm} are out of order at `{kind}`")
         if kind == "started":
             self.prompt_token_ids = tuple(event.started.prompt_token_ids)
             return None
@@ -62,11 +62,11 @@ class GenerationReducer:
             return decode.delta(event.delta)
         result = decode.generation(event.finished)
         if result.text != "".join(self._text):
-            raise ProtocolError(f"the server's final text{self._of} differs from the text that it streamed")
+            raise ProtocolError(f"the server's final text{self._of_arm} differs from the text that it streamed")
         if result.token_ids != tuple(self._token_ids):
             raise ProtocolError(
-                f"the server's final token ids{self._of} ({len(result.token_ids)}) differ from those that it streamed "
-                f"({len(self._token_ids)})"
+                f"the server's final token ids{self._of_arm} ({len(result.token_ids)}) differ from those that it "
+                f"streamed ({len(self._token_ids)})"
             )
         self._result = check_receipts(self._uses, result)
         return None
@@ -74,12 +74,12 @@ class GenerationReducer:
     def finish(self) -> Generation:
         """Raises ProtocolError when no result came."""
         if self._result is None:
-            raise ProtocolError(f"the stream{self._of} ended without `finished`")
+            raise ProtocolError(f"the stream{self._of_arm} ended without `finished`")
         return self._result
 
 
 class ComparisonReducer:
-    """The events of every arm, interleaved, then compared."""
+    """The events of a comparison: those of every arm, interleaved, then compared."""
 
     def __init__(self, arms: Mapping[str, Sequence[OperatorUse]]) -> None:
         self._arms = {NORMAL: GenerationReducer((), NORMAL)}
@@ -93,7 +93,7 @@ class ComparisonReducer:
         return next((each for each in ids if each is not None), None)
 
     def feed(self, event: pb.CompareEvent) -> ArmDelta | None:
-        """Raises like GenerationReducer.feed, and ProtocolError for an arm that was not asked for."""
+        """Raises like GenerationReducer.feed, and ProtocolError for an arm that was not requested."""
         if self._compared is not None:
             raise ProtocolError("the server sent events after `compared`")
         if event.WhichOneof("event") == "compared":

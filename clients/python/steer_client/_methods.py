@@ -143,7 +143,7 @@ class Methods(ABC):
     async def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> bool:
         """Whether the server takes requests. Raises ServerUnavailableError when nobody answers.
 
-        Of several servers, one that takes requests answers; it is raised when there is none.
+        With several servers, one that takes requests answers; the error is raised when there is none.
         """
         return await self._answer(calls.health(), timeout)
 
@@ -165,7 +165,7 @@ class Methods(ABC):
 
     @abstractmethod
     async def _read_to_end(self, call: StartedCall[Item, Result]) -> Result:
-        """The result of a stream whose items nobody looks at. Raises a SteerError."""
+        """Reads a stream to its end and returns its result. Raises a SteerError."""
 
     def _start(self, call: calls.Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
         seconds = self._seconds(timeout)

@@ -1,4 +1,4 @@
-"""No request is silently unsteered: a text is handed on only with proof of its steering."""
+"""Checks receipts against the request: a text without proof of its steering is an error."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from steer_client._requests import OperatorUse
 from steer_client._results import Generation, Receipt
 
 _SETTINGS: Final = ("strength", "rule", "blend")
-# Relative, of sums of a few numbers.
+# Relative, for the rounding of sums of a few doubles.
 _SUM_TOLERANCE: Final = 1e-9
-# Twice the resolution of bfloat16, the coarsest dtype that hidden states come in.
+# Twice the resolution of bfloat16, the coarsest dtype of hidden states.
 _ROUNDING: Final = 2.0**-6
 
 
 def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Generation:
-    """Gives `generation` back when its receipts answer for `uses`, one for one and in order.
+    """Returns `generation` if its receipts prove `uses`, one for one and in order.
 
     Raises SteeringNotAppliedError, naming the operator, for a receipt
 
-    - that is missing or was not asked for,
+    - that is missing or was not requested,
     - whose strength, rule or blend is not the request's, or whose `defaulted` is not what the request left unset,
     - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
     - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt, that
@@ -30,33 +30,36 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
       (0 < mean <= max <= bound, but for rounding to the model's dtype),
     - of strength 0 that reports a change, or a cached token.
 
-    For a cached token the server's word is all there is: its measurement belongs to the earlier request.
+    A cached token cannot be checked: its measurement belongs to the earlier request.
 
-    A text without any token (its time ran out first) owes no measurement: only the first three are asked of it.
+    A text without any token (its time ran out first) has no measurements: only the first three are checked.
     """
-    asked = [use.name for use in uses]
+    requested = [use.name for use in uses]
     proven = [receipt.operator for receipt in generation.receipts]
-    if asked != proven:
-        raise _error(f"asked for {_names(asked)}, but the server's receipts are for {_names(proven)}", generation)
+    if requested != proven:
+        raise _not_applied(
+            f"asked for {_names(requested)}, but the server's receipts are for {_names(proven)}", generation
+        )
     for use, receipt in zip(uses, generation.receipts, strict=True):
         problem = _setting_problem(use, receipt) or _bound_problem(receipt, generation.receipts)
         if problem is None and _has_tokens(generation):
             problem = _count_problem(receipt, generation) or _dose_problem(receipt)
         if problem is not None:
-            raise _error(f"{use.name}: {problem}", generation)
+            raise _not_applied(f"{use.name}: {problem}", generation)
     return generation
 
 
 def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
     for name in _SETTINGS:
-        asked, applied = getattr(use, name), getattr(receipt, name)
-        # A number crosses the wire as a double, unchanged, whatever type the caller gave it.
-        if asked is not None and applied != (asked if name == "rule" else float(asked)):
-            return f"the receipt says {name} {applied}, asked for was {asked}"
+        requested, applied = getattr(use, name), getattr(receipt, name)
+        # A number is a double on the wire, whatever type the caller gave it.
+        if requested is not None and applied != (requested if name == "rule" else float(requested)):
+            return f"the receipt says {name} {applied}, asked for was {requested}"
     unset = [name for name in _SETTINGS if getattr(use, name) is None]
     if sorted(receipt.defaulted) != sorted(unset):
-        given = _names(receipt.defaulted, none="nothing")
-        return f"the receipt says that {given} took a recommended value, left unset was {_names(unset, none='nothing')}"
+        defaulted = _names(receipt.defaulted, none="nothing")
+        unset_names = _names(unset, none="nothing")
+        return f"the receipt says that {defaulted} took a recommended value, left unset was {unset_names}"
     return None
 
 
@@ -68,23 +71,23 @@ def _bound_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:
 
 
 def _has_tokens(generation: Generation) -> bool:
-    # Not by the usage alone: a count of 0 beside a text would excuse it from every measurement.
+    # The usage alone does not decide: a false count of 0 would skip the checks of every measurement.
     return bool(generation.usage.completion_tokens or generation.token_ids or generation.text)
 
 
 def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
     usage = generation.usage
     prompt, cached = receipt.prompt_tokens_steered, receipt.prompt_tokens_cached
-    proven = prompt + cached, receipt.generated_tokens_steered
-    # The last generated token is never fed back to the model. A usage that counts less than it sends is no excuse.
+    reported = prompt + cached, receipt.generated_tokens_steered
+    # The last generated token is never fed back to the model. A usage below the number of tokens sent does not count.
     fed = usage.prompt_tokens, max(usage.completion_tokens, len(generation.token_ids), 1) - 1
     expected = fed if receipt.strength != 0 else (0, 0)
-    # A count below 0 would let the other one exceed the prompt.
-    if proven == expected and min(prompt, cached) >= 0:
+    # With a count below 0 the other one could exceed the prompt.
+    if reported == expected and min(prompt, cached) >= 0:
         return None
-    more = f" ({cached} more cached)" if cached else ""
+    cached_too = f" ({cached} more cached)" if cached else ""
     return (
-        f"the receipt says {prompt} prompt{more} + {proven[1]} generated tokens steered at strength "
+        f"the receipt says {prompt} prompt{cached_too} + {reported[1]} generated tokens steered at strength "
         f"{receipt.strength}, expected were {expected[0]} + {expected[1]}"
     )
 
@@ -92,11 +95,11 @@ def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
 def _dose_problem(receipt: Receipt) -> str | None:
     bound = receipt.dose_bound
     if receipt.strength != 0:
-        proven = 0 < receipt.mean_dose <= receipt.max_dose <= bound + (1 + bound) * _ROUNDING < math.inf
+        fits = 0 < receipt.mean_dose <= receipt.max_dose <= bound + (1 + bound) * _ROUNDING < math.inf
         expected = f"0 < mean <= max <= {bound}"
     else:
-        proven, expected = receipt.mean_dose == receipt.max_dose == 0, "0"
-    if proven:
+        fits, expected = receipt.mean_dose == receipt.max_dose == 0, "0"
+    if fits:
         return None
     return (
         f"the receipt says dose mean {receipt.mean_dose}, max {receipt.max_dose} at strength {receipt.strength}, "
@@ -108,7 +111,7 @@ def _names(names: Sequence[str], none: str = "no operator") -> str:
     return ", ".join(names) if names else none
 
 
-def _error(what: str, generation: Generation) -> SteeringNotAppliedError:
+def _not_applied(problem: str, generation: Generation) -> SteeringNotAppliedError:
     return SteeringNotAppliedError(
-        f"the text is not steered as asked: {what}", metadata={"request_id": generation.request_id}
+        f"the text is not steered as asked: {problem}", metadata={"request_id": generation.request_id}
     )

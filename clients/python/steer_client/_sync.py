@@ -24,14 +24,14 @@ class SteerClient(Methods, Blocking):
     """A blocking client, for use from any number of threads; close it, or use it as a context manager.
 
     `target` is HOST:PORT, by default the environment's STEER_TARGET, else 127.0.0.1:50051. Several servers are
-    ipv4:HOST:PORT,HOST:PORT or dns:///NAME:PORT: requests go to them in turn, leaving out those that do not
-    serve, and one that a server did not begin to answer goes to the next. `timeout` is in seconds, for a whole
-    call with its stream; None waits for ever; every method takes its own. The channel is plaintext unless
-    `credentials` are given.
+    ipv4:HOST:PORT,HOST:PORT or dns:///NAME:PORT: requests go to them in turn, skipping those that do not serve;
+    a request that fails before a server began to answer goes to the next one, once. `timeout` is in seconds, for
+    a whole call with its stream; None is no limit; every method has a `timeout` of its own. The channel is
+    plaintext unless `credentials` are given.
 
     Every method raises a SteerError: InvalidRequestError before anything is sent when a value does not fit
-    the contract, SteeringNotAppliedError when an answer lacks the receipts of its operators, else what the
-    server reports.
+    the contract, SteeringNotAppliedError when an answer lacks the receipts of its operators, else the error that
+    the server reports.
     """
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""From a gRPC status to a typed error: the one place that reads a status."""
+"""From a gRPC status to a typed error. No other module reads a status."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
     (_Code.INTERNAL, "STEERING_NOT_APPLIED"): errors.SteeringNotAppliedError,
     (_Code.INTERNAL, "ENGINE_FAILED"): errors.EngineFailedError,
 }
-# These mean the same whatever the reason.
+# These codes mean the same with any reason.
 _BY_CODE: dict[grpc.StatusCode, type[errors.SteerError]] = {
     _Code.UNAVAILABLE: errors.ServerUnavailableError,
     _Code.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
@@ -49,7 +49,7 @@ class _Details(NamedTuple):
 
 
 def translate_error(error: grpc.RpcError, *, target: str, timeout: float | None = None) -> errors.SteerError:
-    """Gives the typed error for a failed call, sync or async, unary or streaming.
+    """The typed error for a failed call, sync or async, unary or streaming.
 
     `target` and `timeout` (seconds) are those of the call; they appear in the message.
     """
@@ -62,20 +62,15 @@ def translate_error(error: grpc.RpcError, *, target: str, timeout: float | None 
     else:
         kind = _BY_CODE.get(code) or _WITHOUT_REASON.get(code, errors.ServerError)
         if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:
-            # gRPC's own limit on message sizes has this code too, and waiting does not help.
+            # gRPC uses this code for its limit on message sizes too, where waiting does not help.
             kind = errors.ServerError
     message = _message(kind, code, text, details, target, timeout)
+    status = errors.Status(code=code, reason=details.reason, metadata=details.metadata)
     if issubclass(kind, errors.InvalidRequestError):
-        return kind(message, field=details.field, code=code, reason=details.reason, metadata=details.metadata)
+        return kind(message, field=details.field, **status)
     if issubclass(kind, errors.ServerBusyError):
-        return kind(
-            message,
-            retry_after=details.retry_after,
-            code=code,
-            reason=details.reason,
-            metadata=details.metadata,
-        )
-    return kind(message, code=code, reason=details.reason, metadata=details.metadata)
+        return kind(message, retry_after=details.retry_after, **status)
+    return kind(message, **status)
 
 
 def cancelled() -> errors.RequestCancelledError:
@@ -94,7 +89,7 @@ def _message(
     if details.reason and text:
         return text
     if kind is errors.ServerUnavailableError:
-        # gRPC's text lists every layer; the last one is the cause.
+        # gRPC's text names every layer that failed; the last one is the cause.
         cause = text.rsplit(": ", 1)[-1].strip()
         return f"no answer from {target}{f' ({cause})' if cause else ''}: is steer-server running there?"
     if kind is errors.DeadlineExceededError:
@@ -109,11 +104,9 @@ def _message(
 
 def _details(error: grpc.RpcError) -> _Details:
     reason, metadata, field, retry_after = "", dict[str, str](), "", None
-    info, bad, retry = (
-        error_details_pb2.ErrorInfo(),
-        error_details_pb2.BadRequest(),
-        error_details_pb2.RetryInfo(),
-    )
+    info = error_details_pb2.ErrorInfo()
+    bad = error_details_pb2.BadRequest()
+    retry = error_details_pb2.RetryInfo()
     for packed in _status(error).details:
         if _unpack(packed, info) and info.domain == _DOMAIN:
             reason, metadata = info.reason, dict(info.metadata)
@@ -132,9 +125,8 @@ def _unpack(packed: Any, into: Message) -> bool:
 
 
 def _status(error: grpc.RpcError) -> status_pb2.Status:
-    # Read from the trailing metadata, because that is the same for sync and async calls, while the
-    # helpers of grpc_status are two and refuse the whole status when one part of it is odd.
-    # Pairs, whatever the types say.
+    # Read from the trailing metadata, which is the same for sync and async calls: grpc_status has a helper for each,
+    # and both refuse the whole status when one part of it is malformed. Its items are pairs, although typed otherwise.
     trailing = cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
     for key, value in trailing:
         if key == _DETAILS_KEY and isinstance(value, bytes):
