@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from steer_server.engine.vllm.worker_protocol import OperatorSetting, operator_settings
+from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 CUMULATIVE = OperatorSetting("exact", "cumulative", 0.5, 0.0)
 
@@ -210,11 +210,3 @@ def test_a_forgotten_request_leaves_nothing_and_may_still_have_been_in_a_step(ba
         batch.steering.measurement("a")
     assert batch.steering.measurement("b").layers[0].doses == pytest.approx([0.25] * 2, abs=1e-5)
     batch.steering.remove_request("a")
-
-
-def test_what_travels_to_the_workers_is_every_operator_of_a_strength_other_than_zero(artifact, other_artifact, plan_of):
-    plan = plan_of((artifact, 0.5), (other_artifact, 0.0), (artifact, -0.25), rule="substitute", blend=0.125)
-    assert operator_settings(plan) == (
-        OperatorSetting(artifact.digest, "substitute", 0.5, 0.125),
-        OperatorSetting(artifact.digest, "substitute", -0.25, 0.125),
-    )
