@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import subprocess
+import tomllib
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {ROOT / "CHANGELOG.md"})
 PACKAGES = {"operators": ROOT, "steer_server": ROOT, "steer_client": ROOT / "clients/python"}
 # Where the pages leave out the front of a module's name.
-FRONTS = ("", "operators.", "steer_server.", "steer_server.engine.", "steer_client.")
+FRONTS = ("", "operators.", "steer_server.", "steer_server.engine.")
 SUFFIXES = ("py", "pyi", "md", "toml", "txt", "proto", "sh", "svg", "png", "yaml", "yml")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -128,6 +129,18 @@ def test_every_dotted_name_of_the_architecture_is_in_the_tree():
     named = {name for name in named if name.rpartition(".")[2] not in SUFFIXES}
     assert len(named) > 20
     assert {name for name in named if not any(is_defined(front + name) for front in FRONTS)} == set()
+
+
+def test_the_layers_of_the_architecture_are_those_of_pyproject():
+    contracts = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = {
+        contract["containers"][0]: " → ".join(contract["layers"])
+        for contract in contracts
+        if contract["type"] == "layers" and len(contract["containers"]) == 1
+    }
+    [shown] = re.findall(r"^```text\n(.*?)^```", text_of(ROOT / "ARCHITECTURE.md"), flags=re.DOTALL | re.MULTILINE)
+    written = dict(line.split(maxsplit=1) for line in shown.splitlines())
+    assert written == {package: layers[package] for package in ("operators", "steer_server")}
 
 
 @pages
