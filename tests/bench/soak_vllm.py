@@ -1,9 +1,9 @@
-"""Many streams on a real vLLM server for a while: every text is held against its reference, and the memory is watched.
+"""Many streams on a real vLLM server for a while: every text is compared with its reference, and the memory is watched.
 
     python tests/bench/soak_vllm.py [--seconds 600] [--streams 200] [--swap] [--blocks 320] [--json]
 
 Starts a server in a process of its own and asks it, one request at a time, for a greedy text of every prompt under
-every plan. Then so many visitors at once ask for the same, steered and plain, streamed and whole, alone and compared;
+every steering. Then so many clients at once ask for the same, steered and plain, streamed and whole, alone and compared;
 one in ten gives up early. Every text must be that of the quiet reference, token for token; those that part where the
 reference finds two tokens as good as equally likely (float32 does not tell them apart) are counted for themselves. With
 --swap an operator is replaced under one name every second by one that the workers have not seen, old ones have to go
@@ -58,7 +58,7 @@ OPERATORS = {
     # Pushes layer 21, as the wedding does.
     "published": ("The Golden Gate Bridge in San", "golden", 22, "full"),
 }
-PLANS = {
+STEERINGS = {
     "plain": (),
     "bridge": (OperatorUse("bridge", 0.4),),
     "wedding": (OperatorUse("wedding", 0.4),),
@@ -95,7 +95,7 @@ class Reference:
 
 
 @dataclass
-class Ledger:
+class Outcomes:
     """What became of the requests."""
 
     references: dict[tuple[str, str], Reference]
@@ -107,177 +107,177 @@ class Ledger:
     _kl: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def wrong(self, what: str) -> None:
-        """Books a fault."""
+        """Counts a fault and keeps the first of them."""
         self.count["problems"] += 1
         if len(self.problems) < 20:
             self.problems.append(what)
 
-    def text(self, prompt: str, plan: str, found: Generation) -> bool:
-        """Books a finished text; whether it is the reference's, token for token."""
+    def text(self, prompt: str, steering: str, found: Generation) -> bool:
+        """Counts a finished text; whether it is the reference's, token for token."""
         self.count["texts"] += 1
         self.count["tokens"] += len(found.token_ids)
-        plan = self._receipts(prompt, plan, found)
-        reference = self.references[prompt, plan]
+        steering = self._receipts(prompt, steering, found)
+        reference = self.references[prompt, steering]
         if len(found.token_ids) != len(reference.ids):
-            self.wrong(f"{plan!r} of {prompt!r} ended after {len(found.token_ids)} tokens: {found.finish_reason}")
+            self.wrong(f"{steering!r} of {prompt!r} ended after {len(found.token_ids)} tokens: {found.finish_reason}")
             return False
-        same = self.tokens(prompt, (plan,), found.token_ids)
+        same = self.tokens(prompt, (steering,), found.token_ids)
         if same and found.text != reference.text:
-            self.wrong(f"{plan!r} of {prompt!r}: the same tokens, but the text {found.text!r}")
+            self.wrong(f"{steering!r} of {prompt!r}: the same tokens, but the text {found.text!r}")
         return same
 
-    def tokens(self, prompt: str, plans: Sequence[str], ids: Sequence[int]) -> bool:
-        """Books a text or its beginning, made by one of the plans; whether it is that of a reference."""
+    def tokens(self, prompt: str, steerings: Sequence[str], ids: Sequence[int]) -> bool:
+        """Counts a text or its beginning, made by one of the steerings; whether it is that of a reference."""
         partings = []
-        for plan in plans:
-            reference = self.references[prompt, plan]
+        for steering in steerings:
+            reference = self.references[prompt, steering]
             at = next((at for at, (a, b) in enumerate(zip(ids, reference.ids, strict=False)) if a != b), None)
             if at is None:
                 self.count["equal"] += 1
                 return True
-            partings.append((plan, at, ids[at], reference.ids[at], *reference.seconds[at]))
+            partings.append((steering, at, ids[at], reference.ids[at], *reference.seconds[at]))
         if any(token == second and gap < CLOSE_CALL for *_, token, _, second, gap in partings):
             self.count["parted at a tie"] += 1
             return False
         self.count["different"] += 1
-        for plan, at, token, expected, second, gap in partings:
+        for steering, at, token, expected, second, gap in partings:
             runner_up = f"{second}, {gap:.2g} nats behind"
-            self.wrong(f"{plan!r} of {prompt!r}: token {at} is {token}, not {expected} or {runner_up}")
+            self.wrong(f"{steering!r} of {prompt!r}: token {at} is {token}, not {expected} or {runner_up}")
         return False
 
-    def comparison(self, prompt: str, plans: Sequence[str], found: ABResult, *, scored: bool) -> None:
-        """Books a finished comparison."""
+    def comparison(self, prompt: str, steerings: Sequence[str], found: ABResult, *, scored: bool) -> None:
+        """Counts a finished comparison."""
         self.text(prompt, "plain", found.normal)
-        for plan, arm in zip(plans, found.steered.values(), strict=True):
-            same = self.text(prompt, plan, arm.generation)
+        for steering, arm in zip(steerings, found.steered.values(), strict=True):
+            same = self.text(prompt, steering, arm.generation)
             pairs = enumerate(zip(found.normal.token_ids, arm.generation.token_ids, strict=True))
             if arm.first_divergence != next((at for at, (a, b) in pairs if a != b), None):
-                self.wrong(f"{plan!r} of {prompt!r}: first divergence {arm.first_divergence}")
+                self.wrong(f"{steering!r} of {prompt!r}: first divergence {arm.first_divergence}")
             if not scored:
                 continue
             kl = arm.kl.per_token if arm.kl else ()
             if len(kl) != len(arm.generation.token_ids) or not all(0 <= each < math.inf for each in kl):
-                self.wrong(f"{plan!r} of {prompt!r}: KL {kl}")
+                self.wrong(f"{steering!r} of {prompt!r}: KL {kl}")
             elif same:
                 mean = sum(kl) / len(kl)
-                first = self._kl.setdefault((prompt, self._version(plan, arm.generation)), mean)
+                first = self._kl.setdefault((prompt, self._version(steering, arm.generation)), mean)
                 if abs(mean - first) > KL_TOLERANCE:
-                    self.wrong(f"{plan!r} of {prompt!r}: mean KL {mean}, before {first}")
+                    self.wrong(f"{steering!r} of {prompt!r}: mean KL {mean}, before {first}")
 
-    def _version(self, plan: str, found: Generation) -> str:
-        """The plan whose reference a text is held against: a swapped operator goes by its digest."""
-        if plan != SWAPPED:
-            return plan
+    def _version(self, steering: str, found: Generation) -> str:
+        """The steering whose reference a text is compared with: a swapped operator goes by its digest."""
+        if steering != SWAPPED:
+            return steering
         return self.versions.get(found.receipts[0].digest, VERSIONS[0])
 
-    def _receipts(self, prompt: str, plan: str, found: Generation) -> str:
-        version = self._version(plan, found)
+    def _receipts(self, prompt: str, steering: str, found: Generation) -> str:
+        version = self._version(steering, found)
         fed = found.usage.prompt_tokens, found.usage.completion_tokens - 1
-        for use, receipt in zip(uses_of(plan), found.receipts, strict=True):
+        for use, receipt in zip(operators_of(steering), found.receipts, strict=True):
             known = (
                 self.versions.get(receipt.digest) == version
-                if plan == SWAPPED
+                if steering == SWAPPED
                 else receipt.digest == self.digests[use.name]
             )
             steered = receipt.prompt_tokens_steered + receipt.prompt_tokens_cached, receipt.generated_tokens_steered
             if not known or (receipt.operator, steered) != (use.name, fed):
-                self.wrong(f"{plan!r} of {prompt!r}, {fed} tokens fed: {receipt}")
+                self.wrong(f"{steering!r} of {prompt!r}, {fed} tokens fed: {receipt}")
             self.count["receipts"] += 1
             self.count["cached prompt tokens"] += receipt.prompt_tokens_cached
         return version
 
 
 @dataclass
-class Visitor:
+class SimulatedClient:
     """Asks one request after the other until the time is over."""
 
     client: AsyncSteerClient
-    ledger: Ledger
+    outcomes: Outcomes
     random: random.Random
     swap: bool
 
-    async def visit(self, end: float) -> None:
+    async def run(self, end: float) -> None:
         """Every request ends in one of three ways: finished, cancelled as asked, failed."""
         ways = {self.stream: 6, self.whole: 1, self.compare: 2, self.leave: 0.5, self.hurry: 0.25, self.give_up: 0.25}
         while time.monotonic() < end:
             [way] = self.random.choices(list(ways), list(ways.values()))
             prompt = self.random.choice(list(PROMPTS))
-            self.ledger.count["asked"] += 1
+            self.outcomes.count["asked"] += 1
             try:
-                self.ledger.count[await way(prompt)] += 1
+                self.outcomes.count[await way(prompt)] += 1
             except Exception as error:  # noqa: BLE001 - whatever it is, it goes into the report
-                self.ledger.count["failed"] += 1
-                self.ledger.wrong(f"{way.__name__}: {type(error).__name__}: {error}")
+                self.outcomes.count["failed"] += 1
+                self.outcomes.wrong(f"{way.__name__}: {type(error).__name__}: {error}")
 
-    def _plan(self) -> str:
-        return self.random.choice([*PLANS, *[SWAPPED] * (3 if self.swap else 0)])
+    def _steering(self) -> str:
+        return self.random.choice([*STEERINGS, *[SWAPPED] * (3 if self.swap else 0)])
 
-    def _asked(self, prompt: str, plan: str) -> dict[str, Any]:
-        return {"operators": uses_of(plan), "sampling": sampling(prompt), "timeout": LONGEST}
+    def _options(self, prompt: str, steering: str) -> dict[str, Any]:
+        return {"operators": operators_of(steering), "sampling": sampling(prompt), "timeout": LONGEST}
 
     async def stream(self, prompt: str) -> str:
         """Reads a stream to its end."""
-        plan = self._plan()
-        stream = self.client.stream(prompt, **self._asked(prompt, plan))
+        steering = self._steering()
+        stream = self.client.stream(prompt, **self._options(prompt, steering))
         async for _ in stream:
             pass
-        self.ledger.text(prompt, plan, stream.result)
+        self.outcomes.text(prompt, steering, stream.result)
         return "finished"
 
     async def whole(self, prompt: str) -> str:
         """Waits for a whole text."""
-        plan = self._plan()
-        self.ledger.text(prompt, plan, await self.client.generate(prompt, **self._asked(prompt, plan)))
+        steering = self._steering()
+        self.outcomes.text(prompt, steering, await self.client.generate(prompt, **self._options(prompt, steering)))
         return "finished"
 
     async def compare(self, prompt: str) -> str:
-        """Compares one or two plans with none."""
-        plans = self.random.sample([*PLANS, *[SWAPPED] * self.swap][1:], self.random.choice((1, 2)))
+        """Compares one or two steerings with none."""
+        steerings = self.random.sample([*STEERINGS, *[SWAPPED] * self.swap][1:], self.random.choice((1, 2)))
         scored = self.random.random() < 0.5
-        arms = {plan: uses_of(plan) for plan in plans}
+        arms = {steering: operators_of(steering) for steering in steerings}
         found = await self.client.compare(prompt, arms=arms, sampling=sampling(prompt), score=scored, timeout=LONGEST)
-        self.ledger.comparison(prompt, plans, found, scored=scored)
+        self.outcomes.comparison(prompt, steerings, found, scored=scored)
         return "finished"
 
     async def leave(self, prompt: str) -> str:
         """Leaves a stream after a few tokens."""
-        plan, ids = self._plan(), []
+        steering, ids = self._steering(), []
         enough = self.random.randint(1, PROMPTS[prompt] // 2)
-        async with self.client.stream(prompt, **self._asked(prompt, plan)) as stream:
+        async with self.client.stream(prompt, **self._options(prompt, steering)) as stream:
             async for delta in stream:
                 ids.extend(delta.token_ids)
                 if len(ids) >= enough:
                     break
-        self.ledger.count["beginnings"] += 1
-        self.ledger.tokens(prompt, VERSIONS if plan == SWAPPED else (plan,), ids)
+        self.outcomes.count["beginnings"] += 1
+        self.outcomes.tokens(prompt, VERSIONS if steering == SWAPPED else (steering,), ids)
         return "cancelled"
 
     async def hurry(self, prompt: str) -> str:
         """Cancels a stream that has just begun."""
-        stream = self.client.stream(prompt, **self._asked(prompt, self._plan()))
+        stream = self.client.stream(prompt, **self._options(prompt, self._steering()))
         await asyncio.sleep(self.random.choice((0.0, 0.01, 0.1)))
         stream.cancel()
         with contextlib.suppress(RequestCancelledError):
             async for _ in stream:
-                self.ledger.wrong("a cancelled stream went on")
+                self.outcomes.wrong("a cancelled stream went on")
         return "cancelled"
 
     async def give_up(self, prompt: str) -> str:
         """Stops waiting for a whole text, if it does not come first."""
-        plan = self._plan()
-        task = asyncio.create_task(self.client.generate(prompt, **self._asked(prompt, plan)))
+        steering = self._steering()
+        task = asyncio.create_task(self.client.generate(prompt, **self._options(prompt, steering)))
         await asyncio.wait({task}, timeout=self.random.uniform(0.0, 5.0))
         task.cancel()
         try:
-            self.ledger.text(prompt, plan, await task)
+            self.outcomes.text(prompt, steering, await task)
         except asyncio.CancelledError:
             return "cancelled"
         return "finished"
 
 
-def uses_of(plan: str) -> tuple[OperatorUse, ...]:
-    """The operators that a plan asks for."""
-    return (OperatorUse(SWAPPED, 0.4),) if plan == SWAPPED else PLANS[plan]
+def operators_of(steering: str) -> tuple[OperatorUse, ...]:
+    """The operators that a steering asks for."""
+    return (OperatorUse(SWAPPED, 0.4),) if steering == SWAPPED else STEERINGS[steering]
 
 
 def sampling(prompt: str, logprobs: int | None = None) -> SamplingParams:
@@ -286,27 +286,29 @@ def sampling(prompt: str, logprobs: int | None = None) -> SamplingParams:
 
 
 async def references(client: AsyncSteerClient) -> dict[tuple[str, str], Reference]:
-    """Every prompt under every plan, one at a time."""
+    """Every prompt under every steering, one at a time."""
     found = {}
-    for prompt, (name, uses) in itertools.product(PROMPTS, PLANS.items()):
+    for prompt, (name, uses) in itertools.product(PROMPTS, STEERINGS.items()):
         text = await client.generate(prompt, operators=uses, sampling=sampling(prompt, logprobs=2), timeout=LONGEST)
         seconds = tuple((each.top[1].token_id, each.top[0].logprob - each.top[1].logprob) for each in text.logprobs)
         found[prompt, name] = Reference(text.text, text.token_ids, seconds)
     return found
 
 
-async def swap(client: AsyncSteerClient, directory: Path, made: dict[str, OperatorArtifact], ledger: Ledger) -> None:
+async def swap(
+    client: AsyncSteerClient, directory: Path, made: dict[str, OperatorArtifact], outcomes: Outcomes
+) -> None:
     """Puts another version under the name every second, until it is cancelled."""
     for number, name in enumerate(itertools.cycle(VERSIONS)):
         await asyncio.sleep(1.0)
         # The same numbers, as if built at another time: the digest is another one.
         new = with_header(made[name], created=made[name].header.created + timedelta(seconds=1 + number))
-        ledger.versions[new.digest] = name
+        outcomes.versions[new.digest] = name
         await asyncio.to_thread(Store(directory).save, SWAPPED, new, replace=True)
         report = await client.reload_operators()
-        ledger.count["swaps"] += report.changed == (SWAPPED,)
+        outcomes.count["swaps"] += report.changed == (SWAPPED,)
         if report.unusable:
-            ledger.wrong(f"unusable: {report.unusable}")
+            outcomes.wrong(f"unusable: {report.unusable}")
 
 
 def build() -> dict[str, OperatorArtifact]:
@@ -319,7 +321,7 @@ def build() -> dict[str, OperatorArtifact]:
 
 
 @contextlib.asynccontextmanager
-async def meanwhile(ledger: Ledger, *works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def meanwhile(outcomes: Outcomes, *works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Work that goes on inside the block; its failure goes into the report."""
     tasks = [asyncio.create_task(work) for work in works]
     yield
@@ -327,61 +329,63 @@ async def meanwhile(ledger: Ledger, *works: Coroutine[Any, Any, None]) -> AsyncI
         task.cancel()
     for found in await asyncio.gather(*tasks, return_exceptions=True):
         if not isinstance(found, asyncio.CancelledError):
-            ledger.wrong(f"what went on beside the visitors ended: {found!r}")
+            outcomes.wrong(f"what went on beside the clients ended: {found!r}")
 
 
-async def soak(given: argparse.Namespace) -> dict[str, Any]:
+async def soak(options: argparse.Namespace) -> dict[str, Any]:
     """The whole run."""
     made = build()
     with tempfile.TemporaryDirectory() as directory:
         for name, artifact in made.items():
             Store(directory).save(name, artifact)
         Store(directory).save(SWAPPED, made[VERSIONS[-1]])
-        async with Server(Path(directory), given.blocks) as server, AsyncSteerClient(server.target) as client:
+        async with Server(Path(directory), options.blocks) as server, AsyncSteerClient(server.target) as client:
             began = time.monotonic()
             digests = {name: artifact.digest for name, artifact in made.items()}
             versions = {digest: name for name, digest in digests.items() if name in VERSIONS}
-            ledger = Ledger(await references(client), digests, versions)
+            outcomes = Outcomes(await references(client), digests, versions)
             quiet = time.monotonic() - began
-            print(f"{len(ledger.references)} references in {quiet:.0f} s", file=sys.stderr, flush=True)
+            print(f"{len(outcomes.references)} references in {quiet:.0f} s", file=sys.stderr, flush=True)
             before, watch = await server.counters(), Watch(server)
-            visitors = [Visitor(client, ledger, random.Random(n), given.swap) for n in range(given.streams)]
+            clients = [
+                SimulatedClient(client, outcomes, random.Random(n), options.swap) for n in range(options.streams)
+            ]
             began = time.monotonic()
             beside = [watch.run()]
-            if given.swap:
-                beside.append(swap(client, Path(directory), made, ledger))
-            async with meanwhile(ledger, *beside):
-                await asyncio.gather(*(visitor.visit(began + given.seconds) for visitor in visitors))
+            if options.swap:
+                beside.append(swap(client, Path(directory), made, outcomes))
+            async with meanwhile(outcomes, *beside):
+                await asyncio.gather(*(simulated.run(began + options.seconds) for simulated in clients))
             seconds = time.monotonic() - began
             after, left = await server.counters(), await server.left()
-        count = ledger.count
+        count = outcomes.count
         count["lost"] = count["asked"] - count["finished"] - count["cancelled"] - count["failed"]
         return {
             "seconds": round(seconds, 1),
-            "streams": given.streams,
+            "streams": options.streams,
             "requests": dict(count),
             "tokens per second": round((after["tokens generated"] - before["tokens generated"]) / seconds, 1),
             "server": {name: after[name] - before[name] for name in after},
             "peak": watch.peak,
             "memory, MB": watch.memory(),
             "left": left | {"exit status": server.status, "errors in the log": server.errors},
-            "problems": ledger.problems,
+            "problems": outcomes.problems,
         }
 
 
 def main() -> None:
     """Prints a report (or JSON); status 1 where something was wrong."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--seconds", type=float, default=600)
-    options.add_argument("--streams", type=int, default=200)
-    options.add_argument("--swap", action="store_true", help="replace an operator under its name every second")
-    options.add_argument(
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--streams", type=int, default=200)
+    parser.add_argument("--swap", action="store_true", help="replace an operator under its name every second")
+    parser.add_argument(
         "--blocks", type=int, default=320, help="of the KV cache, 32 tokens each: few, so that texts are thrown out"
     )
-    options.add_argument("--json", action="store_true")
-    given = options.parse_args()
-    found = asyncio.run(soak(given))
-    if given.json:
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = asyncio.run(soak(options))
+    if options.json:
         print(json.dumps(found))
     else:
         for name, value in found.items():
