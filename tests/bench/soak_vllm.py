@@ -3,7 +3,7 @@
     python tests/bench/soak_vllm.py [--seconds 600] [--streams 200] [--swap] [--blocks 320] [--json]
 
 Starts a server in a process of its own and asks it, one request at a time, for a greedy text of every prompt under
-every steering. Then so many clients at once ask for the same, steered and plain, streamed and whole, alone and compared;
+every steering. Then so many clients at once ask for the same, steered and plain, streamed and whole, alone or compared;
 one in ten gives up early. Every text must be that of the quiet reference, token for token; those that part where the
 reference finds two tokens as good as equally likely (float32 does not tell them apart) are counted for themselves. With
 --swap an operator is replaced under one name every second by one that the workers have not seen, old ones have to go
