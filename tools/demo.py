@@ -1,4 +1,4 @@
-"""The whole line once: concept -> operator -> server -> normal and steered text, side by side.
+"""The whole path once: concept -> operator -> server -> normal and steered text, side by side.
 
 Runs the project's own commands as a user would, each in its own process, and keeps what it builds in .demo/.
 """
@@ -29,7 +29,7 @@ PROMPTS = (
     "I went to new york to see the",
     "On Saturday my family and I",
 )
-# The same for every arm. The penalty keeps so small a model from repeating itself, steered or not.
+# For every arm. The penalty keeps so small a model from repeating itself, steered or not.
 SAMPLING = SamplingParams(temperature=0.0, repetition_penalty=1.2, max_tokens=32)
 START_SECONDS = 120.0
 
@@ -48,7 +48,7 @@ class Operator:
 
     @property
     def options(self) -> list[str]:
-        """Of ``steer-operators build``."""
+        """The options of ``steer-operators build``."""
         return [
             *("--text", self.text, "--model", MODEL, "--profile", self.profile, "--layer", str(self.layer)),
             *("--strength", str(self.strength), "--blend", str(self.blend), "--rank", "full"),
@@ -64,10 +64,10 @@ console = Console(highlight=False, width=min(Console().width, 132) if sys.stdout
 
 def main() -> None:
     """Runs the demo; exits non-zero with one line when a step fails."""
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--svg", help="file for step 4 as a picture")
-    picture = options.parse_args().svg
-    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--svg", help="file for step 4 as a picture")
+    picture = parser.parse_args().svg
+    started = time.monotonic()
     _step(f"1  model {MODEL}")
     _run(sys.executable, "-m", "operators.model", MODEL)
     _step("2  operators")
@@ -96,10 +96,10 @@ def main() -> None:
                 sys.exit(f"demo: {error} (to begin anew, remove .demo)")
     if picture is not None:
         svg = console.export_svg(title="steering operators: one prompt, three arms, one batch")
-        # Without the web fonts that rich refers to: a picture should ask no other host for anything.
+        # Without the web fonts that rich refers to: a picture must not load anything from another host.
         Path(picture).write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
         console.record = False
-    console.print(f"\nThe server has stopped; {time.monotonic() - began:.0f} s in all. Your turn, in two terminals:")
+    console.print(f"\nThe server has stopped; {time.monotonic() - started:.0f} s in all. Your turn, in two terminals:")
     console.print(f'  make serve ARGS="--store {STORE}"', style="bold")
     console.print(
         '  .venv/bin/steer ab "My dream holiday is" --operator golden-gate --repetition-penalty 1.2', style="bold"
@@ -111,30 +111,31 @@ def _step(text: str) -> None:
 
 
 def _run(*command: str | Path) -> None:
-    words = [str(word) for word in command]
-    shown = [Path(words[0]).name, *(json.dumps(word) if " " in word else word for word in words[1:])]
-    console.print(f"   $ {' '.join(shown)}", style="dim", soft_wrap=True)
-    if subprocess.run(words, check=False).returncode != 0:
-        sys.exit(f"demo: this step failed: {' '.join(words)}")
+    arguments = [str(argument) for argument in command]
+    program, *rest = arguments
+    quoted = [Path(program).name, *(json.dumps(argument) if " " in argument else argument for argument in rest)]
+    console.print(f"   $ {' '.join(quoted)}", style="dim", soft_wrap=True)
+    if subprocess.run(arguments, check=False).returncode != 0:
+        sys.exit(f"demo: this step failed: {' '.join(arguments)}")
 
 
 def _is_built(operator: Operator) -> bool:
-    command = [BIN / "steer-operators", "show", operator.name, "--store", STORE, "--json"]
+    command: list[str | Path] = [BIN / "steer-operators", "show", operator.name, "--store", STORE, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return False
-    found = json.loads(done.stdout)
-    recommended = found["recommended"]
-    wanted = (operator.text, operator.profile, operator.layer, operator.strength, operator.blend)
-    return wanted == (
-        *(found["concept"], found["profile"], found["layer"]),
+    stored = json.loads(done.stdout)
+    recommended = stored["recommended"]
+    expected = (operator.text, operator.profile, operator.layer, operator.strength, operator.blend)
+    return expected == (
+        *(stored["concept"], stored["profile"], stored["layer"]),
         *(recommended["strength"], recommended["blend"]),
     )
 
 
 @contextmanager
 def _server() -> Iterator[str]:
-    command = [BIN / "steer-server", "--model", MODEL, "--store", STORE, "--listen", "127.0.0.1:0"]
+    command: list[str | Path] = [BIN / "steer-server", "--model", MODEL, "--store", STORE, "--listen", "127.0.0.1:0"]
     log = STORE.parent / "server.log"
     with log.open("w+") as file:
         process = subprocess.Popen([*command, "--log-format", "json"], stderr=file)
@@ -163,6 +164,11 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
 
 
 def _show(prompt: str, result: ABResult) -> None:
+    console.print(_texts(prompt, result))
+    console.print(_receipts(result))
+
+
+def _texts(prompt: str, result: ABResult) -> Table:
     columns = Table.grid(expand=True, padding=(0, 0))
     names = ["normal", *result.steered]
     for _ in names:
@@ -175,7 +181,10 @@ def _show(prompt: str, result: ABResult) -> None:
             for name, text, style in zip(names, texts, styles, strict=True)
         )
     )
-    console.print(columns)
+    return columns
+
+
+def _receipts(result: ABResult) -> Table:
     receipts = Table(box=None, padding=(0, 1), header_style="dim")
     for title in ("arm", "receipt", "block", "λ", "β", "tokens steered", "dose", "KL", "perplexity"):
         receipts.add_column(title, no_wrap=True, min_width=len(title))
@@ -195,7 +204,7 @@ def _show(prompt: str, result: ABResult) -> None:
             f"{arm.kl.mean:.2f}",
             f"{arm.steered_perplexity:.1f}",
         )
-    console.print(receipts)
+    return receipts
 
 
 if __name__ == "__main__":

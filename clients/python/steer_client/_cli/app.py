@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version as package_version
 from typing import Annotated
 
 import typer
@@ -24,6 +23,9 @@ app = typer.Typer(
 
 def _show_version(is_requested: bool) -> None:
     if is_requested:
+        # Imported here because it is slow to import, and help does without.
+        from importlib.metadata import version as package_version
+
         print(f"steer {package_version('steering-operators')}")
         raise typer.Exit
 
