@@ -22,7 +22,7 @@ from operators.core.errors import SteeringError
 
 @dataclass(frozen=True, eq=False)
 class LayerPush:
-    """The pushes at one layer in one forward pass. Filled by whoever steers the rows."""
+    """The pushes at one layer in one forward pass. Filled by the caller of :meth:`PushHooks.load`."""
 
     rows: torch.Tensor
     """(R,) int64: indices into the batch, each once, on the device of the hidden states."""

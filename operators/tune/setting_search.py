@@ -129,6 +129,7 @@ class _SettingSearch:
         return max((point for point in points if self._is_admitted(point)), key=_quality, default=None)
 
     def _promise(self, points: Sequence[CalibrationPoint]) -> tuple[bool, float, float, float]:
+        """Sorting key of candidates, by their points: whether one is within the bounds, then the best one's quality."""
         best = self.best(points)
         return best is not None, *_quality(best or self._strongest(points))
 

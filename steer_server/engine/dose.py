@@ -30,11 +30,11 @@ def dose_floor(bound: float) -> float:
 def check_strengths(plan: SteeringPlan, dtype: torch.dtype) -> None:
     """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
     resolution = torch.finfo(dtype).eps
-    for use in plan.applications:
+    for application in plan.applications:
         # A smaller push changes only a few elements of the state, and so no longer points in its direction.
-        if 0.0 < abs(use.setting.strength) < resolution:
+        if 0.0 < abs(application.setting.strength) < resolution:
             raise SteeringNotAppliedError(
-                f"{use.name}: strength {use.setting.strength:g} is lost in rounding: hidden states in "
+                f"{application.name}: strength {application.setting.strength:g} is lost in rounding: hidden states in "
                 f"{str(dtype).removeprefix('torch.')} resolve strengths of {resolution:.1g} and more"
             )
 
