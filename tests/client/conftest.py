@@ -16,7 +16,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from steer_client import AsyncSteerClient, OperatorUse, SteerClient
+from steer_client import AsyncSteerClient, OperatorUse, SamplingParams, SteerClient
+from steer_client import _encode as encode
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
@@ -25,6 +26,11 @@ DIGEST = "sha256:" + "1a2b3c4d" * 8
 
 
 RECOMMENDED = {"strength": 0.55, "rule": pb.RULE_CUMULATIVE, "blend": 0.0}
+
+
+def sent(use: OperatorUse) -> pb.OperatorUse:
+    """The use of an operator as the client sends it."""
+    return encode.generate_request("", [use], SamplingParams(), "").operators[0]
 
 
 def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> pb.Receipt:
@@ -279,6 +285,7 @@ def make():
     """The makers of messages, for tests that say what the server answers."""
 
     class Make:
+        sent = staticmethod(sent)
         receipt = staticmethod(make_receipt)
         response = staticmethod(make_response)
         events = staticmethod(make_events)

@@ -126,9 +126,9 @@ def test_an_unusable_operator_is_shown_with_its_problem_alone(steer, fake):
 def test_what_was_recommended_is_said_and_whether_it_was_calibrated(
     steer, fake, make, command, operator, changes, says
 ):
-    from steer_client import OperatorUse, _encode
+    from steer_client import OperatorUse
 
-    use = _encode.operator_use(OperatorUse.parse(operator), "operators[0]")
+    use = make.sent(OperatorUse.parse(operator))
     fake.steered = make.response("one more", receipts=[make.receipt(use, **changes)])
     result = steer(command, "hello", "--operator", operator)
     assert f"✓ golden-gate sha256:1a2b3c4d… layer 20, {says}" in result.stdout + result.stderr

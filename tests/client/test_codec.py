@@ -52,7 +52,7 @@ SAMPLING = st.builds(
 @settings(max_examples=60, deadline=None)
 @given(SAMPLING)
 def test_a_sampling_value_is_on_the_wire_exactly_when_it_is_set_and_as_it_was_set(sampling):
-    sent = pb.SamplingParams.FromString(encode.sampling_message(sampling).SerializeToString())
+    sent = pb.SamplingParams.FromString(encode.generate_request("hi", (), sampling, "").sampling.SerializeToString())
     for each in fields(SamplingParams):
         value = getattr(sampling, each.name)
         if each.name in ("stop_strings", "stop_token_ids"):
@@ -73,7 +73,7 @@ def test_zero_is_not_unset():
     zeros = SamplingParams(
         temperature=0, top_k=0, min_p=0, seed=0, max_tokens=0, ignore_eos=False, logprobs=0, time_limit=0
     )
-    sent = encode.sampling_message(zeros)
+    sent = encode.generate_request("hi", (), zeros, "").sampling
     assert {each.name for each, _ in sent.ListFields()} == {
         "temperature",
         "top_k",
@@ -97,7 +97,7 @@ def test_zero_is_not_unset():
     )
 )
 def test_an_operators_value_is_on_the_wire_exactly_when_it_is_set(use):
-    sent = pb.OperatorUse.FromString(encode.operator_use(use, "operators[0]").SerializeToString())
+    sent = pb.OperatorUse.FromString(request(operators=[use]).operators[0].SerializeToString())
     assert sent.name == use.name
     assert (sent.strength if sent.HasField("strength") else None) == use.strength
     assert (sent.blend if sent.HasField("blend") else None) == use.blend
@@ -119,7 +119,7 @@ def test_an_operators_value_is_on_the_wire_exactly_when_it_is_set(use):
     ],
 )
 def test_a_prompt_is_sent_as_what_it_is(prompt, kind):
-    message = encode.prompt_message(prompt)
+    message = encode.tokenize_request(prompt).prompt
     assert message.WhichOneof("input") == kind
     if kind == "text":
         assert message.text == prompt

@@ -4,7 +4,6 @@ from math import inf, nan, nextafter
 
 import pytest
 from steer_client import OperatorUse, SteeringNotAppliedError
-from steer_client import _encode as encode
 from steering.v1 import generation_pb2 as pb
 
 # Every choice made, every choice left open, and a plan that is to change nothing.
@@ -102,7 +101,7 @@ def answer(fake, make):
     """Has the server answer a request for `use` with one receipt, true but for `changes`."""
 
     def script(use, changes, **response):
-        receipt = make.receipt(encode.operator_use(use, "operators[0]"), **changes)
+        receipt = make.receipt(make.sent(use), **changes)
         fake.steered = make.response(receipts=[receipt], **response)
         return fake.target
 
@@ -161,7 +160,7 @@ def test_a_usage_below_the_tokens_that_came_does_not_lower_what_is_owed(answer, 
 
 def test_operators_at_one_layer_share_a_bound_and_those_at_another_have_their_own(fake, make, any_call):
     uses = [OperatorUse("a", 0.4), OperatorUse("b", -0.6), OperatorUse("c", 0.2), OperatorUse("d", 0.0)]
-    sent = [encode.operator_use(use, "operators") for use in uses]
+    sent = [make.sent(use) for use in uses]
 
     def answer(bounds):
         places = zip(sent, bounds, (20, 20, 7, 20), strict=True)

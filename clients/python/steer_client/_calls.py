@@ -97,8 +97,7 @@ def list_operators() -> Unary[tuple[store.OperatorInfo, ...]]:
 
 def get_operator(name: str) -> Unary[store.OperatorInfo]:
     """One artifact."""
-    request = operators_pb.GetOperatorRequest(name=encode.name(name, "name"))
-    return Unary("operators", "GetOperator", request, decode.one_operator)
+    return Unary("operators", "GetOperator", encode.get_operator_request(name), decode.one_operator)
 
 
 def reload_operators(target: str) -> Unary[store.ReloadReport]:
@@ -118,8 +117,7 @@ def model_info() -> Unary[results.ModelInfo]:
 
 def tokenize(prompt: Prompt) -> Unary[results.Tokenization]:
     """A prompt as it reaches the model."""
-    request = pb.TokenizeRequest(prompt=encode.prompt_message(prompt))
-    return Unary("generation", "Tokenize", request, decode.tokenization)
+    return Unary("generation", "Tokenize", encode.tokenize_request(prompt), decode.tokenization)
 
 
 def health() -> Unary[bool]:

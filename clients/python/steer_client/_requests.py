@@ -98,3 +98,58 @@ class SamplingParams:
 
 #: Every choice left to the server.
 SERVER_DEFAULTS = SamplingParams()
+
+
+# What is sent, by the fields of the contract's messages of the same names.
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInput:
+    """A prompt as the contract's message has it: one of the three is set."""
+
+    text: str | None = None
+    token_ids: Sequence[int] | None = None
+    chat: Chat | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One steered arm of a comparison."""
+
+    name: str
+    operators: Sequence[OperatorUse]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt, one continuation."""
+
+    request_id: str
+    prompt: PromptInput
+    sampling: SamplingParams
+    operators: Sequence[OperatorUse]
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """One prompt, a plain continuation and one per arm."""
+
+    request_id: str
+    prompt: PromptInput
+    sampling: SamplingParams
+    arms: Sequence[Arm]
+    score: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeRequest:
+    """A prompt whose token ids are asked for."""
+
+    prompt: PromptInput
+
+
+@dataclass(frozen=True, slots=True)
+class GetOperatorRequest:
+    """The name of an operator that is asked for."""
+
+    name: str

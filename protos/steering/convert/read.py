@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from datetime import UTC
-from functools import cache, partial
+from functools import partial
 from operator import attrgetter
 from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
 
@@ -15,7 +15,6 @@ from google.protobuf.message import Message
 from steering.convert.fields import WHEN_UNSET, Convert, FieldError, enum_numbers, is_sequence, items, without_none
 
 _T = TypeVar("_T", covariant=True)
-_LEFT_OUT: Any = object()
 _WELL_KNOWN: dict[str, Convert] = {
     "google.protobuf.Duration": lambda message: message.seconds + message.nanos / 1e9,
     "google.protobuf.Timestamp": lambda message: message.ToDatetime(UTC),
@@ -23,7 +22,7 @@ _WELL_KNOWN: dict[str, Convert] = {
 
 
 class Reader(Protocol[_T]):
-    """Makes a dataclass of a message and of ``given``, the fields that the message does not have."""
+    """Makes a dataclass of a message; ``given`` are fields that the message does not have."""
 
     def __call__(self, message: Message, /, **given: Any) -> _T:
         """Raises FieldError for a value of an enum that the dataclass does not know, or a message that is not set."""
@@ -33,47 +32,31 @@ def reader(message: type[Message], cls: type[_T], *, strict: bool = False) -> Re
     """What turns a message into a dataclass. Fields of the message that the dataclass lacks are left out.
 
     ``strict``: a nested message must be set where neither None nor a default can stand for it; else it is read as an
-    empty one. The reader raises TypeError where the dataclass needs more than is in the message and given.
+    empty one.
     """
-    descriptor = cast("Descriptor", message.DESCRIPTOR)
-
-    @cache
-    def reading(given: frozenset[str]) -> Reader[_T]:
-        return _reader(descriptor, cls, strict, given)
-
-    return lambda message, /, **given: reading(frozenset(given))(message, **given)
+    return _reader(cast("Descriptor", message.DESCRIPTOR), cls, strict)
 
 
-def _reader(descriptor: Descriptor, cls: type[_T], strict: bool, without: Container[str] = ()) -> Reader[_T]:
+def _reader(descriptor: Descriptor, cls: type[_T], strict: bool) -> Reader[_T]:
     hints = get_type_hints(cls)
-    plain: list[str] = []
-    converted: list[tuple[str, Convert]] = []
-    for declared in fields(cls):  # type: ignore[arg-type]
-        if declared.name in without:
-            continue
-        field = descriptor.fields_by_name.get(declared.name)
-        if field is None:
-            if _has_default(declared):
-                continue
-            raise TypeError(f"{cls.__name__}.{declared.name} is no field of {descriptor.full_name}")
-        read = _read_field(field, hints[declared.name], declared, strict)
-        if read is None:
-            plain.append(field.name)
-        else:
-            converted.append((field.name, read))
+    declared = fields(cls)  # type: ignore[arg-type]
+    known = [each for each in declared if each.name in descriptor.fields_by_name]
+    names = [each.name for each in known]
+    reads = [_read_field(descriptor.fields_by_name[each.name], hints[each.name], each, strict) for each in known]
+    if len(declared) == len(known) > 1 and not any(reads):
+        get = attrgetter(*names)
+        return cast("Reader[_T]", lambda message: cls(*get(message)))  # nothing is left to be given
+    in_order = known == list(declared[: len(known)])
+    steps = [read or attrgetter(name) for name, read in zip(names, reads, strict=True)]
 
     def read_message(message: Message, /, **given: Any) -> _T:
-        values: dict[str, Any] = {}
-        for name in plain:
-            values[name] = getattr(message, name)
-        for name, read in converted:
-            try:
-                value = read(message)
-            except FieldError as error:
-                raise error.under(name, message) from None
-            if value is not _LEFT_OUT:
-                values[name] = value
-        return cls(**values, **given)
+        values: list[Any] = []
+        try:
+            for step in steps:
+                values.append(step(message))  # noqa: PERF401 - after an error, the length tells whose it is
+        except FieldError as error:
+            raise error.under(names[len(values)], message) from None
+        return cls(*values, **given) if in_order else cls(**dict(zip(names, values, strict=True)), **given)
 
     return read_message
 
@@ -85,7 +68,7 @@ def _read_field(field: FieldDescriptor, hint: Any, declared: Field[Any], strict:
         return _read_items(field, hint, strict)
     hint, optional = without_none(hint)
     convert = _read_one(field, hint, strict)
-    unset = declared.metadata.get(WHEN_UNSET) or _unset(field, optional, _has_default(declared), strict)
+    unset = declared.metadata.get(WHEN_UNSET) or _unset(field, optional, declared, strict)
     if unset is None:
         return None if convert is None else lambda message: convert(get(message))
     is_set: Convert = (lambda message: message.HasField(field.name)) if field.has_presence else get
@@ -128,20 +111,16 @@ def _read_enum(enum: EnumDescriptor, hint: Any) -> Convert:
     return read
 
 
-def _unset(field: FieldDescriptor, optional: bool, has_default: bool, strict: bool) -> Callable[[], Any] | None:
+def _unset(field: FieldDescriptor, optional: bool, declared: Field[Any], strict: bool) -> Callable[[], Any] | None:
     """What makes the value of a field that is not set; None where the field's empty value stands for it."""
     if optional:
         return lambda: None
-    if field.has_presence and has_default:
-        return lambda: _LEFT_OUT
-    if field.has_presence and strict:
-        return partial(_refuse_unset, field.name)
-    return None
+    if not field.has_presence:
+        return None
+    if declared.default is not MISSING:
+        return lambda: declared.default
+    return partial(_refuse_unset, field.name) if strict else None
 
 
 def _refuse_unset(name: str) -> Any:
     raise FieldError(f"`{name}` is not set")
-
-
-def _has_default(declared: Field[Any]) -> bool:
-    return declared.default is not MISSING or declared.default_factory is not MISSING
