@@ -114,6 +114,7 @@ def _positions(analysis: Analysis, images: Mapping[str, ThemedImage]) -> Iterato
 
 
 def _layers(analysis: Analysis, images: Mapping[str, ThemedImage]) -> Iterator[str]:
+    leads = analysis.emergence
     yield "<h2>Layer by layer</h2>"
     yield figure(
         images["emergence"],
@@ -121,8 +122,8 @@ def _layers(analysis: Analysis, images: Mapping[str, ThemedImage]) -> Iterator[s
         caption="Where the answer appears. Circles: the model’s own head on the stream h<sup>(s)</sup> of the last "
         "position (logit lens). Squares and triangles: the top left singular vector u₁ of the map from the last and "
         "from the first token’s embedding to h<sup>(s)</sup>, through the final norm’s weight and the unembedding. "
-        f"The answer leads for good in the stream: {emergence_text(analysis.emergence.stream)}; in u₁ of the "
-        f"last position: {emergence_text(analysis.emergence.last)}; of the first: {emergence_text(analysis.emergence.first)}.",
+        f"The answer leads for good in the stream: {emergence_text(leads.stream)}; in u₁ of the "
+        f"last position: {emergence_text(leads.last)}; of the first: {emergence_text(leads.first)}.",
     )
     yield figure(
         images["dimensions"],

@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 
 from operators.builder.concept import Concept
-from operators.core.errors import BuildError, ReconstructionError
 from operators.core.dtypes import DTYPES
+from operators.core.errors import BuildError, ReconstructionError
 from operators.core.header import DTypeName, Profile
 from operators.maps.jacobian import relative_error
 from operators.maps.replay import Replay, target_hidden_state

@@ -1,7 +1,7 @@
 """How much memory a computation takes beside the model, and how many rows a pass may have within a budget.
 
 A row is one entry of a forward pass's batch: a tangent or cotangent of a build, a text of a trial. The estimates count
-the arrays that are alive at once; tests compare them with those counts, and benchmarks with what a process takes.
+the largest arrays that are alive at once.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 from operators.builder import memory
 from operators.builder.concept import Concept
 from operators.core import capacity
-from operators.core.file_format import MAX_BYTES
 from operators.core.errors import BuildError
+from operators.core.file_format import MAX_BYTES
 from operators.core.header import Member, Profile, Recommended
 from operators.maps.replay import VECTORS_PER_PASS
 from operators.maps.sketch import FIRST_RANK, num_products

@@ -24,7 +24,7 @@ E |J_i^T g|^2 = |(1 - Q Q^T) J_i|_F^2. The residual is thus sampled itself, and 
 When it is good: the error is near the least possible where the singular values of J C^{1/2} decay beyond r; where they
 are flat, no rank-r matrix is close, and the residual says so.
 
-Cost: l (1 + 2q) + PROBES products whatever n is, and about 6 l n d numbers of memory.
+Cost: l (1 + 2q) + PROBES products whatever n is, and a few arrays (l, n, d) of memory (``builder.memory`` counts them).
 """
 
 from __future__ import annotations

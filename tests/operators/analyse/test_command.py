@@ -37,7 +37,7 @@ def no_model(monkeypatch):
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Pictures of nothing: drawing takes most of the time."""
+    """Empty images: drawing takes most of the time."""
     names = ("reconstruction", "spectra", "positions", "emergence", "dimensions", "stream")
     monkeypatch.setattr(plots, "analysis_plots", lambda _found: dict.fromkeys(names, canvas.ThemedImage(b"", b"")))
 
@@ -62,7 +62,7 @@ def test_analyse_writes_report_data_and_plots_and_says_where(run, tmp_path, tiny
     assert answer["emergence"]["stream"] == found.emergence.stream
 
 
-def test_analyse_tells_a_person_the_headlines(run, undrawn, tmp_path):
+def test_analyse_prints_the_headlines_as_lines(run, undrawn, tmp_path):
     result = run("--text", TEXT, "--layer", "2", "--dtype", "float64", "--device", "cpu")
     assert result.exit_code == 0
     lines = dict(re.split(r":\s+", line, maxsplit=1) for line in result.stdout.splitlines())
@@ -86,8 +86,8 @@ def test_compare_writes_table_plot_and_data(run, tmp_path, tiny_directory):
         "comparison.json",
         "stable-ranks.png",
     }
-    told = run("--compare", two[0], "--phrases", "some.txt").stdout
-    assert re.search(r"llama\S*: first [\d.]+ \[[\d.]+–[\d.]+\], last ", told)
+    lines = run("--compare", two[0], "--phrases", "some.txt").stdout
+    assert re.search(r"llama\S*: first [\d.]+ \[[\d.]+–[\d.]+\], last ", lines)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(run, n
     assert error["type"] == "ConceptError"
 
 
-def test_a_missing_matplotlib_is_said_before_the_model_is_loaded(run, no_model, monkeypatch):
+def test_a_missing_matplotlib_is_reported_before_the_model_is_loaded(run, no_model, monkeypatch):
     monkeypatch.setattr(canvas, "find_spec", lambda _name: None)
     for arguments in (["--text", TEXT], ["--compare", "m"]):
         assert "install steering-operators[analyse]" in _refused(run(*arguments))

@@ -142,7 +142,7 @@ def test_the_largest_singular_value_of_a_flat_spectrum_is_accurate():
     assert 0.99 * top <= float(spectra.leading_triplets(matrix, 1).values[0]) <= top * (1 + 1e-12)
 
 
-def test_a_pair_is_turned_towards_the_embedding():
+def test_the_sign_of_a_pair_is_that_of_the_embedding():
     matrix, _, _ = _matrix([3.0, 1.0])
     for x in (torch.ones(24, dtype=torch.float64), -torch.ones(24, dtype=torch.float64)):
         found = spectra.full_spectrum(matrix).facing(x)
@@ -168,5 +168,5 @@ def test_the_sketch_finds_what_the_exact_spectrum_has(tiny, family):
     ("ranks", "layer"),
     [([3, 2, 1, 1], 3), ([1, 1, 1], 1), ([1, 2, 1], 3), ([1, 1, 2], None), ([None, 1], 2), ([1, None], None)],
 )
-def test_an_answer_has_settled_layer_from_the_layer_after_which_it_never_leaves_the_top(ranks, layer):
+def test_an_answer_has_settled_from_the_layer_after_which_it_never_leaves_the_top(ranks, layer):
     assert settled_layer(ranks) == layer

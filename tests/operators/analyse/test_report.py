@@ -26,7 +26,7 @@ def found(tiny):
 
 @pytest.fixture
 def undrawn():
-    """Pictures of nothing: drawing takes most of the time."""
+    """Empty images: drawing takes most of the time."""
     names = ("reconstruction", "spectra", "positions", "emergence", "dimensions", "stream", "stable-ranks")
     return dict.fromkeys(names, canvas.ThemedImage(b"light", b"dark"))
 
@@ -115,7 +115,7 @@ def test_an_analysis_is_consistent_with_the_model_and_with_itself(tiny, family):
     )
 
 
-def test_a_map_that_does_not_reach_has_no_rank(tiny):
+def test_the_map_of_a_position_out_of_reach_has_no_rank(tiny):
     # Block 1 of the tiny Gemma slides over three tokens, so the first of these is out of its sight.
     found = analysis.analyse_prompt("The Golden Gate Bridge", tiny("gemma3"))
     assert len(found.positions) > 3
@@ -149,7 +149,7 @@ def test_texts_that_cannot_be_analysed_are_refused(tiny, monkeypatch):
         analysis.analyse_prompt("The Golden Gate", loaded)
 
 
-def test_maps_are_counted_as_wide_as_they_are_held(tiny, monkeypatch):
+def test_the_size_of_maps_is_counted_in_their_own_dtype(tiny, monkeypatch):
     monkeypatch.setattr(analysis, "MAX_MAP_BYTES", 2 * 40 * 40 * 4)
     with pytest.raises(AnalysisError, match=r"in bfloat16 take 0\.0064 MB each, and at most 2 are held"):
         analysis.analyse_prompt("The Golden Gate", tiny("llama", dtype="bfloat16"))
@@ -262,7 +262,7 @@ def test_phrases_that_cannot_be_read_are_refused_by_line(tmp_path, content, word
         model_summary.read_phrases(path)
 
 
-def test_a_comparison_describes_every_phrase_under_every_model(tiny, undrawn):
+def test_summaries_describe_every_phrase_under_every_model(tiny, undrawn):
     phrases = ("The Golden Gate", "a painting of <b>", "x")
     calls = []
     models = tuple(
@@ -285,7 +285,7 @@ def test_a_comparison_describes_every_phrase_under_every_model(tiny, undrawn):
     assert "a painting of <b>" in "".join(_is_self_contained(document).texts)
 
 
-def test_a_phrase_that_a_model_makes_nothing_finite_of_is_named(tiny):
+def test_a_phrase_whose_output_embedding_is_not_finite_is_named(tiny):
     loaded = tiny("llama", fresh=True)
     loaded.model.get_input_embeddings().weight[loaded.tokenizer("bay")["input_ids"][-1]] = torch.inf
     with pytest.raises(AnalysisError, match=r"phrase 2: the output embedding of 'bay' under tiny-llama is not finite"):

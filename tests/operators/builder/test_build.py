@@ -109,7 +109,7 @@ def test_progress_only_grows_and_ends_at_its_end(tiny, texts, size):
     assert list(done) == sorted(done)
 
 
-def test_an_operator_that_no_reader_would_take_is_refused_before_it_is_computed(tiny, monkeypatch):
+def test_an_operator_larger_than_any_reader_accepts_is_refused_before_it_is_computed(tiny, monkeypatch):
     monkeypatch.setattr(build_spec, "MAX_BYTES", 2 * 40 * 40 * 8)
     monkeypatch.setattr(builder, "exact_jacobian", None)
     with pytest.raises(BuildError, match=r"operator of 3 tokens at hidden size 40 takes 38400 bytes; at most"):
@@ -248,14 +248,14 @@ def test_a_concept_token_that_the_model_does_not_have_is_refused(built):
 
 
 @pytest.mark.parametrize("name", ["factors", "anchor", "substitute_base"])
-def test_a_well_signed_operator_with_wrong_numbers_is_found_out(built, name):
+def test_an_operator_with_a_valid_digest_and_wrong_numbers_is_refused(built, name):
     artifact, loaded = built()
     wrong = _changed(artifact, **{name: getattr(artifact, name) * 1.001})
     with pytest.raises(ReconstructionError, match=r"misses the hidden state|is off by"):
         verify_operator(wrong, loaded)
 
 
-def test_an_operator_of_another_layer_is_found_out(built):
+def test_an_operator_of_another_layer_is_refused(built):
     artifact, loaded = built(layer=2)
     with pytest.raises(ReconstructionError, match=r"misses the hidden state by .* at layer 1"):
         verify_operator(_changed(artifact, {"layer": 1, "injection_layer": 1}), loaded)

@@ -74,7 +74,7 @@ def test_a_tolerance_that_only_the_exact_operator_keeps_gives_the_exact_operator
 
 @pytest.mark.parametrize("rank", ["full", 9])
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_several_texts_give_the_mean_of_their_maps_laid_end_to_end(tiny, family, rank):
+def test_several_texts_give_the_right_aligned_mean_of_their_maps(tiny, family, rank):
     loaded = tiny(family)
     concepts = _concepts(loaded, TEXTS)
     artifact = build_operator(BuildSpec(concepts, layer=2, rank=rank), loaded)
@@ -101,7 +101,7 @@ def test_the_order_of_texts_does_not_change_the_operator(tiny):
 
 
 @pytest.mark.parametrize("name", ["factors", "basis", "anchor", "substitute_base"])
-def test_wrong_numbers_in_any_tensor_of_a_low_rank_operator_are_found_out(tiny, name):
+def test_wrong_numbers_in_any_tensor_of_a_low_rank_operator_are_refused(tiny, name):
     loaded = tiny("llama")
     good = build_operator(BuildSpec(_concepts(loaded, TEXTS), layer=2, rank=6), loaded)
     tensors = {
@@ -172,7 +172,7 @@ def test_sizes_are_read_as_people_write_them(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1 potato", "0", "nan"])
-def test_sizes_that_are_none_are_refused(text):
+def test_a_text_that_is_no_size_is_refused(text):
     with pytest.raises(BuildError, match="a size such as 8GiB or 500MB is accepted"):
         parse_bytes(text)
 
@@ -187,7 +187,7 @@ def test_a_concept_longer_than_what_its_layer_can_see_is_refused(tiny, size):
 
 
 @pytest.mark.parametrize("change", ["another basis", "a basis that is not orthonormal"])
-def test_another_subspace_behind_consistent_numbers_is_found_out(tiny, change):
+def test_another_subspace_with_consistent_numbers_is_refused(tiny, change):
     loaded = tiny("llama")
     good = build_operator(BuildSpec(_concepts(loaded, TEXTS), layer=2, rank=6), loaded)
     dense = build_operator(BuildSpec(_concepts(loaded, TEXTS), layer=2, rank="full"), loaded)

@@ -24,7 +24,7 @@ class Case:
     root: torch.Tensor | None
 
     @property
-    def weighed(self) -> torch.Tensor:
+    def weighted(self) -> torch.Tensor:
         """J C^{1/2}, (n, d, d); J itself where the test vectors are white."""
         return self.dense if self.root is None else self.dense @ self.root
 
@@ -39,7 +39,7 @@ def _case(loaded: LoadedModel, kind: str, ids: tuple[int, ...] = IDS, layer: int
 
 
 @pytest.fixture
-def case(tiny):
+def make_case(tiny):
     return lambda family, kind="white", ids=IDS: _case(tiny(family), kind, ids)
 
 
@@ -52,46 +52,46 @@ def _error(case: Case, found: LowRankMap) -> tuple[float, float]:
     """Of the sketch, and the least of any matrix of that rank (Eckart and Young), in the norm that it was made for."""
     left = case.dense - found.basis.double() @ found.factors.double()
     left = left if case.root is None else left @ case.root
-    sigma = torch.linalg.svdvals(_wide(case.weighed))
+    sigma = torch.linalg.svdvals(_wide(case.weighted))
     return float(left.norm()), float(sigma[found.basis.shape[1] :].norm())
 
 
 @pytest.mark.parametrize("rank", [2, 8, 20])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_the_error_is_at_most_a_fifth_above_the_least_possible(case, family, kind, rank):
-    here = case(family, kind)
-    found = here.sketch(rank)
-    error, least = _error(here, found)
+def test_the_error_is_at_most_a_fifth_above_the_least_possible(make_case, family, kind, rank):
+    case = make_case(family, kind)
+    found = case.sketch(rank)
+    error, least = _error(case, found)
     assert 0 < least <= error * (1 + 1e-12)
     assert error <= 1.2 * least
     assert torch.allclose(found.basis.T @ found.basis, torch.eye(rank, dtype=torch.float64), atol=1e-12)
 
 
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_a_weighted_sketch_is_better_than_a_white_one_where_it_counts(case, family):
-    weighted = case(family, "weighted")
+def test_a_weighted_sketch_is_better_than_a_white_one_where_it_counts(make_case, family):
+    weighted = make_case(family, "weighted")
     white = sketch(weighted.replay, 8, root=None)
     assert _error(weighted, weighted.sketch(8))[0] < _error(weighted, white)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_the_full_rank_leaves_nothing(case, family, kind):
-    here = case(family, kind)
-    found = here.sketch(here.replay.shape[1])
-    assert relative_error(found.basis @ found.factors, here.dense) <= 1e-12
+def test_the_full_rank_leaves_no_residual(make_case, family, kind):
+    case = make_case(family, kind)
+    found = case.sketch(case.replay.shape[1])
+    assert relative_error(found.basis @ found.factors, case.dense) <= 1e-12
     assert max(found.residuals) <= 1e-12
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_the_stated_residual_is_the_true_one_within_a_fifth(case, family, kind, rank):
-    here = case(family, kind)
-    found = here.sketch(rank)
-    left = (here.dense - found.basis @ found.factors).flatten(1).norm(dim=1)
-    true = left / here.dense.flatten(1).norm(dim=1)
+def test_the_stated_residual_is_the_true_one_within_a_fifth(make_case, family, kind, rank):
+    case = make_case(family, kind)
+    found = case.sketch(rank)
+    left = (case.dense - found.basis @ found.factors).flatten(1).norm(dim=1)
+    true = left / case.dense.flatten(1).norm(dim=1)
     assert len(found.residuals) == len(IDS)
     for stated, residual in zip(found.residuals, true.tolist(), strict=True):
         assert stated == pytest.approx(residual, rel=0.2)
@@ -100,52 +100,52 @@ def test_the_stated_residual_is_the_true_one_within_a_fifth(case, family, kind, 
 @pytest.mark.parametrize("rank", [1, 2, 7])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_at_the_concept_any_rank_is_exact(case, family, kind, rank):
-    here = case(family, kind)
-    found = here.sketch(rank)
-    value = found.basis @ torch.einsum("nrd,nd->r", found.factors, here.replay.x) + here.replay.offset
-    assert relative_error(value, here.replay.y) <= 1e-12
+def test_at_the_concept_any_rank_is_exact(make_case, family, kind, rank):
+    case = make_case(family, kind)
+    found = case.sketch(rank)
+    value = found.basis @ torch.einsum("nrd,nd->r", found.factors, case.replay.x) + case.replay.offset
+    assert relative_error(value, case.replay.y) <= 1e-12
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", SOME_FAMILIES)
-def test_singular_values_that_have_converged_are_those_of_scipy(case, family, kind):
-    here, rank, iterations = case(family, kind), 8, 16
-    found = here.sketch(rank, power_iterations=iterations).singular_values
-    n, d = here.replay.shape
-    root = torch.eye(d, dtype=torch.float64) if here.root is None else here.root
+def test_singular_values_that_have_converged_are_those_of_scipy(make_case, family, kind):
+    case, rank, iterations = make_case(family, kind), 8, 16
+    found = case.sketch(rank, power_iterations=iterations).singular_values
+    n, d = case.replay.shape
+    root = torch.eye(d, dtype=torch.float64) if case.root is None else case.root
     operator = LinearOperator(
         shape=(d, n * d),
         dtype="float64",
-        matvec=lambda v: here.replay.jvp(torch.from_numpy(v).view(1, n, d) @ root)[0].numpy(),
-        rmatvec=lambda u: (here.replay.vjp(torch.from_numpy(u).view(1, d)) @ root).flatten().numpy(),
+        matvec=lambda v: case.replay.jvp(torch.from_numpy(v).view(1, n, d) @ root)[0].numpy(),
+        rmatvec=lambda u: (case.replay.vjp(torch.from_numpy(u).view(1, d)) @ root).flatten().numpy(),
     )
     values = svds(operator, k=rank, tol=1e-12, rng=0, return_singular_vectors=False)
     expected = torch.tensor(sorted(values, reverse=True))
     # A sketch of l columns and q power iterations misses sigma_k by about (sigma_{l+1}/sigma_k)^{4q}.
     columns = rank + OVERSAMPLE
     assert len(found) == columns
-    beyond = torch.linalg.svdvals(_wide(here.weighed))[columns - 1]
+    beyond = torch.linalg.svdvals(_wide(case.weighted))[columns - 1]
     converged = (beyond / expected) ** (4 * iterations) <= 1e-7
     assert int(converged.sum()) >= 2
     assert torch.allclose(found[:rank][converged], expected[converged], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("family", "ids"), [("llama", IDS), ("llama", IDS[:1]), ("llama", IDS * 5), ("gemma3", IDS)])
-def test_the_cost_depends_on_the_rank_alone(case, family, ids):
-    here = case(family, ids=ids)
+def test_the_cost_depends_on_the_rank_alone(make_case, family, ids):
+    case = make_case(family, ids=ids)
     for rank, power_iterations in ((1, 1), (8, 1), (8, 3)):
-        before = here.replay.products
-        here.sketch(rank, power_iterations=power_iterations)
+        before = case.replay.products
+        case.sketch(rank, power_iterations=power_iterations)
         columns = rank + OVERSAMPLE
-        expected = num_products(rank, here.replay.shape[1], power_iterations=power_iterations)
-        assert here.replay.products - before == expected == columns * (1 + 2 * power_iterations) + PROBES
+        expected = num_products(rank, case.replay.shape[1], power_iterations=power_iterations)
+        assert case.replay.products - before == expected == columns * (1 + 2 * power_iterations) + PROBES
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_seed_gives_one_sketch_and_another_seed_another(case, kind):
-    here = case("llama", kind)
-    first, again, other = here.sketch(5), here.sketch(5), here.sketch(5, seed=1)
+def test_a_seed_gives_one_sketch_and_another_seed_another(make_case, kind):
+    case = make_case("llama", kind)
+    first, again, other = case.sketch(5), case.sketch(5), case.sketch(5, seed=1)
     assert torch.equal(first.basis, again.basis)
     assert torch.equal(first.factors, again.factors)
     assert first.residuals == again.residuals
@@ -153,9 +153,9 @@ def test_a_seed_gives_one_sketch_and_another_seed_another(case, kind):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 41])
-def test_a_rank_outside_the_width_is_refused(case, rank):
+def test_a_rank_outside_the_width_is_refused(make_case, rank):
     with pytest.raises(ValueError, match=f"rank is {rank}; 1 to 40 are accepted"):
-        case("llama").sketch(rank)
+        make_case("llama").sketch(rank)
 
 
 def test_the_root_squared_is_the_second_moment_of_the_table(tiny):
@@ -171,12 +171,12 @@ def test_the_root_squared_is_the_second_moment_of_the_table(tiny):
 def test_the_default_model_is_sketched_as_well(smollm, kind):
     loaded = smollm("float32")
     ids = tuple(loaded.tokenizer("The Golden Gate Bridge in San")["input_ids"])
-    here = _case(loaded, kind, ids, layer=6)
-    found = here.sketch(64)
-    error, least = _error(here, found)
+    case = _case(loaded, kind, ids, layer=6)
+    found = case.sketch(64)
+    error, least = _error(case, found)
     assert error <= 1.2 * least
-    value = found.basis @ torch.einsum("nrd,nd->r", found.factors, here.replay.x)
-    assert relative_error(value, here.replay.y) <= 5e-6
-    left = (here.dense - found.basis.double() @ found.factors.double()).flatten(1).norm(dim=1)
-    true = left / here.dense.flatten(1).norm(dim=1)
+    value = found.basis @ torch.einsum("nrd,nd->r", found.factors, case.replay.x)
+    assert relative_error(value, case.replay.y) <= 5e-6
+    left = (case.dense - found.basis.double() @ found.factors.double()).flatten(1).norm(dim=1)
+    true = left / case.dense.flatten(1).norm(dim=1)
     assert found.residuals == pytest.approx(true.tolist(), rel=0.2)
