@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
-from steer_client._streams import StartedCall, StreamState
+from steer_client._streams import StartedCall, Stream
 from steer_client._translate import cancelled
 
 Item = TypeVar("Item")
@@ -28,7 +28,7 @@ def task_is_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-class AsyncStream(StreamState[Item, Result]):
+class AsyncStream(Stream[Item, Result]):
     """Iterate it once with `async for` for its items, then read `.result`."""
 
     def __init__(self, call: StartedCall[Item, Result]) -> None:
@@ -57,29 +57,14 @@ class AsyncStream(StreamState[Item, Result]):
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._rpc.cancel)
 
-    async def _next(self) -> Item:
-        if self._is_cancelled:
-            raise cancelled()
-        if self._is_closed:
-            raise StopAsyncIteration
+    async def _read_event(self) -> Any:
         try:
-            while (event := await self._rpc.read()) is not grpc.aio.EOF:
-                item = self._reducer.feed(event)
-                if item is not None:
-                    return item
-            self._finish()
-        except grpc.RpcError as error:
-            self._is_closed = True
-            raise self._translate_error(error) from error
+            event = await self._rpc.read()
         except asyncio.CancelledError:
-            self._abandon()
             if task_is_cancelled():
                 raise
             raise cancelled() from None
-        except BaseException:
-            self._abandon()
-            raise
-        raise StopAsyncIteration
+        return None if event is grpc.aio.EOF else event
 
 
 class _AsyncItems(AsyncIterator[Item]):
@@ -88,7 +73,7 @@ class _AsyncItems(AsyncIterator[Item]):
         self._stream = stream
 
     async def __anext__(self) -> Item:
-        return await self._stream._next()
+        return await self._stream._next_item()
 
     def __del__(self) -> None:
         self._stream._abandon_from_any_thread()

@@ -62,7 +62,7 @@ def method(
 
     @functools.wraps(coroutine_function)
     def on_blocking(client: Any, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        return _run(coroutine_function(client, *args, **kwargs))
+        return run_to_end(coroutine_function(client, *args, **kwargs))
 
     return DualMethod(on_blocking, coroutine_function)
 
@@ -92,7 +92,8 @@ def _wrapped(
     return started
 
 
-def _run(coroutine: Coroutine[Any, Any, Result]) -> Result:
+def run_to_end(coroutine: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a coroutine that never suspends. Raises RuntimeError for one that does."""
     try:
         coroutine.send(None)
     except StopIteration as end:

@@ -1,7 +1,8 @@
-"""What a blocking and an asyncio stream have in common: the call, and its state as its events are read."""
+"""What a blocking and an asyncio stream have in common: the call, its state, and how its events become items."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -10,6 +11,7 @@ import grpc
 
 from steer_client._errors import SteerError
 from steer_client._events import Reducer
+from steer_client._translate import cancelled
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,7 +26,7 @@ class StartedCall(Generic[Item, Result]):
     translate_error: Callable[[grpc.RpcError], SteerError]
 
 
-class StreamState(Generic[Item, Result]):
+class Stream(ABC, Generic[Item, Result]):
     """One RPC whose events become items, and whose end becomes a result."""
 
     def __init__(self, call: StartedCall[Item, Result]) -> None:
@@ -54,6 +56,30 @@ class StreamState(Generic[Item, Result]):
     def cancel(self) -> None:
         """Ends the call on the server. Reading on raises RequestCancelledError."""
         self._abandon()
+
+    @abstractmethod
+    async def _read_event(self) -> Any:
+        """The next event of the RPC, None at its end. On a blocking stream it never suspends."""
+
+    async def _next_item(self) -> Item:
+        """The next item. Raises StopAsyncIteration at the end, else a SteerError."""
+        if self._is_cancelled:
+            raise cancelled()
+        if self._is_closed:
+            raise StopAsyncIteration
+        try:
+            while (event := await self._read_event()) is not None:
+                item = self._reducer.feed(event)
+                if item is not None:
+                    return item
+            self._finish()
+        except grpc.RpcError as error:
+            self._is_closed = True
+            raise self._translate_error(error) from error
+        except BaseException:
+            self._abandon()
+            raise
+        raise StopAsyncIteration
 
     def _begin_iteration(self) -> None:
         if self._is_iterated:

@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import grpc
-
+from steer_client._dual_method import run_to_end
 from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
-from steer_client._streams import StreamState
-from steer_client._translate import cancelled
+from steer_client._streams import Stream
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class SyncStream(StreamState[Item, Result]):
+class SyncStream(Stream[Item, Result]):
     """Iterate it once for its items, then read `.result`."""
 
     def __iter__(self) -> Iterator[Item]:
@@ -34,24 +32,8 @@ class SyncStream(StreamState[Item, Result]):
     def __del__(self) -> None:
         self._abandon()
 
-    def _next(self) -> Item:
-        if self._is_cancelled:
-            raise cancelled()
-        if self._is_closed:
-            raise StopIteration
-        try:
-            for event in self._rpc:
-                item = self._reducer.feed(event)
-                if item is not None:
-                    return item
-            self._finish()
-        except grpc.RpcError as error:
-            self._is_closed = True
-            raise self._translate_error(error) from error
-        except BaseException:
-            self._abandon()
-            raise
-        raise StopIteration
+    async def _read_event(self) -> Any:
+        return next(self._rpc, None)
 
 
 class _Items(Iterator[Item]):
@@ -61,7 +43,10 @@ class _Items(Iterator[Item]):
         self._stream = stream
 
     def __next__(self) -> Item:
-        return self._stream._next()
+        try:
+            return run_to_end(self._stream._next_item())
+        except StopAsyncIteration:
+            raise StopIteration from None
 
     def __del__(self) -> None:
         self._stream._abandon()
