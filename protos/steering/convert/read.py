@@ -94,7 +94,8 @@ def _read_one(field: FieldDescriptor, hint: Any, strict: bool) -> Convert | None
     if field.message_type is None:
         return None
     if is_sequence(hint):
-        return _read_items(field.message_type.fields[0], hint, strict)
+        [only] = field.message_type.fields
+        return _read_items(only, hint, strict)
     return _WELL_KNOWN.get(field.message_type.full_name) or _reader(field.message_type, hint, strict)
 
 

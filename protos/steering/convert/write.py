@@ -124,7 +124,7 @@ def _write_trusted(field: FieldDescriptor, kind: Any, accept: Accept | None) -> 
     if field.message_type is None:
         return None
     if is_sequence(kind):
-        only = field.message_type.fields[0]
+        [only] = field.message_type.fields
         write = _write_field(only, kind, accept) or list
         return lambda value: {only.name: write(value)}
     return _WELL_KNOWN.get(field.message_type.full_name) or _keywords(field.message_type, kind, accept)

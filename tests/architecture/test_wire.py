@@ -1,0 +1,266 @@
+"""Every field of the contract is a field of the server's dataclass and of the client's, and crosses unchanged.
+
+A field that is added to a message is checked here without a line of its own; a message that is added needs its row.
+"""
+
+import math
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Annotated, get_args, get_type_hints
+
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steer_client import _decode as decode
+from steer_client import _requests as requests
+from steer_client import _results as results
+from steer_client import _store as store
+from steer_client._accept import accept
+from steering.convert import enum_numbers, reader, writer
+from steering.convert.fields import is_sequence, without_none
+from steering.v1 import generation_pb2 as pb
+from steering.v1 import operators_pb2 as ops
+
+from steer_server import types
+from steer_server.registry import StoreChanges
+from steer_server.rpc import codec
+from steer_server.rpc.operator_codec import store_changes
+from steer_server.types.limits import Bounded, NotEmpty, Range
+
+TEXT = results.Generation("", "", (), results.FinishReason.EOS, None, None, None, (), (), 0)
+LIMITS = ("server_version", "max_queue", "max_arms", "max_dose")
+
+
+def model_info(model, message):
+    return codec.model_info(model, **{name.removeprefix("server_"): getattr(message, name) for name in LIMITS})
+
+
+# message: the server's dataclass, the client's, how the server sends it, how the client reads it.
+RESULTS = {
+    pb.Started: (types.Started, None, lambda it, _: codec.generate_event(it).started, None),
+    pb.Delta: (types.Delta, results.TextDelta, lambda it, _: codec.generate_event(it).delta, decode.delta),
+    pb.GenerateResponse: (types.Completion, results.Generation, lambda it, _: codec.completion(it), decode.generation),
+    pb.Comparison: (
+        types.Comparison,
+        results.ArmResult,
+        lambda it, _: codec.compare_event(types.Compared((it,))).compared.comparisons[0],
+        partial(decode.arm_result, steered=TEXT),
+    ),
+    pb.TokenizeResponse: (
+        types.Tokenization,
+        results.Tokenization,
+        lambda it, _: codec.tokenization(it),
+        decode.tokenization,
+    ),
+    pb.GetModelInfoResponse: (types.ModelInfo, results.ModelInfo, model_info, decode.model_info),
+    ops.ReloadOperatorsResponse: (
+        StoreChanges,
+        store.ReloadReport,
+        lambda it, _: store_changes(it),
+        decode.reload_report,
+    ),
+}
+# message: the server's dataclass, the client's, how the server reads it.
+REQUESTS = {
+    pb.GenerateRequest: (types.GenerationRequest, requests.GenerateRequest, codec.generation_request),
+    pb.CompareRequest: (types.CompareRequest, requests.CompareRequest, codec.compare_request),
+    pb.TokenizeRequest: (
+        types.TokenizeRequest,
+        requests.TokenizeRequest,
+        lambda message: types.TokenizeRequest(codec.prompt(message.prompt)),
+    ),
+}
+SIDES = {
+    "server": {message: row[0] for message, row in (RESULTS | REQUESTS).items()},
+    # Of ops.Operator, the server's side is tests/server/rpc/test_operator_codec.py: it is written from the artifact.
+    "client": {message: row[1] for message, row in (RESULTS | REQUESTS).items() if row[1] is not None}
+    | {ops.Operator: store.OperatorInfo, ops.GetOperatorRequest: requests.GetOperatorRequest},
+}
+LACKS = {
+    # The configuration's, not the model's.
+    "server": {f"GetModelInfoResponse.{name}" for name in LIMITS},
+    # The key of ABResult.steered, and what ArmResult.kl has in one.
+    "client": {f"Comparison.{name}" for name in ("arm", "kl_mean", "kl_p95", "kl_per_token")},
+}
+NO_DATACLASS = {
+    # Events and lists, which the services put together and the client's reducers take apart.
+    *("GenerateEvent", "CompareEvent", "CompareFinished", "ListOperatorsResponse", "GetOperatorResponse"),
+    # What the server alone names.
+    "Started",
+    # Stands for a tuple.
+    "TokenIds",
+    # Empty.
+    *("ListOperatorsRequest", "ReloadOperatorsRequest", "GetModelInfoRequest"),
+}
+
+
+def without_limits(hint):
+    return get_args(hint)[0] if hasattr(hint, "__metadata__") else hint
+
+
+def one_of(field, hint):
+    """The type of one value of a field."""
+    kind, _ = without_none(without_limits(hint))
+    return get_args(kind)[0] if field.is_repeated else kind
+
+
+def parts(field, kind):
+    """The messages inside a field, each with its type; of one that stands for a tuple, those of the tuple."""
+    nested = field.message_type
+    if nested is None or nested.file.package != "steering.v1":
+        return
+    if is_sequence(kind):
+        [only] = nested.fields
+        yield from parts(only, one_of(only, kind))
+    else:
+        yield nested, kind
+
+
+def walk(descriptor, cls):
+    """(message, field, type or None) for every field of a message and of those inside it."""
+    hints = get_type_hints(cls, include_extras=True)
+    for field in descriptor.fields:
+        hint = hints.get(field.name)
+        yield descriptor.name, field, hint
+        for nested in () if hint is None else parts(field, one_of(field, hint)):
+            yield from walk(*nested)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_every_field_of_the_contract_has_its_place(side):
+    found = [each for message, cls in SIDES[side].items() for each in walk(message.DESCRIPTOR, cls)]
+    assert {f"{message}.{field.name}" for message, field, hint in found if hint is None} == LACKS[side]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_every_value_of_an_enum_has_its_name(side):
+    found = {}
+    for message, cls in SIDES[side].items():
+        for _, field, hint in walk(message.DESCRIPTOR, cls):
+            if field.enum_type is not None:
+                kind = one_of(field, hint)
+                found[field.enum_type.name] = {value.lower() for value in get_args(kind) or kind}
+    assert found == {enum.name: set(enum_numbers(enum)) for enum in pb.DESCRIPTOR.enum_types_by_name.values()}
+
+
+def test_every_message_of_the_contract_is_accounted_for():
+    contract = {name for file in (pb, ops) for name in file.DESCRIPTOR.message_types_by_name}
+    walked = {message for top, cls in SIDES["client"].items() for message, _, _ in walk(top.DESCRIPTOR, cls)}
+    assert contract == walked | NO_DATACLASS
+    assert not walked & NO_DATACLASS
+
+
+def messages(message, cls):
+    """Messages, as the keywords of their constructor, that ``cls`` accepts."""
+    hints = get_type_hints(cls, include_extras=True)
+    values = {field.name: values_of(field, hints.get(field.name)) for field in message.fields}
+    for oneof in message.oneofs:
+        alternatives = [st.fixed_dictionaries({field.name: values[field.name]}) for field in oneof.fields]
+        if len(alternatives) > 1:
+            return st.one_of(alternatives)
+    return st.fixed_dictionaries(values)
+
+
+def values_of(field, hint):
+    """What a field may hold; None too, where it may be unset."""
+    limits = getattr(hint, "__metadata__", ())
+    kind, optional = without_none(without_limits(hint))
+    if field.is_repeated:
+        return st.lists(one_value(field, get_args(kind)[0], limits), min_size=least_size(limits), max_size=3)
+    one = one_value(field, kind, limits)
+    alternatives = field.containing_oneof is not None and len(field.containing_oneof.fields) > 1
+    return st.none() | one if optional and not alternatives else one
+
+
+def least_size(limits):
+    return int(any(isinstance(limit, NotEmpty) for limit in limits))
+
+
+def one_value(field, kind, limits):
+    if field.message_type is Duration.DESCRIPTOR:
+        return st.integers(1, 10**12).map(lambda us: Duration(seconds=us // 10**6, nanos=us % 10**6 * 1000))
+    if is_sequence(kind):
+        [only] = field.message_type.fields
+        return st.fixed_dictionaries({only.name: values_of(only, Annotated[kind, *limits] if limits else kind)})
+    if field.message_type is not None:
+        return messages(field.message_type, kind)
+    bounds = next((limit for limit in limits if isinstance(limit, Range)), Range())
+    texts = next((limit for limit in limits if isinstance(limit, Bounded)), Bounded(max_characters=8))
+    low, high = max(bounds.minimum, bounds.above), bounds.maximum
+    if field.enum_type is not None:
+        return st.sampled_from(list(enum_numbers(field.enum_type).values()))
+    if field.type == field.TYPE_STRING:
+        least = max(texts.min_characters, least_size(limits))
+        return st.text(st.characters(codec="utf-8"), min_size=least, max_size=least + 8)
+    if field.type == field.TYPE_BOOL:
+        return st.booleans()
+    if field.type == field.TYPE_DOUBLE:
+        return st.floats(low, high, exclude_min=low == bounds.above > -math.inf, allow_nan=False).filter(math.isfinite)
+    least, most = (0, 2**64 - 1) if field.type == field.TYPE_UINT64 else (-(2**31), 2**31 - 1)
+    return st.integers(int(max(low, least)), int(min(high, most)))
+
+
+def drawn(data, message, cls):
+    """A message that both sides accept: what ties its fields together is here."""
+    made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
+    if message is pb.CompareRequest:
+        for index, arm in enumerate(made.arms):
+            arm.name = f"arm {index}"
+    if message is pb.Comparison and made.kl_per_token:
+        made.kl_mean = max(made.kl_per_token)
+    if message is pb.TokenizeResponse:
+        made.tokens[:] = map(str, made.token_ids)
+    return made
+
+
+def assert_same(server, client):
+    """Every field that both dataclasses have has one value; the client has None for a text that is not there."""
+    for field in fields(client):
+        if not hasattr(server, field.name):
+            continue
+        ours, theirs = getattr(server, field.name), getattr(client, field.name)
+        if not isinstance(ours, tuple):
+            ours, theirs = (ours,), (theirs,)
+        assert len(ours) == len(theirs), field.name
+        for one, other in zip(ours, theirs, strict=True):
+            if is_dataclass(one):
+                assert_same(one, other)
+            else:
+                assert other == one or (one, other) == ("", None), field.name
+
+
+@pytest.mark.parametrize("message", RESULTS, ids=lambda message: message.DESCRIPTOR.name)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_an_answer_reaches_the_client_as_the_server_has_it(message, data):
+    cls, _, send, receive = RESULTS[message]
+    sent = drawn(data, message, cls)
+    answer = reader(message, cls)(sent)
+    assert send(answer, sent) == sent
+    if receive is not None:
+        assert_same(answer, receive(message.FromString(sent.SerializeToString())))
+
+
+def as_client(value, kind):
+    """A value of the server's as the client's type for the same field."""
+    kind, _ = without_none(kind)
+    if isinstance(value, tuple):
+        if is_dataclass(kind):
+            [only] = fields(kind)
+            return kind(as_client(value, get_type_hints(kind)[only.name]))
+        return tuple(as_client(each, get_args(kind)[0]) for each in value)
+    if not is_dataclass(value):
+        return value
+    hints = get_type_hints(kind)
+    return kind(**{name: as_client(getattr(value, name), hint) for name, hint in hints.items()})
+
+
+@pytest.mark.parametrize("message", REQUESTS, ids=lambda message: message.DESCRIPTOR.name)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_request_reaches_the_server_as_the_client_has_it(message, data):
+    cls, client, receive = REQUESTS[message]
+    request = receive(drawn(data, message, cls))
+    sent = writer(message, client, accept)(as_client(request, client))
+    assert receive(message.FromString(sent.SerializeToString())) == request
