@@ -120,9 +120,9 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
         return False
     pairs = [(doses, other["layers"][layer]) for layer, doses in one["layers"].items()]
     return all(
-        len(mine) == len(theirs)
-        and all(isclose(a, b, rel_tol=_DOSE_TOLERANCE) for a, b in zip(mine, theirs, strict=True))
-        for mine, theirs in pairs
+        len(first) == len(second)
+        and all(isclose(a, b, rel_tol=_DOSE_TOLERANCE) for a, b in zip(first, second, strict=True))
+        for first, second in pairs
     )
 
 
