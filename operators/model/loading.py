@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from operators.core.capacity import format_bytes, free_memory
-from operators.core.errors import ModelError
 from operators.core.dtypes import DTYPES
+from operators.core.errors import ModelError
 from operators.core.header import DTypeName
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
@@ -71,7 +71,7 @@ def default_model() -> str:
     return os.environ.get("STEER_MODEL") or DEFAULT_MODEL
 
 
-def load_model(name: str, *, dtype: DTypeName, device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
+def load_model(name: str, *, dtype: DTypeName = "float32", device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
     """Loads a model by built-in name, local directory or GGUF file (de-quantised once), or Hugging Face id.
 
     Raises:

@@ -1,0 +1,97 @@
+"""A model that is steered inside a ``with`` block: ``generate`` and any other forward pass of transformers.
+
+    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|        at the input of the operator's injection layer, at every token
+
+The directions are those of :mod:`operators.core.apply`, hence those of the server. One sequence at a time, with a KV
+cache or without; a pass that continues another sequence than the last one is an error, never a wrong direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from operators.core.apply import Direction, Setting, prepare
+from operators.core.artifact import OperatorArtifact
+from operators.core.errors import IncompatibleOperatorError, SteeringError
+from operators.core.hooks import LayerPush, PushHooks
+from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
+
+
+@contextmanager
+def steered(loaded: LoadedModel, operator: OperatorArtifact, setting: Setting | None = None) -> Iterator[None]:
+    """Inside the block, ``loaded.model`` is steered by one operator; afterwards it is the plain model again.
+
+    Args:
+        setting: strength lambda, rule and blend beta; None means what the operator recommends. A strength of 0 leaves
+            every bit of the model's output alone.
+
+    Raises:
+        IncompatibleOperatorError: the operator was built on another model or tokenizer.
+        SteeringError: at entry, the anchor has no direction; in a forward pass, the batch has more than one row, the
+            input is not token ids, the KV cache is not that of the last pass, or a hidden state was not moved.
+    """
+    header = operator.header
+    for name, expected, found in (
+        ("model fingerprint", header.model_fingerprint, loaded.fingerprint),
+        ("tokenizer fingerprint", header.tokenizer_fingerprint, loaded.tokenizer_fingerprint),
+    ):
+        if found != expected:
+            raise IncompatibleOperatorError(
+                f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
+            )
+    if setting is None:
+        setting = Setting(header.recommended.strength, header.recommended.rule, header.recommended.blend)
+    if setting.strength == 0.0:
+        yield
+        return
+    layer = header.injection_layer
+    with PushHooks(decoder_layers(loaded.model), [layer]) as hooks, ExitStack() as removal:
+        steering = _SequenceSteering(loaded, operator, setting, hooks)
+        decoder = loaded.model.get_decoder()
+        removal.callback(decoder.register_forward_pre_hook(steering.before_pass, with_kwargs=True).remove)
+        removal.callback(decoder.register_forward_hook(steering.after_pass).remove)
+        yield
+
+
+class _SequenceSteering:
+    """The pushes of each forward pass over one sequence, from the token ids of the pass and the length of its cache."""
+
+    def __init__(self, loaded: LoadedModel, operator: OperatorArtifact, setting: Setting, hooks: PushHooks) -> None:
+        self._model, self._hooks, self._setting = loaded.model, hooks, setting
+        self._layer = operator.header.injection_layer
+        self._prepared = prepare(operator, loaded.device)
+        self._rows = torch.tensor([0], device=loaded.device)
+        self._direction = Direction(self._prepared, setting)
+        self._num_fed = 0
+
+    def before_pass(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None or ids.shape[0] != 1:
+            found = "embeddings" if ids is None else f"{ids.shape[0]} rows"
+            raise SteeringError(f"a forward pass over {found}; token ids of one sequence are accepted")
+        cache = kwargs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        if start == 0:
+            self._direction, self._num_fed = Direction(self._prepared, self._setting), 0
+        if start != self._num_fed:
+            raise SteeringError(
+                f"a forward pass after {start} tokens; the last one ended after {self._num_fed}, and a sequence is "
+                "steered token by token"
+            )
+        x = block_input(self._model, embed(self._model, ids[0]), start=start)
+        push = self._setting.strength / 2.0 * self._direction.advance(x)
+        self._num_fed += len(ids[0])
+        self._hooks.load({self._layer: LayerPush(self._rows, push[None])})
+
+    def after_pass(self, *_: Any) -> None:
+        doses = self._hooks.doses()[self._layer]
+        if not bool(((doses > 0) & torch.isfinite(doses)).all()):
+            raise SteeringError(
+                f"layer {self._layer}: a hidden state was moved by {float(doses.min())} of its norm; a positive, "
+                "finite change is needed"
+            )
