@@ -87,6 +87,20 @@ def test_the_python_runs_and_prints_a_line_per_strength(environment, target):
     assert re.findall(r"^λ = (\S+):.*dose 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
 
 
+def test_the_library_builds_keeps_and_steers_in_twelve_lines(environment, tmp_path):
+    [program] = [block for block in blocks("python") if "steer_client" not in block]
+    assert program.count("\n") <= 12
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    error, text = done.stdout.split("\n", 1)
+    assert float(error) <= 1e-5
+    assert "ocean" in text.removeprefix("I went to see the")
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["blue-ocean.safetensors"]
+
+
 def test_a_client_that_knows_only_the_address_can_ask(environment, target):
     [shown] = [block for block in blocks("sh") if "buf curl" in block]
     assert '"receipts"' in run(shown.replace(ADDRESS, target), environment, shell=True)
