@@ -3,9 +3,12 @@
 A field that is added to a message is checked here without a line of its own; a message that is added needs its row.
 """
 
+import json
 import math
+import re
 from dataclasses import fields, is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
 import pytest
@@ -28,6 +31,7 @@ from steer_server.rpc import codec
 from steer_server.rpc.operator_codec import store_changes
 from steer_server.types.limits import Bounded, NotEmpty, Range
 
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = results.Generation("", "", (), results.FinishReason.EOS, None, None, None, (), (), 0)
 LIMITS = ("server_version", "max_queue", "max_arms", "max_dose")
 
@@ -142,6 +146,20 @@ def test_every_value_of_an_enum_has_its_name(side):
                 kind = one_of(field, hint)
                 found[field.enum_type.name] = {value.lower() for value in get_args(kind) or kind}
     assert found == {enum.name: set(enum_numbers(enum)) for enum in pb.DESCRIPTOR.enum_types_by_name.values()}
+
+
+def test_the_servers_defaults_are_those_that_the_contract_documents():
+    source = (ROOT / "protos/steering/v1/generation.proto").read_text(encoding="utf-8")
+    [body] = re.findall(r"^message SamplingParams \{(.*?)^\}", source, re.MULTILINE | re.DOTALL)
+    # A comment that ends with, say, "Default 1 (off).", and the field below it.
+    field = r"Default:? ([\w.]+?)[ .].*\n *(?:optional )?[\w.]+ (\w+) ="
+    documented = {name: default for default, name in re.findall(field, body)}
+    # Beside each is what the server does with a request that leaves it unset.
+    undocumented = {"stop_strings": (), "stop_token_ids": (), "logprobs": None}
+    assert documented.pop("seed") == "drawn"
+    parsed = {name: None if text == "none" else json.loads(text) for name, text in documented.items()}
+    declared = {field.name: field.default for field in fields(types.SamplingParams)}
+    assert parsed | undocumented | {"seed": 0} == declared
 
 
 def test_every_message_of_the_contract_is_accounted_for():

@@ -63,7 +63,7 @@ def test_what_is_not_set_takes_the_documented_default():
     sampling = _sampling()
     found = {field.name: getattr(sampling, field.name) for field in fields(sampling)}
     assert 0 <= found.pop("seed") < 2**63
-    assert found == {
+    documented = {
         "temperature": 0.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -76,6 +76,8 @@ def test_what_is_not_set_takes_the_documented_default():
         "logprobs": None,
         "time_limit": None,
     }
+    # What the contract says of every field, these too, is held by tests/architecture/test_wire.py.
+    assert {name: found[name] for name in documented} == documented
 
 
 def test_seeds_and_request_ids_that_are_not_given_are_drawn():

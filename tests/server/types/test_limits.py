@@ -1,0 +1,62 @@
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+
+from steer_server.errors import InvalidRequestError
+from steer_server.types import Arm, OperatorUse, SamplingParams
+from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("temperature", math.nan, "is nan; accepted: a finite number of 0 or more"),
+        ("temperature", math.inf, "is inf; accepted: a finite number of 0 or more"),
+        ("top_p", 0.0, "is 0.0; accepted: a number above 0, at most 1"),
+        ("top_p", math.nan, "is nan; accepted: a number above 0, at most 1"),
+        ("top_k", -1, "is -1; accepted: 0 (off) or more"),
+        ("min_p", 1.5, "is 1.5; accepted: a number from 0 to 1"),
+        ("repetition_penalty", 0.0, "is 0.0; accepted: a number from 0.01 to 100"),
+        ("max_tokens", 0, "is 0; accepted: 1 or more"),
+        ("logprobs", 21, "is 21; accepted: 0 to 20"),
+        ("time_limit", 0.0, "is 0.0; accepted: a duration above 0"),
+        ("stop_strings", ("a", ""), "has 2 items of [1, 0] characters; accepted: at most 64, of 1 to 1024 characters"),
+    ],
+)
+def test_an_error_says_the_field_the_value_and_what_is_accepted(name, value, problem):
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(**{name: value})
+    assert str(caught.value) == f"sampling.{name}: {problem}"
+
+
+def test_the_ends_of_a_range_are_in_it_but_for_the_one_above():
+    within = Range(0.5, 2.0).problem
+    assert [within(value) is None for value in (0.5, 2.0, math.nextafter(0.5, 0), math.nextafter(2, 3))] == [
+        *(True, True),
+        *(False, False),
+    ]
+    assert Range(above=0.5).problem(0.5) is not None
+    assert Range(above=0.5).problem(math.nextafter(0.5, 1)) is None
+
+
+def test_a_text_is_bounded_by_its_characters():
+    assert Bounded(max_characters=2).problem("東京") is None
+    assert Bounded(max_characters=2).problem("abc") == "has 3 characters; at most 2 are accepted"
+
+
+@dataclass(frozen=True)
+class Request:
+    arms: Annotated[tuple[Arm, ...], NotEmpty("arm")]
+    note: Annotated[str | None, Bounded(max_characters=1)] = None
+
+
+def test_a_part_that_does_not_check_itself_is_checked_by_its_place():
+    use = OperatorUse("golden")
+    check_fields(Request((Arm("a", (use,)),)), "request")
+    with pytest.raises(InvalidRequestError) as caught:
+        check_fields(Request((Arm("a", (use,)), Arm("b", ()))), "request")
+    assert str(caught.value) == "request.arms[1].operators: is empty; at least one operator is needed"
+    with pytest.raises(InvalidRequestError, match=r"^arms: is empty; at least one arm is needed"):
+        check_fields(Request(()))
