@@ -33,8 +33,8 @@ app.command()(combine)
 app.command()(analyse)
 
 
-def _tell_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"{COMMAND} {__version__}")
         raise typer.Exit
 
@@ -42,10 +42,10 @@ def _tell_version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """What concerns no command in particular."""
+    """Options that belong to no command."""
 
 
 def main() -> None:

@@ -67,21 +67,25 @@ class PreparedOperator:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device) -> PreparedOperator:
-        """The same on another device; on its own, itself."""
+        """The same operator on ``device``; without a copy where it is there already."""
 
         def place(tensor: torch.Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device)
 
-        return PreparedOperator(**{each.name: place(getattr(self, each.name)) for each in fields(self)})
+        return PreparedOperator(**{field.name: place(getattr(self, field.name)) for field in fields(self)})
 
 
 def prepared_bytes(artifact: OperatorArtifact) -> int:
-    """What :func:`prepare` makes of it takes on the device."""
+    """Bytes of the :class:`PreparedOperator` that :func:`prepare` makes of it."""
     return artifact.nbytes // artifact.factors.element_size() * torch.float32.itemsize
 
 
 def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperator:
-    """Moves an operator to ``device``. Raises :class:`SteeringError` when its anchor has no direction."""
+    """An operator's tensors in float32 on ``device``, with its anchor normalised: y/|y|.
+
+    Raises:
+        SteeringError: the anchor is zero or not finite, so that it has no direction.
+    """
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=device, dtype=torch.float32)
@@ -138,12 +142,12 @@ class Direction:
 def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """B_{j mod n} x_j, (T, r): ``x`` (T, d) float32, ``positions`` (T,) = j on the CPU, of any sequences."""
     n, rank, _ = operator.factors.shape
-    found = x.new_empty(x.shape[0], rank)
+    products = x.new_empty(x.shape[0], rank)
     blocks = positions % n
     for block in sorted(set(blocks.tolist())):
-        where = (blocks == block).nonzero().squeeze(-1).to(x.device)
-        found[where] = x[where] @ operator.factors[block].T
-    return found
+        rows = (blocks == block).nonzero().squeeze(-1).to(x.device)
+        products[rows] = x[rows] @ operator.factors[block].T
+    return products
 
 
 def cumulative(operator: PreparedOperator, sums: torch.Tensor) -> torch.Tensor:

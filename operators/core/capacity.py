@@ -1,4 +1,4 @@
-"""How much memory there is, what is said where there is too little, and how people write sizes."""
+"""How much memory is free, errors where it is not enough, and sizes as text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 from operators.core.errors import BuildError
 
 if TYPE_CHECKING:
-    # Sizes are read where torch is not needed yet.
+    # Parsing a size must not import torch.
     import torch
 
 _SHARE_OF_FREE = 0.8
 _CPU_IS_FULL = "can't allocate memory"
-"""What torch says in a RuntimeError of no kind of its own."""
+"""Torch raises a plain RuntimeError with this text where the CPU has no memory left."""
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a build may use on ``device`` when nobody says: most of what is free."""
+    """Bytes that a build may use on ``device`` by default: most of what is free."""
     if device.type == "cuda":
         import torch
 
@@ -31,7 +31,10 @@ def free_memory(device: torch.device) -> int:
 
 @contextmanager
 def memory_errors_as_build_errors() -> Iterator[None]:
-    """Around what takes memory: where there is not enough, a :class:`BuildError` says so."""
+    """Translates the errors of Python and torch for too little memory; others pass.
+
+    Raises :class:`BuildError`, with the amount that was needed where torch names it.
+    """
     import torch
 
     try:
@@ -39,8 +42,8 @@ def memory_errors_as_build_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or _CPU_IS_FULL in str(error)):
             raise
-        asked = re.search(r"allocate (\d[\d.]*) (\w+)", str(error))
-        needed = f": {asked[1]} {asked[2]} more are needed" if asked else ""
+        amount = re.search(r"allocate (\d[\d.]*) (\w+)", str(error))
+        needed = f": {amount[1]} {amount[2]} more are needed" if amount else ""
         raise BuildError(
             f"there is not enough memory{needed}; a lower rank, shorter or fewer texts, or a smaller --max-memory "
             "needs less"
@@ -67,7 +70,7 @@ def format_bytes(size: int) -> str:
 
 
 def _available() -> int:
-    # What the kernel says can be had without swapping, and where it says nothing, the unused pages.
+    # The kernel estimates what can be allocated without swapping; where it does not, the unused pages.
     try:
         with open("/proc/meminfo") as file:
             found = re.search(r"^MemAvailable:\s+(\d+) kB", file.read(), re.MULTILINE)

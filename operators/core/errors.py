@@ -5,13 +5,13 @@ OperatorError
 ├── ConceptFileError        a file of concepts has mistakes
 ├── ModelError              the model cannot be found or loaded
 │   └── UnsupportedModelError   its architecture has no detach table
-├── BuildError              a build was asked for that makes no sense (layer out of range, ...)
+├── BuildError              a build that cannot be made (layer out of range, too little memory, ...)
 │   └── ReconstructionError     sum J x does not give back the hidden state
 ├── AnalysisError           an analysis that cannot be made, read or written
 ├── StoreError              a name that is not allowed, is missing, or is taken
 ├── ArtifactError           a file is not a whole, valid operator
 │   └── IncompatibleOperatorError   it is valid, and belongs to another model
-├── TrialError              a calibration that makes no sense, or a prompt that cannot be tried
+├── TrialError              a calibration with invalid bounds, or a prompt that cannot be continued
 └── SteeringError           a direction that cannot be formed
     └── SettingError            a strength, rule or blend that is not accepted
 
@@ -68,7 +68,7 @@ class IncompatibleOperatorError(ArtifactError):
 
 
 class TrialError(OperatorError):
-    """A calibration was asked for that makes no sense, or a prompt cannot be tried."""
+    """The calibration has invalid bounds or options, or a prompt cannot be continued."""
 
 
 class SteeringError(OperatorError):

@@ -158,7 +158,7 @@ def parse_file_header(file: BinaryIO, num_bytes: int, *, source: str) -> FileHea
 
 
 def parse_header(header_json: str, *, source: str) -> OperatorHeader:
-    """An operator's own header out of its JSON. Raises :class:`ArtifactError` naming the first field that is wrong."""
+    """Parses an operator's own header. Raises :class:`ArtifactError` naming the first field that is not accepted."""
     try:
         return OperatorHeader.model_validate_json(header_json, strict=True)
     except ValidationError as error:

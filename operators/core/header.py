@@ -28,8 +28,8 @@ _Word = Annotated[str, Field(max_length=MAX_WORD)]
 
 _Text = Annotated[str, Field(max_length=MAX_CONCEPT)]
 _Ids = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=1, max_length=MAX_CONCEPT)]
-_Share = Annotated[float, Field(ge=0.0, le=1.0)]
-_Positive = Annotated[float, Field(ge=0.0)]
+_Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+_NonNegative = Annotated[float, Field(ge=0.0)]
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -48,7 +48,7 @@ class Recommended(BaseModel):
 
     strength: float = 0.5
     rule: Rule = "cumulative"
-    blend: _Share = 0.0
+    blend: _Fraction = 0.0
 
 
 class ConceptText(BaseModel):
@@ -71,13 +71,13 @@ class Member(BaseModel):
 
 
 class LowRank(BaseModel):
-    """How J_i ~ U B_i was found, and what it left out. Filled by :mod:`operators.builder.build`."""
+    """How J_i ~ U B_i was computed, and its residuals. Filled by :mod:`operators.builder.build`."""
 
     model_config = _STRICT
 
     rank: _Count
-    residuals: tuple[_Positive, ...] = Field(min_length=1, max_length=MAX_CONCEPT)
-    """|J_i - U B_i|_F / |J_i|_F per position, as random probes measured it."""
+    residuals: tuple[_NonNegative, ...] = Field(min_length=1, max_length=MAX_CONCEPT)
+    """|J_i - U B_i|_F / |J_i|_F per position, as random probes estimate it."""
     weighting: Literal["embedding", "white"]
     """The covariance of the test vectors: that of the embedding table, or the identity."""
     oversample: Annotated[int, Field(ge=0)]
@@ -86,41 +86,41 @@ class LowRank(BaseModel):
 
 
 class CalibrationPoint(BaseModel):
-    """One setting, tried. Filled by :mod:`operators.tune.calibrate`."""
+    """What a calibration measured at one setting. Filled by :mod:`operators.tune.calibrate`."""
 
     model_config = _STRICT
 
     layer: _Count
     rule: Rule
-    blend: _Share
+    blend: _Fraction
     strength: float
     texts: _Count
-    """How many were written: one for each of the first so many prompts."""
-    kl_p95: _Positive
+    """Number of steered texts: one for each of the first prompts."""
+    kl_p95: _NonNegative
     """95th percentile over the tokens of the steered texts of KL(plain || steered), in nats."""
-    hit_rate: _Share
+    hit_rate: _Fraction
     """Share of the texts that hold one of the concept's words."""
-    perplexity_ratio: _Positive
+    perplexity_ratio: _NonNegative
     """Perplexity of the steered texts under the plain model, over that of the plain texts."""
-    distinct_2: _Share
-    """Pairs of neighbouring tokens that a text has not had before, over all pairs."""
+    distinct_2: _Fraction
+    """Distinct pairs of neighbouring tokens of a text, over all of its pairs."""
 
 
 class Calibration(BaseModel):
-    """The curves that a recommendation was read off. Filled by :mod:`operators.tune.calibrate`."""
+    """The points that a calibration measured, and the one that it chose. Filled by :mod:`operators.tune.calibrate`."""
 
     model_config = _STRICT
 
     words: tuple[_Word, ...] = Field(min_length=1, max_length=MAX_WORDS)
-    kl_budget: _Positive
-    max_perplexity_ratio: _Positive
-    min_distinct_ratio: _Share
+    kl_budget: _NonNegative
+    max_perplexity_ratio: _NonNegative
+    min_distinct_ratio: _Fraction
     """Bound of the texts' distinct-2, over that of the plain texts."""
     prompts: _Count
     tokens: _Count
-    plain_hit_rate: _Share
-    plain_perplexity: _Positive
-    plain_distinct_2: _Share
+    plain_hit_rate: _Fraction
+    plain_perplexity: _NonNegative
+    plain_distinct_2: _Fraction
     points: tuple[CalibrationPoint, ...] = Field(max_length=4096)
     chosen: Annotated[int, Field(ge=0)] | None
     """Index of the point that became the recommendation; None where none beat the plain model within the bounds."""
@@ -164,12 +164,12 @@ class OperatorHeader(BaseModel):
     low_rank: LowRank | None = None
     """None for an exact operator."""
     tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """The residual that was asked for in place of a rank; where only the exact operator keeps it, that was taken."""
+    """The residual that was given in place of a rank; the operator is exact where no lower rank keeps to it."""
     words: tuple[_Word, ...] = Field(default=(), max_length=MAX_WORDS)
     """Words that show the concept in a text, for a calibration."""
     recommended: Recommended
     calibration: Calibration | None = None
-    reconstruction_error: _Positive
+    reconstruction_error: _NonNegative
     """|sum J_i x_i + c - y| / |y|; of several texts, the worst of each text's own map (not of the mean)."""
     builder_version: _Word
     created: AwareDatetime

@@ -1,4 +1,4 @@
-"""A progress bar with the time left, on stderr, where somebody watches."""
+"""What long computations report while they run, and the progress bars that show it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
-    """Shows nothing."""
+    """Ignores the progress."""
 
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """One line per kind of thing that is counted."""
+    """Bars with the time left on stderr, one for each kind of thing counted; nothing where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 

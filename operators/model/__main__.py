@@ -11,7 +11,7 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        for wanted in sys.argv[1:] or [default_model()]:
-            print(f"model {wanted}: {obtain(wanted)}")
-    except ModelError as problem:
-        sys.exit(str(problem))
+        for name in sys.argv[1:] or [default_model()]:
+            print(f"model {name}: {obtain(name)}")
+    except ModelError as error:
+        sys.exit(str(error))

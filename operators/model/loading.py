@@ -29,7 +29,7 @@ DEFAULT_MODEL = "smollm2-135m"
 class LoadedModel:
     """A causal language model in evaluation mode, its tokenizer, and what tells it from others.
 
-    ``name`` is what the user asked for; the fingerprints are those recorded in artifacts.
+    ``name`` is the name that it was loaded by; the fingerprints are those recorded in artifacts.
     """
 
     name: str
@@ -62,7 +62,7 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int:
-        """Positions that the model was made for."""
+        """Upper bound of the tokens in one sequence."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
 
@@ -84,7 +84,7 @@ def load_model(name: str, *, dtype: DTypeName = "float32", device: str = "cpu", 
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
     transformers_logging.disable_progress_bar()
-    # The hub's client reports each of its retries, twice; the error that ends them says the same.
+    # The hub's client logs each of its retries twice; the error after the last one says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         _check_fits(name, source, dtype, torch.device(device))
@@ -101,7 +101,7 @@ def load_model(name: str, *, dtype: DTypeName = "float32", device: str = "cpu", 
 
 
 def _check_fits(name: str, source: str, dtype: DTypeName, device: torch.device) -> None:
-    # A model without storage: its parameters are counted before gigabytes of them are read.
+    # A model without storage counts the parameters before gigabytes of them are read.
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -128,12 +128,12 @@ def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder blocks of a causal language model, first to last. Raises :class:`ModelError`."""
-    return _part(model, ("layers", "h"), nn.ModuleList)
+    return _find_module(model, ("layers", "h"), nn.ModuleList)
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last block and the head. Raises :class:`ModelError`."""
-    return _part(model, ("norm", "ln_f"), nn.Module)
+    return _find_module(model, ("norm", "ln_f"), nn.Module)
 
 
 def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -156,10 +156,10 @@ def block_input(model: PreTrainedModel, embeddings: torch.Tensor, *, start: int 
     return x
 
 
-_Part = TypeVar("_Part", bound=nn.Module)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
-def _part(model: PreTrainedModel, names: tuple[str, ...], kind: type[_Part]) -> _Part:
+def _find_module(model: PreTrainedModel, names: tuple[str, ...], kind: type[_Module]) -> _Module:
     decoder = model.get_decoder()
     for name in names:
         part = getattr(decoder, name, None)

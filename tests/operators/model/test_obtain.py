@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from operators.core.capacity import format_bytes
 from operators.core.errors import ModelError
+from operators.model import gguf_conversion
 from operators.model import obtain as obtaining
 from operators.model.loading import load_model
 from operators.model.obtain import obtain
@@ -133,7 +134,7 @@ def test_a_converted_file_is_not_converted_again_and_another_content_is(
     _write(path, tiny_tokenizer)
     first = obtain(str(path))
     with monkeypatch.context() as patch:
-        patch.setattr(obtaining, "_convert", None)
+        patch.setattr(obtaining, "convert_gguf", None)
         assert obtain(str(path)) == first
     _write(path, tiny_tokenizer, general__name="another")
     assert obtain(str(path)) not in (first, path)
@@ -166,8 +167,8 @@ def test_the_tokenizer_begins_texts_with_bos_where_the_file_says_so(says, adds, 
 
 
 def test_a_sentencepiece_tokenizer_adds_bos_unless_the_file_says_otherwise():
-    assert obtaining._adds_bos({"tokenizer.ggml.model": "llama"})
-    assert not obtaining._adds_bos({"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_bos_token": False})
+    assert gguf_conversion.adds_bos({"tokenizer.ggml.model": "llama"})
+    assert not gguf_conversion.adds_bos({"tokenizer.ggml.model": "llama", "tokenizer.ggml.add_bos_token": False})
 
 
 def test_a_conversion_is_logged_and_draws_no_bar_where_nobody_watches(
@@ -175,9 +176,9 @@ def test_a_conversion_is_logged_and_draws_no_bar_where_nobody_watches(
 ):
     _write(tmp_path / "a.gguf", tiny_tokenizer)
     capfd.readouterr()
-    with caplog.at_level(logging.INFO, "operators.model.obtain"):
+    with caplog.at_level(logging.INFO, "operators.model"):
         obtain(str(tmp_path / "a.gguf"))
-    lines = [record.getMessage() for record in caplog.records if record.name == "operators.model.obtain"]
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("operators.model.")]
     assert lines == ["converting a.gguf to safetensors (about a minute)", "converting its tokenizer"]
     assert "%" not in capfd.readouterr().err
 
@@ -186,7 +187,7 @@ def test_a_file_whose_numbers_do_not_fit_is_refused_before_they_are_read(
     empty_cache, tiny_tokenizer, tmp_path, monkeypatch
 ):
     numbers = sum(weights.numel() for weights in _write(tmp_path / "a.gguf", tiny_tokenizer).values())
-    monkeypatch.setattr(obtaining, "free_memory", lambda _device: 4 * numbers - 1)
+    monkeypatch.setattr(gguf_conversion, "free_memory", lambda _device: 4 * numbers - 1)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("read"))
     size = re.escape(format_bytes(4 * numbers))
     words = rf"a\.gguf takes {size} of memory where it is de-quantised, to float32; .* may be"
@@ -216,7 +217,7 @@ def _no_space(monkeypatch, tmp_path):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(obtaining, "_convert", full)
+    monkeypatch.setattr(obtaining, "convert_gguf", full)
     return tmp_path / "a.gguf", r"model '.*a\.gguf': No space left on device"
 
 
