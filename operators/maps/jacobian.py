@@ -70,7 +70,11 @@ def dense_map(replay: Replay) -> DenseMap:
 
 
 def detached_jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int, profile: Profile) -> DenseMap:
-    """The detached Jacobian at layer ``layer`` for the prompt ``ids``, from its replay.
+    """The detached Jacobian of the prompt ``ids`` (n tokens) at layer ``layer``, from 1 to L.
+
+    Returns:
+        J (n, d, d) and c (d,) with sum_i J_i x_i + c = y (Golden, section 3), at least in float32: y (d,) is
+        h^(layer)_{n-1}, or its final norm for the profile golden. ``reconstruction_error`` measures that equation.
 
     Raises:
         UnsupportedModelError: the model's architecture has no detach table.
@@ -79,7 +83,7 @@ def detached_jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: in
 
 
 def ordinary_jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int, profile: Profile) -> DenseMap:
-    """The Jacobian of the model as it is, by autograd through its forward pass. ``offset`` is left at 0.
+    """The Jacobian dh^(layer)_{n-1}/dx_i, (n, d, d), of the model as it is, by autograd. ``offset`` is left at 0.
 
     Inside a ``with detached(model)`` block, the gradients are the detached ones, and so is this Jacobian: computed
     without a replay, it is what :func:`detached_jacobian` is tested against.

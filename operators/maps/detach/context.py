@@ -45,6 +45,9 @@ for _name, _function in _FROZEN_ATTENTION.items():
 def detached(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block, gradients of ``model`` follow the detached rules; values stay what they were.
 
+    The gradient of a hidden state h (d,) with respect to the embeddings x_i (d,) is then J_i with sum_i J_i x_i + c = h
+    (Golden, section 3), where the ordinary gradient only describes small changes of x.
+
     The model is restored however the block ends. Two threads must not do this to one model at a time.
 
     Raises:
