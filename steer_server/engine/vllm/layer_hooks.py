@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from operators.core.apply import steer
-from steer_server.engine.vllm.step_push import StepPush
 from steer_server.engine.vllm.pushes import TokenSpan
 from steer_server.engine.vllm.scoring import KeptStates
+from steer_server.engine.vllm.step_push import StepPush
 from steer_server.engine.vllm.version_check import require_names
 
 PUSH_OP = "steering::push"
