@@ -17,8 +17,8 @@ import time
 import torch
 
 from operators.core.apply import PreparedOperator, steer
-from steer_server.engine.vllm.pushes import TokenSpan
-from steer_server.engine.vllm.step_steering import LoadedOperator, StepSteering
+from steer_server.engine.vllm.worker.pushes import TokenSpan
+from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 POSITIONS, RANK = 6, 64

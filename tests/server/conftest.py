@@ -15,9 +15,9 @@ from operators.core.header import Calibration, CalibrationPoint, OperatorHeader,
 from operators.model.loading import LoadedModel
 from steer_server.engine.hf.decode import Decoder, InterruptionCheck
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
-from steer_server.engine.vllm.pushes import TokenSpan
-from steer_server.engine.vllm.step_push import StepPush
-from steer_server.engine.vllm.step_steering import LoadedOperator, StepSteering
+from steer_server.engine.vllm.worker.pushes import TokenSpan
+from steer_server.engine.vllm.worker.step_push import StepPush
+from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.types import (
     Application,

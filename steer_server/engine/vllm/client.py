@@ -15,8 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.measurements import merge_measurements
-from steer_server.engine.vllm.scoring import POSITIONS_PER_CALL
-from steer_server.engine.vllm.worker_protocol import OperatorSetting, SteeringArgs
+from steer_server.engine.vllm.worker_protocol import POSITIONS_PER_CALL, OperatorSetting, SteeringArgs
 from steer_server.errors import EngineFailedError
 
 _POLL_SECONDS = 0.5

@@ -20,7 +20,7 @@ from steer_server.errors import StartupError
 
 DEVICE: str = current_platform.device_type
 """What the installed vLLM computes on: cpu, cuda (ROCm too) or another."""
-WORKER = "steer_server.engine.vllm.worker.SteeringWorker"
+WORKER = "steer_server.engine.vllm.worker.worker.SteeringWorker"
 _EXACT_TOLERANCE, _ROUNDED_TOLERANCE = 0.02, 1.0
 """Nats, see :func:`logprob_tolerance`: for float32 on a CPU, and where anything is rounded to fewer bits. Measured:
 bfloat16 changes SmolLM2 by 0.13 and Gemma 3 270M by 0.04; two different models are several nats apart."""

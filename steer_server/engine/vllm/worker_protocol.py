@@ -13,6 +13,9 @@ from steer_server.types import SteeringPlan
 EXTRA_ARGS_KEY = "steering"
 """Key of vLLM's ``SamplingParams.extra_args`` under which a request carries its :class:`SteeringArgs`."""
 
+POSITIONS_PER_CALL = 64
+"""Positions of a text that one call scores: bounds the logits, (positions, vocabulary), that a worker holds at once."""
+
 WorkerCall = Callable[..., Awaitable[Sequence[Any]]]
 """``await call(method, *args)``: the answers of all workers, in order of their ranks."""
 

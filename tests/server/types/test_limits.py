@@ -37,7 +37,7 @@ def test_the_ends_of_a_range_are_in_it_but_for_the_one_above():
         *(True, True),
         *(False, False),
     ]
-    assert Range(above=0.5).problem(0.5) is not None
+    assert Range(above=0.5).problem(0.5) == "is 0.5; accepted: a finite number above 0.5"
     assert Range(above=0.5).problem(math.nextafter(0.5, 1)) is None
 
 

@@ -5,8 +5,8 @@ import torch
 
 from operators.core.apply import prepare
 from steer_server.engine.dose import dose_limit
-from steer_server.engine.vllm.request_state import LayerDoses
-from steer_server.engine.vllm.step_steering import LoadedOperator
+from steer_server.engine.vllm.worker.request_state import LayerDoses
+from steer_server.engine.vllm.worker.step_steering import LoadedOperator
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 CUMULATIVE = OperatorSetting("exact", "cumulative", 0.5, 0.0)

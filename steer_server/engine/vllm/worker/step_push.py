@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from steer_server.engine.vllm.pushes import TokenSpan, concatenate_ranges, copy_to_device
+from steer_server.engine.vllm.worker.pushes import TokenSpan, concatenate_ranges, copy_to_device
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from steer_server.engine.vllm.version_check import require_attributes
+from steer_server.engine.vllm.worker.version_check import require_attributes
 
 BeforeStep = Callable[[Sequence[str], "np.ndarray[Any, Any]", "np.ndarray[Any, Any]", torch.Tensor], None]
 """``before_step(requests, starts, computed, ids)``: called before every forward pass.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from steer_server.engine.vllm.pushes import TokenSpan
+from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 

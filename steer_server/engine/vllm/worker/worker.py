@@ -17,14 +17,14 @@ import torch
 from vllm.platforms import current_platform
 
 from operators.core.apply import PreparedOperator
-from steer_server.engine.vllm.layer_hooks import PUSH_OP, forward_pass, install_hooks, make_embedder
 from steer_server.engine.vllm.limits import check_supported
-from steer_server.engine.vllm.pushes import TokenSpan, copy_to_device
-from steer_server.engine.vllm.runner_hooks import V1RunnerHook, V2RunnerHook
-from steer_server.engine.vllm.scoring import KeptStates, score_states
-from steer_server.engine.vllm.step_push import StepPush
-from steer_server.engine.vllm.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
+from steer_server.engine.vllm.worker.layer_hooks import PUSH_OP, forward_pass, install_hooks, make_embedder
+from steer_server.engine.vllm.worker.pushes import TokenSpan, copy_to_device
+from steer_server.engine.vllm.worker.runner_hooks import V1RunnerHook, V2RunnerHook
+from steer_server.engine.vllm.worker.scoring import KeptStates, score_states
+from steer_server.engine.vllm.worker.step_push import StepPush
+from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import SteeringArgs
 
 if current_platform.is_cpu():

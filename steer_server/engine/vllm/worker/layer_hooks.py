@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from operators.core.apply import steer
-from steer_server.engine.vllm.pushes import TokenSpan
-from steer_server.engine.vllm.scoring import KeptStates
-from steer_server.engine.vllm.step_push import StepPush
-from steer_server.engine.vllm.version_check import require_names
+from steer_server.engine.vllm.worker.pushes import TokenSpan
+from steer_server.engine.vllm.worker.scoring import KeptStates
+from steer_server.engine.vllm.worker.step_push import StepPush
+from steer_server.engine.vllm.worker.version_check import require_names
 
 PUSH_OP = "steering::push"
 

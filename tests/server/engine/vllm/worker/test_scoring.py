@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from steer_server.engine.vllm.scoring import KeptStates, score_states
+from steer_server.engine.vllm.worker.scoring import KeptStates, score_states
 
 VOCABULARY, WIDTH = 11, 6
 HEAD = torch.randn(WIDTH, VOCABULARY, generator=torch.Generator().manual_seed(9))

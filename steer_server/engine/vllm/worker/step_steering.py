@@ -23,9 +23,9 @@ import torch
 from operators.core.apply import PreparedOperator, terms
 from operators.core.header import Rule
 from steer_server.engine.dose import dose_floor, dose_limit
-from steer_server.engine.vllm.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
-from steer_server.engine.vllm.request_state import RequestMeasurement, RequestState, not_steered
-from steer_server.engine.vllm.step_push import StepPush, combine_pushes
+from steer_server.engine.vllm.worker.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
+from steer_server.engine.vllm.worker.request_state import RequestMeasurement, RequestState, not_steered
+from steer_server.engine.vllm.worker.step_push import StepPush, combine_pushes
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 EmbedPrefix = Callable[[str, int], torch.Tensor]

@@ -1,7 +1,7 @@
 """Scores: the last hidden states that a worker keeps of two requests, and the divergence of their distributions.
 
-A long text is scored a few positions at a time (:data:`POSITIONS_PER_CALL`), so that the tokens of other requests are
-decoded in between.
+A long text is scored a few positions at a time (``worker_protocol.POSITIONS_PER_CALL``), so that the tokens of other
+requests are decoded in between.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-
-POSITIONS_PER_CALL = 64
-"""Bounds the logits, (positions, vocabulary), that are held at once."""
 
 
 @dataclass(eq=False)
