@@ -40,8 +40,10 @@ class Range:
 
     def _in_words(self) -> str:
         integer = isinstance(self.minimum, int)
-        if self.above > -math.inf:
+        if self.above > -math.inf and self.maximum < math.inf:
             return f"a number above {self.above:g}, at most {self.maximum:g}"
+        if self.above > -math.inf:
+            return f"a finite number above {self.above:g}"
         if self.maximum == math.inf:
             return f"{'' if integer else 'a finite number of '}{self.minimum:g} or more"
         return f"{'' if integer else 'a number from '}{self.minimum:g} to {self.maximum:g}"
