@@ -9,7 +9,7 @@ Mappings of Large Language Models", TMLR 2025), stored as one file.
     concept = concept_from_text("The Golden Gate Bridge in San Francisco", model)
     operator = build_operator(BuildSpec((concept,), layer=15), model)
     print(operator.header.reconstruction_error)  # |sum_i J_i x_i + c - y| / |y|: the map gives back the hidden state
-    store = Store("operators")
+    store = Store("my-operators")
     store.save("golden-gate", operator)
 
     prompt = model.tokenizer("My favourite place is", return_tensors="pt")
