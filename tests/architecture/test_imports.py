@@ -72,7 +72,11 @@ def tree(tmp_path_factory) -> Path:
 def broken_contracts(tree: Path) -> list[str]:
     path = os.pathsep.join(str(tree / part) for part in ("", "clients/python", "protos"))
     result = subprocess.run(
-        [LINT, "--no-cache"], cwd=tree, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+        [LINT, "--no-cache"],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
     )
     return [line.removesuffix(" BROKEN") for line in result.stdout.splitlines() if line.endswith(" BROKEN")]
 
