@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         StoreError,
         TrialError,
         UnsupportedModelError,
+        VectorError,
     )
     from operators.core.file_format import FileHeader, read_file_header
     from operators.core.header import OperatorHeader, Recommended
@@ -115,6 +116,7 @@ __all__ = [
     "StoreError",
     "TrialError",
     "UnsupportedModelError",
+    "VectorError",
     "WeightedMap",
     "WeightedOperator",
     "__version__",
