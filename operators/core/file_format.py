@@ -2,8 +2,8 @@
 
 The file is a safetensors file: the length of a JSON header (8 bytes, little endian), that header, and the bytes of the
 tensors without gaps. Tensors: ``jacobian`` (n, d, d), or ``basis`` (d, r) and ``factors`` (n, r, d) of a low-rank
-operator; ``anchor`` (d,), ``substitute_base`` (d,) and, for affine maps, ``offset`` (d,). A vector has ``anchor`` alone.
-The safetensors metadata holds format and version, the operator's own header as JSON (:class:`OperatorHeader`), and the
+operator; ``anchor`` (d,), ``substitute_base`` (d,) and, for affine maps, ``offset`` (d,). Of a vector: ``anchor``. The
+safetensors metadata holds format and version, the operator's own header as JSON (:class:`OperatorHeader`), and the
 digest, a sha256 over that header and every tensor, which :func:`operators.core.artifact.read_artifact` verifies.
 """
 
