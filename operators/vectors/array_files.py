@@ -76,7 +76,9 @@ def _check_directory(data: bytes, source: str) -> None:
     if end < 0 or end + 16 > len(data):
         raise VectorError(f"{source}: not a whole npz file (its list of members is missing: truncated)")
     size = int.from_bytes(data[end + 12 : end + 16], "little")
-    if size > _MAX_DIRECTORY or data[max(end - 20, 0) : end].startswith(_END_64):
+    if data[max(end - 20, 0) : end].startswith(_END_64):
+        raise VectorError(f"{source}: a zip64 archive, as torch.save writes them to hold pickles; {ACCEPTED}")
+    if size > _MAX_DIRECTORY:
         raise VectorError(f"{source}: its list of members takes {size} bytes; at most {_MAX_DIRECTORY} are read")
 
 
