@@ -45,7 +45,8 @@ tokenizer = AutoTokenizer.from_pretrained(job["model"])
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 if job["back"]:
     made, back = (ControlVector.import_gguf(job[name]) for name in ("file", "back"))
-    print(json.dumps({"layers": sorted(back.directions), "equal": bool(made == back)}))
+    equal = [layer for layer, direction in back.directions.items() if (direction == made.directions[layer]).all()]
+    print(json.dumps({"layers": sorted(back.directions), "equal": sorted(equal)}))
     sys.exit()
 pairs = [DatasetEntry(f"I am so happy about {word}", f"I am so sad about {word}") for word in job["words"]]
 vector = ControlVector.train(model, tokenizer, pairs)
@@ -124,6 +125,7 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
         **worst,
         "directions made": len(original.directions),
         "exported and read by repeng": len(back["layers"]),
+        "of them equal in every bit": len(back["equal"]),
         "left out": last,
     }
 

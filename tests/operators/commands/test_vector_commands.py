@@ -70,7 +70,8 @@ def test_a_layer_of_a_control_vector_is_imported_shown_and_listed(run, gguf, sto
         "about:         'happy, not sad'",
         "rank:          0: a vector",
         "tensor 'direction.1' of a gguf file, for 'llama', sha256:",
-        f"norm:          {norm:.6g}; coefficient c of programs that add c times the vector is strength {2 * norm:.4g} c",
+        f"norm:          {norm:.6g}; coefficient c of programs that add c times the vector",
+        f" is strength {2 * norm:.4g} c / |h|",
         "strength 0.5, cumulative, blend 1",
     ):
         assert part in shown
