@@ -45,13 +45,12 @@ def contrast(
     start = time.monotonic()
     with output.exit_on_error(as_json):
         from operators.vectors.contrast import check_disjoint, contrast_operator, read_texts
-        from operators.vectors.vector_operator import check_about
+        from operators.vectors.vector_operator import check_description
 
         # Everything that can be refused without the model is refused before it is loaded.
         store = open_store(store_path)
         store.check_free(name, replace=replace)
-        if about is not None:
-            check_about(about)
+        check_description(about, strength)
         towards, away = read_texts(positive), read_texts(negative)
         check_disjoint(towards, away)
 

@@ -67,10 +67,11 @@ def import_vectors(
         from operators.core.store import check_name
         from operators.vectors.imported import check_model_hint, choose_tensors, import_vector
         from operators.vectors.vector_file import read_vector_file
-        from operators.vectors.vector_operator import check_about
+        from operators.vectors.vector_operator import check_description
 
         # Everything that can be refused without the model is refused before it is loaded.
-        store, about = open_store(store_path), check_about(about)
+        store = open_store(store_path)
+        check_description(about, strength)
         check_name(name)
         found = read_vector_file(file)
         chosen = choose_tensors(found, layers or [], tensor, all_layers=all_layers)

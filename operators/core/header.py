@@ -250,6 +250,8 @@ class OperatorHeader(BaseModel):
             raise ValueError(
                 f"a vector is added to the input of its layer, so its profile is 'residual', not {self.profile!r}"
             )
+        if (self.vector.method == "mixture") != bool(self.members):
+            raise ValueError(f"a vector by {self.vector.method!r} has {len(self.members)} members; a mixture has some")
         if self.recommended.blend != 1.0:
             raise ValueError(f"a vector is all anchor: its recommended blend is 1, not {self.recommended.blend:g}")
         return self

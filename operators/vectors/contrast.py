@@ -42,7 +42,9 @@ class TextSet:
     @property
     def described(self) -> TextFile:
         """The file without its texts."""
-        return TextFile(name=self.name[:MAX_WORD], digest=self.digest, texts=len(self.texts))
+        # A file's name may be bytes that are no text, which no header can hold.
+        name = self.name.encode(errors="replace").decode()[:MAX_WORD]
+        return TextFile(name=name, digest=self.digest, texts=len(self.texts))
 
 
 def read_texts(path: Path) -> TextSet:
@@ -111,7 +113,8 @@ def contrast_operator(
         positive=positive.described,
         negative=negative.described,
     )
-    about = f"mean of {positive.name} minus mean of {negative.name}" if about is None else about
+    if about is None:
+        about = f"mean of {source.positive.name} minus mean of {source.negative.name}"
     return vector_operator(vector, source, loaded, layer=layer, about=about, strength=strength)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from operators.core.errors import VectorError
+from operators.core.vector_source import MAX_WORD
 
 ARCHITECTURE = "controlvector"
 MAGIC = b"GGUF"
@@ -55,13 +56,13 @@ def parse_control_vector(data: bytes, *, source: str) -> ControlVector:
     for _ in range(num_entries):
         key = reader.string()
         if key in metadata:
-            raise VectorError(f"{source}: metadata {key!r} is there twice")
+            raise VectorError(f"{source}: metadata {key[:80]!r} is there twice")
         metadata[key] = reader.value(reader.scalar("<I"))
     architecture, hint = metadata.get("general.architecture"), metadata.get(f"{ARCHITECTURE}.model_hint")
     if architecture != ARCHITECTURE:
-        raise VectorError(f"{source}: general.architecture is {architecture!r}; {ARCHITECTURE!r} is accepted")
-    if not isinstance(hint, str):
-        raise VectorError(f"{source}: {ARCHITECTURE}.model_hint is {hint!r}; the kind of model is needed")
+        raise VectorError(f"{source}: general.architecture is {repr(architecture)[:80]}; {ARCHITECTURE!r} is accepted")
+    if not isinstance(hint, str) or len(hint) > MAX_WORD:
+        raise VectorError(f"{source}: {ARCHITECTURE}.model_hint is {repr(hint)[:80]}; the kind of model is needed")
     infos = [_tensor_info(reader) for _ in range(num_tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= 1 << 16:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import VectorError
-from operators.core.vector_source import ImportedVector
+from operators.core.vector_source import MAX_WORD, ImportedVector
 from operators.model.loading import LoadedModel
 from operators.vectors.vector_file import VectorFile, describe_tensors
 from operators.vectors.vector_operator import vector_norm, vector_operator
@@ -71,6 +71,8 @@ def import_vector(
         VectorError: the tensor is no vector that can push, or of a model of another width.
     """
     subject = f"{file.name}: tensor {tensor[:80]!r}"
+    if len(tensor) > MAX_WORD:
+        raise VectorError(f"{subject} has a name of {len(tensor)} characters; at most {MAX_WORD} are accepted")
     vector = file.tensors[tensor]
     source = ImportedVector(
         norm=vector_norm(vector, subject),

@@ -8,6 +8,7 @@ import torch
 
 from operators.builder.checks import dtype_name
 from operators.builder.spec import resolve_layer
+from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact, make_vector
 from operators.core.errors import VectorError
 from operators.core.header import MAX_CONCEPT, OperatorHeader, Recommended
@@ -16,11 +17,23 @@ from operators.core.version import __version__
 from operators.model.loading import LoadedModel
 
 
-def check_about(about: str) -> str:
-    """Returns what is said about a vector. Raises :class:`VectorError` where it is empty, or too long."""
+def check_description(about: str | None, strength: float | None) -> None:
+    """Checks what a person says about a vector, where it is said.
+
+    Raises:
+        VectorError: ``about`` is empty, too long, or not Unicode.
+        SettingError: ``strength`` is not finite.
+    """
+    if strength is not None:
+        Setting(strength, "cumulative", 1.0)
+    if about is None:
+        return
     if not about.strip() or len(about) > MAX_CONCEPT:
         raise VectorError(f"about has {len(about.strip())} characters; 1 to {MAX_CONCEPT} are accepted")
-    return about
+    try:
+        about.encode()
+    except UnicodeEncodeError as error:
+        raise VectorError(f"about {about[:40]!r} is not Unicode text (at character {error.start})") from error
 
 
 def vector_norm(vector: torch.Tensor, subject: str) -> float:
@@ -61,8 +74,9 @@ def vector_operator(
 
     Raises:
         BuildError: the model has no such layer.
-        VectorError: the vector is not as wide as the model.
+        VectorError, SettingError: the vector is not as wide as the model; :func:`check_description`.
     """
+    check_description(about, strength)
     layer = resolve_layer(layer, "residual", loaded)
     if len(vector) != loaded.hidden_size:
         raise VectorError(
@@ -71,7 +85,7 @@ def vector_operator(
         )
     recommended = Recommended(blend=1.0) if strength is None else Recommended(strength=strength, blend=1.0)
     header = OperatorHeader(
-        concept=check_about(about),
+        concept=about,
         concept_ids=(),
         vector=source,
         model=loaded.name,

@@ -113,6 +113,10 @@ HOSTILE = {
     "metadata twice": (_gguf([*_HEAD, _HEAD[0]]), "is there twice"),
     "another architecture": (_gguf([_entry(b"general.architecture", b"llama")]), "'llama'; 'controlvector'"),
     "no model": (_gguf(_HEAD[:1]), "model_hint is None"),
+    "a long model": (
+        _gguf([_HEAD[0], _entry(b"controlvector.model_hint", b"x" * 5000)]),
+        "the kind of model is needed",
+    ),
     "no alignment": (
         _gguf([*_HEAD, _entry(b"general.alignment", struct.pack("<I", 0), 4)]),
         "general.alignment is 0",

@@ -10,11 +10,12 @@ from operators.core.apply import Direction, Setting, prepare, prepared_bytes
 from operators.core.artifact import from_bytes, make_vector, tensors_of, to_bytes, with_header
 from operators.core.errors import ArtifactError, SettingError
 from operators.core.file_format import read_file_header
-from operators.core.header import ConceptText, LowRank, OperatorHeader, Recommended
+from operators.core.header import ConceptText, LowRank, Member, OperatorHeader, Recommended
 from operators.core.store import Store
 from operators.core.vector_source import ContrastVector, TextFile, VectorMixture
 
 CPU = torch.device("cpu")
+MEMBERS = (Member(name="a", digest=f"sha256:{'5' * 64}", weight=2.0),)
 SIDE = TextFile(name="texts.txt", digest=f"sha256:{'4' * 64}", texts=3)
 
 
@@ -24,7 +25,8 @@ SIDE = TextFile(name="texts.txt", digest=f"sha256:{'4' * 64}", texts=3)
     ids=["import", "contrast", "mixture"],
 )
 def test_a_vector_comes_back_from_its_file_with_every_bit(make_rank_0, source):
-    made = make_rank_0(7, **({} if source is None else {"vector": source}))
+    members = MEMBERS if isinstance(source, VectorMixture) else ()
+    made = make_rank_0(7, **({} if source is None else {"vector": source, "members": members}))
     read = from_bytes(to_bytes(made), source="a")
     assert torch.equal(read.anchor, made.anchor)
     assert (read.header, read.digest) == (made.header, made.digest)
@@ -74,6 +76,13 @@ def test_a_vector_is_residual_and_all_anchor(make_rank_0):
         make_rank_0(profile="golden", injection_layer=1)
     with pytest.raises(ValidationError, match=r"blend is 1, not 0\.5"):
         make_rank_0(recommended=Recommended(blend=0.5))
+
+
+def test_mixtures_and_no_other_vectors_have_members(make_rank_0):
+    with pytest.raises(ValidationError, match="'import' has 1 members"):
+        make_rank_0(members=MEMBERS)
+    with pytest.raises(ValidationError, match="'mixture' has 0 members"):
+        make_rank_0(vector=VectorMixture(norm=1.5))
 
 
 def test_tensors_of_a_map_in_a_vectors_file_are_refused(make_rank_0, make_operator):

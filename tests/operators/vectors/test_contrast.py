@@ -125,6 +125,12 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         read_texts(tmp_path)
 
 
+def test_a_file_whose_name_is_no_text_can_be_used(tiny, tmp_path):
+    odd = _file(tmp_path, "a\udcff.txt", ["golden"])
+    artifact = contrast_operator(odd, _file(tmp_path, "b.txt", ["bridge"]), tiny("llama"), layer=2)
+    assert (artifact.header.vector.positive.name, artifact.header.concept[:14]) == ("a?.txt", "mean of a?.txt")
+
+
 def test_line_ends_are_no_part_of_a_text(tmp_path):
     (tmp_path / "texts.txt").write_bytes("# one \r\nzwei ö\n".encode())
     assert read_texts(tmp_path / "texts.txt").texts == ("# one ", "zwei ö")

@@ -6,7 +6,7 @@ import torch
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import save_file
 
-from operators.core.errors import BuildError, VectorError
+from operators.core.errors import BuildError, SettingError, VectorError
 from operators.core.vector_source import ImportedVector
 from operators.vectors.export import export_gguf, what_is_lost
 from operators.vectors.gguf_file import ControlVector, parse_control_vector, write_control_vector
@@ -163,6 +163,17 @@ def test_a_vector_that_cannot_push_is_refused(tiny, tmp_path, value, problem):
     np.savez(tmp_path / "v.npz", v=np.full(WIDTH, value))
     with pytest.raises(VectorError, match=problem):
         import_vector(read_vector_file(tmp_path / "v.npz"), "v", tiny("llama"), layer=2, about="x")
+
+
+def test_what_a_header_cannot_hold_is_refused(tiny, tmp_path):
+    save_file({"v" * 2000: torch.ones(WIDTH), "v": torch.ones(WIDTH)}, tmp_path / "v.safetensors")
+    file, loaded = read_vector_file(tmp_path / "v.safetensors"), tiny("llama")
+    with pytest.raises(VectorError, match="a name of 2000 characters"):
+        import_vector(file, "v" * 2000, loaded, layer=2, about="x")
+    with pytest.raises(VectorError, match="not Unicode"):
+        import_vector(file, "v", loaded, layer=2, about="x\udc80")
+    with pytest.raises(SettingError, match="strength is nan"):
+        import_vector(file, "v", loaded, layer=2, about="x", strength=float("nan"))
 
 
 def test_the_anchor_of_any_operator_is_exported_and_what_is_lost_is_said(make_operator, tmp_path):
