@@ -64,7 +64,9 @@ class SamplingParams:
     stop_strings: Annotated[
         tuple[str, ...], Bounded(max_items=_MAX_STOPS, min_characters=1, max_characters=1024, items="strings")
     ] = ()
-    stop_token_ids: Annotated[tuple[int, ...], Bounded(max_items=_MAX_STOPS, items="ids")] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...], Bounded(max_items=_MAX_STOPS, min_characters=1, max_characters=1024, items="ids")
+    ] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int | None, Range(0, MAX_LOGPROBS)] = None
     time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
