@@ -23,7 +23,7 @@ class Positions:
     """The positions of ``part`` from its number ``start`` up to, but not including, its number ``end``.
 
     ``start`` and ``end`` count from the part's own beginning; ``end`` None means up to the part's end. The part "all"
-    is the whole text, so that ``Positions()`` is every position, as published, and ``Positions(end=1)`` the first token.
+    is the whole text, so that ``Positions()`` is every position, as published, and ``Positions(end=1)`` the first.
     """
 
     part: Part = field(default="all", metadata={"when_unset": lambda: "all"})

@@ -46,7 +46,7 @@ def test_another_text_is_refused_and_the_accepted_forms_are_named(text):
 
 
 def test_a_number_that_the_contract_cannot_carry_is_refused():
-    with pytest.raises(SettingError, match="positions.start"):
+    with pytest.raises(SettingError, match=r"positions\.start"):
         Positions(start=1 << 31)
-    with pytest.raises(SettingError, match="positions.part"):
+    with pytest.raises(SettingError, match=r"positions\.part"):
         Positions("everywhere")
