@@ -7,7 +7,7 @@ J_i = U B_i, i = 0..n-1 (U = 1 for an exact one):
     substitute   a_k = b + U B_{n-1} x_k,  b = y - J_{n-1} x_{n-1} (of the concept)
 
     d_k = (1-beta) a_k/|a_k| + beta y/|y|
-    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|
+    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|       at the positions k of the setting
 
 a_k depends on token ids only, so it is worked out beside the model; the only request state is one running
 sum s_k of r numbers, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
@@ -23,20 +23,22 @@ import torch
 
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import SettingError, SteeringError
-from operators.core.header import Rule
+from operators.core.header import Recommended, Rule
+from operators.core.positions import ALL_POSITIONS, Positions
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How strongly and by which rule an operator is applied.
+    """How strongly, by which rule and where an operator is applied.
 
     ``strength`` is lambda, any finite number: 0 leaves every bit alone, negative pushes away. ``blend`` is beta
-    in [0, 1].
+    in [0, 1]. ``positions`` are those of the text that are pushed; the others keep their bits.
     """
 
     strength: float
     rule: Rule
     blend: float
+    positions: Positions = ALL_POSITIONS
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
@@ -45,6 +47,12 @@ class Setting:
             raise SettingError("blend", f"is {self.blend}; a number from 0 (operator) to 1 (anchor) is accepted")
         if self.rule not in ("cumulative", "substitute"):
             raise SettingError("rule", f"is {self.rule!r}; 'cumulative' and 'substitute' are accepted")
+        self.positions.check()
+
+    @classmethod
+    def of(cls, recommended: Recommended) -> Setting:
+        """The setting that an operator recommends."""
+        return cls(recommended.strength, recommended.rule, recommended.blend, recommended.positions)
 
 
 @dataclass(frozen=True, eq=False)

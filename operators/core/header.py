@@ -9,7 +9,19 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    field_validator,
+    model_validator,
+)
+
+from operators.core.errors import SettingError
+from operators.core.positions import ALL_POSITIONS, Positions
 
 Profile = Literal["golden", "residual"]
 Rule = Literal["cumulative", "substitute"]
@@ -41,6 +53,15 @@ def injection_layer(profile: Profile, layer: int) -> int:
     return layer - 1 if profile == "golden" else layer
 
 
+def _read_positions(value: object) -> Positions:
+    if not isinstance(value, str | Positions):
+        raise ValueError(f"is {value!r}; a text such as 'all' is accepted")
+    try:
+        return Positions.parse(str(value))
+    except SettingError as error:
+        raise ValueError(str(error)) from error
+
+
 class Recommended(BaseModel):
     """Values that a request gets when it names none."""
 
@@ -49,6 +70,8 @@ class Recommended(BaseModel):
     strength: float = 0.5
     rule: Rule = "cumulative"
     blend: _Fraction = 0.0
+    positions: Annotated[Positions, PlainValidator(_read_positions), PlainSerializer(str)] = ALL_POSITIONS
+    """In its text form, such as ``"first"``, where the header is written down."""
 
 
 class ConceptText(BaseModel):
@@ -86,7 +109,7 @@ class LowRank(BaseModel):
 
 
 class CalibrationPoint(BaseModel):
-    """What a calibration measured at one setting. Filled by :mod:`operators.tune.calibrate`."""
+    """What a calibration measured at one setting, at all positions. Filled by :mod:`operators.tune.calibrate`."""
 
     model_config = _STRICT
 
@@ -190,8 +213,8 @@ class OperatorHeader(BaseModel):
         if self.calibration is None or self.calibration.chosen is None:
             return None
         point, at = self.calibration.points[self.calibration.chosen], self.recommended
-        chosen = (point.layer, point.rule, point.blend, point.strength)
-        return point if chosen == (self.layer, at.rule, at.blend, at.strength) else None
+        chosen = (point.layer, point.rule, point.blend, point.strength, ALL_POSITIONS)
+        return point if chosen == (self.layer, at.rule, at.blend, at.strength, at.positions) else None
 
     @property
     def positions(self) -> int:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from operators.core.errors import SettingError
 
 Part = Literal["all", "prompt", "generated"]
 _LAST = (1 << 31) - 1
-_RANGE = re.compile(r"(\d{0,10})\.\.(\d{0,10})")
+_RANGE = re.compile(r"([0-9]{0,10})\.\.([0-9]{0,10})")
 ACCEPTED = "all, first, prompt, generated, a range such as 4.. or 0..8, or a range of a part such as generated:0..5"
 
 
@@ -24,13 +24,14 @@ class Positions:
 
     ``start`` and ``end`` count from the part's own beginning; ``end`` None means up to the part's end. The part "all"
     is the whole text, so that ``Positions()`` is every position, as published, and ``Positions(end=1)`` the first.
+    A :class:`operators.core.apply.Setting` checks them.
     """
 
     part: Part = field(default="all", metadata={"when_unset": lambda: "all"})
     start: int = 0
     end: int | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raises :class:`SettingError` for a part that does not exist, or a range without a position."""
         if self.part not in get_args(Part):
             raise SettingError("positions.part", f"is {self.part!r}; {', '.join(get_args(Part))} are accepted")
@@ -55,6 +56,16 @@ class Positions:
         begin, stop = self.interval(prompt_tokens)
         return max(0, (end if stop is None else min(end, stop)) - max(first, begin))
 
+    def among(self, first: int, count: int, *, prompt_tokens: int) -> slice:
+        """Which of the positions first, ..., first + count - 1 are among these, as a slice of 0, ..., count - 1.
+
+        An empty one is ``slice(0, 0)``.
+        """
+        begin, stop = self.interval(prompt_tokens)
+        low = max(begin - first, 0)
+        high = count if stop is None else min(stop - first, count)
+        return slice(low, high) if low < high else slice(0, 0)
+
     @classmethod
     def parse(cls, text: str) -> Positions:
         """Reads what :meth:`__str__` writes. Raises :class:`SettingError` naming the accepted forms."""
@@ -62,11 +73,13 @@ class Positions:
             return cls(end=1)
         part, colon, numbers = text.rpartition(":") if ":" in text else ("all", "", text)
         if not colon and text in get_args(Part):
-            return cls(text)  # type: ignore[arg-type] # a Part: it is one of its values
+            return cls(cast("Part", text))
         found = _RANGE.fullmatch(numbers)
         if found is None or part not in get_args(Part):
             raise SettingError("positions", f"is {text!r}; accepted: {ACCEPTED}")
-        return cls(part, int(found[1] or 0), int(found[2]) if found[2] else None)  # type: ignore[arg-type] # as above
+        positions = cls(cast("Part", part), int(found[1] or 0), int(found[2]) if found[2] else None)
+        positions.check()
+        return positions
 
     def __str__(self) -> str:
         """``"all"``, ``"first"``, ``"generated:0..5"``: what :meth:`parse` reads."""

@@ -45,7 +45,7 @@ def steered(loaded: LoadedModel, operator: OperatorArtifact, setting: Setting | 
                 f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
             )
     if setting is None:
-        setting = Setting(header.recommended.strength, header.recommended.rule, header.recommended.blend)
+        setting = Setting.of(header.recommended)
     if setting.strength == 0.0:
         yield
         return

@@ -93,7 +93,9 @@ class RowSteering:
 
     def receipts(self) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
-        return make_receipts(self._plan, self._doses)
+        return make_receipts(
+            self._plan, [self._doses.get(use.layer, DoseStatistics()) for use in self._plan.applications]
+        )
 
     def describe(self) -> str:
         """The operators and strengths, for messages."""

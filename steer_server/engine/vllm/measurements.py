@@ -142,17 +142,21 @@ def measured_receipts(
         raise SteeringNotAppliedError("no worker knows of this request: it was not steered")
     if measurement["failure"]:
         raise SteeringNotAppliedError(str(measurement["failure"]))
-    cached, doses = int(measurement["cached"]), {}
+    cached, doses = int(measurement["cached"]), []
     if cached >= prompt_tokens:
         raise SteeringNotAppliedError(
             f"{cached} tokens count as cached; of a prompt of {prompt_tokens} the last is always computed"
         )
-    for layer in sorted({use.layer for use in plan.applications if use.setting.strength}):
-        measured = measurement["layers"].get(str(layer), [])[: fed - cached]
+    for use in plan.applications:
+        doses.append(DoseStatistics())
+        if use.setting.strength == 0.0:
+            continue
+        measured = measurement["layers"].get(str(use.layer), [])[: fed - cached]
         if cached + len(measured) < fed:
-            raise SteeringNotAppliedError(f"layer {layer}: {len(measured)} of {fed - cached} tokens were steered")
-        dose = doses[layer] = DoseStatistics()
+            raise SteeringNotAppliedError(f"layer {use.layer}: {len(measured)} of {fed - cached} tokens were steered")
+        dose = doses[-1]
+        dose.cached_tokens = cached
         num_computed_prompt_tokens = prompt_tokens - cached
         dose.add(measured[:num_computed_prompt_tokens], prompt=True)
         dose.add(measured[num_computed_prompt_tokens:], prompt=False)
-    return make_receipts(plan, doses, cached=cached)
+    return make_receipts(plan, doses)
