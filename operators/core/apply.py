@@ -119,32 +119,33 @@ class Direction:
         self._position = 0
         self._sum = operator.factors.new_zeros(operator.factors.shape[1])
 
-    def advance(self, x: torch.Tensor) -> torch.Tensor:
-        """Unit directions (T, d) for the next T tokens, whose embeddings are ``x`` (T, d).
+    def advance(self, x: torch.Tensor, at: slice = slice(None)) -> torch.Tensor:
+        """Unit directions for the next T tokens, whose embeddings are ``x`` (T, d): (T, d), or those of ``at`` only.
+
+        All T tokens enter the running sum; a direction that is not asked for may be zero.
 
         Raises:
             SteeringError: a direction is zero or not finite at some position.
         """
-        if x.shape[0] == 0:
-            return self._operator.factors.new_empty(0, x.shape[1])
-        x = x.to(torch.float32)
-        first, blend = self._position, self._setting.blend
+        first, low, blend = self._position, at.indices(x.shape[0])[0], self._setting.blend
         self._position += x.shape[0]
         anchor = self._operator.unit_anchor
         if blend == 1.0:
-            return anchor.expand(x.shape[0], -1)
-        unit = _unit(self._raw(x, first), first)
+            return anchor.expand(x[at].shape[0], -1)
+        unit = _unit(self._raw(x, first, at), first + low)
         if blend == 0.0:
             return unit
-        return _unit((1.0 - blend) * unit + blend * anchor, first)
+        return _unit((1.0 - blend) * unit + blend * anchor, first + low)
 
-    def _raw(self, x: torch.Tensor, first: int) -> torch.Tensor:
+    def _raw(self, x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
         if self._setting.rule == "substitute":
-            return substitute(self._operator, x)
+            return substitute(self._operator, x[at].to(torch.float32))
+        if x.shape[0] == 0:
+            return x.to(torch.float32)
         positions = torch.arange(first, first + x.shape[0])
-        sums = self._sum + terms(self._operator, x, positions).cumsum(0)
+        sums = self._sum + terms(self._operator, x.to(torch.float32), positions).cumsum(0)
         self._sum = sums[-1].clone()
-        return cumulative(self._operator, sums)
+        return cumulative(self._operator, sums[at])
 
 
 def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
