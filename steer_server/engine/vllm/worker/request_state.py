@@ -89,10 +89,12 @@ class RequestState:
             return f"layer {layer} was not reached: the model did not call its hook"
         recorded, ranges = self.doses[layer], self.dose_ranges.get(layer, ())
         recorded_end = self._first_recorded(layer) + len(recorded)
-        missing = first_due(ranges, recorded_end, span.first_position)
-        if missing is not None:
-            return f"layer {layer}: {not_steered(*missing)}"
-        recorded.extend([0.0] * (span.first_position - recorded_end))
+        if span.first_position > recorded_end:
+            missing = first_due(ranges, recorded_end, span.first_position)
+            if missing is not None:
+                return f"layer {layer}: {not_steered(*missing)}"
+            recorded.extend([0.0] * (span.first_position - recorded_end))
+            recorded_end = span.first_position
         # Positions that are computed again, after a preemption, are recorded already.
         recorded.extend(doses[max(0, recorded_end - span.first_position) :])
         problem = check_doses(ranges, span.first_position, doses)
@@ -109,7 +111,8 @@ class RequestState:
 
     def _first_recorded(self, layer: int) -> int:
         """The first position at which there can be a dose."""
-        return max(self.cached, min((one.start for one in self.dose_ranges.get(layer, ())), default=0))
+        ranges = self.dose_ranges.get(layer)
+        return max(self.cached, ranges[0].start) if ranges else self.cached
 
 
 def not_steered(first: int, end: int) -> str:
