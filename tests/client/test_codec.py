@@ -1,4 +1,4 @@
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, astuple, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 
@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steer_client import (
+    ALL_POSITIONS,
     KL,
     Chat,
     ChatMessage,
@@ -14,6 +15,7 @@ from steer_client import (
     Generation,
     InvalidRequestError,
     OperatorUse,
+    Positions,
     ProtocolError,
     SamplingParams,
     TextDelta,
@@ -22,6 +24,8 @@ from steer_client import _decode as decode
 from steer_client import _encode as encode
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+
+from operators.core.positions import Positions as CorePositions
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 NUMBERS = st.floats(allow_nan=False)
@@ -188,17 +192,42 @@ def test_the_servers_ranges_are_not_judged_here():
         ("golden-gate=0", OperatorUse("golden-gate", strength=0.0)),
         ("golden-gate=0.4@0.5", OperatorUse("golden-gate", strength=0.4, blend=0.5)),
         ("golden-gate=1e-3@0", OperatorUse("golden-gate", strength=0.001, blend=0.0)),
+        ("golden-gate:first", OperatorUse("golden-gate", positions=Positions(end=1))),
+        ("golden-gate=0.4:all", OperatorUse("golden-gate", 0.4, positions=ALL_POSITIONS)),
+        ("golden-gate=0.4@0.5:generated", OperatorUse("golden-gate", 0.4, None, 0.5, Positions("generated"))),
+        ("golden-gate=-1:generated:2..5", OperatorUse("golden-gate", -1.0, positions=Positions("generated", 2, 5))),
     ],
 )
 def test_an_operator_is_read_from_its_short_form(text, use):
     assert OperatorUse.parse(text) == use
 
 
-@pytest.mark.parametrize("text", ["", "=0.4", "a=", "a=x", "a=0.4@", "a=0.4@x", "a@0.5", "a=1=2", " a", "a=1@2@3"])
+@pytest.mark.parametrize(
+    "text", ["", "=0.4", "a=", "a=x", "a=0.4@", "a=0.4@x", "a@0.5", "a=1=2", " a", "a=1@2@3", ":first"]
+)
 def test_any_other_form_is_refused_with_the_accepted_one(text):
     with pytest.raises(ValueError, match="NAME, NAME=λ or NAME=λ@β") as caught:
         OperatorUse.parse(text)
     assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["all", "first", "prompt", "generated", "4..", "..8", "2..8", "prompt:3..", "generated:..5"]
+)
+def test_positions_are_written_as_they_are_read(text):
+    positions = Positions.parse(text)
+    assert str(positions) == text
+    # The operators' own reading: neither imports the other.
+    assert astuple(CorePositions.parse(text)) == astuple(positions)
+    spans = [(0, 10), (0, 6), (6, 10), (3, 4), (9, 9)]
+    counts = [positions.count(*span, prompt_tokens=6) for span in spans]
+    assert counts == [CorePositions.parse(text).count(*span, prompt_tokens=6) for span in spans]
+
+
+@pytest.mark.parametrize("text", ["", "last", "4", "4..4", "8..2", "a..b", "first:2..", ":1..", "prompt:", "1..2..3"])
+def test_other_positions_are_refused_with_what_is_accepted(text):
+    with pytest.raises(ValueError, match="cannot read the positions"):
+        OperatorUse.parse(f"a=0.4:{text}")
 
 
 def fill(message: Message, counter: list[int]) -> Message:
@@ -227,6 +256,8 @@ def told(message: Message, name: str):
     value = getattr(message, name)
     if name == "finish_reason":
         return FinishReason(pb.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
+    if name == "part":
+        return pb.Positions.Part.Name(value).removeprefix("PART_").lower()
     if name in ("rule", "recommended_rule"):
         return pb.Rule.Name(value).removeprefix("RULE_").lower()
     if name == "created":
