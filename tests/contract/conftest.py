@@ -18,6 +18,7 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
+from operators.core.positions import Positions
 from operators.model.loading import LoadedModel, block_input, decoder_layers, load_model
 from operators.model.obtain import obtain
 from steer_server.engine.base import Engine
@@ -148,10 +149,16 @@ def decode() -> Callable[..., object]:
 
 @pytest.fixture(scope="session")
 def steered_row() -> Callable[..., Row]:
-    """``steered_row(artifact, strength, rule="cumulative", blend=0.0)``."""
+    """``steered_row(artifact, strength, rule="cumulative", blend=0.0, positions="all")``."""
 
-    def make(artifact: OperatorArtifact, strength: float, rule: str = "cumulative", blend: float = 0.0) -> Row:
-        setting = Setting(strength=strength, rule=rule, blend=blend)
+    def make(
+        artifact: OperatorArtifact,
+        strength: float,
+        rule: str = "cumulative",
+        blend: float = 0.0,
+        positions: str = "all",
+    ) -> Row:
+        setting = Setting(strength, rule, blend, Positions.parse(positions))
         return Row(SteeringPlan((Application("operator", artifact, setting, ()),)))
 
     return make
