@@ -98,6 +98,9 @@ def test_zero_is_not_unset():
         strength=maybe(NUMBERS),
         rule=st.sampled_from([None, "cumulative", "substitute"]),
         blend=maybe(NUMBERS),
+        positions=maybe(
+            st.builds(Positions, st.sampled_from(["all", "prompt", "generated"]), start=INT32, end=maybe(INT32))
+        ),
     )
 )
 def test_an_operators_value_is_on_the_wire_exactly_when_it_is_set(use):
@@ -107,6 +110,15 @@ def test_an_operators_value_is_on_the_wire_exactly_when_it_is_set(use):
     assert (sent.blend if sent.HasField("blend") else None) == use.blend
     names = {None: "RULE_UNSPECIFIED", "cumulative": "RULE_CUMULATIVE", "substitute": "RULE_SUBSTITUTE"}
     assert pb.Rule.Name(sent.rule) == names[use.rule]
+    assert sent.HasField("positions") == (use.positions is not None)
+    if use.positions is not None:
+        part, end = pb.Positions.Part.Name(sent.positions.part), sent.positions.end
+        found = (
+            part.removeprefix("PART_").lower(),
+            sent.positions.start,
+            end if sent.positions.HasField("end") else None,
+        )
+        assert found == astuple(use.positions)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +170,10 @@ def request(prompt="hi", operators=(), request_id="", **sampling):
         ("operators[0].rule", {"operators": [OperatorUse("a", rule="other")]}),
         ("operators[0].rule", {"operators": [OperatorUse("a", rule=["cumulative"])]}),
         ("operators[0].name", {"operators": [OperatorUse(None)]}),
+        ("operators[0].positions", {"operators": [OperatorUse("a", positions="first")]}),
+        ("operators[0].positions.part", {"operators": [OperatorUse("a", positions=Positions("last"))]}),
+        ("operators[0].positions.start", {"operators": [OperatorUse("a", positions=Positions(start=2**31))]}),
+        ("operators[0].positions.end", {"operators": [OperatorUse("a", positions=Positions(end=1.5))]}),
         ("sampling.seed", {"seed": -1}),
         ("sampling.seed", {"seed": 2**64}),
         ("sampling.top_k", {"top_k": 2.5}),
