@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
 PROMPTS = ("I went to new york to see the", "My")
 SAMPLING = SamplingParams(max_tokens=24, ignore_eos=True)
-RULES = ("all", "first", "1..", "prompt", "generated", "3..12", "generated:2..9")
+RULES = ("first", "1..", "3..12", "generated:2..9")
 
 
 @pytest.fixture
 def rows(operator_of, steered_row):
-    """Every rule of positions; two operators of one layer whose positions overlap; two layers, each at its own."""
+    """Several rules of positions; two operators of one layer whose positions overlap; two layers, each at its own."""
     bridge = operator_of("The Golden Gate Bridge in San", "residual", 15, 64)
     wedding = operator_of("The wedding was beautiful and the bride", "residual", 15, 64)
     published = operator_of("The wedding was beautiful and the bride", "golden", 21, "full")
@@ -62,9 +62,7 @@ def told(receipt):
     )
 
 
-async def test_every_rule_of_positions_gives_the_ids_and_receipts_of_the_reference_engine(
-    vllm_engine, reference, rows, decode
-):
+async def test_positions_give_the_ids_and_receipts_of_the_reference_engine(vllm_engine, reference, rows, decode):
     engine = await vllm_engine()
     expected = [await decode(reference, prompt, SAMPLING, *rows.values()) for prompt in PROMPTS]
     found = await asyncio.gather(*(decode(engine, prompt, SAMPLING, *rows.values()) for prompt in PROMPTS))

@@ -82,7 +82,7 @@ def preemptions():
 
 async def test_10_abandoned_of_100_requests_leave_the_others_and_the_workers_alone(vllm_engine, rows):
     engine, sampling = await vllm_engine(), replace(SAMPLING, max_tokens=24)
-    pairs = [(prompt, row) for prompt in PROMPTS for row in rows]
+    pairs = [(prompt, row) for prompt in PROMPTS for row in rows[:5]]
     expected = dict(zip(pairs, await texts(engine, pairs, sampling), strict=True))
     jobs = pairs * 5
     # Of every prompt and every kind of row; after so many tokens, from none at all to the last but one.
