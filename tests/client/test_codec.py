@@ -25,8 +25,6 @@ from steer_client import _encode as encode
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
-from operators.core.positions import Positions as CorePositions
-
 INT32 = st.integers(-(2**31), 2**31 - 1)
 NUMBERS = st.floats(allow_nan=False)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -225,25 +223,6 @@ def test_any_other_form_is_refused_with_the_accepted_one(text):
     with pytest.raises(ValueError, match="NAME, NAME=λ or NAME=λ@β") as caught:
         OperatorUse.parse(text)
     assert repr(text) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "text", ["all", "first", "prompt", "generated", "4..", "..8", "2..8", "prompt:3..", "generated:..5"]
-)
-def test_positions_are_written_as_they_are_read(text):
-    positions = Positions.parse(text)
-    assert str(positions) == text
-    # The operators' own reading: neither imports the other.
-    assert astuple(CorePositions.parse(text)) == astuple(positions)
-    spans = [(0, 10), (0, 6), (6, 10), (3, 4), (9, 9)]
-    counts = [positions.count(*span, prompt_tokens=6) for span in spans]
-    assert counts == [CorePositions.parse(text).count(*span, prompt_tokens=6) for span in spans]
-
-
-@pytest.mark.parametrize("text", ["", "last", "4", "4..4", "8..2", "a..b", "first:2..", ":1..", "prompt:", "1..2..3"])
-def test_other_positions_are_refused_with_what_is_accepted(text):
-    with pytest.raises(ValueError, match="cannot read the positions"):
-        OperatorUse.parse(f"a=0.4:{text}")
 
 
 def fill(message: Message, counter: list[int]) -> Message:

@@ -499,7 +499,8 @@ class Receipt(_message.Message):
     a strength other than 0, every one of `positions` that was fed to the model was changed, and so was every one whose keys
     and values came from the prefix cache instead, when an earlier request with the very same steering computed them:
     steered and cached prompt tokens add up to those of the prompt that are among `positions`. A strength below the
-    resolution of the model's dtype fails the call. All counts are 0 where the time limit ran out before the first token.
+    resolution of the model's dtype fails the call, and so does a text that ended before the first of `positions`. All
+    counts are 0 where the time limit ran out before the first token, or before the first of `positions` was fed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -534,18 +535,20 @@ class Receipt(_message.Message):
     """
     generated_tokens_steered: _builtins.int
     mean_dose: _builtins.float
-    """Norm of the change over the norm of the hidden state, at this layer, after rounding to the model's dtype.
-    Operators that share a layer share the measurement: the dose is that of their sum.
+    """Norm of the change over the norm of the hidden state, at this layer and these positions, after rounding to the model's
+    dtype. Operators that push at one position of a layer share its measurement: the dose is that of their sum. 0 where
+    all of the positions were cached.
     """
     max_dose: _builtins.float
     dose_bound: _builtins.float
-    """Sum of |strength|/2 over the operators of this request at this layer: what the layer's dose cannot pass, but for
-    rounding to the model's dtype. It is reached where their directions agree. A dose above it fails the call.
+    """Sum of |strength|/2 over the operators of this request at this layer, wherever they push: what the layer's dose cannot
+    pass, but for rounding to the model's dtype. It is reached where all push and their directions agree. A dose above
+    the sum over the operators that push at its position fails the call.
     """
     calibrated: _builtins.bool
     """The setting that was applied is the recommended one, and the artifact holds the measurements of a calibration there."""
     prompt_tokens_cached: _builtins.int
-    """Positions of the prompt whose keys and values an earlier request with the very same steering left in the prefix
+    """Of `positions`, those of the prompt whose keys and values an earlier request with the very same steering left in the prefix
     cache. They were not computed again, so neither `prompt_tokens_steered` nor a dose includes them: their measurement
     belongs to the request that computed them. Always 0 with a strength of 0, and on the engine "hf", which keeps no
     such cache.
