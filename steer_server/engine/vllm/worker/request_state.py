@@ -48,8 +48,8 @@ class RequestState:
     end: int = 0
     """End of what was computed or cached so far; ``position`` falls behind it when the request is preempted."""
     running_sums: list[torch.Tensor | None] = field(default_factory=list)
-    """Of each operator, the sum (r,) over the positions before ``position``; None where it must be computed, if it is
-    needed at all."""
+    """Of each operator, the sum (r,) over the positions before ``position``, or before its last one where that has been
+    passed; None where it must be computed, if it is needed at all."""
     cached: int = 0
     prefix_step: int = -1
     """Last step in which it took keys and values from the cache, at its begin or after a preemption."""

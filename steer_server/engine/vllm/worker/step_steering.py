@@ -166,6 +166,7 @@ class StepSteering:
         pushes = []
         for index, setting in enumerate(state.settings):
             if setting.end is not None and span.first_position >= setting.end:
+                # Told apart here so that it costs next to nothing: most tokens of a text that is pushed at its first.
                 continue
             pushed = span.part(setting.start, setting.end)
             summed = pushed.first_position - span.first_position if _has_running_sum(setting) else 0
@@ -189,10 +190,7 @@ class StepSteering:
             for push in group.span_pushes:
                 if push.span.num_tokens:
                     spans[layer].append(push.span)
-                state = self._requests[push.span.request]
-                # Where its last position is behind it, it has come to an end short of the others.
-                continues = push.span.end_position == state.position
-                state.running_sums[push.setting_index] = push.running_sum if continues else None
+                self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
         step_pushes, start = {}, 0
         for layer, of_layer in spans.items():
             end = start + sum(span.num_tokens for span in of_layer)
