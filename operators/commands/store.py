@@ -10,6 +10,8 @@ from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
 from operators.core.errors import OperatorError
+from operators.core.file_format import FileHeader
+from operators.core.store import Store
 
 
 def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -22,7 +24,7 @@ def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) 
         entries: list[dict[str, Any]] = []
         for name in store:
             try:
-                entries.append(describe.operator_json(name, store.path_of(name), store.read_header(name)))
+                entries.append(_unverified_json(store, name, store.read_header(name)))
             except OperatorError as error:
                 entries.append({"name": name, "problem": output.error_json(error)})
         lines = describe.list_lines(entries) or [f"no operators in {store.path}"]
@@ -38,7 +40,7 @@ def show(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption
         store = open_store(store_path)
         found = store.read_header(name)
         header = found.header
-        answer = describe.operator_json(name, store.path_of(name), found)
+        answer = _unverified_json(store, name, found)
         lines = describe.operator_lines(
             {**answer, "digest": f"{found.digest} (as the file states; 'verify' checks it)"},
             rules=header.rule_set,
@@ -88,3 +90,7 @@ def delete(name: NameArgument, store_path: StoreOption = None, as_json: JsonOpti
         store = open_store(store_path)
         store.delete(name)
         output.print_answer({"deleted": name, "store": str(store.path)}, [f"{name}: deleted"], as_json=as_json)
+
+
+def _unverified_json(store: Store, name: str, found: FileHeader) -> dict[str, Any]:
+    return {**describe.operator_json(name, store.path_of(name), found), "digest_verified": False}

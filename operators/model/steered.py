@@ -71,6 +71,8 @@ class _SequenceSteering:
         self._pushes = SequencePushes(self._prepared, setting, prompt_tokens=0)
         self._num_fed = 0
         self._at = slice(0, 0)
+        self._cache: object = None
+        """The KV cache that the last pass filled; None where there was none, or the pass failed."""
 
     def before_pass(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -81,11 +83,18 @@ class _SequenceSteering:
         start = 0 if cache is None else int(cache.get_seq_length())
         if start == 0:
             self._begin(prompt_tokens=len(ids[0]), cached=cache is not None)
+        elif cache is not self._cache:
+            raise SteeringError(
+                f"a forward pass after {start} tokens in a KV cache that the last pass did not fill: what is in it may "
+                "be another text, or not steered"
+            )
         if start != self._num_fed:
             raise SteeringError(
                 f"a forward pass after {start} tokens; the last one ended after {self._num_fed}, and a sequence is "
                 "steered token by token"
             )
+        # Until the pass is over: one that fails leaves a cache that nobody may continue.
+        self._cache = None
         self._num_fed += len(ids[0])
         if self._pushes.over:
             return
@@ -102,7 +111,7 @@ class _SequenceSteering:
         self._pushes = SequencePushes(self._prepared, self._setting, prompt_tokens=prompt_tokens)
         self._num_fed = 0
 
-    def after_pass(self, *_: Any) -> None:
+    def after_pass(self, _decoder: nn.Module, _args: Any, output: Any) -> None:
         for doses in self._hooks.doses().values():
             pushed = doses[:, self._at]
             if not bool(((pushed > 0) & torch.isfinite(pushed)).all()):
@@ -110,3 +119,4 @@ class _SequenceSteering:
                     f"layer {self._layer}: a hidden state was moved by {float(pushed.min())} of its norm; a positive, "
                     "finite change is needed"
                 )
+        self._cache = getattr(output, "past_key_values", None)
