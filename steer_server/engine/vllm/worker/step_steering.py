@@ -90,6 +90,9 @@ class StepSteering:
         state = self._requests[request] = RequestState(settings, salt, ranges, running_sums=[None] * len(settings))
         if unknown:
             self._fail(state, self._step, f"operator {unknown[0]} is not loaded")
+        for setting in settings:
+            if setting.blend != 1.0 and self._is_vector(setting.digest):
+                self._fail(state, self._step, f"{setting.digest} is a vector: blend is {setting.blend:g}, not 1")
 
     def remove_request(self, request: str) -> None:
         """Drops the state of a request."""
@@ -154,8 +157,8 @@ class StepSteering:
                 push.offset = num_needed + push.first_position - needed[-1].first_position
                 setting = state.settings[push.setting_index]
                 loaded = self._operators[setting.digest]
-                # At blend 1 every rule is the anchor.
-                rule = None if setting.blend == 1.0 else setting.rule
+                # At blend 1 every rule is the anchor, which is all that a vector has.
+                rule = None if setting.blend == 1.0 or loaded.operator.is_vector else setting.rule
                 key = (loaded.layer, setting.digest, rule)
                 groups.setdefault(key, OperatorGroup(loaded.operator, rule, [])).span_pushes.append(push)
             num_needed += needed[-1].num_tokens
@@ -169,7 +172,7 @@ class StepSteering:
                 # Told apart here so that it costs next to nothing: most tokens of a text that is pushed at its first.
                 continue
             pushed = span.part(setting.start, setting.end)
-            summed = pushed.first_position - span.first_position if _has_running_sum(setting) else 0
+            summed = pushed.first_position - span.first_position if self._has_running_sum(setting) else 0
             if summed + pushed.num_tokens == 0:
                 continue
             if setting.digest in self._operators:
@@ -218,7 +221,7 @@ class StepSteering:
         continues = span.first_position == state.position
         missing = []
         for push in pushes:
-            if _has_running_sum(state.settings[push.setting_index]):
+            if self._has_running_sum(state.settings[push.setting_index]):
                 push.running_sum = state.running_sums[push.setting_index] if continues else None
                 if push.running_sum is None:
                     missing.append(push)
@@ -232,10 +235,13 @@ class StepSteering:
                 else terms(operator, prefix, torch.arange(span.first_position)).sum(0)
             )
 
+    def _has_running_sum(self, setting: OperatorSetting) -> bool:
+        return setting.rule == "cumulative" and setting.blend != 1.0 and not self._is_vector(setting.digest)
+
+    def _is_vector(self, digest: str) -> bool:
+        loaded = self._operators.get(digest)
+        return loaded is not None and loaded.operator.is_vector
+
     def _fail(self, state: RequestState, step: int, problem: str) -> None:
         state.failure = state.failure or problem
         self._first_failed_step[state.salt] = min(step, self._first_failed_step.get(state.salt, step))
-
-
-def _has_running_sum(setting: OperatorSetting) -> bool:
-    return setting.rule == "cumulative" and setting.blend != 1.0
