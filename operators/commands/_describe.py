@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from operators.commands._output import align
 from operators.core.header import Recommended
+from operators.core.positions import ALL_POSITIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,7 +97,8 @@ def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def setting_line(recommended: Mapping[str, Any]) -> str:
     """A recommended setting on one line."""
-    return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+    where = "" if recommended["positions"] == str(ALL_POSITIONS) else f", positions {recommended['positions']}"
+    return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}{where}"
 
 
 def nothing_found_line(recommended: Mapping[str, Any]) -> str:

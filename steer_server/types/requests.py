@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from operators.core.header import Rule
+from operators.core.positions import Positions
 from steer_server.errors import InvalidRequestError
 from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
 
@@ -84,6 +85,7 @@ class OperatorUse:
     strength: float | None = None
     rule: Rule | None = None
     blend: float | None = None
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
