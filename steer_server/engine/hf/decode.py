@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import DynamicCache
 
+from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
@@ -166,7 +167,11 @@ class Decoder:
             if not steering.over
         }
         load_pushes(self._hooks, steered, x)
-        output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        try:
+            output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        except SteeringError as error:
+            # A hook that met another shape than its pushes have, or was called twice.
+            raise SteeringNotAppliedError(str(error)) from error
         logits: torch.Tensor = output.logits[:, -1].float()
         _check_finite(slots, logits)
         record_doses(self._hooks, steered, prompt=prompt)

@@ -84,6 +84,14 @@ def test_a_hook_that_stops_firing_half_way_is_an_error(llama, artifact, plan_of,
         list(events)
 
 
+def test_a_layer_that_is_called_twice_is_an_error(llama, artifact, plan_of, decode):
+    block = decoder_layers(llama.model)[_LAYER]
+    again = block.register_forward_hook(lambda module, args, output: again.remove() or module(*args))
+    with pytest.raises(SteeringNotAppliedError, match=f"layer {_LAYER} was reached twice"):
+        decode(llama, plan_of((artifact, 0.5)))
+    again.remove()
+
+
 def test_strengths_that_cancel_are_an_error(llama, artifact, plan_of, decode):
     with pytest.raises(SteeringNotAppliedError, match="may cancel"):
         decode(llama, plan_of((artifact, 0.5), (artifact, -0.5)))
