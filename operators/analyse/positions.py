@@ -7,6 +7,7 @@ import torch
 from operators.analyse import spectra
 from operators.analyse.frozen_blocks import ordinary_product
 from operators.analyse.results import PositionAnalysis, Reconstruction, SingularDirection, rounded
+from operators.analyse.threads import one_thread
 from operators.analyse.tokens import VocabularyProjection
 from operators.core.header import Profile
 from operators.core.progress import Progress
@@ -16,6 +17,8 @@ from operators.model.loading import LoadedModel
 
 PROFILE: Profile = "golden"
 """The target: the final norm of h^(layer), which at the last layer is the model's output embedding (Golden, fig. 1)."""
+_ROWS_PER_PASS = 192
+"""Rows of the Jacobian in one pass: the products of a short prompt are still small with fewer."""
 _DIRECTIONS = 3
 _TOKENS = 8
 
@@ -30,12 +33,17 @@ def output_map(loaded: LoadedModel, ids: tuple[int, ...], *, layer: int, progres
         rows = min(rows + products, loaded.hidden_size)
         progress("Jacobian rows", rows, loaded.hidden_size)
 
-    return dense_map(Replay(loaded.model, ids, layer=layer, profile=PROFILE, on_products=count))
+    with one_thread():
+        replay = Replay(
+            loaded.model, ids, layer=layer, profile=PROFILE, vectors_per_pass=_ROWS_PER_PASS, on_products=count
+        )
+    return dense_map(replay, rows_per_pass=_ROWS_PER_PASS)
 
 
 def reconstruction(loaded: LoadedModel, ids: tuple[int, ...], output: DenseMap, *, layer: int) -> Reconstruction:
     """sum_i J_i x_i + c against h, component by component, for the detached map and for the ordinary Jacobian."""
-    ordinary = ordinary_product(loaded.model, ids, layer=layer, profile=PROFILE)
+    with one_thread():
+        ordinary = ordinary_product(loaded.model, ids, layer=layer, profile=PROFILE)
     return Reconstruction(
         target=_numbers(output.y),
         detached=_numbers(output.reconstruction),
