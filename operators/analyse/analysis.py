@@ -44,6 +44,7 @@ def analyse_prompt(
         raise AnalysisError(f"the Jacobian of {text!r} at layer {layer} is not finite in {dtype_name(loaded.dtype)}")
     reconstruction = positions.reconstruction(loaded, ids, output, layer=layer)
     by_position, offset_share = positions.analyse_positions(ids, output, vocabulary, progress=progress)
+    reads, reads_against = positions.readings(output, vocabulary)
     # Freed before the maps of the layers are made, which are as large.
     del output
     with one_thread():
@@ -63,6 +64,8 @@ def analyse_prompt(
         layer=layer,
         answer=answer,
         offset_share=offset_share,
+        reads=reads,
+        reads_against=reads_against,
         reconstruction=reconstruction,
         positions=by_position,
         layers=by_layer,

@@ -6,12 +6,13 @@ import torch
 
 from operators.analyse import spectra
 from operators.analyse.frozen_blocks import ordinary_product
-from operators.analyse.results import PositionAnalysis, Reconstruction, SingularDirection, rounded
+from operators.analyse.results import PositionAnalysis, Reconstruction, ScoredToken, SingularDirection, rounded
 from operators.analyse.threads import one_thread
 from operators.analyse.tokens import VocabularyProjection
 from operators.core.header import Profile
 from operators.core.progress import Progress
 from operators.maps.jacobian import DenseMap, dense_map, relative_error
+from operators.maps.reads import concept_terms, read_direction, term_sizes
 from operators.maps.replay import Replay
 from operators.model.loading import LoadedModel
 
@@ -59,6 +60,7 @@ def analyse_positions(
     """Spectrum, stable rank, tokens and share of each position; and the share of c, (h . c) / |h|^2."""
     y = output.y.double()
     analyses = []
+    sizes = term_sizes(concept_terms(output.jacobian, None, output.x), y)
     for i, token in enumerate(ids):
         spectrum = spectra.full_spectrum(output.jacobian[i]).facing(output.x[i])
         left = vocabulary.top(vocabulary.logits(spectrum.left[:_DIRECTIONS], normed=True), _TOKENS)
@@ -68,7 +70,9 @@ def analyse_positions(
             PositionAnalysis(
                 index=i,
                 token=vocabulary.token(token),
-                share=rounded(float(y @ (output.jacobian[i] @ output.x[i]).double() / (y @ y))),
+                share=rounded(sizes[i].share),
+                term_norm=rounded(sizes[i].norm),
+                term_cosine=rounded(sizes[i].cosine),
                 stable_rank=None if spectrum.stable_rank is None else rounded(spectrum.stable_rank),
                 singular_values=sigmas,
                 directions=tuple(SingularDirection(*triplet) for triplet in zip(sigmas, left, right, strict=False)),
@@ -76,6 +80,13 @@ def analyse_positions(
         )
         progress("Spectra", i + 1, len(ids))
     return tuple(analyses), rounded(float(y @ output.offset.double() / (y @ y)))
+
+
+def readings(
+    output: DenseMap, vocabulary: VocabularyProjection
+) -> tuple[tuple[ScoredToken, ...], tuple[ScoredToken, ...]]:
+    """The tokens that would move h most along itself in the last place, and most away: :mod:`operators.maps.reads`."""
+    return vocabulary.both_ends(read_direction(output.jacobian, None, output.y), _TOKENS)
 
 
 def _numbers(values: torch.Tensor) -> tuple[float, ...]:

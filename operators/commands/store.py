@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,10 @@ from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
 from operators.core.errors import OperatorError
+
+if TYPE_CHECKING:
+    from operators.analyse.operator_reads import OperatorReads
+    from operators.core.store import Store
 
 
 def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -29,11 +33,24 @@ def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) 
         output.print_answer({"store": str(store.path), "operators": entries}, lines, as_json=as_json)
 
 
-def show(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show everything about one operator but its numbers.
+def show(
+    name: NameArgument,
+    reads: Annotated[
+        bool, typer.Option("--reads", help="Load the model, and show what the operator reads and what each token gives.")
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="With --reads: the model (default: the one it was built on).", show_default=False),
+    ] = None,
+    store_path: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show everything about one operator but its numbers; with --reads, what these read.
 
-    The digest is as the file states it: the numbers are not read. 'verify' reads and checks them.
+    Without --reads, the digest is as the file states it: the numbers are not read. 'verify' reads and checks them.
     """
+    if model is not None and not reads:
+        raise typer.BadParameter("--model goes with --reads: nothing else of 'show' needs a model")
     with output.exit_on_error(as_json):
         store = open_store(store_path)
         found = store.read_header(name)
@@ -45,7 +62,23 @@ def show(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption
             fingerprints=f"model {header.model_fingerprint}, tokenizer {header.tokenizer_fingerprint}",
             created=f"{header.created.isoformat()} by version {header.builder_version}",
         )
+        if reads:
+            found_reads, tokens = _read(name, model, store)
+            answer |= {"concept_tokens": tokens, "reads": found_reads.to_json()}
+            lines = [*lines, *found_reads.lines()]
         output.print_answer(answer, lines, as_json=as_json)
+
+
+def _read(name: str, model: str | None, store: Store) -> tuple[OperatorReads, list[str]]:
+    """What an operator reads, and the tokens of its first text."""
+    from operators.analyse.operator_reads import read_operator
+    from operators.model.loading import load_model
+
+    artifact = store.load(name)
+    header = artifact.header
+    loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
+    found = read_operator(artifact, loaded)
+    return found, [term.text for term in found.texts[0]]
 
 
 def verify(
