@@ -95,7 +95,7 @@ def _render(
         file = io.BytesIO()
         # Not savefig, which draws a figure whose layout is to be worked out twice.
         # Without matplotlib's version in the metadata, the same numbers give the same bytes.
-        canvas.print_png(file, metadata={"Software": None})
+        canvas.print_png(file, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return file.getvalue(), [axes.get_position(original=True) for axes in figure.axes]
 
 

@@ -60,7 +60,8 @@ class OperatorReads:
         heading = [f"  text {number}"] if len(self.texts) > 1 else []
         width = max(len(visible(term.text)) for term in text)
         return heading + [
-            f"    {visible(term.text):{width}}  {term.norm:8.3g}  {term.cosine:6.2f}  {term.share:7.1%}" for term in text
+            f"    {visible(term.text):{width}}  {term.norm:8.3g}  {term.cosine:6.2f}  {term.share:7.1%}"
+            for term in text
         ]
 
 

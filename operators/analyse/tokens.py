@@ -61,9 +61,7 @@ class VocabularyProjection:
         parts = [embed(self._loaded.model, part).to(self._dtype) @ wide for part in torch.split(ids, _ROWS)]
         return torch.cat(parts)[None]
 
-    def both_ends(
-        self, direction: torch.Tensor, count: int
-    ) -> tuple[tuple[ScoredToken, ...], tuple[ScoredToken, ...]]:
+    def both_ends(self, direction: torch.Tensor, count: int) -> tuple[tuple[ScoredToken, ...], tuple[ScoredToken, ...]]:
         """The ``count`` tokens of largest and of least w . x, for w (d,) (:meth:`readings`)."""
         scores = self.readings(direction)
         (most,), (least,) = self.top(scores, count), self.top(-scores, count)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from operators.commands._output import align
@@ -11,7 +11,10 @@ from operators.core.header import Recommended
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from operators.builder.spec import BuildSpec
     from operators.core.file_format import FileHeader
+    from operators.core.header import CalibrationPoint
+    from operators.model.loading import LoadedModel
 
 
 def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
         "path": str(path),
         "bytes": found.num_bytes,
         "affine": found.affine,
-        "calibrated": None if point is None else point.model_dump(mode="json"),
+        "calibrated": point_json(point),
         **found.header.model_dump(mode="json"),
     }
 
@@ -38,6 +41,7 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         "concept": repr(operator["concept"]),
         "tokens": f"{len(tokens)}: " + " ".join(repr(token) for token in tokens),
         **({"more texts": "; ".join(more)} if more else {}),
+        **({"last token": _last_tokens(operator["last_tokens"])} if "last_tokens" in operator else {}),
         **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),
         "model": f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']})",
         "profile": operator["profile"],
@@ -53,6 +57,14 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
     return align([(f"{key}:", str(value)) for key, value in fields.items()])
 
 
+def build_warnings(spec: BuildSpec, loaded: LoadedModel) -> list[str]:
+    """What a user should be told of an operator that was built."""
+    from operators.builder.guidance import strength_warnings, text_warnings
+
+    texts = text_warnings(spec.texts, loaded.tokenizer.all_special_ids)
+    return [*texts, *strength_warnings(spec.recommended.strength)]
+
+
 def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
     """One line per operator; a broken one says what is wrong with it."""
     return align(map(_list_row, operators))
@@ -61,6 +73,18 @@ def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
 def setting_line(recommended: Mapping[str, Any]) -> str:
     """A recommended setting on one line."""
     return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+
+
+def point_json(point: CalibrationPoint | None) -> dict[str, Any] | None:
+    """A point of a calibration as JSON shows it."""
+    return None if point is None else point.model_dump(mode="json")
+
+
+def point_line(point: Mapping[str, Any]) -> str:
+    """A point of a calibration on one line: its setting, and what it measured."""
+    return (
+        f"layer {point['layer']}, {setting_line(point)}: {point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
+    )
 
 
 def nothing_found_line(recommended: Mapping[str, Any]) -> str:
@@ -78,6 +102,11 @@ def file_size(num_bytes: int) -> str:
             return f"{amount:.3g} {unit}"
         amount /= 1000
     return f"{amount:.3g} GB"
+
+
+def _last_tokens(tokens: Sequence[str]) -> str:
+    whose = "the last position of the text" if len(tokens) == 1 else "the last positions of the texts"
+    return " ".join(map(repr, tokens)) + f" ({whose}: what the map ends at)"
 
 
 def _rank(operator: Mapping[str, Any]) -> str:

@@ -36,7 +36,8 @@ def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) 
 def show(
     name: NameArgument,
     reads: Annotated[
-        bool, typer.Option("--reads", help="Load the model, and show what the operator reads and what each token gives.")
+        bool,
+        typer.Option("--reads", help="Load the model, and show what the operator reads and what each token gives."),
     ] = False,
     model: Annotated[
         str | None,
