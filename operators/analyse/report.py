@@ -118,8 +118,8 @@ def _reads(analysis: Analysis) -> Iterator[str]:
     yield "<h3>What the prompt reads, and what each token gives</h3>"
     yield (
         "<p>w = J<sub>n−1</sub><sup>⊤</sup> h/‖h‖ against all token embeddings x: w · x says how far a token in "
-        "the last place would move the output along h. An operator of this text reads the same. Terms are J<sub>i</sub> "
-        "x<sub>i</sub>; norms are in the units of h.</p>"
+        "the last place would move the output along h. An operator of this text reads the same. Terms are "
+        "J<sub>i</sub> x<sub>i</sub>; norms are in the units of h.</p>"
     )
     yield table(
         ["", "tokens, best first"],

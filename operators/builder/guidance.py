@@ -1,4 +1,4 @@
-"""What is accepted, but will hardly do what its user wants: said when an operator is built, not after minutes of trial."""
+"""What is accepted, but will hardly do what its user wants: said at the build, and not after minutes of trial."""
 
 from __future__ import annotations
 
