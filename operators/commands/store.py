@@ -57,17 +57,18 @@ def show(
         found = store.read_header(name)
         header = found.header
         answer = describe.operator_json(name, store.path_of(name), found)
+        further: list[str] = []
+        if reads:
+            found_reads, tokens = _read(name, model, store)
+            answer |= {"concept_tokens": tokens, "reads": found_reads.to_json()}
+            further = found_reads.lines()
         lines = describe.operator_lines(
             {**answer, "digest": f"{found.digest} (as the file states; 'verify' checks it)"},
             rules=header.rule_set,
             fingerprints=f"model {header.model_fingerprint}, tokenizer {header.tokenizer_fingerprint}",
             created=f"{header.created.isoformat()} by version {header.builder_version}",
         )
-        if reads:
-            found_reads, tokens = _read(name, model, store)
-            answer |= {"concept_tokens": tokens, "reads": found_reads.to_json()}
-            lines = [*lines, *found_reads.lines()]
-        output.print_answer(answer, lines, as_json=as_json)
+        output.print_answer(answer, [*lines, *further], as_json=as_json)
 
 
 def _read(name: str, model: str | None, store: Store) -> tuple[OperatorReads, list[str]]:

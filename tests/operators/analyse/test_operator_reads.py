@@ -70,10 +70,13 @@ def test_the_command_shows_them_as_json_and_as_lines(shelf):
     lines = CliRunner().invoke(app, ["show", "a", "--reads"]).stdout.splitlines()
     assert any(line.startswith("  towards the concept:") for line in lines)
     assert "  text 2" in lines
+    shown = next(line for line in lines if line.startswith("tokens:"))
+    assert shown.endswith(" ".join(map(repr, answer["concept_tokens"])))
 
 
 def test_a_model_without_reads_is_refused_and_without_either_none_is_loaded(shelf, monkeypatch):
     monkeypatch.setattr("operators.model.loading.load_model", lambda *_a, **_k: pytest.fail("the model was loaded"))
     result = CliRunner().invoke(app, ["show", "a", "--model", "x"])
     assert (result.exit_code, "--model goes with --reads" in result.stderr) == (2, True)
+    assert any(line.startswith("token ids:") for line in CliRunner().invoke(app, ["show", "a"]).stdout.splitlines())
     assert "reads" not in json.loads(CliRunner().invoke(app, ["show", "a", "--json"]).stdout)
