@@ -55,7 +55,7 @@ def summarise_model(phrases: Iterable[str], loaded: LoadedModel, *, progress: Pr
     """All phrases under one model, at its output embedding. Spectra are sketched: see ``spectra.sketched_spectra``.
 
     Raises:
-        AnalysisError: a phrase has no tokens or too many, or gives what is not finite; names its number.
+        AnalysisError: a phrase has no tokens or too many, or gives values that are not finite; names its number.
         UnsupportedModelError: the architecture has no detach table.
     """
     start = time.monotonic()

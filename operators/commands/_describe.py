@@ -40,7 +40,8 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         "digest": operator["digest"],
         "concept": repr(operator["concept"]),
         # Without a model there are only their ids.
-        "tokens" if "concept_tokens" in operator else "token ids": f"{len(tokens)}: " + " ".join(repr(token) for token in tokens),
+        "tokens" if "concept_tokens" in operator else "token ids": f"{len(tokens)}: "
+        + " ".join(repr(token) for token in tokens),
         **({"more texts": "; ".join(more)} if more else {}),
         **({"last token": _last_tokens(operator["last_tokens"])} if "last_tokens" in operator else {}),
         **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),

@@ -120,7 +120,7 @@ def _check_usage(described: dict[str, Any], only: list[str] | None, calibrate: b
         raise typer.BadParameter("--calibrate needs --words: what shows the concept in a text")
     if calibrate and (given := [f"--{key}" for key in ("strength", "rule", "blend") if key in described]):
         raise typer.BadParameter(
-            f"{', '.join(given)} and --calibrate: what is given is not looked for; one is accepted"
+            f"{', '.join(given)} and --calibrate: a given value cannot be calibrated; one or the other is accepted"
         )
     if only:
         raise typer.BadParameter("--only picks concepts of a --file; there is none")

@@ -10,10 +10,15 @@ from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
 from operators.core.errors import OperatorError
+from operators.core.file_format import FileHeader
+from operators.core.store import Store
 
 if TYPE_CHECKING:
     from operators.analyse.operator_reads import OperatorReads
     from operators.core.store import Store
+
+
+_UNVERIFIED = "(as the file states; 'verify' checks it)"
 
 
 def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) -> None:
@@ -26,7 +31,7 @@ def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) 
         entries: list[dict[str, Any]] = []
         for name in store:
             try:
-                entries.append(describe.operator_json(name, store.path_of(name), store.read_header(name)))
+                entries.append(_unverified_json(store, name, store.read_header(name)))
             except OperatorError as error:
                 entries.append({"name": name, "problem": output.error_json(error)})
         lines = describe.list_lines(entries) or [f"no operators in {store.path}"]
@@ -56,14 +61,16 @@ def show(
         store = open_store(store_path)
         found = store.read_header(name)
         header = found.header
-        answer = describe.operator_json(name, store.path_of(name), found)
+        answer = _unverified_json(store, name, found)
         further: list[str] = []
         if reads:
-            found_reads, tokens = _read(name, model, store)
+            found_reads, tokens, digest = _read(name, model, store)
+            # Its numbers were read.
+            answer["digest_verified"] = digest == found.digest
             answer |= {"concept_tokens": tokens, "reads": found_reads.to_json()}
             further = found_reads.lines()
         lines = describe.operator_lines(
-            {**answer, "digest": f"{found.digest} (as the file states; 'verify' checks it)"},
+            answer if answer["digest_verified"] else {**answer, "digest": f"{found.digest} {_UNVERIFIED}"},
             rules=header.rule_set,
             fingerprints=f"model {header.model_fingerprint}, tokenizer {header.tokenizer_fingerprint}",
             created=f"{header.created.isoformat()} by version {header.builder_version}",
@@ -71,8 +78,8 @@ def show(
         output.print_answer(answer, [*lines, *further], as_json=as_json)
 
 
-def _read(name: str, model: str | None, store: Store) -> tuple[OperatorReads, list[str]]:
-    """What an operator reads, and the tokens of its first text."""
+def _read(name: str, model: str | None, store: Store) -> tuple[OperatorReads, list[str], str]:
+    """What an operator reads, the tokens of its first text, and its digest, which was checked."""
     from operators.analyse.operator_reads import read_operator
     from operators.model.loading import load_model
 
@@ -80,7 +87,7 @@ def _read(name: str, model: str | None, store: Store) -> tuple[OperatorReads, li
     header = artifact.header
     loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
     found = read_operator(artifact, loaded)
-    return found, [term.text for term in found.texts[0]]
+    return found, [term.text for term in found.texts[0]], artifact.digest
 
 
 def verify(
@@ -123,3 +130,7 @@ def delete(name: NameArgument, store_path: StoreOption = None, as_json: JsonOpti
         store = open_store(store_path)
         store.delete(name)
         output.print_answer({"deleted": name, "store": str(store.path)}, [f"{name}: deleted"], as_json=as_json)
+
+
+def _unverified_json(store: Store, name: str, found: FileHeader) -> dict[str, Any]:
+    return {**describe.operator_json(name, store.path_of(name), found), "digest_verified": False}

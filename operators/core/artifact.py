@@ -124,7 +124,7 @@ def read_artifact(path: Path, *, max_bytes: int = MAX_BYTES) -> OperatorArtifact
             bytes, not safetensors, unknown version, damaged header, wrong shape, NaN, wrong digest.
     """
     with open_regular(path, max_bytes) as (file, num_bytes):
-        # Once, so that what is verified is what is used. The size, not the limit: a read reserves all that it may give.
+        # Once, so that what is verified is what is used. The size, not the limit: read(n) allocates n.
         data = file.read(num_bytes)
     return from_bytes(data, source=path.name)
 

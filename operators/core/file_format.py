@@ -34,7 +34,9 @@ MAX_JSON_BYTES = 100_000_000
 """Largest JSON header that is read: the limit of safetensors itself."""
 _MAX_STRUCTURE = 1 << 16
 """Bytes of the JSON header outside of its strings: a few hundred in a real file. Bounds what parsing it allocates."""
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Possessive: no match is tried a second way, so that the time is linear in the length whatever a file holds.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STRINGS_END = re.compile(rb'[^"]*+(?:"(?:[^"\\]++|\\.)*+"[^"]*+)*+', re.DOTALL)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _FOREIGN = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -130,7 +132,7 @@ def parse_file_header(file: BinaryIO, num_bytes: int, *, source: str) -> FileHea
     first = file.read(8)
     try:
         text = _read_json(file, first, num_bytes)
-        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        entries = json.loads(text.decode(), object_pairs_hook=_without_duplicates, parse_int=_non_negative)
         metadata = _metadata(entries.pop("__metadata__", None))
         tensors = _tensor_infos(entries, num_bytes - len(first) - len(text))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -153,7 +155,7 @@ def parse_file_header(file: BinaryIO, num_bytes: int, *, source: str) -> FileHea
     except ArtifactError as error:
         raise ArtifactError(f"{source}: {error}") from error
     if digest is None or not _DIGEST.fullmatch(digest):
-        raise ArtifactError(f"{source}: the file says that its digest is {digest!r}, which is none: it is damaged")
+        raise ArtifactError(f"{source}: the file says {digest!r}, which is no sha256 digest: it is damaged")
     return FileHeader(header, header_json, digest, "offset" in tensors, num_bytes)
 
 
@@ -211,12 +213,19 @@ def _expected_shapes(header: OperatorHeader) -> dict[str, tuple[int, ...]]:
 
 def _read_json(file: BinaryIO, first: bytes, num_bytes: int) -> bytes:
     """The JSON header behind the ``first`` 8 bytes. Raises ValueError where it is too long or no plain JSON object."""
+    if len(first) < 8:
+        raise ValueError(f"it has {num_bytes} bytes; the length of its header alone takes 8")
     length = int.from_bytes(first, "little")
-    if len(first) < 8 or length > min(MAX_JSON_BYTES, num_bytes - 8):
-        raise ValueError(f"its header would take {length} of {num_bytes} bytes; at most {MAX_JSON_BYTES} are read")
+    if length > num_bytes - 8:
+        raise ValueError(f"its header would take {length} bytes; {num_bytes - 8} follow its length")
+    if length > MAX_JSON_BYTES:
+        raise ValueError(f"its header takes {length} bytes; at most {MAX_JSON_BYTES} are read")
     text = file.read(length)
     if len(text) < length or not text.startswith(b"{"):
         raise ValueError("its header is no JSON object")
+    if not _STRINGS_END.fullmatch(text):
+        # Also what keeps the next line linear: a string without an end would be looked for from each of its quotes.
+        raise ValueError("its header has a string that does not end")
     if len(_STRING.sub(b"", text)) > _MAX_STRUCTURE:
         raise ValueError("its header has more entries than an operator's")
     return text
@@ -229,12 +238,21 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _metadata(found: Any) -> dict[str, str]:
-    metadata: dict[str, str] = dict(found or {})
-    for value in metadata.values():
+def _non_negative(digits: str) -> int:
+    if digits.startswith("-"):
+        raise ValueError(f"its header has the number {digits}; none of a safetensors file is negative")
+    return int(digits)
+
+
+def _metadata(entry: Any) -> dict[str, str]:
+    if entry is None:
+        return {}
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise ValueError("its metadata is no object of texts")
+    for text in (*entry, *entry.values()):
         # JSON escapes can write half a character, which UTF-8 cannot.
-        str.encode(value)
-    return metadata
+        text.encode()
+    return entry
 
 
 def _tensor_infos(entries: Mapping[str, Any], num_bytes: int) -> dict[str, TensorInfo]:

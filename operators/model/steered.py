@@ -68,6 +68,8 @@ class _SequenceSteering:
         self._rows = torch.tensor([0], device=loaded.device)
         self._direction = Direction(self._prepared, setting)
         self._num_fed = 0
+        self._cache: object = None
+        """The KV cache that the last pass filled; None where there was none, or the pass failed."""
 
     def before_pass(self, _decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = args[0] if args else kwargs.get("input_ids")
@@ -78,20 +80,28 @@ class _SequenceSteering:
         start = 0 if cache is None else int(cache.get_seq_length())
         if start == 0:
             self._direction, self._num_fed = Direction(self._prepared, self._setting), 0
+        elif cache is not self._cache:
+            raise SteeringError(
+                f"a forward pass after {start} tokens in a KV cache that the last pass did not fill: what is in it may "
+                "be another text, or not steered"
+            )
         if start != self._num_fed:
             raise SteeringError(
                 f"a forward pass after {start} tokens; the last one ended after {self._num_fed}, and a sequence is "
                 "steered token by token"
             )
+        # Until the pass is over: one that fails leaves a cache that nobody may continue.
+        self._cache = None
         x = block_input(self._model, embed(self._model, ids[0]), start=start)
         push = self._setting.strength / 2.0 * self._direction.advance(x)
         self._num_fed += len(ids[0])
         self._hooks.load({self._layer: LayerPush(self._rows, push[None])})
 
-    def after_pass(self, *_: Any) -> None:
+    def after_pass(self, _decoder: nn.Module, _args: Any, output: Any) -> None:
         doses = self._hooks.doses()[self._layer]
         if not bool(((doses > 0) & torch.isfinite(doses)).all()):
             raise SteeringError(
                 f"layer {self._layer}: a hidden state was moved by {float(doses.min())} of its norm; a positive, "
                 "finite change is needed"
             )
+        self._cache = getattr(output, "past_key_values", None)

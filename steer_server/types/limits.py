@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Any, Protocol, get_type_hints, runtime_checkable
+from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
 
 from steer_server.errors import InvalidRequestError
 
@@ -53,57 +53,77 @@ class Range:
 class Bounded:
     """At most so many items, and so many characters in a text, be it the value or one of its items."""
 
-    max_characters: int
+    max_characters: int | None = None
     min_characters: int = 0
     max_items: int | None = None
+    items: str = "items"
+    """What the items are, in words."""
 
     def problem(self, value: str | tuple[object, ...]) -> str | None:
         """See :class:`Limit`."""
         items = (value,) if isinstance(value, str) else value
         sizes = [len(item) for item in items if isinstance(item, str)]
-        fits = all(self.min_characters <= size <= self.max_characters for size in sizes)
+        longest = math.inf if self.max_characters is None else self.max_characters
+        fits = all(self.min_characters <= size <= longest for size in sizes)
         if fits and (self.max_items is None or len(items) <= self.max_items):
             return None
         if isinstance(value, str):
             return f"has {len(value)} characters; at most {self.max_characters} are accepted"
         texts = f" of {sizes[:4]} characters" if sizes else ""
-        accepted = f"at most {self.max_items}, of {self.min_characters} to {self.max_characters} characters"
-        return f"has {len(items)} items{texts}; accepted: {accepted}"
+        accepted = f"at most {self.max_items}"
+        if self.max_characters is not None:
+            accepted += f", of {self.min_characters} to {self.max_characters} characters"
+        return f"is {len(items)} {self.items}{texts}; accepted: {accepted}"
 
 
 @dataclass(frozen=True)
 class NotEmpty:
-    """At least one item, or character. ``needed``: of what, in words."""
+    """At least one item, or character."""
 
-    needed: str
+    reason: str
+    """Why an empty value is not accepted, in words."""
 
     def problem(self, value: str | tuple[object, ...]) -> str | None:
         """See :class:`Limit`."""
-        return None if value else f"is empty; at least one {self.needed} is needed"
+        return None if value else f"is empty; {self.reason}"
 
 
 def check_fields(instance: Any, path: str = "") -> None:
     """Raises :class:`InvalidRequestError`, which names the field from ``path`` on, for the first value not accepted."""
-    for name, limits in _limits(instance.__class__):
+    for name, limits, has_parts in _checked_fields(instance.__class__):
         value, place = getattr(instance, name), f"{path}.{name}" if path else name
+        if value is None:
+            continue
         for limit in limits:
-            problem = None if value is None else limit.problem(value)
+            problem = limit.problem(value)
             if problem is not None:
                 raise InvalidRequestError(place, problem)
-        for part, at in _parts(value, place):
-            if is_dataclass(part) and not hasattr(part, "__post_init__"):
-                check_fields(part, at)
-
-
-def _parts(value: object, path: str) -> Iterator[tuple[object, str]]:
-    if isinstance(value, tuple):
-        yield from ((item, f"{path}[{index}]") for index, item in enumerate(value))
-    else:
-        yield value, path
+        if has_parts and isinstance(value, tuple):
+            for index, part in enumerate(value):
+                check_fields(part, f"{place}[{index}]")
+        elif has_parts:
+            check_fields(value, place)
 
 
 @cache
-def _limits(cls: type) -> tuple[tuple[str, tuple[Limit, ...]], ...]:
+def _checked_fields(cls: type) -> tuple[tuple[str, tuple[Limit, ...], bool], ...]:
+    """The fields of a class that have something to check: name, limits, and whether its value or items have limits.
+
+    Decided by types, once: the items of a million token ids are not looked at one by one.
+    """
     hints = get_type_hints(cls, include_extras=True)
-    declared = ((each.name, getattr(hints[each.name], "__metadata__", ())) for each in fields(cls))
-    return tuple((name, tuple(limit for limit in limits if isinstance(limit, Limit))) for name, limits in declared)
+    checked = []
+    for each in fields(cls):
+        hint = hints[each.name]
+        limits = tuple(limit for limit in getattr(hint, "__metadata__", ()) if isinstance(limit, Limit))
+        has_parts = any(not hasattr(part, "__post_init__") for part in _dataclasses_in(hint))
+        if limits or has_parts:
+            checked.append((each.name, limits, has_parts))
+    return tuple(checked)
+
+
+def _dataclasses_in(hint: Any) -> Iterator[type]:
+    if isinstance(hint, type) and is_dataclass(hint):
+        yield hint
+    for argument in get_args(hint):
+        yield from _dataclasses_in(argument)

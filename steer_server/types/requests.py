@@ -16,7 +16,7 @@ MAX_OPERATORS = 16
 NORMAL = "normal"
 """Name of the plain arm of a comparison."""
 
-_STOPS = Bounded(max_items=64, min_characters=1, max_characters=1024)
+_MAX_STOPS = 64
 
 
 def _draw_request_id() -> str:
@@ -39,9 +39,9 @@ class ChatMessage:
 class Prompt:
     """Exactly one of a text, token ids (used as they are) or a conversation."""
 
-    text: Annotated[str | None, NotEmpty("token")] = None
-    token_ids: Annotated[tuple[int, ...] | None, NotEmpty("token")] = None
-    chat: Annotated[tuple[ChatMessage, ...] | None, NotEmpty("message")] = None
+    text: Annotated[str | None, NotEmpty("at least one token is needed")] = None
+    token_ids: Annotated[tuple[int, ...] | None, NotEmpty("at least one token is needed")] = None
+    chat: Annotated[tuple[ChatMessage, ...] | None, NotEmpty("at least one message is needed")] = None
 
     def __post_init__(self) -> None:
         if sum(part is not None for part in (self.text, self.token_ids, self.chat)) != 1:
@@ -61,8 +61,10 @@ class SamplingParams:
     # Drawn where a request names none, so that the response can report what was used.
     seed: int = field(default=0, metadata={"when_unset": _draw_seed})
     max_tokens: Annotated[int, Range(1)] = DEFAULT_MAX_TOKENS
-    stop_strings: Annotated[tuple[str, ...], _STOPS] = ()
-    stop_token_ids: Annotated[tuple[int, ...], _STOPS] = ()
+    stop_strings: Annotated[
+        tuple[str, ...], Bounded(max_items=_MAX_STOPS, min_characters=1, max_characters=1024, items="strings")
+    ] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Bounded(max_items=_MAX_STOPS, items="ids")] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int | None, Range(0, MAX_LOGPROBS)] = None
     time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
@@ -87,8 +89,7 @@ class Arm:
     """One steered arm of a comparison."""
 
     name: str
-    # The plain arm runs anyway.
-    operators: Annotated[tuple[OperatorUse, ...], NotEmpty("operator")]
+    operators: Annotated[tuple[OperatorUse, ...], NotEmpty("the plain arm runs anyway")]
 
 
 _RequestId = Annotated[str, Bounded(max_characters=128)]
@@ -114,7 +115,7 @@ class CompareRequest:
     request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
     prompt: Prompt
     sampling: SamplingParams
-    arms: Annotated[tuple[Arm, ...], NotEmpty("steered arm")]
+    arms: Annotated[tuple[Arm, ...], NotEmpty("at least one steered arm is needed")]
     score: bool = True
 
     def __post_init__(self) -> None:

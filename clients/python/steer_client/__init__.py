@@ -28,4 +28,5 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *import_module("steer_client._public").__all__})
+        private = {name for name in globals() if name.startswith("_")}
+        return sorted({*private, *import_module("steer_client._public").__all__})

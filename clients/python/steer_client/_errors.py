@@ -42,15 +42,22 @@ class SteerError(Exception):
     default_code: ClassVar[grpc.StatusCode | None] = None
     default_reason: ClassVar[str] = ""
 
-    def __init__(self, message: str, **status: Unpack[Status]) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode | None = None,
+        reason: str = "",
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         #: The gRPC status; None where none applies.
-        self.code = status.get("code") or self.default_code
+        self.code = code or self.default_code
         #: The server's stable name for the cause, for example "UNKNOWN_OPERATOR"; may be empty.
-        self.reason = status.get("reason") or self.default_reason
+        self.reason = reason or self.default_reason
         #: What the server says about the cause, by key.
-        self.metadata: Mapping[str, str] = dict(status.get("metadata") or {})
+        self.metadata: Mapping[str, str] = dict(metadata or {})
 
 
 class InvalidRequestError(SteerError):

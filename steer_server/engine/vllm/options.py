@@ -16,7 +16,7 @@ SERVER_OPTIONS = {
     "tokenizer": "--model",
     "dtype": "--dtype",
     "device": "--device",
-    "worker_cls": "nothing: the worker is ours",
+    "worker_cls": "nothing: the server has a worker of its own",
     "skip_tokenizer_init": "nothing: text is needed",
     "tokens_only": "nothing: text is needed",
     "seed": "the seed of a request",

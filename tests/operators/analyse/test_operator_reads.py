@@ -65,6 +65,7 @@ def test_the_command_shows_them_as_json_and_as_lines(shelf):
     answer = json.loads(CliRunner().invoke(app, ["show", "a", "--reads", "--json"], catch_exceptions=False).stdout)
     assert answer["digest"] == Store(shelf).load("a").digest
     assert answer["concept_tokens"] == [term["text"] for term in answer["reads"]["texts"][0]]
+    assert answer["digest_verified"] is True
     assert len(answer["reads"]["texts"]) == 2
     assert {"towards", "against", "texts"} == answer["reads"].keys()
     lines = CliRunner().invoke(app, ["show", "a", "--reads"]).stdout.splitlines()

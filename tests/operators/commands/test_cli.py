@@ -231,7 +231,7 @@ def test_a_setting_that_is_given_and_to_be_looked_for_is_refused_by_name(run, no
     result = run("build", "a", "--text", TEXT, "--words", "gate", "--calibrate", *given)
     assert result.exit_code == 2
     said = re.sub(r"[│\s]+", " ", result.stderr)
-    assert f"{', '.join(given[::2])} and --calibrate: what is given is not looked for" in said
+    assert f"{', '.join(given[::2])} and --calibrate: a given value cannot be calibrated" in said
 
 
 @pytest.mark.parametrize("command", ["build", "combine", "analyse"])

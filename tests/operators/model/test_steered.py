@@ -106,6 +106,20 @@ def test_what_cannot_be_steered_is_refused(endless):
         assert torch.isfinite(loaded.model(two[:1]).logits).all()
 
 
+def test_a_cache_that_the_last_pass_did_not_fill_is_refused(endless):
+    loaded = endless("llama")
+    ids, last = torch.tensor([IDS]), torch.tensor([[7]])
+    plain = loaded.model(ids, use_cache=True).past_key_values
+    with steered(loaded, _operator(loaded), SETTING):
+        first = loaded.model(ids, use_cache=True).past_key_values
+        second = loaded.model(ids.flip(1), use_cache=True).past_key_values
+        # All three have as many tokens as the last pass ended with.
+        for cache in (first, plain):
+            with pytest.raises(SteeringError, match="a KV cache that the last pass did not fill"):
+                loaded.model(last, past_key_values=cache)
+        assert torch.isfinite(loaded.model(last, past_key_values=second).logits).all()
+
+
 def test_an_operator_of_another_model_is_refused(tiny):
     operator = _operator(tiny("llama"))
     with (

@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 
 from steer_server.errors import InvalidRequestError
-from steer_server.types import Arm, OperatorUse, SamplingParams
+from steer_server.types import Arm, OperatorUse, Prompt, SamplingParams
 from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
 
 
@@ -22,7 +22,7 @@ from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
         ("max_tokens", 0, "is 0; accepted: 1 or more"),
         ("logprobs", 21, "is 21; accepted: 0 to 20"),
         ("time_limit", 0.0, "is 0.0; accepted: a duration above 0"),
-        ("stop_strings", ("a", ""), "has 2 items of [1, 0] characters; accepted: at most 64, of 1 to 1024 characters"),
+        ("stop_strings", ("a", ""), "is 2 strings of [1, 0] characters; accepted: at most 64, of 1 to 1024 characters"),
     ],
 )
 def test_an_error_says_the_field_the_value_and_what_is_accepted(name, value, problem):
@@ -48,7 +48,7 @@ def test_a_text_is_bounded_by_its_characters():
 
 @dataclass(frozen=True)
 class Request:
-    arms: Annotated[tuple[Arm, ...], NotEmpty("arm")]
+    arms: Annotated[tuple[Arm, ...], NotEmpty("at least one arm is needed")]
     note: Annotated[str | None, Bounded(max_characters=1)] = None
 
 
@@ -57,6 +57,16 @@ def test_a_part_that_does_not_check_itself_is_checked_by_its_place():
     check_fields(Request((Arm("a", (use,)),)), "request")
     with pytest.raises(InvalidRequestError) as caught:
         check_fields(Request((Arm("a", (use,)), Arm("b", ()))), "request")
-    assert str(caught.value) == "request.arms[1].operators: is empty; at least one operator is needed"
+    assert str(caught.value) == "request.arms[1].operators: is empty; the plain arm runs anyway"
     with pytest.raises(InvalidRequestError, match=r"^arms: is empty; at least one arm is needed"):
         check_fields(Request(()))
+
+
+def test_the_items_of_a_tuple_of_numbers_are_not_looked_at_one_by_one():
+    ids = range(1 << 20)
+
+    class CountedTuple(tuple):
+        def __iter__(self):
+            pytest.fail("the items are looked at")
+
+    assert len(Prompt(token_ids=CountedTuple(ids)).token_ids) == 1 << 20
