@@ -21,6 +21,9 @@ A model
 Building
     :func:`concept_from_text`, :class:`Concept`, :class:`BuildSpec`, :func:`build_operator`; :func:`verify_operator`
     computes an operator anew and compares; :func:`combine` mixes several (:class:`WeightedOperator`).
+Vectors
+    :func:`read_vector_file` and :func:`import_vector` make operators of rank 0 from files of other programs;
+    :func:`read_texts` and :func:`contrast_operator` from two sets of texts; :func:`export_gguf` writes anchors.
 Calibration
     :func:`calibrate` finds layer, rule, blend and strength by trial; :class:`CalibrationSpec`,
     :func:`calibration_prompts`.
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
         StoreError,
         TrialError,
         UnsupportedModelError,
+        VectorError,
     )
     from operators.core.file_format import FileHeader, read_file_header
     from operators.core.header import OperatorHeader, Recommended
@@ -83,6 +87,10 @@ if TYPE_CHECKING:
     from operators.tune.calibrate import calibrate
     from operators.tune.calibration_spec import CalibrationSpec
     from operators.tune.prompts import calibration_prompts
+    from operators.vectors.contrast import contrast_operator, read_texts
+    from operators.vectors.export import export_gguf
+    from operators.vectors.imported import import_vector
+    from operators.vectors.vector_file import read_vector_file
 
 __all__ = [
     "AnalysisError",
@@ -115,6 +123,7 @@ __all__ = [
     "StoreError",
     "TrialError",
     "UnsupportedModelError",
+    "VectorError",
     "WeightedMap",
     "WeightedOperator",
     "__version__",
@@ -123,14 +132,19 @@ __all__ = [
     "calibration_prompts",
     "combine",
     "concept_from_text",
+    "contrast_operator",
     "detached",
     "detached_jacobian",
     "embedding_root",
+    "export_gguf",
+    "import_vector",
     "load_model",
     "ordinary_jacobian",
     "prepare",
     "read_artifact",
     "read_file_header",
+    "read_texts",
+    "read_vector_file",
     "recognise",
     "register",
     "sketch",
@@ -162,6 +176,10 @@ _MODULES = {
     "tune.calibrate": ("calibrate",),
     "tune.calibration_spec": ("CalibrationSpec",),
     "tune.prompts": ("calibration_prompts",),
+    "vectors.contrast": ("contrast_operator", "read_texts"),
+    "vectors.export": ("export_gguf",),
+    "vectors.imported": ("import_vector",),
+    "vectors.vector_file": ("read_vector_file",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -12,7 +12,9 @@ from operators.commands.analyse import analyse
 from operators.commands.build import build
 from operators.commands.calibrate import calibrate
 from operators.commands.combine import combine
+from operators.commands.contrast import contrast
 from operators.commands.store import delete, list_operators, show, verify
+from operators.commands.vectors import export, import_vectors
 from operators.core.version import __version__
 
 app = typer.Typer(
@@ -30,6 +32,9 @@ app.command()(verify)
 app.command()(delete)
 app.command()(calibrate)
 app.command()(combine)
+app.command("import")(import_vectors)
+app.command()(export)
+app.command()(contrast)
 app.command()(analyse)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from operators.core.apply import Setting
+from operators.core.apply import Setting, check_blend
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import ArtifactError, SettingError, StoreError
 from operators.core.store import Store
@@ -140,6 +140,8 @@ class Registry:
                 rule=use.rule or recommended.rule,
                 blend=recommended.blend if use.blend is None else use.blend,
             )
+            if entry.artifact.header.vector is not None:
+                check_blend(setting, f"operator {use.name!r}")
         except SettingError as error:
             raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
         defaulted = tuple(name for name in ("strength", "rule", "blend") if getattr(use, name) is None)
@@ -173,7 +175,7 @@ class Registry:
         ):
             if built_for != served:
                 raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model})")
-        highest = max(max(text.ids) for text in header.texts)
+        highest = max((max(text.ids) for text in header.texts), default=0)
         if highest >= model.vocab_size:
             raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
 

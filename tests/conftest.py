@@ -37,8 +37,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.artifact import OperatorArtifact, make_artifact, make_vector
 from operators.core.header import OperatorHeader, Recommended
+from operators.core.vector_source import ImportedVector
 from operators.maps.detach import families
 from operators.model.loading import LoadedModel, load_model, recognise
 
@@ -227,5 +228,44 @@ def make_operator() -> Callable[..., OperatorArtifact]:
             }
         )
         return make_artifact(header, jacobian, anchor, anchor - jacobian[-1] @ x[-1], offset)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_rank_0() -> Callable[..., OperatorArtifact]:
+    """``make_rank_0(d=5, loaded=None, seed=0, **header)``: a random vector as an operator, of that model or of none."""
+
+    def build(d: int = 5, loaded: LoadedModel | None = None, *, seed: int = 0, **fields: object) -> OperatorArtifact:
+        d = d if loaded is None else loaded.hidden_size
+        vector = 3 * torch.randn(d, generator=torch.Generator().manual_seed(seed))
+        source = ImportedVector(
+            norm=float(vector.double().norm()),
+            file_format="gguf",
+            file_digest=f"sha256:{'3' * 64}",
+            tensor="direction.1",
+            model_hint="llama",
+        )
+        header = {
+            "concept": "happy, not sad",
+            "concept_ids": (),
+            "vector": source,
+            "model": "some-model" if loaded is None else loaded.name,
+            "architecture": "LlamaForCausalLM",
+            "model_fingerprint": f"sha256:{'1' * 64}" if loaded is None else loaded.fingerprint,
+            "tokenizer_fingerprint": f"sha256:{'2' * 64}" if loaded is None else loaded.tokenizer_fingerprint,
+            "profile": "residual",
+            "rule_set": "",
+            "layer": 2,
+            "injection_layer": 2,
+            "num_layers": 4,
+            "hidden_size": d,
+            "dtype": "float32",
+            "model_dtype": "float32",
+            "recommended": Recommended(blend=1.0),
+            "builder_version": "0.1.0",
+            "created": datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC),
+        }
+        return make_vector(OperatorHeader(**{**header, **fields}), vector)
 
     return build

@@ -8,6 +8,8 @@ so that weights compare directions and not the sizes of hidden states. It is bui
 :class:`~operators.maps.weighted_map.WeightedMap`: its basis, residuals and errors are its own, and it can be verified
 like any other operator. It has one direction, so its dose is that of one operator: at most |lambda|/2, whatever the
 weights.
+
+Vectors have no map: theirs is the sum of their directions (:mod:`operators.builder.vector_mixture`), without a build.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 from operators.builder.build import build_operator
 from operators.builder.concept import Concept
 from operators.builder.spec import BuildSpec
+from operators.builder.vector_mixture import mix_vectors
 from operators.builder.verify import check_compatible
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import BuildError
@@ -50,7 +53,7 @@ def combine(
     max_memory: int | None = None,
     progress: Progress = silent,
 ) -> OperatorArtifact:
-    """The mixture of two or more operators of one model, profile and layer.
+    """The mixture of two or more operators of one model, profile and layer, all of them vectors or none.
 
     Args:
         rank: of the mixture; None means the largest of its members', and exact where one of them is.
@@ -59,10 +62,15 @@ def combine(
 
     Raises:
         BuildError: fewer than two members, one of them twice, a weight that is zero or not finite, members of
-            different layers or profiles, or weights that cancel.
+            different layers or profiles, vectors among others, a rank for vectors, or weights that cancel.
         IncompatibleOperatorError: a member belongs to another model.
     """
     _check(members, loaded)
+    listed = tuple(Member(name=member.name, digest=member.artifact.digest, weight=member.weight) for member in members)
+    if members[0].artifact.header.vector is not None:
+        if rank is not None:
+            raise BuildError(f"rank is {rank}; a mixture of vectors is a vector, of rank 0")
+        return mix_vectors([(one, member.artifact) for one, member in zip(listed, members, strict=True)])
     norms = [float(torch.linalg.vector_norm(member.artifact.anchor.double())) for member in members]
     scale = sum(norms) / len(norms)
     headers = [member.artifact.header for member in members]
@@ -73,9 +81,7 @@ def combine(
             for member, norm in zip(members, norms, strict=True)
             for share in member.artifact.header.shares
         ),
-        members=tuple(
-            Member(name=member.name, digest=member.artifact.digest, weight=member.weight) for member in members
-        ),
+        members=listed,
         profile=headers[0].profile,
         layer=headers[0].layer,
         rank=_rank(headers) if rank is None else rank,
@@ -103,6 +109,11 @@ def _check(members: Sequence[WeightedOperator], loaded: LoadedModel) -> None:
         if not (math.isfinite(member.weight) and member.weight != 0.0):
             raise BuildError(
                 f"the weight of {member.name!r} is {member.weight}; a finite number other than 0 is accepted"
+            )
+        if (header.vector is None) != (first.vector is None):
+            raise BuildError(
+                f"of {members[0].name!r} and {member.name!r} one is a vector, which has no map to mix; a mixture of "
+                "vectors alone, or of none, is accepted (a request may name several operators of either kind)"
             )
         if (header.profile, header.layer) != (first.profile, first.layer):
             raise BuildError(

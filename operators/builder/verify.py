@@ -14,7 +14,7 @@ from operators.builder.checks import (
 )
 from operators.builder.concept import Concept
 from operators.core.artifact import OperatorArtifact
-from operators.core.errors import IncompatibleOperatorError, ReconstructionError
+from operators.core.errors import BuildError, IncompatibleOperatorError, ReconstructionError
 from operators.core.header import DTypeName, OperatorHeader
 from operators.maps.detach import RULE_SET
 from operators.maps.jacobian import relative_error
@@ -35,12 +35,15 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
         |sum_i J_i x_i + c - y| / |y| of the text where it is largest, with y computed anew.
 
     Raises:
+        BuildError: it is a vector, which is not computed from a text.
         IncompatibleOperatorError: another model, tokenizer, depth or width; names what was found and what was
             expected.
         ReconstructionError: the operator, its anchor or its substitute base is not what this model gives.
     """
     check_compatible(artifact.header, loaded)
     header = artifact.header
+    if header.vector is not None:
+        raise BuildError("a vector has no map of a model that could be computed anew; its model can be checked")
     replays = [Replay(loaded.model, text.ids, layer=header.layer, profile=header.profile) for text in header.texts]
     for text, replay in zip(header.texts, replays, strict=True):
         check_replay(Concept(text.text, text.ids), replay, loaded, layer=header.layer, profile=header.profile)
@@ -92,13 +95,13 @@ def check_compatible(header: OperatorHeader, loaded: LoadedModel) -> None:
         ("hidden size", header.hidden_size, loaded.hidden_size),
         ("model fingerprint", header.model_fingerprint, loaded.fingerprint),
         ("tokenizer fingerprint", header.tokenizer_fingerprint, loaded.tokenizer_fingerprint),
-        ("rule set", header.rule_set, RULE_SET),
+        ("rule set", header.rule_set, RULE_SET if header.vector is None else ""),
     ):
         if found != expected:
             raise IncompatibleOperatorError(
                 f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
             )
     size = int(loaded.model.get_input_embeddings().weight.shape[0])
-    largest = max(max(text.ids) for text in header.texts)
+    largest = max((max(text.ids) for text in header.texts), default=0)
     if largest >= size:
         raise IncompatibleOperatorError(f"the concept has token {largest}; {loaded.name!r} has tokens 0 to {size - 1}")

@@ -33,6 +33,8 @@ def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
 
 def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
     """One operator for a person. ``operator`` is what :func:`operator_json` returns; ``further`` goes last."""
+    if operator["vector"] is not None:
+        return _vector_lines(operator, **further)
     tokens = operator.get("concept_tokens", operator["concept_ids"])
     more = [repr(text["text"]) for text in operator["more_texts"]]
     fields: dict[str, object] = {
@@ -65,6 +67,40 @@ def build_warnings(spec: BuildSpec, loaded: LoadedModel) -> list[str]:
 
     texts = text_warnings(spec.texts, loaded.tokenizer.all_special_ids)
     return [*texts, *strength_warnings(spec.recommended.strength)]
+
+
+def _vector_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
+    fields: dict[str, object] = {
+        "name": operator["name"],
+        "digest": operator["digest"],
+        "about": repr(operator["concept"]),
+        **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),
+        "model": f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']})",
+        "layer": f"{operator['layer']} of {operator['num_layers']}, added to its input",
+        "rank": "0: a vector, which pushes every token the same way (blend is always 1)",
+        "source": _source(operator),
+        "norm": f"{operator['vector']['norm']:.6g}; coefficient c of programs that add c times the vector is strength "
+        f"{2 * operator['vector']['norm']:.4g} c / |h|, another at each token",
+        "recommended": setting_line(operator["recommended"]),
+        **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
+        "file": f"{operator['path']} ({file_size(operator['bytes'])})",
+        **further,
+    }
+    return align([(f"{key}:", str(value)) for key, value in fields.items()])
+
+
+def _source(operator: Mapping[str, Any]) -> str:
+    """Where a vector comes from."""
+    source = operator["vector"]
+    if source["method"] == "import":
+        hint = f", for {source['model_hint']!r}" if source["model_hint"] is not None else ""
+        return f"tensor {source['tensor']!r} of a {source['file_format']} file{hint}, {source['file_digest']}"
+    if source["method"] == "contrast":
+        return " minus ".join(
+            f"mean of {side['texts']} texts ({side['name']!r}, {side['digest'].removeprefix('sha256:')[:12]})"
+            for side in (source["positive"], source["negative"])
+        )
+    return "mixture of " + ", ".join(f"{member['weight']:+g} {member['name']}" for member in operator["members"])
 
 
 def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -151,7 +187,7 @@ def _list_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         entry["name"],
         f"{entry['profile']}: layer {entry['layer']} of {entry['num_layers']}, pushes block {entry['injection_layer']}",
-        f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
+        "vector" if entry["vector"] else f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
         str(entry["model"]),
         entry["digest"].removeprefix("sha256:")[:12],
         repr(entry["concept"]) + (f" and {more} more" if more else "") + _calibrated_note(entry),

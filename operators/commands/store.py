@@ -1,7 +1,10 @@
-"""``list``, ``show``, ``verify`` and ``delete``: the operators in a store. All but ``verify`` do without torch."""
+"""``list``, ``show``, ``verify`` and ``delete``: the operators in a store. All but ``verify`` and
+``show --reads`` do without torch.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,14 +12,13 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
-from operators.core.errors import OperatorError
+from operators.core.errors import OperatorError, VectorError
 from operators.core.file_format import FileHeader
 from operators.core.store import Store
 
 if TYPE_CHECKING:
     from operators.analyse.operator_reads import OperatorReads
-    from operators.core.store import Store
-
+    from operators.core.artifact import OperatorArtifact
 
 _UNVERIFIED = "(as the file states; 'verify' checks it)"
 
@@ -63,6 +65,8 @@ def show(
         header = found.header
         answer = _unverified_json(store, name, found)
         further: list[str] = []
+        if reads and header.vector:
+            raise VectorError(f"operator {name!r} is a vector, which reads nothing: it has no matrices")
         if reads:
             found_reads, tokens, digest = _read(name, model, store)
             # Its numbers were read.
@@ -71,7 +75,7 @@ def show(
             further = found_reads.lines()
         lines = describe.operator_lines(
             answer if answer["digest_verified"] else {**answer, "digest": f"{found.digest} {_UNVERIFIED}"},
-            rules=header.rule_set,
+            **({} if header.vector else {"rules": header.rule_set}),
             fingerprints=f"model {header.model_fingerprint}, tokenizer {header.tokenizer_fingerprint}",
             created=f"{header.created.isoformat()} by version {header.builder_version}",
         )
@@ -96,16 +100,30 @@ def verify(
         str | None,
         typer.Option(help="Model to check against (default: the one it was built on).", show_default=False),
     ] = None,
+    positive: Annotated[
+        Path | None, typer.Option(help="Of a contrast: its texts, to compute it anew.", show_default=False)
+    ] = None,
+    negative: Annotated[Path | None, typer.Option(help="Likewise.", show_default=False)] = None,
     file_only: Annotated[bool, typer.Option("--file-only", help="Check the file; load no model.")] = False,
     store_path: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check an operator's file, then hold it against its model."""
+    """Check an operator's file, then hold it against its model.
+
+    Of a vector, the model's fingerprints and sizes are compared; a contrast is computed anew where its texts are given.
+    """
     with output.exit_on_error(as_json):
         artifact = open_store(store_path).load(name)
         answer: dict[str, Any] = {"name": name, "digest": artifact.digest, "file": "valid"}
         line = f"{name}: the file is valid ({artifact.digest})"
-        if not file_only:
+        if (positive is None) != (negative is None) or (file_only and positive is not None):
+            raise VectorError("--positive and --negative go together, and not with --file-only")
+        if not file_only and artifact.header.vector is not None:
+            found, said = _verify_vector(artifact, model, positive, negative)
+            answer, line = {**answer, **found}, line + said
+        elif positive is not None:
+            raise VectorError(f"operator {name!r} is no contrast, so that no texts can be compared with it")
+        elif not file_only:
             from operators.builder.verify import verify_operator
             from operators.model.loading import load_model
 
@@ -122,6 +140,25 @@ def verify(
                 f"({header.reconstruction_error:.2e} when it was built)"
             )
         output.print_answer(answer, [line], as_json=as_json)
+
+
+def _verify_vector(
+    artifact: OperatorArtifact, model: str | None, positive: Path | None, negative: Path | None
+) -> tuple[dict[str, Any], str]:
+    """What can be said of a vector beyond its file, for JSON and for a person."""
+    from operators.builder.verify import check_compatible
+    from operators.model.loading import load_model
+    from operators.vectors.contrast import check_contrast, read_texts
+
+    header = artifact.header
+    texts = None if positive is None or negative is None else (read_texts(positive), read_texts(negative))
+    loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
+    check_compatible(header, loaded)
+    fits = f" and fits {loaded.name}: fingerprints, depth and width; "
+    if texts is None:
+        return {"model": loaded.name, "vector_error": None}, fits + "a vector's numbers are not computed anew"
+    error = check_contrast(artifact, *texts, loaded)
+    return {"model": loaded.name, "vector_error": error}, f"{fits}computed anew from its texts it is off by {error:.1e}"
 
 
 def delete(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption = False) -> None:

@@ -11,6 +11,8 @@ J_i = U B_i, i = 0..n-1 (U = 1 for an exact one):
 
 a_k depends on token ids only, so it is worked out beside the model; the only request state is one running
 sum s_k of r numbers, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
+
+A vector is an operator of rank 0: it has no a_k, y is the vector, and beta is 1.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class PreparedOperator:
     """An artifact's tensors in float32 on the device that steers. Immutable, shared between requests.
 
     ``factors`` (n, r, d), ``basis`` (d, r) or None for the identity; ``offset``, ``base`` and ``unit_anchor`` (d,).
+    Of a vector, ``factors`` (0, 0, d) and ``base`` (0,) are empty.
     """
 
     factors: torch.Tensor
@@ -59,6 +62,11 @@ class PreparedOperator:
     offset: torch.Tensor | None
     base: torch.Tensor
     unit_anchor: torch.Tensor
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether only the anchor pushes: there are no blocks."""
+        return self.factors.shape[0] == 0
 
     @property
     def nbytes(self) -> int:
@@ -75,9 +83,17 @@ class PreparedOperator:
         return PreparedOperator(**{field.name: place(getattr(self, field.name)) for field in fields(self)})
 
 
+def check_blend(setting: Setting, name: str) -> None:
+    """Raises :class:`SettingError` where ``setting`` asks the vector ``name`` for anything but its anchor."""
+    if setting.blend != 1.0:
+        raise SettingError(
+            "blend", f"is {setting.blend:g}; {name} is a vector (rank 0), and only 1 (anchor) is accepted"
+        )
+
+
 def prepared_bytes(artifact: OperatorArtifact) -> int:
     """Bytes of the :class:`PreparedOperator` that :func:`prepare` makes of it."""
-    return artifact.nbytes // artifact.factors.element_size() * torch.float32.itemsize
+    return artifact.nbytes // artifact.anchor.element_size() * torch.float32.itemsize
 
 
 def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperator:
@@ -106,6 +122,9 @@ class Direction:
     """
 
     def __init__(self, operator: PreparedOperator, setting: Setting) -> None:
+        """Raises :class:`SettingError` for a vector with a blend other than 1; its rule makes no difference."""
+        if operator.is_vector:
+            check_blend(setting, "the operator")
         self._operator = operator
         self._setting = setting
         self._position = 0

@@ -39,6 +39,7 @@ class OperatorArtifact:
     Shapes: ``factors`` (n, r, d) = B_i; ``basis`` (d, r) = U, or None for the identity, and then ``factors[i]`` is
     J_i = dh/dx_i (output, input) itself; ``anchor`` (d,) = y, for one text sum J_i x_i + c; ``substitute_base`` (d,) =
     y - J_{n-1} x_{n-1}; ``offset`` (d,) = c, or None where the model has no biases. Of several texts, each is the mean.
+    A vector has no blocks: ``anchor`` (d,) is the vector, ``factors`` (0, 0, d) and ``substitute_base`` (0,) are empty.
     """
 
     header: OperatorHeader
@@ -53,14 +54,13 @@ class OperatorArtifact:
 
     @property
     def positions(self) -> int:
-        """Number of concept tokens n."""
+        """Number of concept tokens n; 0 for a vector."""
         return int(self.factors.shape[0])
 
     @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
-        tensors = (self.factors, self.basis, self.anchor, self.substitute_base, self.offset)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in tensors_of(self).values())
 
     def jacobian(self) -> torch.Tensor:
         """J (n, d, d), made anew for a low-rank operator."""
@@ -81,21 +81,21 @@ def make_artifact(
     Raises:
         ArtifactError: a shape, dtype or value does not fit the header.
     """
-    tensors = _tensors(factors, basis, anchor, substitute_base, offset)
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    return _from_parts(header, header.model_dump_json(), plain)
+    return _signed(header, _tensors(factors, basis, anchor, substitute_base, offset))
+
+
+def make_vector(header: OperatorHeader, vector: torch.Tensor) -> OperatorArtifact:
+    """The operator of rank 0 whose anchor is ``vector`` (d,), checked and signed.
+
+    Raises:
+        ArtifactError: the shape, the dtype or a value does not fit the header.
+    """
+    return _signed(header, {"anchor": vector})
 
 
 def with_header(artifact: OperatorArtifact, **changes: object) -> OperatorArtifact:
     """The same numbers under a changed header, signed again. Raises :class:`ArtifactError` where they do not fit."""
-    return make_artifact(
-        artifact.header.model_copy(update=changes),
-        artifact.factors,
-        artifact.anchor,
-        artifact.substitute_base,
-        artifact.offset,
-        basis=artifact.basis,
-    )
+    return _signed(artifact.header.model_copy(update=changes), tensors_of(artifact))
 
 
 def to_bytes(artifact: OperatorArtifact) -> bytes:
@@ -141,6 +141,8 @@ def from_bytes(data: bytes, *, source: str) -> OperatorArtifact:
 
 def tensors_of(artifact: OperatorArtifact) -> dict[str, torch.Tensor]:
     """The tensors of its file, by name."""
+    if artifact.header.vector is not None:
+        return {"anchor": artifact.anchor}
     return _tensors(artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset)
 
 
@@ -184,17 +186,31 @@ def _tensors(
     return tensors if offset is None else {**tensors, "offset": offset}
 
 
+def _signed(header: OperatorHeader, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
+    # Earlier versions read strictly, and know no vectors: what is none is written as they write it.
+    header_json = header.model_dump_json(exclude={"vector"} if header.vector is None else None)
+    return _from_parts(
+        header, header_json, {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    )
+
+
 def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
     check_layout(header, {name: _info(tensor) for name, tensor in tensors.items()})
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"tensor {name!r} has values that are not finite")
+    anchor = tensors["anchor"]
+    if header.vector is not None:
+        factors, substitute_base = anchor.new_empty(0, 0, len(anchor)), anchor.new_empty(0)
+    else:
+        factors = tensors["jacobian" if header.low_rank is None else "factors"]
+        substitute_base = tensors["substitute_base"]
     return OperatorArtifact(
         header=header,
-        factors=tensors["jacobian" if header.low_rank is None else "factors"],
+        factors=factors,
         basis=tensors.get("basis"),
-        anchor=tensors["anchor"],
-        substitute_base=tensors["substitute_base"],
+        anchor=anchor,
+        substitute_base=substitute_base,
         offset=tensors.get("offset"),
         header_json=header_json,
         digest=_digest(header_json, tensors),

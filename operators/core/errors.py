@@ -11,6 +11,7 @@ OperatorError
 ├── StoreError              a name that is not allowed, is missing, or is taken
 ├── ArtifactError           a file is not a whole, valid operator
 │   └── IncompatibleOperatorError   it is valid, and belongs to another model
+├── VectorError             a vector, or a file of vectors or texts, that cannot be used or written
 ├── TrialError              a calibration with invalid bounds, or a prompt that cannot be continued
 └── SteeringError           a direction that cannot be formed
     └── SettingError            a strength, rule or blend that is not accepted
@@ -65,6 +66,10 @@ class ArtifactError(OperatorError):
 
 class IncompatibleOperatorError(ArtifactError):
     """A valid operator that belongs to another model, tokenizer, layer or shape."""
+
+
+class VectorError(OperatorError):
+    """A vector, or a file of vectors or texts, that cannot be read, used or written."""
 
 
 class TrialError(OperatorError):

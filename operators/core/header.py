@@ -9,28 +9,25 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, Field, field_validator, model_validator
+
+from operators.core.vector_source import STRICT, Count, Fingerprint, VectorSource, Word
 
 Profile = Literal["golden", "residual"]
 Rule = Literal["cumulative", "substitute"]
 DTypeName = Literal["float32", "float64", "bfloat16"]
 
-_Fingerprint = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-_Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 MAX_CONCEPT = 1 << 16
 """Characters, and tokens, of a text: a bound for everything that a listing of operators sends over a wire."""
 MAX_MEMBERS = 64
 MAX_TEXTS = 256
 MAX_WORDS = 256
-MAX_WORD = 1024
-"""Characters."""
-_Word = Annotated[str, Field(max_length=MAX_WORD)]
 
 _Text = Annotated[str, Field(max_length=MAX_CONCEPT)]
-_Ids = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=1, max_length=MAX_CONCEPT)]
+_Ids = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=MAX_CONCEPT)]
+_OneOrMoreIds = Annotated[_Ids, Field(min_length=1)]
 _Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 _NonNegative = Annotated[float, Field(ge=0.0)]
-_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def injection_layer(profile: Profile, layer: int) -> int:
@@ -44,7 +41,7 @@ def injection_layer(profile: Profile, layer: int) -> int:
 class Recommended(BaseModel):
     """Values that a request gets when it names none."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     strength: float = 0.5
     rule: Rule = "cumulative"
@@ -54,28 +51,28 @@ class Recommended(BaseModel):
 class ConceptText(BaseModel):
     """One text and its token ids. Filled by :mod:`operators.builder.build`."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     text: _Text
-    ids: _Ids
+    ids: _OneOrMoreIds
 
 
 class Member(BaseModel):
     """One operator of a mixture, as it was when the mixture was made. Filled by :mod:`operators.builder.combine`."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    name: _Word
-    digest: _Fingerprint
+    name: Word
+    digest: Fingerprint
     weight: float
 
 
 class LowRank(BaseModel):
     """How J_i ~ U B_i was computed, and its residuals. Filled by :mod:`operators.builder.build`."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    rank: _Count
+    rank: Count
     residuals: tuple[_NonNegative, ...] = Field(min_length=1, max_length=MAX_CONCEPT)
     """|J_i - U B_i|_F / |J_i|_F per position, as random probes estimate it."""
     weighting: Literal["embedding", "white"]
@@ -88,13 +85,13 @@ class LowRank(BaseModel):
 class CalibrationPoint(BaseModel):
     """What a calibration measured at one setting. Filled by :mod:`operators.tune.calibrate`."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    layer: _Count
+    layer: Count
     rule: Rule
     blend: _Fraction
     strength: float
-    texts: _Count
+    texts: Count
     """Number of steered texts: one for each of the first prompts."""
     kl_p95: _NonNegative
     """95th percentile over the tokens of the steered texts of KL(plain || steered), in nats."""
@@ -109,15 +106,15 @@ class CalibrationPoint(BaseModel):
 class Calibration(BaseModel):
     """The points that a calibration measured, and the one that it chose. Filled by :mod:`operators.tune.calibrate`."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
-    words: tuple[_Word, ...] = Field(min_length=1, max_length=MAX_WORDS)
+    words: tuple[Word, ...] = Field(min_length=1, max_length=MAX_WORDS)
     kl_budget: _NonNegative
     max_perplexity_ratio: _NonNegative
     min_distinct_ratio: _Fraction
     """Bound of the texts' distinct-2, over that of the plain texts."""
-    prompts: _Count
-    tokens: _Count
+    prompts: Count
+    tokens: Count
     plain_hit_rate: _Fraction
     plain_perplexity: _NonNegative
     plain_distinct_2: _Fraction
@@ -133,28 +130,37 @@ class Calibration(BaseModel):
 
 
 class OperatorHeader(BaseModel):
-    """Everything about an operator but its numbers. Filled by :mod:`operators.builder.build`."""
+    """Everything about an operator but its numbers. Filled by :mod:`operators.builder.build`, and of a vector by
+    :mod:`operators.vectors.vector_operator`.
 
-    model_config = _STRICT
+    A vector is an operator of rank 0: it has no texts, blocks or reconstruction, and its anchor is the vector.
+    """
+
+    model_config = STRICT
 
     concept: _Text
+    """The first text; of a vector, what its maker said about it."""
     concept_ids: _Ids
+    """Empty for a vector."""
+    vector: VectorSource | None = None
+    """Where a vector comes from; None for every other operator."""
     more_texts: tuple[ConceptText, ...] = Field(default=(), max_length=MAX_TEXTS - 1)
     """Further texts of the same concept: the operator is the mean of theirs."""
     weights: tuple[float, ...] = Field(default=(), max_length=MAX_TEXTS)
     """Of each text's map in the operator's; none means the mean."""
     members: tuple[Member, ...] = Field(default=(), max_length=MAX_MEMBERS)
     """The operators of a mixture; their texts are this one's."""
-    model: _Word
-    architecture: _Word
-    model_fingerprint: _Fingerprint
-    tokenizer_fingerprint: _Fingerprint
+    model: Word
+    architecture: Word
+    model_fingerprint: Fingerprint
+    tokenizer_fingerprint: Fingerprint
     profile: Profile
-    rule_set: _Word
-    layer: _Count
+    rule_set: Word
+    """What was frozen in the Jacobian; empty for a vector."""
+    layer: Count
     injection_layer: Annotated[int, Field(ge=0)]
-    num_layers: _Count
-    hidden_size: _Count
+    num_layers: Count
+    hidden_size: Count
     dtype: DTypeName
     """Of the tensors."""
     model_dtype: DTypeName
@@ -165,13 +171,14 @@ class OperatorHeader(BaseModel):
     """None for an exact operator."""
     tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """The residual that was given in place of a rank; the operator is exact where no lower rank keeps to it."""
-    words: tuple[_Word, ...] = Field(default=(), max_length=MAX_WORDS)
+    words: tuple[Word, ...] = Field(default=(), max_length=MAX_WORDS)
     """Words that show the concept in a text, for a calibration."""
     recommended: Recommended
     calibration: Calibration | None = None
-    reconstruction_error: _NonNegative
-    """|sum J_i x_i + c - y| / |y|; of several texts, the worst of each text's own map (not of the mean)."""
-    builder_version: _Word
+    reconstruction_error: _NonNegative | None = None
+    """|sum J_i x_i + c - y| / |y|; of several texts, the worst of each text's own map (not of the mean). None for a
+    vector."""
+    builder_version: Word
     created: AwareDatetime
 
     @field_validator("created")
@@ -195,22 +202,62 @@ class OperatorHeader(BaseModel):
 
     @property
     def positions(self) -> int:
-        """n, the number of blocks: the tokens of the longest text."""
+        """n, the number of blocks: the tokens of the longest text; 0 for a vector."""
         return max(len(self.concept_ids), *(len(more.ids) for more in self.more_texts), 0)
 
     @property
+    def rank(self) -> int:
+        """r of J_i = U B_i: the hidden size for an exact operator, 0 for a vector."""
+        if self.vector is not None:
+            return 0
+        return self.hidden_size if self.low_rank is None else self.low_rank.rank
+
+    @property
     def texts(self) -> tuple[ConceptText, ...]:
-        """All texts of the concept."""
+        """All texts of the concept; none for a vector."""
+        if self.vector is not None:
+            return ()
         return (ConceptText(text=self.concept, ids=self.concept_ids), *self.more_texts)
 
     @property
     def shares(self) -> tuple[float, ...]:
         """The weight of each text's map in the operator's, in the order of ``texts``."""
-        count = 1 + len(self.more_texts)
-        return self.weights or (1.0 / count,) * count
+        count = len(self.texts)
+        return self.weights or tuple(1.0 / count for _ in range(count))
+
+    @model_validator(mode="after")
+    def _is_a_vector_or_a_map(self) -> Self:
+        of_maps = {
+            "concept_ids": self.concept_ids,
+            "more_texts": self.more_texts,
+            "weights": self.weights,
+            "rule_set": self.rule_set,
+            "low_rank": self.low_rank,
+            "tolerance": self.tolerance,
+            "reconstruction_error": self.reconstruction_error,
+        }
+        if self.vector is None:
+            absent = next(
+                (name for name in ("concept_ids", "reconstruction_error") if of_maps[name] in ((), None)), None
+            )
+            if absent is not None:
+                raise ValueError(f"an operator that is no vector needs {absent!r}")
+            return self
+        present = next((name for name, value in of_maps.items() if value not in ((), "", None)), None)
+        if present is not None:
+            raise ValueError(f"a vector has no {present!r}")
+        if self.profile != "residual":
+            raise ValueError(
+                f"a vector is added to the input of its layer, so its profile is 'residual', not {self.profile!r}"
+            )
+        if (self.vector.method == "mixture") != bool(self.members):
+            raise ValueError(f"a vector by {self.vector.method!r} has {len(self.members)} members; a mixture has some")
+        if self.recommended.blend != 1.0:
+            raise ValueError(f"a vector is all anchor: its recommended blend is 1, not {self.recommended.blend:g}")
+        return self
 
     @model_validator(mode="after")
     def _every_text_has_a_weight(self) -> Self:
-        if len(self.shares) != 1 + len(self.more_texts):
-            raise ValueError(f"{len(self.weights)} weights for {1 + len(self.more_texts)} texts")
+        if len(self.shares) != len(self.texts):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.texts)} texts")
         return self

@@ -11,8 +11,9 @@ from typing import Any, Literal, TypeGuard, get_args
 from operators.builder.concept import check_text
 from operators.core.apply import Setting
 from operators.core.errors import BuildError
-from operators.core.header import MAX_TEXTS, MAX_WORD, MAX_WORDS, Profile, Rule
+from operators.core.header import MAX_TEXTS, MAX_WORDS, Profile, Rule
 from operators.core.store import check_name
+from operators.core.vector_source import MAX_WORD
 
 _MAX_SHOWN = 60
 """Characters of a value in an error message."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from operators.builder.build import build_operator
@@ -46,6 +47,9 @@ def calibrate(
         SteeringError: a candidate has no direction at some token.
     """
     check_compatible(artifact.header, loaded)
+    if artifact.header.vector is not None:
+        # The anchor is all that there is of a vector: no rule and no other blend makes a difference.
+        spec = dataclasses.replace(spec, rules=spec.rules[:1], blends=(1.0,))
     layers = candidate_layers(artifact, spec.layers)
     budget = capacity.free_memory(loaded.device) if max_memory is None else max_memory
     built = operators_at_layers(artifact, layers, loaded, max_memory=budget, progress=progress)
@@ -60,12 +64,21 @@ def calibrate(
 
 
 def candidate_layers(artifact: OperatorArtifact, requested: Sequence[int] | None) -> tuple[int, ...]:
-    """The layers to try, in order: those requested; where None, the operator's own and six over the model's middle."""
+    """The layers to try, in order: those requested; where None, the operator's own and six over the model's middle.
+
+    Raises :class:`BuildError` for a vector and another layer than its own, the only one that it is of.
+    """
+    own = artifact.header.layer
+    if artifact.header.vector is not None:
+        for layer in requested or ():
+            if layer != own:
+                raise BuildError(f"layer {layer}: the operator is a vector of layer {own}, and not built at another")
+        return (own,)
     if requested is not None:
         return tuple(sorted(set(requested)))
     depth = artifact.header.num_layers
     spread = {min(max(1, round(share * depth)), max(1, depth - 1)) for share in _DEPTH_SHARES}
-    return tuple(sorted({artifact.header.layer, *spread}))
+    return tuple(sorted({own, *spread}))
 
 
 def operators_at_layers(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from operators.core.apply import Setting
 from operators.core.errors import TrialError
-from operators.core.header import MAX_WORD, MAX_WORDS, CalibrationPoint, Rule
+from operators.core.header import MAX_WORDS, CalibrationPoint, Rule
+from operators.core.vector_source import MAX_WORD
 from operators.tune.metrics import WordList
 
 

@@ -77,7 +77,7 @@ class OperatorInfo:
     name: str
     problem: str | None
     digest: str
-    #: The first text that it was built from; the others are in `more_texts`.
+    #: The first text that it was built from; the others are in `more_texts`. Of a vector, what its maker said of it.
     concept: str
     concept_token_ids: tuple[int, ...]
     #: Share of the first text's map in the operator's.
@@ -100,9 +100,9 @@ class OperatorInfo:
     #: The layer whose input is pushed.
     injection_layer: int
     hidden_size: int
-    #: Number of Jacobian blocks: the tokens of the longest text.
+    #: Number of Jacobian blocks: the tokens of the longest text; 0 for a vector.
     positions: int
-    #: r of J_i = U B_i; the hidden size for an exact operator.
+    #: r of J_i = U B_i; the hidden size for an exact operator, 0 for a vector.
     rank: int
     #: None for an exact operator.
     low_rank: LowRank | None
@@ -114,6 +114,7 @@ class OperatorInfo:
     #: None where it was not calibrated.
     calibration: Calibration | None
     #: Relative error of Σ J x + c against the hidden state, measured when it was built; of several texts, the worst.
+    #: 0 for a vector, which reconstructs nothing.
     reconstruction_error: float
     #: In UTC.
     created: datetime | None
@@ -126,9 +127,14 @@ class OperatorInfo:
         return self.problem is None
 
     @property
+    def vector(self) -> bool:
+        """Whether it is one vector, of rank 0, that pushes every token the same way: its blend is always 1."""
+        return self.usable and self.rank == 0
+
+    @property
     def exact(self) -> bool:
         """Whether its blocks are the whole Jacobian."""
-        return self.usable and self.low_rank is None
+        return self.usable and self.low_rank is None and not self.vector
 
     @property
     def calibrated(self) -> bool:

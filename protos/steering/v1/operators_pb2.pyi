@@ -223,7 +223,7 @@ class Operator(_message.Message):
     """Empty when the operator can be used; else why it cannot. Fields that could not be read are then unset."""
     digest: _builtins.str
     concept: _builtins.str
-    """Its first text; the others are in `more_texts`."""
+    """Its first text; the others are in `more_texts`. Of a vector (rank 0), which has no texts, what its maker said of it."""
     model: _builtins.str
     """The model that it was built for."""
     model_fingerprint: _builtins.str
@@ -246,7 +246,7 @@ class Operator(_message.Message):
     size_bytes: _builtins.int
     builder_version: _builtins.str
     rank: _builtins.int
-    """r of J_i = U B_i, the numbers of request state; the hidden size for an exact operator."""
+    """r of J_i = U B_i, the numbers of request state; the hidden size for an exact operator, 0 for a vector."""
     model_dtype: _builtins.str
     """Of the model that it was built on, whose rounding bounds the reconstruction error."""
     num_texts: _builtins.int

@@ -47,7 +47,19 @@ OPERATORS = [
     *("--help", "--version", "list", "list --json", "show a", "show a --json", "delete b", "show missing"),
     *(
         f"{command} --help"
-        for command in ("build", "list", "show", "verify", "delete", "calibrate", "combine", "analyse")
+        for command in (
+            "build",
+            "list",
+            "show",
+            "verify",
+            "delete",
+            "calibrate",
+            "combine",
+            "import",
+            "export",
+            "contrast",
+            "analyse",
+        )
     ),
     "no-such-command",
 ]

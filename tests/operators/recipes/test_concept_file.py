@@ -3,7 +3,8 @@ import math
 import pytest
 
 from operators.core.errors import BuildError, ConceptFileError, OperatorError
-from operators.core.header import MAX_CONCEPT, MAX_TEXTS, MAX_WORD, MAX_WORDS
+from operators.core.header import MAX_CONCEPT, MAX_TEXTS, MAX_WORDS
+from operators.core.vector_source import MAX_WORD
 from operators.recipes.concept_entry import ConceptEntry, validate_value
 from operators.recipes.concept_file import MAX_BYTES, parse_concepts, read_concept_file, select_entries
 

@@ -38,15 +38,23 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
     )
     if info.calibration is not None:
         yield "calibration", _calibration(info.calibration)
-    yield "reconstruction", f"relative error {format_number(info.reconstruction_error)}, model in {info.model_dtype}"
+    if not info.vector:
+        yield (
+            "reconstruction",
+            f"relative error {format_number(info.reconstruction_error)}, model in {info.model_dtype}",
+        )
     yield "model", f"{info.model}, {info.model_fingerprint}"
     yield "digest", info.digest
     yield "file", f"{info.size_bytes} bytes, {info.dtype}"
     if info.created is not None:
-        yield "built", f"{info.created.isoformat()} by {info.builder_version}, rules {info.rule_set}"
+        rules = f", rules {info.rule_set}" if info.rule_set else ""
+        yield "built", f"{info.created.isoformat()} by {info.builder_version}{rules}"
 
 
 def _texts(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
+    if info.vector:
+        yield "concept", repr(info.concept)
+        return
     yield "concept", _concept_text(info.concept, len(info.concept_token_ids), info.concept_weight)
     for further in info.more_texts:
         yield "further text", _concept_text(further.text, len(further.token_ids), further.weight)
@@ -60,6 +68,8 @@ def _concept_text(text: str, tokens: int, weight: float) -> str:
 
 
 def _rank(info: steer_client.OperatorInfo) -> str:
+    if info.vector:
+        return f"0: a vector at hidden size {info.hidden_size}"
     size = f"{format_count(info.positions, 'block')} at hidden size {info.hidden_size}"
     if info.low_rank is None:
         return f"exact, {size}"

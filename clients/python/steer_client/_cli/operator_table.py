@@ -48,13 +48,13 @@ def _table(infos: Sequence[steer_client.OperatorInfo]) -> Table:
         table.add_column(title, overflow="fold")
     for info in infos:
         if info.usable:
-            further = info.num_texts - 1
+            further = max(info.num_texts - 1, 0)
             table.add_row(
                 Text(escape_controls(info.name), style="bold"),
                 Text(escape_controls(info.concept).strip() + (f" (and {further} more)" if further else "")),
                 info.profile,
                 str(info.injection_layer),
-                "exact" if info.exact else str(info.rank),
+                "exact" if info.exact else "vector" if info.vector else str(info.rank),
                 format_number(info.recommended_strength),
                 format_number(info.recommended_blend),
                 info.recommended_rule,

@@ -142,8 +142,11 @@ def _running_sums(operator: PreparedOperator, span_pushes: Sequence[SpanPush], x
 
 
 def _sort_key(blocks: int, push: SpanPush) -> int:
-    """Spans of several tokens first; then single tokens, those of one block side by side, for one product."""
-    return -1 if push.num_tokens > 1 else push.first_position % blocks
+    """Spans of several tokens first; then single tokens, those of one block side by side, for one product.
+
+    A vector has no blocks, and no products.
+    """
+    return -1 if push.num_tokens > 1 else push.first_position % max(blocks, 1)
 
 
 def _normalise(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

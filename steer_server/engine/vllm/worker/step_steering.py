@@ -84,6 +84,9 @@ class StepSteering:
         state = self._requests[request] = RequestState(settings, salt, limits, running_sums=[None] * len(settings))
         if unknown:
             self._fail(state, self._step, f"operator {unknown[0]} is not loaded")
+        for setting in settings:
+            if setting.blend != 1.0 and self._is_vector(setting.digest):
+                self._fail(state, self._step, f"{setting.digest} is a vector: blend is {setting.blend:g}, not 1")
 
     def remove_request(self, request: str) -> None:
         """Drops the state of a request."""
@@ -142,8 +145,8 @@ class StepSteering:
                 if loaded is None:
                     self._fail(state, self._step, f"operator {setting.digest} was unloaded")
                     continue
-                # At blend 1 every rule is the anchor.
-                rule = None if setting.blend == 1.0 else setting.rule
+                # At blend 1 every rule is the anchor, which is all that a vector has.
+                rule = None if setting.blend == 1.0 or loaded.operator.is_vector else setting.rule
                 key = (loaded.layer, setting.digest, rule)
                 group = groups.setdefault(key, OperatorGroup(loaded.operator, rule, []))
                 running_sum = state.running_sums[index]
@@ -192,6 +195,7 @@ class StepSteering:
             for index, setting in enumerate(state.settings)
             if _has_running_sum(setting)
             and setting.digest in self._operators
+            and not self._is_vector(setting.digest)
             and not (continues and state.running_sums[index] is not None)
         ]
         has_prefix = bool(missing) and span.first_position > 0
@@ -203,6 +207,10 @@ class StepSteering:
                 if prefix is None
                 else terms(operator, prefix, torch.arange(span.first_position)).sum(0)
             )
+
+    def _is_vector(self, digest: str) -> bool:
+        loaded = self._operators.get(digest)
+        return loaded is not None and loaded.operator.is_vector
 
     def _fail(self, state: RequestState, step: int, problem: str) -> None:
         state.failure = state.failure or problem

@@ -65,13 +65,14 @@ def _in(dtype, artifact):
     return make_artifact(artifact.header.model_copy(update={"dtype": dtype}), factors, *vectors)
 
 
-@pytest.fixture(params=["exact", "affine", "bfloat16", "low rank"])
-def operator(request, make_operator, low_artifact):
+@pytest.fixture(params=["exact", "affine", "bfloat16", "low rank", "vector"])
+def operator(request, make_operator, low_artifact, make_rank_0):
     return {
         "exact": make_operator(3, 5),
         "affine": make_operator(2, 7, affine=True),
         "bfloat16": _in("bfloat16", make_operator(3, 5, affine=True)),
         "low rank": low_artifact,
+        "vector": make_rank_0(40),
     }[request.param]
 
 
