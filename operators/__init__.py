@@ -36,8 +36,8 @@ Artifacts
     :class:`Store`; :class:`OperatorArtifact`, :class:`OperatorHeader`, :class:`Recommended`; :func:`read_artifact`
     verifies a file, :func:`read_file_header` reads what it says about itself (:class:`FileHeader`).
 Steering
-    :func:`steered`, :class:`Setting`; below it :func:`prepare`, :class:`PreparedOperator`, :class:`Direction` and
-    :func:`steer`, the steering equation.
+    :func:`steered`, :class:`Setting`, :class:`Positions`; below them :func:`prepare`, :class:`PreparedOperator`,
+    :class:`Direction` and :func:`steer`, the steering equation.
 Errors
     :class:`OperatorError` and its subclasses, drawn as a tree in :mod:`operators.core.errors`.
 """
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     )
     from operators.core.file_format import FileHeader, read_file_header
     from operators.core.header import OperatorHeader, Recommended
+    from operators.core.positions import Positions
     from operators.core.store import Store
     from operators.maps.detach import Family, detached, register
     from operators.maps.jacobian import DenseMap, detached_jacobian, ordinary_jacobian
@@ -112,6 +113,7 @@ __all__ = [
     "OperatorArtifact",
     "OperatorError",
     "OperatorHeader",
+    "Positions",
     "PreparedOperator",
     "Recommended",
     "ReconstructionError",
@@ -165,6 +167,7 @@ _MODULES = {
     "core.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "core.file_format": ("FileHeader", "read_file_header"),
     "core.header": ("OperatorHeader", "Recommended"),
+    "core.positions": ("Positions",),
     "core.store": ("Store",),
     "maps.detach": ("Family", "detached", "register"),
     "maps.jacobian": ("DenseMap", "detached_jacobian", "ordinary_jacobian"),

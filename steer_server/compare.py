@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
+from steer_server.fed_positions import check_reachable
 from steer_server.generate import CompletionBuilder
 from steer_server.registry import Registry
 from steer_server.types import (
@@ -36,6 +37,14 @@ async def compare(
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
     plans = [registry.plan(arm.operators, field=f"arms[{index}].operators") for index, arm in enumerate(request.arms)]
     ids = await engine.encode(request.prompt)
+    for index, plan in enumerate(plans):
+        check_reachable(
+            plan,
+            f"arms[{index}].operators",
+            prompt_tokens=len(ids),
+            max_tokens=request.sampling.max_tokens,
+            context_length=engine.model.context_length,
+        )
     names = (NORMAL, *(arm.name for arm in request.arms))
     # Scoring the plain row gives its own log-probabilities, and so its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))

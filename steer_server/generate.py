@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from steer_server.engine.base import Engine
-from steer_server.errors import SteeringNotAppliedError
+from steer_server.fed_positions import check_reachable, check_receipts
 from steer_server.registry import Registry
 from steer_server.types import (
     Admitted,
@@ -17,7 +17,6 @@ from steer_server.types import (
     EngineEvent,
     GenerateEvent,
     GenerationRequest,
-    Receipt,
     Row,
     RowFinished,
     SamplingParams,
@@ -40,6 +39,13 @@ async def generate(
     """
     plan = registry.plan(request.operators)
     ids = await engine.encode(request.prompt)
+    check_reachable(
+        plan,
+        "operators",
+        prompt_tokens=len(ids),
+        max_tokens=request.sampling.max_tokens,
+        context_length=engine.model.context_length,
+    )
     builder = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:
@@ -89,7 +95,13 @@ class CompletionBuilder:
         return Delta(event.text, (event.token_id,), () if event.logprob is None else (event.logprob,))
 
     def _finish(self, event: RowFinished, elapsed: float) -> tuple[Delta | Completion, ...]:
-        self._check_receipts(event.receipts)
+        check_receipts(
+            self.plan,
+            event.receipts,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=len(self._ids),
+            reason=event.reason,
+        )
         self._text.append(event.text)
         self._scores.extend(event.scores)
         completion = Completion(
@@ -106,18 +118,3 @@ class CompletionBuilder:
             scores=tuple(self._scores),
         )
         return (Delta(event.text, (), ()), completion) if event.text else (completion,)
-
-    def _check_receipts(self, receipts: tuple[Receipt, ...]) -> None:
-        """Checks once more, for any engine, that the plan was applied at every token; otherwise there is no text."""
-        uses = self.plan.applications if self.plan else ()
-        # Tokens fed to the model: once there is a token, the whole prompt, and every generated token but the last.
-        fed = (self.prompt_tokens, len(self._ids) - 1) if self._ids else None
-        if [use.artifact.digest for use in uses] != [receipt.digest for receipt in receipts]:
-            raise SteeringNotAppliedError("the engine's receipts are not those of the plan")
-        for use, receipt in zip(uses, receipts, strict=True):
-            steered = receipt.prompt_tokens_steered + receipt.prompt_tokens_cached, receipt.generated_tokens_steered
-            if use.setting.strength != 0.0 and fed is not None and steered != fed:
-                raise SteeringNotAppliedError(
-                    f"{use.name}: {steered[0]} prompt and {steered[1]} generated tokens were steered; "
-                    f"{fed[0]} and {fed[1]} were fed to the model"
-                )

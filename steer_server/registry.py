@@ -26,6 +26,8 @@ from steer_server.types import MAX_OPERATORS, Application, ModelInfo, OperatorUs
 
 _MAX_PROBLEM = 1024
 """Characters of a problem that are kept: listings repeat it."""
+_SETTINGS = ("strength", "rule", "blend", "positions")
+"""What a request may leave to an operator's recommendation."""
 _ROUNDING = 1e-9
 """Relative: the floating-point sum of strengths that add up to the limit may exceed it."""
 
@@ -103,7 +105,7 @@ class Registry:
 
         Raises:
             UnknownOperatorError, OperatorUnusableError: an operator is not in the store, or cannot be used.
-            InvalidRequestError: a strength, rule or blend is not accepted; names the field.
+            InvalidRequestError: a strength, rule, blend or range is not accepted; names the field.
             DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
         if len(uses) > MAX_OPERATORS:
@@ -139,14 +141,14 @@ class Registry:
                 strength=recommended.strength if use.strength is None else use.strength,
                 rule=use.rule or recommended.rule,
                 blend=recommended.blend if use.blend is None else use.blend,
+                positions=use.positions or recommended.positions,
             )
             if entry.artifact.header.vector is not None:
                 check_blend(setting, f"operator {use.name!r}")
         except SettingError as error:
             raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
-        defaulted = tuple(name for name in ("strength", "rule", "blend") if getattr(use, name) is None)
-        as_recommended = setting == Setting(recommended.strength, recommended.rule, recommended.blend)
-        calibrated = as_recommended and entry.artifact.header.calibrated_point is not None
+        defaulted = tuple(name for name in _SETTINGS if getattr(use, name) is None)
+        calibrated = setting == Setting.of(recommended) and entry.artifact.header.calibrated_point is not None
         return Application(use.name, entry.artifact, setting, defaulted, calibrated)
 
     def _read(self, name: str) -> OperatorEntry:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from operators.commands._output import align
 from operators.core.header import Recommended
+from operators.core.positions import ALL_POSITIONS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,7 +111,8 @@ def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def setting_line(recommended: Mapping[str, Any]) -> str:
     """A recommended setting on one line."""
-    return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+    where = "" if recommended["positions"] == str(ALL_POSITIONS) else f", positions {recommended['positions']}"
+    return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}{where}"
 
 
 def point_json(point: CalibrationPoint | None) -> dict[str, Any] | None:
@@ -120,9 +122,9 @@ def point_json(point: CalibrationPoint | None) -> dict[str, Any] | None:
 
 def point_line(point: Mapping[str, Any]) -> str:
     """A point of a calibration on one line: its setting, and what it measured."""
-    return (
-        f"layer {point['layer']}, {setting_line(point)}: {point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
-    )
+    # Calibrations are at all positions.
+    setting = setting_line({**point, "positions": str(ALL_POSITIONS)})
+    return f"layer {point['layer']}, {setting}: {point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
 
 
 def nothing_found_line(recommended: Mapping[str, Any]) -> str:

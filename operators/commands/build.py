@@ -55,6 +55,14 @@ def build(
         float | None,
         typer.Option(help="Recommended blend, from 0 (operator) to 1 (anchor) (default: 0).", show_default=False),
     ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POSITIONS",
+            help="Recommended positions of a text: first, prompt, generated, 4.., 0..8, generated:0..5 (default: all).",
+            show_default=False,
+        ),
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +103,7 @@ def build(
         "strength": strength,
         "rule": rule,
         "blend": blend,
+        "positions": positions,
         "rank": int(rank) if rank and rank.removeprefix("-").isdecimal() else rank,
         "tolerance": tol,
         "words": None if words is None else [word.strip() for word in words.split(",")],
@@ -118,7 +127,7 @@ def _check_usage(described: dict[str, Any], only: list[str] | None, calibrate: b
         raise typer.BadParameter("either NAME and --text, or --file, is needed")
     if calibrate and "words" not in described:
         raise typer.BadParameter("--calibrate needs --words: what shows the concept in a text")
-    if calibrate and (given := [f"--{key}" for key in ("strength", "rule", "blend") if key in described]):
+    if calibrate and (given := [f"--{key}" for key in ("strength", "rule", "blend", "positions") if key in described]):
         raise typer.BadParameter(
             f"{', '.join(given)} and --calibrate: a given value cannot be calibrated; one or the other is accepted"
         )

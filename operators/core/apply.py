@@ -7,7 +7,7 @@ J_i = U B_i, i = 0..n-1 (U = 1 for an exact one):
     substitute   a_k = b + U B_{n-1} x_k,  b = y - J_{n-1} x_{n-1} (of the concept)
 
     d_k = (1-beta) a_k/|a_k| + beta y/|y|
-    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|
+    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|       at the positions k of the setting
 
 a_k depends on token ids only, so it is worked out beside the model; the only request state is one running
 sum s_k of r numbers, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
@@ -25,20 +25,22 @@ import torch
 
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import SettingError, SteeringError
-from operators.core.header import Rule
+from operators.core.header import Recommended, Rule
+from operators.core.positions import ALL_POSITIONS, Positions
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How strongly and by which rule an operator is applied.
+    """How strongly, by which rule and where an operator is applied.
 
     ``strength`` is lambda, any finite number: 0 leaves every bit alone, negative pushes away. ``blend`` is beta
-    in [0, 1].
+    in [0, 1]. ``positions`` are those of the text that are pushed; the others keep their bits.
     """
 
     strength: float
     rule: Rule
     blend: float
+    positions: Positions = ALL_POSITIONS
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
@@ -47,6 +49,12 @@ class Setting:
             raise SettingError("blend", f"is {self.blend}; a number from 0 (operator) to 1 (anchor) is accepted")
         if self.rule not in ("cumulative", "substitute"):
             raise SettingError("rule", f"is {self.rule!r}; 'cumulative' and 'substitute' are accepted")
+        self.positions.check()
+
+    @classmethod
+    def of(cls, recommended: Recommended) -> Setting:
+        """The setting that an operator recommends."""
+        return cls(recommended.strength, recommended.rule, recommended.blend, recommended.positions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,32 +138,33 @@ class Direction:
         self._position = 0
         self._sum = operator.factors.new_zeros(operator.factors.shape[1])
 
-    def advance(self, x: torch.Tensor) -> torch.Tensor:
-        """Unit directions (T, d) for the next T tokens, whose embeddings are ``x`` (T, d).
+    def advance(self, x: torch.Tensor, at: slice = slice(None)) -> torch.Tensor:
+        """Unit directions for the next T tokens, whose embeddings are ``x`` (T, d): (T, d), or those of ``at`` only.
+
+        All T tokens enter the running sum; a direction that is not asked for may be zero.
 
         Raises:
             SteeringError: a direction is zero or not finite at some position.
         """
-        if x.shape[0] == 0:
-            return self._operator.factors.new_empty(0, x.shape[1])
-        x = x.to(torch.float32)
-        first, blend = self._position, self._setting.blend
+        first, low, blend = self._position, at.indices(x.shape[0])[0], self._setting.blend
         self._position += x.shape[0]
         anchor = self._operator.unit_anchor
         if blend == 1.0:
-            return anchor.expand(x.shape[0], -1)
-        unit = _unit(self._raw(x, first), first)
+            return anchor.expand(x[at].shape[0], -1)
+        unit = _unit(self._raw(x, first, at), first + low)
         if blend == 0.0:
             return unit
-        return _unit((1.0 - blend) * unit + blend * anchor, first)
+        return _unit((1.0 - blend) * unit + blend * anchor, first + low)
 
-    def _raw(self, x: torch.Tensor, first: int) -> torch.Tensor:
+    def _raw(self, x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
         if self._setting.rule == "substitute":
-            return substitute(self._operator, x)
+            return substitute(self._operator, x[at].to(torch.float32))
+        if x.shape[0] == 0:
+            return x.to(torch.float32)
         positions = torch.arange(first, first + x.shape[0])
-        sums = self._sum + terms(self._operator, x, positions).cumsum(0)
+        sums = self._sum + terms(self._operator, x.to(torch.float32), positions).cumsum(0)
         self._sum = sums[-1].clone()
-        return cumulative(self._operator, sums)
+        return cumulative(self._operator, sums[at])
 
 
 def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

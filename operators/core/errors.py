@@ -14,7 +14,7 @@ OperatorError
 ├── VectorError             a vector, or a file of vectors or texts, that cannot be used or written
 ├── TrialError              a calibration with invalid bounds, or a prompt that cannot be continued
 └── SteeringError           a direction that cannot be formed
-    └── SettingError            a strength, rule or blend that is not accepted
+    └── SettingError            a strength, rule, blend or range of positions that is not accepted
 
 Every message names the thing, the value that was found and what is accepted.
 """
@@ -81,7 +81,7 @@ class SteeringError(OperatorError):
 
 
 class SettingError(SteeringError):
-    """A strength, rule or blend is not accepted; ``field`` says which."""
+    """A strength, rule, blend or range of positions is not accepted; ``field`` says which."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field} {problem}")

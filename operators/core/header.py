@@ -9,8 +9,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, Field, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
+from operators.core.errors import SettingError
+from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.vector_source import STRICT, Count, Fingerprint, VectorSource, Word
 
 Profile = Literal["golden", "residual"]
@@ -38,6 +40,15 @@ def injection_layer(profile: Profile, layer: int) -> int:
     return layer - 1 if profile == "golden" else layer
 
 
+def _read_positions(value: object) -> Positions:
+    if not isinstance(value, str | Positions):
+        raise ValueError(f"is {value!r}; a text such as 'all' is accepted")
+    try:
+        return Positions.parse(str(value))
+    except SettingError as error:
+        raise ValueError(str(error)) from error
+
+
 class Recommended(BaseModel):
     """Values that a request gets when it names none."""
 
@@ -46,6 +57,8 @@ class Recommended(BaseModel):
     strength: float = 0.5
     rule: Rule = "cumulative"
     blend: _Fraction = 0.0
+    positions: Annotated[Positions, PlainValidator(_read_positions), PlainSerializer(str)] = ALL_POSITIONS
+    """In its text form, such as ``"first"``, where the header is written down."""
 
 
 class ConceptText(BaseModel):
@@ -83,7 +96,7 @@ class LowRank(BaseModel):
 
 
 class CalibrationPoint(BaseModel):
-    """What a calibration measured at one setting. Filled by :mod:`operators.tune.calibrate`."""
+    """What a calibration measured at one setting, at all positions. Filled by :mod:`operators.tune.calibrate`."""
 
     model_config = STRICT
 
@@ -197,8 +210,8 @@ class OperatorHeader(BaseModel):
         if self.calibration is None or self.calibration.chosen is None:
             return None
         point, at = self.calibration.points[self.calibration.chosen], self.recommended
-        chosen = (point.layer, point.rule, point.blend, point.strength)
-        return point if chosen == (self.layer, at.rule, at.blend, at.strength) else None
+        chosen = (point.layer, point.rule, point.blend, point.strength, ALL_POSITIONS)
+        return point if chosen == (self.layer, at.rule, at.blend, at.strength, at.positions) else None
 
     @property
     def positions(self) -> int:

@@ -1,6 +1,6 @@
 """Pushing the inputs of a model's blocks, in ``torch.nn`` modules that take a hidden state (B, T, d) first.
 
-    h_k <- h_k + |h_k| push_k        for the rows of the batch that have a push; the others keep their bits
+    h_k <- h_k + |h_k| push_k        for the rows and tokens of the batch that have a push; the others keep their bits
 
 One forward pass is :meth:`PushHooks.load`, the pass, :meth:`PushHooks.doses`. A push that was not added is an error.
 """
@@ -28,6 +28,26 @@ class LayerPush:
     """(R,) int64: indices into the batch, each once, on the device of the hidden states."""
     push: torch.Tensor
     """(R, T, d) float32, in units of |h|: sum over the operators of (lambda/2) d_k/|d_k|."""
+    where: torch.Tensor | None = None
+    """(R, T) bool: the tokens that are pushed; None means all of them."""
+
+
+def layer_push(pieces: Mapping[int, Sequence[tuple[slice, torch.Tensor]]], tokens: int) -> LayerPush:
+    """The pushes at one layer in a pass over ``tokens`` tokens T.
+
+    Args:
+        pieces: by row of the batch, for each operator which of the T tokens it pushes, and its pushes (P, d) there.
+            Those of one row add up.
+    """
+    first = next(push for row in pieces.values() for _, push in row)
+    push = first.new_zeros(len(pieces), tokens, first.shape[-1])
+    where = torch.zeros(len(pieces), tokens, dtype=torch.bool)
+    for place, row in enumerate(pieces.values()):
+        for at, part in row:
+            push[place, at] += part
+            where[place, at] = True
+    rows = torch.tensor(list(pieces), device=push.device)
+    return LayerPush(rows, push, None if bool(where.all()) else where.to(push.device))
 
 
 class PushHooks:
@@ -61,8 +81,8 @@ class PushHooks:
         """The relative doses |h' - h|/|h| of the last forward pass, and the end of its pushes.
 
         Returns:
-            By layer, (R, T) float32 on the model's device, in the order of the pushes that were loaded. Nothing is
-            copied to the host here.
+            By layer, (R, T) float32 on the model's device, in the order of the pushes that were loaded; without
+            meaning at tokens that were not pushed. Nothing is copied to the host here.
 
         Raises:
             SteeringError: a hook did not run, so that its pushes were not added.
@@ -95,4 +115,7 @@ class PushHooks:
                 f"{tuple(before.shape)}"
             )
         after, self._doses[layer] = steer(before, loaded.push)
+        if loaded.where is not None:
+            # Not a push of 0: float32 holds no float64, and -0.0 + 0.0 is 0.0.
+            after = torch.where(loaded.where[..., None], after, before)
         return hidden.index_copy(0, loaded.rows, after)

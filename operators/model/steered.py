@@ -1,6 +1,7 @@
 """A model that is steered inside a ``with`` block: ``generate`` and any other forward pass of transformers.
 
-    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|        at the input of the operator's injection layer, at every token
+    h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|        at the input of the operator's injection layer, at the setting's
+                                                   positions k
 
 The directions are those of :mod:`operators.core.apply`, hence those of the server. One sequence at a time, with a KV
 cache or without; a pass that continues another sequence than the last one is an error, never a wrong direction.
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from operators.core.apply import Direction, Setting, prepare
+from operators.core.apply import Setting, prepare
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import IncompatibleOperatorError, SteeringError
-from operators.core.hooks import LayerPush, PushHooks
+from operators.core.hooks import PushHooks, layer_push
+from operators.core.pushes import SequencePushes
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 
 
@@ -27,13 +29,14 @@ def steered(loaded: LoadedModel, operator: OperatorArtifact, setting: Setting | 
     """Inside the block, ``loaded.model`` is steered by one operator; afterwards it is the plain model again.
 
     Args:
-        setting: strength lambda, rule and blend beta; None means what the operator recommends. A strength of 0 leaves
-            every bit of the model's output alone.
+        setting: strength lambda, rule, blend beta and positions; None means what the operator recommends. A strength of
+            0 leaves every bit of the model's output alone. The prompt is what the first pass over a sequence is given.
 
     Raises:
         IncompatibleOperatorError: the operator was built on another model or tokenizer.
         SteeringError: at entry, the anchor has no direction; in a forward pass, the batch has more than one row, the
-            input is not token ids, the KV cache is not that of the last pass, or a hidden state was not moved.
+            input is not token ids, the KV cache is not that of the last pass, or a hidden state was not moved; or the
+            positions are those of the prompt or of what is generated, and there is no KV cache to tell them apart.
     """
     header = operator.header
     for name, expected, found in (
@@ -45,7 +48,7 @@ def steered(loaded: LoadedModel, operator: OperatorArtifact, setting: Setting | 
                 f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
             )
     if setting is None:
-        setting = Setting(header.recommended.strength, header.recommended.rule, header.recommended.blend)
+        setting = Setting.of(header.recommended)
     if setting.strength == 0.0:
         yield
         return
@@ -65,9 +68,9 @@ class _SequenceSteering:
         self._model, self._hooks, self._setting = loaded.model, hooks, setting
         self._layer = operator.header.injection_layer
         self._prepared = prepare(operator, loaded.device)
-        self._rows = torch.tensor([0], device=loaded.device)
-        self._direction = Direction(self._prepared, setting)
+        self._pushes = SequencePushes(self._prepared, setting, prompt_tokens=0)
         self._num_fed = 0
+        self._at = slice(0, 0)
         self._cache: object = None
         """The KV cache that the last pass filled; None where there was none, or the pass failed."""
 
@@ -79,7 +82,7 @@ class _SequenceSteering:
         cache = kwargs.get("past_key_values")
         start = 0 if cache is None else int(cache.get_seq_length())
         if start == 0:
-            self._direction, self._num_fed = Direction(self._prepared, self._setting), 0
+            self._begin(prompt_tokens=len(ids[0]), cached=cache is not None)
         elif cache is not self._cache:
             raise SteeringError(
                 f"a forward pass after {start} tokens in a KV cache that the last pass did not fill: what is in it may "
@@ -92,16 +95,28 @@ class _SequenceSteering:
             )
         # Until the pass is over: one that fails leaves a cache that nobody may continue.
         self._cache = None
-        x = block_input(self._model, embed(self._model, ids[0]), start=start)
-        push = self._setting.strength / 2.0 * self._direction.advance(x)
         self._num_fed += len(ids[0])
-        self._hooks.load({self._layer: LayerPush(self._rows, push[None])})
+        if self._pushes.over:
+            return
+        self._at, push = self._pushes.advance(block_input(self._model, embed(self._model, ids[0]), start=start))
+        if len(push):
+            self._hooks.load({self._layer: layer_push({0: [(self._at, push)]}, len(ids[0]))})
+
+    def _begin(self, *, prompt_tokens: int, cached: bool) -> None:
+        positions = self._setting.positions
+        if positions.part != "all" and not cached:
+            raise SteeringError(
+                f"positions {positions} in a forward pass without a KV cache, which tells the prompt from what follows"
+            )
+        self._pushes = SequencePushes(self._prepared, self._setting, prompt_tokens=prompt_tokens)
+        self._num_fed = 0
 
     def after_pass(self, _decoder: nn.Module, _args: Any, output: Any) -> None:
-        doses = self._hooks.doses()[self._layer]
-        if not bool(((doses > 0) & torch.isfinite(doses)).all()):
-            raise SteeringError(
-                f"layer {self._layer}: a hidden state was moved by {float(doses.min())} of its norm; a positive, "
-                "finite change is needed"
-            )
+        for doses in self._hooks.doses().values():
+            pushed = doses[:, self._at]
+            if not bool(((pushed > 0) & torch.isfinite(pushed)).all()):
+                raise SteeringError(
+                    f"layer {self._layer}: a hidden state was moved by {float(pushed.min())} of its norm; a positive, "
+                    "finite change is needed"
+                )
         self._cache = getattr(output, "past_key_values", None)

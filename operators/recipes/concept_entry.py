@@ -12,6 +12,7 @@ from operators.builder.concept import check_text
 from operators.core.apply import Setting
 from operators.core.errors import BuildError
 from operators.core.header import MAX_TEXTS, MAX_WORDS, Profile, Rule
+from operators.core.positions import Positions
 from operators.core.store import check_name
 from operators.core.vector_source import MAX_WORD
 
@@ -36,6 +37,7 @@ class ConceptEntry:
     strength: float | None = None
     rule: Rule | None = None
     blend: float | None = None
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.tolerance is not None:
@@ -145,6 +147,12 @@ def _validate_blend(value: object) -> float:
     return Setting(strength=0.0, rule="cumulative", blend=_validate_number("blend", value)).blend
 
 
+def _validate_positions(value: object) -> Positions:
+    if not isinstance(value, str):
+        raise _invalid("positions", value, "a text such as 'first' is")
+    return Positions.parse(value)
+
+
 def _choice_validator(key: str, values: tuple[str, ...]) -> Callable[[object], str]:
     def check(value: object) -> str:
         if not isinstance(value, str) or value not in values:
@@ -187,6 +195,7 @@ _VALIDATORS: Mapping[str, Callable[[object], Any]] = MappingProxyType(
         "strength": _validate_strength,
         "rule": _choice_validator("rule", get_args(Rule)),
         "blend": _validate_blend,
+        "positions": _validate_positions,
     }
 )
 

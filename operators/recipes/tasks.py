@@ -32,7 +32,7 @@ class BuildTask:
     replace: bool
     """Whether an operator of that name may be replaced."""
     calibrate: bool = False
-    """Whether strength, rule and blend, which the entry leaves open, are to be found by a calibration."""
+    """Whether strength, rule and blend are to be found by a calibration: the entry leaves them and positions open."""
     layers: tuple[int, ...] | None = None
     """The layers that the calibration may try: the one that was given; None means the calibration's default."""
 
@@ -149,8 +149,8 @@ def _resolved_spec(located: LocatedEntry, loaded: LoadedModel, max_memory: int |
 
 
 def _leaves_setting_open(entry: ConceptEntry) -> bool:
-    """Whether none of strength, rule and blend is given."""
-    return entry.strength is None and entry.rule is None and entry.blend is None
+    """Whether none of strength, rule, blend and positions is given."""
+    return all(value is None for value in (entry.strength, entry.rule, entry.blend, entry.positions))
 
 
 def _is_calibrated(header: OperatorHeader | None, entry: ConceptEntry) -> bool:
@@ -175,6 +175,7 @@ def _recommended(entry: ConceptEntry, default: Recommended) -> Recommended:
         strength=default.strength if entry.strength is None else entry.strength,
         rule=default.rule if entry.rule is None else entry.rule,
         blend=default.blend if entry.blend is None else entry.blend,
+        positions=default.positions if entry.positions is None else entry.positions,
     )
 
 

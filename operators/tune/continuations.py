@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
-from operators.core.apply import Direction, PreparedOperator, Setting
+from operators.core.apply import PreparedOperator, Setting
 from operators.core.errors import SteeringError, TrialError
-from operators.core.hooks import LayerPush, PushHooks
+from operators.core.hooks import PushHooks, layer_push
+from operators.core.positions import ALL_POSITIONS
+from operators.core.pushes import SequencePushes
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 
 TEXTS_PER_BATCH = 64
@@ -33,8 +35,10 @@ class Injection:
     def describe(self) -> str:
         """The setting and the layer, for messages."""
         setting = self.setting
+        where = "" if setting.positions == ALL_POSITIONS else f", positions {setting.positions}"
         return (
-            f"strength {setting.strength:g}, {setting.rule}, blend {setting.blend:g} at the input of block {self.layer}"
+            f"strength {setting.strength:g}, {setting.rule}, blend {setting.blend:g}{where} at the input of block "
+            f"{self.layer}"
         )
 
 
@@ -69,7 +73,8 @@ def decode_continuations(
 ) -> list[Continuation]:
     """The greedy continuation of every request, up to ``tokens`` tokens or one that ends a text.
 
-    Each position of prompt and text is pushed from its token ids; the last token is never fed, so never pushed.
+    The positions of the setting are pushed, each from the token ids up to it; the last token is never fed, so never
+    pushed.
     ``on_batch`` is called after each batch with its number of texts.
 
     Raises:
@@ -108,7 +113,7 @@ def _decode_batch(requests: Sequence[ContinuationRequest], loaded: LoadedModel, 
     generated = _GeneratedTokens(injections, _end_ids(loaded), len(requests))
     layers = {injection.layer for injection in injections}
     with PushHooks(decoder_layers(model), layers) as hooks:
-        steering = _BatchPushes(loaded, injections, hooks)
+        steering = _BatchPushes(loaded, injections, hooks, prompt_tokens=[len(request.ids) for request in ordered[:s]])
         for step in range(tokens):
             num_fed = ids.shape[1]
             steering.load(ids[:s], mask[:s, -num_fed:])
@@ -196,42 +201,50 @@ class _GeneratedTokens:
 class _BatchPushes:
     """The pushes of the first S rows of a batch. Padding is in front of a row's tokens, and is not pushed."""
 
-    def __init__(self, loaded: LoadedModel, injections: Sequence[Injection], hooks: PushHooks) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        injections: Sequence[Injection],
+        hooks: PushHooks,
+        *,
+        prompt_tokens: Sequence[int],
+    ) -> None:
         self._loaded, self._injections, self._hooks = loaded, injections, hooks
-        self._directions = [Direction(injection.operator, injection.setting) for injection in injections]
+        self._pushes = [
+            SequencePushes(injection.operator, injection.setting, prompt_tokens=count)
+            for injection, count in zip(injections, prompt_tokens, strict=True)
+        ]
         self._starts = [0] * len(injections)
         """Tokens fed so far, by row."""
-        layers = [injection.layer for injection in injections]
-        self._rows = {
-            layer: torch.tensor([row for row, other in enumerate(layers) if other == layer], device=loaded.device)
-            for layer in layers
-        }
-        self._fed = torch.empty(0)
+        self._loaded_pieces: dict[int, dict[int, list[tuple[slice, torch.Tensor]]]] = {}
+        """Of the pass under way: by layer and row, which tokens are pushed, and their pushes (P, d)."""
 
     def load(self, ids: torch.Tensor, fed: torch.Tensor) -> None:
         """Loads the pushes of the next forward pass: over ``ids`` (S, T), where ``fed`` (S, T) is 0 on padding."""
-        model = self._loaded.model
-        push = torch.zeros(*ids.shape, self._loaded.hidden_size, device=ids.device)
-        for row, (direction, count) in enumerate(zip(self._directions, fed.sum(-1).tolist(), strict=True)):
+        self._loaded_pieces, width = {}, ids.shape[1]
+        for row, (injection, count) in enumerate(zip(self._injections, fed.sum(-1).tolist(), strict=True)):
+            start, self._starts[row] = self._starts[row], self._starts[row] + count
+            if self._pushes[row].over:
+                continue
             # Without the padding, which must not enter the running sum.
-            new = embed(model, ids[row, -count:])
+            x = block_input(self._loaded.model, embed(self._loaded.model, ids[row, -count:]), start=start)
             try:
-                unit = direction.advance(block_input(model, new, start=self._starts[row]))
+                at, push = self._pushes[row].advance(x)
             except SteeringError as error:
-                raise SteeringError(f"{self._injections[row].describe()}: {error}") from error
-            push[row, -count:] = self._injections[row].setting.strength / 2.0 * unit
-            self._starts[row] += count
-        self._fed = fed.bool()
-        self._hooks.load({layer: LayerPush(rows, push[rows]) for layer, rows in self._rows.items()})
+                raise SteeringError(f"{injection.describe()}: {error}") from error
+            if len(push):
+                padding = width - count
+                piece = (slice(padding + at.start, padding + at.stop), push)
+                self._loaded_pieces.setdefault(injection.layer, {})[row] = [piece]
+        self._hooks.load({layer: layer_push(pieces, width) for layer, pieces in self._loaded_pieces.items()})
 
     def check(self) -> None:
         """Raises :class:`SteeringError` where the last forward pass did not push a row at a token."""
         for layer, doses in self._hooks.doses().items():
-            rows = self._rows[layer]
-            wrong = self._fed[rows] & ~((doses > 0) & torch.isfinite(doses))
-            if bool(wrong.any()):
-                row, position = wrong.nonzero()[0].tolist()
-                raise SteeringError(
-                    f"{self._injections[int(rows[row])].describe()} moved a hidden state by "
-                    f"{float(doses[row, position])} of its norm; a positive, finite change is needed"
-                )
+            for place, (row, [(at, _)]) in enumerate(self._loaded_pieces[layer].items()):
+                pushed = doses[place, at]
+                if not bool(((pushed > 0) & torch.isfinite(pushed)).all()):
+                    raise SteeringError(
+                        f"{self._injections[row].describe()} moved a hidden state by {float(pushed.min())} of its "
+                        "norm; a positive, finite change is needed"
+                    )

@@ -22,7 +22,8 @@ from operators.core.errors import ArtifactError, ConceptError, ReconstructionErr
 from operators.core.file_format import open_regular
 from operators.core.progress import Progress, silent
 from operators.core.vector_source import MAX_WORD, ContrastVector, TextFile
-from operators.model.loading import LoadedModel
+from operators.maps.replay import target_hidden_state
+from operators.model.loading import LoadedModel, embed
 from operators.vectors.vector_operator import vector_operator
 
 _MAX_BYTES = 64 << 20
@@ -201,8 +202,7 @@ def _mean(
 
 def _last_hidden_state(text: Concept, loaded: LoadedModel, layer: int) -> torch.Tensor:
     """h^(s) (d,) float64: one text at a time, so that no padding and no other text changes its rounding."""
-    ids = torch.tensor([text.ids], device=loaded.device)
+    # Not by output_hidden_states: what transformers captures them with stays on the model's modules.
+    embeddings = embed(loaded.model, torch.tensor([text.ids], device=loaded.device))
     with torch.inference_mode():
-        states = loaded.model.get_decoder()(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    last: torch.Tensor = states[layer][0, -1].double()
-    return last
+        return target_hidden_state(loaded.model, embeddings, layer=layer, profile="residual")[0].double()

@@ -41,10 +41,15 @@ def check_strengths(plan: SteeringPlan, dtype: torch.dtype) -> None:
 
 @dataclass
 class DoseStatistics:
-    """The measured doses at one layer of one row so far; empty where every strength at the layer is zero."""
+    """The doses at the positions that one operator pushed in one row so far; empty where its strength is zero.
+
+    Each is that of its layer: of the sum of the operators that push there at that position.
+    """
 
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, among the positions to be pushed: their keys and values came from the prefix cache."""
     total: float = 0.0
     highest: float = 0.0
 

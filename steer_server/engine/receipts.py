@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from steer_server.engine.dose import DoseStatistics
 from steer_server.types import Application, Receipt, SteeringPlan
 
 
-def make_receipts(plan: SteeringPlan, doses: Mapping[int, DoseStatistics], *, cached: int = 0) -> tuple[Receipt, ...]:
-    """One receipt per operator of the plan, in its order.
-
-    Args:
-        doses: measured, by layer; a layer without an entry did not run.
-        cached: prompt tokens whose keys and values came from the prefix cache.
-    """
-    return tuple(
-        _receipt(plan, application, doses.get(application.layer) if application.setting.strength else None, cached)
-        for application in plan.applications
-    )
+def make_receipts(plan: SteeringPlan, doses: Sequence[DoseStatistics]) -> tuple[Receipt, ...]:
+    """One receipt per operator of the plan, in its order; ``doses``: measured, in the same order."""
+    return tuple(_receipt(plan, use, measured) for use, measured in zip(plan.applications, doses, strict=True))
 
 
 def empty_receipts(plan: SteeringPlan | None) -> tuple[Receipt, ...]:
     """The receipts of a row that never reached the model."""
-    return make_receipts(plan, {}) if plan else ()
+    return make_receipts(plan, [DoseStatistics() for _ in plan.applications]) if plan else ()
 
 
-def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics | None, cached: int) -> Receipt:
-    cached, doses = (cached, doses) if doses else (0, DoseStatistics())
+def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics) -> Receipt:
     count = doses.prompt_tokens + doses.generated_tokens
     return Receipt(
         operator=application.name,
@@ -36,9 +27,10 @@ def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics
         rule=application.setting.rule,
         strength=application.setting.strength,
         blend=application.setting.blend,
+        positions=application.setting.positions,
         prompt_tokens_steered=doses.prompt_tokens,
         generated_tokens_steered=doses.generated_tokens,
-        prompt_tokens_cached=cached,
+        prompt_tokens_cached=doses.cached_tokens,
         mean_dose=doses.total / count if count else 0.0,
         max_dose=doses.highest,
         dose_bound=plan.dose_bound(application.layer),

@@ -9,6 +9,7 @@ from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
 from operators.core.header import Calibration, CalibrationPoint, LowRank, OperatorHeader
+from operators.core.positions import Positions
 from steer_server.registry import OperatorEntry, StoreChanges
 
 _MAX_MORE_TEXTS = 64 << 10
@@ -18,6 +19,7 @@ _RULES = enum_numbers(pb.Rule.DESCRIPTOR)
 _write_operator = writer(ops.Operator, OperatorHeader)
 _write_calibration = writer(ops.Calibration, Calibration)
 _write_point = writer(ops.CalibrationPoint, CalibrationPoint)
+_write_positions = writer(pb.Positions, Positions)
 _write_store_changes = writer(ops.ReloadOperatorsResponse, StoreChanges)
 
 
@@ -43,6 +45,7 @@ def operator(entry: OperatorEntry) -> ops.Operator:
         recommended_strength=header.recommended.strength,
         recommended_rule=_RULES[header.recommended.rule],
         recommended_blend=header.recommended.blend,
+        recommended_positions=_write_positions(header.recommended.positions),
         calibration=_calibration(header, header.calibration) if header.calibration else None,
     )
 

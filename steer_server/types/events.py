@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from operators.core.header import Rule
+from operators.core.positions import Positions
 
 
 class FinishReason(StrEnum):
@@ -58,6 +59,7 @@ class Receipt:
     rule: Rule
     strength: float
     blend: float
+    positions: Positions
     prompt_tokens_steered: int
     generated_tokens_steered: int
     prompt_tokens_cached: int

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from operators.core.header import Rule
+from operators.core.positions import Positions
 from steer_server.errors import InvalidRequestError
 from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
 
@@ -64,7 +65,9 @@ class SamplingParams:
     stop_strings: Annotated[
         tuple[str, ...], Bounded(max_items=_MAX_STOPS, min_characters=1, max_characters=1024, items="strings")
     ] = ()
-    stop_token_ids: Annotated[tuple[int, ...], Bounded(max_items=_MAX_STOPS, items="ids")] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...], Bounded(max_items=_MAX_STOPS, min_characters=1, max_characters=1024, items="ids")
+    ] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int | None, Range(0, MAX_LOGPROBS)] = None
     time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
@@ -82,6 +85,7 @@ class OperatorUse:
     strength: float | None = None
     rule: Rule | None = None
     blend: float | None = None
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)

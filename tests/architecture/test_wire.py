@@ -145,7 +145,9 @@ def test_every_value_of_an_enum_has_its_name(side):
             if field.enum_type is not None:
                 kind = one_of(field, hint)
                 found[field.enum_type.name] = {value.lower() for value in get_args(kind) or kind}
-    assert found == {enum.name: set(enum_numbers(enum)) for enum in pb.DESCRIPTOR.enum_types_by_name.values()}
+    nested = [enum for message in pb.DESCRIPTOR.message_types_by_name.values() for enum in message.enum_types]
+    enums = [*pb.DESCRIPTOR.enum_types_by_name.values(), *nested]
+    assert found == {enum.name: set(enum_numbers(enum)) for enum in enums}
 
 
 def test_the_servers_defaults_are_those_that_the_contract_documents():

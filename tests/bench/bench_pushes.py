@@ -4,7 +4,8 @@
 
 For batches of one-token spans and 1, 16 and 64 operators of rank 64 spread over ``--layers`` layers: computing
 the pushes, writing them into the hidden states (bfloat16) and measuring them, and recording what was measured. Medians
-over steps. Compare them with the step of the model in question. Not a test; nothing here passes or fails.
+over steps, and the number of torch's operations in the last one. The cases "first" push the first token only, and show
+what a later step costs. Compare them with the step of the model in question. Not a test; nothing here passes or fails.
 """
 
 from __future__ import annotations
@@ -13,16 +14,40 @@ import argparse
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.core.apply import PreparedOperator, steer
+from operators.core.positions import Positions
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 POSITIONS, RANK = 6, 64
-CASES = ((32, 1), (32, 16), (64, 1), (64, 16), (64, 64))
+ALL, FIRST = Positions(), Positions(end=1)
+CASES = (
+    (32, 1, ALL),
+    (32, 16, ALL),
+    (64, 1, ALL),
+    (64, 16, ALL),
+    (64, 64, ALL),
+    (32, 16, FIRST),
+    (64, 64, FIRST),
+)
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what torch is asked to do while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def main() -> None:
@@ -36,44 +61,68 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.inference_mode():
-        rows = [measure(batch, count, options.width, options.layers, options.steps) for batch, count in CASES]
+        rows = [
+            measure(batch, count, positions, options.width, options.layers, options.steps)
+            for batch, count, positions in CASES
+        ]
     if options.json:
         print(json.dumps(rows))
         return
     print(f"width {options.width}, rank {RANK}, {options.layers} layers, {options.threads} thread(s); ms per step")
-    print(f"{'batch':>5} {'operators':>9} {'compute':>9} {'push':>6} {'record':>6} {'in all':>7}")
+    print(
+        f"{'batch':>5} {'operators':>9} {'positions':>9} {'compute':>9} {'push':>6} {'record':>6} {'in all':>7} "
+        f"{'operations':>10}"
+    )
     for row in rows:
         total = row["compute"] + row["push"] + row["record"]
         print(
-            f"{row['batch']:5} {row['operators']:9} {row['compute']:9.2f} {row['push']:6.2f} {row['record']:6.2f} "
-            f"{total:7.2f}"
+            f"{row['batch']:5} {row['operators']:9} {row['positions']:>9} {row['compute']:9.3f} {row['push']:6.3f} "
+            f"{row['record']:6.3f} {total:7.3f} {row['operations']:10}"
         )
 
 
-def measure(batch: int, count: int, width: int, layers: int, steps: int) -> dict[str, float]:
-    """Milliseconds of each part of a step."""
+def measure(batch: int, count: int, positions: Positions, width: int, layers: int, steps: int) -> dict[str, Any]:
+    """Milliseconds of each part of a step after the first one, and the operations of the last one."""
     steering = StepSteering(torch.bfloat16)
     for index in range(count):
         steering.load(str(index), LoadedOperator(operator(width, index), index % layers))
     for row in range(batch):
-        setting = OperatorSetting(str(row % count), "cumulative", 0.1 * (1 + row % 4), 0.0)
+        strength = 0.1 * (1 + row % 4)
+        setting = OperatorSetting(str(row % count), "cumulative", strength, 0.0, *positions.interval(1))
         steering.add_request(str(row), (setting,), salt="")
     spent: dict[str, list[float]] = {"compute": [], "push": [], "record": []}
+    embeddings, hidden = torch.randn(steps, batch, width), torch.randn(steps, batch, width).bfloat16()
     for position in range(steps):
-        x, hidden = torch.randn(batch, width), torch.randn(batch, width).bfloat16()
-        spans = [TokenSpan(str(row), row, position, 1) for row in range(batch)]
-        times = [time.perf_counter()]
-        pushes = steering.prepare(spans, x, _embed_prefix)
-        times.append(time.perf_counter())
-        for push in pushes.values():
-            moved, push.doses = steer(hidden[push.rows], push.push, hidden[push.rows])
-            hidden.index_copy_(0, push.rows, moved)
-        times.append(time.perf_counter())
-        steering.record(pushes)
-        times.append(time.perf_counter())
-        for name, begun, ended in zip(spent, times, times[1:], strict=False):
-            spent[name].append(1e3 * (ended - begun))
-    return {"batch": batch, "operators": count, **{name: statistics.median(found) for name, found in spent.items()}}
+        times = _step(steering, batch, position, embeddings[position], hidden[position])
+        if position:
+            for name, begun, ended in zip(spent, times, times[1:], strict=False):
+                spent[name].append(1e3 * (ended - begun))
+    x, rows = embeddings[0], hidden[0]
+    with CountOperations() as operations:
+        _step(steering, batch, steps, x, rows)
+    medians = {name: statistics.median(found) for name, found in spent.items()}
+    return {
+        "batch": batch,
+        "operators": count,
+        "positions": str(positions),
+        **medians,
+        "operations": operations.count,
+    }
+
+
+def _step(steering: StepSteering, batch: int, position: int, x: torch.Tensor, hidden: torch.Tensor) -> list[float]:
+    """One step; when its parts began and when it ended, in seconds."""
+    times = [time.perf_counter()]
+    spans = [TokenSpan(str(row), row, position, 1) for row in range(batch)]
+    pushes = steering.prepare(spans, lambda needed: x[: len(needed)], _embed_prefix)
+    times.append(time.perf_counter())
+    for push in pushes.values():
+        moved, push.doses = steer(hidden[push.rows], push.push, hidden[push.rows])
+        hidden.index_copy_(0, push.rows, moved)
+    times.append(time.perf_counter())
+    steering.record(pushes)
+    times.append(time.perf_counter())
+    return times
 
 
 def _embed_prefix(_request: str, _count: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ sends each the same requests in turn. The arms:
     idle      our engine, nothing steered
     steered   our engine, every row steered by one operator
     varied    our engine, every row steered by another (operator, strength, layer)
+    first     the same as varied, at the first token only
     grpc      our server, nothing steered, asked for text by one SDK client in a third process
     steered-grpc  the same, every row steered
 
@@ -85,7 +86,7 @@ def main() -> None:
     options.add_argument("--batches", default="32,64")
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    options.add_argument("--arms", default="idle,steered,varied,grpc,steered-grpc")
+    options.add_argument("--arms", default="idle,steered,varied,first,grpc,steered-grpc")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--json", action="store_true")
     options.add_argument("--client", metavar="TARGET", help=argparse.SUPPRESS)
@@ -157,7 +158,7 @@ async def arms(
     ways: dict[str, Arm] = {"plain": lambda prompts, tokens: direct(plain, prompts, tokens)}
     engine = server = None
     try:
-        if {"idle", "steered", "varied"} & set(names):
+        if {"idle", "steered", "varied", "first"} & set(names):
             engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=OPTIONS)
             engine._operator_cache.reserve(made, retry_after=1.0)
             await engine._operator_cache.load(made)
@@ -167,6 +168,7 @@ async def arms(
                     "idle": lambda prompts, tokens: steered(engine, [], prompts, tokens),
                     "steered": lambda prompts, tokens: steered(engine, [setting(made[0], 0.3)], prompts, tokens),
                     "varied": lambda prompts, tokens: steered(engine, varied(made), prompts, tokens),
+                    "first": lambda prompts, tokens: steered(engine, at_first_token(made), prompts, tokens),
                 }.items()
                 if name in names
             }
@@ -340,6 +342,11 @@ def setting(artifact: OperatorArtifact, strength: float) -> OperatorSetting:
 def varied(made: Sequence[OperatorArtifact]) -> list[OperatorSetting]:
     """64 of them, no two alike."""
     return [setting(artifact, 0.1 * step) for step in (1, 2, 3, 4) for artifact in made]
+
+
+def at_first_token(made: Sequence[OperatorArtifact]) -> list[OperatorSetting]:
+    """Those of :func:`varied`, each pushing the first token only."""
+    return [dataclasses.replace(one, end=1) for one in varied(made)]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,12 @@ from steering.v1 import operators_pb2 as ops
 DIGEST = "sha256:" + "1a2b3c4d" * 8
 
 
-RECOMMENDED = {"strength": 0.55, "rule": pb.RULE_CUMULATIVE, "blend": 0.0}
+RECOMMENDED = {
+    "strength": 0.55,
+    "rule": pb.RULE_CUMULATIVE,
+    "blend": 0.0,
+    "positions": pb.Positions(part=pb.Positions.PART_ALL),
+}
 
 
 def sent(use: OperatorUse) -> pb.OperatorUse:

@@ -66,7 +66,8 @@ def test_generate_as_json_has_its_exact_shape(steer, fake, make):
     (receipt,) = value["receipts"]
     assert receipt["operator"] == "golden-gate"
     assert receipt["rule"] == "cumulative"
-    assert receipt["defaulted"] == ["strength", "rule", "blend"]
+    assert receipt["defaulted"] == ["strength", "rule", "blend", "positions"]
+    assert receipt["positions"] == {"part": "all", "start": 0, "end": None}
     assert receipt["prompt_tokens_cached"] == 0
 
 
@@ -106,10 +107,17 @@ def test_every_option_reaches_the_server(steer, fake, make):
     uses = [
         pb.OperatorUse(name="a", strength=-0.5, rule=pb.RULE_SUBSTITUTE),
         pb.OperatorUse(name="b", strength=0.25, blend=1.0, rule=pb.RULE_SUBSTITUTE),
+        pb.OperatorUse(
+            name="c",
+            strength=0.5,
+            rule=pb.RULE_SUBSTITUTE,
+            positions=pb.Positions(part=pb.Positions.PART_ALL, start=0, end=8),
+        ),
     ]
     fake.response = make.response(operators=uses)
     result = steer(
         *("generate", "hello", "--operator", "a=-0.5", "--operator", "b=0.25@1", "--rule", "substitute"),
+        *("--operator", "c=0.5:..8"),
         *("--max-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1"),
         *("--repetition-penalty", "1.2", "--seed", "0", "--stop", "x", "--stop", "\n", "--ignore-eos"),
         *("--time-limit", "1.5", "--chat"),

@@ -9,10 +9,12 @@ from steer_client._cli import show_streams
 from steer_client._cli.app import app
 from steer_client._cli.side_by_side import SideBySide
 from steer_client._results import ArmDelta, TextDelta
+from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from typer.testing import CliRunner
 
 DIGEST = "sha256:" + "1a2b3c4d" * 8
+ONE = {"prompt_tokens_steered": 1, "generated_tokens_steered": 0}
 
 
 @pytest.fixture
@@ -45,6 +47,7 @@ def _operator(**fields):
         "recommended_strength": 0.4,
         "recommended_blend": 0.5,
         "recommended_rule": 1,
+        "recommended_positions": pb.Positions(part=pb.Positions.PART_GENERATED, end=4),
         "calibration": calibration,
         "model_dtype": "bfloat16",
         "digest": DIGEST,
@@ -79,7 +82,7 @@ def test_all_about_one_operator_is_shown(steer, fake):
         "                and 1 text that the server does not send",
         f"member          first, weight -1.5, {DIGEST}",
         "rank            64, 2 blocks at hidden size 576, residual 0.0625 to 0.125, embedding weighting",
-        "recommended     strength 0.4, blend 0.5, cumulative, calibrated",
+        "recommended     strength 0.4, blend 0.5, cumulative, positions generated:..4, calibrated",
         "calibration     hit rate 0.5 (plain 0.0625), KL p95 0.75 nats of 1, perplexity × 1.5 of 2, "
         "distinct-2 0.875 (20 prompts, 28 tokens each)",
         "reconstruction  relative error 0, model in bfloat16",
@@ -95,7 +98,7 @@ def test_an_exact_operator_and_a_setting_chosen_by_hand_are_called_so(steer, fak
     fake.operator = _operator(low_rank=None, calibration=chosen, more_texts=[], num_texts=1, members=[])
     shown = steer("operators", "golden-gate").stdout
     assert "exact, 2 blocks at hidden size 576" in shown
-    assert "strength 0.4, blend 0.5, cumulative, not calibrated" in shown
+    assert "strength 0.4, blend 0.5, cumulative, positions generated:..4, not calibrated" in shown
     assert "the recommended setting is none of those measured (20 prompts, 28 tokens each)" in shown
     assert "further text" not in shown
     assert "member" not in shown
@@ -120,6 +123,21 @@ def test_an_unusable_operator_is_shown_with_its_problem_alone(steer, fake):
             {"calibrated": True},
             "strength 0.55, blend 0, cumulative (recommended rule and blend, calibrated): ",
         ),
+        (
+            "golden-gate=0.3@0:first",
+            ONE,
+            "cumulative, positions first (recommended rule): 1 prompt + 0 generated tokens",
+        ),
+        (
+            "golden-gate",
+            ONE | {"positions": pb.Positions(end=1)},
+            "strength 0.55, blend 0, cumulative, positions first (recommended): 1 prompt",
+        ),
+        (
+            "golden-gate=0.3",
+            ONE | {"positions": pb.Positions(end=1)},
+            "positions first (recommended rule and blend and positions): 1 prompt",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "ab"])
@@ -131,15 +149,17 @@ def test_what_was_recommended_is_said_and_whether_it_was_calibrated(
     use = make.sent(OperatorUse.parse(operator))
     fake.steered = make.response("one more", receipts=[make.receipt(use, **changes)])
     result = steer(command, "hello", "--operator", operator)
-    assert f"✓ golden-gate sha256:1a2b3c4d… layer 20, {says}" in result.stdout + result.stderr
+    shown = result.stdout + result.stderr
+    assert "✓ golden-gate sha256:1a2b3c4d… layer 20, strength 0." in shown
+    assert says in shown
     value = json.loads(steer(command, "hello", "--operator", operator, "--json").stdout)
     (receipt,) = value.get("steered", value)["receipts"]
-    assert receipt["calibrated"] is bool(changes)
+    assert receipt["calibrated"] is changes.get("calibrated", False)
     assert receipt["dose_bound"] == receipt["strength"] / 2
 
 
 def test_a_setting_that_was_named_in_full_has_no_origin(steer, fake, make):
-    fake.steered = make.response(receipts=[make.receipt(rule=1, defaulted=[], calibrated=True)])
+    fake.steered = make.response(receipts=[make.receipt(rule=1, defaulted=["positions"], calibrated=True)])
     result = steer("generate", "hello", "--operator", "golden-gate=0.55@0", "--rule", "cumulative")
     assert "blend 0, cumulative: 6 prompt" in result.stderr
 

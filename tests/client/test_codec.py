@@ -1,4 +1,4 @@
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, astuple, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 
@@ -7,6 +7,7 @@ from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steer_client import (
+    ALL_POSITIONS,
     KL,
     Chat,
     ChatMessage,
@@ -14,6 +15,7 @@ from steer_client import (
     Generation,
     InvalidRequestError,
     OperatorUse,
+    Positions,
     ProtocolError,
     SamplingParams,
     TextDelta,
@@ -94,6 +96,9 @@ def test_zero_is_not_unset():
         strength=maybe(NUMBERS),
         rule=st.sampled_from([None, "cumulative", "substitute"]),
         blend=maybe(NUMBERS),
+        positions=maybe(
+            st.builds(Positions, st.sampled_from(["all", "prompt", "generated"]), start=INT32, end=maybe(INT32))
+        ),
     )
 )
 def test_an_operators_value_is_on_the_wire_exactly_when_it_is_set(use):
@@ -103,6 +108,15 @@ def test_an_operators_value_is_on_the_wire_exactly_when_it_is_set(use):
     assert (sent.blend if sent.HasField("blend") else None) == use.blend
     names = {None: "RULE_UNSPECIFIED", "cumulative": "RULE_CUMULATIVE", "substitute": "RULE_SUBSTITUTE"}
     assert pb.Rule.Name(sent.rule) == names[use.rule]
+    assert sent.HasField("positions") == (use.positions is not None)
+    if use.positions is not None:
+        part, end = pb.Positions.Part.Name(sent.positions.part), sent.positions.end
+        found = (
+            part.removeprefix("PART_").lower(),
+            sent.positions.start,
+            end if sent.positions.HasField("end") else None,
+        )
+        assert found == astuple(use.positions)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +168,10 @@ def request(prompt="hi", operators=(), request_id="", **sampling):
         ("operators[0].rule", {"operators": [OperatorUse("a", rule="other")]}),
         ("operators[0].rule", {"operators": [OperatorUse("a", rule=["cumulative"])]}),
         ("operators[0].name", {"operators": [OperatorUse(None)]}),
+        ("operators[0].positions", {"operators": [OperatorUse("a", positions="first")]}),
+        ("operators[0].positions.part", {"operators": [OperatorUse("a", positions=Positions("last"))]}),
+        ("operators[0].positions.start", {"operators": [OperatorUse("a", positions=Positions(start=2**31))]}),
+        ("operators[0].positions.end", {"operators": [OperatorUse("a", positions=Positions(end=1.5))]}),
         ("sampling.seed", {"seed": -1}),
         ("sampling.seed", {"seed": 2**64}),
         ("sampling.top_k", {"top_k": 2.5}),
@@ -188,13 +206,19 @@ def test_the_servers_ranges_are_not_judged_here():
         ("golden-gate=0", OperatorUse("golden-gate", strength=0.0)),
         ("golden-gate=0.4@0.5", OperatorUse("golden-gate", strength=0.4, blend=0.5)),
         ("golden-gate=1e-3@0", OperatorUse("golden-gate", strength=0.001, blend=0.0)),
+        ("golden-gate:first", OperatorUse("golden-gate", positions=Positions(end=1))),
+        ("golden-gate=0.4:all", OperatorUse("golden-gate", 0.4, positions=ALL_POSITIONS)),
+        ("golden-gate=0.4@0.5:generated", OperatorUse("golden-gate", 0.4, None, 0.5, Positions("generated"))),
+        ("golden-gate=-1:generated:2..5", OperatorUse("golden-gate", -1.0, positions=Positions("generated", 2, 5))),
     ],
 )
 def test_an_operator_is_read_from_its_short_form(text, use):
     assert OperatorUse.parse(text) == use
 
 
-@pytest.mark.parametrize("text", ["", "=0.4", "a=", "a=x", "a=0.4@", "a=0.4@x", "a@0.5", "a=1=2", " a", "a=1@2@3"])
+@pytest.mark.parametrize(
+    "text", ["", "=0.4", "a=", "a=x", "a=0.4@", "a=0.4@x", "a@0.5", "a=1=2", " a", "a=1@2@3", ":first"]
+)
 def test_any_other_form_is_refused_with_the_accepted_one(text):
     with pytest.raises(ValueError, match="NAME, NAME=λ or NAME=λ@β") as caught:
         OperatorUse.parse(text)
@@ -227,6 +251,8 @@ def told(message: Message, name: str):
     value = getattr(message, name)
     if name == "finish_reason":
         return FinishReason(pb.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
+    if name == "part":
+        return pb.Positions.Part.Name(value).removeprefix("PART_").lower()
     if name in ("rule", "recommended_rule"):
         return pb.Rule.Name(value).removeprefix("RULE_").lower()
     if name == "created":

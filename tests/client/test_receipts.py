@@ -3,13 +3,17 @@ from fractions import Fraction
 from math import inf, nan, nextafter
 
 import pytest
-from steer_client import OperatorUse, SteeringNotAppliedError
+from steer_client import ALL_POSITIONS, OperatorUse, Positions, SteeringNotAppliedError
 from steering.v1 import generation_pb2 as pb
 
 # Every choice made, every choice left open, and a plan that is to change nothing.
-SET = OperatorUse("golden-gate", 0.4, "substitute", 0.5)
+SET = OperatorUse("golden-gate", 0.4, "substitute", 0.5, ALL_POSITIONS)
 OPEN = OperatorUse("golden-gate")
 ZERO = OperatorUse("golden-gate", 0.0)
+# In a text with a prompt of 6 tokens, of which 2 more were fed to the model.
+FIRST, LATE = (OperatorUse("golden-gate", 0.4, positions=Positions.parse(text)) for text in ("first", "generated"))
+BEHIND = OperatorUse("golden-gate", 0.4, positions=Positions.parse("8.."))
+ONE = {"prompt_tokens_steered": 1, "generated_tokens_steered": 0}
 
 IDLE = {"prompt_tokens_steered": 0, "generated_tokens_steered": 0, "mean_dose": 0, "max_dose": 0}
 
@@ -32,10 +36,14 @@ FORGED = {
     "rule set, but left open": (
         OPEN,
         {"defaulted": ["strength", "blend"]},
-        "says that strength, blend took .* unset was strength, rule, blend",
+        "says that strength, blend took .* unset was strength, rule, blend, positions",
     ),
     "nothing recommended": (OPEN, {"defaulted": []}, "says that nothing took a recommended value"),
-    "recommended twice": (OPEN, {"defaulted": ["strength", "rule", "blend", "blend"]}, "says that .*blend, blend took"),
+    "recommended twice": (
+        OPEN,
+        {"defaulted": ["strength", "rule", "blend", "blend", "positions"]},
+        "says that .*blend, blend, positions took",
+    ),
     "something else recommended": (
         OPEN,
         {"defaulted": ["strength", "rule", "blend", "layer"]},
@@ -70,6 +78,27 @@ FORGED = {
     "a token steered at 0": (ZERO, {"generated_tokens_steered": 1}, r"says 0 prompt \+ 1 .* expected were 0 \+ 0"),
     "a cached token at 0": (ZERO, cached(0, 6), r"says 0 prompt \(6 more cached\) \+ 0 .* expected were 0 \+ 0"),
     "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says dose mean 0.1, max 0.0 at strength 0.0, expected was 0"),
+    "another range": (FIRST, ONE | {"positions": pb.Positions(end=2)}, r"says positions \.\.2, asked for was first"),
+    "every position": (FIRST, {"positions": None}, "says positions all, asked for was first"),
+    "positions recommended, but set": (
+        FIRST,
+        ONE | {"defaulted": ["rule", "blend", "positions"]},
+        "says that rule, blend, positions took .* unset was rule, blend",
+    ),
+    "a whole prompt for its first token": (
+        FIRST,
+        {"generated_tokens_steered": 0},
+        r"says 6 prompt \+ 0 .* were 1 \+ 0",
+    ),
+    "a generated token behind the first": (FIRST, ONE | {"generated_tokens_steered": 1}, r"says 1 .* were 1 \+ 0"),
+    "the first token both steered and cached": (FIRST, ONE | cached(1, 1), r"says 1 prompt \(1 more cached\)"),
+    "a prompt for what was generated": (LATE, {}, r"says 6 prompt \+ 2 .* were 0 \+ 2"),
+    "a generated token less": (LATE, {"prompt_tokens_steered": 0, "generated_tokens_steered": 1}, r"says 0 .* 0 \+ 2"),
+    "a dose where no token was measured": (
+        FIRST,
+        ONE | cached(0, 1),
+        r"says dose mean 0\.1, max 0\.2 .* expected was 0",
+    ),
     "a max dose at 0": (ZERO, {"max_dose": nan}, "says dose mean 0.0, max nan at strength 0.0, expected was 0"),
 }
 
@@ -86,9 +115,13 @@ TRUE = {
     "recommended strength 0": (OPEN, {"strength": 0, "dose_bound": 0} | IDLE),
     "a strength of whole numbers": (OperatorUse("golden-gate", 1, blend=0), {}),
     "decimals and fractions": (OperatorUse("golden-gate", Decimal("0.1"), blend=Fraction(1, 3)), {}),
-    "defaulted in another order": (OPEN, {"defaulted": ["rule", "blend", "strength"]}),
+    "defaulted in another order": (OPEN, {"defaulted": ["rule", "positions", "blend", "strength"]}),
     "one cached token": (SET, cached(5, 1)),
     "all of the prompt but its last token cached": (OPEN, cached(1, 5)),
+    "the first token": (FIRST, ONE),
+    "the first token cached": (FIRST, IDLE | cached(0, 1)),
+    "what was generated": (LATE, {"prompt_tokens_steered": 0}),
+    "recommended positions": (OPEN, ONE | {"positions": pb.Positions(end=1)}),
     "the same dose everywhere": (SET, {"mean_dose": 0.2}),
     "a dose rounded up in bfloat16": (SET, {"max_dose": 0.205}),
 }
@@ -111,6 +144,22 @@ def answer(fake, make):
 def text_of(result):
     """The steered text, be it a Generation or an arm of an ABResult."""
     return result.steered["steered"].generation if hasattr(result, "steered") else result
+
+
+@pytest.mark.parametrize("ended", ["EOS", "STOP_STRING", "STOP_TOKEN", "MAX_TOKENS", "CONTEXT_LIMIT"])
+def test_a_text_that_ended_before_the_first_of_its_positions_is_refused(answer, any_call, ended):
+    reason = pb.FinishReason.Value(f"FINISH_REASON_{ended}")
+    with pytest.raises(
+        SteeringNotAppliedError, match=r"golden-gate: the text ended before .* positions 8\.\.: nothing"
+    ):
+        any_call(answer(BEHIND, IDLE, finish_reason=reason), operators=[BEHIND])
+
+
+@pytest.mark.parametrize("ended", ["TIME_LIMIT", "CANCELLED"])
+def test_a_text_that_was_interrupted_before_the_first_of_its_positions_is_a_result(answer, any_call, ended):
+    reason = pb.FinishReason.Value(f"FINISH_REASON_{ended}")
+    (receipt,) = text_of(any_call(answer(BEHIND, IDLE, finish_reason=reason), operators=[BEHIND])).receipts
+    assert (receipt.positions, receipt.generated_tokens_steered) == (BEHIND.positions, 0)
 
 
 @pytest.mark.parametrize("forged", FORGED)

@@ -18,6 +18,7 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
+from operators.core.positions import Positions
 from operators.model.loading import LoadedModel, block_input, decoder_layers, load_model
 from operators.model.obtain import obtain
 from steer_server.engine.base import Engine
@@ -36,6 +37,17 @@ from steer_server.types import (
 
 Build = Callable[..., OperatorArtifact]
 _DEFAULT_ENGINE = repr((None, []))
+PUSHED: dict[str, Callable[[int, int], bool]] = {
+    "all": lambda k, n: True,
+    "first": lambda k, n: k == 0,
+    "2..": lambda k, n: k >= 2,
+    "prompt": lambda k, n: k < n,
+    "generated": lambda k, n: k >= n,
+    "3..9": lambda k, n: 3 <= k < 9,
+    "prompt:2..": lambda k, n: 2 <= k < n,
+    "generated:1..4": lambda k, n: n + 1 <= k < n + 4,
+}
+"""Whether position k is pushed in a text whose prompt has n tokens, by the text form of the positions."""
 ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.vllm)]
 
 
@@ -148,10 +160,16 @@ def decode() -> Callable[..., object]:
 
 @pytest.fixture(scope="session")
 def steered_row() -> Callable[..., Row]:
-    """``steered_row(artifact, strength, rule="cumulative", blend=0.0)``."""
+    """``steered_row(artifact, strength, rule="cumulative", blend=0.0, positions="all")``."""
 
-    def make(artifact: OperatorArtifact, strength: float, rule: str = "cumulative", blend: float = 0.0) -> Row:
-        setting = Setting(strength=strength, rule=rule, blend=blend)
+    def make(
+        artifact: OperatorArtifact,
+        strength: float,
+        rule: str = "cumulative",
+        blend: float = 0.0,
+        positions: str = "all",
+    ) -> Row:
+        setting = Setting(strength, rule, blend, Positions.parse(positions))
         return Row(SteeringPlan((Application("operator", artifact, setting, ()),)))
 
     return make
@@ -159,45 +177,37 @@ def steered_row() -> Callable[..., Row]:
 
 @pytest.fixture(scope="session")
 def recompute() -> Callable[..., list[list[int]]]:
-    """``recompute(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0)``: ids per strength.
+    """``recompute(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0, positions="all")``.
+
+    The token ids of each strength.
 
     The procedure as it is written down and as slowly as it reads: everything again for every token, no KV cache, no
     code shared with the engine; a row per strength, greedily. Position k of the input of the injection layer gets
-    (strength/2) |h_k| d_k/|d_k|, with d_k between a_k/|a_k| and y/|y|.
+    (strength/2) |h_k| d_k/|d_k|, with d_k between a_k/|a_k| and y/|y|, where ``PUSHED[positions]`` says so.
     """
-
-    def directions(
-        artifact: OperatorArtifact, blocks: torch.Tensor, x: torch.Tensor, rule: str, blend: float
-    ) -> list[torch.Tensor]:
-        n, y = len(blocks), artifact.anchor.double()
-        units, total = [], torch.zeros_like(y) if artifact.offset is None else artifact.offset.double()
-        for k in range(len(x)):
-            total = total + blocks[k % n] @ x[k].double()
-            a = total if rule == "cumulative" else artifact.substitute_base.double() + blocks[n - 1] @ x[k].double()
-            d = (1 - blend) * a / a.norm() + blend * y / y.norm()
-            units.append(d / d.norm())
-        return units
 
     known: dict[object, list[list[int]]] = {}
 
-    def run(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0):  # type: ignore[no-untyped-def]
-        asked = (id(model), artifact.digest, tuple(prompt_ids), tuple(strengths), tokens, rule, blend)
+    def run(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0, positions="all"):  # type: ignore[no-untyped-def]
+        asked = (id(model), artifact.digest, tuple(prompt_ids), tuple(strengths), tokens, rule, blend, positions)
         if asked not in known:
             # Every engine is held against the same answer.
-            known[asked] = slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend)
+            known[asked] = slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend, positions)
         return known[asked]
 
-    def slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend):  # type: ignore[no-untyped-def]
+    def slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend, positions):  # type: ignore[no-untyped-def]
         site = decoder_layers(model)[artifact.header.injection_layer]
         rows, blocks = [list(prompt_ids) for _ in strengths], artifact.jacobian().double()
         for _ in range(tokens):
             inputs = [block_input(model, model.get_input_embeddings()(torch.tensor(ids))) for ids in rows]
-            units = [directions(artifact, blocks, x, rule, blend) for x in inputs]
+            units = [_directions(artifact, blocks, x, rule, blend) for x in inputs]
 
             def add(_module, args, units=units):  # type: ignore[no-untyped-def]
                 hidden = args[0].clone()
                 for row, strength in enumerate(strengths):
                     for k, unit in enumerate(units[row]):
+                        if not PUSHED[positions](k, len(prompt_ids)):
+                            continue
                         h = hidden[row, k]
                         hidden[row, k] = h + ((strength / 2) * h.norm() * unit).to(h.dtype)
                 return (hidden, *args[1:])
@@ -208,9 +218,24 @@ def recompute() -> Callable[..., list[list[int]]]:
             handle.remove()
             for ids, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
                 ids.append(token)
-        return [until_end(ids[len(prompt_ids) :], model.config.eos_token_id) for ids in rows]
+        return [_until_end(ids[len(prompt_ids) :], model.config.eos_token_id) for ids in rows]
 
-    def until_end(ids, end):  # type: ignore[no-untyped-def]
-        return ids[: ids.index(end) + 1] if end in ids else ids
-
+    run.pushed = PUSHED  # type: ignore[attr-defined]
     return run
+
+
+def _directions(
+    artifact: OperatorArtifact, blocks: torch.Tensor, x: torch.Tensor, rule: str, blend: float
+) -> list[torch.Tensor]:
+    n, y = len(blocks), artifact.anchor.double()
+    units, total = [], torch.zeros_like(y) if artifact.offset is None else artifact.offset.double()
+    for k in range(len(x)):
+        total = total + blocks[k % n] @ x[k].double()
+        a = total if rule == "cumulative" else artifact.substitute_base.double() + blocks[n - 1] @ x[k].double()
+        d = (1 - blend) * a / a.norm() + blend * y / y.norm()
+        units.append(d / d.norm())
+    return units
+
+
+def _until_end(ids: list[int], end: int | None) -> list[int]:
+    return ids[: ids.index(end) + 1] if end in ids else ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import pytest_asyncio
 
@@ -51,6 +53,10 @@ async def test_a_prefix_is_shared_by_requests_of_the_very_same_steering_only(
         "stronger": steered_row(operator, 0.55),
         "blended": steered_row(operator, 0.4, blend=0.5),
         "substitute": steered_row(operator, 0.4, "substitute"),
+        "first": steered_row(operator, 0.9, positions="first"),
+        "generated": steered_row(operator, 0.4, positions="generated"),
+        # Begins in what the cache has, and ends behind it.
+        "range": steered_row(operator, 0.4, positions="40..80"),
         # The same name, as after a reload of the store.
         "replaced": steered_row(other, 0.4),
     }
@@ -60,11 +66,14 @@ async def test_a_prefix_is_shared_by_requests_of_the_very_same_steering_only(
         [(again, repeated)] = await decode(engine, PROMPT, SAMPLING, row)
         assert first == again == expected, name
         if row.plan is not None:
-            prompt_tokens = len(await engine.encode(Prompt(text=PROMPT)))
+            num_prompt = len(await engine.encode(Prompt(text=PROMPT)))
+            count = partial(row.plan.applications[0].setting.positions.count, prompt_tokens=num_prompt)
             assert end.receipts[0].prompt_tokens_cached == 0, name
-            assert repeated.receipts[0].prompt_tokens_cached >= 64, name
+            # Whole blocks of 32 tokens.
+            assert repeated.receipts[0].prompt_tokens_cached == count(0, 64), name
             for receipt in (end.receipts[0], repeated.receipts[0]):
-                assert receipt.prompt_tokens_steered + receipt.prompt_tokens_cached == prompt_tokens
+                assert receipt.prompt_tokens_steered + receipt.prompt_tokens_cached == count(0, num_prompt)
+                assert receipt.generated_tokens_steered == count(num_prompt, num_prompt + len(first) - 1)
 
 
 async def test_what_a_failed_request_left_in_the_cache_is_not_found_again(

@@ -29,7 +29,14 @@ def rows(even, steered_row):
         build_operator(BuildSpec((concept_from_text(text, loaded),), layer=layer, rank=rank), loaded)
         for text, layer, rank in (("the golden bridge", 2, 8), ("a dress for the bride", 3, "full"))
     )
-    return Row(), steered_row(bridge, 0.8), steered_row(dress, 0.9, "substitute"), steered_row(dress, 0.7, blend=0.4)
+    return (
+        Row(),
+        steered_row(bridge, 0.8),
+        steered_row(dress, 0.9, "substitute"),
+        steered_row(dress, 0.7, blend=0.4),
+        steered_row(bridge, 1.2, positions="first"),
+        steered_row(dress, 0.9, positions="generated:2..12"),
+    )
 
 
 async def ids_of(engine, decode, rows):
@@ -102,7 +109,7 @@ async def test_two_tensor_parallel_workers_and_a_compiled_model_give_the_ids_of_
     parallel = await ids_of(two, decode, rows)
     one = await vllm_engine(loaded, str(directory), **SMALL)
     expected = await ids_of(one, decode, rows)
-    assert expected[0][0] != expected[0][1]
+    assert all(plain != steered for plain, *rows in expected for steered in rows)
     assert parallel == expected
     compiled = await vllm_engine(loaded, str(directory), enforce_eager=False, **SMALL)
     assert await ids_of(compiled, decode, rows) == expected

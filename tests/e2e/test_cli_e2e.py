@@ -35,6 +35,7 @@ RECEIPT = {
     "dose_bound",
     "defaulted",
     "calibrated",
+    "positions",
 }
 FEW = ("--max-tokens", "5", "--ignore-eos")
 
@@ -81,13 +82,30 @@ def test_generate_answers_with_a_steered_text_and_its_proof(steer):
     value = _json(steer("generate", "the golden gate", "-o", "golden=0.5@0.25", "-o", "dress", *FEW, "--json"))
     _is_generation(value)
     first, second = value["receipts"]
-    assert (first["operator"], first["strength"], first["blend"], first["defaulted"]) == ("golden", 0.5, 0.25, ["rule"])
-    assert (second["operator"], second["defaulted"]) == ("dress", ["strength", "rule", "blend"])
+    assert (first["operator"], first["strength"], first["blend"], first["defaulted"]) == (
+        *("golden", 0.5, 0.25),
+        ["rule", "positions"],
+    )
+    assert (second["operator"], second["defaulted"]) == ("dress", ["strength", "rule", "blend", "positions"])
     for receipt in (first, second):
         assert receipt["prompt_tokens_steered"] == value["usage"]["prompt_tokens"]
         assert receipt["generated_tokens_steered"] == 4
         assert receipt["prompt_tokens_cached"] == 0
     assert first["mean_dose"] == pytest.approx(0.25, abs=1e-4)
+
+
+def test_positions_reach_the_operator_and_its_proof(steer):
+    prompt = ("generate", "the golden gate", *FEW)
+    value = _json(steer(*prompt, "-o", "golden=0.5:first", "-o", "dress=0.5:generated:1..", "--json"))
+    first, second = value["receipts"]
+    assert first["positions"] == {"part": "all", "start": 0, "end": 1}
+    assert (first["prompt_tokens_steered"], first["generated_tokens_steered"]) == (1, 0)
+    assert second["positions"] == {"part": "generated", "start": 1, "end": None}
+    assert (second["prompt_tokens_steered"], second["generated_tokens_steered"]) == (0, 3)
+    shown = " ".join(steer(*prompt, "-o", "golden=0.5:first").stderr.split())
+    assert "cumulative, positions first (recommended rule and blend): 1 prompt + 0 generated tokens steered" in shown
+    refused = _json(steer(*prompt, "-o", "golden:prompt:99..", "--json"), code=1)
+    assert refused["error"]["field"] == "operators[0].positions"
 
 
 def test_generate_repeats_itself_with_a_seed(steer):
@@ -190,6 +208,7 @@ def test_a_wrong_option_ends_with_two(steer):
     assert steer("generate", "x", "--no-such-option").returncode == 2
     assert steer("ab", "x").returncode == 2
     assert steer("generate", "x", "-o", "golden=loud").returncode == 2
+    assert steer("generate", "x", "-o", "golden:last").returncode == 2
 
 
 @pytest.mark.parametrize("command", [("health",), ("generate", "x"), ("info", "--json")], ids=lambda words: words[0])

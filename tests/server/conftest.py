@@ -218,6 +218,8 @@ class Batch:
         """Of the next token of each text."""
         self.embedded_prefixes: list[tuple[str, int]] = []
         """Texts of which the beginning was embedded again, and how many tokens of it."""
+        self.embedded: list[TokenSpan] = []
+        """The tokens that were needed."""
         self.steering = StepSteering(dtype)
         for digest, operator in loaded.items():
             self.steering.load(digest, operator)
@@ -239,6 +241,10 @@ class Batch:
         self.settings[request] = settings
         self.steering.add_request(request, settings, request if salt is None else salt)
 
+    def embed(self, spans: Sequence[TokenSpan]) -> torch.Tensor:
+        self.embedded.extend(spans)
+        return torch.cat([self.texts[span.request][span.first_position : span.end_position] for span in spans])
+
     def embed_prefix(self, request: str, count: int) -> torch.Tensor:
         self.embedded_prefixes.append((request, count))
         return self.texts[request][:count]
@@ -257,8 +263,7 @@ class Batch:
             self.positions[request] = first + count
             spans.append(TokenSpan(request, start, first, count))
             start += count + 1
-        x = torch.cat([self.texts[request][first : first + count] for request, first, count in parts])
-        return spans, self.steering.prepare(spans, x, self.embed_prefix)
+        return spans, self.steering.prepare(spans, self.embed, self.embed_prefix)
 
     def step(
         self,
@@ -290,12 +295,13 @@ class Batch:
     def expected(self, request: str, layer: int) -> torch.Tensor:
         """The pushes (T, d) of a whole text at a layer, worked out alone."""
         x = self.texts[request]
-        total = torch.zeros_like(x)
+        total = torch.zeros(x.shape)
         for setting in self.settings[request]:
             loaded = self.loaded[setting.digest]
             if loaded.layer == layer:
                 direction = Direction(loaded.operator, Setting(setting.strength, setting.rule, setting.blend))
-                total = total + setting.strength / 2 * direction.advance(x)
+                pushes = setting.strength / 2 * direction.advance(x)
+                total[setting.start : setting.end] += pushes[setting.start : setting.end]
         return total
 
     def failure(self, request: str) -> str:

@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
+from operators.core.apply import Setting
 from operators.core.artifact import to_bytes
 from operators.core.header import Recommended
+from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.store import Store
 from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
 from steer_server.registry import Registry
@@ -198,21 +200,36 @@ def test_a_plan_keeps_its_version_whatever_a_reload_brings(registry, tmp_path, a
 def test_what_a_request_leaves_open_is_what_the_artifact_recommends(registry):
     (use,) = registry().plan((OperatorUse("good"),)).applications
     assert (use.setting.strength, use.setting.rule, use.setting.blend) == (0.6, "substitute", 0.25)
-    assert use.defaulted == ("strength", "rule", "blend")
+    assert use.setting.positions == ALL_POSITIONS
+    assert use.defaulted == ("strength", "rule", "blend", "positions")
 
 
 def test_what_a_request_sets_is_kept_zero_included(registry):
-    (use,) = registry().plan((OperatorUse("good", strength=0.0, rule="cumulative", blend=0.0),)).applications
-    assert (use.setting.strength, use.setting.rule, use.setting.blend) == (0.0, "cumulative", 0.0)
+    first = Positions(end=1)
+    (use,) = registry().plan((OperatorUse("good", 0.0, "cumulative", 0.0, first),)).applications
+    assert use.setting == Setting(0.0, "cumulative", 0.0, first)
     assert use.defaulted == ()
     (use,) = registry().plan((OperatorUse("good", strength=-1.0),)).applications
-    assert (use.setting.strength, use.defaulted) == (-1.0, ("rule", "blend"))
+    assert (use.setting.strength, use.defaulted) == (-1.0, ("rule", "blend", "positions"))
 
 
 def test_each_artifact_recommends_for_itself(registry, tmp_path, artifact, remake):
     Store(tmp_path).save("loud", remake(artifact, recommended=Recommended(strength=1.2)))
     uses = registry().plan((OperatorUse("good"), OperatorUse("loud"))).applications
     assert [use.setting.strength for use in uses] == [0.6, 1.2]
+    Store(tmp_path).save("early", remake(artifact, recommended=Recommended(positions=Positions(end=1))))
+    (use,) = registry().plan((OperatorUse("early"),)).applications
+    assert (use.setting.positions, use.defaulted[-1]) == (Positions(end=1), "positions")
+
+
+@pytest.mark.parametrize(
+    ("positions", "field"),
+    [(Positions(start=-1), "start"), (Positions(start=4, end=4), "end"), (Positions("prompt", end=1 << 31), "end")],
+)
+def test_a_range_without_a_position_is_refused_by_its_field(registry, positions, field):
+    with pytest.raises(InvalidRequestError, match="is accepted") as caught:
+        registry().plan((OperatorUse("good"), OperatorUse("good", positions=positions)), field="arms[0].operators")
+    assert caught.value.field == f"arms[0].operators[1].positions.{field}"
 
 
 def test_no_operators_make_no_plan(registry):

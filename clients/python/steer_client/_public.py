@@ -18,6 +18,7 @@ from steer_client._errors import (
     SteeringNotAppliedError,
     UnknownOperatorError,
 )
+from steer_client._positions import ALL_POSITIONS, Positions
 from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
 from steer_client._results import (
     KL,
@@ -48,6 +49,7 @@ from steer_client._sync import SteerClient
 from steer_client._sync_streams import ComparisonStream, GenerationStream
 
 __all__ = [
+    "ALL_POSITIONS",
     "KL",
     "ABResult",
     "ArmDelta",
@@ -74,6 +76,7 @@ __all__ = [
     "OperatorInfo",
     "OperatorUnusableError",
     "OperatorUse",
+    "Positions",
     "Prompt",
     "PromptTooLongError",
     "ProtocolError",

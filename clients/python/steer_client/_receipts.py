@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Final
 
 from steer_client._errors import SteeringNotAppliedError
+from steer_client._positions import Positions
 from steer_client._requests import OperatorUse
-from steer_client._results import Generation, Receipt
+from steer_client._results import FinishReason, Generation, Receipt
 
-_SETTINGS: Final = ("strength", "rule", "blend")
+_NUMBERS: Final = ("strength", "blend")
+_INTERRUPTIONS: Final = (FinishReason.TIME_LIMIT, FinishReason.CANCELLED)
+_SETTINGS: Final = ("strength", "rule", "blend", "positions")
 # Relative, for the rounding of sums of a few doubles.
 _SUM_TOLERANCE: Final = 1e-9
 # Twice the resolution of bfloat16, the coarsest dtype of hidden states.
@@ -23,11 +26,13 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     Raises SteeringNotAppliedError, naming the operator, for a receipt
 
     - that is missing or was not requested,
-    - whose strength, rule or blend is not the request's, or whose `defaulted` is not what the request left unset,
+    - whose strength, rule, blend or positions are not the request's, or whose `defaulted` is not what the request left
+      unset,
     - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
-    - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt, that
-      leaves out a generated token fed to the model, or whose doses are not positive and in order
-      (0 < mean <= max <= bound, but for rounding to the model's dtype),
+    - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt that are
+      among its positions, whose steered generated tokens are not those of its positions that were fed to the model, or
+      whose doses are not positive and in order (0 < mean <= max <= bound, but for rounding to the model's dtype),
+    - of a strength other than 0 none of whose positions the text reached, unless it was interrupted,
     - of strength 0 that reports a change, or a cached token.
 
     A cached token cannot be checked: its measurement belongs to the earlier request.
@@ -53,7 +58,7 @@ def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
     for name in _SETTINGS:
         requested, applied = getattr(use, name), getattr(receipt, name)
         # A number is a double on the wire, whatever type the caller gave it.
-        if requested is not None and applied != (requested if name == "rule" else float(requested)):
+        if requested is not None and applied != (float(requested) if name in _NUMBERS else requested):
             return f"the receipt says {name} {applied}, asked for was {requested}"
     unset = [name for name in _SETTINGS if getattr(use, name) is None]
     if sorted(receipt.defaulted) != sorted(unset):
@@ -76,12 +81,11 @@ def _has_tokens(generation: Generation) -> bool:
 
 
 def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
-    usage = generation.usage
     prompt, cached = receipt.prompt_tokens_steered, receipt.prompt_tokens_cached
     reported = prompt + cached, receipt.generated_tokens_steered
-    # The last generated token is never fed back to the model. A usage below the number of tokens sent does not count.
-    fed = usage.prompt_tokens, max(usage.completion_tokens, len(generation.token_ids), 1) - 1
-    expected = fed if receipt.strength != 0 else (0, 0)
+    expected = _steered_tokens(receipt.positions, generation) if receipt.strength != 0 else (0, 0)
+    if receipt.strength != 0 and expected == (0, 0) and generation.finish_reason not in _INTERRUPTIONS:
+        return f"the text ended before the first of the positions {receipt.positions}: nothing was steered"
     # With a count below 0 the other one could exceed the prompt.
     if reported == expected and min(prompt, cached) >= 0:
         return None
@@ -92,9 +96,21 @@ def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
     )
 
 
+def _steered_tokens(positions: Positions, generation: Generation) -> tuple[int, int]:
+    """How many tokens of prompt and text are among the positions, and were fed to the model."""
+    usage = generation.usage
+    # The last generated token is never fed back to the model. A usage below the number of tokens sent does not count.
+    fed = usage.prompt_tokens + max(usage.completion_tokens, len(generation.token_ids), 1) - 1
+    return (
+        positions.count(0, usage.prompt_tokens, prompt_tokens=usage.prompt_tokens),
+        positions.count(usage.prompt_tokens, fed, prompt_tokens=usage.prompt_tokens),
+    )
+
+
 def _dose_problem(receipt: Receipt) -> str | None:
     bound = receipt.dose_bound
-    if receipt.strength != 0:
+    # A token whose measurement an earlier request had gives none here.
+    if receipt.prompt_tokens_steered or receipt.generated_tokens_steered:
         fits = 0 < receipt.mean_dose <= receipt.max_dose <= bound + (1 + bound) * _ROUNDING < math.inf
         expected = f"0 < mean <= max <= {bound}"
     else:

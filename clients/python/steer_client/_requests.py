@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from steer_client._positions import Positions
+
 #: How an operator's running direction is made from its Jacobian blocks.
 Rule: TypeAlias = Literal["cumulative", "substitute"]
 
@@ -34,21 +36,25 @@ class OperatorUse:
     """One operator applied to one request. What is None takes the operator's recommended value.
 
     `strength` is λ: the push is λ/2 times the norm of the hidden state; 0 changes nothing, a negative
-    value pushes away. `blend` is β in [0, 1]: 0 is the operator's direction, 1 its anchor.
+    value pushes away. `blend` is β in [0, 1]: 0 is the operator's direction, 1 its anchor. `positions` are those
+    that it pushes.
     """
 
     name: str
     strength: float | None = None
     rule: Rule | None = None
     blend: float | None = None
+    positions: Positions | None = None
 
     @classmethod
     def parse(cls, text: str, *, rule: Rule | None = None) -> OperatorUse:
-        """Reads `NAME`, `NAME=λ` or `NAME=λ@β`.
+        """Reads `NAME`, `NAME=λ` or `NAME=λ@β`, and behind it `:POSITIONS`, as `Positions.parse` reads them.
 
         Raises ValueError, naming the text and the accepted form, for anything else.
         """
-        name, has_strength, values = text.partition("=")
+        setting, has_positions, positions = text.partition(":")
+        where = Positions.parse(positions) if has_positions else None
+        name, has_strength, values = setting.partition("=")
         strength, has_blend, blend = values.partition("@")
         try:
             if not name or name != name.strip() or "@" in name:
@@ -58,10 +64,12 @@ class OperatorUse:
                 strength=float(strength) if has_strength else None,
                 rule=rule,
                 blend=float(blend) if has_blend else None,
+                positions=where,
             )
         except ValueError:
             raise ValueError(
-                f"cannot read the operator {text!r}: write NAME, NAME=λ or NAME=λ@β, for example golden-gate=0.4@0.5"
+                f"cannot read the operator {text!r}: write NAME, NAME=λ or NAME=λ@β, for example golden-gate=0.4@0.5, "
+                "and :POSITIONS behind it, for example golden-gate=0.4:first"
             ) from None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from steer_client._positions import ALL_POSITIONS, Positions
 from steer_client._requests import Rule
 
 
@@ -44,7 +45,8 @@ class Timings:
 class Receipt:
     """Proof, measured on the hidden states, that one operator was applied.
 
-    With a strength other than 0, `prompt_tokens_steered` and `prompt_tokens_cached` add up to the tokens of the prompt.
+    With a strength other than 0, `prompt_tokens_steered` and `prompt_tokens_cached` add up to the tokens of the prompt
+    that are among `positions`.
     """
 
     operator: str
@@ -55,21 +57,24 @@ class Receipt:
     rule: Rule
     strength: float
     blend: float
-    #: Positions whose hidden state was changed in this request. The last generated token is never fed back.
+    #: Of `positions`, those whose hidden state was changed in this request. The last generated token is never fed back.
     prompt_tokens_steered: int
     generated_tokens_steered: int
-    #: Positions whose keys and values an earlier request with the very same steering left in the server's prefix cache:
-    #: not computed again, so measured for that request and not for this one. Always 0 on the engine "hf".
+    #: Of `positions`, those whose keys and values an earlier request with the very same steering left in the server's
+    #: prefix cache: not computed again, so measured for that request and not for this one. Always 0 on the engine "hf".
     prompt_tokens_cached: int
-    #: Norm of the change over the norm of the hidden state, at this layer, after rounding; cached positions left out.
+    #: Norm of the change over the norm of the hidden state at this layer, after rounding, over the tokens steered here.
     mean_dose: float
     max_dose: float
-    #: Sum of |strength|/2 over the request's operators at this layer: what its dose cannot pass, but for rounding.
+    #: Sum of |strength|/2 over the request's operators at this layer, wherever they push: what its dose cannot pass,
+    #: but for rounding.
     dose_bound: float
-    #: Which of "strength", "rule" and "blend" came from the operator's recommendation.
+    #: Which of "strength", "rule", "blend" and "positions" came from the operator's recommendation.
     defaulted: tuple[str, ...]
     #: The setting is the recommended one, and the operator holds the measurements of a calibration there.
     calibrated: bool
+    #: Where the operator was to push.
+    positions: Positions = ALL_POSITIONS
 
 
 @dataclass(frozen=True, slots=True)

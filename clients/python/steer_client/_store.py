@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from steer_client._positions import ALL_POSITIONS, Positions
 from steer_client._requests import Rule
 
 
@@ -120,6 +121,8 @@ class OperatorInfo:
     created: datetime | None
     size_bytes: int
     builder_version: str
+    #: Where it is recommended to push.
+    recommended_positions: Positions = ALL_POSITIONS
 
     @property
     def usable(self) -> bool:

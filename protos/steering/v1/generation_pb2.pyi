@@ -295,6 +295,63 @@ class SamplingParams(_message.Message):
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
+class Positions(_message.Message):
+    """Which positions of a text an operator pushes. Positions count the tokens of prompt and continuation together, from 0.
+    What is added there does not depend on it: a direction is that of the whole text up to its position.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Part:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Positions._Part.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PART_UNSPECIFIED: Positions._Part.ValueType  # 0
+        PART_ALL: Positions._Part.ValueType  # 1
+        """Prompt and continuation; also what is meant when nothing is set."""
+        PART_PROMPT: Positions._Part.ValueType  # 2
+        PART_GENERATED: Positions._Part.ValueType  # 3
+
+    class Part(_Part, metaclass=_PartEnumTypeWrapper): ...
+    PART_UNSPECIFIED: Positions.Part.ValueType  # 0
+    PART_ALL: Positions.Part.ValueType  # 1
+    """Prompt and continuation; also what is meant when nothing is set."""
+    PART_PROMPT: Positions.Part.ValueType  # 2
+    PART_GENERATED: Positions.Part.ValueType  # 3
+
+    PART_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    part: Global___Positions.Part.ValueType
+    start: _builtins.int
+    """First position that is pushed, counted from the part's beginning. Default 0."""
+    end: _builtins.int
+    """First position that is not pushed any more, counted likewise; above `start`. Unset: up to the part's end."""
+    def __init__(
+        self,
+        *,
+        part: Global___Positions.Part.ValueType = ...,
+        start: _builtins.int | None = ...,
+        end: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "part", b"part", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
+    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
+    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
+    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
+
+Global___Positions: _TypeAlias = Positions  # noqa: Y015
+
+@_typing.final
 class OperatorUse(_message.Message):
     """One operator applied to one request. Unset values take the operator's recommended ones."""
 
@@ -304,12 +361,19 @@ class OperatorUse(_message.Message):
     STRENGTH_FIELD_NUMBER: _builtins.int
     RULE_FIELD_NUMBER: _builtins.int
     BLEND_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     strength: _builtins.float
     """Lambda: the push is (lambda/2) times the norm of the hidden state. 0 leaves every bit alone; negative pushes away."""
     rule: Global___Rule.ValueType
     blend: _builtins.float
     """Beta in [0, 1]: 0 is the operator's direction, 1 its anchor."""
+    @_builtins.property
+    def positions(self) -> Global___Positions:
+        """Where it pushes. Positions that the text cannot have (behind the prompt's end, or behind the last token that
+        `max_tokens` allows) are INVALID_ARGUMENT; a text that ends before the first of them fails the call.
+        """
+
     def __init__(
         self,
         *,
@@ -317,10 +381,11 @@ class OperatorUse(_message.Message):
         strength: _builtins.float | None = ...,
         rule: Global___Rule.ValueType = ...,
         blend: _builtins.float | None = ...,
+        positions: Global___Positions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "positions", b"positions", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "name", b"name", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__blend: _TypeAlias = _typing.Literal["blend"]  # noqa: Y015
     _WhichOneofArgType__blend: _TypeAlias = _typing.Literal["_blend", b"_blend"]  # noqa: Y015
@@ -431,10 +496,11 @@ Global___Timings: _TypeAlias = Timings  # noqa: Y015
 @_typing.final
 class Receipt(_message.Message):
     """Proof that an operator was applied. The counts of steered tokens and the doses are measured on the hidden states. With
-    a strength other than 0, every position fed to the model was changed, and so was every position whose keys and values
-    came from the prefix cache instead, when an earlier request with the very same steering computed them: steered and
-    cached prompt tokens add up to those of the prompt. A strength below the resolution of the model's dtype fails the
-    call. All counts are 0 where the time limit ran out before the first token.
+    a strength other than 0, every one of `positions` that was fed to the model was changed, and so was every one whose keys
+    and values came from the prefix cache instead, when an earlier request with the very same steering computed them:
+    steered and cached prompt tokens add up to those of the prompt that are among `positions`. A strength below the
+    resolution of the model's dtype fails the call, and so does a text that ended before the first of `positions`. All
+    counts are 0 where the time limit ran out before the first token, or before the first of `positions` was fed.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -453,6 +519,7 @@ class Receipt(_message.Message):
     DOSE_BOUND_FIELD_NUMBER: _builtins.int
     CALIBRATED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
     operator: _builtins.str
     digest: _builtins.str
     """sha256 of the artifact's content, "sha256:<64 hex digits>"."""
@@ -463,28 +530,36 @@ class Receipt(_message.Message):
     strength: _builtins.float
     blend: _builtins.float
     prompt_tokens_steered: _builtins.int
-    """Positions whose hidden state was changed. The last generated token is never fed back, so it is not counted."""
+    """Positions whose hidden state was changed: all those of `positions` that the model was fed. The last generated token
+    is never fed back, so it is not counted.
+    """
     generated_tokens_steered: _builtins.int
     mean_dose: _builtins.float
-    """Norm of the change over the norm of the hidden state, at this layer, after rounding to the model's dtype.
-    Operators that share a layer share the measurement: the dose is that of their sum.
+    """Norm of the change over the norm of the hidden state, at this layer and these positions, after rounding to the model's
+    dtype. Operators that push at one position of a layer share its measurement: the dose is that of their sum. 0 where
+    all of the positions were cached.
     """
     max_dose: _builtins.float
     dose_bound: _builtins.float
-    """Sum of |strength|/2 over the operators of this request at this layer: what the layer's dose cannot pass, but for
-    rounding to the model's dtype. It is reached where their directions agree. A dose above it fails the call.
+    """Sum of |strength|/2 over the operators of this request at this layer, wherever they push: what the layer's dose cannot
+    pass, but for rounding to the model's dtype. It is reached where all push and their directions agree. A dose above
+    the sum over the operators that push at its position fails the call.
     """
     calibrated: _builtins.bool
     """The setting that was applied is the recommended one, and the artifact holds the measurements of a calibration there."""
     prompt_tokens_cached: _builtins.int
-    """Positions of the prompt whose keys and values an earlier request with the very same steering left in the prefix
+    """Of `positions`, those of the prompt whose keys and values an earlier request with the very same steering left in the prefix
     cache. They were not computed again, so neither `prompt_tokens_steered` nor a dose includes them: their measurement
     belongs to the request that computed them. Always 0 with a strength of 0, and on the engine "hf", which keeps no
     such cache.
     """
     @_builtins.property
     def defaulted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Which of strength, rule and blend came from the artifact's recommendation."""
+        """Which of strength, rule, blend and positions came from the artifact's recommendation."""
+
+    @_builtins.property
+    def positions(self) -> Global___Positions:
+        """Where the operator was to push. The counts above are of these positions only."""
 
     def __init__(
         self,
@@ -503,10 +578,11 @@ class Receipt(_message.Message):
         dose_bound: _builtins.float = ...,
         calibrated: _builtins.bool = ...,
         prompt_tokens_cached: _builtins.int = ...,
+        positions: Global___Positions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -218,6 +218,7 @@ class Operator(_message.Message):
     CONCEPT_WEIGHT_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_POSITIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     problem: _builtins.str
     """Empty when the operator can be used; else why it cannot. Fields that could not be read are then unset."""
@@ -273,6 +274,10 @@ class Operator(_message.Message):
     def calibration(self) -> Global___Calibration:
         """Set where the operator was calibrated."""
 
+    @_builtins.property
+    def recommended_positions(self) -> _generation_pb2.Positions:
+        """Where it is recommended to push."""
+
     def __init__(
         self,
         *,
@@ -305,10 +310,11 @@ class Operator(_message.Message):
         concept_weight: _builtins.float = ...,
         members: _abc.Iterable[Global___Member] | None = ...,
         calibration: Global___Calibration | None = ...,
+        recommended_positions: _generation_pb2.Positions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "low_rank", b"low_rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "low_rank", b"low_rank", "recommended_positions", b"recommended_positions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_blend", b"recommended_blend", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_blend", b"recommended_blend", "recommended_positions", b"recommended_positions", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

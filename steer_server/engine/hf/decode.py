@@ -26,6 +26,7 @@ from steer_server.types import (
     FinishReason,
     RowFinished,
     Score,
+    SteeringPlan,
     TokenEvent,
     TokenLogprob,
     TopLogprob,
@@ -116,7 +117,7 @@ class Decoder:
         row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
         return _RowState(
             index=index,
-            steering=RowSteering(row.plan, self.operators, self.loaded.dtype) if row.plan else None,
+            steering=self._steering(row.plan) if row.plan else None,
             scored=row.score,
             sampler=Sampler(sampling, device),
             text=RowText(
@@ -128,6 +129,9 @@ class Decoder:
             ),
             sequence=torch.tensor(self.job.prompt_ids, device=device),
         )
+
+    def _steering(self, plan: SteeringPlan) -> RowSteering:
+        return RowSteering(plan, self.operators, self.loaded.dtype, prompt_tokens=len(self.job.prompt_ids))
 
     def _prefill(self, slots: list[_BatchSlot]) -> tuple[torch.Tensor, FinishReason | None]:
         """Logits (B, V) after the prompt, computed in chunks; and what interrupted the prefill, if anything did.
@@ -155,9 +159,13 @@ class Decoder:
         """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
         model, start = self.loaded.model, self._cache.get_seq_length()
         steered = {row: slot.steering for row, slot in enumerate(slots) if slot.steering is not None}
-        load_pushes(
-            self._hooks, steered, {row: block_input(model, embed(model, ids[row]), start=start) for row in steered}
-        )
+        # No embedding, direction or hook for what is over: pushing the first token alone costs nothing after it.
+        x = {
+            row: block_input(model, embed(model, ids[row]), start=start)
+            for row, steering in steered.items()
+            if not steering.over
+        }
+        load_pushes(self._hooks, steered, x)
         output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         logits: torch.Tensor = output.logits[:, -1].float()
         _check_finite(slots, logits)

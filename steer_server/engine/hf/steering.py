@@ -8,14 +8,15 @@ there is no path on which a plan is dropped and the text goes on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
-from operators.core.apply import Direction
 from operators.core.errors import SteeringError
-from operators.core.hooks import LayerPush, PushHooks
+from operators.core.hooks import PushHooks, layer_push
+from operators.core.pushes import SequencePushes
 from steer_server.engine.dose import DoseStatistics, check_strengths, dose_limit
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.receipts import make_receipts
@@ -23,73 +24,107 @@ from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Application, Receipt, SteeringPlan
 
 
-@dataclass(frozen=True)
-class _AppliedDirection:
-    """The running direction of one application whose strength is not 0."""
+@dataclass(frozen=True, eq=False)
+class _AppliedOperator:
+    """One application whose strength is not 0: its pushes along the row, and the doses where it pushes."""
 
-    layer: int
-    half_strength: float
-    direction: Direction
+    application: Application
+    pushes: SequencePushes
+    doses: DoseStatistics
 
 
 class RowSteering:
-    """The state of one row's plan: a running sum per operator, the measured doses per layer."""
+    """The state of one row's plan: its operators' pushes, and the measured doses of each."""
 
-    def __init__(self, plan: SteeringPlan, operators: PreparedOperatorCache, dtype: torch.dtype) -> None:
+    def __init__(
+        self, plan: SteeringPlan, operators: PreparedOperatorCache, dtype: torch.dtype, *, prompt_tokens: int
+    ) -> None:
         """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
-        self._plan = plan
+        self._plan, self._dtype = plan, dtype
         check_strengths(plan, dtype)
-        self._directions = [
-            _AppliedDirection(
-                application.layer,
-                application.setting.strength / 2.0,
-                Direction(operators.get(application), application.setting),
+        self._doses = [DoseStatistics() for _ in plan.applications]
+        self._applied = [
+            _AppliedOperator(
+                use, SequencePushes(operators.get(use), use.setting, prompt_tokens=prompt_tokens), self._doses[place]
             )
-            for application in plan.applications
-            if application.setting.strength != 0.0
+            for place, use in enumerate(plan.applications)
+            if use.setting.strength != 0.0
         ]
-        self._doses = {applied.layer: DoseStatistics() for applied in self._directions}
-        self._limits = {layer: dose_limit(plan.dose_bound(layer), dtype) for layer in self._doses}
+        self._pushed: dict[int, list[tuple[_AppliedOperator, slice]]] = {}
+        """By layer: who pushes in the pass under way, and which of its tokens."""
 
     @property
     def layers(self) -> frozenset[int]:
-        """Layers that this row is pushed at."""
-        return frozenset(self._doses)
+        """Layers that this row is pushed at, at some position."""
+        return frozenset(applied.application.layer for applied in self._applied)
 
-    def pushes(self, x: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Per layer, the push (T, d) for the next T tokens with embeddings ``x`` (T, d).
+    @property
+    def pushed_layers(self) -> frozenset[int]:
+        """Layers that this row is pushed at in the pass under way."""
+        return frozenset(self._pushed)
+
+    @property
+    def over(self) -> bool:
+        """Whether no token from here on is pushed."""
+        return all(applied.pushes.over for applied in self._applied)
+
+    def skip(self) -> None:
+        """Begins a pass in which nothing is pushed, once the row is ``over``."""
+        self._pushed = {}
+
+    def advance(self, x: torch.Tensor) -> dict[int, list[tuple[slice, torch.Tensor]]]:
+        """By layer, for each operator which of the next T tokens it pushes, and its pushes (P, d) there.
+
+        Args:
+            x: embeddings (T, d) of the next T tokens.
 
         Raises:
-            SteeringNotAppliedError: a direction is zero or not finite at some position.
+            SteeringNotAppliedError: a direction is zero or not finite at a position that is pushed.
         """
-        pushes: dict[int, torch.Tensor] = {}
-        for applied in self._directions:
+        self._pushed = {}
+        pieces: dict[int, list[tuple[slice, torch.Tensor]]] = {}
+        for applied in self._applied:
+            layer = applied.application.layer
+            if applied.pushes.over:
+                continue
             try:
-                push = applied.half_strength * applied.direction.advance(x)
+                at, push = applied.pushes.advance(x)
             except SteeringError as error:
-                raise SteeringNotAppliedError(f"layer {applied.layer}: {error}") from error
-            pushes[applied.layer] = pushes[applied.layer] + push if applied.layer in pushes else push
-        return pushes
+                raise SteeringNotAppliedError(f"layer {layer}: {error}") from error
+            if len(push):
+                self._pushed.setdefault(layer, []).append((applied, at))
+                pieces.setdefault(layer, []).append((at, push))
+        return pieces
 
     def record(self, layer: int, doses: Sequence[float], *, prompt: bool) -> None:
-        """Adds the measured doses of one step to the statistics of a layer.
+        """Adds the measured doses of one pass over T tokens to the statistics of those who pushed at a layer.
 
         Raises:
-            SteeringNotAppliedError: a dose is zero, not finite, or above what the strengths can give.
+            SteeringNotAppliedError: at a token that was pushed, a dose is zero, not finite, or above what the strengths
+                of those who pushed there can give.
         """
+        pushed = self._pushed[layer]
+        for low, high in _equal_stretches(at for _, at in pushed):
+            uses = [applied.application for applied, at in pushed if at.start <= low < at.stop]
+            if uses:
+                self._check(layer, doses[low:high], uses)
+        for applied, at in pushed:
+            applied.doses.add(doses[at], prompt=prompt)
+
+    def _check(self, layer: int, doses: Sequence[float], uses: Sequence[Application]) -> None:
+        bound = sum(abs(use.setting.strength) / 2.0 for use in uses)
+        limit = dose_limit(bound, self._dtype)
         for dose in doses:
             if not 0.0 < dose < float("inf"):
                 raise SteeringNotAppliedError(
-                    f"{self._describe_layer(layer)} at layer {layer}: the hidden state moved by {dose} of its norm; a "
-                    "positive, finite change is needed (strengths may cancel, or be lost in rounding to the model's "
-                    "dtype)"
+                    f"{_describe(uses)} at layer {layer}: the hidden state moved by {dose} of its norm; a positive, "
+                    "finite change is needed (strengths may cancel, or be lost in rounding to the model's dtype)"
                 )
-            if dose > self._limits[layer]:
+            if dose > limit:
                 raise SteeringNotAppliedError(
-                    f"{self._describe_layer(layer)} at layer {layer}: the hidden state moved by {dose:g} of its norm; "
-                    f"these strengths give at most {self._plan.dose_bound(layer):g}"
+                    f"{_describe(uses)} at layer {layer}: the hidden state moved by {dose:g} of its norm; these "
+                    f"strengths give at most {bound:g}"
                 )
-        self._doses[layer].add(doses, prompt=prompt)
 
     def receipts(self) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
@@ -99,32 +134,26 @@ class RowSteering:
         """The operators and strengths, for messages."""
         return _describe(self._plan.applications)
 
-    def _describe_layer(self, layer: int) -> str:
-        return _describe([application for application in self._plan.applications if application.layer == layer])
-
 
 def load_pushes(hooks: PushHooks, steered: Mapping[int, RowSteering], x: Mapping[int, torch.Tensor]) -> None:
     """Loads the pushes of the next forward pass.
 
     Args:
         steered: the steered rows of the batch, by index.
-        x: their embeddings (T, d), by the same index.
+        x: the embeddings (T, d) of those that are not over, by the same index.
 
     Raises:
-        SteeringNotAppliedError: a direction is zero or not finite at some position.
+        SteeringNotAppliedError: a direction is zero or not finite at a position that is pushed.
     """
-    rows: dict[int, list[int]] = defaultdict(list)
-    pushes: dict[int, list[torch.Tensor]] = defaultdict(list)
+    by_layer: dict[int, dict[int, list[tuple[slice, torch.Tensor]]]] = defaultdict(dict)
     for row, steering in steered.items():
-        for layer, push in steering.pushes(x[row]).items():
-            rows[layer].append(row)
-            pushes[layer].append(push)
-    hooks.load(
-        {
-            layer: LayerPush(torch.tensor(rows[layer], device=stacked[0].device), torch.stack(stacked))
-            for layer, stacked in pushes.items()
-        }
-    )
+        if row not in x:
+            steering.skip()
+            continue
+        for layer, pieces in steering.advance(x[row]).items():
+            by_layer[layer][row] = pieces
+    tokens = max((len(embeddings) for embeddings in x.values()), default=0)
+    hooks.load({layer: layer_push(pieces, tokens) for layer, pieces in by_layer.items()})
 
 
 def record_doses(hooks: PushHooks, steered: Mapping[int, RowSteering], *, prompt: bool) -> None:
@@ -138,9 +167,15 @@ def record_doses(hooks: PushHooks, steered: Mapping[int, RowSteering], *, prompt
     except SteeringError as error:
         raise SteeringNotAppliedError(str(error)) from error
     for layer, doses in measured.items():
-        pushed = [steering for steering in steered.values() if layer in steering.layers]
+        pushed = [steering for steering in steered.values() if layer in steering.pushed_layers]
         for steering, row_doses in zip(pushed, doses.tolist(), strict=True):
             steering.record(layer, row_doses, prompt=prompt)
+
+
+def _equal_stretches(slices: Iterable[slice]) -> list[tuple[int, int]]:
+    """[low, high) of the stretches inside of which no slice begins or ends."""
+    borders = sorted({border for each in slices for border in (each.start, each.stop)})
+    return list(pairwise(borders))
 
 
 def _describe(applications: Sequence[Application]) -> str:

@@ -39,7 +39,8 @@ class CacheSalts:
 
 
 def _steering_digest(settings: Sequence[OperatorSetting]) -> str:
-    return _digest(json.dumps(sorted(dataclasses.astuple(setting) for setting in settings)))
+    # Sorted as texts: an end may be None, which has no order among numbers.
+    return _digest(json.dumps(sorted(json.dumps(dataclasses.astuple(setting)) for setting in settings)))
 
 
 def _digest(text: str) -> str:

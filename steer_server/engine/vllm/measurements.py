@@ -24,8 +24,8 @@ log = structlog.get_logger(__name__)
 TakeMeasurements = Callable[[list[str]], Awaitable[Sequence[Mapping[str, Any] | None]]]
 """Measurements of requests by key, which the workers then forget; None for one that never reached a worker.
 
-A measurement holds ``cached``, ``layers`` (doses by layer, as text) and ``failure``; see
-:class:`.request_state.RequestMeasurement`.
+A measurement holds ``cached``, ``layers`` (by layer, as text, the position ``first`` and ``doses`` from there on) and
+``failure``; see :class:`.request_state.RequestMeasurement`.
 """
 
 
@@ -118,10 +118,11 @@ def merge_measurements(workers: Sequence[Sequence[Mapping[str, Any] | None]]) ->
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
     if other is None or one["cached"] != other["cached"] or one["layers"].keys() != other["layers"].keys():
         return False
-    pairs = [(doses, other["layers"][layer]) for layer, doses in one["layers"].items()]
+    pairs = [(measured, other["layers"][layer]) for layer, measured in one["layers"].items()]
     return all(
-        len(first) == len(second)
-        and all(isclose(a, b, rel_tol=_DOSE_TOLERANCE) for a, b in zip(first, second, strict=True))
+        first["first"] == second["first"]
+        and len(first["doses"]) == len(second["doses"])
+        and all(isclose(a, b, rel_tol=_DOSE_TOLERANCE) for a, b in zip(first["doses"], second["doses"], strict=True))
         for first, second in pairs
     )
 
@@ -129,30 +130,46 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
 def measured_receipts(
     plan: SteeringPlan, measurement: Mapping[str, Any] | None, *, prompt_tokens: int, fed: int
 ) -> tuple[Receipt, ...]:
-    """One receipt per operator of the plan.
+    """One receipt per operator of the plan, each of the operator's own positions.
 
     Args:
         fed: number of tokens, the prompt's first to the last one fed to the model, that the text depends on. Measured
             tokens beyond them are ignored: the engine may have run ahead of a text that had ended.
 
     Raises:
-        SteeringNotAppliedError: the plan was not applied, or not at every token; says why.
+        SteeringNotAppliedError: the plan was not applied, or not at every one of its positions; says why.
     """
     if measurement is None:
         raise SteeringNotAppliedError("no worker knows of this request: it was not steered")
     if measurement["failure"]:
         raise SteeringNotAppliedError(str(measurement["failure"]))
-    cached, doses = int(measurement["cached"]), {}
+    cached, doses = int(measurement["cached"]), []
     if cached >= prompt_tokens:
         raise SteeringNotAppliedError(
             f"{cached} tokens count as cached; of a prompt of {prompt_tokens} the last is always computed"
         )
-    for layer in sorted({use.layer for use in plan.applications if use.setting.strength}):
-        measured = measurement["layers"].get(str(layer), [])[: fed - cached]
-        if cached + len(measured) < fed:
-            raise SteeringNotAppliedError(f"layer {layer}: {len(measured)} of {fed - cached} tokens were steered")
-        dose = doses[layer] = DoseStatistics()
-        num_computed_prompt_tokens = prompt_tokens - cached
-        dose.add(measured[:num_computed_prompt_tokens], prompt=True)
-        dose.add(measured[num_computed_prompt_tokens:], prompt=False)
-    return make_receipts(plan, doses, cached=cached)
+    for use in plan.applications:
+        statistics = DoseStatistics()
+        if use.setting.strength != 0.0:
+            statistics.cached_tokens = use.setting.positions.count(0, cached, prompt_tokens=prompt_tokens)
+            for first, end, prompt in ((cached, prompt_tokens, True), (prompt_tokens, fed, False)):
+                found = _doses_at(measurement["layers"].get(str(use.layer)), first, end)
+                pushed = found[use.setting.positions.among(first, end - first, prompt_tokens=prompt_tokens)]
+                steered = [dose for dose in pushed if dose > 0.0]
+                if len(steered) < len(pushed):
+                    kind = "prompt" if prompt else "generated"
+                    raise SteeringNotAppliedError(
+                        f"layer {use.layer}: {len(steered)} of {len(pushed)} {kind} tokens were steered"
+                    )
+                statistics.add(steered, prompt=prompt)
+        doses.append(statistics)
+    return make_receipts(plan, doses)
+
+
+def _doses_at(measured: Mapping[str, Any] | None, first: int, end: int) -> list[float]:
+    """The doses of the positions ``first`` to ``end`` - 1; 0 where none was measured."""
+    if measured is None:
+        return [0.0] * (end - first)
+    before, doses = int(measured["first"]), measured["doses"]
+    found = [0.0] * (min(before, end) - first) + list(doses[max(0, first - before) : max(0, end - before)])
+    return found + [0.0] * (end - first - len(found))

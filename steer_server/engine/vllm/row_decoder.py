@@ -95,7 +95,7 @@ class RowDecoder:
         """Decodes the row to its end.
 
         Raises:
-            SteeringNotAppliedError: the plan was not applied at every token, so the text is withheld.
+            SteeringNotAppliedError: the plan was not applied at all of its positions, so the text is withheld.
             Exception: whatever vLLM raises.
         """
         plan, prompt = self._row.plan, self._job.prompt_ids
@@ -110,7 +110,7 @@ class RowDecoder:
             context_length=self._context.model.context_length,
             eos_ids=frozenset(self._context.model.eos_token_ids),
         )
-        settings = () if plan is None else operator_settings(plan)
+        settings = () if plan is None else operator_settings(plan, len(prompt))
         # The text's first token is chosen from the hidden state of the prompt's last one.
         keep_from = len(prompt) - 1 if self._row.score and plan is not None else None
         collect = self._context.measurements.collect
@@ -224,9 +224,10 @@ class RowDecoder:
         return tuple(Score(kl, logprob) for kl, logprob in zip(scores["kl"], scores["logprobs"], strict=True))
 
     def _receipts(self, plan: SteeringPlan, measurement: Mapping[str, Any] | None, *, fed: int) -> tuple[Receipt, ...]:
+        prompt_tokens = len(self._job.prompt_ids)
         try:
-            return measured_receipts(plan, measurement, prompt_tokens=len(self._job.prompt_ids), fed=fed)
+            return measured_receipts(plan, measurement, prompt_tokens=prompt_tokens, fed=fed)
         except SteeringNotAppliedError:
             # Also where the workers noticed no failure: what is cached under the salt is not of this steering.
-            self._context.salts.renew(operator_settings(plan))
+            self._context.salts.renew(operator_settings(plan, prompt_tokens))
             raise

@@ -2,14 +2,15 @@
 
 One plain request runs alone. Then it runs again beside one steered request per layer, in one batch. The plain request
 must give what it gave alone. Each steered one must give something else, and its measurement must show every token
-pushed at its layer by what its strength gives. An engine that fails is not served.
+pushed at its layer by what its strength gives. One more is steered at its first token only, and must be pushed
+there and nowhere else. An engine that fails is not served.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from steer_server.engine.vllm.measurements import merge_measurements
@@ -18,6 +19,7 @@ from steer_server.errors import StartupError
 
 STRENGTH = 1.0
 TOKENS = 2
+_FIRST_KEY = "self-test-first-token"
 _LOGPROB_TOLERANCE = 0.05
 """Nats by which log-probabilities of one request may differ between two batches: rounding of bfloat16."""
 
@@ -65,16 +67,19 @@ async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int
             raise StartupError(f"self-test: a worker has {layers} decoder layers, the model {num_layers}")
     settings = [OperatorSetting(f"self-test-{layer}", "cumulative", STRENGTH, 0.0) for layer in range(num_layers)]
     digests = [setting.digest for setting in settings]
+    first_token = replace(settings[0], end=1)
     for layer, digest in enumerate(digests):
         await call("steering_load_random", digest, layer)
     try:
         await call("steering_check_inputs", True)
         alone = await run(None, "self-test-alone")
-        beside, *steered = await asyncio.gather(
-            run(None, "self-test-beside"), *(run(setting, setting.digest) for setting in settings)
+        beside, _, *steered = await asyncio.gather(
+            run(None, "self-test-beside"),
+            run(first_token, _FIRST_KEY),
+            *(run(setting, setting.digest) for setting in settings),
         )
         input_error = max(await call("steering_check_inputs", False))
-        measurements = merge_measurements(await call("steering_take", digests))
+        first_measurement, *measurements = merge_measurements(await call("steering_take", [_FIRST_KEY, *digests]))
     finally:
         await call("steering_unload", digests)
     if input_error > 0.0:
@@ -89,6 +94,8 @@ async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int
             problem = "its text is that of the plain one"
         if problem:
             raise StartupError(f"self-test: a request steered at layer {layer} failed: {problem}")
+    if problem := _problem(0, first_measurement, 1, exactly=True):
+        raise StartupError(f"self-test: a request steered at its first token only failed: {problem}")
     return alone
 
 
@@ -98,14 +105,17 @@ def _equal(one: SelfTestOutput, other: SelfTestOutput) -> bool:
     return bool(shared) and close and one.ids[0] == other.ids[0]
 
 
-def _problem(layer: int, measurement: Mapping[str, Any] | None, num_tokens: int) -> str:
-    """Why a measurement does not prove that ``num_tokens`` were pushed at ``layer``; empty where it does."""
+def _problem(layer: int, measurement: Mapping[str, Any] | None, num_tokens: int, *, exactly: bool = False) -> str:
+    """Why a measurement does not prove that the first ``num_tokens`` were pushed at ``layer``; empty where it does.
+
+    ``exactly``: and no other. Otherwise the engine may have computed more than the text holds.
+    """
     if measurement is None:
         return "no worker knows of it"
     if measurement["failure"]:
         return str(measurement["failure"])
-    doses = measurement["layers"].get(str(layer), [])
-    if list(measurement["layers"]) != [str(layer)] or len(doses) < num_tokens:
-        counts = {at: len(measured) for at, measured in measurement["layers"].items()}
+    counts = {at: len(measured["doses"]) for at, measured in measurement["layers"].items()}
+    count, first = counts.get(str(layer), 0), sum(measured["first"] for measured in measurement["layers"].values())
+    if list(counts) != [str(layer)] or first or count < num_tokens or (exactly and count > num_tokens):
         return f"tokens pushed by layer: {counts}; {num_tokens} at layer {layer} were due"
     return ""

@@ -28,12 +28,22 @@ class OperatorSetting:
     rule: Rule
     strength: float
     blend: float
+    start: int = 0
+    """First position of the text that it pushes."""
+    end: int | None = None
+    """First position that it does not push any more; None pushes all from ``start`` on."""
 
 
-def operator_settings(plan: SteeringPlan) -> tuple[OperatorSetting, ...]:
-    """The operators of a plan that the workers apply: those of a strength other than 0."""
+def operator_settings(plan: SteeringPlan, prompt_tokens: int) -> tuple[OperatorSetting, ...]:
+    """The operators of a plan that the workers apply to a prompt of so many tokens: those of a strength not 0."""
     return tuple(
-        OperatorSetting(use.artifact.digest, use.setting.rule, use.setting.strength, use.setting.blend)
+        OperatorSetting(
+            use.artifact.digest,
+            use.setting.rule,
+            use.setting.strength,
+            use.setting.blend,
+            *use.setting.positions.interval(prompt_tokens),
+        )
         for use in plan.applications
         if use.setting.strength != 0.0
     )

@@ -72,7 +72,7 @@ def test_build_stores_an_operator_and_describes_it(run, store_path, tiny_directo
     assert len(answer["concept_tokens"]) == len(answer["concept_ids"]) == stored.positions
     assert answer["model"] == str(tiny_directory("llama"))
     assert (answer["profile"], answer["layer"], answer["injection_layer"]) == ("residual", 2, 2)
-    assert answer["recommended"] == {"strength": 0.5, "rule": "cumulative", "blend": 0.0}
+    assert answer["recommended"] == {"strength": 0.5, "rule": "cumulative", "blend": 0.0, "positions": "all"}
     assert answer["dtype"] == "float32"
     assert 0 <= answer["reconstruction_error"] < 5e-5
     assert answer["seconds"] > 0
@@ -105,13 +105,16 @@ def test_build_takes_every_option(run, store_path, tiny_directory, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     result = run(
         *("build", "a", "--text", TEXT, "--model", str(tiny_directory("gemma3")), "--profile", "golden"),
-        *("--layer", "4", "--strength", "-1.5", "--rule", "substitute", "--blend", "0.25"),
+        *("--layer", "4", "--strength", "-1.5", "--rule", "substitute", "--blend", "0.25", "--positions", "..1"),
         *("--dtype", "float64", "--device", "cpu", "--store", str(elsewhere)),
     )
     assert result.exit_code == 0
     header = Store(elsewhere).load("a").header
     assert (header.architecture, header.profile, header.layer) == ("Gemma3ForCausalLM", "golden", 4)
-    assert header.recommended.model_dump() == {"strength": -1.5, "rule": "substitute", "blend": 0.25}
+    dumped = {"strength": -1.5, "rule": "substitute", "blend": 0.25, "positions": "first"}
+    assert header.recommended.model_dump() == dumped
+    shown = run("show", "a", "--store", str(elsewhere)).stdout
+    assert re.search(r"^recommended: +strength -1\.5, substitute, blend 0\.25, positions first$", shown, re.MULTILINE)
     assert header.dtype == "float64"
     assert header.reconstruction_error < 1e-12
     assert not store_path.exists()
@@ -139,6 +142,8 @@ REFUSED_EARLY = [
     (["a", "--text", TEXT, "--strength=-inf"], "SettingError", "strength is -inf"),
     (["a", "--text", TEXT, "--blend", "1.1"], "SettingError", "blend is 1.1; a number from 0"),
     (["a", "--text", TEXT, "--blend", "nan"], "SettingError", "blend is nan"),
+    (["a", "--text", TEXT, "--positions", "last"], "SettingError", "positions is 'last'; accepted: all, first, prompt"),
+    (["a", "--text", TEXT, "--positions", "4..4"], "SettingError", "positions.end is 4; a number above the start 4"),
     (["a", "--text", ""], "ConceptError", "concept '' has no tokens"),
     (["a", "--text", " \n"], "ConceptError", "has no tokens"),
     (["a", "--text", "caf\udce9"], "ConceptError", "is not Unicode text"),
@@ -226,7 +231,9 @@ def test_a_wrong_command_line_exits_with_2(run, no_model, arguments):
     assert run(*arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("given", [["--strength", "0.3"], ["--rule", "substitute", "--blend", "0.5"]])
+@pytest.mark.parametrize(
+    "given", [["--strength", "0.3"], ["--rule", "substitute", "--blend", "0.5"], ["--positions", "first"]]
+)
 def test_a_setting_that_is_given_and_to_be_looked_for_is_refused_by_name(run, no_model, given):
     result = run("build", "a", "--text", TEXT, "--words", "gate", "--calibrate", *given)
     assert result.exit_code == 2

@@ -34,6 +34,27 @@ def _embeddings(length, d=5, seed=9):
     return torch.randn(length, d, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
+def test_directions_of_a_slice_are_those_of_the_whole_and_the_running_sum_is_over_all_tokens(
+    make_operator, rule, blend
+):
+    operator, setting, x = prepare(make_operator(3, affine=True), CPU), Setting(0.5, rule, blend), _embeddings(9)
+    whole = Direction(operator, setting).advance(x)
+    direction = Direction(operator, setting)
+    for start, end, at in ((0, 4, slice(1, 3)), (4, 5, slice(0, 0)), (5, 9, slice(2, 4))):
+        torch.testing.assert_close(direction.advance(x[start:end], at), whole[start:end][at], rtol=0, atol=1e-6)
+
+
+def test_a_direction_that_is_not_asked_for_may_be_zero(make_operator):
+    x = _embeddings(4)
+    x[0] = 0
+    direction = Direction(prepare(make_operator(3), CPU), Setting(0.5, "cumulative", 0.0))
+    assert direction.advance(x, slice(1, 4)).shape == (3, 5)
+    with pytest.raises(SteeringError, match="position 0 has norm 0"):
+        Direction(prepare(make_operator(3), CPU), Setting(0.5, "cumulative", 0.0)).advance(x, slice(0, 1))
+
+
 def _directions(artifact, setting, x):
     return Direction(prepare(artifact, CPU), setting).advance(x)
 

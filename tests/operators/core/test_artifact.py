@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -10,7 +11,9 @@ from pydantic import ValidationError
 
 from operators.core.artifact import from_bytes, make_artifact, read_artifact, to_bytes
 from operators.core.errors import ArtifactError
+from operators.core.file_format import parse_header
 from operators.core.header import OperatorHeader, Recommended, injection_layer
+from operators.core.positions import Positions
 
 
 def _tensors(artifact):
@@ -116,10 +119,27 @@ def test_a_header_with_a_value_out_of_range_cannot_be_made(make_operator, field)
         make_operator(1, **field)
 
 
-@pytest.mark.parametrize("field", [{"strength": float("inf")}, {"blend": 1.5}, {"rule": "mean"}])
+@pytest.mark.parametrize(
+    "field", [{"strength": float("inf")}, {"blend": 1.5}, {"rule": "mean"}, {"positions": "last"}, {"positions": 1}]
+)
 def test_recommended_values_are_values_that_can_be_used(field):
     with pytest.raises(ValidationError, match=next(iter(field))):
         Recommended(**field)
+
+
+@pytest.mark.parametrize("text", ["all", "first", "generated:1..4"])
+def test_recommended_positions_are_written_in_their_text_form(make_operator, text):
+    positions = Positions.parse(text)
+    artifact = make_operator(1, recommended=Recommended(positions=positions))
+    assert json.loads(artifact.header_json)["recommended"]["positions"] == text
+    assert from_bytes(to_bytes(artifact), source="x").header.recommended.positions == positions
+
+
+@pytest.mark.parametrize(("written", "problem"), [('"last"', "positions is 'last'; accepted"), ("4", "is 4; a text")])
+def test_positions_of_another_form_are_refused_by_the_name_of_the_field(make_operator, written, problem):
+    text = make_operator(1).header_json.replace('"positions":"all"', f'"positions":{written}')
+    with pytest.raises(ArtifactError, match=rf"header field 'recommended\.positions': .*{problem}"):
+        parse_header(text, source="x")
 
 
 def test_a_header_cannot_be_changed(make_operator):

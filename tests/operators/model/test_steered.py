@@ -10,6 +10,7 @@ from operators.core.apply import Setting, prepare
 from operators.core.artifact import with_header
 from operators.core.errors import IncompatibleOperatorError, SteeringError
 from operators.core.header import Recommended
+from operators.core.positions import Positions
 from operators.model.steered import steered
 from operators.tune.continuations import ContinuationRequest, Injection, decode_continuations
 
@@ -67,12 +68,39 @@ def test_every_rule_does_with_a_kv_cache_and_without(name, endless, rule, use_ca
     _check_against_the_reference(endless(name), Setting(0.7, rule, 0.25), use_cache=use_cache)
 
 
+@pytest.mark.parametrize("positions", ["first", "2..", "prompt", "generated", "generated:1..3", "4..9"])
+def test_positions_are_those_of_the_reference_decoder(endless, positions):
+    loaded, setting = endless("llama"), Setting(1.5, "cumulative", 0.25, Positions.parse(positions))
+    operator, plain = _operator(loaded), _generate(loaded)
+    with steered(loaded, operator, setting):
+        found = [_generate(loaded) for _ in range(2)]
+    assert found == [_reference(loaded, operator, setting)] * 2 != [plain] * 2
+
+
+def test_without_a_kv_cache_positions_of_the_whole_text_are_right_and_those_of_a_part_are_refused(endless):
+    loaded = endless("llama")
+    operator, setting = _operator(loaded), Setting(1.5, "cumulative", 0.25, Positions.parse("2..8"))
+    with steered(loaded, operator, setting):
+        found = _generate(loaded, use_cache=False)
+    assert found == _reference(loaded, operator, setting)
+    for part in ("prompt", "generated:1.."):
+        with (
+            steered(loaded, operator, Setting(1.5, "cumulative", 0.25, Positions.parse(part))),
+            pytest.raises(SteeringError, match=f"positions {part} in a forward pass without a KV cache"),
+        ):
+            _generate(loaded, use_cache=False)
+
+
 def test_the_recommended_setting_is_used_where_none_is_given(endless):
     loaded = endless("llama")
     operator = with_header(_operator(loaded), recommended=Recommended(strength=-0.6, rule="substitute", blend=0.5))
     with steered(loaded, operator):
         found = _generate(loaded)
     assert found == _reference(loaded, operator, Setting(-0.6, "substitute", 0.5))
+    first = with_header(operator, recommended=Recommended(strength=1.5, positions=Positions(end=1)))
+    with steered(loaded, first):
+        found = _generate(loaded)
+    assert found == _reference(loaded, first, Setting(1.5, "cumulative", 0.0, Positions(end=1)))
 
 
 def test_a_strength_of_zero_leaves_every_bit_alone(endless):

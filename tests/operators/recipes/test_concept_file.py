@@ -73,7 +73,7 @@ def _concept(line):
 OF_A_KEY = [
     ("strenght = 1", "key 'strenght' is unknown; did you mean 'strength'?"),
     ("zzz = 1", "key 'zzz' is unknown; accepted: name, text, texts, words, profile, layer, layers, rank, tolerance, "
-     "strength, rule, blend"),
+     "strength, rule, blend, positions"),
     ('"Layer" = 1', "key 'Layer' is unknown; did you mean 'layer'?"),
     ('profile = "resdual"', "profile is 'resdual'; 'golden' and 'residual' are accepted; did you mean 'residual'?"),
     ("profile = 1", "profile is 1; 'golden' and 'residual' are accepted"),
@@ -98,11 +98,13 @@ OF_A_KEY = [
     ("strength = false", "strength is false; a number is accepted"),
     ("blend = 1.5", "blend is 1.5; a number from 0 (operator) to 1 (anchor) is accepted"),
     ("blend = -0.1", "blend is -0.1; a number from 0 (operator) to 1 (anchor) is accepted"),
+    ("positions = 4", "positions is 4; a text such as 'first' is accepted"),
+    ('positions = "8..2"', "positions.end is 2; a number above the start 8 is accepted"),
     ('words = "sea"', "words is 'sea'; a list of words is accepted"),
     ("words = []", "words is []; a list of words is accepted"),
     ('words = ["sea", " "]', "words is ['sea', ' ']; a list of words is accepted"),
     ("x.y = 1", "key 'x' is unknown; accepted: name, text, texts, words, profile, layer, layers, rank, tolerance, "
-     "strength, rule, blend"),
+     "strength, rule, blend, positions"),
     ('texts = ["y"]', "keys 'text' and 'texts' are both given; one is accepted"),
 ]  # fmt: skip
 
@@ -136,7 +138,7 @@ OF_A_TABLE = [
     ("x = 1\n" + _concept(""), ["line 1: key 'x' is unknown; [defaults] and [[concept]] are accepted"]),
     ("[defaults]\nname = 'a'\n" + _concept(""),
      ["line 2: [defaults]: key 'name' is unknown; accepted: profile, layer, layers, rank, tolerance, strength, rule, "
-      "blend"]),
+      "blend, positions"]),
     ("\n[[concept]]\ntext = 'x'", ["line 2: concept 1: key 'name' is missing"]),
     ("[[concept]]\nname = 'a'", ["line 1: concept 'a': key 'text' or 'texts' is missing; one of them is needed"]),
     ("[[concept]]\nname = 3\ntext = 'x'", ["line 2: concept 1: name is 3; a text is accepted"]),

@@ -11,6 +11,7 @@ from operators.__main__ import app
 from operators.core.artifact import make_artifact
 from operators.core.errors import ConceptFileError, UnsupportedModelError
 from operators.core.header import Calibration, CalibrationPoint, Recommended
+from operators.core.positions import Positions
 from operators.core.store import Store
 from operators.maps import sketch
 from operators.recipes.concept_entry import KEYS
@@ -177,6 +178,7 @@ def test_what_is_only_recommended_is_written_anew_without_a_build(build_file, sh
         ("strength = -1", Recommended(strength=-1), ()),
         ('rule = "substitute"\nwords = ["gate"]', Recommended(rule="substitute"), ("gate",)),
         ("blend = 0.25", Recommended(blend=0.25), ("gate",)),
+        ('positions = "first"', Recommended(positions=Positions(end=1)), ("gate",)),
         ("", Recommended(), ("gate",)),
     ):
         assert _statuses(build_file(ONE + addition, "--json")) == {"a": "updated"}

@@ -47,6 +47,12 @@ def test_the_vector_is_the_difference_of_the_means_of_the_texts_hidden_states(ti
     assert header.concept == "mean of positive.txt minus mean of negative.txt"
 
 
+def test_the_model_keeps_no_hook(tiny, sides):
+    loaded = tiny("llama", fresh=True)
+    mean_difference(*sides, loaded, layer=2)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in loaded.model.modules())
+
+
 def test_exchanged_sides_give_the_opposite_vector(tiny, sides):
     loaded = tiny("llama")
     one, other = mean_difference(*sides, loaded, layer=1), mean_difference(*sides[::-1], loaded, layer=1)
@@ -54,7 +60,8 @@ def test_exchanged_sides_give_the_opposite_vector(tiny, sides):
 
 
 def test_it_steers_transformers_without_a_server(tiny, sides):
-    loaded = tiny("llama", dtype="float32")
+    # A model of its own: what transformers captures hidden states with stays on the modules.
+    loaded = tiny("llama", dtype="float32", fresh=True)
     artifact = contrast_operator(*sides, loaded, layer=2, strength=1.5)
     ids = torch.tensor([loaded.tokenizer("the bay")["input_ids"]])
     plain = loaded.model(input_ids=ids, output_hidden_states=True).hidden_states

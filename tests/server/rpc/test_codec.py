@@ -6,6 +6,7 @@ from google.protobuf.duration_pb2 import Duration
 from steering.v1 import generation_pb2 as pb
 
 from operators.core.apply import Setting
+from operators.core.positions import Positions
 from steer_server.errors import InvalidRequestError
 from steer_server.registry import Registry
 from steer_server.rpc import codec
@@ -49,7 +50,7 @@ def _completion(**changes):
         "receipts": (
             Receipt(
                 *("g", "sha256:" + "0" * 64, 2, "substitute", -0.5, 0.25),
-                *(1, 1, 2, 0.2, 0.25, 0.25, ("rule", "blend"), True),
+                *(Positions("generated", end=5), 1, 1, 2, 0.2, 0.25, 0.25, ("rule", "blend"), True),
             ),
         ),
         "logprobs": (TokenLogprob(4, "one", -0.5, (TopLogprob(4, "one", -0.5), TopLogprob(7, "uno", -1.5))),),
@@ -265,6 +266,7 @@ def test_a_completion_crosses_whole():
         rule=pb.RULE_SUBSTITUTE,
         strength=-0.5,
         blend=0.25,
+        positions=pb.Positions(part=pb.Positions.PART_GENERATED, start=0, end=5),
         prompt_tokens_steered=1,
         generated_tokens_steered=1,
         prompt_tokens_cached=2,

@@ -10,11 +10,19 @@ from steering.v1 import operators_pb2 as ops
 
 
 @dataclass(frozen=True)
+class Positions:
+    part: Literal["all", "prompt", "generated"]
+    start: int
+    end: int | None
+
+
+@dataclass(frozen=True)
 class Use:
     name: str
     strength: float | None
     rule: Literal["cumulative", "substitute"] | None
     blend: float = 0.25
+    positions: Positions | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ def test_what_is_given_stands_beside_the_attributes_and_before_them():
         name: str
 
     write = writer(pb.OperatorUse, Named)
-    given = {"strength": 0.5, "rule": pb.RULE_SUBSTITUTE, "blend": None}
+    given = {"strength": 0.5, "rule": pb.RULE_SUBSTITUTE, "blend": None, "positions": None}
     assert write(Named("g"), **given) == pb.OperatorUse(name="g", strength=0.5, rule=pb.RULE_SUBSTITUTE)
     assert write(Named("g"), name="h", **given).name == "h"
     with pytest.raises(TypeError, match=r"Named has no field for steering\.v1\.OperatorUse\.strength"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import steer_client
+
 # A model can be made to write escape sequences, and a terminal would obey them. C0 controls become their pictures
 # (U+2400 ...), C1 controls the replacement character.
 _CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
@@ -23,6 +25,11 @@ def format_number(value: float | None) -> str:
 def format_count(size: int, noun: str) -> str:
     """For example "2 texts", "1 text"."""
     return f"{size} {noun}{'' if size == 1 else 's'}"
+
+
+def positions_part(positions: steer_client.Positions) -> str:
+    """What ends a setting on one line: which positions are pushed; nothing where all are."""
+    return "" if positions == steer_client.ALL_POSITIONS else f", positions {positions}"
 
 
 def short_digest(digest: str) -> str:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 import steer_client
 from steer_client._cli.console import field_table, wide_console
-from steer_client._cli.formatting import escape_controls, format_count, format_number
+from steer_client._cli.formatting import escape_controls, format_count, format_number, positions_part
 
 
 def show_operator(info: steer_client.OperatorInfo) -> None:
@@ -33,7 +33,8 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
         "recommended",
         (
             f"strength {format_number(info.recommended_strength)}, blend {format_number(info.recommended_blend)}, "
-            f"{info.recommended_rule}{', calibrated' if info.calibrated else ', not calibrated'}"
+            f"{info.recommended_rule}{positions_part(info.recommended_positions)}"
+            f"{', calibrated' if info.calibrated else ', not calibrated'}"
         ),
     )
     if info.calibration is not None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import steer_client
 from steer_client._cli.console import wide_console
-from steer_client._cli.formatting import escape_controls, format_number, short_digest
+from steer_client._cli.formatting import escape_controls, format_number, positions_part, short_digest
 
 
 def show_operators(infos: Sequence[steer_client.OperatorInfo]) -> None:
@@ -57,7 +57,7 @@ def _table(infos: Sequence[steer_client.OperatorInfo]) -> Table:
                 "exact" if info.exact else "vector" if info.vector else str(info.rank),
                 format_number(info.recommended_strength),
                 format_number(info.recommended_blend),
-                info.recommended_rule,
+                f"{info.recommended_rule}{positions_part(info.recommended_positions)}",
                 "yes" if info.calibrated else "no",
                 short_digest(info.digest),
             )

@@ -40,8 +40,9 @@ OperatorOption = Annotated[
     typer.Option(
         "--operator",
         "-o",
-        metavar="NAME[=λ[@β]]",
-        help="An operator, with its strength λ and blend β. May be repeated; the operators add up.",
+        metavar="NAME[=λ[@β]][:POSITIONS]",
+        help="An operator, with its strength λ, its blend β, and where it pushes: all, first, prompt, generated, a "
+        "range such as 4.. or 0..8, or one of a part such as generated:0..5. May be repeated; the operators add up.",
         rich_help_panel=_STEERING,
     ),
 ]

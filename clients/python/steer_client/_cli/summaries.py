@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import steer_client
-from steer_client._cli.formatting import escape_controls, format_count, format_number, short_digest
-
-_SETTINGS = {"strength", "rule", "blend"}
+from steer_client._cli.formatting import escape_controls, format_count, format_number, positions_part, short_digest
 
 
 def generation_line(result: steer_client.Generation) -> str:
@@ -36,7 +34,7 @@ def receipt_line(receipt: steer_client.Receipt) -> str:
     return (
         f"{mark} {escape_controls(receipt.operator)} {short_digest(receipt.digest)} layer {receipt.layer}, "
         f"strength {format_number(receipt.strength)}, blend {format_number(receipt.blend)}, {receipt.rule}"
-        f"{_origin(receipt)}: {effect}"
+        f"{positions_part(receipt.positions)}{_origin(receipt)}: {effect}"
     )
 
 
@@ -60,7 +58,11 @@ def comparison_lines(arm: steer_client.ArmResult, *, scored: bool) -> list[str]:
 
 def _origin(receipt: steer_client.Receipt) -> str:
     """Which settings are recommended values; empty if the request gave all of them."""
-    if not receipt.defaulted:
+    settings = ["strength", "rule", "blend"]
+    if receipt.positions != steer_client.ALL_POSITIONS:
+        settings.append("positions")
+    defaulted = [name for name in settings if name in receipt.defaulted]
+    if not defaulted:
         return ""
-    which = "" if set(receipt.defaulted) == _SETTINGS else f" {' and '.join(receipt.defaulted)}"
+    which = "" if defaulted == settings else f" {' and '.join(defaulted)}"
     return f" (recommended{which}{', calibrated' if receipt.calibrated else ''})"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 
@@ -27,32 +27,51 @@ class TokenSpan:
     first_position: int
     num_tokens: int
 
+    @property
+    def end_position(self) -> int:
+        """Position after its last token."""
+        return self.first_position + self.num_tokens
+
+    def part(self, start: int, end: int | None) -> TokenSpan:
+        """Its tokens at the positions ``start`` to ``end`` - 1, which may be none; ``end`` None: to its own end."""
+        if start <= self.first_position and (end is None or end >= self.end_position):
+            return self
+        last = self.end_position if end is None else max(self.first_position, min(end, self.end_position))
+        first = min(max(start, self.first_position), last)
+        return TokenSpan(self.request, self.start_row + first - self.first_position, first, last - first)
+
 
 @dataclass(eq=False)
 class SpanPush:
-    """The push of one operator on one span. Filled by :class:`.step_steering.StepSteering`."""
+    """The push of one operator on one span. Filled by :class:`.step_steering.StepSteering`.
+
+    It is worked out from the span's tokens, and from those right before it that only count into the running sum.
+    """
 
     span: TokenSpan
+    """The tokens that are pushed: none in a step before the first position of the operator."""
+    num_summed: int
+    """Tokens before the span, in the same step, that only count into the running sum."""
     setting_index: int
     """Which of the request's operators."""
     offset: int
-    """Row of the span's first token in the step's embeddings."""
+    """Row of its first token in the step's embeddings; summed ones come before those that are pushed."""
     half_strength: float
     """lambda/2."""
     blend: float
     running_sum: torch.Tensor | None
-    """(r,): s_{k-1} of the rule "cumulative", before the span; :func:`compute_pushes` replaces it by that after the
-    span. None where there is none."""
+    """(r,): s_{k-1} of the rule "cumulative", before its first token; :func:`compute_pushes` replaces it by that after
+    its last one. None where there is none."""
 
     @property
     def first_position(self) -> int:
-        """Position of its first token."""
-        return self.span.first_position
+        """Position of its first token, summed or pushed."""
+        return self.span.first_position - self.num_summed
 
     @property
     def num_tokens(self) -> int:
-        """Its number of tokens."""
-        return self.span.num_tokens
+        """Its number of tokens, summed and pushed."""
+        return self.num_summed + self.span.num_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,12 +84,17 @@ class OperatorGroup:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all its spans."""
+        """Tokens of all its spans, summed and pushed."""
         return sum(push.num_tokens for push in self.span_pushes)
+
+    @property
+    def num_pushed(self) -> int:
+        """Tokens of all its spans that are pushed."""
+        return sum(push.span.num_tokens for push in self.span_pushes)
 
 
 def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lambda/2) d_k/|d_k| for every token of every span of every group.
+    """(lambda/2) d_k/|d_k| for every token of every span of every group that is pushed.
 
     With the operator's a_k and anchor y, d_k = (1 - blend) a_k/|a_k| + blend y/|y|. Nothing is read from the device.
 
@@ -95,7 +119,7 @@ def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[to
     unit, usable = _normalise(unnormalised[0] if len(unnormalised) == 1 else torch.cat(unnormalised))
     if any(0.0 < push.blend < 1.0 for push in span_pushes):
         blend = _per_token([push.blend for push in span_pushes], span_pushes, x)
-        anchors = torch.cat([group.operator.unit_anchor.expand(group.num_tokens, -1) for group in groups])
+        anchors = torch.cat([group.operator.unit_anchor.expand(group.num_pushed, -1) for group in groups])
         blended, blend_usable = _normalise((1.0 - blend) * unit + blend * anchors)
         # Tokens without a blend keep their bits, whatever the blends of their neighbours.
         unit = torch.where(blend > 0, blended, unit)
@@ -105,16 +129,26 @@ def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[to
 
 
 def _unnormalised_directions(group: OperatorGroup, x: torch.Tensor) -> torch.Tensor:
-    """a_k (T, d)."""
+    """a_k (T, d) of the tokens that are pushed, from the embeddings ``x`` of all."""
     if group.rule is None:
         return group.operator.unit_anchor.expand(x.shape[0], -1)
     if group.rule == "substitute":
         return substitute(group.operator, x)
-    return cumulative(group.operator, _running_sums(group.operator, group.span_pushes, x))
+    sums = _running_sums(group.operator, group.span_pushes, x)
+    if group.num_pushed < group.num_tokens:
+        sums = sums[copy_to_device(_pushed_places(group.span_pushes), sums.device)]
+    return cumulative(group.operator, sums)
+
+
+def _pushed_places(span_pushes: Sequence[SpanPush]) -> torch.Tensor:
+    """Which of the tokens of these spans, counted one span after the other, are pushed."""
+    ends = list(accumulate(push.num_tokens for push in span_pushes))
+    counts = [push.span.num_tokens for push in span_pushes]
+    return concatenate_ranges([end - count for end, count in zip(ends, counts, strict=True)], counts)
 
 
 def _running_sums(operator: PreparedOperator, span_pushes: Sequence[SpanPush], x: torch.Tensor) -> torch.Tensor:
-    """s_k (T, r) at every token; the running sum of each span advances to its last token.
+    """s_k (T, r) at every token, summed or pushed; the running sum of each span advances to its last token.
 
     ``span_pushes`` are in the order of :func:`_sort_key`: spans of several tokens, then single tokens block by block.
     """
@@ -156,10 +190,10 @@ def _normalise(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _per_token(values: list[float], span_pushes: Sequence[SpanPush], like: torch.Tensor) -> torch.Tensor:
-    """One value per span, repeated for each of its tokens: (T, 1), on the device of ``like``."""
+    """One value per span, repeated for each of its tokens that is pushed: (T, 1), on the device of ``like``."""
     repeated = torch.tensor(values, dtype=torch.float32)
-    if any(push.num_tokens > 1 for push in span_pushes):
-        repeated = repeated.repeat_interleave(torch.tensor([push.num_tokens for push in span_pushes]))
+    if any(push.span.num_tokens != 1 for push in span_pushes):
+        repeated = repeated.repeat_interleave(torch.tensor([push.span.num_tokens for push in span_pushes]))
     return copy_to_device(repeated[:, None], like.device)
 
 
@@ -171,5 +205,5 @@ def copy_to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 def concatenate_ranges(starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
     """start, start + 1, ..., ``count`` numbers for each start: (sum of counts,)."""
     if all(count == 1 for count in counts):
-        return torch.tensor(starts)
+        return torch.tensor(starts, dtype=torch.int64)
     return torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])

@@ -9,15 +9,18 @@ from dataclasses import dataclass, field
 
 import torch
 
+from steer_server.engine.vllm.worker.dose_ranges import DoseRange, check_doses, first_due
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 
 @dataclass(frozen=True)
 class LayerDoses:
-    """What was measured of one request at one layer: a dose per position, from the first uncached one on."""
+    """What was measured of one request at one layer: a dose per position, 0 where no operator pushes."""
 
     layer: int
+    first: int
+    """Position of the first dose."""
     doses: tuple[float, ...]
 
 
@@ -38,19 +41,20 @@ class RequestState:
 
     settings: tuple[OperatorSetting, ...]
     salt: str
-    dose_limits: Mapping[int, tuple[float, float]]
-    """By layer: every dose must be above the first number and at most the second."""
+    dose_ranges: Mapping[int, Sequence[DoseRange]]
+    """By layer, the positions that are pushed and the doses that are accepted there."""
     position: int = 0
     """Position of its next token, if no step is missed."""
     end: int = 0
     """End of what was computed or cached so far; ``position`` falls behind it when the request is preempted."""
     running_sums: list[torch.Tensor | None] = field(default_factory=list)
-    """Of each operator, the sum (r,) over the positions before ``position``; None where it must be computed."""
+    """Of each operator, the sum (r,) over the positions before ``position``, or before its last one where that has been
+    passed; None where it must be computed, if it is needed at all."""
     cached: int = 0
     prefix_step: int = -1
     """Last step in which it took keys and values from the cache, at its begin or after a preemption."""
     doses: dict[int, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
-    """By layer, from position ``cached`` on."""
+    """By layer, a dose per position from :meth:`_first_recorded` on; 0 where no operator pushes."""
     failure: str = ""
 
     def start_at(self, position: int, step: int) -> None:
@@ -83,26 +87,32 @@ class RequestState:
             return f"the steering direction at position {span.first_position + place} is zero or not finite"
         if not doses:
             return f"layer {layer} was not reached: the model did not call its hook"
-        recorded = self.doses[layer]
-        recorded_end = self.cached + len(recorded)
+        recorded, ranges = self.doses[layer], self.dose_ranges.get(layer, ())
+        recorded_end = self._first_recorded(layer) + len(recorded)
         if span.first_position > recorded_end:
-            return f"layer {layer}: {not_steered(recorded_end, span.first_position)}"
+            missing = first_due(ranges, recorded_end, span.first_position)
+            if missing is not None:
+                return f"layer {layer}: {not_steered(*missing)}"
+            recorded.extend([0.0] * (span.first_position - recorded_end))
+            recorded_end = span.first_position
         # Positions that are computed again, after a preemption, are recorded already.
         recorded.extend(doses[max(0, recorded_end - span.first_position) :])
-        floor, limit = self.dose_limits.get(layer, (0.0, 0.0))
-        # Negated, so that NaN is wrong as well.
-        wrong = next((dose for dose in doses if not floor < dose <= limit), None)
-        if wrong is None:
-            return ""
-        return (
-            f"layer {layer}: the hidden state moved by {wrong:g} of its norm; a positive change of at most "
-            f"{limit:g} is what the strengths give (they may cancel, or be lost in rounding to the model's dtype)"
-        )
+        problem = check_doses(ranges, span.first_position, doses)
+        return f"layer {layer}: {problem}" if problem else ""
 
     def measurement(self) -> RequestMeasurement:
         """What was recorded so far."""
-        layers = tuple(LayerDoses(layer, tuple(doses)) for layer, doses in sorted(self.doses.items()))
+        layers = tuple(
+            LayerDoses(layer, self._first_recorded(layer), tuple(doses))
+            for layer, doses in sorted(self.doses.items())
+            if doses
+        )
         return RequestMeasurement(self.cached, layers, self.failure)
+
+    def _first_recorded(self, layer: int) -> int:
+        """The first position at which there can be a dose."""
+        ranges = self.dose_ranges.get(layer)
+        return max(self.cached, ranges[0].start) if ranges else self.cached
 
 
 def not_steered(first: int, end: int) -> str:

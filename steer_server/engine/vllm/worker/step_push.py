@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,7 @@ class StepPush:
     usable: torch.Tensor
     """(R,): which rows have a direction. The others are pushed by nothing, or by some of their operators only."""
     spans: Sequence[TokenSpan]
-    """Whose the rows are, in their order."""
+    """Whose the rows are, in their order; no row twice."""
     step: int
     doses: torch.Tensor | None = None
     """(R,): |h' - h|/|h|; None until the hook ran."""
@@ -42,22 +42,37 @@ class StepPush:
 
 
 def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch.Tensor, step: int) -> StepPush:
-    """The pushes (T, d) of one layer, span after span, with those of several operators on one span added up.
+    """The pushes (T, d) of one layer, span after span, with those of several operators on one row added up.
 
-    A row is usable only if all its operators have a direction.
+    Spans of one request may overlap: its operators may push different positions. A row is usable only if all operators
+    that push it have a direction.
     """
-    offsets: dict[TokenSpan, int] = {}
-    total = 0
-    for span in spans:
-        if span not in offsets:
-            offsets[span] = total
-            total += span.num_tokens
-    distinct = list(offsets)
-    rows = concatenate_ranges([span.start_row for span in distinct], [span.num_tokens for span in distinct])
-    if len(distinct) < len(spans):
-        places = concatenate_ranges([offsets[span] for span in spans], [span.num_tokens for span in spans])
+    distinct = spans
+    if len({span.request for span in spans}) < len(spans):
+        distinct, starts = _merge(spans)
+        total = sum(span.num_tokens for span in distinct)
+        places = concatenate_ranges(starts, [span.num_tokens for span in spans])
         places = copy_to_device(places, push.device)
         push = push.new_zeros(total, push.shape[1]).index_add_(0, places, push)
         num_unusable = push.new_zeros(total).index_add_(0, places, (~usable).to(push.dtype))
         usable = num_unusable == 0
+    rows = concatenate_ranges([span.start_row for span in distinct], [span.num_tokens for span in distinct])
     return StepPush(copy_to_device(rows, push.device), push, usable, distinct, step)
+
+
+def _merge(spans: Sequence[TokenSpan]) -> tuple[list[TokenSpan], list[int]]:
+    """Spans that hold every row of the given ones once, and at which of all their rows each given one begins."""
+    merged: list[TokenSpan] = []
+    starts, total = [0] * len(spans), 0
+    for index in sorted(range(len(spans)), key=lambda index: spans[index].start_row):
+        span = spans[index]
+        if merged and merged[-1].request == span.request and span.first_position <= merged[-1].end_position:
+            more = span.end_position - merged[-1].end_position
+            if more > 0:
+                merged[-1] = replace(merged[-1], num_tokens=merged[-1].num_tokens + more)
+                total += more
+        else:
+            merged.append(span)
+            total += span.num_tokens
+        starts[index] = total - (merged[-1].end_position - span.first_position)
+    return merged, starts

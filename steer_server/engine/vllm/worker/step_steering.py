@@ -1,12 +1,15 @@
 """Steering the steps of continuous batching: many requests, each at its own position, in one forward pass.
 
 This module knows nothing of vLLM. It is told which request owns which tokens of a step (:class:`.pushes.TokenSpan`),
-and the embeddings of those tokens.
+and asks for the embeddings of those tokens that it needs.
 
 Tokens that meet the same operator are computed together, whatever requests they belong to, so that the cost grows with
 the number of operators in a step and not with that of strengths, blends or requests. A request keeps its running sums
 with the position up to which they go. If it comes back at another position (preempted and resumed, or begun after a
 cached prefix), they are computed anew from its token ids.
+
+An operator pushes the positions of its setting. Tokens before them count into its running sum, where its rule has one;
+after them nothing is computed for it, nor is anything embedded, pushed or measured.
 
 Every position before a token was either pushed in a step that was prepared here, or announced as cached
 (:meth:`StepSteering.start_at`). An unannounced gap is a failure, never taken for a cached prefix.
@@ -22,12 +25,15 @@ import torch
 
 from operators.core.apply import PreparedOperator, terms
 from operators.core.header import Rule
-from steer_server.engine.dose import dose_floor, dose_limit
+from steer_server.engine.vllm.worker.dose_ranges import dose_ranges
 from steer_server.engine.vllm.worker.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
 from steer_server.engine.vllm.worker.request_state import RequestMeasurement, RequestState, not_steered
 from steer_server.engine.vllm.worker.step_push import StepPush, combine_pushes
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
+EmbedSpans = Callable[[Sequence[TokenSpan]], torch.Tensor]
+"""``embed(spans)``: the embeddings of tokens of the coming step as the first block receives them, (sum of their numbers
+of tokens, d), span after span."""
 EmbedPrefix = Callable[[str, int], torch.Tensor]
 """``embed_prefix(request, k)``: the embeddings (k, d) of a request's first k tokens."""
 
@@ -77,11 +83,11 @@ class StepSteering:
         if request in self._requests:
             return
         unknown = [setting.digest for setting in settings if setting.digest not in self._operators]
-        bounds: dict[int, float] = defaultdict(float)
+        at_layer: dict[int, list[OperatorSetting]] = defaultdict(list)
         for setting in settings if not unknown else ():
-            bounds[self._operators[setting.digest].layer] += abs(setting.strength) / 2.0
-        limits = {layer: (dose_floor(bound), dose_limit(bound, self._dtype)) for layer, bound in bounds.items()}
-        state = self._requests[request] = RequestState(settings, salt, limits, running_sums=[None] * len(settings))
+            at_layer[self._operators[setting.digest].layer].append(setting)
+        ranges = {layer: dose_ranges(pushing, self._dtype) for layer, pushing in at_layer.items()}
+        state = self._requests[request] = RequestState(settings, salt, ranges, running_sums=[None] * len(settings))
         if unknown:
             self._fail(state, self._step, f"operator {unknown[0]} is not loaded")
         for setting in settings:
@@ -121,40 +127,60 @@ class StepSteering:
         if request in self._requests:
             self._fail(self._requests[request], self._step, "a step ran without its pushes")
 
-    def prepare(self, spans: Sequence[TokenSpan], x: torch.Tensor, embed_prefix: EmbedPrefix) -> dict[int, StepPush]:
-        """The pushes of the coming step, by layer.
+    def prepare(self, spans: Sequence[TokenSpan], embed: EmbedSpans, embed_prefix: EmbedPrefix) -> dict[int, StepPush]:
+        """The pushes of the coming step, by layer; a layer at which nothing is pushed is not among them.
 
         A request that cannot be steered (an operator was unloaded, a token has no direction, or was not announced) has
         its failure noted, for :meth:`measurement`.
 
         Args:
-            spans: the tokens of known requests in this step.
-            x: (sum of their numbers of tokens, d), their embeddings as the first block receives them, span after span.
+            spans: the tokens of known requests in this step: all of them, whether they are pushed or not.
+            embed: not called where none of the tokens is needed.
         """
         self._step += 1
-        x = x.to(torch.float32)
         groups: dict[tuple[int, str, Rule | None], OperatorGroup] = {}
-        offset = 0
+        needed: list[TokenSpan] = []
+        num_needed = 0
         for span in spans:
             state = self._requests[span.request]
             if span.first_position > state.position:
                 self._fail(state, self._step, not_steered(state.position, span.first_position))
-            self._complete_running_sums(state, span, embed_prefix)
-            for index, setting in enumerate(state.settings):
-                loaded = self._operators.get(setting.digest)
-                if loaded is None:
-                    self._fail(state, self._step, f"operator {setting.digest} was unloaded")
-                    continue
+            pushes = self._span_pushes(state, span, embed_prefix)
+            state.advance(span)
+            if not pushes:
+                continue
+            # All that its operators need.
+            needed.append(
+                span.part(min(push.first_position for push in pushes), max(push.span.end_position for push in pushes))
+            )
+            for push in pushes:
+                push.offset = num_needed + push.first_position - needed[-1].first_position
+                setting = state.settings[push.setting_index]
+                loaded = self._operators[setting.digest]
                 # At blend 1 every rule is the anchor, which is all that a vector has.
                 rule = None if setting.blend == 1.0 or loaded.operator.is_vector else setting.rule
                 key = (loaded.layer, setting.digest, rule)
-                group = groups.setdefault(key, OperatorGroup(loaded.operator, rule, []))
-                running_sum = state.running_sums[index]
-                push = SpanPush(span, index, offset, setting.strength / 2.0, setting.blend, running_sum)
-                group.span_pushes.append(push)
-            state.advance(span)
-            offset += span.num_tokens
-        return self._step_pushes(groups, x) if groups else {}
+                groups.setdefault(key, OperatorGroup(loaded.operator, rule, [])).span_pushes.append(push)
+            num_needed += needed[-1].num_tokens
+        return self._step_pushes(groups, embed(needed).to(torch.float32)) if groups else {}
+
+    def _span_pushes(self, state: RequestState, span: TokenSpan, embed_prefix: EmbedPrefix) -> list[SpanPush]:
+        """What the operators of a request have to do with its tokens of a step; their offsets are left at 0."""
+        pushes = []
+        for index, setting in enumerate(state.settings):
+            if setting.end is not None and span.first_position >= setting.end:
+                # Told apart here so that it costs next to nothing: most tokens of a text that is pushed at its first.
+                continue
+            pushed = span.part(setting.start, setting.end)
+            summed = pushed.first_position - span.first_position if self._has_running_sum(setting) else 0
+            if summed + pushed.num_tokens == 0:
+                continue
+            if setting.digest in self._operators:
+                pushes.append(SpanPush(pushed, summed, index, 0, setting.strength / 2.0, setting.blend, None))
+            else:
+                self._fail(state, self._step, f"operator {setting.digest} was unloaded")
+        self._complete_running_sums(state, span, pushes, embed_prefix)
+        return pushes
 
     def _step_pushes(
         self, groups: Mapping[tuple[int, str, Rule | None], OperatorGroup], x: torch.Tensor
@@ -165,7 +191,8 @@ class StepSteering:
         spans: dict[int, list[TokenSpan]] = defaultdict(list)
         for (layer, _, _), group in ordered:
             for push in group.span_pushes:
-                spans[layer].append(push.span)
+                if push.span.num_tokens:
+                    spans[layer].append(push.span)
                 self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
         step_pushes, start = {}, 0
         for layer, of_layer in spans.items():
@@ -187,26 +214,29 @@ class StepSteering:
                     self._fail(state, step_push.step, problem)
                 start = end
 
-    def _complete_running_sums(self, state: RequestState, span: TokenSpan, embed_prefix: EmbedPrefix) -> None:
-        """Computes from the request's tokens the sums that it does not have for the position before the span."""
+    def _complete_running_sums(
+        self, state: RequestState, span: TokenSpan, pushes: Sequence[SpanPush], embed_prefix: EmbedPrefix
+    ) -> None:
+        """Gives the pushes of a span their running sums before it: the request's own, or made from its tokens."""
         continues = span.first_position == state.position
-        missing = [
-            index
-            for index, setting in enumerate(state.settings)
-            if _has_running_sum(setting)
-            and setting.digest in self._operators
-            and not self._is_vector(setting.digest)
-            and not (continues and state.running_sums[index] is not None)
-        ]
+        missing = []
+        for push in pushes:
+            if self._has_running_sum(state.settings[push.setting_index]):
+                push.running_sum = state.running_sums[push.setting_index] if continues else None
+                if push.running_sum is None:
+                    missing.append(push)
         has_prefix = bool(missing) and span.first_position > 0
         prefix = embed_prefix(span.request, span.first_position).to(torch.float32) if has_prefix else None
-        for index in missing:
-            operator = self._operators[state.settings[index].digest].operator
-            state.running_sums[index] = (
+        for push in missing:
+            operator = self._operators[state.settings[push.setting_index].digest].operator
+            push.running_sum = (
                 operator.factors.new_zeros(operator.factors.shape[1])
                 if prefix is None
                 else terms(operator, prefix, torch.arange(span.first_position)).sum(0)
             )
+
+    def _has_running_sum(self, setting: OperatorSetting) -> bool:
+        return setting.rule == "cumulative" and setting.blend != 1.0 and not self._is_vector(setting.digest)
 
     def _is_vector(self, digest: str) -> bool:
         loaded = self._operators.get(digest)
@@ -215,7 +245,3 @@ class StepSteering:
     def _fail(self, state: RequestState, step: int, problem: str) -> None:
         state.failure = state.failure or problem
         self._first_failed_step[state.salt] = min(step, self._first_failed_step.get(state.salt, step))
-
-
-def _has_running_sum(setting: OperatorSetting) -> bool:
-    return setting.rule == "cumulative" and setting.blend != 1.0

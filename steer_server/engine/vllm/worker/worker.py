@@ -20,7 +20,7 @@ from operators.core.apply import PreparedOperator
 from steer_server.engine.vllm.limits import check_supported
 from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
 from steer_server.engine.vllm.worker.layer_hooks import PUSH_OP, forward_pass, install_hooks, make_embedder
-from steer_server.engine.vllm.worker.pushes import TokenSpan, copy_to_device
+from steer_server.engine.vllm.worker.pushes import TokenSpan, concatenate_ranges, copy_to_device
 from steer_server.engine.vllm.worker.runner_hooks import V1RunnerHook, V2RunnerHook
 from steer_server.engine.vllm.worker.scoring import KeptStates, score_states
 from steer_server.engine.vllm.worker.step_push import StepPush
@@ -202,7 +202,10 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._steering.remove_request(request)
         return {
             "cached": measurement.cached,
-            "layers": {str(measured.layer): list(measured.doses) for measured in measurement.layers},
+            "layers": {
+                str(measured.layer): {"first": measured.first, "doses": list(measured.doses)}
+                for measured in measurement.layers
+            },
             "failure": measurement.failure,
         }
 
@@ -225,27 +228,29 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
         self._prepared_requests.update(span.request for span in spans)
         if not spans:
             return
-        # On accelerators these ranges are built on the host and copied without waiting for the device.
-        rows = torch.from_numpy(
-            np.concatenate([np.arange(s.start_row, s.start_row + s.num_tokens, dtype=np.int64) for s in spans])
-        )
-        positions = torch.from_numpy(
-            np.concatenate(
-                [np.arange(s.first_position, s.first_position + s.num_tokens, dtype=np.int64) for s in spans]
-            )
-        )
-        rows_on_device = copy_to_device(rows, ids.device)
         with torch.inference_mode():
-            x = self._embed(ids[rows_on_device], copy_to_device(positions, ids.device))
-            pushes = self._steering.prepare(spans, x, self._embed_prefix)
+            pushes = self._steering.prepare(spans, partial(self._embed_spans, ids), self._embed_prefix)
+        if not pushes:
+            return
         forward_pass.pushes = pushes
-        forward_pass.expected_inputs = (rows_on_device, x) if self._checks_inputs else None
         self._unrecorded.append(pushes)
         if len(self._unrecorded) > _MAX_UNRECORDED_STEPS:
             # All but the coming step, which has measured nothing yet.
             coming = self._unrecorded.pop()
             self._record_steps()
             self._unrecorded.append(coming)
+
+    def _embed_spans(self, ids: torch.Tensor, spans: Sequence[TokenSpan]) -> torch.Tensor:
+        """Embeddings of tokens of the step whose ids (T,) these are; see :data:`.step_steering.EmbedSpans`."""
+        # On accelerators these ranges are built on the host and copied without waiting for the device.
+        counts = [span.num_tokens for span in spans]
+        rows, positions = (
+            copy_to_device(concatenate_ranges(starts, counts), ids.device)
+            for starts in ([span.start_row for span in spans], [span.first_position for span in spans])
+        )
+        x = self._embed(ids[rows], positions)
+        forward_pass.expected_inputs = (rows, x) if self._checks_inputs else None
+        return x
 
     def _record_steps(self) -> None:
         for pushes in self._unrecorded:

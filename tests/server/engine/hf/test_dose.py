@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from operators.core import hooks
 from operators.core.apply import Setting
 from operators.core.header import Recommended
+from operators.core.positions import Positions
 from operators.core.store import Store
 from steer_server.engine.receipts import empty_receipts
 from steer_server.errors import DoseTooHighError, SteeringNotAppliedError
@@ -167,6 +168,8 @@ def test_a_setting_is_calibrated_where_it_is_the_recommended_one_and_was_chosen(
     for name, chosen in (("rejected", 0), ("unfound", None)):
         calibration = curves.model_copy(update={"chosen": chosen})
         Store(tmp_path).save(name, remake(low_artifact, calibration=calibration))
+    early = header.recommended.model_copy(update={"positions": Positions(end=1)})
+    Store(tmp_path).save("early", remake(low_artifact, calibration=calibration_of(header), recommended=early))
     made = registry()
     strength = header.recommended.strength
 
@@ -175,6 +178,9 @@ def test_a_setting_is_calibrated_where_it_is_the_recommended_one_and_was_chosen(
 
     assert calibrated(OperatorUse("measured"))
     assert calibrated(OperatorUse("measured", strength, header.recommended.rule, header.recommended.blend))
+    # Measured at all positions.
+    assert not calibrated(OperatorUse("measured", positions=Positions(end=1)))
+    assert not calibrated(OperatorUse("early"))
     # Measured as well, and not what was recommended.
     assert not calibrated(OperatorUse("measured", strength / 2))
     assert not calibrated(OperatorUse("measured", blend=0.75))

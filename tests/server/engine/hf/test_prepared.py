@@ -38,14 +38,14 @@ def prepared_digests(monkeypatch):
 def test_a_strength_below_the_resolution_of_the_dtype_is_an_error(artifact, plan_of, dtype, name, sign):
     eps = torch.finfo(dtype).eps
     with pytest.raises(SteeringNotAppliedError, match="rounding") as caught:
-        RowSteering(plan_of((artifact, sign * eps * 0.99)), _prepared(), dtype)
+        RowSteering(plan_of((artifact, sign * eps * 0.99)), _prepared(), dtype, prompt_tokens=1)
     for part in ("operator-0", name, f"{eps:.1g}"):
         assert part in str(caught.value)
-    assert RowSteering(plan_of((artifact, sign * eps)), _prepared(), dtype).layers == {2}
+    assert RowSteering(plan_of((artifact, sign * eps)), _prepared(), dtype, prompt_tokens=1).layers == {2}
 
 
 def test_a_strength_of_zero_is_no_strength_that_is_lost(artifact, plan_of):
-    assert RowSteering(plan_of((artifact, 0.0)), _prepared(), torch.bfloat16).layers == frozenset()
+    assert RowSteering(plan_of((artifact, 0.0)), _prepared(), torch.bfloat16, prompt_tokens=1).layers == frozenset()
 
 
 def test_a_strong_operator_does_not_hide_that_another_at_its_layer_is_lost(

@@ -236,7 +236,8 @@ def test_a_cached_step_at_a_time_equals_recomputing_everything(exact, rule, pref
     assert length > 2 * artifact.positions
 
     def run(cuts, cache):
-        steering = RowSteering(plan, PreparedOperatorCache(loaded.device, budget=1 << 30), torch.float64)
+        prepared = PreparedOperatorCache(loaded.device, budget=1 << 30)
+        steering = RowSteering(plan, prepared, torch.float64, prompt_tokens=prefill)
         hidden = []
         with torch.inference_mode(), PushHooks(decoder_layers(loaded.model), steering.layers) as hooks:
             for start, end in cuts:

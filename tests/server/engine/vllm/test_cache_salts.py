@@ -16,6 +16,10 @@ STEERINGS = (
     (OperatorSetting("gate", "cumulative", -0.4, 0.0),),
     (OperatorSetting("gate", "substitute", 0.4, 0.0),),
     (OperatorSetting("gate", "cumulative", 0.4, 0.5),),
+    (OperatorSetting("gate", "cumulative", 0.4, 0.0, 1),),
+    (OperatorSetting("gate", "cumulative", 0.4, 0.0, 0, 1),),
+    (OperatorSetting("gate", "cumulative", 0.4, 0.0, 0, 2),),
+    (GATE, OperatorSetting("gate", "cumulative", 0.4, 0.0, 0, 2)),
 )
 
 

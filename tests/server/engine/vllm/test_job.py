@@ -78,7 +78,11 @@ class Engine:
         if not settings:
             return None
         count = len(PROMPT) + len(IDS) - 1 if self.count is None else self.count
-        return {"cached": 0, "failure": self.failed.get("all", ""), "layers": {"2": [0.2] * count}}
+        return {
+            "cached": 0,
+            "failure": self.failed.get("all", ""),
+            "layers": {"2": {"first": 0, "doses": [0.2] * count}},
+        }
 
     def translate_error(self, error):
         return EngineFailedError(str(error))
@@ -275,7 +279,7 @@ async def test_a_text_that_the_time_limit_cut_is_not_scored_beyond_it(engine, st
 
 @pytest.mark.parametrize(
     ("failure", "count", "said"),
-    [("layer 2 was not reached", None, "layer 2 was not reached"), ("", 3, "layer 2: 3 of 6 tokens were steered")],
+    [("layer 2 was not reached", None, "layer 2 was not reached"), ("", 3, "layer 2: 0 of 3 generated tokens were")],
 )
 async def test_a_row_that_was_not_steered_is_an_error_and_its_prefixes_are_forsaken(
     engine, start, steered, failure, count, said

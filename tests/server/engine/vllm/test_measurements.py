@@ -1,13 +1,17 @@
 """Measurements of the workers: requested together, and turned into receipts only where they prove the plan."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from operators.core.apply import Setting
+from operators.core.positions import Positions
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.measurements import MeasurementCollector, measured_receipts, merge_measurements
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.errors import SteeringNotAppliedError
+from steer_server.types import Application, SteeringPlan
 
 
 class Workers:
@@ -151,8 +155,13 @@ def plan(artifact, other_artifact, plan_of):
     return plan_of((artifact, 0.6), (other_artifact, 0.0), (artifact, 0.2))
 
 
-def _measurement(*doses, cached=0, failure=""):
-    return {"cached": cached, "layers": {"2": list(doses)}, "failure": failure}
+def _measurement(*doses, cached=0, first=None, failure=""):
+    measured = {"first": cached if first is None else first, "doses": list(doses)}
+    return {"cached": cached, "layers": {"2": measured}, "failure": failure}
+
+
+def _at_layers(doses, count):
+    return {layer: {"first": 0, "doses": [dose] * count} for layer, dose in doses.items()}
 
 
 def _receipts(plan, measurement, prompt_tokens=4, fed=6):
@@ -186,11 +195,11 @@ def test_cached_prompt_tokens_are_counted_apart_and_measured_by_nobody(plan):
 
 def test_layers_are_measured_apart(artifact, remake, plan_of):
     plan = plan_of((artifact, 0.6), (remake(artifact, layer=3, injection_layer=3), 1.0))
-    measurement = {"cached": 0, "layers": {"3": [0.5, 0.5], "2": [0.25, 0.25]}, "failure": ""}
+    measurement = {"cached": 0, "layers": _at_layers({"3": 0.5, "2": 0.25}, 2), "failure": ""}
     lower, higher = _receipts(plan, measurement, prompt_tokens=2, fed=2)
     assert (lower.mean_dose, higher.mean_dose) == (0.25, 0.5)
     measurement["layers"].pop("3")
-    with pytest.raises(SteeringNotAppliedError, match="layer 3: 0 of 2 tokens were steered"):
+    with pytest.raises(SteeringNotAppliedError, match="layer 3: 0 of 2 prompt tokens were steered"):
         _receipts(plan, measurement, prompt_tokens=2, fed=2)
 
 
@@ -199,22 +208,99 @@ def test_layers_are_measured_apart(artifact, remake, plan_of):
     [
         (None, "no worker knows of this request"),
         (_measurement(*[0.25] * 6, failure="layer 2 was not reached"), "^layer 2 was not reached$"),
-        (_measurement(*[0.25] * 5), "layer 2: 5 of 6 tokens were steered"),
-        (_measurement(*[0.25] * 2, cached=3), "layer 2: 2 of 3 tokens were steered"),
-        (_measurement(), "layer 2: 0 of 6 tokens were steered"),
-        ({"cached": 0, "layers": {"1": [0.25] * 6}, "failure": ""}, "layer 2: 0 of 6 tokens were steered"),
+        (_measurement(*[0.25] * 5), "layer 2: 1 of 2 generated tokens were steered"),
+        (_measurement(*[0.25] * 2, cached=3), "layer 2: 1 of 2 generated tokens were steered"),
+        (_measurement(*[0.25] * 5, first=1), "layer 2: 3 of 4 prompt tokens were steered"),
+        (_measurement(0.25, 0.25, 0.0, 0.25, 0.25, 0.25), "layer 2: 3 of 4 prompt tokens were steered"),
+        (_measurement(), "layer 2: 0 of 4 prompt tokens were steered"),
+        (
+            {"cached": 0, "layers": _at_layers({"1": 0.25}, 6), "failure": ""},
+            "layer 2: 0 of 4 prompt tokens were steered",
+        ),
         (_measurement(*[0.25] * 2, cached=4), "4 tokens count as cached; of a prompt of 4 the last is always computed"),
         (_measurement(*[0.25] * 2, cached=9), "9 tokens count as cached"),
     ],
-    ids=["unknown", "failed", "one short", "one short after the cache", "none", "another layer", "no prompt", "beyond"],
+    ids=[
+        "unknown",
+        "failed",
+        "one short",
+        "one short after the cache",
+        "one short at the beginning",
+        "a gap",
+        "none",
+        "another layer",
+        "no prompt",
+        "beyond",
+    ],
 )
 def test_a_measurement_that_does_not_prove_the_plan_gives_no_receipt(plan, measurement, why):
     with pytest.raises(SteeringNotAppliedError, match=why):
         _receipts(plan, measurement)
 
 
-def _measured(failure="", cached=0, doses=3, last=0.2, layer="2"):
-    return {"cached": cached, "failure": failure, "layers": {layer: [0.2] * (doses - 1) + [last]}}
+# At positions of their own.
+
+WHERE = {
+    "all": ((4, 2), (1, 2)),
+    "first": ((1, 0), (0, 0)),
+    "1..": ((3, 2), (1, 2)),
+    "prompt": ((4, 0), (1, 0)),
+    "generated": ((0, 2), (0, 2)),
+    "prompt:2..": ((2, 0), (1, 0)),
+    "3..5": ((1, 1), (1, 1)),
+    "generated:1..5": ((0, 1), (0, 1)),
+}
+"""Positions; prompt and generated tokens that they hold of a prompt of 4, 6 fed; and those that a cache of 3 leaves."""
+
+
+@pytest.mark.parametrize("positions", WHERE)
+@pytest.mark.parametrize("cached", [0, 3])
+def test_a_receipt_counts_the_positions_of_its_operator_and_needs_every_one_of_them(
+    artifact, make_plan, positions, cached
+):
+    # Another operator of the layer pushes everywhere; each position has a dose of its own.
+    plan = make_plan((artifact, 0.6, positions), (artifact, 0.2, "all"))
+    whole = [2.0**-position for position in range(6)]
+    ours, others = _receipts(plan, _measurement(*whole[cached:], cached=cached))
+    where = Positions.parse(positions)
+    due = [position for position in range(cached, 6) if where.count(position, position + 1, prompt_tokens=4)]
+    assert (ours.prompt_tokens_steered, ours.generated_tokens_steered) == WHERE[positions][cached > 0]
+    assert ours.prompt_tokens_steered + ours.prompt_tokens_cached == WHERE[positions][0][0]
+    assert ours.mean_dose == pytest.approx(sum(whole[position] for position in due) / max(1, len(due)))
+    assert ours.max_dose == max((whole[position] for position in due), default=0.0)
+    assert (others.prompt_tokens_steered, others.prompt_tokens_cached) == (4 - cached, cached)
+    alone = make_plan((artifact, 0.6, positions))
+    for missing in due:
+        doses = [whole[position] if position in due and position != missing else 0.0 for position in range(cached, 6)]
+        with pytest.raises(SteeringNotAppliedError, match=r"layer 2: \d of \d \w+ tokens were steered"):
+            _receipts(alone, _measurement(*doses, cached=cached))
+    # What nobody asked for need not be there.
+    needed = whole[min(due, default=6) : max(due, default=6) + 1]
+    assert _receipts(alone, _measurement(*needed, cached=cached, first=min(due, default=6))) == (
+        replace(ours, dose_bound=pytest.approx(0.3)),
+    )
+
+
+@pytest.fixture
+def make_plan():
+    """``make_plan((artifact, strength, positions), ...)``."""
+
+    def make(*uses):
+        return SteeringPlan(
+            tuple(
+                Application(
+                    f"operator-{place}", artifact, Setting(strength, "cumulative", 0.0, Positions.parse(positions)), ()
+                )
+                for place, (artifact, strength, positions) in enumerate(uses)
+            )
+        )
+
+    return make
+
+
+def _measured(failure="", cached=0, doses=3, last=0.2, layer="2", first=0):
+    measured = {"first": first, "doses": [0.2] * (doses - 1) + [last]}
+    return {"cached": cached, "failure": failure, "layers": {layer: measured}}
 
 
 def test_workers_that_say_the_same_are_believed():
@@ -230,6 +316,7 @@ def test_workers_that_say_the_same_are_believed():
         (_measured(doses=2), "the workers do not agree"),
         (_measured(cached=32), "the workers do not agree"),
         (_measured(layer="3"), "the workers do not agree"),
+        (_measured(first=1), "the workers do not agree"),
         (_measured(last=0.2 * (1 + 2e-3)), "the workers do not agree"),
         (_measured(last=0.0), "the workers do not agree"),
     ],

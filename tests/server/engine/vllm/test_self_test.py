@@ -1,7 +1,6 @@
 """The start-up self-test, against an engine that does one thing wrong at a time."""
 
 import asyncio
-from collections import defaultdict
 
 import pytest
 
@@ -15,6 +14,14 @@ PLAIN = SelfTestOutput((7, 8), {7: -0.5, 9: -1.5})
 STEERED = SelfTestOutput((9, 8), {9: -0.25, 7: -2.5})
 
 
+FIRST_TOKEN = "self-test-first-token"
+
+
+def doses(counts, first=0):
+    """Of so many positions by layer."""
+    return {str(layer): {"first": first, "doses": [STRENGTH / 2] * count} for layer, count in counts.items()}
+
+
 class Engine:
     """Two workers that steer as they should. Tests replace what is to go wrong."""
 
@@ -23,13 +30,13 @@ class Engine:
         self.input_errors = [0.0, 0.0]
         self.outputs = {}
         self.measurements = {
-            f"self-test-{layer}": {"cached": 0, "failure": "", "layers": {str(layer): [STRENGTH / 2] * FED}}
-            for layer in range(LAYERS)
+            f"self-test-{layer}": {"cached": 0, "failure": "", "layers": doses({layer: FED})} for layer in range(LAYERS)
         }
+        self.measurements[FIRST_TOKEN] = {"cached": 0, "failure": "", "layers": doses({0: 1})}
         self.error = None
         self.loaded, self.asked = {}, []
         self.checks_inputs, self.at_once = False, 0
-        self.together = asyncio.Barrier(LAYERS + 1)
+        self.together = asyncio.Barrier(LAYERS + 2)
 
     async def call(self, method, *args):
         return await getattr(self, method)(*args)
@@ -56,6 +63,7 @@ class Engine:
     async def run(self, setting, key):
         assert self.checks_inputs
         self.asked.append((key, setting and self.loaded[setting.digest]))
+        assert setting is None or (setting.start, setting.end) == (0, 1 if key == FIRST_TOKEN else None)
         if self.error is not None and setting is not None:
             raise self.error
         if key != "self-test-alone":
@@ -75,7 +83,7 @@ async def engine():
 
 async def test_an_engine_that_steers_every_layer_passes_and_keeps_nothing_of_the_test(engine):
     assert await engine.check() == PLAIN
-    beside = {("self-test-beside", None), *((f"self-test-{layer}", layer) for layer in range(LAYERS))}
+    beside = {("self-test-beside", None), (FIRST_TOKEN, 0), *((f"self-test-{layer}", layer) for layer in range(LAYERS))}
     assert engine.asked[0] == ("self-test-alone", None)
     assert set(engine.asked[1:]) == beside
     assert (engine.loaded, engine.checks_inputs) == ({}, False)
@@ -145,14 +153,24 @@ async def test_a_request_that_a_worker_failed_is_refused_in_its_words(engine):
     ids=["too short", "empty", "another layer", "one layer more"],
 )
 async def test_a_measurement_of_other_tokens_than_those_due_is_refused(engine, measured, said):
-    layers = defaultdict(list, {layer: [STRENGTH / 2] * count for layer, count in measured.items()})
-    engine.measurements["self-test-1"]["layers"] = layers
+    engine.measurements["self-test-1"]["layers"] = doses(measured)
     await _fails(engine, f"steered at layer 1 failed: tokens pushed by layer: {said}")
 
 
 async def test_what_the_engine_computed_beyond_the_last_token_is_no_failure(engine):
-    engine.measurements["self-test-1"]["layers"]["1"] += [STRENGTH / 2] * 2
+    engine.measurements["self-test-1"]["layers"] = doses({1: FED + 2})
     await engine.check()
+
+
+async def test_doses_of_later_positions_are_not_those_that_were_due(engine):
+    engine.measurements["self-test-1"]["layers"] = doses({1: FED}, first=1)
+    await _fails(engine, "steered at layer 1 failed: tokens pushed by layer")
+
+
+@pytest.mark.parametrize("measured", [{0: 2}, {}, {0: 1, 1: 1}, {1: 1}], ids=str)
+async def test_an_engine_that_pushes_another_token_than_the_first_is_refused(engine, measured):
+    engine.measurements[FIRST_TOKEN]["layers"] = doses(measured)
+    await _fails(engine, "steered at its first token only failed: tokens pushed by layer: .* 1 at layer 0 were due")
 
 
 async def test_operators_of_the_test_go_when_a_request_breaks(engine):

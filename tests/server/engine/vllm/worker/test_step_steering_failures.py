@@ -152,7 +152,7 @@ def test_a_dose_is_looked_at_when_its_position_is_computed_once_more(batch):
     batch.step(("a", 0, 4))
     batch.step(("a", 0, 4), change=set_doses(0.9))
     assert "moved by 0.9" in batch.failure("a")
-    assert batch.steering.measurement("a").layers == (LayerDoses(2, pytest.approx([0.25] * 4, abs=1e-5)),)
+    assert batch.steering.measurement("a").layers == (LayerDoses(2, 0, pytest.approx([0.25] * 4, abs=1e-5)),)
 
 
 def test_the_first_failure_is_the_one_that_is_told(batch):
