@@ -9,6 +9,7 @@ import torch
 from operators.analyse import layers, positions
 from operators.analyse.frozen_blocks import FrozenBlocks
 from operators.analyse.results import ANALYSIS_SCHEMA, Analysis, ScoredToken
+from operators.analyse.threads import one_thread
 from operators.analyse.tokens import VocabularyProjection
 from operators.builder.checks import dtype_name
 from operators.builder.concept import concept_from_text
@@ -43,10 +44,13 @@ def analyse_prompt(
         raise AnalysisError(f"the Jacobian of {text!r} at layer {layer} is not finite in {dtype_name(loaded.dtype)}")
     reconstruction = positions.reconstruction(loaded, ids, output, layer=layer)
     by_position, offset_share = positions.analyse_positions(ids, output, vocabulary, progress=progress)
+    reads, reads_against = positions.readings(output, vocabulary)
     # Freed before the maps of the layers are made, which are as large.
     del output
-    answer = next_tokens(loaded, ids, vocabulary)
-    by_layer = layers.analyse_layers(FrozenBlocks(loaded.model, ids), vocabulary, answer[0].id, progress=progress)
+    with one_thread():
+        answer = next_tokens(loaded, ids, vocabulary)
+        frozen = FrozenBlocks(loaded.model, ids)
+    by_layer = layers.analyse_layers(frozen, vocabulary, answer[0].id, progress=progress)
     return Analysis(
         schema=ANALYSIS_SCHEMA,
         text=text,
@@ -60,6 +64,8 @@ def analyse_prompt(
         layer=layer,
         answer=answer,
         offset_share=offset_share,
+        reads=reads,
+        reads_against=reads_against,
         reconstruction=reconstruction,
         positions=by_position,
         layers=by_layer,

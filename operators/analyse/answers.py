@@ -22,6 +22,8 @@ def analysis_answer(analysis: Analysis, files: dict[str, str]) -> Answer:
             "stable_rank": position.stable_rank,
             "sigma": position.directions[0].sigma,
             "share": position.share,
+            "term_norm": position.term_norm,
+            "term_cosine": position.term_cosine,
             "reads": _texts(position.directions[0].right),
             "writes": _texts(position.directions[0].left),
         }
@@ -40,6 +42,8 @@ def analysis_answer(analysis: Analysis, files: dict[str, str]) -> Answer:
         "mean_stable_rank": analysis.mean_stable_rank,
         "emergence": {name: getattr(analysis.emergence, name) for name in ("stream", "last", "first")},
         "positions": positions,
+        "reads": _texts(analysis.reads),
+        "reads_against": _texts(analysis.reads_against),
         "seconds": analysis.seconds,
         "files": files,
     }
@@ -53,6 +57,7 @@ def analysis_answer(analysis: Analysis, files: dict[str, str]) -> Answer:
             f"{_number(analysis.mean_stable_rank)} mean over {len(ranks)} positions",
             "answer leads": f"stream {emergence_text(analysis.emergence.stream)}, u1 of the last position "
             f"{emergence_text(analysis.emergence.last)}, of the first {emergence_text(analysis.emergence.first)}",
+            "reads": " ".join(map(repr, _texts(analysis.reads))),
             "u1 of the last": " ".join(map(repr, _texts(analysis.positions[-1].directions[0].left))),
             "report": files["report"],
             "seconds": analysis.seconds,

@@ -9,7 +9,7 @@ with a the attention's and m the MLP's contribution, each affine in h^(s-1). A J
 Positions that are zero need not be computed: attention's weights are constants, so that a tangent that is zero outside
 some positions, read at some of these, depends on no other. The tape is cut to these positions.
 
-Cost: one forward pass of the model to record. A JVP of l tangents at m positions takes ceil(l / VECTORS_PER_PASS)
+Cost: one forward pass of the model to record. A JVP of l tangents at m positions takes ceil(l m / POSITIONS_PER_PASS)
 passes of one block, over m positions, and one for the offset.
 """
 
@@ -29,12 +29,14 @@ from operators.core.errors import AnalysisError
 from operators.core.header import Profile
 from operators.maps.detach import Family, Tape, family_of, recording, replaying
 from operators.maps.jacobian import relative_error
-from operators.maps.replay import VECTORS_PER_PASS, target_hidden_state
+from operators.maps.replay import target_hidden_state
 from operators.model.loading import block_input, decoder_layers, embed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+POSITIONS_PER_PASS = 3072
+"""Upper bound of tangents times positions in one pass: one block's temporaries are small, and each pass has a cost."""
 _SUM_TOLERANCE = 0.05
 """Bound of |h + a + m - h'| / |h'|: rounding is far below it, a block that is wired differently far above."""
 
@@ -84,21 +86,25 @@ class FrozenBlocks:
         """h^(layer), shape (n, d); layer 0 is x."""
         return self.states[layer - 1].block[0] if layer else self.x
 
-    def jvp(self, layer: int, tangents: torch.Tensor, positions: Sequence[int]) -> BlockOutputs:
+    def jvp(
+        self, layer: int, tangents: torch.Tensor, positions: Sequence[int], *, last_only: bool = False
+    ) -> BlockOutputs:
         """The linear parts of block ``layer`` (1 to L) applied to tangents (l, m, d) at m ``positions``, ascending.
 
-        At all other positions the tangents are zero; these are not computed.
+        At all other positions the tangents are zero; these are not computed. With ``last_only``, neither are the
+        outputs at any position but the last of these: what ``block`` says of the others is meaningless.
         """
         tape = _CutTape(self._tape, tuple(positions))
-        with torch.no_grad(), replaying(self._model, tape):
-            offset = self._forward(layer, torch.zeros_like(tangents[:1]))
-            passes = [self._forward(layer, group) for group in torch.split(tangents, VECTORS_PER_PASS)]
+        block = decoder_layers(self._model)[layer - 1]
+        per_pass = max(1, POSITIONS_PER_PASS // len(positions))
+        with torch.no_grad(), replaying(self._model, tape, final=block if last_only else None, within=block):
+            offset = self._forward(block, torch.zeros_like(tangents[:1]))
+            passes = [self._forward(block, group) for group in torch.split(tangents, per_pass)]
         return BlockOutputs(
             *(torch.cat([getattr(each, name) for each in passes]) - getattr(offset, name) for name in TARGETS)
         )
 
-    def _forward(self, layer: int, inputs: torch.Tensor) -> BlockOutputs:
-        block = decoder_layers(self._model)[layer - 1]
+    def _forward(self, block: nn.Module, inputs: torch.Tensor) -> BlockOutputs:
         with _capturing(block, self._family) as captured:
             block(inputs)
         return captured()
@@ -140,11 +146,12 @@ class _CutTape(Tape):
         self, module: nn.Module, compute: Callable[[], torch.Tensor], *, multiplies: torch.Tensor | None = None
     ) -> torch.Tensor:
         """The factor of ``module``: rows (1, n, .) of norms and gates, weights (1, H, n, n) of attention."""
-        del multiplies  # the input has exactly the positions that the tape is cut to
         whole = self._whole.factor(module, compute)
         if whole.ndim == 4:
             return whole[:, :, self._positions][..., self._positions]
-        return whole[:, self._positions]
+        # Of the positions that the tape is cut to, the input has all, or only the last ones.
+        count = len(self._positions) if multiplies is None else multiplies.shape[-2]
+        return whole[:, self._positions[-count:]]
 
     def replayed(self) -> Tape:
         """The tape itself: it replays already."""

@@ -5,7 +5,7 @@ The maps are exact matrices (d, d), J (output, input), into the last position; s
 the last position is the product of these, because attention is causal: nothing but the last position reads it. That of
 the first position takes d tangents through all blocks, at all n positions.
 
-Cost per layer: 3 d JVPs of one block, d of them at all n positions.
+Cost per layer: 3 d JVPs of one block, d of them at all n positions and 2 d at the last one only.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from operators.analyse.results import (
     Target,
     rounded,
 )
+from operators.analyse.threads import one_thread
 from operators.analyse.tokens import VocabularyProjection, ranks
 from operators.core.progress import Progress
 
@@ -56,7 +57,7 @@ def layer_matrices(frozen: FrozenBlocks) -> Iterator[Matrices]:
         cumulative_last = matrices["cumulative", "block", "last"]
         if n > 1:
             first_only = torch.stack([identity, torch.zeros_like(identity)], 1)
-            single = _matrices(frozen.jvp(layer, first_only, [0, n - 1]))
+            single = _matrices(frozen.jvp(layer, first_only, [0, n - 1], last_only=True))
             outputs = frozen.jvp(layer, first_tangents, range(n))
             first_tangents = outputs.block
             cumulative = _matrices(outputs)
@@ -78,10 +79,11 @@ def analyse_layers(
         spectra_by_layer.append({key: _leading(frozen, layer, key, matrix) for key, matrix in matrices.items()})
         progress("Layers", layer, num_layers)
     final = spectra_by_layer[-1]["cumulative", "block", "last"].left
-    return tuple(
-        _layer_analysis(frozen, layer, maps, final, vocabulary, answer)
-        for layer, maps in enumerate(spectra_by_layer, start=1)
-    )
+    with one_thread():
+        return tuple(
+            _layer_analysis(frozen, layer, maps, final, vocabulary, answer)
+            for layer, maps in enumerate(spectra_by_layer, start=1)
+        )
 
 
 def emergence(layers: tuple[LayerAnalysis, ...]) -> Emergence:

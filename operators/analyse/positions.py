@@ -6,16 +6,20 @@ import torch
 
 from operators.analyse import spectra
 from operators.analyse.frozen_blocks import ordinary_product
-from operators.analyse.results import PositionAnalysis, Reconstruction, SingularDirection, rounded
+from operators.analyse.results import PositionAnalysis, Reconstruction, ScoredToken, SingularDirection, rounded
+from operators.analyse.threads import one_thread
 from operators.analyse.tokens import VocabularyProjection
 from operators.core.header import Profile
 from operators.core.progress import Progress
 from operators.maps.jacobian import DenseMap, dense_map, relative_error
+from operators.maps.reads import concept_terms, read_direction, term_sizes
 from operators.maps.replay import Replay
 from operators.model.loading import LoadedModel
 
 PROFILE: Profile = "golden"
 """The target: the final norm of h^(layer), which at the last layer is the model's output embedding (Golden, fig. 1)."""
+_ROWS_PER_PASS = 192
+"""Rows of the Jacobian in one pass: the products of a short prompt are still small with fewer."""
 _DIRECTIONS = 3
 _TOKENS = 8
 
@@ -30,12 +34,17 @@ def output_map(loaded: LoadedModel, ids: tuple[int, ...], *, layer: int, progres
         rows = min(rows + products, loaded.hidden_size)
         progress("Jacobian rows", rows, loaded.hidden_size)
 
-    return dense_map(Replay(loaded.model, ids, layer=layer, profile=PROFILE, on_products=count))
+    with one_thread():
+        replay = Replay(
+            loaded.model, ids, layer=layer, profile=PROFILE, vectors_per_pass=_ROWS_PER_PASS, on_products=count
+        )
+    return dense_map(replay, rows_per_pass=_ROWS_PER_PASS)
 
 
 def reconstruction(loaded: LoadedModel, ids: tuple[int, ...], output: DenseMap, *, layer: int) -> Reconstruction:
     """sum_i J_i x_i + c against h, component by component, for the detached map and for the ordinary Jacobian."""
-    ordinary = ordinary_product(loaded.model, ids, layer=layer, profile=PROFILE)
+    with one_thread():
+        ordinary = ordinary_product(loaded.model, ids, layer=layer, profile=PROFILE)
     return Reconstruction(
         target=_numbers(output.y),
         detached=_numbers(output.reconstruction),
@@ -51,6 +60,7 @@ def analyse_positions(
     """Spectrum, stable rank, tokens and share of each position; and the share of c, (h . c) / |h|^2."""
     y = output.y.double()
     analyses = []
+    sizes = term_sizes(concept_terms(output.jacobian, None, output.x), y)
     for i, token in enumerate(ids):
         spectrum = spectra.full_spectrum(output.jacobian[i]).facing(output.x[i])
         left = vocabulary.top(vocabulary.logits(spectrum.left[:_DIRECTIONS], normed=True), _TOKENS)
@@ -60,7 +70,9 @@ def analyse_positions(
             PositionAnalysis(
                 index=i,
                 token=vocabulary.token(token),
-                share=rounded(float(y @ (output.jacobian[i] @ output.x[i]).double() / (y @ y))),
+                share=rounded(sizes[i].share),
+                term_norm=rounded(sizes[i].norm),
+                term_cosine=rounded(sizes[i].cosine),
                 stable_rank=None if spectrum.stable_rank is None else rounded(spectrum.stable_rank),
                 singular_values=sigmas,
                 directions=tuple(SingularDirection(*triplet) for triplet in zip(sigmas, left, right, strict=False)),
@@ -68,6 +80,13 @@ def analyse_positions(
         )
         progress("Spectra", i + 1, len(ids))
     return tuple(analyses), rounded(float(y @ output.offset.double() / (y @ y)))
+
+
+def readings(
+    output: DenseMap, vocabulary: VocabularyProjection
+) -> tuple[tuple[ScoredToken, ...], tuple[ScoredToken, ...]]:
+    """The tokens that would move h most along itself in the last place, and most away: :mod:`operators.maps.reads`."""
+    return vocabulary.both_ends(read_direction(output.jacobian, None, output.y), _TOKENS)
 
 
 def _numbers(values: torch.Tensor) -> tuple[float, ...]:

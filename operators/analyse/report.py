@@ -86,6 +86,7 @@ def _positions(analysis: Analysis, images: Mapping[str, ThemedImage]) -> Iterato
         + (f"with the {100 * analysis.offset_share:.2g} % of c " if analysis.offset_share else "")
         + "the parts add up to 100.",
     )
+    yield from _reads(analysis)
     yield "<h3>What the singular vectors say</h3>"
     yield (
         "<p>v₁, the input direction that J<sub>i</sub> amplifies most, is compared with all token embeddings (cosine). "
@@ -111,6 +112,28 @@ def _positions(analysis: Analysis, images: Mapping[str, ThemedImage]) -> Iterato
         yield "<details><summary>The second and third singular vectors</summary>"
         yield table(["i", "token", "k", "σₖ", "vₖ: reads", "uₖ: writes"], others, numbers=(0, 2, 3))
         yield "</details>"
+
+
+def _reads(analysis: Analysis) -> Iterator[str]:
+    yield "<h3>What the prompt reads, and what each token gives</h3>"
+    yield (
+        "<p>w = J<sub>n−1</sub><sup>⊤</sup> h/‖h‖ against all token embeddings x: w · x says how far a token in "
+        "the last place would move the output along h. An operator of this text reads the same. Terms are "
+        "J<sub>i</sub> x<sub>i</sub>; norms are in the units of h.</p>"
+    )
+    yield table(
+        ["", "tokens, best first"],
+        [["along h", chips(analysis.reads)], ["away from h", chips(analysis.reads_against)]],
+        numbers=(),
+    )
+    yield table(
+        ["i", "token", "‖J<sub>i</sub> x<sub>i</sub>‖", "cosine with h", "share of h"],
+        [
+            [str(p.index), chip(p.token), number(p.term_norm), f"{p.term_cosine:.2f}", f"{p.share:.1%}"]
+            for p in analysis.positions
+        ],
+        numbers=(0, 2, 3, 4),
+    )
 
 
 def _layers(analysis: Analysis, images: Mapping[str, ThemedImage]) -> Iterator[str]:

@@ -59,11 +59,16 @@ class SingularDirection:
 
 @dataclass(frozen=True)
 class PositionAnalysis:
-    """One input token and its map J_i. ``share``: (h . J_i x_i) / |h|^2; with the share of c they add up to 1."""
+    """One input token and its map J_i. ``share``: (h . J_i x_i) / |h|^2; with the share of c they add up to 1.
+
+    ``term_norm``: |J_i x_i|; ``term_cosine``: that between J_i x_i and h.
+    """
 
     index: int
     token: ScoredToken
     share: float
+    term_norm: float
+    term_cosine: float
     stable_rank: float | None
     singular_values: tuple[float, ...]
     directions: tuple[SingularDirection, ...]
@@ -126,7 +131,8 @@ class Analysis:
     """Everything about one prompt. Filled by :mod:`operators.analyse.analysis`.
 
     ``answer``: the model's most likely next tokens, with probabilities. ``layer``: that of the output embedding h.
-    ``offset_share``: (h . c) / |h|^2.
+    ``offset_share``: (h . c) / |h|^2. ``reads``, ``reads_against``: the tokens whose embeddings x have the largest and
+    the least J_{n-1} x along h (scores w . x with w = J_{n-1}^T h/|h|).
     """
 
     schema: str
@@ -141,6 +147,8 @@ class Analysis:
     layer: int
     answer: tuple[ScoredToken, ...]
     offset_share: float
+    reads: tuple[ScoredToken, ...]
+    reads_against: tuple[ScoredToken, ...]
     reconstruction: Reconstruction
     positions: tuple[PositionAnalysis, ...]
     layers: tuple[LayerAnalysis, ...]

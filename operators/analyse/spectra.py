@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from operators.analyse.threads import one_thread
 from operators.maps.replay import VECTORS_PER_PASS, Replay
 
 _BLOCK = 8
@@ -47,6 +48,7 @@ class Spectrum:
         return Spectrum(self.values, self.left * signs, self.right * signs, self.squared_norm)
 
 
+@one_thread()
 def full_spectrum(matrix: torch.Tensor) -> Spectrum:
     """All triplets of J (d, d)."""
     wide = _at_least_float32(matrix)
@@ -54,6 +56,7 @@ def full_spectrum(matrix: torch.Tensor) -> Spectrum:
     return Spectrum(values, left.T, right, float(wide.double().pow(2).sum()))
 
 
+@one_thread()
 def leading_triplets(matrix: torch.Tensor, rank: int, *, seed: int = 0) -> Spectrum:
     """The ``rank`` leading triplets of J (d, d), by block Krylov iteration (Musco and Musco 2015).
 
@@ -107,6 +110,7 @@ def sketched_spectra(replay: Replay, rank: int, *, columns: int = 12, seed: int 
     return [_best_triplets(space[i], output[i], probes[:, i], rank) for i in range(n)]
 
 
+@one_thread()
 def _best_triplets(space: torch.Tensor, outputs: torch.Tensor, probes: torch.Tensor, rank: int) -> Spectrum:
     """The best triplets of J in the span of ``space``, its rows v (l, d).
 

@@ -8,11 +8,13 @@ import torch
 
 from operators.analyse.results import ScoredToken
 from operators.maps.detach import Tape, family_of
-from operators.model.loading import LoadedModel, final_norm
+from operators.model.loading import LoadedModel, embed, final_norm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_ROWS = 8192
+"""Embeddings that are widened at a time."""
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
@@ -48,6 +50,22 @@ class VocabularyProjection:
         products = (vectors.to(self._table) @ self._table.T).to(self._dtype)
         scale = self._lengths * torch.linalg.vector_norm(vectors.to(self._dtype), dim=1)[:, None]
         return torch.where(scale > 0, products / scale.clamp_min(torch.finfo(scale.dtype).tiny), 0.0)
+
+    def readings(self, direction: torch.Tensor) -> torch.Tensor:
+        """w . x (1, V) of a direction w (d,) and each token's embedding x as the first block receives it.
+
+        Learned positions are left out: they add one constant to all.
+        """
+        wide = direction.to(self._table.device, self._dtype)
+        ids = torch.arange(len(self._table), device=self._table.device)
+        parts = [embed(self._loaded.model, part).to(self._dtype) @ wide for part in torch.split(ids, _ROWS)]
+        return torch.cat(parts)[None]
+
+    def both_ends(self, direction: torch.Tensor, count: int) -> tuple[tuple[ScoredToken, ...], tuple[ScoredToken, ...]]:
+        """The ``count`` tokens of largest and of least w . x, for w (d,) (:meth:`readings`)."""
+        scores = self.readings(direction)
+        (most,), (least,) = self.top(scores, count), self.top(-scores, count)
+        return most, tuple(ScoredToken(token.id, token.text, -token.score) for token in least)
 
     def top(self, scores: torch.Tensor, count: int) -> list[tuple[ScoredToken, ...]]:
         """The ``count`` best tokens of each row of scores (k, V), best first."""

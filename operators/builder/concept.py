@@ -40,16 +40,30 @@ def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
     """Tokenises a concept as the model's own tokenizer does, special tokens included.
 
     Raises:
-        ConceptError: the text is empty, not Unicode, or longer than the model's context.
+        ConceptError: the text is empty, not Unicode, or longer than the model's context; or the tokenizer puts a token
+            of its own behind it.
     """
     check_text(text)
     # Not verbose: the tokenizer would log a warning about a long text, which the error below reports.
     ids = tuple(int(token) for token in loaded.tokenizer(text, verbose=False)["input_ids"])
     if not ids:
         raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
+    _check_end(text, ids, loaded)
     limit = min(loaded.context_length, MAX_CONCEPT)
     if len(ids) > limit:
         raise ConceptError(
             f"concept has {len(ids)} tokens; {loaded.name} takes at most {limit} (it begins {text[:40]!r})"
         )
     return Concept(text, ids)
+
+
+def _check_end(text: str, ids: tuple[int, ...], loaded: LoadedModel) -> None:
+    """Refuses a token that the tokenizer puts behind every text: the map's target would be that, and not a word."""
+    plain = tuple(loaded.tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"])
+    if plain and ids[-len(plain) :] != plain:
+        appended = loaded.tokenizer.decode([ids[-1]])
+        raise ConceptError(
+            f"the tokenizer of {loaded.name} puts {appended!r} behind every text: the last position of {text[:40]!r} "
+            "would be that token and not a word. A tokenizer that ends with the text is accepted "
+            "(in tokenizer_config.json, often add_eos_token: false)"
+        )

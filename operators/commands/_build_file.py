@@ -15,10 +15,13 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.core.progress import make_bars, working
 
 if TYPE_CHECKING:
+    from operators.builder.spec import BuildSpec
     from operators.core.artifact import OperatorArtifact
     from operators.core.store import Store
+    from operators.model.loading import LoadedModel
     from operators.recipes.run import BuildOutcome, TaskProgress
     from operators.recipes.tasks import BuildTask
 
@@ -44,11 +47,14 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         if options.calibrate:
             check_words(entries, store)
         device = options.device or default_device()
-        loaded = load_model(options.model or default_model(), dtype=options.dtype, device=device)
+        name = options.model or default_model()
+        with working(f"loading {name}"):
+            loaded = load_model(name, dtype=options.dtype, device=device)
         tasks = prepare_tasks(
             entries, loaded, store, replace=options.replace, calibrate=options.calibrate, max_memory=memory
         )
         operators: list[dict[str, Any]] = []
+        specs = {task.name: task.spec for task in tasks}
         width = max(len(task.name) for task in tasks)
         try:
             with _progress_bars(tasks) as progress:
@@ -63,9 +69,10 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
                 for outcome in run_tasks(
                     tasks, loaded, store, max_memory=memory, progress=progress, calibrate=calibrate
                 ):
-                    operators.append(_outcome_json(outcome, store))
+                    operators.append(_outcome_json(outcome, store, specs[outcome.name], loaded))
                     if not options.as_json:
                         print(output.printable(_outcome_line(operators[-1], width)), flush=True)
+                    output.print_warnings(operators[-1]["warnings"], name=outcome.name)
         except KeyboardInterrupt:
             done = sum(operator["status"] != "failed" for operator in operators)
             print(
@@ -92,8 +99,15 @@ def _print_problems(operators: Sequence[dict[str, Any]]) -> None:
             print(f"{output.COMMAND}: {problem}", file=sys.stderr)
 
 
-def _outcome_json(outcome: BuildOutcome, store: Store) -> dict[str, Any]:
-    common = {"name": outcome.name, "status": outcome.status, "seconds": round(outcome.seconds, 2)}
+def _outcome_json(outcome: BuildOutcome, store: Store, spec: BuildSpec, loaded: LoadedModel) -> dict[str, Any]:
+    # What is up to date was told of when it was built.
+    told = outcome.status in ("built", "updated")
+    common = {
+        "name": outcome.name,
+        "status": outcome.status,
+        "seconds": round(outcome.seconds, 2),
+        "warnings": describe.build_warnings(spec, loaded) if told else [],
+    }
     if outcome.problem is not None:
         return {**common, "problem": output.error_json(outcome.problem)}
     assert outcome.stored is not None  # noqa: S101 - for the type checker
@@ -125,22 +139,10 @@ def _outcome_line(operator: dict[str, Any], width: int) -> str:
 @contextmanager
 def _progress_bars(tasks: Sequence[BuildTask]) -> Iterator[TaskProgress]:
     """Two bars with the time left, of all operators and of the current one, where stderr is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     slow = [task.name for task in tasks if task.stored is None or task.calibrate]
     number = {name: index for index, name in enumerate(slow)}
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-        # The lines for people must not be drawn on stderr when stdout goes elsewhere.
-        redirect_stdout=sys.stdout.isatty(),
-    ) as bars:
+    # The lines for people must not be drawn on stderr when stdout goes elsewhere.
+    with make_bars(redirect_stdout=sys.stdout.isatty()) as bars:
         all_operators = bars.add_task("operators", total=len(number))
         current = bars.add_task("", total=None)
 

@@ -9,7 +9,7 @@ from typing import Any
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
-from operators.core.progress import progress_bars
+from operators.core.progress import progress_bars, working
 
 
 def build_one(described: Mapping[str, Any], options: BuildOptions) -> None:
@@ -24,13 +24,17 @@ def build_one(described: Mapping[str, Any], options: BuildOptions) -> None:
         store.check_free(entry.name, replace=options.replace)
         memory = parse_memory(options.max_memory)
 
-        from operators.builder.build import build_operator
-        from operators.model.loading import default_model, load_model
-        from operators.recipes.tasks import build_spec
+        with working("loading torch and the model"):
+            from operators.builder.build import build_operator
+            from operators.model.loading import default_model, load_model
+            from operators.recipes.tasks import build_spec
 
-        device = options.device or default_device()
-        loaded = load_model(options.model or default_model(), dtype=options.dtype, device=device)
+            device = options.device or default_device()
+            loaded = load_model(options.model or default_model(), dtype=options.dtype, device=device)
         spec = build_spec(entry, loaded)
+        # Before minutes go into a calibration.
+        warnings = describe.build_warnings(spec, loaded)
+        output.print_warnings(warnings)
         with progress_bars() as progress:
             artifact = build_operator(spec, loaded, max_memory=memory, progress=progress)
         if options.calibrate:
@@ -45,6 +49,8 @@ def build_one(described: Mapping[str, Any], options: BuildOptions) -> None:
         seconds = round(time.monotonic() - start, 2)
         answer = describe.operator_json(entry.name, path, store.read_header(entry.name))
         answer["concept_tokens"] = [loaded.tokenizer.decode([token]) for token in spec.texts[0].ids]
+        answer["last_tokens"] = [loaded.tokenizer.decode([text.ids[-1]]) for text in spec.texts]
+        answer["warnings"] = warnings
         answer["seconds"] = seconds
         if artifact.header.calibration is not None:
             answer["found"] = artifact.header.calibration.chosen is not None

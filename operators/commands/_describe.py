@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from operators.commands._output import align
@@ -12,7 +12,10 @@ from operators.core.positions import ALL_POSITIONS
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from operators.builder.spec import BuildSpec
     from operators.core.file_format import FileHeader
+    from operators.core.header import CalibrationPoint
+    from operators.model.loading import LoadedModel
 
 
 def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
@@ -24,7 +27,7 @@ def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
         "path": str(path),
         "bytes": found.num_bytes,
         "affine": found.affine,
-        "calibrated": None if point is None else point.model_dump(mode="json"),
+        "calibrated": point_json(point),
         **found.header.model_dump(mode="json"),
     }
 
@@ -39,8 +42,11 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         "name": operator["name"],
         "digest": operator["digest"],
         "concept": repr(operator["concept"]),
-        "tokens": f"{len(tokens)}: " + " ".join(repr(token) for token in tokens),
+        # Without a model there are only their ids.
+        "tokens" if "concept_tokens" in operator else "token ids": f"{len(tokens)}: "
+        + " ".join(repr(token) for token in tokens),
         **({"more texts": "; ".join(more)} if more else {}),
+        **({"last token": _last_tokens(operator["last_tokens"])} if "last_tokens" in operator else {}),
         **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),
         "model": f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']})",
         "profile": operator["profile"],
@@ -54,6 +60,14 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         **further,
     }
     return align([(f"{key}:", str(value)) for key, value in fields.items()])
+
+
+def build_warnings(spec: BuildSpec, loaded: LoadedModel) -> list[str]:
+    """What a user should be told of an operator that was built."""
+    from operators.builder.guidance import strength_warnings, text_warnings
+
+    texts = text_warnings(spec.texts, loaded.tokenizer.all_special_ids)
+    return [*texts, *strength_warnings(spec.recommended.strength)]
 
 
 def _vector_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
@@ -101,6 +115,18 @@ def setting_line(recommended: Mapping[str, Any]) -> str:
     return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}{where}"
 
 
+def point_json(point: CalibrationPoint | None) -> dict[str, Any] | None:
+    """A point of a calibration as JSON shows it."""
+    return None if point is None else point.model_dump(mode="json")
+
+
+def point_line(point: Mapping[str, Any]) -> str:
+    """A point of a calibration on one line: its setting, and what it measured."""
+    # Calibrations are at all positions.
+    setting = setting_line({**point, "positions": str(ALL_POSITIONS)})
+    return f"layer {point['layer']}, {setting}: {point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
+
+
 def nothing_found_line(recommended: Mapping[str, Any]) -> str:
     """What is recommended after a calibration that found no setting."""
     default = Recommended().model_dump(mode="json")
@@ -116,6 +142,11 @@ def file_size(num_bytes: int) -> str:
             return f"{amount:.3g} {unit}"
         amount /= 1000
     return f"{amount:.3g} GB"
+
+
+def _last_tokens(tokens: Sequence[str]) -> str:
+    whose = "the last position of the text" if len(tokens) == 1 else "the last positions of the texts"
+    return " ".join(map(repr, tokens)) + f" ({whose}: what the map ends at)"
 
 
 def _rank(operator: Mapping[str, Any]) -> str:

@@ -52,6 +52,13 @@ def print_answer(answer: Mapping[str, Any], lines: Iterable[str], *, as_json: bo
             print(printable(line))
 
 
+def print_warnings(warnings: Iterable[str], *, name: str = "") -> None:
+    """Prints warnings on stderr, a line each; JSON has them too, so that both kinds of reader get them."""
+    for warning in warnings:
+        about = f"{name}: {warning}" if name else warning
+        print(f"{COMMAND}: warning: {printable(about)}", file=sys.stderr)
+
+
 def print_error(error: OperatorError, *, as_json: bool) -> None:
     """Prints an error: an object on stdout, or a line on stderr for each of its problems."""
     if as_json:

@@ -19,11 +19,11 @@ from operators.commands._options import (
     open_store,
     parse_memory,
 )
-from operators.core.progress import Progress, progress_bars
+from operators.core.progress import Progress, progress_bars, working
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
-    from operators.core.header import Calibration, CalibrationPoint
+    from operators.core.header import Calibration, CalibrationPoint, OperatorHeader
     from operators.model.loading import LoadedModel
 
 _SHOWN = 6
@@ -65,16 +65,24 @@ def calibrate(
         Path | None, typer.Option(help="Draw the curves into this file, such as curves.png.", show_default=False)
     ] = None,
     max_memory: MaxMemoryOption = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Store what is found even where the present recommendation is better.")
+    ] = False,
     store_path: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the setting at which an operator works best, and store it as the operator's recommendation."""
+    """Find the setting at which an operator works best, and store it as the operator's recommendation.
+
+    A recommendation that an earlier calibration found stays where it is better: where the same words were hit in more
+    texts within the same bounds, or nothing is found now.
+    """
     start = time.monotonic()
     with output.exit_on_error(as_json):
         from operators.core.errors import TrialError
         from operators.model.loading import load_model
         from operators.tune.calibrate import calibrate as calibrate_operator
         from operators.tune.calibration_spec import CalibrationSpec
+        from operators.tune.comparison import is_worse
         from operators.tune.prompts import calibration_prompts, read_prompts
 
         store = open_store(store_path)
@@ -95,18 +103,24 @@ def calibrate(
         )
         if plot is not None:
             _check_plot(plot)
-        loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
+        with working(f"loading {model or header.model}"):
+            loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
         with progress_bars() as progress:
             calibrated = calibrate_operator(artifact, loaded, spec, max_memory=budget, progress=progress)
-        path = store.save(name, calibrated, replace=True)
         curves = calibrated.header.calibration
         assert curves is not None  # noqa: S101 - for the type checker
+        kept = not replace and is_worse(curves, header)
+        path = store.path_of(name) if kept else store.save(name, calibrated, replace=True)
         if plot is not None:
             _draw(curves, name, plot)
         answer = describe.operator_json(name, path, store.read_header(name))
         answer["found"] = curves.chosen is not None
+        answer["kept"] = kept
+        answer["previous"] = describe.point_json(header.calibrated_point)
+        answer["new"] = describe.point_json(None if curves.chosen is None else curves.points[curves.chosen])
         answer["seconds"] = round(time.monotonic() - start, 2)
-        output.print_answer(answer, _lines(answer, curves), as_json=as_json)
+        lines = [*_lines(answer, curves), *_comparison_lines(answer, comparable=_is_comparable(header, curves))]
+        output.print_answer(answer, lines, as_json=as_json)
 
 
 def calibrate_with_defaults(
@@ -153,6 +167,8 @@ def _lines(answer: dict[str, Any], curves: Calibration) -> list[str]:
             f"{curves.max_perplexity_ratio:g} and distinct-2 from {curves.min_distinct_ratio:g} times the plain one. "
             f"The recommendation stays: layer {answer['layer']}, {setting}"
         )
+    elif answer["kept"]:
+        found = f"{answer['name']}: found {describe.point_line(answer['new'])}, which is not stored"
     else:
         found = f"{answer['name']}: recommended are layer {answer['layer']}, {setting}"
     measured = (
@@ -160,6 +176,24 @@ def _lines(answer: dict[str, Any], curves: Calibration) -> list[str]:
         f"words: {', '.join(curves.words)}; {answer['seconds']:.0f} s"
     )
     return [found, *output.align(table), measured]
+
+
+def _comparison_lines(answer: dict[str, Any], *, comparable: bool) -> list[str]:
+    """What became of an earlier calibration's recommendation, where there was one."""
+    if answer["previous"] is None:
+        return []
+    previous = describe.point_line(answer["previous"])
+    if answer["kept"]:
+        return [f"kept, because it is better: {previous} (--replace stores what was found)"]
+    if not comparable:
+        return [f"replaced: {previous}; of other words or bounds, so that the two cannot be compared"]
+    return [f"replaced: {previous}"]
+
+
+def _is_comparable(header: OperatorHeader, curves: Calibration) -> bool:
+    from operators.tune.comparison import is_comparable
+
+    return header.calibration is not None and is_comparable(curves, header.calibration)
 
 
 def _cells(point: CalibrationPoint) -> tuple[str, ...]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is counted, how many are done, how many there are)."""
@@ -14,21 +19,34 @@ def silent(_what: str, _done: int, _total: int) -> None:
     """Ignores the progress."""
 
 
-@contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """Bars with the time left on stderr, one for each kind of thing counted; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+_SPEED_PERIOD = 3600.0
+"""Seconds that the time left is estimated from: a batch of texts may take minutes, and rich's 30 s would forget it."""
 
-    with Progress(
+
+def make_bars(*, clock: Callable[[], float] | None = None, **options: Any) -> Bars:
+    """Bars with the time left on stderr, for ``with``; nothing is drawn where stderr is no terminal.
+
+    The time left is that of a total that stays: rich forgets the speed of a task whose total changes.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    return Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-        transient=True,
-    ) as bars:
+        speed_estimate_period=_SPEED_PERIOD,
+        get_time=clock,
+        **{"console": Console(stderr=True), "disable": not sys.stderr.isatty(), "transient": True, **options},
+    )
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Bars with the time left on stderr, one for each kind of thing counted; nothing where stderr is no terminal."""
+    with make_bars() as bars:
         tasks: dict[str, TaskID] = {}
 
         def update(what: str, done: int, total: int) -> None:
@@ -37,3 +55,16 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Shows ``what`` with a moving sign on stderr while the block runs; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status(escape(what)):
+        yield

@@ -64,9 +64,9 @@ def exact_jacobian(affine_map: AffineMap, *, rows_per_pass: int = VECTORS_PER_PA
     return _stack_rows(affine_map.vjp, n, d, min(rows_per_pass, d), affine_map.y)
 
 
-def dense_map(replay: Replay) -> DenseMap:
-    """The map of one prompt, written out."""
-    return DenseMap(exact_jacobian(replay), replay.x, replay.y, replay.offset)
+def dense_map(replay: Replay, *, rows_per_pass: int = VECTORS_PER_PASS) -> DenseMap:
+    """The map of one prompt, written out, ``rows_per_pass`` rows of every J_i at a time."""
+    return DenseMap(exact_jacobian(replay, rows_per_pass=rows_per_pass), replay.x, replay.y, replay.offset)
 
 
 def detached_jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int, profile: Profile) -> DenseMap:

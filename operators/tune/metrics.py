@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from operators.core.errors import TrialError
+from operators.core.scripts import SPACELESS
 from operators.model.loading import LoadedModel
 from operators.tune.continuations import Continuation
 
@@ -49,7 +51,11 @@ def continuation_text(text: Continuation, loaded: LoadedModel) -> str:
 
 
 class WordList:
-    """The words that show a concept: matched whole, in any case; any white space separates the words of one entry."""
+    """The words that show a concept: matched whole, in any case; any white space separates the words of one entry.
+
+    Where a word begins or ends in a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) it is found
+    within a sentence, and characters of these end a word of another script. Composed and decomposed characters are one.
+    """
 
     def __init__(self, words: Sequence[str]) -> None:
         """Raises :class:`TrialError` where there are no words, or one is blank."""
@@ -59,12 +65,28 @@ class WordList:
             if not word.strip():
                 raise TrialError(f"word {word!r} is blank; a word or several separated by spaces are accepted")
         self.words = tuple(words)
-        each = (r"\s+".join(re.escape(part) for part in word.split()) for word in words)
-        self._pattern = re.compile(rf"(?<!\w)(?:{'|'.join(each)})(?!\w)", re.IGNORECASE)
+        self._pattern = re.compile("|".join(_word_pattern(_normalised(word)) for word in words))
 
     def matches(self, text: str) -> bool:
         """Whether one of them is in the text."""
-        return self._pattern.search(text) is not None
+        return self._pattern.search(_normalised(text)) is not None
+
+
+_LETTER = rf"[^\W{SPACELESS}]"
+"""A character of a word, of a script with spaces."""
+_IS_SPACELESS = re.compile(f"[{SPACELESS}]")
+
+
+def _word_pattern(word: str) -> str:
+    parts = word.split()
+    before = "" if _IS_SPACELESS.match(parts[0][0]) else f"(?<!{_LETTER})"
+    after = "" if _IS_SPACELESS.match(parts[-1][-1]) else f"(?!{_LETTER})"
+    return before + r"\s+".join(map(re.escape, parts)) + after
+
+
+def _normalised(text: str) -> str:
+    """Composed (NFC) and without case; folding may take characters apart, hence twice."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def percentile(values: Sequence[float], share: float) -> float:

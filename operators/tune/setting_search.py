@@ -51,12 +51,15 @@ def search_settings(
     """
     budget = capacity.free_memory(loaded.device) if max_memory is None else max_memory
     evaluator = CandidateEvaluator(operators, loaded, spec, budget)
-    search = _SettingSearch(evaluator, spec, progress)
     candidates = candidates_of(list(operators), spec)
     num_finalists = FINALISTS * len(set(spec.blends))
+    scouts = len(candidates) > num_finalists and len(spec.prompts) > SCOUT_PROMPTS
+    texts_later = (num_finalists if scouts else len(candidates)) * len(spec.prompts) * FINAL_ROUNDS
+    texts_scouted = len(candidates) * SCOUT_PROMPTS * SCOUT_ROUNDS if scouts else 0
+    search = _SettingSearch(evaluator, spec, _TextProgress(progress, texts_scouted + texts_later))
     scouted: _Curves = {}
-    if len(candidates) > num_finalists and len(spec.prompts) > SCOUT_PROMPTS:
-        scouted = search.curves(candidates, SCOUT_PROMPTS, SCOUT_ROUNDS, {}, num_finalists=num_finalists)
+    if scouts:
+        scouted = search.curves(candidates, SCOUT_PROMPTS, SCOUT_ROUNDS, {}, texts_later=texts_later)
         candidates = search.finalists(scouted)
     final = search.curves(candidates, len(spec.prompts), FINAL_ROUNDS, scouted)
     plain = evaluator.plain_metrics(len(spec.prompts))
@@ -80,10 +83,9 @@ def search_settings(
 class _SettingSearch:
     """The strength search of every candidate. ``points``: all that were evaluated, in order."""
 
-    def __init__(self, evaluator: CandidateEvaluator, spec: CalibrationSpec, progress: Progress) -> None:
+    def __init__(self, evaluator: CandidateEvaluator, spec: CalibrationSpec, progress: _TextProgress) -> None:
         self.points: list[CalibrationPoint] = []
         self._evaluator, self._spec, self._progress = evaluator, spec, progress
-        self._texts_done = self._texts_planned = 0
 
     def curves(
         self,
@@ -92,27 +94,27 @@ class _SettingSearch:
         rounds: int,
         scouted: Mapping[Candidate, Sequence[CalibrationPoint]],
         *,
-        num_finalists: int = 0,
+        texts_later: int = 0,
     ) -> _Curves:
         """Brings every candidate to the budget on the first prompts; the strengths of a round are decoded together.
 
         Args:
             scouted: their points on fewer prompts, where there are any.
-            num_finalists: how many candidates will be evaluated on all prompts later; for the progress only.
+            texts_later: how many texts may be decoded after these curves; for the progress only.
         """
         curves: _Curves = {candidate: [] for candidate in candidates}
-        texts_later = num_finalists * len(self._spec.prompts) * FINAL_ROUNDS
         for rounds_left in range(rounds, 0, -1):
             trials = [
                 (candidate, strength)
                 for candidate, points in curves.items()
                 if (strength := self._next_strength(points, scouted.get(candidate, ()))) is not None
             ]
-            self._texts_planned = self._texts_done + len(trials) * num_prompts * rounds_left + texts_later
-            points = self._evaluator.evaluate(trials, num_prompts, self._count_texts)
+            self._progress.leave(len(trials) * num_prompts * rounds_left + texts_later)
+            points = self._evaluator.evaluate(trials, num_prompts, self._progress.decoded)
             for (candidate, _), point in zip(trials, points, strict=True):
                 curves[candidate].append(point)
                 self.points.append(point)
+        self._progress.leave(texts_later)
         return curves
 
     def finalists(self, scouted: _Curves) -> list[Candidate]:
@@ -156,9 +158,25 @@ class _SettingSearch:
         weaker = round_strength(weakest * WEAKER)
         return weaker if weaker >= MIN_STRENGTH else None
 
-    def _count_texts(self, num_texts: int) -> None:
-        self._texts_done += num_texts
-        self._progress("texts written", self._texts_done, max(self._texts_planned, self._texts_done))
+
+class _TextProgress:
+    """Counts texts that are decoded, or need not be any more, of the most that a search may take.
+
+    The total stays: a time left can be told only of one that does. A search that ends early jumps to the end.
+    """
+
+    def __init__(self, progress: Progress, most: int) -> None:
+        self._progress, self._total, self._left = progress, most, most
+
+    def leave(self, texts: int) -> None:
+        """At most so many texts are left."""
+        if texts < self._left:
+            self.decoded(self._left - texts)
+
+    def decoded(self, texts: int) -> None:
+        """So many texts were decoded."""
+        self._left -= texts
+        self._progress("texts", self._total - self._left, self._total)
 
 
 def _quality(point: CalibrationPoint) -> tuple[float, float, float]:

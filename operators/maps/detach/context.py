@@ -73,7 +73,9 @@ def recording(model: PreTrainedModel) -> Iterator[Tape]:
 
 
 @contextmanager
-def replaying(model: PreTrainedModel, tape: Tape, *, final: nn.Module | None = None) -> Iterator[None]:
+def replaying(
+    model: PreTrainedModel, tape: Tape, *, final: nn.Module | None = None, within: nn.Module | None = None
+) -> Iterator[None]:
     """Inside the block, the model's blocks are the affine maps that were recorded, for inputs of the recorded length.
 
     Call the blocks themselves, with hidden states (l, n, d) and nothing else: whatever uses positions and masks is
@@ -83,13 +85,15 @@ def replaying(model: PreTrainedModel, tape: Tape, *, final: nn.Module | None = N
     Args:
         final: a block of which only the last position is needed, and computed beyond the values of attention; what it
             returns for the other positions is meaningless. None means that all blocks compute all positions.
+        within: the block that will be called, where it is one: no other is changed, which takes time for each module.
     """
+    changed: nn.Module = model if within is None else within
     family = family_of(model)
     tape = tape.replayed()
     with ExitStack() as undo:
-        _freeze_norms_and_gates(model, family, tape, undo)
+        _freeze_norms_and_gates(changed, family, tape, undo)
         in_final = set() if final is None else set(final.modules())
-        for module in list(model.modules()):
+        for module in list(changed.modules()):
             kind = type(module)
             if kind in family.attentions:
                 # One position broadcasts over the stream of all of them: the sum is right at the last one only.

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from types import ModuleType
 from typing import Any
 
@@ -219,10 +220,14 @@ def family_of(model: nn.Module) -> Family:
         if type(module) is kind
     }
     for name, module in model.named_modules():
-        inside_activation = any(name == path or name.startswith(f"{path}.") for path in activations)
-        if type(module) not in known_classes and not inside_activation:
+        if type(module) not in known_classes and activations.isdisjoint(_path_and_parents(name)):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: module {name!r} of class {type(module).__name__} is in no rule of "
                 f"the {family.name!r} table; {_GUIDE} it"
             )
     return family
+
+
+def _path_and_parents(name: str) -> Iterator[str]:
+    """``"a.b.c"``: a, a.b and a.b.c."""
+    return accumulate(name.split("."), "{}.{}".format)

@@ -1,11 +1,14 @@
 """The maps of blocks and of their parts, and singular values, against what they must be."""
 
+import contextlib
+
 import pytest
 import torch
 
 from operators.analyse import spectra
 from operators.analyse.frozen_blocks import TARGETS, FrozenBlocks, ordinary_product
 from operators.analyse.layers import layer_matrices, settled_layer
+from operators.analyse.threads import one_thread
 from operators.core.errors import AnalysisError
 from operators.maps.jacobian import detached_jacobian, ordinary_jacobian, relative_error
 from operators.maps.replay import Replay
@@ -61,6 +64,23 @@ def test_positions_that_are_zero_need_not_be_computed(tiny, family):
     cut, whole = frozen.jvp(2, columns, [0, n - 1]), frozen.jvp(2, spread, range(n))
     for target in TARGETS:
         assert relative_error(cut.last(target), whole.last(target)) <= 1e-13
+
+
+def test_outputs_at_the_last_position_alone_are_those_of_all(tiny, family):
+    frozen = FrozenBlocks(tiny(family).model, IDS)
+    tangents = torch.randn(4, 2, frozen.shape[2], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    places = [len(IDS) - 3, len(IDS) - 1]
+    last, whole = frozen.jvp(2, tangents, places, last_only=True), frozen.jvp(2, tangents, places)
+    for target in TARGETS:
+        assert relative_error(last.last(target), whole.last(target)) <= 1e-13
+
+
+def test_one_thread_computes_and_the_others_come_back():
+    before = torch.get_num_threads()
+    with contextlib.suppress(KeyError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
 
 
 def test_the_recorded_parts_add_up_to_the_models_own_stream(tiny, family):

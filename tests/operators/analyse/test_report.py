@@ -228,6 +228,15 @@ def test_labels_can_be_drawn_in_the_font():
     assert len(canvas.label("a" * 40)) == 16
 
 
+def test_the_dark_plot_has_the_layout_that_it_would_get_by_itself(found):
+    def draw(figure, theme):
+        plots._positions(figure, theme, found)
+
+    both = canvas.render(draw, size=(6, 4), footer="x")
+    alone, _ = canvas._render(draw, (6, 4), "x", canvas.DARK, None)
+    assert both.dark == alone != both.light
+
+
 def test_drawing_many_positions_leaves_matplotlib_as_it_was(found):
     import matplotlib
 

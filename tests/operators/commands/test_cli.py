@@ -79,6 +79,28 @@ def test_build_stores_an_operator_and_describes_it(run, store_path, tiny_directo
     assert answer["affine"] is False
 
 
+def test_build_warns_of_a_word_alone_and_of_a_strength_that_no_server_takes(run):
+    result = run("build", "gate", "--text", "Bridge", "--text", TEXT, "--strength", "5", "--json")
+    assert result.exit_code == 0
+    one_word, strength = _json(result)["warnings"]
+    assert "'Bridge' is one word" in one_word
+    assert "strength 5 " in strength
+    assert result.stderr.splitlines() == [f"steer-operators: warning: {each}" for each in (one_word, strength)]
+    assert len(_json(result)["last_tokens"]) == 2
+    assert _json(result)["last_tokens"][0] == _json(result)["concept_tokens"][-1]
+
+
+def test_build_of_a_file_warns_of_each_operator_once(run, tmp_path):
+    concepts = [f'[[concept]]\nname = "{name}"\ntext = "{text}"\n' for name, text in (("a", "Bridge"), ("b", TEXT))]
+    (tmp_path / "c.toml").write_text("".join(concepts))
+    result = run("build", "--file", str(tmp_path / "c.toml"), "--json")
+    told = {each["name"]: each["warnings"] for each in _json(result)["operators"]}
+    assert told["b"] == []
+    assert "'Bridge' is one word" in told["a"][0]
+    assert result.stderr == f"steer-operators: warning: a: {told['a'][0]}\n"
+    assert run("build", "--file", str(tmp_path / "c.toml")).stderr == "", "it is up to date"
+
+
 def test_build_takes_every_option(run, store_path, tiny_directory, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     result = run(

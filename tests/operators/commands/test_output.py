@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 
 import pytest
 import torch
 import typer
+from rich.console import Console
 
 from operators.builder.concept import Concept
 from operators.builder.spec import BuildSpec
@@ -15,7 +17,7 @@ from operators.builder.stored import StoredOperator
 from operators.commands import _build_file, _describe, _output
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, LowRank, Recommended
-from operators.core.progress import progress_bars
+from operators.core.progress import make_bars, progress_bars, working
 from operators.core.store import Store
 from operators.recipes.tasks import BuildTask
 
@@ -54,6 +56,28 @@ def test_the_progress_bar_is_drawn_on_a_terminal_and_only_there(capfd, monkeypat
         progress("Jacobian products", 64, 576)
     assert "Jacobian products" in drawn[0]
     assert "64/576" in drawn[0]
+
+
+def test_a_time_left_is_told_of_batches_that_take_minutes():
+    now = 0.0
+    bars = make_bars(clock=lambda: now, disable=False, console=Console(file=io.StringIO()))
+    task = bars.add_task("texts", total=100)
+    for done in (10, 20, 30):
+        now += 90.0
+        bars.update(task, completed=done, total=100)
+    # 20 texts in the 180 s between the first and the last batch.
+    assert bars.tasks[0].time_remaining == pytest.approx(70 * 9, rel=0.01)
+    assert bars.columns[-1].render(bars.tasks[0]).plain == "0:10:30"
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
+def test_waiting_is_shown_on_a_terminal_and_only_there(capfd, monkeypatch):
+    with working("loading [a] model"):
+        pass
+    assert capfd.readouterr().err == ""
+    with _terminal(monkeypatch) as drawn, working("loading [a] model"):
+        pass
+    assert "loading [a] model" in drawn[0]
 
 
 @pytest.mark.parametrize(

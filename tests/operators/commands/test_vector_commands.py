@@ -78,6 +78,9 @@ def test_a_layer_of_a_control_vector_is_imported_shown_and_listed(run, gguf, sto
     assert "reconstruction" not in shown
     assert "  vector  " in run("list").stdout
     assert json.loads(run("show", "happy", "--json").stdout)["vector"]["method"] == "import"
+    refused = run("show", "happy", "--reads")
+    assert refused.exit_code == 1
+    assert "is a vector, which reads nothing" in refused.stderr
 
 
 def test_all_layers_become_an_operator_each_and_the_one_without_a_block_is_named(run, gguf, store_path):

@@ -38,10 +38,11 @@ def overflowing(tiny, tmp_path):
 
 
 def test_a_concept_that_fails_does_not_lose_the_others(build_file, shelf, overflowing):
-    text = '[[concept]]\nname = "a"\ntext = "bay"\nlayers = [3, 1]\n[[concept]]\nname = "b"\ntext = "gate"\nlayer = 1\n'
+    text = '[[concept]]\nname = "a"\ntext = "The old bay"\nlayers = [3, 1]\n'
+    text += '[[concept]]\nname = "b"\ntext = "The Golden Gate"\nlayer = 1\n'
     result = build_file(text, "--model", overflowing)
     assert result.exit_code == 1
-    said = f"the hidden state of 'bay' at layer 3 of {overflowing} is not finite in float32"
+    said = f"the hidden state of 'The old bay' at layer 3 of {overflowing} is not finite in float32"
     assert re.fullmatch(rf"a-layer3  failed +[\d.]+ s  {said}", result.stdout.splitlines()[0])
     assert result.stdout.splitlines()[-1].startswith("2 built, 1 failed: ")
     assert result.stderr == f"steer-operators: a-layer3: {said}\n"

@@ -17,7 +17,7 @@ from operators.builder.spec import BuildSpec
 from operators.builder.verify import verify_operator
 from operators.core.apply import Setting, prepare
 from operators.core.errors import BuildError, IncompatibleOperatorError, OperatorError
-from operators.core.header import Recommended
+from operators.core.header import Calibration, CalibrationPoint, Recommended
 from operators.core.store import Store
 from operators.model import loading as models
 from operators.tune.calibrate import calibrate, candidate_layers
@@ -149,6 +149,7 @@ def test_many_candidates_are_looked_at_on_a_few_prompts_first(tiny, operator):
         progress=lambda *now: told.append(now),
     )
     assert {point.texts for point in found.points} == {2 + SCOUT_PROMPTS}, "six places for six candidates"
+    told_of_few, told = told, []
     operators = {
         layer: build_operator(BuildSpec((concept_from_text(TEXT, loaded),), layer=layer), loaded) for layer in (1, 2)
     }
@@ -159,6 +160,11 @@ def test_many_candidates_are_looked_at_on_a_few_prompts_first(tiny, operator):
     assert finals < scouts
     assert sorted(blend for _, _, blend in finals) == sorted([0.0, 0.5, 1.0] * FINALISTS)
     assert all(done <= total for _, done, total in told)
+    for run in (told, told_of_few):
+        dones, totals = [done for _, done, _ in run], {total for _, _, total in run}
+        assert len(totals) == 1, "a time left can be told only of a total that stays"
+        assert dones == sorted(dones)
+        assert dones[-1] == totals.pop()
 
 
 def test_default_layers_are_the_operators_own_and_others_over_the_middle(operator, make_operator):
@@ -283,6 +289,68 @@ def test_the_command_recommends_what_it_found_and_draws_it(shelf):
     found = Store(directory).load("bay").header
     assert (directory / "c.png").read_bytes().startswith(b"\x89PNG")
     assert f"strength {found.recommended.strength:g}, {found.recommended.rule}" in result.stdout
+
+
+def _point(hit_rate, strength=0.3):
+    return CalibrationPoint(layer=2, rule="cumulative", blend=0.5, strength=strength, texts=2, kl_p95=0.9,
+                            hit_rate=hit_rate, perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words", "more", "kept"),
+    [
+        (0.9, 0.5, "bay", (), True),
+        (0.9, None, "bay", (), True),
+        (0.9, None, "other", (), True),
+        (0.9, 0.5, "bay", ("--replace",), False),
+        (0.5, 0.5, "bay", (), False),
+        (0.5, 0.9, "bay", (), False),
+        (0.9, 0.5, "other", (), False),
+        (0.9, 0.5, "bay", ("--kl-budget", "2"), False),
+        (None, 0.5, "bay", (), False),
+    ],
+)
+def test_a_better_recommendation_is_replaced_only_on_request(shelf, monkeypatch, before, now, words, more, kept):
+    directory, run = shelf
+    found = before
+
+    def search_settings(_operators, _loaded, spec, **_):
+        points = (_point(found or 0.0, 0.3 if found == before else 0.4),)
+        return Calibration(words=spec.words, kl_budget=spec.kl_budget, max_perplexity_ratio=2.0,
+                           min_distinct_ratio=0.75, prompts=len(spec.prompts), tokens=spec.tokens, plain_hit_rate=0.0,
+                           plain_perplexity=5.0, plain_distinct_2=0.9, points=points,
+                           chosen=None if found is None else 0)  # fmt: skip
+
+    monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
+    assert run("--words", "bay", "--layers", "2").exit_code == 0
+    first = Store(directory).load("bay")
+    found = now
+    result = run("--words", words, "--layers", "2", *more, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["kept"] is kept
+    assert (Store(directory).load("bay").digest == first.digest) is kept or before == now
+    assert (answer["previous"] or {}).get("hit_rate") == before
+    assert (answer["new"] or {}).get("hit_rate") == now
+    if before is not None and not kept:
+        assert "replaced: layer 2" in run("--words", words, "--layers", "2", *more).stdout
+
+
+def test_a_person_sees_both_settings_where_the_better_one_is_kept(shelf, monkeypatch):
+    _, run = shelf
+    rates = iter((0.9, 0.5))
+
+    def search_settings(_operators, _loaded, spec, **_):
+        return Calibration(words=spec.words, kl_budget=1.0, max_perplexity_ratio=2.0, min_distinct_ratio=0.75,
+                           prompts=2, tokens=3, plain_hit_rate=0.0, plain_perplexity=5.0, plain_distinct_2=0.9,
+                           points=(_point(next(rates)),), chosen=0)  # fmt: skip
+
+    monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
+    run("--words", "bay", "--layers", "2")
+    lines = run("--words", "bay", "--layers", "2").stdout.splitlines()
+    assert "50% hits" in lines[0]
+    assert "not stored" in lines[0]
+    assert lines[-1].startswith("kept, because it is better: layer 2")
+    assert "90% hits" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,30 @@ def test_words_are_found_whole_and_in_any_case(text, hit):
     assert WordList(("golden gate", "bridge")).matches(text) is hit
 
 
+@pytest.mark.parametrize(
+    ("word", "text", "hit"),
+    [
+        ("金门大桥", "我们走过金门大桥看海。", True),
+        ("東京", "昨日は東京へ行った", True),
+        ("カフェ", "あのカフェで", True),
+        ("กาแฟ", "ฉันดื่มกาแฟทุกเช้า", True),
+        ("金门大桥", "我们走过金门", False),
+        ("London", "我爱London。", True),
+        ("London", "我爱Londons。", False),
+        ("東京 tower", "新東京 tower", True),
+        ("東京 tower", "新東京 towers", False),
+        ("caf\u00e9", "the cafe\u0301 is", True),
+        ("cafe\u0301", "the caf\u00e9 is", True),
+        ("cafe", "the cafe\u0301 is", False),
+        ("straße", "DIE STRASSE", True),
+        ("мост", "через Мост.", True),
+        ("мост", "мосты", False),
+    ],
+)
+def test_words_of_any_script_and_normal_form_are_counted(word, text, hit):
+    assert WordList((word,)).matches(text) is hit
+
+
 def test_a_word_is_no_pattern():
     assert WordList(("c++",)).matches("in C++ it")
     assert not WordList(("b.g",)).matches("big")
