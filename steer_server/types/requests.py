@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -124,9 +125,10 @@ class CompareRequest:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        names = [arm.name for arm in self.arms]
+        # Counted once: a request may bring thousands of arms, whatever the server admits afterwards.
+        counts = Counter(arm.name for arm in self.arms)
         for index, arm in enumerate(self.arms):
-            if not arm.name or arm.name == NORMAL or names.count(arm.name) > 1:
+            if not arm.name or arm.name == NORMAL or counts[arm.name] > 1:
                 raise InvalidRequestError(
                     f"arms[{index}].name",
                     f"is {arm.name!r}; a name of its own is needed, other than {NORMAL!r}",

@@ -5,7 +5,7 @@ from typing import Annotated
 import pytest
 
 from steer_server.errors import InvalidRequestError
-from steer_server.types import Arm, OperatorUse, Prompt, SamplingParams
+from steer_server.types import Arm, CompareRequest, OperatorUse, Prompt, SamplingParams
 from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
 
 
@@ -70,3 +70,22 @@ def test_the_items_of_a_tuple_of_numbers_are_not_looked_at_one_by_one():
             pytest.fail("the items are looked at")
 
     assert len(Prompt(token_ids=CountedTuple(ids)).token_ids) == 1 << 20
+
+
+def test_the_names_of_arms_are_not_compared_pair_by_pair():
+    compared = []
+
+    class Name(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            compared.append(1)
+            return str.__eq__(self, other)
+
+    use = (OperatorUse("golden"),)
+    arms = tuple(Arm(Name(f"arm {index}"), use) for index in range(2000))
+    CompareRequest("id", Prompt(text="a"), SamplingParams(), arms)
+    assert len(compared) < 10 * len(arms)
+    with pytest.raises(InvalidRequestError, match=r"arms\[0\]\.name"):
+        CompareRequest("id", Prompt(text="a"), SamplingParams(), (*arms, arms[0]))
