@@ -52,9 +52,11 @@ def check_receipts(
     asked = [(use.artifact.digest, use.setting.positions) for use in uses]
     if asked != [(receipt.digest, receipt.positions) for receipt in receipts]:
         raise SteeringNotAppliedError("the engine's receipts are not those of the plan")
-    if generated_tokens == 0:
-        # Interrupted, perhaps amid the prompt.
+    if generated_tokens == 0 and reason in _INTERRUPTIONS:
+        # Perhaps amid the prompt.
         return
+    if generated_tokens == 0 and any(use.setting.strength for use in uses):
+        raise SteeringNotAppliedError(f"the text ended ({reason}) without a token, so that nothing proves its steering")
     num_fed = prompt_tokens + generated_tokens - 1
     for use, receipt in zip(uses, receipts, strict=True):
         if use.setting.strength == 0.0:

@@ -115,3 +115,13 @@ def test_a_text_without_one_of_the_positions_is_an_error_unless_it_was_interrupt
 def test_a_text_of_one_token_has_fed_nothing_that_was_generated(plan_at):
     with pytest.raises(SteeringNotAppliedError, match="nothing was steered"):
         _check(plan_at("generated"), [(0, 0, 0)], 1, FinishReason.EOS)
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_a_text_without_a_token_is_an_error_unless_it_was_interrupted(plan_at, reason):
+    if reason in (FinishReason.TIME_LIMIT, FinishReason.CANCELLED):
+        _check(plan_at("all"), [(0, 0, 0)], 0, reason)
+    else:
+        with pytest.raises(SteeringNotAppliedError, match=rf"ended \({reason}\) without a token"):
+            _check(plan_at("all"), [(0, 0, 0)], 0, reason)
+    _check(plan_at("all", strength=0.0), [(0, 0, 0)], 0, reason)
