@@ -12,6 +12,7 @@ from steer_server.types.events import (
     Receipt,
     RowFinished,
     Score,
+    SteeredWord,
     TokenEvent,
     TokenLogprob,
     TopLogprob,
@@ -26,6 +27,8 @@ from steer_server.types.requests import (
     DEFAULT_MAX_TOKENS,
     MAX_LOGPROBS,
     MAX_OPERATORS,
+    MAX_WORD,
+    MAX_WORDS,
     NORMAL,
     Arm,
     ChatMessage,
@@ -35,6 +38,7 @@ from steer_server.types.requests import (
     Prompt,
     SamplingParams,
     TokenizeRequest,
+    WeightedWord,
 )
 from steer_server.types.results import (
     ArmEvent,
@@ -55,6 +59,8 @@ __all__ = [
     "DEFAULT_MAX_TOKENS",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
+    "MAX_WORD",
+    "MAX_WORDS",
     "NORMAL",
     "Admitted",
     "Application",
@@ -81,6 +87,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "Started",
+    "SteeredWord",
     "SteeringPlan",
     "Timings",
     "TokenEvent",
@@ -89,4 +96,5 @@ __all__ = [
     "TokenizeRequest",
     "TopLogprob",
     "Usage",
+    "WeightedWord",
 ]

@@ -15,6 +15,10 @@ from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
 DEFAULT_MAX_TOKENS = 128
 MAX_LOGPROBS = 20
 MAX_OPERATORS = 16
+MAX_WORDS = 16
+"""Words that one use of a lens mixes."""
+MAX_WORD = 128
+"""Characters of one of them."""
 NORMAL = "normal"
 """Name of the plain arm of a comparison."""
 
@@ -79,6 +83,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class WeightedWord:
+    """A word that a lens is asked for, and its weight among the others'; negative pushes away from it."""
+
+    text: Annotated[str, NotEmpty("a word is needed"), Bounded(max_characters=MAX_WORD)]
+    weight: Annotated[float, Range(accepted="a finite number other than 0")] = 1.0
+
+
+@dataclass(frozen=True)
 class OperatorUse:
     """An operator as a request names it; None takes the operator's recommended value."""
 
@@ -87,6 +99,10 @@ class OperatorUse:
     rule: Rule | None = None
     blend: float | None = None
     positions: Positions | None = None
+    words: Annotated[tuple[WeightedWord, ...], Bounded(max_items=MAX_WORDS, items="words")] = ()
+    """Of a lens, and of nothing else."""
+    kl: Annotated[float | None, Range(above=0.0)] = None
+    """In place of a strength: the p95 KL in nats that it is to have by the operator's dose curve."""
 
 
 @dataclass(frozen=True)
