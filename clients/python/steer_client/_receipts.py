@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
@@ -73,7 +74,8 @@ def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
 
 
 def _words_problem(use: OperatorUse, receipt: Receipt) -> str | None:
-    asked = [(word.text, float(word.weight)) for word in use.words]
+    # As the server reads them.
+    asked = [(unicodedata.normalize("NFC", word.text).strip(), float(word.weight)) for word in use.words]
     read = [(word.text, word.weight) for word in receipt.words]
     if asked != read:
         return f"the receipt says words {_named(read)}, asked for were {_named(asked)}"

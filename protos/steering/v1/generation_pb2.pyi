@@ -360,7 +360,9 @@ class WeightedWord(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """As it would stand in a text, without spaces around it; of several tokens, their mean. At most 128 characters."""
+    """As it would stand in a text; of several tokens, their mean. At most 64 characters. The receipt has it in Unicode's
+    composed form (NFC), without white space around it.
+    """
     weight: _builtins.float
     """Of the word's unit direction in the sum of all; negative pushes away from it, 0 is not accepted. Default 1."""
     def __init__(
@@ -432,8 +434,8 @@ class OperatorUse(_message.Message):
     kl: _builtins.float
     """A dose in nats in place of `strength`, which is then read off the operator's dose curve: the strength at which the
     95th percentile over the tokens of KL(plain || steered) was that when the operator was measured. Above 0, and within
-    the curve; an operator without one is INVALID_ARGUMENT. Default of a lens with a curve, where `strength` is not
-    given either: 0.5.
+    the curve; an operator without one is INVALID_ARGUMENT. Default of a lens that recommends one, where `strength` is
+    not given either: 0.5 unless its maker chose another.
     """
     @_builtins.property
     def positions(self) -> Global___Positions:
