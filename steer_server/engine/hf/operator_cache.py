@@ -11,7 +11,6 @@ from operators.core.errors import SteeringError
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Application
 
-
 MAX_OPERATORS_KEPT = 4096
 """Words make many small operators, each with a cost beside its numbers."""
 
