@@ -129,7 +129,6 @@ def test_a_budget_beyond_what_was_measured_is_refused_and_the_range_named(regist
         ({"strength": 0.2}, "words", "'lens' is a lens"),
         ({"words": words(" ")}, "words", "0 characters"),
         ({"words": words("\u200b")}, "words", "no visible character"),
-        ({"words": words("<eos>")}, "words", "special or unknown"),
         ({"words": words(bridge=0.0)}, "words", "weight 0"),
         ({"words": words("bridge", "bridge")}, "words", "'bridge' is there twice"),
         ({"words": words("bridge", " bridge")}, "words", "'bridge' is there twice"),
@@ -145,6 +144,11 @@ def test_what_is_refused_names_its_field(registry, fields, field, problem):
     with pytest.raises(InvalidRequestError, match=problem) as caught:
         registry.plan((OperatorUse("golden"), use), field="arms[2].operators")
     assert caught.value.field == f"arms[2].operators[1].{field}"
+
+
+def test_a_special_token_is_no_word(registry, llama):
+    with pytest.raises(InvalidRequestError, match="special or unknown"):
+        applied(registry, "lens", 0.1, words=words(llama.tokenizer.all_special_tokens[0]))
 
 
 def test_an_operator_that_was_calibrated_has_a_budget_too(

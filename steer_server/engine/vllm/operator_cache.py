@@ -132,7 +132,7 @@ class OperatorCache:
         Raises :class:`asyncio.CancelledError` when the operator has lost its last holder meanwhile.
         """
         while digest in self._num_holders:
-            missing, evicted = self.num_bytes + size - self._budget, []
+            missing, evicted = self.num_bytes + size - self._budget, list[str]()
             surplus = len(self._sizes) + 1 - self._max_kept
             for other, taken in list(self._sizes.items()):
                 if missing <= 0 and surplus <= len(evicted):
