@@ -66,7 +66,7 @@ async def completion(engine, registry, use, tokens=TOKENS):
 
 @pytest.fixture(scope="module")
 def written_out(smollm, lens):
-    """``written_out(words, strength, positions)``: the ids by the equations and the model's own head; no code shared."""
+    """``written_out(words, strength, positions)``: the ids by the equations and the model's own head."""
     loaded = smollm()
     head = loaded.model.lm_head.weight.double()
 
@@ -140,6 +140,9 @@ async def test_many_words_at_once_leave_no_more_than_are_kept(vllm_engine, lens,
     uses = [use_of(((text, 1.0),), 0.9, "all") for text in texts]
     together = await asyncio.gather(*(completion(engine, registry, use, tokens=6) for use in uses))
     assert len({found.receipts[0].digest for found in together}) == len(texts)
+    # All ten were held, so all ten stayed; the next one evicts what is too many.
+    await completion(engine, registry, use_of((("candle", 1.0),), 0.9, "all"), tokens=6)
+    assert (len(engine._operator_cache._sizes), len(words)) == (4, 4)
     alone = [await completion(engine, registry, use, tokens=6) for use in uses]
     assert [found.token_ids for found in alone] == [found.token_ids for found in together]
     assert (len(engine._operator_cache._sizes), len(words)) == (4, 4)
