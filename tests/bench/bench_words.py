@@ -41,7 +41,7 @@ WORDS = (
 PROMPTS = (
     "We spent the whole afternoon talking about",
     "My uncle called to say that",
-    "The first thing I noticed was",
+    "A stranger came up and asked for",
     "In the old photograph there is a",
     "They decided to build a",
     "Last summer we travelled to",
