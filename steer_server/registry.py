@@ -7,13 +7,15 @@ it gets an error. Requests keep the artifact objects of their snapshot, whatever
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from operators.core.apply import Setting, check_blend
+from operators.core.apply import Setting, check_setting
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import ArtifactError, SettingError, StoreError
+from operators.core.header import SETTING_FIELDS
 from operators.core.store import Store
 from steer_server.errors import (
     DoseTooHighError,
@@ -26,8 +28,6 @@ from steer_server.types import MAX_OPERATORS, Application, ModelInfo, OperatorUs
 
 _MAX_PROBLEM = 1024
 """Characters of a problem that are kept: listings repeat it."""
-_SETTINGS = ("strength", "rule", "blend", "positions")
-"""What a request may leave to an operator's recommendation."""
 _ROUNDING = 1e-9
 """Relative: the floating-point sum of strengths that add up to the limit may exceed it."""
 
@@ -105,7 +105,7 @@ class Registry:
 
         Raises:
             UnknownOperatorError, OperatorUnusableError: an operator is not in the store, or cannot be used.
-            InvalidRequestError: a strength, rule, blend or range is not accepted; names the field.
+            InvalidRequestError: a strength, rule, blend, anchor or range is not accepted; names the field.
             DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
         if len(uses) > MAX_OPERATORS:
@@ -137,17 +137,12 @@ class Registry:
             raise OperatorUnusableError(use.name, entry.problem)
         recommended = entry.artifact.header.recommended
         try:
-            setting = Setting(
-                strength=recommended.strength if use.strength is None else use.strength,
-                rule=use.rule or recommended.rule,
-                blend=recommended.blend if use.blend is None else use.blend,
-                positions=use.positions or recommended.positions,
-            )
-            if entry.artifact.header.vector is not None:
-                check_blend(setting, f"operator {use.name!r}")
+            given = {name: value for name in SETTING_FIELDS if (value := getattr(use, name)) is not None}
+            setting = dataclasses.replace(Setting.of(recommended), **given)
+            check_setting(setting, entry.artifact.header, f"operator {use.name!r}")
         except SettingError as error:
             raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
-        defaulted = tuple(name for name in _SETTINGS if getattr(use, name) is None)
+        defaulted = tuple(name for name in SETTING_FIELDS if name not in given)
         calibrated = setting == Setting.of(recommended) and entry.artifact.header.calibrated_point is not None
         return Application(use.name, entry.artifact, setting, defaulted, calibrated)
 

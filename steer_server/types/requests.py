@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from operators.core.header import Rule
+from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
 from steer_server.errors import InvalidRequestError
 from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
@@ -87,6 +87,8 @@ class OperatorUse:
     rule: Rule | None = None
     blend: float | None = None
     positions: Positions | None = None
+    anchor: Anchor | None = None
+    first_token: FirstToken | None = None
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def remake() -> Callable[..., OperatorArtifact]:
     def make(artifact: OperatorArtifact, **fields: object) -> OperatorArtifact:
         header = artifact.header.model_copy(update=fields)
         vectors = (artifact.anchor, artifact.substitute_base, artifact.offset)
-        return make_artifact(header, artifact.factors, *vectors, basis=artifact.basis)
+        return make_artifact(header, artifact.factors, *vectors, basis=artifact.basis, neutral=artifact.neutral)
 
     return make
 

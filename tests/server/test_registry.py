@@ -41,7 +41,7 @@ def _flip(data, place):
 def _narrow(artifact, remake):
     """The same operator cut down to half of its hidden size."""
     d = artifact.header.hidden_size // 2
-    parts = {"anchor": artifact.anchor[:d], "substitute_base": artifact.substitute_base[:d]}
+    parts = {"anchor": artifact.anchor[:d], "substitute_base": artifact.substitute_base[:d], "neutral": artifact.neutral[:d]}
     cut = replace(artifact, factors=artifact.factors[:, :d, :d], **parts)
     return remake(cut, hidden_size=d)
 

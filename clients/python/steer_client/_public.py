@@ -19,7 +19,7 @@ from steer_client._errors import (
     UnknownOperatorError,
 )
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
+from steer_client._requests import Anchor, Chat, ChatMessage, FirstToken, OperatorUse, Prompt, Rule, SamplingParams
 from steer_client._results import (
     KL,
     ABResult,
@@ -42,6 +42,7 @@ from steer_client._store import (
     ConceptText,
     LowRank,
     Member,
+    NeutralTexts,
     OperatorInfo,
     ReloadReport,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "ALL_POSITIONS",
     "KL",
     "ABResult",
+    "Anchor",
     "ArmDelta",
     "ArmResult",
     "AsyncComparisonStream",
@@ -67,12 +69,14 @@ __all__ = [
     "DoseTooHighError",
     "EngineFailedError",
     "FinishReason",
+    "FirstToken",
     "Generation",
     "GenerationStream",
     "InvalidRequestError",
     "LowRank",
     "Member",
     "ModelInfo",
+    "NeutralTexts",
     "OperatorInfo",
     "OperatorUnusableError",
     "OperatorUse",

@@ -97,6 +97,50 @@ FINISH_REASON_CANCELLED: FinishReason.ValueType  # 7
 """The server stopped the request (for example while shutting down)."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Anchor:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AnchorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Anchor.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ANCHOR_UNSPECIFIED: _Anchor.ValueType  # 0
+    ANCHOR_CONTRAST: _Anchor.ValueType  # 1
+    """The concept's hidden state less the mean of those of texts about nothing in particular."""
+    ANCHOR_CONCEPT: _Anchor.ValueType  # 2
+    """The concept's hidden state itself."""
+
+class Anchor(_Anchor, metaclass=_AnchorEnumTypeWrapper):
+    """What the hidden state of an operator's concept is taken for, where `blend` mixes it in."""
+
+ANCHOR_UNSPECIFIED: Anchor.ValueType  # 0
+ANCHOR_CONTRAST: Anchor.ValueType  # 1
+"""The concept's hidden state less the mean of those of texts about nothing in particular."""
+ANCHOR_CONCEPT: Anchor.ValueType  # 2
+"""The concept's hidden state itself."""
+Global___Anchor: _TypeAlias = Anchor  # noqa: Y015
+
+class _FirstToken:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FirstTokenEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FirstToken.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIRST_TOKEN_UNSPECIFIED: _FirstToken.ValueType  # 0
+    FIRST_TOKEN_OPERATOR: _FirstToken.ValueType  # 1
+    """The blend of direction and anchor, as at every other token."""
+    FIRST_TOKEN_ANCHOR: _FirstToken.ValueType  # 2
+    """The anchor alone, whatever the blend."""
+
+class FirstToken(_FirstToken, metaclass=_FirstTokenEnumTypeWrapper):
+    """What an operator adds to the first token of a text. There its own direction is of the prompt and not of the concept."""
+
+FIRST_TOKEN_UNSPECIFIED: FirstToken.ValueType  # 0
+FIRST_TOKEN_OPERATOR: FirstToken.ValueType  # 1
+"""The blend of direction and anchor, as at every other token."""
+FIRST_TOKEN_ANCHOR: FirstToken.ValueType  # 2
+"""The anchor alone, whatever the blend."""
+Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -362,12 +406,20 @@ class OperatorUse(_message.Message):
     RULE_FIELD_NUMBER: _builtins.int
     BLEND_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    ANCHOR_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     strength: _builtins.float
     """Lambda: the push is (lambda/2) times the norm of the hidden state. 0 leaves every bit alone; negative pushes away."""
     rule: Global___Rule.ValueType
     blend: _builtins.float
     """Beta in [0, 1]: 0 is the operator's direction, 1 its anchor."""
+    anchor: Global___Anchor.ValueType
+    """Which anchor `blend` blends with. The contrast anchor of an operator that was built without a neutral mean, or of a
+    vector, is INVALID_ARGUMENT.
+    """
+    first_token: Global___FirstToken.ValueType
+    """What is added to the text's first token, where that is among `positions`."""
     @_builtins.property
     def positions(self) -> Global___Positions:
         """Where it pushes. Positions that the text cannot have (behind the prompt's end, or behind the last token that
@@ -382,10 +434,12 @@ class OperatorUse(_message.Message):
         rule: Global___Rule.ValueType = ...,
         blend: _builtins.float | None = ...,
         positions: Global___Positions | None = ...,
+        anchor: Global___Anchor.ValueType = ...,
+        first_token: Global___FirstToken.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "positions", b"positions", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "anchor", b"anchor", "blend", b"blend", "first_token", b"first_token", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__blend: _TypeAlias = _typing.Literal["blend"]  # noqa: Y015
     _WhichOneofArgType__blend: _TypeAlias = _typing.Literal["_blend", b"_blend"]  # noqa: Y015
@@ -520,6 +574,8 @@ class Receipt(_message.Message):
     CALIBRATED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    ANCHOR_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     operator: _builtins.str
     digest: _builtins.str
     """sha256 of the artifact's content, "sha256:<64 hex digits>"."""
@@ -553,9 +609,11 @@ class Receipt(_message.Message):
     belongs to the request that computed them. Always 0 with a strength of 0, and on the engine "hf", which keeps no
     such cache.
     """
+    anchor: Global___Anchor.ValueType
+    first_token: Global___FirstToken.ValueType
     @_builtins.property
     def defaulted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Which of strength, rule, blend and positions came from the artifact's recommendation."""
+        """Which of strength, rule, blend, positions, anchor and first_token came from the artifact's recommendation."""
 
     @_builtins.property
     def positions(self) -> Global___Positions:
@@ -579,10 +637,12 @@ class Receipt(_message.Message):
         calibrated: _builtins.bool = ...,
         prompt_tokens_cached: _builtins.int = ...,
         positions: Global___Positions | None = ...,
+        anchor: Global___Anchor.ValueType = ...,
+        first_token: Global___FirstToken.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["anchor", b"anchor", "blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "first_token", b"first_token", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

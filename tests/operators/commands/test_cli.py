@@ -344,7 +344,7 @@ def test_verify_names_what_another_model_has_instead(run, tiny_directory):
 def test_verify_finds_wrong_numbers_behind_a_right_digest(run, store_path):
     run("build", "a", "--text", TEXT)
     good = Store(store_path).load("a")
-    wrong = make_artifact(good.header, 1.01 * good.factors, good.anchor, good.substitute_base)
+    wrong = make_artifact(good.header, 1.01 * good.factors, good.anchor, good.substitute_base, neutral=good.neutral)
     Store(store_path).save("a", wrong, replace=True)
     result = run("verify", "a")
     assert (result.exit_code, result.stdout) == (1, "")
