@@ -135,6 +135,8 @@ class Registry:
         entry = self.entry(use.name)
         if entry.artifact is None:
             raise OperatorUnusableError(use.name, entry.problem)
+        if entry.artifact.lens is not None:
+            raise InvalidRequestError(field, f"names the lens {use.name!r}, which pushes along words; there are none")
         recommended = entry.artifact.header.recommended
         try:
             given = {name: value for name in SETTING_FIELDS if (value := getattr(use, name)) is not None}

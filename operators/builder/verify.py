@@ -44,6 +44,8 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
     """
     check_compatible(artifact.header, loaded)
     header = artifact.header
+    if header.lens is not None:
+        raise BuildError("a lens is compared with its neutral texts, and has no text of its own")
     if header.vector is not None:
         raise BuildError("a vector has no map of a model that could be computed anew; its model can be checked")
     replays = [Replay(loaded.model, text.ids, layer=header.layer, profile=header.profile) for text in header.texts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from operators.commands._lens_lines import lens_lines
 from operators.commands._output import align
 from operators.core.header import Anchor, Recommended
 from operators.core.positions import ALL_POSITIONS
@@ -34,6 +35,8 @@ def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
 
 def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
     """One operator for a person. ``operator`` is what :func:`operator_json` returns; ``further`` goes last."""
+    if operator["lens"] is not None:
+        return lens_lines(operator, **further)
     if operator["vector"] is not None:
         return _vector_lines(operator, **further)
     tokens = operator.get("concept_tokens", operator["concept_ids"])
@@ -101,6 +104,10 @@ def _source(operator: Mapping[str, Any]) -> str:
         return " minus ".join(
             f"mean of {side['texts']} texts ({side['name']!r}, {side['digest'].removeprefix('sha256:')[:12]})"
             for side in (source["positive"], source["negative"])
+        )
+    if source["method"] == "lens":
+        return f"the lens {source['lens']}, words " + ", ".join(
+            f"{word['text']!r}={word['weight']:g}" for word in source["words"]
         )
     return "mixture of " + ", ".join(f"{member['weight']:+g} {member['name']}" for member in operator["members"])
 
@@ -201,7 +208,11 @@ def _list_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         entry["name"],
         f"{entry['profile']}: layer {entry['layer']} of {entry['num_layers']}, pushes block {entry['injection_layer']}",
-        "vector" if entry["vector"] else f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
+        "lens"
+        if entry["lens"]
+        else "vector"
+        if entry["vector"]
+        else f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
         str(entry["model"]),
         entry["digest"].removeprefix("sha256:")[:12],
         repr(entry["concept"]) + (f" and {more} more" if more else "") + _calibrated_note(entry),

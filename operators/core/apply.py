@@ -33,6 +33,7 @@ from operators.core.artifact import OperatorArtifact
 from operators.core.errors import SettingError, SteeringError
 from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, OperatorHeader, Recommended, Rule
 from operators.core.positions import ALL_POSITIONS, Positions
+from operators.core.vector_source import WordVector
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,17 @@ def check_blend(setting: Setting, name: str) -> None:
         )
 
 
+def recommended_setting(header: OperatorHeader) -> Setting:
+    """The setting that an operator recommends.
+
+    Raises:
+        SettingError: of the field "strength": it is a word of a lens that recommends none.
+    """
+    if isinstance(header.vector, WordVector) and header.recommended.strength == 0.0:
+        raise SettingError("strength", "is needed: the lens recommends none, because nothing steered or was measured")
+    return Setting.of(header.recommended)
+
+
 def prepared_bytes(artifact: OperatorArtifact) -> int:
     """Bytes of the :class:`PreparedOperator` that :func:`prepare` makes of it."""
     return artifact.nbytes // artifact.anchor.element_size() * torch.float32.itemsize
@@ -152,8 +164,10 @@ def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperato
     """An operator's tensors in float32 on ``device``, with its anchors normalised: y/|y| and y_c/|y_c|.
 
     Raises:
-        SteeringError: an anchor is zero or not finite, so that it has no direction.
+        SteeringError: it is a lens; or an anchor is zero or not finite, so that it has no direction.
     """
+    if artifact.lens is not None:
+        raise SteeringError("this is a lens, which pushes along words; an operator, or words for the lens, are needed")
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=device, dtype=torch.float32)

@@ -33,6 +33,19 @@ from operators.core.file_format import (
 )
 from operators.core.header import OperatorHeader
 
+_LATER = ("vector", "lens", "neutral")
+"""Fields of a header that came after the first version."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """The tensors of a lens: v_w = pull (W_U[w] - vocabulary_mean) is the push along a word w."""
+
+    pull: torch.Tensor
+    """(d, d) = J^T, from the output of the final norm back to the input of the lens's block."""
+    vocabulary_mean: torch.Tensor
+    """(d,), the mean of the rows of the unembedding W_U."""
+
 
 @dataclass(frozen=True, eq=False)
 class OperatorArtifact:
@@ -44,6 +57,7 @@ class OperatorArtifact:
     ``neutral`` (d,) is the mean over neutral texts of what y is of the concept's, times the sum of the texts' shares (1
     but in a mixture), so that y - neutral is the contrast anchor; None where the header names no neutral texts.
     A vector has no blocks: ``anchor`` (d,) is the vector, ``factors`` (0, 0, d) and ``substitute_base`` (0,) are empty.
+    A lens has neither blocks nor an anchor, and the only one with a ``lens``.
     """
 
     header: OperatorHeader
@@ -56,10 +70,11 @@ class OperatorArtifact:
     header_json: str
     """The header as it was written and signed; other versions of the parser may print it differently."""
     digest: str
+    lens: Lens | None = None
 
     @property
     def positions(self) -> int:
-        """Number of concept tokens n; 0 for a vector."""
+        """Number of concept tokens n; 0 for a vector or a lens."""
         return int(self.factors.shape[0])
 
     @property
@@ -97,6 +112,15 @@ def make_vector(header: OperatorHeader, vector: torch.Tensor) -> OperatorArtifac
         ArtifactError: the shape, the dtype or a value does not fit the header.
     """
     return _signed(header, {"anchor": vector})
+
+
+def make_lens(header: OperatorHeader, lens: Lens) -> OperatorArtifact:
+    """The artifact of a lens, checked and signed.
+
+    Raises:
+        ArtifactError: a shape, dtype or value does not fit the header.
+    """
+    return _signed(header, {"pull": lens.pull, "vocabulary_mean": lens.vocabulary_mean})
 
 
 def with_header(artifact: OperatorArtifact, **changes: object) -> OperatorArtifact:
@@ -149,6 +173,8 @@ def tensors_of(artifact: OperatorArtifact) -> dict[str, torch.Tensor]:
     """The tensors of its file, by name."""
     if artifact.header.vector is not None:
         return {"anchor": artifact.anchor}
+    if artifact.lens is not None:
+        return {"pull": artifact.lens.pull, "vocabulary_mean": artifact.lens.vocabulary_mean}
     return _tensors(
         artifact.factors,
         artifact.basis,
@@ -210,7 +236,7 @@ def _signed(header: OperatorHeader, tensors: Mapping[str, torch.Tensor]) -> Oper
 
 def _unknown_to_earlier_versions(header: OperatorHeader) -> dict[str, Any]:
     """Earlier versions read strictly: what does without a field that they do not know is written as they write it."""
-    absent: dict[str, Any] = {name: True for name in ("vector", "neutral") if getattr(header, name) is None}
+    absent: dict[str, Any] = {name: True for name in _LATER if getattr(header, name) is None}
     settings = {name for name, default in _EARLIER.items() if getattr(header.recommended, name) == default}
     if header.neutral is None and settings == set(_EARLIER):
         absent["recommended"] = settings
@@ -226,9 +252,13 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"tensor {name!r} has values that are not finite")
-    anchor = tensors["anchor"]
-    if header.vector is not None:
-        factors, substitute_base = anchor.new_empty(0, 0, len(anchor)), anchor.new_empty(0)
+    lens = None
+    if header.lens is not None:
+        lens = Lens(tensors["pull"], tensors["vocabulary_mean"])
+    # A lens has no anchor.
+    anchor = tensors.get("anchor", torch.empty(0))
+    if header.vector is not None or lens is not None:
+        factors, substitute_base = anchor.new_empty(0, 0, header.hidden_size), anchor.new_empty(0)
     else:
         factors = tensors["jacobian" if header.low_rank is None else "factors"]
         substitute_base = tensors["substitute_base"]
@@ -242,6 +272,7 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
         neutral=tensors.get("neutral"),
         header_json=header_json,
         digest=_digest(header_json, tensors),
+        lens=lens,
     )
 
 

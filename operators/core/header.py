@@ -12,6 +12,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AwareDatetime, BaseModel, Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
 from operators.core.errors import SettingError
+from operators.core.lens_source import PUSHED, LensSource
 from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.vector_source import STRICT, Count, Fingerprint, VectorSource, Word
 
@@ -176,9 +177,11 @@ class Calibration(BaseModel):
 
 class OperatorHeader(BaseModel):
     """Everything about an operator but its numbers. Filled by :mod:`operators.builder.build`, and of a vector by
-    :mod:`operators.vectors.vector_operator`.
+    :mod:`operators.vectors.vector_operator`, and of a lens by :mod:`operators.lens.build`.
 
     A vector is an operator of rank 0: it has no texts, blocks or reconstruction, and its anchor is the vector.
+    A lens has none of these either, and no anchor: it pushes along words, which each request names, and
+    :mod:`operators.model.words` makes a vector of them.
     """
 
     model_config = STRICT
@@ -189,6 +192,8 @@ class OperatorHeader(BaseModel):
     """Empty for a vector."""
     vector: VectorSource | None = None
     """Where a vector comes from; None for every other operator."""
+    lens: LensSource | None = None
+    """How a lens was made; None for everything that is none."""
     more_texts: tuple[ConceptText, ...] = Field(default=(), max_length=MAX_TEXTS - 1)
     """Further texts of the same concept: the operator is the mean of theirs."""
     weights: tuple[float, ...] = Field(default=(), max_length=MAX_TEXTS)
@@ -249,20 +254,20 @@ class OperatorHeader(BaseModel):
 
     @property
     def positions(self) -> int:
-        """n, the number of blocks: the tokens of the longest text; 0 for a vector."""
+        """n, the number of blocks: the tokens of the longest text; 0 for a vector or a lens."""
         return max(len(self.concept_ids), *(len(more.ids) for more in self.more_texts), 0)
 
     @property
     def rank(self) -> int:
-        """r of J_i = U B_i: the hidden size for an exact operator, 0 for a vector."""
-        if self.vector is not None:
+        """r of J_i = U B_i: the hidden size for an exact operator, 0 for a vector or a lens."""
+        if self.vector is not None or self.lens is not None:
             return 0
         return self.hidden_size if self.low_rank is None else self.low_rank.rank
 
     @property
     def texts(self) -> tuple[ConceptText, ...]:
-        """All texts of the concept; none for a vector."""
-        if self.vector is not None:
+        """All texts of the concept; none for a vector or a lens."""
+        if self.vector is not None or self.lens is not None:
             return ()
         return (ConceptText(text=self.concept, ids=self.concept_ids), *self.more_texts)
 
@@ -278,30 +283,51 @@ class OperatorHeader(BaseModel):
             "concept_ids": self.concept_ids,
             "more_texts": self.more_texts,
             "weights": self.weights,
-            "rule_set": self.rule_set,
             "low_rank": self.low_rank,
             "tolerance": self.tolerance,
             "neutral": self.neutral,
             "reconstruction_error": self.reconstruction_error,
         }
-        if self.vector is None:
+        if self.vector is None and self.lens is None:
             absent = next(
                 (name for name in ("concept_ids", "reconstruction_error") if of_maps[name] in ((), None)), None
             )
             if absent is not None:
                 raise ValueError(f"an operator that is no vector needs {absent!r}")
             return self
-        present = next((name for name, value in of_maps.items() if value not in ((), "", None)), None)
+        kind = "lens" if self.vector is None else "vector"
+        present = next((name for name, value in of_maps.items() if value not in ((), None)), None)
+        if self.vector is not None:
+            present = "rule_set" if self.rule_set else "lens" if self.lens is not None else present
         if present is not None:
-            raise ValueError(f"a vector has no {present!r}")
+            raise ValueError(f"a {kind} has no {present!r}")
         if self.profile != "residual":
             raise ValueError(
-                f"a vector is added to the input of its layer, so its profile is 'residual', not {self.profile!r}"
+                f"a {kind} is added to the input of its layer, so its profile is 'residual', not {self.profile!r}"
             )
+        if self.recommended.blend != 1.0:
+            raise ValueError(f"a {kind} is all anchor: its recommended blend is 1, not {self.recommended.blend:g}")
+        if self.vector is None:
+            return self
         if (self.vector.method == "mixture") != bool(self.members):
             raise ValueError(f"a vector by {self.vector.method!r} has {len(self.members)} members; a mixture has some")
-        if self.recommended.blend != 1.0:
-            raise ValueError(f"a vector is all anchor: its recommended blend is 1, not {self.recommended.blend:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _is_a_whole_lens(self) -> Self:
+        if self.lens is None:
+            return self
+        if not self.rule_set or self.members or self.words or self.calibration is not None:
+            raise ValueError("a lens has a 'rule_set', and neither 'members', 'words' nor a 'calibration'")
+        if self.recommended.positions != PUSHED[self.lens.positions]:
+            raise ValueError(
+                f"a lens of the positions {self.lens.positions!r} pushes {PUSHED[self.lens.positions]}; it recommends "
+                f"{self.recommended.positions}"
+            )
+        if self.lens.default_kl is not None and self.lens.curve is None:
+            raise ValueError("a lens recommends a strength without the curve that it is taken from")
+        if (self.lens.default_kl is None) != (self.recommended.strength == 0.0):
+            raise ValueError("a lens recommends a strength above 0 where it has a 'default_kl', and else 0")
         return self
 
     @model_validator(mode="after")

@@ -41,12 +41,12 @@ FORGED = {
     "nothing recommended": (OPEN, {"defaulted": []}, "says that nothing took a recommended value"),
     "recommended twice": (
         OPEN,
-        {"defaulted": ["strength", "rule", "blend", "blend", "positions"]},
+        {"defaulted": ["strength", "rule", "blend", "blend", "positions", "anchor", "first_token"]},
         "says that .*blend, blend, positions took",
     ),
     "something else recommended": (
         OPEN,
-        {"defaulted": ["strength", "rule", "blend", "layer"]},
+        {"defaulted": ["strength", "rule", "blend", "layer", "anchor", "first_token"]},
         "says that .*layer took",
     ),
     "one prompt token less": (SET, {"prompt_tokens_steered": 5}, r"says 5 prompt \+ 2 .* were 6 \+ 2"),
@@ -82,7 +82,7 @@ FORGED = {
     "every position": (FIRST, {"positions": None}, "says positions all, asked for was first"),
     "positions recommended, but set": (
         FIRST,
-        ONE | {"defaulted": ["rule", "blend", "positions"]},
+        ONE | {"defaulted": ["rule", "blend", "positions", "anchor", "first_token"]},
         "says that rule, blend, positions took .* unset was rule, blend",
     ),
     "a whole prompt for its first token": (
@@ -115,7 +115,7 @@ TRUE = {
     "recommended strength 0": (OPEN, {"strength": 0, "dose_bound": 0} | IDLE),
     "a strength of whole numbers": (OperatorUse("golden-gate", 1, blend=0), {}),
     "decimals and fractions": (OperatorUse("golden-gate", Decimal("0.1"), blend=Fraction(1, 3)), {}),
-    "defaulted in another order": (OPEN, {"defaulted": ["rule", "positions", "blend", "strength"]}),
+    "defaulted in another order": (OPEN, {"defaulted": ["first_token", "rule", "positions", "blend", "anchor", "strength"]}),
     "one cached token": (SET, cached(5, 1)),
     "all of the prompt but its last token cached": (OPEN, cached(1, 5)),
     "the first token": (FIRST, ONE),

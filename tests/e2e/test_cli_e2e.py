@@ -86,7 +86,7 @@ def test_generate_answers_with_a_steered_text_and_its_proof(steer):
         *("golden", 0.5, 0.25),
         ["rule", "positions"],
     )
-    assert (second["operator"], second["defaulted"]) == ("dress", ["strength", "rule", "blend", "positions"])
+    assert (second["operator"], second["defaulted"]) == ("dress", ["strength", "rule", "blend", "positions", "anchor", "first_token"])
     for receipt in (first, second):
         assert receipt["prompt_tokens_steered"] == value["usage"]["prompt_tokens"]
         assert receipt["generated_tokens_steered"] == 4

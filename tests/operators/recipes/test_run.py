@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from operators.__main__ import app
+from operators.builder.spec import NEW_OPERATORS
 from operators.core.artifact import make_artifact
 from operators.core.errors import ConceptFileError, UnsupportedModelError
 from operators.core.header import Calibration, CalibrationPoint, Recommended

@@ -50,7 +50,7 @@ def _completion(**changes):
         "receipts": (
             Receipt(
                 *("g", "sha256:" + "0" * 64, 2, "substitute", -0.5, 0.25),
-                *(Positions("generated", end=5), 1, 1, 2, 0.2, 0.25, 0.25, ("rule", "blend"), True),
+                *(Positions("generated", end=5), "contrast", "anchor", 1, 1, 2, 0.2, 0.25, 0.25, ("rule", "blend"), True),
             ),
         ),
         "logprobs": (TokenLogprob(4, "one", -0.5, (TopLogprob(4, "one", -0.5), TopLogprob(7, "uno", -1.5))),),
