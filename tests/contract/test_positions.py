@@ -152,7 +152,10 @@ async def test_a_text_that_ends_before_its_positions_is_an_error(engine, registr
 async def test_the_recommended_positions_are_those_of_a_request_that_names_none(engine, registry):
     found = await completion(engine, registry, OperatorUse("early"), max_tokens=4)
     (receipt,) = found.receipts
-    assert (str(receipt.positions), receipt.defaulted) == ("first", ("strength", "rule", "blend", "positions", "anchor", "first_token"))
+    assert (str(receipt.positions), receipt.defaulted) == (
+        "first",
+        ("strength", "rule", "blend", "positions", "anchor", "first_token"),
+    )
     steered = receipt.prompt_tokens_steered + receipt.prompt_tokens_cached, receipt.generated_tokens_steered
     assert steered == (1, 0)
     everywhere = OperatorUse("early", 0.4, positions=Positions())

@@ -41,7 +41,11 @@ def _flip(data, place):
 def _narrow(artifact, remake):
     """The same operator cut down to half of its hidden size."""
     d = artifact.header.hidden_size // 2
-    parts = {"anchor": artifact.anchor[:d], "substitute_base": artifact.substitute_base[:d], "neutral": artifact.neutral[:d]}
+    parts = {
+        "anchor": artifact.anchor[:d],
+        "substitute_base": artifact.substitute_base[:d],
+        "neutral": artifact.neutral[:d],
+    }
     cut = replace(artifact, factors=artifact.factors[:, :d, :d], **parts)
     return remake(cut, hidden_size=d)
 
@@ -206,8 +210,8 @@ def test_what_a_request_leaves_open_is_what_the_artifact_recommends(registry):
 
 def test_what_a_request_sets_is_kept_zero_included(registry):
     first = Positions(end=1)
-    (use,) = registry().plan((OperatorUse("good", 0.0, "cumulative", 0.0, first),)).applications
-    assert use.setting == Setting(0.0, "cumulative", 0.0, first)
+    (use,) = registry().plan((OperatorUse("good", 0.0, "cumulative", 0.0, first, "contrast", "anchor"),)).applications
+    assert use.setting == Setting(0.0, "cumulative", 0.0, first, "contrast", "anchor")
     assert use.defaulted == ()
     (use,) = registry().plan((OperatorUse("good", strength=-1.0),)).applications
     assert (use.setting.strength, use.defaulted) == (-1.0, ("rule", "blend", "positions", "anchor", "first_token"))

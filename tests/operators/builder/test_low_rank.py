@@ -195,7 +195,9 @@ def test_another_subspace_with_consistent_numbers_is_refused(tiny, change):
     basis = torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     basis = basis if change == "another basis" else 2 * good.basis
     last = basis @ (basis.T @ (dense.anchor - dense.substitute_base))
-    wrong = make_artifact(good.header, basis.T @ dense.factors, good.anchor, good.anchor - last, basis=basis, neutral=good.neutral)
+    wrong = make_artifact(
+        good.header, basis.T @ dense.factors, good.anchor, good.anchor - last, basis=basis, neutral=good.neutral
+    )
     with pytest.raises(ReconstructionError, match=r"tensor 'basis' (misses y - c|is not orthonormal)"):
         verify_operator(wrong, loaded)
 

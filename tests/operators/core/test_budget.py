@@ -51,7 +51,14 @@ def test_the_curve_of_an_operator_is_its_calibration_at_the_setting(calibrated):
 
 
 def test_what_was_not_measured_is_an_error(calibrated, make_operator):
-    for change in ({"blend": 0.25}, {"anchor": "contrast"}, {"first_token": "anchor"}, {"kl": 1.1}, {"kl": 0.2}, {"positions": FIRST}):
+    for change in (
+        {"blend": 0.25},
+        {"anchor": "contrast"},
+        {"first_token": "anchor"},
+        {"kl": 1.1},
+        {"kl": 0.2},
+        {"positions": FIRST},
+    ):
         with pytest.raises(SettingError, match="kl is"):
             _at(calibrated, **{"kl": 0.5, **change})
     with pytest.raises(SettingError, match="no dose was measured"):

@@ -166,7 +166,9 @@ def test_a_damaged_operator_is_told_and_replaced_only_when_asked(build_file, she
 def _rewrite(shelf, name, **fields):
     old = Store(shelf).load(name)
     header = old.header.model_copy(update=fields)
-    new = make_artifact(header, old.factors, old.anchor, old.substitute_base, old.offset, basis=old.basis, neutral=old.neutral)
+    new = make_artifact(
+        header, old.factors, old.anchor, old.substitute_base, old.offset, basis=old.basis, neutral=old.neutral
+    )
     Store(shelf).save(name, new, replace=True)
     return new
 

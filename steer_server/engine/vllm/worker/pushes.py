@@ -102,7 +102,8 @@ class OperatorGroup:
 def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(lambda/2) d_k/|d_k| for every token of every span of every group that is pushed.
 
-    With the operator's a_k and its anchor z, d_k = (1 - blend) a_k/|a_k| + blend z/|z|. Nothing is read from the device.
+    With the operator's a_k and the anchor z of the setting, d_k = (1 - blend) a_k/|a_k| + blend z/|z|. Nothing is read
+    from the device.
 
     Args:
         groups: the ``span_pushes`` of each are reordered, and their running sums advanced.
