@@ -19,7 +19,17 @@ from steer_client._errors import (
     UnknownOperatorError,
 )
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Anchor, Chat, ChatMessage, FirstToken, OperatorUse, Prompt, Rule, SamplingParams
+from steer_client._requests import (
+    Anchor,
+    Chat,
+    ChatMessage,
+    FirstToken,
+    OperatorUse,
+    Prompt,
+    Rule,
+    SamplingParams,
+    WeightedWord,
+)
 from steer_client._results import (
     KL,
     ABResult,
@@ -29,6 +39,7 @@ from steer_client._results import (
     Generation,
     ModelInfo,
     Receipt,
+    SteeredWord,
     TextDelta,
     Timings,
     Tokenization,
@@ -40,6 +51,8 @@ from steer_client._store import (
     Calibration,
     CalibrationPoint,
     ConceptText,
+    DosePoint,
+    Lens,
     LowRank,
     Member,
     NeutralTexts,
@@ -48,6 +61,7 @@ from steer_client._store import (
 )
 from steer_client._sync import SteerClient
 from steer_client._sync_streams import ComparisonStream, GenerationStream
+from steer_client._words import Word, Words
 
 __all__ = [
     "ALL_POSITIONS",
@@ -66,6 +80,7 @@ __all__ = [
     "ComparisonStream",
     "ConceptText",
     "DeadlineExceededError",
+    "DosePoint",
     "DoseTooHighError",
     "EngineFailedError",
     "FinishReason",
@@ -73,6 +88,7 @@ __all__ = [
     "Generation",
     "GenerationStream",
     "InvalidRequestError",
+    "Lens",
     "LowRank",
     "Member",
     "ModelInfo",
@@ -94,6 +110,7 @@ __all__ = [
     "ServerUnavailableError",
     "SteerClient",
     "SteerError",
+    "SteeredWord",
     "SteeringNotAppliedError",
     "TextDelta",
     "Timings",
@@ -102,4 +119,7 @@ __all__ = [
     "TopLogprob",
     "UnknownOperatorError",
     "Usage",
+    "WeightedWord",
+    "Word",
+    "Words",
 ]

@@ -15,6 +15,9 @@ Anchor: TypeAlias = Literal["contrast", "concept"]
 #: What is added to a text's first token: as everywhere, or the anchor alone.
 FirstToken: TypeAlias = Literal["operator", "anchor"]
 
+#: The name of the lens that a word is given to where a request names none.
+LENS: Final = "lens"
+
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
@@ -36,12 +39,23 @@ Prompt: TypeAlias = str | Sequence[int] | Chat | Sequence[ChatMessage]
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedWord:
+    """A word that a lens pushes towards, and its weight among the others of one use; negative pushes away from it."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorUse:
     """One operator applied to one request. What is None takes the operator's recommended value.
 
     `strength` is λ: the push is λ/2 times the norm of the hidden state; 0 changes nothing, a negative
     value pushes away. `blend` is β in [0, 1]: 0 is the operator's direction, 1 its `anchor`. `positions` are those
-    that it pushes; `first_token` "anchor" puts the anchor at the first one of the text, whatever the blend.
+    that it pushes; `first_token` "anchor" puts the anchor at the first one of the text, whatever the blend. `kl`, in
+    place of a strength, is a dose in nats: the server takes the strength at which the 95th percentile over the tokens
+    of KL(plain ‖ steered) was that when the operator was measured. `words` are for a lens alone: see `Word` and
+    `Words`.
     """
 
     name: str
@@ -51,15 +65,17 @@ class OperatorUse:
     positions: Positions | None = None
     anchor: Anchor | None = None
     first_token: FirstToken | None = None
+    words: Sequence[WeightedWord] = ()
+    kl: float | None = None
 
     @classmethod
-    def parse(cls, text: str, *, rule: Rule | None = None) -> OperatorUse:
+    def parse(cls, text: str, *, rule: Rule | None = None, kl: float | None = None) -> OperatorUse:
         """Reads `NAME`, `NAME=λ` or `NAME=λ@β`, and behind it `:POSITIONS`, as `Positions.parse` reads them.
 
         Then follow, in any order, `,anchor=contrast` or `,anchor=concept`, and `,first_token=operator` or
         `,first_token=anchor`.
 
-        Raises ValueError, naming the text and the accepted form, for anything else.
+        `kl` is for an operator without λ. Raises ValueError, naming the text and the accepted form, for anything else.
         """
         head, *choices = text.split(",")
         setting, has_positions, positions = head.partition(":")
@@ -76,6 +92,7 @@ class OperatorUse:
                 blend=float(blend) if has_blend else None,
                 positions=where,
                 **_read_choices(choices),
+                kl=None if has_strength else kl,
             )
         except ValueError:
             raise ValueError(

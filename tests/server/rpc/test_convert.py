@@ -17,6 +17,12 @@ class Positions:
 
 
 @dataclass(frozen=True)
+class Word:
+    text: str
+    weight: float | None
+
+
+@dataclass(frozen=True)
 class Use:
     name: str
     strength: float | None
@@ -25,6 +31,8 @@ class Use:
     positions: Positions | None = None
     anchor: Literal["contrast", "concept"] | None = None
     first_token: Literal["operator", "anchor"] | None = None
+    words: tuple[Word, ...] = ()
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +113,8 @@ def test_what_is_given_stands_beside_the_attributes_and_before_them():
         name: str
 
     write = writer(pb.OperatorUse, Named)
-    given = {
-        "strength": 0.5,
-        "rule": pb.RULE_SUBSTITUTE,
-        "blend": None,
-        "positions": None,
-        "anchor": None,
-        "first_token": None,
-    }
+    given = dict.fromkeys(("blend", "positions", "anchor", "first_token", "kl"))
+    given |= {"strength": 0.5, "rule": pb.RULE_SUBSTITUTE, "words": ()}
     assert write(Named("g"), **given) == pb.OperatorUse(name="g", strength=0.5, rule=pb.RULE_SUBSTITUTE)
     assert write(Named("g"), name="h", **given).name == "h"
     with pytest.raises(TypeError, match=r"Named has no field for steering\.v1\.OperatorUse\.strength"):

@@ -54,8 +54,9 @@ def _table(infos: Sequence[steer_client.OperatorInfo]) -> Table:
                 Text(escape_controls(info.concept).strip() + (f" (and {further} more)" if further else "")),
                 info.profile,
                 str(info.injection_layer),
-                "exact" if info.exact else "vector" if info.vector else str(info.rank),
-                format_number(info.recommended_strength),
+                _kind(info),
+                # A lens may recommend none.
+                format_number(info.recommended_strength if info.lens is None or info.curve else None),
                 format_number(info.recommended_blend),
                 f"{info.recommended_rule}"
                 f"{anchor_part(info.recommended_blend, info.recommended_anchor, info.recommended_first_token)}"
@@ -64,3 +65,10 @@ def _table(infos: Sequence[steer_client.OperatorInfo]) -> Table:
                 short_digest(info.digest),
             )
     return table
+
+
+def _kind(info: steer_client.OperatorInfo) -> str:
+    """The rank of an operator, or what it is in place of one."""
+    if info.lens is not None:
+        return "lens"
+    return "exact" if info.exact else "vector" if info.vector else str(info.rank)
