@@ -105,7 +105,7 @@ class _AnchorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Anchor.ValueTy
     DESCRIPTOR: _descriptor.EnumDescriptor
     ANCHOR_UNSPECIFIED: _Anchor.ValueType  # 0
     ANCHOR_CONTRAST: _Anchor.ValueType  # 1
-    """The concept's hidden state less the mean of those of texts about nothing in particular."""
+    """The concept's hidden state less the mean of those of neutral texts."""
     ANCHOR_CONCEPT: _Anchor.ValueType  # 2
     """The concept's hidden state itself."""
 
@@ -114,7 +114,7 @@ class Anchor(_Anchor, metaclass=_AnchorEnumTypeWrapper):
 
 ANCHOR_UNSPECIFIED: Anchor.ValueType  # 0
 ANCHOR_CONTRAST: Anchor.ValueType  # 1
-"""The concept's hidden state less the mean of those of texts about nothing in particular."""
+"""The concept's hidden state less the mean of those of neutral texts."""
 ANCHOR_CONCEPT: Anchor.ValueType  # 2
 """The concept's hidden state itself."""
 Global___Anchor: _TypeAlias = Anchor  # noqa: Y015
@@ -478,11 +478,8 @@ class OperatorUse(_message.Message):
     blend: _builtins.float
     """Beta in [0, 1]: 0 is the operator's direction, 1 its anchor."""
     anchor: Global___Anchor.ValueType
-    """Which anchor `blend` blends with. The contrast anchor of an operator that was built without a neutral mean, or of a
-    vector, is INVALID_ARGUMENT.
-    """
+    """CONTRAST of a vector, or of an operator without a neutral mean, is INVALID_ARGUMENT."""
     first_token: Global___FirstToken.ValueType
-    """What is added to the text's first token, where that is among `positions`."""
     kl: _builtins.float
     """A dose in nats in place of `strength`, which is then read off the operator's dose curve: the strength at which the
     95th percentile over the tokens of KL(plain || steered) was that when the operator was measured. Above 0, and within
