@@ -52,8 +52,8 @@ def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
     known = loaded.model.get_input_embeddings().weight.shape[0]
     if max(ids) >= known:
         raise ConceptError(
-            f"concept {text[:40]!r} has token {max(ids)} ({loaded.tokenizer.decode([max(ids)])!r}), which the tokenizer "
-            f"knows and the model does not: it has {known} embeddings"
+            f"concept {text[:40]!r} has token {max(ids)} ({loaded.tokenizer.decode([max(ids)])!r}), which the "
+            f"tokenizer knows and the model does not: it has {known} embeddings"
         )
     limit = min(loaded.context_length, MAX_CONCEPT)
     if len(ids) > limit:

@@ -129,8 +129,8 @@ def _check_not_adapter(name: str, source: str) -> None:
     """Refuses the directory of an adapter, with or without base weights, which would be served without it."""
     if Path(source, "adapter_config.json").exists():
         raise ModelError(
-            f"model {name!r}: the directory holds an adapter (adapter_config.json), which is not applied; merge it into "
-            "its base model first (in peft, merge_and_unload), and remove that file"
+            f"model {name!r}: the directory holds an adapter (adapter_config.json), which is not applied; merge it "
+            "into its base model first (in peft, merge_and_unload), and remove that file"
         )
 
 
