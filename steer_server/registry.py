@@ -118,7 +118,7 @@ class Registry:
 
         Raises:
             UnknownOperatorError, OperatorUnusableError: an operator is not in the store, or cannot be used.
-            InvalidRequestError: a strength, rule, blend, range, word or KL is not accepted; names the field.
+            InvalidRequestError: a strength, rule, blend, anchor, range, word or KL is not accepted; names the field.
             DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
         return self._plan_all(self._entries, {field: uses})[0]
