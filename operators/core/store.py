@@ -142,7 +142,7 @@ class Store:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.path)
-            with _temporary_file(self.path, name) as file:
+            with temporary_file(self.path, name) as file:
                 file.write(to_bytes(artifact))
                 file.flush()
                 os.fsync(file.fileno())
@@ -173,8 +173,8 @@ class Store:
 
 
 @contextmanager
-def _temporary_file(directory: Path, name: str) -> Iterator[BinaryIO]:
-    """A new, locked file; removed on exit unless it was renamed."""
+def temporary_file(directory: Path, name: str) -> Iterator[BinaryIO]:
+    """A new, locked file in ``directory``; removed on exit unless it was renamed."""
     while True:
         # The path is chosen before the file is made, so that an interrupt at any moment knows what to remove.
         path = directory / f".{name}.{secrets.token_hex(8)}.tmp"
