@@ -36,4 +36,7 @@ def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics
         dose_bound=plan.dose_bound(application.layer),
         defaulted=application.defaulted,
         calibrated=application.calibrated,
+        words=application.words,
+        lens_digest=application.lens_digest,
+        kl=application.kl,
     )

@@ -50,6 +50,15 @@ class Score:
 
 
 @dataclass(frozen=True)
+class SteeredWord:
+    """A word as a lens read it: whose rows of the unembedding its direction was made of."""
+
+    text: str
+    weight: float
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What one operator did to one row, measured on the hidden states. Filled by the engine."""
 
@@ -70,6 +79,11 @@ class Receipt:
     """Of the layer: sum of |lambda|/2 over its operators."""
     defaulted: tuple[str, ...]
     calibrated: bool
+    words: tuple[SteeredWord, ...] = ()
+    """Of a lens; ``digest`` is then that of the direction that they make."""
+    lens_digest: str = ""
+    kl: float | None = None
+    """The p95 KL in nats that the strength was read off the dose curve for; None where it was not."""
 
 
 @dataclass(frozen=True)

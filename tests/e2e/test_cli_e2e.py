@@ -36,6 +36,9 @@ RECEIPT = {
     "defaulted",
     "calibrated",
     "positions",
+    "words",
+    "lens_digest",
+    "kl",
 }
 FEW = ("--max-tokens", "5", "--ignore-eos")
 

@@ -19,7 +19,15 @@ from steer_client._errors import (
     UnknownOperatorError,
 )
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
+from steer_client._requests import (
+    Chat,
+    ChatMessage,
+    OperatorUse,
+    Prompt,
+    Rule,
+    SamplingParams,
+    WeightedWord,
+)
 from steer_client._results import (
     KL,
     ABResult,
@@ -29,6 +37,7 @@ from steer_client._results import (
     Generation,
     ModelInfo,
     Receipt,
+    SteeredWord,
     TextDelta,
     Timings,
     Tokenization,
@@ -40,6 +49,8 @@ from steer_client._store import (
     Calibration,
     CalibrationPoint,
     ConceptText,
+    DosePoint,
+    Lens,
     LowRank,
     Member,
     OperatorInfo,
@@ -47,6 +58,7 @@ from steer_client._store import (
 )
 from steer_client._sync import SteerClient
 from steer_client._sync_streams import ComparisonStream, GenerationStream
+from steer_client._words import Word, Words
 
 __all__ = [
     "ALL_POSITIONS",
@@ -64,12 +76,14 @@ __all__ = [
     "ComparisonStream",
     "ConceptText",
     "DeadlineExceededError",
+    "DosePoint",
     "DoseTooHighError",
     "EngineFailedError",
     "FinishReason",
     "Generation",
     "GenerationStream",
     "InvalidRequestError",
+    "Lens",
     "LowRank",
     "Member",
     "ModelInfo",
@@ -90,6 +104,7 @@ __all__ = [
     "ServerUnavailableError",
     "SteerClient",
     "SteerError",
+    "SteeredWord",
     "SteeringNotAppliedError",
     "TextDelta",
     "Timings",
@@ -98,4 +113,7 @@ __all__ = [
     "TopLogprob",
     "UnknownOperatorError",
     "Usage",
+    "WeightedWord",
+    "Word",
+    "Words",
 ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from steer_client._positions import Positions
 
 #: How an operator's running direction is made from its Jacobian blocks.
 Rule: TypeAlias = Literal["cumulative", "substitute"]
+
+#: The name of the lens that a word is given to where a request names none.
+LENS: Final = "lens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,22 @@ Prompt: TypeAlias = str | Sequence[int] | Chat | Sequence[ChatMessage]
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedWord:
+    """A word that a lens pushes towards, and its weight among the others of one use; negative pushes away from it."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorUse:
     """One operator applied to one request. What is None takes the operator's recommended value.
 
     `strength` is λ: the push is λ/2 times the norm of the hidden state; 0 changes nothing, a negative
     value pushes away. `blend` is β in [0, 1]: 0 is the operator's direction, 1 its anchor. `positions` are those
-    that it pushes.
+    that it pushes. `kl`, in place of a strength, is a dose in nats: the server takes the strength at which the 95th
+    percentile over the tokens of KL(plain ‖ steered) was that when the operator was measured. `words` are for a lens
+    alone: see `Word` and `Words`.
     """
 
     name: str
@@ -45,12 +58,14 @@ class OperatorUse:
     rule: Rule | None = None
     blend: float | None = None
     positions: Positions | None = None
+    words: Sequence[WeightedWord] = ()
+    kl: float | None = None
 
     @classmethod
-    def parse(cls, text: str, *, rule: Rule | None = None) -> OperatorUse:
+    def parse(cls, text: str, *, rule: Rule | None = None, kl: float | None = None) -> OperatorUse:
         """Reads `NAME`, `NAME=λ` or `NAME=λ@β`, and behind it `:POSITIONS`, as `Positions.parse` reads them.
 
-        Raises ValueError, naming the text and the accepted form, for anything else.
+        `kl` is for an operator without λ. Raises ValueError, naming the text and the accepted form, for anything else.
         """
         setting, has_positions, positions = text.partition(":")
         where = Positions.parse(positions) if has_positions else None
@@ -65,6 +80,7 @@ class OperatorUse:
                 rule=rule,
                 blend=float(blend) if has_blend else None,
                 positions=where,
+                kl=None if has_strength else kl,
             )
         except ValueError:
             raise ValueError(

@@ -42,6 +42,15 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class SteeredWord:
+    """A word as a lens read it; its direction was made of the unembedding's rows of `token_ids`."""
+
+    text: str
+    weight: float
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Proof, measured on the hidden states, that one operator was applied.
 
@@ -75,6 +84,13 @@ class Receipt:
     calibrated: bool
     #: Where the operator was to push.
     positions: Positions = ALL_POSITIONS
+    #: Of a lens, the words that its direction was made of; `digest` is then that of the direction.
+    words: tuple[SteeredWord, ...] = ()
+    #: Of a lens, the sha256 of its own content; None for every other operator.
+    lens_digest: str | None = None
+    #: The p95 KL in nats that `strength` was read off the operator's dose curve for; None where it was not. Compare
+    #: measures what it came to: `ArmResult.kl`.
+    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,28 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class DosePoint:
+    """One point of a dose curve: a strength, and what it came to over the prompts that it was measured on."""
+
+    strength: float
+    #: 95th percentile and mean over the tokens of KL(plain ‖ steered), in nats. The mean is None where not measured.
+    kl_p95: float
+    kl_mean: float | None
+    #: Share of the texts that hold the word, or one of the concept's.
+    hit_rate: float
+    #: Share of the texts that hold it and repeat no four tokens; None where not measured.
+    useful_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lens:
+    """What a lens was read from: positions "first", "others" or "all" of so many texts."""
+
+    read_from: str
+    texts: int
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorInfo:
     """An artifact in the server's store.
 
@@ -123,6 +145,10 @@ class OperatorInfo:
     builder_version: str
     #: Where it is recommended to push.
     recommended_positions: Positions = ALL_POSITIONS
+    #: Set for a lens, which `Word` and `Words` are given to.
+    lens: Lens | None = None
+    #: What a KL budget is looked up in, by increasing strength; empty where nothing was measured.
+    curve: tuple[DosePoint, ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -132,12 +158,12 @@ class OperatorInfo:
     @property
     def vector(self) -> bool:
         """Whether it is one vector, of rank 0, that pushes every token the same way: its blend is always 1."""
-        return self.usable and self.rank == 0
+        return self.usable and self.rank == 0 and self.lens is None
 
     @property
     def exact(self) -> bool:
         """Whether its blocks are the whole Jacobian."""
-        return self.usable and self.low_rank is None and not self.vector
+        return self.usable and self.low_rank is None and self.rank > 0
 
     @property
     def calibrated(self) -> bool:

@@ -54,11 +54,19 @@ def _table(infos: Sequence[steer_client.OperatorInfo]) -> Table:
                 Text(escape_controls(info.concept).strip() + (f" (and {further} more)" if further else "")),
                 info.profile,
                 str(info.injection_layer),
-                "exact" if info.exact else "vector" if info.vector else str(info.rank),
-                format_number(info.recommended_strength),
+                _kind(info),
+                # A lens may recommend none.
+                format_number(info.recommended_strength if info.lens is None or info.curve else None),
                 format_number(info.recommended_blend),
                 f"{info.recommended_rule}{positions_part(info.recommended_positions)}",
                 "yes" if info.calibrated else "no",
                 short_digest(info.digest),
             )
     return table
+
+
+def _kind(info: steer_client.OperatorInfo) -> str:
+    """The rank of an operator, or what it is in place of one."""
+    if info.lens is not None:
+        return "lens"
+    return "exact" if info.exact else "vector" if info.vector else str(info.rank)
