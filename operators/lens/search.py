@@ -2,8 +2,10 @@
 
 A first round brings every (positions, layer) to the same distance from the plain model, by a few words on a few
 prompts: the strength at which the 95th percentile over the tokens of KL(plain || steered) uses up a budget. The most
-promising ones are compared on more words and prompts, and the doses of the best one are measured: its curve. Where even
-the best one brings the words in too rarely within the budget, no strength is recommended.
+promising ones, with the best of each kind of positions among them, are compared on more words and prompts, and the doses
+of the best one are measured: its curve. A push on the first position alone is preferred as long as no other is clearly
+better, since it costs nothing per decoded token. Where even the best one brings the words in too rarely within the
+budget, no strength is recommended.
 
 The words and prompts are for this choice only. What a lens achieves is measured on others.
 """
@@ -32,6 +34,8 @@ _CURVE = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.15, 1.4, 1.8, 2.4)
 """Strengths of the curve, over the one that uses the budget up."""
 STEERS = 0.1
 """Texts with the word and without a loop, beyond the plain ones' share, from which on a lens is said to steer."""
+CLEARLY = 0.1
+"""By how much another lens must be better than one of the first position: about a standard error of 48 texts."""
 
 
 _DEPTH_SHARES = (0.5, 0.6, 0.7)
@@ -53,7 +57,7 @@ class SearchPlan:
     scouts: Panel
     finals: Panel
     scout_rounds: int = 3
-    finalists: int = 3
+    finalists: int = 4
     curve: tuple[float, ...] = field(default=_CURVE)
 
     @classmethod
@@ -70,7 +74,7 @@ class SearchPlan:
             Panel(DEVELOPMENT_WORDS[:2], prompts[:3], 12),
             Panel(DEVELOPMENT_WORDS[:3], prompts[:4], 16),
             scout_rounds=2,
-            finalists=1,
+            finalists=3,
             curve=_CURVE[1::2],
         )
 
@@ -131,12 +135,13 @@ class _Search:
             points = self._to_the_budget(lenses, self._plan.finals)[0]
             return lenses[0], _strongest(points).strength
         scouted = self._to_the_budget(lenses, self._plan.scouts)
-        ranked = sorted(range(len(lenses)), key=lambda index: _promise(scouted[index]), reverse=True)
-        finalists = ranked[: self._plan.finalists]
+        finalists = _finalists(lenses, scouted, self._plan.finalists)
         trials = [(lenses[index], _strongest(scouted[index]).strength) for index in finalists]
-        points = self._measure(trials, self._plan.finals)
-        best = max(range(len(trials)), key=lambda index: _quality(points[index]))
-        return trials[best]
+        qualities = [_quality(point) for point in self._measure(trials, self._plan.finals)]
+        best = max(range(len(trials)), key=qualities.__getitem__)
+        of_first = [index for index, (lens, _) in enumerate(trials) if _positions(lens) == "first"]
+        cheap = max(of_first, key=qualities.__getitem__, default=best)
+        return trials[cheap if qualities[cheap] >= qualities[best] - CLEARLY else best]
 
     def measure_curve(self, lens: OperatorArtifact, strength: float) -> tuple[DoseCurve, float | None, float]:
         """The doses around ``strength``; the one to recommend, and its share of useful texts."""
@@ -205,14 +210,24 @@ def _strongest(points: Sequence[DosePoint]) -> DosePoint:
     return max(within, key=_strength) if within else min(points, key=_strength)
 
 
-def _promise(points: Sequence[DosePoint]) -> tuple[bool, float, float]:
-    best = max((point for point in points if point.kl_p95 <= DEFAULT_KL), key=_quality, default=None)
-    return (False, 0.0, 0.0) if best is None else (True, best.useful_rate, -best.kl_mean)
+def _finalists(lenses: Sequence[OperatorArtifact], scouted: Sequence[Sequence[DosePoint]], count: int) -> list[int]:
+    """Indices: the most promising lens of each kind of positions, then the most promising of the others."""
+    ranked = sorted(range(len(lenses)), key=lambda index: _promise(scouted[index]), reverse=True)
+    kinds = [_positions(lenses[index]) for index in ranked]
+    leaders = [index for place, index in enumerate(ranked) if kinds[place] not in kinds[:place]]
+    return [*leaders, *(index for index in ranked if index not in leaders)][:count]
 
 
-def _quality(point: DosePoint) -> tuple[float, float]:
-    """Sorting key of points near the budget. One that exceeds it is worth what it would be at the budget, about."""
-    return point.useful_rate * min(1.0, DEFAULT_KL / max(point.kl_p95, 1e-9)), -point.kl_mean
+def _promise(points: Sequence[DosePoint]) -> float:
+    return max((_quality(point) for point in points if point.kl_p95 <= DEFAULT_KL), default=-1.0)
+
+
+def _quality(point: DosePoint) -> float:
+    """What points near the budget are compared by: the share of the texts with the word, those with a loop for a half.
+
+    One that exceeds the budget is worth what it would be at it, about.
+    """
+    return (point.hit_rate + point.useful_rate) / 2 * min(1.0, DEFAULT_KL / max(point.kl_p95, 1e-9))
 
 
 def _strength(point: DosePoint) -> float:

@@ -70,6 +70,20 @@ def test_the_lens_that_steers_best_within_the_budget_is_chosen(lenses, loaded, m
     }
 
 
+def test_the_first_position_is_preferred_where_no_other_is_clearly_better(lenses, loaded, monkeypatch):
+    class Close(Invented):
+        def _point(self, lens, strength):
+            self.at = (lens.header.lens.positions, 2)
+            self.share = {"first": 0.5, "others": self.other, "all": 0.3}[lens.header.lens.positions]
+            return super()._point(lens, strength)
+
+    for other, expected in ((0.55, "first"), (0.8, "others")):
+        invented = Close(0.5)
+        invented.other = other
+        result = _search(lenses, loaded, invented, monkeypatch, SearchPlan(PLAN.scouts, PLAN.finals))
+        assert (result.lens.header.lens.positions, result.lens.header.layer) == (expected, 2)
+
+
 def test_where_nothing_steers_no_strength_is_recommended(lenses, loaded, monkeypatch):
     result = _search(lenses, loaded, Invented(0.1), monkeypatch)
     assert result.strength is None
