@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from operators.core.apply import Setting, check_blend, recommended_setting
+from dataclasses import replace
+
+from operators.core.apply import Setting, check_setting, recommended_setting
 from operators.core.artifact import OperatorArtifact
+from operators.core.budget import measured_points
 from operators.core.dose_curve import strength_for
 from operators.core.errors import OperatorError, SettingError, VectorError
-from operators.core.header import CalibrationPoint, OperatorHeader
-from operators.core.positions import ALL_POSITIONS
+from operators.core.header import SETTING_FIELDS, CalibrationPoint, OperatorHeader
 from operators.core.vector_source import WordVector
 from steer_server.errors import InvalidRequestError, OperatorUnusableError
 from steer_server.types import Application, OperatorUse, SteeredWord
@@ -15,8 +17,6 @@ from steer_server.words import Words
 
 LENS = "lens"
 """The lens of words that come without a name."""
-_SETTINGS = ("strength", "rule", "blend", "positions")
-"""What a request may leave to an operator's recommendation."""
 
 
 def name_of(use: OperatorUse) -> str:
@@ -41,11 +41,10 @@ def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words 
     direction = artifact if header.lens is None and not use.words else _direction(use, artifact, words, field)
     try:
         setting, kl = _setting(use, header)
-        if direction.header.vector is not None:
-            check_blend(setting, f"operator {name!r}")
+        check_setting(setting, direction.header, f"operator {name!r}")
     except SettingError as error:
         raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
-    defaulted = [name for name in _SETTINGS if getattr(use, name) is None]
+    defaulted = [name for name in SETTING_FIELDS if getattr(use, name) is None]
     if use.kl is not None:
         defaulted.remove("strength")
     return Application(
@@ -61,7 +60,7 @@ def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words 
 
 
 def doses(header: OperatorHeader, setting: Setting) -> tuple[tuple[float, float], ...]:
-    """(strength, p95 KL) of what was measured at this rule, blend and positions, whatever the setting's strength."""
+    """(strength, p95 KL) of what was measured at this setting, whatever its strength."""
     if header.lens is not None:
         at_curve = header.lens.curve is not None and setting.positions == header.recommended.positions
         return header.lens.curve.doses if header.lens.curve is not None and at_curve else ()
@@ -69,16 +68,9 @@ def doses(header: OperatorHeader, setting: Setting) -> tuple[tuple[float, float]
 
 
 def measured_at(header: OperatorHeader, setting: Setting) -> tuple[CalibrationPoint, ...]:
-    """What a calibration measured at the operator's layer and at this rule, blend and positions."""
-    if header.calibration is None or setting.positions != ALL_POSITIONS:
-        return ()
-    # The rule of a vector makes no difference.
-    return tuple(
-        point
-        for point in header.calibration.points
-        if (point.layer, point.blend) == (header.layer, setting.blend)
-        and (point.rule == setting.rule or header.vector is not None)
-    )
+    """What a calibration measured at the operator's layer and at this setting, whatever its strength."""
+    at = {name: getattr(setting, name) for name in SETTING_FIELDS if name != "strength"}
+    return measured_points(header, **at)
 
 
 def _direction(use: OperatorUse, artifact: OperatorArtifact, words: Words | None, field: str) -> OperatorArtifact:
@@ -101,12 +93,8 @@ def _direction(use: OperatorUse, artifact: OperatorArtifact, words: Words | None
 def _setting(use: OperatorUse, header: OperatorHeader) -> tuple[Setting, float | None]:
     """The setting, and the p95 KL in nats that its strength was read off the dose curve for, if it was."""
     recommended = header.recommended
-    asked = Setting(
-        strength=recommended.strength if use.strength is None else use.strength,
-        rule=use.rule or recommended.rule,
-        blend=recommended.blend if use.blend is None else use.blend,
-        positions=use.positions or recommended.positions,
-    )
+    given = {name: value for name in SETTING_FIELDS if (value := getattr(use, name)) is not None}
+    asked = replace(Setting.of(recommended), **given)
     own = None if header.lens is None else header.lens.default_kl
     kl = own if use.kl is None else use.kl
     if use.strength is not None:
@@ -118,12 +106,12 @@ def _setting(use: OperatorUse, header: OperatorHeader) -> tuple[Setting, float |
         raise SettingError("strength", "is needed: the lens recommends none, because nothing steered or was measured")
     curve = doses(header, asked)
     if not curve:
-        at = f"{asked.rule}, blend {asked.blend:g}, positions {asked.positions}"
+        at = f"{asked.rule}, blend {asked.blend:g} with the {asked.anchor} anchor, positions {asked.positions}"
         field = "kl" if use.kl is not None else "strength"
         raise SettingError(field, f"cannot be read off a dose curve: none was measured at {at}; give a strength")
     if use.kl is None:
         return asked, kl
-    return Setting(strength_for(curve, kl), asked.rule, asked.blend, asked.positions), kl
+    return replace(asked, strength=strength_for(curve, kl)), kl
 
 
 def _steered_words(direction: OperatorArtifact) -> tuple[SteeredWord, ...]:

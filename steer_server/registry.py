@@ -119,7 +119,7 @@ class Registry:
 
         Raises:
             UnknownOperatorError, OperatorUnusableError: an operator is not in the store, or cannot be used.
-            InvalidRequestError: a strength, rule, blend, range, word or KL is not accepted; names the field.
+            InvalidRequestError: a strength, rule, blend, anchor, range, word or KL is not accepted; names the field.
             DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
         if len(uses) > MAX_OPERATORS:

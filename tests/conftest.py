@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from operators.core.artifact import Lens, OperatorArtifact, make_artifact, make_lens, make_vector
-from operators.core.header import OperatorHeader, Recommended
+from operators.core.header import NeutralTexts, OperatorHeader, Recommended
 from operators.core.lens_source import PUSHED, LensSource
 from operators.core.vector_source import ImportedVector
 from operators.maps.detach import families
@@ -198,9 +198,14 @@ def tiny_directory(tiny: Callable[..., LoadedModel], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def make_operator() -> Callable[..., OperatorArtifact]:
-    """``make_operator(n=3, d=5, affine=False, seed=0, **header)``: a random operator, with header fields replaced."""
+    """``make_operator(n=3, d=5, affine=False, seed=0, neutral=False, **header)``: a random operator.
 
-    def build(n: int = 3, d: int = 5, *, affine: bool = False, seed: int = 0, **fields: object) -> OperatorArtifact:
+    Header fields are replaced; without ``neutral`` it is as an earlier version built it.
+    """
+
+    def build(
+        n: int = 3, d: int = 5, *, affine: bool = False, seed: int = 0, neutral: bool = False, **fields: object
+    ) -> OperatorArtifact:
         generator = torch.Generator().manual_seed(seed)
         jacobian = torch.randn(n, d, d, generator=generator)
         x = torch.randn(n, d, generator=generator)
@@ -223,13 +228,15 @@ def make_operator() -> Callable[..., OperatorArtifact]:
                 "dtype": "float32",
                 "model_dtype": "float32",
                 "recommended": Recommended(),
+                "neutral": NeutralTexts(digest=f"sha256:{'4' * 64}", ids=((1, 2), (3,))) if neutral else None,
                 "reconstruction_error": 1e-7,
                 "builder_version": "0.1.0",
                 "created": datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC),
                 **fields,
             }
         )
-        return make_artifact(header, jacobian, anchor, anchor - jacobian[-1] @ x[-1], offset)
+        mean = torch.randn(d, generator=generator) if neutral else None
+        return make_artifact(header, jacobian, anchor, anchor - jacobian[-1] @ x[-1], offset, neutral=mean)
 
     return build
 

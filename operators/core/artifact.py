@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +33,7 @@ from operators.core.file_format import (
 )
 from operators.core.header import OperatorHeader
 
-_LATER = ("vector", "lens")
+_LATER = ("vector", "lens", "neutral")
 """Fields of a header that came after the first version."""
 
 
@@ -52,6 +54,8 @@ class OperatorArtifact:
     Shapes: ``factors`` (n, r, d) = B_i; ``basis`` (d, r) = U, or None for the identity, and then ``factors[i]`` is
     J_i = dh/dx_i (output, input) itself; ``anchor`` (d,) = y, for one text sum J_i x_i + c; ``substitute_base`` (d,) =
     y - J_{n-1} x_{n-1}; ``offset`` (d,) = c, or None where the model has no biases. Of several texts, each is the mean.
+    ``neutral`` (d,) is the mean over neutral texts of what y is of the concept's, times the sum of the texts' shares (1
+    but in a mixture), so that y - neutral is the contrast anchor; None where the header names no neutral texts.
     A vector has no blocks: ``anchor`` (d,) is the vector, ``factors`` (0, 0, d) and ``substitute_base`` (0,) are empty.
     A lens has neither blocks nor an anchor, and the only one with a ``lens``.
     """
@@ -62,6 +66,7 @@ class OperatorArtifact:
     anchor: torch.Tensor
     substitute_base: torch.Tensor
     offset: torch.Tensor | None
+    neutral: torch.Tensor | None
     header_json: str
     """The header as it was written and signed; other versions of the parser may print it differently."""
     digest: str
@@ -90,13 +95,14 @@ def make_artifact(
     offset: torch.Tensor | None = None,
     *,
     basis: torch.Tensor | None = None,
+    neutral: torch.Tensor | None = None,
 ) -> OperatorArtifact:
     """Checks the parts against each other and signs them; without a ``basis``, ``factors`` is J itself.
 
     Raises:
         ArtifactError: a shape, dtype or value does not fit the header.
     """
-    return _signed(header, _tensors(factors, basis, anchor, substitute_base, offset))
+    return _signed(header, _tensors(factors, basis, anchor, substitute_base, offset, neutral))
 
 
 def make_vector(header: OperatorHeader, vector: torch.Tensor) -> OperatorArtifact:
@@ -169,7 +175,14 @@ def tensors_of(artifact: OperatorArtifact) -> dict[str, torch.Tensor]:
         return {"anchor": artifact.anchor}
     if artifact.lens is not None:
         return {"pull": artifact.lens.pull, "vocabulary_mean": artifact.lens.vocabulary_mean}
-    return _tensors(artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset)
+    return _tensors(
+        artifact.factors,
+        artifact.basis,
+        artifact.anchor,
+        artifact.substitute_base,
+        artifact.offset,
+        artifact.neutral,
+    )
 
 
 def assemble(
@@ -206,18 +219,32 @@ def _tensors(
     anchor: torch.Tensor,
     substitute_base: torch.Tensor,
     offset: torch.Tensor | None,
+    neutral: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     operator = {"jacobian": factors} if basis is None else {"basis": basis, "factors": factors}
     tensors = {**operator, "anchor": anchor, "substitute_base": substitute_base}
-    return tensors if offset is None else {**tensors, "offset": offset}
+    optional = {"offset": offset, "neutral": neutral}
+    return tensors | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
 def _signed(header: OperatorHeader, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
-    # Earlier versions read strictly, and know no vectors and lenses: what is none is written as they write it.
-    header_json = header.model_dump_json(exclude={name for name in _LATER if getattr(header, name) is None})
+    header_json = header.model_dump_json(exclude=_unknown_to_earlier_versions(header))
     return _from_parts(
         header, header_json, {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     )
+
+
+def _unknown_to_earlier_versions(header: OperatorHeader) -> dict[str, Any]:
+    """Earlier versions read strictly: what does without a field that they do not know is written as they write it."""
+    absent: dict[str, Any] = {name: True for name in _LATER if getattr(header, name) is None}
+    settings = {name for name, default in _EARLIER.items() if getattr(header.recommended, name) == default}
+    if header.neutral is None and settings == set(_EARLIER):
+        absent["recommended"] = settings
+    return absent
+
+
+_EARLIER = MappingProxyType({"anchor": "concept", "first_token": "operator"})
+"""What earlier versions mean, which know no other."""
 
 
 def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
@@ -242,6 +269,7 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
         anchor=anchor,
         substitute_base=substitute_base,
         offset=tensors.get("offset"),
+        neutral=tensors.get("neutral"),
         header_json=header_json,
         digest=_digest(header_json, tensors),
         lens=lens,

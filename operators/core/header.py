@@ -18,6 +18,8 @@ from operators.core.vector_source import STRICT, Count, Fingerprint, VectorSourc
 
 Profile = Literal["golden", "residual"]
 Rule = Literal["cumulative", "substitute"]
+Anchor = Literal["contrast", "concept"]
+FirstToken = Literal["operator", "anchor"]
 DTypeName = Literal["float32", "float64", "bfloat16"]
 
 MAX_CONCEPT = 1 << 16
@@ -25,6 +27,7 @@ MAX_CONCEPT = 1 << 16
 MAX_MEMBERS = 64
 MAX_TEXTS = 256
 MAX_WORDS = 256
+MAX_NEUTRAL_TEXTS = 256
 
 _Text = Annotated[str, Field(max_length=MAX_CONCEPT)]
 _Ids = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=MAX_CONCEPT)]
@@ -50,6 +53,11 @@ def _read_positions(value: object) -> Positions:
         raise ValueError(str(error)) from error
 
 
+_Positions = Annotated[Positions, PlainValidator(_read_positions), PlainSerializer(str)]
+SETTING_FIELDS = ("strength", "rule", "blend", "positions", "anchor", "first_token")
+"""What makes a setting: of :class:`Recommended`, of a :class:`CalibrationPoint` and of a request."""
+
+
 class Recommended(BaseModel):
     """Values that a request gets when it names none."""
 
@@ -58,8 +66,11 @@ class Recommended(BaseModel):
     strength: float = 0.5
     rule: Rule = "cumulative"
     blend: _Fraction = 0.0
-    positions: Annotated[Positions, PlainValidator(_read_positions), PlainSerializer(str)] = ALL_POSITIONS
+    positions: _Positions = ALL_POSITIONS
     """In its text form, such as ``"first"``, where the header is written down."""
+    anchor: Anchor = "concept"
+    """What earlier versions, which knew no other, mean; what is built now recommends its contrast anchor."""
+    first_token: FirstToken = "operator"
 
 
 class ConceptText(BaseModel):
@@ -81,6 +92,24 @@ class Member(BaseModel):
     weight: float
 
 
+class NeutralTexts(BaseModel):
+    """The texts whose mean hidden state is the tensor ``neutral``. Filled by :mod:`operators.builder.neutral`."""
+
+    model_config = STRICT
+
+    digest: Fingerprint
+    """sha256 of the texts, one per line."""
+    ids: tuple[_OneOrMoreIds, ...] = Field(min_length=1, max_length=MAX_NEUTRAL_TEXTS)
+    """The tokens of each text, so that the mean can be computed anew, here and at other layers."""
+
+    @field_validator("ids")
+    @classmethod
+    def _fit_a_header(cls, ids: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        if (total := sum(map(len, ids))) > MAX_CONCEPT:
+            raise ValueError(f"the texts have {total} tokens; at most {MAX_CONCEPT} are accepted")
+        return ids
+
+
 class LowRank(BaseModel):
     """How J_i ~ U B_i was computed, and its residuals. Filled by :mod:`operators.builder.build`."""
 
@@ -97,7 +126,7 @@ class LowRank(BaseModel):
 
 
 class CalibrationPoint(BaseModel):
-    """What a calibration measured at one setting, at all positions. Filled by :mod:`operators.tune.calibrate`."""
+    """What a calibration measured at one setting. Filled by :mod:`operators.tune.calibrate`."""
 
     model_config = STRICT
 
@@ -105,6 +134,9 @@ class CalibrationPoint(BaseModel):
     rule: Rule
     blend: _Fraction
     strength: float
+    positions: _Positions = ALL_POSITIONS
+    anchor: Anchor = "concept"
+    first_token: FirstToken = "operator"
     texts: Count
     """Number of steered texts: one for each of the first prompts."""
     kl_p95: _NonNegative
@@ -187,6 +219,8 @@ class OperatorHeader(BaseModel):
     """x_i is what the first block receives: after any scaling of the embedding table."""
     low_rank: LowRank | None = None
     """None for an exact operator."""
+    neutral: NeutralTexts | None = None
+    """None for a vector, and for what an earlier version built: there is then no contrast anchor."""
     tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """The residual that was given in place of a rank; the operator is exact where no lower rank keeps to it."""
     words: tuple[Word, ...] = Field(default=(), max_length=MAX_WORDS)
@@ -215,8 +249,8 @@ class OperatorHeader(BaseModel):
         if self.calibration is None or self.calibration.chosen is None:
             return None
         point, at = self.calibration.points[self.calibration.chosen], self.recommended
-        chosen = (point.layer, point.rule, point.blend, point.strength, ALL_POSITIONS)
-        return point if chosen == (self.layer, at.rule, at.blend, at.strength, at.positions) else None
+        chosen = (point.layer, *(getattr(point, name) for name in SETTING_FIELDS))
+        return point if chosen == (self.layer, *(getattr(at, name) for name in SETTING_FIELDS)) else None
 
     @property
     def positions(self) -> int:
@@ -251,6 +285,7 @@ class OperatorHeader(BaseModel):
             "weights": self.weights,
             "low_rank": self.low_rank,
             "tolerance": self.tolerance,
+            "neutral": self.neutral,
             "reconstruction_error": self.reconstruction_error,
         }
         if self.vector is None and self.lens is None:
@@ -293,6 +328,12 @@ class OperatorHeader(BaseModel):
             raise ValueError("a lens recommends a strength without the curve that it is taken from")
         if (self.lens.default_kl is None) != (self.recommended.strength == 0.0):
             raise ValueError("a lens recommends a strength above 0 where it has a 'default_kl', and else 0")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_anchor_it_recommends(self) -> Self:
+        if self.recommended.anchor == "contrast" and self.neutral is None:
+            raise ValueError("the contrast anchor is recommended, which takes neutral texts; there are none")
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from operators.core.header import Rule
+from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
 
 
@@ -15,7 +15,7 @@ class FinishReason(StrEnum):
 
     EOS = "EOS"
     STOP_STRING = "STOP_STRING"
-    STOP_TOKEN = "STOP_TOKEN"  # noqa: S105 - a finish reason, no secret
+    STOP_TOKEN = "STOP_TOKEN"
     MAX_TOKENS = "MAX_TOKENS"
     CONTEXT_LIMIT = "CONTEXT_LIMIT"
     TIME_LIMIT = "TIME_LIMIT"
@@ -69,6 +69,8 @@ class Receipt:
     strength: float
     blend: float
     positions: Positions
+    anchor: Anchor
+    first_token: FirstToken
     prompt_tokens_steered: int
     generated_tokens_steered: int
     prompt_tokens_cached: int

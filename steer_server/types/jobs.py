@@ -18,7 +18,7 @@ class Application:
     artifact: OperatorArtifact
     setting: Setting
     defaulted: tuple[str, ...]
-    """Which of strength, rule, blend and positions the artifact recommended."""
+    """Which parts of the setting the artifact recommended."""
     calibrated: bool = False
     """Whether the setting is the recommended one, and the artifact holds what a calibration measured there."""
     words: tuple[SteeredWord, ...] = ()

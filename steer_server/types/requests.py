@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from operators.core.header import Rule
+from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
 from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.errors import InvalidRequestError
@@ -96,6 +96,8 @@ class OperatorUse:
     rule: Rule | None = None
     blend: float | None = None
     positions: Positions | None = None
+    anchor: Anchor | None = None
+    first_token: FirstToken | None = None
     words: Annotated[tuple[WeightedWord, ...], Bounded(max_items=MAX_LENS_WORDS, items="words")] = ()
     """Of a lens, and of nothing else."""
     kl: Annotated[float | None, Range(above=0.0)] = None

@@ -45,7 +45,7 @@ def _receipt(make, use, **changes):
     words = [pb.SteeredWord(text=word.text, weight=word.weight, token_ids=[7, 9]) for word in use.words]
     values = {"words": words, "lens_digest": LENS_DIGEST, **changes}
     if use.kl is not None:
-        values = {"kl": use.kl, "defaulted": ["rule", "blend", "positions"], **values}
+        values = {"kl": use.kl, "defaulted": ["rule", "blend", "positions", "anchor", "first_token"], **values}
     return make.receipt(sent(use), **values)
 
 

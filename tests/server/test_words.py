@@ -95,20 +95,20 @@ def test_weights_are_signed_and_make_another_direction(registry):
 def test_a_strength_that_is_given_is_taken(registry):
     use = applied(registry, "lens", 0.17, words=words("bridge"))
     assert use.setting == Setting(0.17, "cumulative", 1.0, FIRST)
-    assert (use.kl, use.defaulted) == (None, ("rule", "blend", "positions"))
+    assert (use.kl, use.defaulted) == (None, ("rule", "blend", "positions", "anchor", "first_token"))
 
 
 def test_without_a_strength_the_lens_gives_the_one_of_its_own_budget(registry):
     use = applied(registry, "lens", words=words("bridge"))
     assert (use.setting.strength, use.kl) == (0.1, 0.5)
-    assert use.defaulted == ("strength", "rule", "blend", "positions")
+    assert use.defaulted == ("strength", "rule", "blend", "positions", "anchor", "first_token")
 
 
 def test_a_budget_is_looked_up_in_the_curve(registry):
     use = applied(registry, "lens", words=words("bridge"), kl=1.0)
     # Halfway between two points in the logarithms of both.
     assert use.setting.strength == pytest.approx(math.sqrt(0.1 * 0.2), rel=1e-3)
-    assert (use.kl, use.defaulted) == (1.0, ("rule", "blend", "positions"))
+    assert (use.kl, use.defaulted) == (1.0, ("rule", "blend", "positions", "anchor", "first_token"))
 
 
 @pytest.mark.parametrize("kl", [0.1, 2.1])

@@ -20,8 +20,10 @@ from steer_client._errors import (
 )
 from steer_client._positions import ALL_POSITIONS, Positions
 from steer_client._requests import (
+    Anchor,
     Chat,
     ChatMessage,
+    FirstToken,
     OperatorUse,
     Prompt,
     Rule,
@@ -53,6 +55,7 @@ from steer_client._store import (
     Lens,
     LowRank,
     Member,
+    NeutralTexts,
     OperatorInfo,
     ReloadReport,
 )
@@ -64,6 +67,7 @@ __all__ = [
     "ALL_POSITIONS",
     "KL",
     "ABResult",
+    "Anchor",
     "ArmDelta",
     "ArmResult",
     "AsyncComparisonStream",
@@ -80,6 +84,7 @@ __all__ = [
     "DoseTooHighError",
     "EngineFailedError",
     "FinishReason",
+    "FirstToken",
     "Generation",
     "GenerationStream",
     "InvalidRequestError",
@@ -87,6 +92,7 @@ __all__ = [
     "LowRank",
     "Member",
     "ModelInfo",
+    "NeutralTexts",
     "OperatorInfo",
     "OperatorUnusableError",
     "OperatorUse",

@@ -14,7 +14,7 @@ from steer_client._results import FinishReason, Generation, Receipt
 
 _NUMBERS: Final = ("strength", "blend")
 _INTERRUPTIONS: Final = (FinishReason.TIME_LIMIT, FinishReason.CANCELLED)
-_SETTINGS: Final = ("strength", "rule", "blend", "positions")
+_SETTINGS: Final = ("strength", "rule", "blend", "positions", "anchor", "first_token")
 # Relative, for the rounding of sums of a few doubles.
 _SUM_TOLERANCE: Final = 1e-9
 # Twice the resolution of bfloat16, the coarsest dtype of hidden states.
@@ -27,8 +27,8 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     Raises SteeringNotAppliedError, naming the operator, for a receipt
 
     - that is missing or was not requested,
-    - whose strength, rule, blend or positions are not the request's, or whose `defaulted` is not what the request left
-      unset,
+    - whose strength, rule, blend, positions, anchor or first token are not the request's, or whose `defaulted` is not
+      what the request left unset,
     - whose words, weights or KL budget are not the request's, or that names no lens, or no tokens, for its words,
     - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
     - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt that are

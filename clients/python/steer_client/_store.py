@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Rule
+from steer_client._requests import Anchor, FirstToken, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class NeutralTexts:
+    """The texts whose mean hidden state an operator has: sha256 of them all, one per line, and how many there are."""
+
+    digest: str
+    texts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +153,10 @@ class OperatorInfo:
     builder_version: str
     #: Where it is recommended to push.
     recommended_positions: Positions = ALL_POSITIONS
+    recommended_anchor: Anchor = field(default="concept", metadata={"when_unset": lambda: "concept"})
+    recommended_first_token: FirstToken = field(default="operator", metadata={"when_unset": lambda: "operator"})
+    #: What the contrast anchor is against; None where there is none.
+    neutral: NeutralTexts | None = None
     #: Set for a lens, which `Word` and `Words` are given to.
     lens: Lens | None = None
     #: What a KL budget is looked up in, by increasing strength; empty where nothing was measured.

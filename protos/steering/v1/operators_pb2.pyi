@@ -144,6 +144,31 @@ class CalibrationPoint(_message.Message):
 Global___CalibrationPoint: _TypeAlias = CalibrationPoint  # noqa: Y015
 
 @_typing.final
+class NeutralTexts(_message.Message):
+    """The texts whose mean hidden state an operator has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """sha256 of the texts, one per line."""
+    texts: _builtins.int
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        texts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeutralTexts: _TypeAlias = NeutralTexts  # noqa: Y015
+
+@_typing.final
 class Calibration(_message.Message):
     """What the recommended setting was read off."""
 
@@ -292,6 +317,9 @@ class Operator(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
     RECOMMENDED_POSITIONS_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_ANCHOR_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    NEUTRAL_FIELD_NUMBER: _builtins.int
     LENS_FIELD_NUMBER: _builtins.int
     CURVE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -331,6 +359,8 @@ class Operator(_message.Message):
     """How many texts it was built from, `concept` included."""
     concept_weight: _builtins.float
     """Share of the first text's map in the operator's; 1 where it is the only text."""
+    recommended_anchor: _generation_pb2.Anchor.ValueType
+    recommended_first_token: _generation_pb2.FirstToken.ValueType
     @_builtins.property
     def concept_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -354,6 +384,10 @@ class Operator(_message.Message):
     @_builtins.property
     def recommended_positions(self) -> _generation_pb2.Positions:
         """Where it is recommended to push."""
+
+    @_builtins.property
+    def neutral(self) -> Global___NeutralTexts:
+        """What its contrast anchor is against. Unset where it has none: for a vector, and for one that an earlier version built."""
 
     @_builtins.property
     def lens(self) -> Global___Lens:
@@ -398,12 +432,15 @@ class Operator(_message.Message):
         members: _abc.Iterable[Global___Member] | None = ...,
         calibration: Global___Calibration | None = ...,
         recommended_positions: _generation_pb2.Positions | None = ...,
+        recommended_anchor: _generation_pb2.Anchor.ValueType = ...,
+        recommended_first_token: _generation_pb2.FirstToken.ValueType = ...,
+        neutral: Global___NeutralTexts | None = ...,
         lens: Global___Lens | None = ...,
         curve: _abc.Iterable[Global___DosePoint] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "lens", b"lens", "low_rank", b"low_rank", "recommended_positions", b"recommended_positions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "lens", b"lens", "low_rank", b"low_rank", "neutral", b"neutral", "recommended_positions", b"recommended_positions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "curve", b"curve", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "lens", b"lens", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_blend", b"recommended_blend", "recommended_positions", b"recommended_positions", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "curve", b"curve", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "lens", b"lens", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "neutral", b"neutral", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_anchor", b"recommended_anchor", "recommended_blend", b"recommended_blend", "recommended_first_token", b"recommended_first_token", "recommended_positions", b"recommended_positions", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,6 +24,9 @@ def calibrated(make_operator):
         _point(0.4, 1.0),
         _point(0.4, 7.0, rule="substitute"),
         _point(0.4, 5.0, layer=1),
+        _point(0.4, 0.6, anchor="contrast"),
+        _point(0.4, 0.7, anchor="contrast", first_token="anchor"),
+        _point(0.5, 0.8, blend=0.0, first_token="anchor", anchor="contrast"),
         _point(0.3, 0.5, blend=1.0),
         _point(0.6, 2.0, blend=1.0),
     )
@@ -32,8 +35,10 @@ def calibrated(make_operator):
     return make_operator(calibration=Calibration(words=("tea",), points=points, chosen=None, **bounds, **plain)).header
 
 
-def _at(header, kl, rule="cumulative", blend=0.5, positions=ALL_POSITIONS):
-    return strength_within(header, kl, rule=rule, blend=blend, positions=positions)
+def _at(header, kl, rule="cumulative", blend=0.5, positions=ALL_POSITIONS, anchor="concept", first_token="operator"):
+    return strength_within(
+        header, kl, rule=rule, blend=blend, positions=positions, anchor=anchor, first_token=first_token
+    )
 
 
 def test_the_curve_of_an_operator_is_its_calibration_at_the_setting(calibrated):
@@ -41,10 +46,19 @@ def test_the_curve_of_an_operator_is_its_calibration_at_the_setting(calibrated):
     assert _at(calibrated, 0.5) == pytest.approx(0.2 * 2**0.5, rel=1e-3)
     # At blend 1, a rule makes no difference.
     assert _at(calibrated, 0.5, rule="substitute", blend=1.0) == 0.3
+    assert _at(calibrated, 0.6, anchor="contrast") == 0.4
+    assert _at(calibrated, 0.7, anchor="contrast", first_token="anchor") == 0.4
 
 
 def test_what_was_not_measured_is_an_error(calibrated, make_operator):
-    for change in ({"blend": 0.25}, {"kl": 1.1}, {"kl": 0.2}, {"positions": FIRST}):
+    for change in (
+        {"blend": 0.25},
+        {"anchor": "contrast"},
+        {"first_token": "anchor"},
+        {"kl": 1.1},
+        {"kl": 0.2},
+        {"positions": FIRST},
+    ):
         with pytest.raises(SettingError, match="kl is"):
             _at(calibrated, **{"kl": 0.5, **change})
     with pytest.raises(SettingError, match="no dose was measured"):

@@ -8,7 +8,7 @@ from rich.text import Text
 
 import steer_client
 from steer_client._cli.console import field_table, wide_console
-from steer_client._cli.formatting import escape_controls, format_count, format_number, positions_part
+from steer_client._cli.formatting import anchor_part, escape_controls, format_count, format_number, positions_part
 
 
 def show_operator(info: steer_client.OperatorInfo) -> None:
@@ -33,10 +33,14 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
         "recommended",
         (
             f"strength {format_number(info.recommended_strength)}, blend {format_number(info.recommended_blend)}, "
-            f"{info.recommended_rule}{positions_part(info.recommended_positions)}"
+            f"{info.recommended_rule}"
+            f"{anchor_part(info.recommended_blend, info.recommended_anchor, info.recommended_first_token)}"
+            f"{positions_part(info.recommended_positions)}"
             f"{', calibrated' if info.calibrated else ', not calibrated'}"
         ),
     )
+    if info.neutral is not None:
+        yield "neutral", f"mean of {format_count(info.neutral.texts, 'text')}, {info.neutral.digest}"
     if info.calibration is not None:
         yield "calibration", _calibration(info.calibration)
     for point in info.curve:

@@ -43,9 +43,10 @@ OperatorOption = Annotated[
     typer.Option(
         "--operator",
         "-o",
-        metavar="NAME[=λ[@β]][:POSITIONS]",
+        metavar="NAME[=λ[@β]][:POSITIONS][,anchor=contrast|concept][,first_token=operator|anchor]",
         help="An operator, with its strength λ, its blend β, and where it pushes: all, first, prompt, generated, a "
-        "range such as 4.. or 0..8, or one of a part such as generated:0..5. May be repeated; the operators add up.",
+        "range such as 4.. or 0..8, or one of a part such as generated:0..5. Then which anchor β blends with, and "
+        "whether it stands alone at the first token. May be repeated; the operators add up.",
         rich_help_panel=_STEERING,
     ),
 ]

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import steer_client
-from steer_client._cli.formatting import escape_controls, format_count, format_number, positions_part, short_digest
+from steer_client._cli.formatting import (
+    anchor_part,
+    escape_controls,
+    format_count,
+    format_number,
+    positions_part,
+    short_digest,
+)
 
 
 def generation_line(result: steer_client.Generation) -> str:
@@ -37,7 +44,8 @@ def receipt_line(receipt: steer_client.Receipt) -> str:
     return (
         f"{mark} {subject} layer {receipt.layer}, "
         f"strength {format_number(receipt.strength)}{_budget_part(receipt)}, blend {format_number(receipt.blend)}, "
-        f"{receipt.rule}{positions_part(receipt.positions)}{_origin(receipt)}: {effect}"
+        f"{receipt.rule}{anchor_part(receipt.blend, receipt.anchor, receipt.first_token)}"
+        f"{positions_part(receipt.positions)}{_origin(receipt)}: {effect}"
     )
 
 
@@ -101,6 +109,10 @@ def _origin(receipt: steer_client.Receipt) -> str:
     settings = ["strength", "rule", "blend"]
     if receipt.positions != steer_client.ALL_POSITIONS:
         settings.append("positions")
+    if receipt.blend or receipt.first_token == "anchor":
+        settings.append("anchor")
+    if receipt.first_token == "anchor":
+        settings.append("first_token")
     defaulted = [name for name in settings if name in receipt.defaulted]
     if not defaulted:
         return ""
