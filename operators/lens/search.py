@@ -2,10 +2,10 @@
 
 A first round brings every (positions, layer) to the same distance from the plain model, by a few words on a few
 prompts: the strength at which the 95th percentile over the tokens of KL(plain || steered) uses up a budget. The most
-promising ones, with the best of each kind of positions among them, are compared on more words and prompts, and the doses
-of the best one are measured: its curve. A push on the first position alone is preferred as long as no other is clearly
-better, since it costs nothing per decoded token. Where even the best one brings the words in too rarely within the
-budget, no strength is recommended.
+promising ones, with the best of each kind of positions among them, are compared on more words and prompts, and the
+doses of the best one are measured: its curve. A push on the first position alone is preferred as long as no other is
+clearly better, since it costs nothing per decoded token. Where even the best one brings the words in too rarely within
+the budget, no strength is recommended.
 
 The words and prompts are for this choice only. What a lens achieves is measured on others.
 """
