@@ -143,7 +143,7 @@ class Store:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.path)
-            with _temporary_file(self.path, name) as file:
+            with temporary_file(self.path, name) as file:
                 file.write(to_bytes(artifact))
                 file.flush()
                 os.fsync(file.fileno())
@@ -194,8 +194,8 @@ def _put(temporary: str, path: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def _temporary_file(directory: Path, name: str) -> Iterator[BinaryIO]:
-    """A new, locked file; removed on exit unless it was renamed."""
+def temporary_file(directory: Path, name: str) -> Iterator[BinaryIO]:
+    """A new, locked file in ``directory``; removed on exit unless it was renamed."""
     while True:
         # The path is chosen before the file is made, so that an interrupt at any moment knows what to remove.
         path = directory / f".{name}.{secrets.token_hex(8)}.tmp"
