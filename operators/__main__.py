@@ -13,6 +13,7 @@ from operators.commands.build import build
 from operators.commands.calibrate import calibrate
 from operators.commands.combine import combine
 from operators.commands.contrast import contrast
+from operators.commands.lens import lens
 from operators.commands.store import delete, list_operators, show, verify
 from operators.commands.vectors import export, import_vectors
 from operators.core.version import __version__
@@ -35,6 +36,7 @@ app.command()(combine)
 app.command("import")(import_vectors)
 app.command()(export)
 app.command()(contrast)
+app.command()(lens)
 app.command()(analyse)
 
 
