@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from operators.core.errors import TrialError
@@ -30,7 +30,8 @@ def describe_run(
     return {
         "digest": run_digest(material, protocol),
         "version": __version__,
-        "model": material.loaded.name,
+        # The last part of a path: a table says nothing about the machine.
+        "model": PurePath(material.loaded.name).name,
         "model_fingerprint": material.loaded.fingerprint,
         "dtype": str(material.loaded.dtype).removeprefix("torch."),
         "device": material.loaded.device.type,

@@ -68,11 +68,16 @@ class Evaluation:
         for row in self._journal.rows.values():
             if row["of"]["kind"] == "trial":
                 self._remember(row["of"], row)
-        # Other samplings begin their search with the strengths of greedy texts.
-        first = [regime for regime in self._protocol.regimes if regime.sampling.name == "greedy"]
-        self._search(first, "development texts, greedy")
-        self._search([one for one in self._protocol.regimes if one not in first], "development texts, others")
-        self._report()
+        # Greedy texts first: they are most of the table, and other samplings begin with their strengths.
+        regimes = self._protocol.regimes
+        groups = {
+            "greedy": [one for one in regimes if one.sampling.name == "greedy" and one.sign == 1],
+            "other samplings": [one for one in regimes if one.sampling.name != "greedy" and one.sign == 1],
+            "away": [one for one in regimes if one.sign == -1],
+        }
+        for name, group in groups.items():
+            self._search(group, f"{name}, development texts")
+            self._report(group, f"{name}, held-out texts")
 
     def _search(self, regimes: Sequence[Regime], what: str) -> None:
         """Tries strengths of all arms until each is close to every budget; those of a round are written together."""
@@ -100,10 +105,10 @@ class Evaluation:
         if most:
             self._progress(what, most, most)
 
-    def _report(self) -> None:
+    def _report(self, regimes: Sequence[Regime], what: str) -> None:
         """Writes the texts of held-out prompts, at the strengths that were found."""
         cells: list[Cell] = []
-        for regime in self._protocol.regimes:
+        for regime in regimes:
             plain = plain_arms(self._forms, self._concepts, away=regime.sign == -1)
             cells += [Cell(arm, regime, 0.0) for arm in plain]
             for arm in self._arms_of(regime):
@@ -112,13 +117,15 @@ class Evaluation:
         missing = [cell for cell in cells if self._journal.get(self._of("texts", cell)) is None]
         size = len(self._protocol.held_out)
         before, total = (len(cells) - len(missing)) * size, len(cells) * size
-        self._progress("held-out texts", before, total)
+        if not missing:
+            return
+        self._progress(what, before, total)
         self._writer.write(
             missing,
             "held-out",
             self._protocol.lengths[-1],
             add=self._add_texts,
-            on_batch=lambda count: self._progress("held-out texts", before + count, total),
+            on_batch=lambda count: self._progress(what, before + count, total),
         )
 
     def _add_texts(self, cell: Cell, written: Written) -> None:

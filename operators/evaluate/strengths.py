@@ -14,7 +14,7 @@ from operators.evaluate.protocol import Budget
 from operators.tune.strength_search import round_strength
 
 GRID = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-LEAST, MOST = 0.003, 2.0
+LEAST, MOST = 0.003, 4.0
 _CLOSE = 0.08
 """A KL within this share of its budget ends the search for it."""
 _REACHED = 0.3
