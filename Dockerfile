@@ -56,7 +56,7 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 CMD ["st
 ENTRYPOINT ["steer-server"]
 CMD ["--listen", "0.0.0.0:50051", "--metrics-host", "0.0.0.0", "--metrics-port", "9464"]
 
-# Not built and never run so far, for want of a container engine and a GPU. docs/LARGE.md says how to run it.
+# Not built so far, for want of a container engine. docs/LARGE.md says how to run it.
 # CUDA's libraries come with the wheels of torch and vLLM; the driver comes from the host, by NVIDIA's
 # container runtime. TORCH stays as it is: vLLM 0.32 wants this version, in its CUDA build.
 FROM base AS gpu

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,8 +97,10 @@ async def _run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.core.errors import OperatorError
     from operators.core.store import Store
+    from operators.model.unembedding import find_unembedding
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
+    from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
     device = config.device or _default_device()
@@ -110,7 +113,13 @@ async def _run(config: ServerConfig) -> None:
     except OperatorError as error:
         raise StartupError(str(error)) from error
     try:
-        registry = Registry(store, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
+        registry = Registry(
+            store,
+            engine.model,
+            max_bytes=config.max_artifact_bytes,
+            max_dose=config.max_dose,
+            words=WordDirections(partial(find_unembedding, config.model), engine.tokenizer),
+        )
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)

@@ -35,7 +35,10 @@ async def compare(
     """
     if len(request.arms) > max_arms:
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
-    plans = [registry.plan(arm.operators, field=f"arms[{index}].operators") for index, arm in enumerate(request.arms)]
+    plans = [
+        await registry.plan_beside(arm.operators, field=f"arms[{index}].operators")
+        for index, arm in enumerate(request.arms)
+    ]
     ids = await engine.encode(request.prompt)
     for index, plan in enumerate(plans):
         check_reachable(

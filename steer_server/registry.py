@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
-from operators.core.apply import Setting, check_blend
 from operators.core.artifact import OperatorArtifact
-from operators.core.errors import ArtifactError, SettingError, StoreError
+from operators.core.errors import ArtifactError, StoreError
 from operators.core.store import Store
+from steer_server.applications import make_application, name_of
 from steer_server.errors import (
     DoseTooHighError,
     InvalidRequestError,
@@ -23,11 +24,10 @@ from steer_server.errors import (
     UnknownOperatorError,
 )
 from steer_server.types import MAX_OPERATORS, Application, ModelInfo, OperatorUse, SteeringPlan
+from steer_server.words import BesideTheLoop, Words
 
 _MAX_PROBLEM = 1024
 """Characters of a problem that are kept: listings repeat it."""
-_SETTINGS = ("strength", "rule", "blend", "positions")
-"""What a request may leave to an operator's recommendation."""
 _ROUNDING = 1e-9
 """Relative: the floating-point sum of strengths that add up to the limit may exceed it."""
 
@@ -55,18 +55,23 @@ class StoreChanges:
 class Registry:
     """Operators by name: one snapshot of the store at a time."""
 
-    def __init__(self, store: Store, model: ModelInfo, *, max_bytes: int, max_dose: float) -> None:
+    def __init__(
+        self, store: Store, model: ModelInfo, *, max_bytes: int, max_dose: float, words: Words | None = None
+    ) -> None:
         """Reads the store. Raises :class:`StoreUnreadableError`.
 
         Args:
             model: the model being served, which operators must have been built for.
             max_bytes: larger files are not read.
             max_dose: upper bound of the sum of |lambda|/2 over the operators of one request at one layer.
+            words: makes the directions of those that requests give to a lens; without it they are refused.
         """
         self._store = store
         self._model = model
         self._max_bytes = max_bytes
         self._max_dose = max_dose
+        self._words = words
+        self._beside_the_loop = BesideTheLoop()
         self._entries: Mapping[str, OperatorEntry] = MappingProxyType({})
         self.reload()
 
@@ -100,12 +105,21 @@ class Registry:
             unusable=tuple(name for name, entry in after.items() if entry.problem),
         )
 
+    async def plan_beside(self, uses: tuple[OperatorUse, ...], *, field: str = "operators") -> SteeringPlan | None:
+        """As :meth:`plan`; words, for which files are read, are worked out in a thread beside the event loop.
+
+        Raises :class:`QueueFullError` too, where too many requests wait for that.
+        """
+        if any(use.words for use in uses):
+            return await self._beside_the_loop.run(partial(self.plan, uses, field=field))
+        return self.plan(uses, field=field)
+
     def plan(self, uses: tuple[OperatorUse, ...], *, field: str = "operators") -> SteeringPlan | None:
         """The plan for the operators of one request; None when it names none.
 
         Raises:
             UnknownOperatorError, OperatorUnusableError: an operator is not in the store, or cannot be used.
-            InvalidRequestError: a strength, rule, blend or range is not accepted; names the field.
+            InvalidRequestError: a strength, rule, blend, anchor, range, word or KL is not accepted; names the field.
             DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
         if len(uses) > MAX_OPERATORS:
@@ -132,24 +146,11 @@ class Registry:
             )
 
     def _application(self, use: OperatorUse, field: str) -> Application:
-        entry = self.entry(use.name)
+        name = name_of(use)
+        entry = self.entry(name)
         if entry.artifact is None:
-            raise OperatorUnusableError(use.name, entry.problem)
-        recommended = entry.artifact.header.recommended
-        try:
-            setting = Setting(
-                strength=recommended.strength if use.strength is None else use.strength,
-                rule=use.rule or recommended.rule,
-                blend=recommended.blend if use.blend is None else use.blend,
-                positions=use.positions or recommended.positions,
-            )
-            if entry.artifact.header.vector is not None:
-                check_blend(setting, f"operator {use.name!r}")
-        except SettingError as error:
-            raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
-        defaulted = tuple(name for name in _SETTINGS if getattr(use, name) is None)
-        calibrated = setting == Setting.of(recommended) and entry.artifact.header.calibrated_point is not None
-        return Application(use.name, entry.artifact, setting, defaulted, calibrated)
+            raise OperatorUnusableError(name, entry.problem)
+        return make_application(use, entry.artifact, self._words, field)
 
     def _read(self, name: str) -> OperatorEntry:
         size = 0

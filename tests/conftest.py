@@ -37,11 +37,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from operators.core.artifact import OperatorArtifact, make_artifact, make_vector
-from operators.core.header import OperatorHeader, Recommended
+from operators.core.artifact import Lens, OperatorArtifact, make_artifact, make_lens, make_vector
+from operators.core.header import NeutralTexts, OperatorHeader, Recommended
+from operators.core.lens_source import PUSHED, LensSource
 from operators.core.vector_source import ImportedVector
 from operators.maps.detach import families
 from operators.model.loading import LoadedModel, load_model, recognise
+from operators.model.unembedding import loaded_unembedding
 
 # A shell that starts this in the background has interrupts ignored, here and in every process that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -196,9 +198,14 @@ def tiny_directory(tiny: Callable[..., LoadedModel], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def make_operator() -> Callable[..., OperatorArtifact]:
-    """``make_operator(n=3, d=5, affine=False, seed=0, **header)``: a random operator, with header fields replaced."""
+    """``make_operator(n=3, d=5, affine=False, seed=0, neutral=False, **header)``: a random operator.
 
-    def build(n: int = 3, d: int = 5, *, affine: bool = False, seed: int = 0, **fields: object) -> OperatorArtifact:
+    Header fields are replaced; without ``neutral`` it is as an earlier version built it.
+    """
+
+    def build(
+        n: int = 3, d: int = 5, *, affine: bool = False, seed: int = 0, neutral: bool = False, **fields: object
+    ) -> OperatorArtifact:
         generator = torch.Generator().manual_seed(seed)
         jacobian = torch.randn(n, d, d, generator=generator)
         x = torch.randn(n, d, generator=generator)
@@ -221,13 +228,15 @@ def make_operator() -> Callable[..., OperatorArtifact]:
                 "dtype": "float32",
                 "model_dtype": "float32",
                 "recommended": Recommended(),
+                "neutral": NeutralTexts(digest=f"sha256:{'4' * 64}", ids=((1, 2), (3,))) if neutral else None,
                 "reconstruction_error": 1e-7,
                 "builder_version": "0.1.0",
                 "created": datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC),
                 **fields,
             }
         )
-        return make_artifact(header, jacobian, anchor, anchor - jacobian[-1] @ x[-1], offset)
+        mean = torch.randn(d, generator=generator) if neutral else None
+        return make_artifact(header, jacobian, anchor, anchor - jacobian[-1] @ x[-1], offset, neutral=mean)
 
     return build
 
@@ -267,5 +276,52 @@ def make_rank_0() -> Callable[..., OperatorArtifact]:
             "created": datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC),
         }
         return make_vector(OperatorHeader(**{**header, **fields}), vector)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def make_random_lens() -> Callable[..., OperatorArtifact]:
+    """``make_random_lens(loaded, seed=0, lens={}, **header)``: a random lens of a model, from its first position."""
+
+    def build(
+        loaded: LoadedModel, *, seed: int = 0, lens: dict[str, object] | None = None, **fields: object
+    ) -> OperatorArtifact:
+        d = loaded.hidden_size
+        unembedding = loaded_unembedding(loaded.model)
+        source = LensSource(
+            **{
+                "positions": "first",
+                "texts": 2,
+                "texts_digest": f"sha256:{'6' * 64}",
+                "vocabulary": unembedding.vocabulary,
+                "tied": unembedding.tied,
+                **(lens or {}),
+            }
+        )
+        # Without a curve there is no strength to recommend.
+        recommended = Recommended(strength=0.0, blend=1.0, positions=PUSHED[source.positions])
+        header = {
+            "concept": "any word",
+            "concept_ids": (),
+            "lens": source,
+            "model": loaded.name,
+            "architecture": type(loaded.model).__name__,
+            "model_fingerprint": loaded.fingerprint,
+            "tokenizer_fingerprint": loaded.tokenizer_fingerprint,
+            "profile": "residual",
+            "rule_set": "up-live/1",
+            "layer": 2,
+            "injection_layer": 2,
+            "num_layers": loaded.num_layers,
+            "hidden_size": d,
+            "dtype": "float32",
+            "model_dtype": "float32",
+            "recommended": recommended,
+            "builder_version": "0.1.0",
+            "created": datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC),
+        }
+        pull = torch.randn(d, d, generator=torch.Generator().manual_seed(seed))
+        return make_lens(OperatorHeader(**{**header, **fields}), Lens(pull, unembedding.mean()))
 
     return build

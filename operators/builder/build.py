@@ -13,11 +13,12 @@ from operators.builder.checks import (
     dtype_name,
     worst_reconstruction_error,
 )
+from operators.builder.neutral import check_contrast_anchor, neutral_mean, tokenise_neutral
 from operators.builder.spec import BuildSpec, resolve_spec, vectors_per_pass
 from operators.core import capacity
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.errors import BuildError, ReconstructionError
-from operators.core.header import ConceptText, LowRank, OperatorHeader, injection_layer
+from operators.core.header import ConceptText, LowRank, NeutralTexts, OperatorHeader, injection_layer
 from operators.core.progress import Progress, silent
 from operators.core.version import __version__
 from operators.maps.detach import RULE_SET
@@ -88,9 +89,14 @@ def build_operator(
         check_basis(basis, weighted_map.y - weighted_map.offset, dtype_name(loaded.dtype))
     error = worst_reconstruction_error(replays, factors, basis)
     check_reconstruction(error, layer, dtype_name(loaded.dtype))
-    header = _header(spec, loaded, layer, low_rank_map, weighted_map.y.dtype, error)
+    y = weighted_map.y
+    texts = tokenise_neutral(loaded) if spec.neutral is None else spec.neutral
+    neutral = sum(spec.shares) * neutral_mean(texts, loaded, layer=layer, profile=spec.profile).to(y)
+    check_contrast_anchor(y, neutral, spec.texts)
+    header = _header(spec, loaded, layer, low_rank_map, y.dtype, error, texts)
     offset = weighted_map.offset if bool(weighted_map.offset.any()) else None
-    return make_artifact(header, factors, weighted_map.y, weighted_map.substitute_base(basis), offset, basis=basis)
+    base = weighted_map.substitute_base(basis)
+    return make_artifact(header, factors, y, base, offset, basis=basis, neutral=neutral)
 
 
 def _approximate(
@@ -128,6 +134,7 @@ def _header(
     low_rank_map: LowRankMap | None,
     dtype: torch.dtype,
     reconstruction_error: float,
+    neutral: NeutralTexts,
 ) -> OperatorHeader:
     first, *more = spec.texts
     low_rank = None
@@ -159,6 +166,7 @@ def _header(
         dtype=dtype_name(dtype),
         model_dtype=dtype_name(loaded.dtype),
         low_rank=low_rank,
+        neutral=neutral,
         tolerance=spec.tolerance,
         words=spec.words,
         recommended=spec.recommended,

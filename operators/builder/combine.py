@@ -28,7 +28,7 @@ from operators.builder.vector_mixture import mix_vectors
 from operators.builder.verify import check_compatible
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import BuildError
-from operators.core.header import MAX_MEMBERS, MAX_TEXTS, Member, OperatorHeader
+from operators.core.header import MAX_MEMBERS, MAX_TEXTS, Member, NeutralTexts, OperatorHeader
 from operators.core.progress import Progress, silent
 from operators.model.loading import LoadedModel
 
@@ -62,7 +62,8 @@ def combine(
 
     Raises:
         BuildError: fewer than two members, one of them twice, a weight that is zero or not finite, members of
-            different layers or profiles, vectors among others, a rank for vectors, or weights that cancel.
+            different layers, profiles or neutral texts, vectors among others, a rank for vectors, or weights that
+            cancel.
         IncompatibleOperatorError: a member belongs to another model.
     """
     _check(members, loaded)
@@ -86,6 +87,7 @@ def combine(
         layer=headers[0].layer,
         rank=_rank(headers) if rank is None else rank,
         recommended=headers[0].recommended,
+        neutral=_neutral(members),
     )
     return build_operator(spec, loaded, max_memory=max_memory, progress=progress)
 
@@ -126,6 +128,19 @@ def _check(members: Sequence[WeightedOperator], loaded: LoadedModel) -> None:
         abs(member.weight) for member in members
     ):
         raise BuildError("the weighted operators cancel: their sum has no direction")
+
+
+def _neutral(members: Sequence[WeightedOperator]) -> NeutralTexts | None:
+    """The neutral texts that members have in common; None, for those that ship, where none has any."""
+    having = [member for member in members if member.artifact.header.neutral is not None]
+    for member in having[1:]:
+        first, other = having[0].artifact.header.neutral, member.artifact.header.neutral
+        if first != other:
+            raise BuildError(
+                f"operators {having[0].name!r} and {member.name!r} have different neutral texts; a mixture has one "
+                "contrast, so that members with the same are accepted"
+            )
+    return having[0].artifact.header.neutral if having else None
 
 
 def _rank(headers: Sequence[OperatorHeader]) -> int | Literal["full"]:

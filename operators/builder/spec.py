@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,13 +12,16 @@ from operators.builder.concept import Concept
 from operators.core import capacity
 from operators.core.errors import BuildError
 from operators.core.file_format import MAX_BYTES
-from operators.core.header import Member, Profile, Recommended
+from operators.core.header import Member, NeutralTexts, Profile, Recommended
 from operators.maps.replay import VECTORS_PER_PASS
 from operators.maps.sketch import FIRST_RANK, num_products
 from operators.model.loading import LoadedModel
 
 DEFAULT_RANK = 64
 """Rank of an operator where none is given; the README (*How much rank*) has the measurements behind it."""
+
+NEW_OPERATORS = Recommended(anchor="contrast")
+"""What an operator that is built recommends where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class BuildSpec:
     exact operator where that takes no more numbers; "full" means the exact one. ``tolerance``, in place of a rank, asks
     for the smallest rank with that residual |J - U B|_F / |J|_F. ``weighting`` and ``seed`` are those of the sketch.
     ``weights`` are the texts' weights in a mixture (:mod:`operators.builder.combine`); without, the operator is the
-    mean of their maps. ``words``, ``recommended`` and ``members`` are only written into the header.
+    mean of their maps. ``neutral`` are the texts that the contrast anchor is measured against; None means those that
+    ship. ``words``, ``recommended`` and ``members`` are only written into the header.
     """
 
     texts: tuple[Concept, ...]
@@ -40,9 +44,10 @@ class BuildSpec:
     weighting: Literal["embedding", "white"] = "embedding"
     seed: int = 0
     words: tuple[str, ...] = ()
-    recommended: Recommended = field(default_factory=Recommended)
+    recommended: Recommended = NEW_OPERATORS
     weights: tuple[float, ...] = ()
     members: tuple[Member, ...] = ()
+    neutral: NeutralTexts | None = None
 
     @property
     def shares(self) -> tuple[float, ...]:

@@ -7,9 +7,10 @@ import os
 from dataclasses import dataclass
 
 from operators.builder.checks import dtype_name
+from operators.builder.neutral import tokenise_neutral
 from operators.builder.spec import BuildSpec
 from operators.core.errors import ArtifactError, StoreError
-from operators.core.header import OperatorHeader
+from operators.core.header import NeutralTexts, OperatorHeader
 from operators.core.store import Store
 from operators.core.version import __version__
 from operators.maps.detach import RULE_SET
@@ -75,6 +76,7 @@ def differences(header: OperatorHeader, spec: BuildSpec, loaded: LoadedModel) ->
     properties: list[tuple[str, object, object]] = [
         ("profile", header.profile, spec.profile),
         ("layer", header.layer, spec.layer),
+        ("neutral texts", _neutral_digest(header.neutral), _neutral_digest(spec.neutral or tokenise_neutral(loaded))),
         ("weights", header.weights, spec.weights),
         ("members", header.members, spec.members),
         ("rank", size, requested_size),
@@ -94,3 +96,7 @@ def differences(header: OperatorHeader, spec: BuildSpec, loaded: LoadedModel) ->
     if [(text.text, text.ids) for text in header.texts] != texts:
         found.insert(0, "its texts are others")
     return found
+
+
+def _neutral_digest(neutral: NeutralTexts | None) -> str:
+    return "none" if neutral is None else neutral.digest

@@ -13,6 +13,7 @@ from operators.builder.checks import (
     worst_reconstruction_error,
 )
 from operators.builder.concept import Concept
+from operators.builder.neutral import neutral_mean
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import BuildError, IncompatibleOperatorError, ReconstructionError
 from operators.core.header import DTypeName, OperatorHeader
@@ -38,10 +39,13 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
         BuildError: it is a vector, which is not computed from a text.
         IncompatibleOperatorError: another model, tokenizer, depth or width; names what was found and what was
             expected.
-        ReconstructionError: the operator, its anchor or its substitute base is not what this model gives.
+        ReconstructionError: the operator, its anchor, its neutral mean or its substitute base is not what this model
+            gives.
     """
     check_compatible(artifact.header, loaded)
     header = artifact.header
+    if header.lens is not None:
+        raise BuildError("a lens is compared with its neutral texts, and has no text of its own")
     if header.vector is not None:
         raise BuildError("a vector has no map of a model that could be computed anew; its model can be checked")
     replays = [Replay(loaded.model, text.ids, layer=header.layer, profile=header.profile) for text in header.texts]
@@ -61,6 +65,7 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
         ("anchor", artifact.anchor, weighted_map.y),
         ("substitute_base", artifact.substitute_base, weighted_map.substitute_base(basis)),
         ("offset", artifact.offset, weighted_map.offset),
+        *_neutral(artifact, loaded),
     ):
         # Relative to |y|, not to the tensor itself: the base of a one-token concept is zero up to rounding.
         value = y.new_zeros(len(y)) if stored is None else stored.to(y)
@@ -68,6 +73,15 @@ def verify_operator(artifact: OperatorArtifact, loaded: LoadedModel) -> float:
         _check_tensor(name, float(difference), dtype)
     _check_tensor("factors", _factors_error(weighted_map, factors, basis), dtype)
     return error
+
+
+def _neutral(artifact: OperatorArtifact, loaded: LoadedModel) -> list[tuple[str, torch.Tensor | None, torch.Tensor]]:
+    """The neutral mean and what it is computed anew, of an artifact that has one."""
+    header = artifact.header
+    if header.neutral is None:
+        return []
+    mean = neutral_mean(header.neutral, loaded, layer=header.layer, profile=header.profile)
+    return [("neutral", artifact.neutral, sum(header.shares) * mean)]
 
 
 def _factors_error(weighted_map: WeightedMap, factors: torch.Tensor, basis: torch.Tensor | None) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from operators.commands import _describe as describe
@@ -12,8 +14,12 @@ from operators.commands._options import BuildOptions, default_device, open_store
 from operators.core.progress import progress_bars, working
 
 
-def build_one(described: Mapping[str, Any], options: BuildOptions) -> None:
-    """Builds, checks and stores one operator; ``described`` has the fields of a :class:`ConceptEntry` as given."""
+def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path | None) -> None:
+    """Builds, checks and stores one operator.
+
+    ``described`` has the fields of a :class:`ConceptEntry` as given; ``neutral`` is a file of neutral texts, or None
+    for those that ship.
+    """
     start = time.monotonic()
     with output.exit_on_error(options.as_json):
         from operators.recipes.concept_entry import ConceptEntry, validate_value
@@ -23,6 +29,9 @@ def build_one(described: Mapping[str, Any], options: BuildOptions) -> None:
         entry = ConceptEntry(**{key: validate_value(key, value) for key, value in described.items()})
         store.check_free(entry.name, replace=options.replace)
         memory = parse_memory(options.max_memory)
+        from operators.builder.neutral import read_neutral_texts, tokenise_neutral
+
+        neutral_texts = None if neutral is None else read_neutral_texts(neutral)
 
         with working("loading torch and the model"):
             from operators.builder.build import build_operator
@@ -31,7 +40,7 @@ def build_one(described: Mapping[str, Any], options: BuildOptions) -> None:
 
             device = options.device or default_device()
             loaded = load_model(options.model or default_model(), dtype=options.dtype, device=device)
-        spec = build_spec(entry, loaded)
+        spec = dataclasses.replace(build_spec(entry, loaded), neutral=tokenise_neutral(loaded, neutral_texts))
         # Before minutes go into a calibration.
         warnings = describe.build_warnings(spec, loaded)
         output.print_warnings(warnings)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from operators.commands._lens_lines import lens_lines
 from operators.commands._output import align
-from operators.core.header import Recommended
+from operators.core.header import Anchor, Recommended
 from operators.core.positions import ALL_POSITIONS
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
 
 def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
     """One operator for a person. ``operator`` is what :func:`operator_json` returns; ``further`` goes last."""
+    if operator["lens"] is not None:
+        return lens_lines(operator, **further)
     if operator["vector"] is not None:
         return _vector_lines(operator, **further)
     tokens = operator.get("concept_tokens", operator["concept_ids"])
@@ -54,6 +57,7 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         f"added to the input of block {operator['injection_layer']}",
         "reconstruction": f"{operator['reconstruction_error']:.2e} (|sum J x - y| / |y|)",
         "rank": _rank(operator),
+        "neutral": _neutral(operator["neutral"]),
         "recommended": setting_line(operator["recommended"]),
         **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
         "file": f"{operator['path']} ({file_size(operator['bytes'])})",
@@ -101,6 +105,10 @@ def _source(operator: Mapping[str, Any]) -> str:
             f"mean of {side['texts']} texts ({side['name']!r}, {side['digest'].removeprefix('sha256:')[:12]})"
             for side in (source["positive"], source["negative"])
         )
+    if source["method"] == "lens":
+        return f"the lens {source['lens']}, words " + ", ".join(
+            f"{word['text']!r}={word['weight']:g}" for word in source["words"]
+        )
     return "mixture of " + ", ".join(f"{member['weight']:+g} {member['name']}" for member in operator["members"])
 
 
@@ -112,7 +120,11 @@ def list_lines(operators: Iterable[Mapping[str, Any]]) -> list[str]:
 def setting_line(recommended: Mapping[str, Any]) -> str:
     """A recommended setting on one line."""
     where = "" if recommended["positions"] == str(ALL_POSITIONS) else f", positions {recommended['positions']}"
-    return f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}{where}"
+    first = ", anchor at the first token" if recommended["first_token"] == "anchor" else ""
+    # Without a share of the anchor, it makes no difference which one.
+    contrast = ", contrast anchor" if recommended["anchor"] == "contrast" and (first or recommended["blend"]) else ""
+    setting = f"strength {recommended['strength']:g}, {recommended['rule']}, blend {recommended['blend']:g}"
+    return f"{setting}{contrast}{first}{where}"
 
 
 def point_json(point: CalibrationPoint | None) -> dict[str, Any] | None:
@@ -122,15 +134,15 @@ def point_json(point: CalibrationPoint | None) -> dict[str, Any] | None:
 
 def point_line(point: Mapping[str, Any]) -> str:
     """A point of a calibration on one line: its setting, and what it measured."""
-    # Calibrations are at all positions.
-    setting = setting_line({**point, "positions": str(ALL_POSITIONS)})
-    return f"layer {point['layer']}, {setting}: {point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
+    measured = f"{point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
+    return f"layer {point['layer']}, {setting_line(point)}: {measured}"
 
 
 def nothing_found_line(recommended: Mapping[str, Any]) -> str:
     """What is recommended after a calibration that found no setting."""
-    default = Recommended().model_dump(mode="json")
-    kept = "the default" if recommended == default else "what was recommended"
+    # Of what was built now, or by an earlier version.
+    defaults = [Recommended(anchor=anchor).model_dump(mode="json") for anchor in get_args(Anchor)]
+    kept = "the default" if recommended in defaults else "what was recommended"
     return f"nothing within the bounds was found, and {kept} is kept"
 
 
@@ -147,6 +159,13 @@ def file_size(num_bytes: int) -> str:
 def _last_tokens(tokens: Sequence[str]) -> str:
     whose = "the last position of the text" if len(tokens) == 1 else "the last positions of the texts"
     return " ".join(map(repr, tokens)) + f" ({whose}: what the map ends at)"
+
+
+def _neutral(neutral: Mapping[str, Any] | None) -> str:
+    """What the contrast anchor is measured against."""
+    if neutral is None:
+        return "none: there is no contrast anchor ('build' again with --replace makes one)"
+    return f"mean of {len(neutral['ids'])} texts ({neutral['digest'].removeprefix('sha256:')[:12]})"
 
 
 def _rank(operator: Mapping[str, Any]) -> str:
@@ -189,7 +208,11 @@ def _list_row(entry: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         entry["name"],
         f"{entry['profile']}: layer {entry['layer']} of {entry['num_layers']}, pushes block {entry['injection_layer']}",
-        "vector" if entry["vector"] else f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
+        "lens"
+        if entry["lens"]
+        else "vector"
+        if entry["vector"]
+        else f"rank {entry['low_rank']['rank'] if entry['low_rank'] else 'full'}",
         str(entry["model"]),
         entry["digest"].removeprefix("sha256:")[:12],
         repr(entry["concept"]) + (f" and {more} more" if more else "") + _calibrated_note(entry),

@@ -19,7 +19,7 @@ from operators.commands._options import (
     ReplaceOption,
     StoreOption,
 )
-from operators.core.header import Profile, Rule
+from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, Profile, Rule
 
 
 def build(
@@ -63,6 +63,24 @@ def build(
             show_default=False,
         ),
     ] = None,
+    anchor: Annotated[
+        Anchor | None,
+        typer.Option(
+            help="Recommended anchor: what the concept adds to neutral texts, or its hidden state itself (default: "
+            "contrast).",
+            show_default=False,
+        ),
+    ] = None,
+    first_token: Annotated[
+        FirstToken | None,
+        typer.Option(
+            "--first-token", help="Recommended push of the first token (default: operator).", show_default=False
+        ),
+    ] = None,
+    neutral: Annotated[
+        Path | None,
+        typer.Option(help="Texts that the contrast is against, one per line (default: shipped).", show_default=False),
+    ] = None,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +122,8 @@ def build(
         "rule": rule,
         "blend": blend,
         "positions": positions,
+        "anchor": anchor,
+        "first_token": first_token,
         "rank": int(rank) if rank and rank.removeprefix("-").isdecimal() else rank,
         "tolerance": tol,
         "words": None if words is None else [word.strip() for word in words.split(",")],
@@ -111,11 +131,9 @@ def build(
     described = {key: value for key, value in described.items() if value is not None}
     if file is None:
         _check_usage(described, only, calibrate)
-        build_one(described, options)
-    elif described:
-        given = ", ".join(
-            {"name": "NAME", "texts": "--text", "tolerance": "--tol"}.get(key, f"--{key}") for key in described
-        )
+        build_one(described, options, neutral)
+    elif described or neutral is not None:
+        given = ", ".join([_option(key) for key in described] + ["--neutral"] * (neutral is not None))
         raise typer.BadParameter(f"{given} is for one operator; with --file, the file says it")
     else:
         build_file(file, only or [], options)
@@ -127,9 +145,14 @@ def _check_usage(described: dict[str, Any], only: list[str] | None, calibrate: b
         raise typer.BadParameter("either NAME and --text, or --file, is needed")
     if calibrate and "words" not in described:
         raise typer.BadParameter("--calibrate needs --words: what shows the concept in a text")
-    if calibrate and (given := [f"--{key}" for key in ("strength", "rule", "blend", "positions") if key in described]):
+    if calibrate and (given := [_option(key) for key in SETTING_FIELDS if key in described]):
         raise typer.BadParameter(
             f"{', '.join(given)} and --calibrate: a given value cannot be calibrated; one or the other is accepted"
         )
     if only:
         raise typer.BadParameter("--only picks concepts of a --file; there is none")
+
+
+def _option(key: str) -> str:
+    """What gives a field of an entry on the command line."""
+    return {"name": "NAME", "texts": "--text", "tolerance": "--tol"}.get(key, f"--{key.replace('_', '-')}")

@@ -6,13 +6,19 @@ J_i = U B_i, i = 0..n-1 (U = 1 for an exact one):
     cumulative   a_k = c + U s_k,          s_k = sum_{j<=k} B_{j mod n} x_j
     substitute   a_k = b + U B_{n-1} x_k,  b = y - J_{n-1} x_{n-1} (of the concept)
 
-    d_k = (1-beta) a_k/|a_k| + beta y/|y|
+    d_k = (1-beta) a_k/|a_k| + beta z/|z|,  z the anchor of the setting:
+        concept    z = y, the concept's own hidden state
+        contrast   z = y_c = y - m, m the mean of what y is for texts about nothing in particular (``neutral``)
+    d_0 = z/|z|                                   where the setting puts the anchor at the first token
     h_k <- h_k + (lambda/2) |h_k| d_k/|d_k|       at the positions k of the setting
+
+At k = 0 the published direction is c + J_0 x_0, which is of the prompt and not of the concept, and the first token is
+where most of a constant push acts: hence ``first_token``. It changes d_0 alone; x_0 stays in the running sum.
 
 a_k depends on token ids only, so it is worked out beside the model; the only request state is one running
 sum s_k of r numbers, and decoding with a KV cache equals recomputing everything. All arithmetic here is float32.
 
-A vector is an operator of rank 0: it has no a_k, y is the vector, and beta is 1.
+A vector is an operator of rank 0: it has no a_k and no m, y is the vector, and beta is 1.
 """
 
 from __future__ import annotations
@@ -25,8 +31,9 @@ import torch
 
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import SettingError, SteeringError
-from operators.core.header import Recommended, Rule
+from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, OperatorHeader, Recommended, Rule
 from operators.core.positions import ALL_POSITIONS, Positions
+from operators.core.vector_source import WordVector
 
 
 @dataclass(frozen=True)
@@ -34,13 +41,16 @@ class Setting:
     """How strongly, by which rule and where an operator is applied.
 
     ``strength`` is lambda, any finite number: 0 leaves every bit alone, negative pushes away. ``blend`` is beta
-    in [0, 1]. ``positions`` are those of the text that are pushed; the others keep their bits.
+    in [0, 1]. ``positions`` are those of the text that are pushed; the others keep their bits. ``anchor`` is what a
+    blend blends with, and what ``first_token`` "anchor" puts at position 0 whatever the blend.
     """
 
     strength: float
     rule: Rule
     blend: float
     positions: Positions = ALL_POSITIONS
+    anchor: Anchor = "concept"
+    first_token: FirstToken = "operator"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):
@@ -49,19 +59,28 @@ class Setting:
             raise SettingError("blend", f"is {self.blend}; a number from 0 (operator) to 1 (anchor) is accepted")
         if self.rule not in ("cumulative", "substitute"):
             raise SettingError("rule", f"is {self.rule!r}; 'cumulative' and 'substitute' are accepted")
+        if self.anchor not in ("contrast", "concept"):
+            raise SettingError("anchor", f"is {self.anchor!r}; 'contrast' and 'concept' are accepted")
+        if self.first_token not in ("operator", "anchor"):
+            raise SettingError("first_token", f"is {self.first_token!r}; 'operator' and 'anchor' are accepted")
         self.positions.check()
 
     @classmethod
     def of(cls, recommended: Recommended) -> Setting:
         """The setting that an operator recommends."""
-        return cls(recommended.strength, recommended.rule, recommended.blend, recommended.positions)
+        return cls(**{name: getattr(recommended, name) for name in SETTING_FIELDS})
+
+    def blend_at(self, position: int) -> float:
+        """beta at a position of the text: 1 at the first one where the anchor is put there."""
+        return 1.0 if position == 0 and self.first_token == "anchor" else self.blend
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedOperator:
     """An artifact's tensors in float32 on the device that steers. Immutable, shared between requests.
 
-    ``factors`` (n, r, d), ``basis`` (d, r) or None for the identity; ``offset``, ``base`` and ``unit_anchor`` (d,).
+    ``factors`` (n, r, d), ``basis`` (d, r) or None for the identity; ``offset``, ``base``, ``unit_anchor`` = y/|y| and
+    ``unit_contrast`` = y_c/|y_c| (d,), None without a neutral mean.
     Of a vector, ``factors`` (0, 0, d) and ``base`` (0,) are empty.
     """
 
@@ -70,16 +89,25 @@ class PreparedOperator:
     offset: torch.Tensor | None
     base: torch.Tensor
     unit_anchor: torch.Tensor
+    unit_contrast: torch.Tensor | None = None
 
     @property
     def is_vector(self) -> bool:
         """Whether only the anchor pushes: there are no blocks."""
         return self.factors.shape[0] == 0
 
+    def unit_of(self, anchor: Anchor) -> torch.Tensor:
+        """z/|z| (d,). Raises :class:`SettingError` for a contrast anchor that the operator does not have."""
+        if anchor == "concept":
+            return self.unit_anchor
+        if self.unit_contrast is None:
+            raise SettingError("anchor", f"is 'contrast'; {_ONLY_CONCEPT}")
+        return self.unit_contrast
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        tensors = (self.factors, self.basis, self.offset, self.base, self.unit_anchor)
+        tensors = (self.factors, self.basis, self.offset, self.base, self.unit_anchor, self.unit_contrast)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def to(self, device: torch.device) -> PreparedOperator:
@@ -91,6 +119,23 @@ class PreparedOperator:
         return PreparedOperator(**{field.name: place(getattr(self, field.name)) for field in fields(self)})
 
 
+_ONLY_CONCEPT = "the operator has no neutral mean, so that only 'concept' is accepted"
+
+
+def check_setting(setting: Setting, header: OperatorHeader, name: str) -> None:
+    """Raises :class:`SettingError` where ``setting`` asks the operator ``name`` for what it does not have."""
+    if header.vector is not None:
+        check_blend(setting, name)
+        if setting.anchor == "contrast":
+            raise SettingError("anchor", f"is 'contrast'; {name} is a vector (rank 0), and only 'concept' is accepted")
+    elif setting.anchor == "contrast" and header.neutral is None:
+        raise SettingError(
+            "anchor",
+            f"is 'contrast'; {name} was built without a neutral mean, so that only 'concept' is accepted (build it "
+            "again with --replace to have one)",
+        )
+
+
 def check_blend(setting: Setting, name: str) -> None:
     """Raises :class:`SettingError` where ``setting`` asks the vector ``name`` for anything but its anchor."""
     if setting.blend != 1.0:
@@ -99,17 +144,30 @@ def check_blend(setting: Setting, name: str) -> None:
         )
 
 
+def recommended_setting(header: OperatorHeader) -> Setting:
+    """The setting that an operator recommends.
+
+    Raises:
+        SettingError: of the field "strength": it is a word of a lens that recommends none.
+    """
+    if isinstance(header.vector, WordVector) and header.recommended.strength == 0.0:
+        raise SettingError("strength", "is needed: the lens recommends none, because nothing steered or was measured")
+    return Setting.of(header.recommended)
+
+
 def prepared_bytes(artifact: OperatorArtifact) -> int:
     """Bytes of the :class:`PreparedOperator` that :func:`prepare` makes of it."""
     return artifact.nbytes // artifact.anchor.element_size() * torch.float32.itemsize
 
 
 def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperator:
-    """An operator's tensors in float32 on ``device``, with its anchor normalised: y/|y|.
+    """An operator's tensors in float32 on ``device``, with its anchors normalised: y/|y| and y_c/|y_c|.
 
     Raises:
-        SteeringError: the anchor is zero or not finite, so that it has no direction.
+        SteeringError: it is a lens; or an anchor is zero or not finite, so that it has no direction.
     """
+    if artifact.lens is not None:
+        raise SteeringError("this is a lens, which pushes along words; an operator, or words for the lens, are needed")
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(device=device, dtype=torch.float32)
@@ -120,6 +178,10 @@ def prepare(artifact: OperatorArtifact, device: torch.device) -> PreparedOperato
         offset=None if artifact.offset is None else place(artifact.offset),
         base=place(artifact.substitute_base),
         unit_anchor=_unit(place(artifact.anchor)[None], first=0)[0],
+        unit_contrast=None
+        if artifact.neutral is None
+        # The difference before any rounding to float32.
+        else _unit(place(artifact.anchor.double() - artifact.neutral.double())[None], first=0)[0],
     )
 
 
@@ -130,10 +192,12 @@ class Direction:
     """
 
     def __init__(self, operator: PreparedOperator, setting: Setting) -> None:
-        """Raises :class:`SettingError` for a vector with a blend other than 1; its rule makes no difference."""
+        """Raises :class:`SettingError` for a vector with a blend other than 1, whose rule makes no difference, and for
+        a contrast anchor that the operator does not have.
+        """
         if operator.is_vector:
             check_blend(setting, "the operator")
-        self._operator = operator
+        self._operator, self._anchor = operator, operator.unit_of(setting.anchor)
         self._setting = setting
         self._position = 0
         self._sum = operator.factors.new_zeros(operator.factors.shape[1])
@@ -146,15 +210,21 @@ class Direction:
         Raises:
             SteeringError: a direction is zero or not finite at some position.
         """
-        first, low, blend = self._position, at.indices(x.shape[0])[0], self._setting.blend
+        first, (low, high, _) = self._position, at.indices(x.shape[0])
         self._position += x.shape[0]
-        anchor = self._operator.unit_anchor
-        if blend == 1.0:
-            return anchor.expand(x[at].shape[0], -1)
+        if self._setting.blend == 1.0:
+            return self._anchor.expand(max(high - low, 0), -1)
+        if high <= low or self._setting.blend_at(first + low) != 1.0:
+            return self._directions(x, first, at)
+        # Apart from the others: where the anchor is put, the operator need not have a direction.
+        return torch.cat((self._anchor[None], self._directions(x, first, slice(low + 1, high))))
+
+    def _directions(self, x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
+        low, blend = at.indices(x.shape[0])[0], self._setting.blend
         unit = _unit(self._raw(x, first, at), first + low)
         if blend == 0.0:
             return unit
-        return _unit((1.0 - blend) * unit + blend * anchor, first + low)
+        return _unit((1.0 - blend) * unit + blend * self._anchor, first + low)
 
     def _raw(self, x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
         if self._setting.rule == "substitute":

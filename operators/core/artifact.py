@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +33,19 @@ from operators.core.file_format import (
 )
 from operators.core.header import OperatorHeader
 
+_LATER = ("vector", "lens", "neutral")
+"""Fields of a header that came after the first version."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lens:
+    """The tensors of a lens: v_w = pull (W_U[w] - vocabulary_mean) is the push along a word w."""
+
+    pull: torch.Tensor
+    """(d, d) = J^T, from the output of the final norm back to the input of the lens's block."""
+    vocabulary_mean: torch.Tensor
+    """(d,), the mean of the rows of the unembedding W_U."""
+
 
 @dataclass(frozen=True, eq=False)
 class OperatorArtifact:
@@ -39,7 +54,10 @@ class OperatorArtifact:
     Shapes: ``factors`` (n, r, d) = B_i; ``basis`` (d, r) = U, or None for the identity, and then ``factors[i]`` is
     J_i = dh/dx_i (output, input) itself; ``anchor`` (d,) = y, for one text sum J_i x_i + c; ``substitute_base`` (d,) =
     y - J_{n-1} x_{n-1}; ``offset`` (d,) = c, or None where the model has no biases. Of several texts, each is the mean.
+    ``neutral`` (d,) is the mean over neutral texts of what y is of the concept's, times the sum of the texts' shares (1
+    but in a mixture), so that y - neutral is the contrast anchor; None where the header names no neutral texts.
     A vector has no blocks: ``anchor`` (d,) is the vector, ``factors`` (0, 0, d) and ``substitute_base`` (0,) are empty.
+    A lens has neither blocks nor an anchor, and the only one with a ``lens``.
     """
 
     header: OperatorHeader
@@ -48,13 +66,15 @@ class OperatorArtifact:
     anchor: torch.Tensor
     substitute_base: torch.Tensor
     offset: torch.Tensor | None
+    neutral: torch.Tensor | None
     header_json: str
     """The header as it was written and signed; other versions of the parser may print it differently."""
     digest: str
+    lens: Lens | None = None
 
     @property
     def positions(self) -> int:
-        """Number of concept tokens n; 0 for a vector."""
+        """Number of concept tokens n; 0 for a vector or a lens."""
         return int(self.factors.shape[0])
 
     @property
@@ -75,13 +95,14 @@ def make_artifact(
     offset: torch.Tensor | None = None,
     *,
     basis: torch.Tensor | None = None,
+    neutral: torch.Tensor | None = None,
 ) -> OperatorArtifact:
     """Checks the parts against each other and signs them; without a ``basis``, ``factors`` is J itself.
 
     Raises:
         ArtifactError: a shape, dtype or value does not fit the header.
     """
-    return _signed(header, _tensors(factors, basis, anchor, substitute_base, offset))
+    return _signed(header, _tensors(factors, basis, anchor, substitute_base, offset, neutral))
 
 
 def make_vector(header: OperatorHeader, vector: torch.Tensor) -> OperatorArtifact:
@@ -91,6 +112,15 @@ def make_vector(header: OperatorHeader, vector: torch.Tensor) -> OperatorArtifac
         ArtifactError: the shape, the dtype or a value does not fit the header.
     """
     return _signed(header, {"anchor": vector})
+
+
+def make_lens(header: OperatorHeader, lens: Lens) -> OperatorArtifact:
+    """The artifact of a lens, checked and signed.
+
+    Raises:
+        ArtifactError: a shape, dtype or value does not fit the header.
+    """
+    return _signed(header, {"pull": lens.pull, "vocabulary_mean": lens.vocabulary_mean})
 
 
 def with_header(artifact: OperatorArtifact, **changes: object) -> OperatorArtifact:
@@ -143,7 +173,16 @@ def tensors_of(artifact: OperatorArtifact) -> dict[str, torch.Tensor]:
     """The tensors of its file, by name."""
     if artifact.header.vector is not None:
         return {"anchor": artifact.anchor}
-    return _tensors(artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset)
+    if artifact.lens is not None:
+        return {"pull": artifact.lens.pull, "vocabulary_mean": artifact.lens.vocabulary_mean}
+    return _tensors(
+        artifact.factors,
+        artifact.basis,
+        artifact.anchor,
+        artifact.substitute_base,
+        artifact.offset,
+        artifact.neutral,
+    )
 
 
 def assemble(
@@ -180,18 +219,32 @@ def _tensors(
     anchor: torch.Tensor,
     substitute_base: torch.Tensor,
     offset: torch.Tensor | None,
+    neutral: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
     operator = {"jacobian": factors} if basis is None else {"basis": basis, "factors": factors}
     tensors = {**operator, "anchor": anchor, "substitute_base": substitute_base}
-    return tensors if offset is None else {**tensors, "offset": offset}
+    optional = {"offset": offset, "neutral": neutral}
+    return tensors | {name: tensor for name, tensor in optional.items() if tensor is not None}
 
 
 def _signed(header: OperatorHeader, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
-    # Earlier versions read strictly, and know no vectors: what is none is written as they write it.
-    header_json = header.model_dump_json(exclude={"vector"} if header.vector is None else None)
+    header_json = header.model_dump_json(exclude=_unknown_to_earlier_versions(header))
     return _from_parts(
         header, header_json, {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     )
+
+
+def _unknown_to_earlier_versions(header: OperatorHeader) -> dict[str, Any]:
+    """Earlier versions read strictly: what does without a field that they do not know is written as they write it."""
+    absent: dict[str, Any] = {name: True for name in _LATER if getattr(header, name) is None}
+    settings = {name for name, default in _EARLIER.items() if getattr(header.recommended, name) == default}
+    if header.neutral is None and settings == set(_EARLIER):
+        absent["recommended"] = settings
+    return absent
+
+
+_EARLIER = MappingProxyType({"anchor": "concept", "first_token": "operator"})
+"""What earlier versions mean, which know no other."""
 
 
 def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
@@ -199,9 +252,13 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ArtifactError(f"tensor {name!r} has values that are not finite")
-    anchor = tensors["anchor"]
-    if header.vector is not None:
-        factors, substitute_base = anchor.new_empty(0, 0, len(anchor)), anchor.new_empty(0)
+    lens = None
+    if header.lens is not None:
+        lens = Lens(tensors["pull"], tensors["vocabulary_mean"])
+    # A lens has no anchor.
+    anchor = tensors.get("anchor", torch.empty(0))
+    if header.vector is not None or lens is not None:
+        factors, substitute_base = anchor.new_empty(0, 0, header.hidden_size), anchor.new_empty(0)
     else:
         factors = tensors["jacobian" if header.low_rank is None else "factors"]
         substitute_base = tensors["substitute_base"]
@@ -212,8 +269,10 @@ def _from_parts(header: OperatorHeader, header_json: str, tensors: Mapping[str, 
         anchor=anchor,
         substitute_base=substitute_base,
         offset=tensors.get("offset"),
+        neutral=tensors.get("neutral"),
         header_json=header_json,
         digest=_digest(header_json, tensors),
+        lens=lens,
     )
 
 

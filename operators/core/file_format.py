@@ -2,9 +2,11 @@
 
 The file is a safetensors file: the length of a JSON header (8 bytes, little endian), that header, and the bytes of the
 tensors without gaps. Tensors: ``jacobian`` (n, d, d), or ``basis`` (d, r) and ``factors`` (n, r, d) of a low-rank
-operator; ``anchor`` (d,), ``substitute_base`` (d,) and, for affine maps, ``offset`` (d,). Of a vector: ``anchor``. The
-safetensors metadata holds format and version, the operator's own header as JSON (:class:`OperatorHeader`), and the
-digest, a sha256 over that header and every tensor, which :func:`operators.core.artifact.read_artifact` verifies.
+operator; ``anchor`` (d,), ``substitute_base`` (d,), for affine maps ``offset`` (d,), and ``neutral`` (d,) where the
+header names neutral texts, as it does in all that is built since there are any. Of a vector: ``anchor``. Of a lens:
+``pull`` (d, d) and ``vocabulary_mean`` (d,). The safetensors metadata holds format and version, the operator's own
+header as JSON (:class:`OperatorHeader`), and the digest, a sha256 over that header and every tensor, which
+:func:`operators.core.artifact.read_artifact` verifies.
 """
 
 from __future__ import annotations
@@ -207,7 +209,11 @@ def _expected_shapes(header: OperatorHeader) -> dict[str, tuple[int, ...]]:
     n, d = header.positions, header.hidden_size
     if header.vector is not None:
         return {"anchor": (d,)}
+    if header.lens is not None:
+        return {"pull": (d, d), "vocabulary_mean": (d,)}
     vectors = {"anchor": (d,), "substitute_base": (d,), "offset": (d,)}
+    if header.neutral is not None:
+        vectors["neutral"] = (d,)
     if header.low_rank is None:
         return {"jacobian": (n, d, d), **vectors}
     return {"basis": (d, header.low_rank.rank), "factors": (n, header.low_rank.rank, d), **vectors}

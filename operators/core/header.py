@@ -12,11 +12,14 @@ from typing import Annotated, Literal, Self
 from pydantic import AwareDatetime, BaseModel, Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
 from operators.core.errors import SettingError
+from operators.core.lens_source import PUSHED, LensSource
 from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.vector_source import STRICT, Count, Fingerprint, VectorSource, Word
 
 Profile = Literal["golden", "residual"]
 Rule = Literal["cumulative", "substitute"]
+Anchor = Literal["contrast", "concept"]
+FirstToken = Literal["operator", "anchor"]
 DTypeName = Literal["float32", "float64", "bfloat16"]
 
 MAX_CONCEPT = 1 << 16
@@ -24,6 +27,7 @@ MAX_CONCEPT = 1 << 16
 MAX_MEMBERS = 64
 MAX_TEXTS = 256
 MAX_WORDS = 256
+MAX_NEUTRAL_TEXTS = 256
 
 _Text = Annotated[str, Field(max_length=MAX_CONCEPT)]
 _Ids = Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(max_length=MAX_CONCEPT)]
@@ -49,6 +53,11 @@ def _read_positions(value: object) -> Positions:
         raise ValueError(str(error)) from error
 
 
+_Positions = Annotated[Positions, PlainValidator(_read_positions), PlainSerializer(str)]
+SETTING_FIELDS = ("strength", "rule", "blend", "positions", "anchor", "first_token")
+"""What makes a setting: of :class:`Recommended`, of a :class:`CalibrationPoint` and of a request."""
+
+
 class Recommended(BaseModel):
     """Values that a request gets when it names none."""
 
@@ -57,8 +66,11 @@ class Recommended(BaseModel):
     strength: float = 0.5
     rule: Rule = "cumulative"
     blend: _Fraction = 0.0
-    positions: Annotated[Positions, PlainValidator(_read_positions), PlainSerializer(str)] = ALL_POSITIONS
+    positions: _Positions = ALL_POSITIONS
     """In its text form, such as ``"first"``, where the header is written down."""
+    anchor: Anchor = "concept"
+    """What earlier versions, which knew no other, mean; what is built now recommends its contrast anchor."""
+    first_token: FirstToken = "operator"
 
 
 class ConceptText(BaseModel):
@@ -80,6 +92,24 @@ class Member(BaseModel):
     weight: float
 
 
+class NeutralTexts(BaseModel):
+    """The texts whose mean hidden state is the tensor ``neutral``. Filled by :mod:`operators.builder.neutral`."""
+
+    model_config = STRICT
+
+    digest: Fingerprint
+    """sha256 of the texts, one per line."""
+    ids: tuple[_OneOrMoreIds, ...] = Field(min_length=1, max_length=MAX_NEUTRAL_TEXTS)
+    """The tokens of each text, so that the mean can be computed anew, here and at other layers."""
+
+    @field_validator("ids")
+    @classmethod
+    def _fit_a_header(cls, ids: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        if (total := sum(map(len, ids))) > MAX_CONCEPT:
+            raise ValueError(f"the texts have {total} tokens; at most {MAX_CONCEPT} are accepted")
+        return ids
+
+
 class LowRank(BaseModel):
     """How J_i ~ U B_i was computed, and its residuals. Filled by :mod:`operators.builder.build`."""
 
@@ -96,7 +126,7 @@ class LowRank(BaseModel):
 
 
 class CalibrationPoint(BaseModel):
-    """What a calibration measured at one setting, at all positions. Filled by :mod:`operators.tune.calibrate`."""
+    """What a calibration measured at one setting. Filled by :mod:`operators.tune.calibrate`."""
 
     model_config = STRICT
 
@@ -104,6 +134,9 @@ class CalibrationPoint(BaseModel):
     rule: Rule
     blend: _Fraction
     strength: float
+    positions: _Positions = ALL_POSITIONS
+    anchor: Anchor = "concept"
+    first_token: FirstToken = "operator"
     texts: Count
     """Number of steered texts: one for each of the first prompts."""
     kl_p95: _NonNegative
@@ -144,9 +177,11 @@ class Calibration(BaseModel):
 
 class OperatorHeader(BaseModel):
     """Everything about an operator but its numbers. Filled by :mod:`operators.builder.build`, and of a vector by
-    :mod:`operators.vectors.vector_operator`.
+    :mod:`operators.vectors.vector_operator`, and of a lens by :mod:`operators.lens.build`.
 
     A vector is an operator of rank 0: it has no texts, blocks or reconstruction, and its anchor is the vector.
+    A lens has none of these either, and no anchor: it pushes along words, which each request names, and
+    :mod:`operators.model.words` makes a vector of them.
     """
 
     model_config = STRICT
@@ -157,6 +192,8 @@ class OperatorHeader(BaseModel):
     """Empty for a vector."""
     vector: VectorSource | None = None
     """Where a vector comes from; None for every other operator."""
+    lens: LensSource | None = None
+    """How a lens was made; None for everything that is none."""
     more_texts: tuple[ConceptText, ...] = Field(default=(), max_length=MAX_TEXTS - 1)
     """Further texts of the same concept: the operator is the mean of theirs."""
     weights: tuple[float, ...] = Field(default=(), max_length=MAX_TEXTS)
@@ -182,6 +219,8 @@ class OperatorHeader(BaseModel):
     """x_i is what the first block receives: after any scaling of the embedding table."""
     low_rank: LowRank | None = None
     """None for an exact operator."""
+    neutral: NeutralTexts | None = None
+    """None for a vector, and for what an earlier version built: there is then no contrast anchor."""
     tolerance: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """The residual that was given in place of a rank; the operator is exact where no lower rank keeps to it."""
     words: tuple[Word, ...] = Field(default=(), max_length=MAX_WORDS)
@@ -210,25 +249,25 @@ class OperatorHeader(BaseModel):
         if self.calibration is None or self.calibration.chosen is None:
             return None
         point, at = self.calibration.points[self.calibration.chosen], self.recommended
-        chosen = (point.layer, point.rule, point.blend, point.strength, ALL_POSITIONS)
-        return point if chosen == (self.layer, at.rule, at.blend, at.strength, at.positions) else None
+        chosen = (point.layer, *(getattr(point, name) for name in SETTING_FIELDS))
+        return point if chosen == (self.layer, *(getattr(at, name) for name in SETTING_FIELDS)) else None
 
     @property
     def positions(self) -> int:
-        """n, the number of blocks: the tokens of the longest text; 0 for a vector."""
+        """n, the number of blocks: the tokens of the longest text; 0 for a vector or a lens."""
         return max(len(self.concept_ids), *(len(more.ids) for more in self.more_texts), 0)
 
     @property
     def rank(self) -> int:
-        """r of J_i = U B_i: the hidden size for an exact operator, 0 for a vector."""
-        if self.vector is not None:
+        """r of J_i = U B_i: the hidden size for an exact operator, 0 for a vector or a lens."""
+        if self.vector is not None or self.lens is not None:
             return 0
         return self.hidden_size if self.low_rank is None else self.low_rank.rank
 
     @property
     def texts(self) -> tuple[ConceptText, ...]:
-        """All texts of the concept; none for a vector."""
-        if self.vector is not None:
+        """All texts of the concept; none for a vector or a lens."""
+        if self.vector is not None or self.lens is not None:
             return ()
         return (ConceptText(text=self.concept, ids=self.concept_ids), *self.more_texts)
 
@@ -244,29 +283,57 @@ class OperatorHeader(BaseModel):
             "concept_ids": self.concept_ids,
             "more_texts": self.more_texts,
             "weights": self.weights,
-            "rule_set": self.rule_set,
             "low_rank": self.low_rank,
             "tolerance": self.tolerance,
+            "neutral": self.neutral,
             "reconstruction_error": self.reconstruction_error,
         }
-        if self.vector is None:
+        if self.vector is None and self.lens is None:
             absent = next(
                 (name for name in ("concept_ids", "reconstruction_error") if of_maps[name] in ((), None)), None
             )
             if absent is not None:
                 raise ValueError(f"an operator that is no vector needs {absent!r}")
             return self
-        present = next((name for name, value in of_maps.items() if value not in ((), "", None)), None)
+        kind = "lens" if self.vector is None else "vector"
+        present = next((name for name, value in of_maps.items() if value not in ((), None)), None)
+        if self.vector is not None:
+            present = "rule_set" if self.rule_set else "lens" if self.lens is not None else present
         if present is not None:
-            raise ValueError(f"a vector has no {present!r}")
+            raise ValueError(f"a {kind} has no {present!r}")
         if self.profile != "residual":
             raise ValueError(
-                f"a vector is added to the input of its layer, so its profile is 'residual', not {self.profile!r}"
+                f"a {kind} is added to the input of its layer, so its profile is 'residual', not {self.profile!r}"
             )
+        if self.recommended.blend != 1.0:
+            raise ValueError(f"a {kind} is all anchor: its recommended blend is 1, not {self.recommended.blend:g}")
+        if self.vector is None:
+            return self
         if (self.vector.method == "mixture") != bool(self.members):
             raise ValueError(f"a vector by {self.vector.method!r} has {len(self.members)} members; a mixture has some")
-        if self.recommended.blend != 1.0:
-            raise ValueError(f"a vector is all anchor: its recommended blend is 1, not {self.recommended.blend:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _is_a_whole_lens(self) -> Self:
+        if self.lens is None:
+            return self
+        if not self.rule_set or self.members or self.words or self.calibration is not None:
+            raise ValueError("a lens has a 'rule_set', and neither 'members', 'words' nor a 'calibration'")
+        if self.recommended.positions != PUSHED[self.lens.positions]:
+            raise ValueError(
+                f"a lens of the positions {self.lens.positions!r} pushes {PUSHED[self.lens.positions]}; it recommends "
+                f"{self.recommended.positions}"
+            )
+        if self.lens.default_kl is not None and self.lens.curve is None:
+            raise ValueError("a lens recommends a strength without the curve that it is taken from")
+        if (self.lens.default_kl is None) != (self.recommended.strength == 0.0):
+            raise ValueError("a lens recommends a strength above 0 where it has a 'default_kl', and else 0")
+        return self
+
+    @model_validator(mode="after")
+    def _has_the_anchor_it_recommends(self) -> Self:
+        if self.recommended.anchor == "contrast" and self.neutral is None:
+            raise ValueError("the contrast anchor is recommended, which takes neutral texts; there are none")
         return self
 
     @model_validator(mode="after")

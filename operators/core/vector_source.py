@@ -1,4 +1,4 @@
-"""Where the vector of an operator of rank 0 comes from: a file, two sets of texts, or other vectors."""
+"""Where the vector of an operator of rank 0 comes from: a file, two sets of texts, other vectors, or words."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_WORD = 1024
 """Characters."""
+MAX_LENS_WORD = 64
+"""Characters of a word that a lens takes."""
+MAX_WORD_TOKENS = 32
+MAX_LENS_WORDS = 16
+"""Words in one mixture."""
 Fingerprint = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, lt=1 << 31)]
 Word = Annotated[str, Field(max_length=MAX_WORD)]
@@ -61,4 +66,28 @@ class VectorMixture(BaseModel):
     norm: _Norm
 
 
-VectorSource = Annotated[ImportedVector | ContrastVector | VectorMixture, Field(discriminator="method")]
+class LensWord(BaseModel):
+    """A word as a lens takes it. Filled by :mod:`operators.model.words`."""
+
+    model_config = STRICT
+
+    text: Annotated[str, Field(min_length=1, max_length=MAX_LENS_WORD)]
+    weight: float
+    """Signed; of the word's unit direction in the sum."""
+    ids: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 31)], ...], Field(min_length=1, max_length=MAX_WORD_TOKENS)]
+    """The tokens whose rows of the unembedding are averaged."""
+
+
+class WordVector(BaseModel):
+    """What a lens makes of words. Filled by :mod:`operators.model.words`."""
+
+    model_config = STRICT
+
+    method: Literal["lens"] = "lens"
+    norm: _Norm
+    lens: Fingerprint
+    """The digest of the lens."""
+    words: tuple[LensWord, ...] = Field(min_length=1, max_length=MAX_LENS_WORDS)
+
+
+VectorSource = Annotated[ImportedVector | ContrastVector | VectorMixture | WordVector, Field(discriminator="method")]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from operators.core.apply import Setting, prepare
+from operators.core.apply import Setting, prepare, recommended_setting
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import IncompatibleOperatorError, SteeringError
 from operators.core.hooks import PushHooks, layer_push
@@ -48,7 +48,7 @@ def steered(loaded: LoadedModel, operator: OperatorArtifact, setting: Setting | 
                 f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
             )
     if setting is None:
-        setting = Setting.of(header.recommended)
+        setting = recommended_setting(header)
     if setting.strength == 0.0:
         yield
         return

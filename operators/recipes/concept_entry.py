@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeGuard, get_args
 from operators.builder.concept import check_text
 from operators.core.apply import Setting
 from operators.core.errors import BuildError
-from operators.core.header import MAX_TEXTS, MAX_WORDS, Profile, Rule
+from operators.core.header import MAX_TEXTS, MAX_WORDS, Anchor, FirstToken, Profile, Rule
 from operators.core.positions import Positions
 from operators.core.store import check_name
 from operators.core.vector_source import MAX_WORD
@@ -38,6 +38,8 @@ class ConceptEntry:
     rule: Rule | None = None
     blend: float | None = None
     positions: Positions | None = None
+    anchor: Anchor | None = None
+    first_token: FirstToken | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.tolerance is not None:
@@ -196,6 +198,8 @@ _VALIDATORS: Mapping[str, Callable[[object], Any]] = MappingProxyType(
         "rule": _choice_validator("rule", get_args(Rule)),
         "blend": _validate_blend,
         "positions": _validate_positions,
+        "anchor": _choice_validator("anchor", get_args(Anchor)),
+        "first_token": _choice_validator("first_token", get_args(FirstToken)),
     }
 )
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from operators.builder.concept import concept_from_text
-from operators.builder.spec import BuildSpec, resolve_layer, resolve_spec
+from operators.builder.spec import NEW_OPERATORS, BuildSpec, resolve_layer, resolve_spec
 from operators.builder.stored import StoredOperator, find_up_to_date
 from operators.core.errors import ArtifactError, ConceptFileError, OperatorError, StoreError
-from operators.core.header import OperatorHeader, Recommended
+from operators.core.header import SETTING_FIELDS, OperatorHeader, Recommended
 from operators.core.store import Store
 from operators.maps.detach import family_of
 from operators.model.loading import LoadedModel
@@ -32,7 +32,7 @@ class BuildTask:
     replace: bool
     """Whether an operator of that name may be replaced."""
     calibrate: bool = False
-    """Whether strength, rule and blend are to be found by a calibration: the entry leaves them and positions open."""
+    """Whether the setting is to be found by a calibration: the entry leaves all of it open."""
     layers: tuple[int, ...] | None = None
     """The layers that the calibration may try: the one that was given; None means the calibration's default."""
 
@@ -54,7 +54,7 @@ def build_spec(entry: ConceptEntry, loaded: LoadedModel) -> BuildSpec:
         rank=entry.rank,
         tolerance=entry.tolerance,
         words=entry.words or (),
-        recommended=_recommended(entry, Recommended()),
+        recommended=_recommended(entry, NEW_OPERATORS),
     )
 
 
@@ -149,8 +149,8 @@ def _resolved_spec(located: LocatedEntry, loaded: LoadedModel, max_memory: int |
 
 
 def _leaves_setting_open(entry: ConceptEntry) -> bool:
-    """Whether none of strength, rule, blend and positions is given."""
-    return all(value is None for value in (entry.strength, entry.rule, entry.blend, entry.positions))
+    """Whether nothing of the setting is given."""
+    return all(getattr(entry, name) is None for name in SETTING_FIELDS)
 
 
 def _is_calibrated(header: OperatorHeader | None, entry: ConceptEntry) -> bool:
@@ -171,12 +171,8 @@ def _has_stored_words(store: Store, name: str) -> bool:
 
 def _recommended(entry: ConceptEntry, default: Recommended) -> Recommended:
     """The entry's setting; ``default`` for what it leaves open."""
-    return Recommended(
-        strength=default.strength if entry.strength is None else entry.strength,
-        rule=default.rule if entry.rule is None else entry.rule,
-        blend=default.blend if entry.blend is None else entry.blend,
-        positions=default.positions if entry.positions is None else entry.positions,
-    )
+    given = {name: getattr(entry, name) for name in SETTING_FIELDS if getattr(entry, name) is not None}
+    return default.model_copy(update=given)
 
 
 @contextmanager

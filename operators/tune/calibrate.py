@@ -126,5 +126,6 @@ def operators_at_layers(
             words=header.words,
             weights=header.weights,
             members=header.members,
+            neutral=header.neutral,
         )
         yield artifact if layer == header.layer else build_operator(spec, loaded, root=root, max_memory=max_memory)

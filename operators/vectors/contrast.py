@@ -16,14 +16,14 @@ import torch
 
 from operators.builder.checks import RECONSTRUCTION_TOLERANCE, dtype_name
 from operators.builder.concept import Concept, concept_from_text
+from operators.builder.neutral import last_target
 from operators.builder.spec import resolve_layer
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import ArtifactError, ConceptError, ReconstructionError, VectorError
 from operators.core.file_format import open_regular
 from operators.core.progress import Progress, silent
 from operators.core.vector_source import MAX_WORD, ContrastVector, TextFile
-from operators.maps.replay import target_hidden_state
-from operators.model.loading import LoadedModel, embed
+from operators.model.loading import LoadedModel
 from operators.vectors.vector_operator import vector_operator
 
 _MAX_BYTES = 64 << 20
@@ -193,16 +193,8 @@ def _mean(
     total = torch.zeros(loaded.hidden_size, dtype=torch.float64, device=loaded.device)
     norms = 0.0
     for text in texts:
-        state = _last_hidden_state(text, loaded, layer)
+        state = last_target(text.ids, loaded, layer=layer, profile="residual")
         total += state
         norms += float(torch.linalg.vector_norm(state))
         on_text()
     return total / len(texts), norms / len(texts)
-
-
-def _last_hidden_state(text: Concept, loaded: LoadedModel, layer: int) -> torch.Tensor:
-    """h^(s) (d,) float64: one text at a time, so that no padding and no other text changes its rounding."""
-    # Not by output_hidden_states: what transformers captures them with stays on the model's modules.
-    embeddings = embed(loaded.model, torch.tensor([text.ids], device=loaded.device))
-    with torch.inference_mode():
-        return target_hidden_state(loaded.model, embeddings, layer=layer, profile="residual")[0].double()

@@ -33,6 +33,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer in transformers."""
+        ...
+
+    @property
     def running(self) -> int:
         """Jobs being decoded."""
         ...

@@ -28,6 +28,8 @@ def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics
         strength=application.setting.strength,
         blend=application.setting.blend,
         positions=application.setting.positions,
+        anchor=application.setting.anchor,
+        first_token=application.setting.first_token,
         prompt_tokens_steered=doses.prompt_tokens,
         generated_tokens_steered=doses.generated_tokens,
         prompt_tokens_cached=doses.cached_tokens,
@@ -36,4 +38,7 @@ def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics
         dose_bound=plan.dose_bound(application.layer),
         defaulted=application.defaulted,
         calibrated=application.calibrated,
+        words=application.words,
+        lens_digest=application.lens_digest,
+        kl=application.kl,
     )

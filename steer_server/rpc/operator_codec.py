@@ -8,17 +8,23 @@ from steering.convert import enum_numbers, writer
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
-from operators.core.header import Calibration, CalibrationPoint, LowRank, OperatorHeader
+from operators.core.apply import Setting
+from operators.core.dose_curve import DosePoint
+from operators.core.header import Calibration, CalibrationPoint, LowRank, NeutralTexts, OperatorHeader
 from operators.core.positions import Positions
+from steer_server.applications import measured_at
 from steer_server.registry import OperatorEntry, StoreChanges
 
 _MAX_MORE_TEXTS = 64 << 10
 """Bytes: the header admits a thousand texts of 65536 tokens each."""
 _RULES = enum_numbers(pb.Rule.DESCRIPTOR)
+_ANCHORS = enum_numbers(pb.Anchor.DESCRIPTOR)
+_FIRST_TOKENS = enum_numbers(pb.FirstToken.DESCRIPTOR)
 
 _write_operator = writer(ops.Operator, OperatorHeader)
 _write_calibration = writer(ops.Calibration, Calibration)
 _write_point = writer(ops.CalibrationPoint, CalibrationPoint)
+_write_dose = writer(ops.DosePoint, DosePoint)
 _write_positions = writer(pb.Positions, Positions)
 _write_store_changes = writer(ops.ReloadOperatorsResponse, StoreChanges)
 
@@ -46,7 +52,12 @@ def operator(entry: OperatorEntry) -> ops.Operator:
         recommended_rule=_RULES[header.recommended.rule],
         recommended_blend=header.recommended.blend,
         recommended_positions=_write_positions(header.recommended.positions),
+        recommended_anchor=_ANCHORS[header.recommended.anchor],
+        recommended_first_token=_FIRST_TOKENS[header.recommended.first_token],
+        neutral=_neutral(header.neutral) if header.neutral else None,
         calibration=_calibration(header, header.calibration) if header.calibration else None,
+        lens=None if header.lens is None else ops.Lens(read_from=header.lens.positions, texts=header.lens.texts),
+        curve=_curve(header),
     )
 
 
@@ -73,6 +84,22 @@ def _low_rank(low_rank: LowRank) -> ops.LowRank:
     return ops.LowRank(
         min_residual=min(low_rank.residuals), max_residual=max(low_rank.residuals), weighting=low_rank.weighting
     )
+
+
+def _neutral(neutral: NeutralTexts) -> ops.NeutralTexts:
+    return ops.NeutralTexts(digest=neutral.digest, texts=len(neutral.ids))
+
+
+def _curve(header: OperatorHeader) -> Iterator[ops.DosePoint]:
+    """What was measured at the recommended rule, blend and positions, by strength."""
+    if header.lens is not None:
+        curve = header.lens.curve
+        for dose in () if curve is None else curve.points:
+            yield _write_dose(dose)
+        return
+    at = header.recommended
+    for point in sorted(measured_at(header, Setting.of(at)), key=lambda each: each.strength):
+        yield ops.DosePoint(strength=point.strength, kl_p95=point.kl_p95, hit_rate=point.hit_rate)
 
 
 def _calibration(header: OperatorHeader, calibration: Calibration) -> ops.Calibration:

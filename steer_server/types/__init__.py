@@ -12,6 +12,7 @@ from steer_server.types.events import (
     Receipt,
     RowFinished,
     Score,
+    SteeredWord,
     TokenEvent,
     TokenLogprob,
     TopLogprob,
@@ -35,6 +36,7 @@ from steer_server.types.requests import (
     Prompt,
     SamplingParams,
     TokenizeRequest,
+    WeightedWord,
 )
 from steer_server.types.results import (
     ArmEvent,
@@ -81,6 +83,7 @@ __all__ = [
     "SamplingParams",
     "Score",
     "Started",
+    "SteeredWord",
     "SteeringPlan",
     "Timings",
     "TokenEvent",
@@ -89,4 +92,5 @@ __all__ = [
     "TokenizeRequest",
     "TopLogprob",
     "Usage",
+    "WeightedWord",
 ]

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from operators.core.header import Rule
+from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
 
 
@@ -15,7 +15,7 @@ class FinishReason(StrEnum):
 
     EOS = "EOS"
     STOP_STRING = "STOP_STRING"
-    STOP_TOKEN = "STOP_TOKEN"  # noqa: S105 - a finish reason, no secret
+    STOP_TOKEN = "STOP_TOKEN"
     MAX_TOKENS = "MAX_TOKENS"
     CONTEXT_LIMIT = "CONTEXT_LIMIT"
     TIME_LIMIT = "TIME_LIMIT"
@@ -50,6 +50,15 @@ class Score:
 
 
 @dataclass(frozen=True)
+class SteeredWord:
+    """A word as a lens read it: whose rows of the unembedding its direction was made of."""
+
+    text: str
+    weight: float
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Receipt:
     """What one operator did to one row, measured on the hidden states. Filled by the engine."""
 
@@ -60,6 +69,8 @@ class Receipt:
     strength: float
     blend: float
     positions: Positions
+    anchor: Anchor
+    first_token: FirstToken
     prompt_tokens_steered: int
     generated_tokens_steered: int
     prompt_tokens_cached: int
@@ -70,6 +81,11 @@ class Receipt:
     """Of the layer: sum of |lambda|/2 over its operators."""
     defaulted: tuple[str, ...]
     calibrated: bool
+    words: tuple[SteeredWord, ...] = ()
+    """Of a lens; ``digest`` is then that of the direction that they make."""
+    lens_digest: str = ""
+    kl: float | None = None
+    """The p95 KL in nats that the strength was read off the dose curve for; None where it was not."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
+from steer_server.types.events import SteeredWord
 from steer_server.types.requests import SamplingParams
 
 
@@ -17,9 +18,15 @@ class Application:
     artifact: OperatorArtifact
     setting: Setting
     defaulted: tuple[str, ...]
-    """Which of strength, rule, blend and positions the artifact recommended."""
+    """Which parts of the setting the artifact recommended."""
     calibrated: bool = False
     """Whether the setting is the recommended one, and the artifact holds what a calibration measured there."""
+    words: tuple[SteeredWord, ...] = ()
+    """Where a lens made the artifact: of which words."""
+    lens_digest: str = ""
+    """Where a lens made the artifact: its digest."""
+    kl: float | None = None
+    """The p95 KL in nats that the strength was read off the dose curve for."""
 
     @property
     def layer(self) -> int:

@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from operators.core.header import Rule
+from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
+from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.errors import InvalidRequestError
 from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
 
@@ -79,6 +80,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class WeightedWord:
+    """A word that a lens is asked for, and its weight among the others'; negative pushes away from it."""
+
+    text: Annotated[str, NotEmpty("a word is needed"), Bounded(max_characters=MAX_LENS_WORD)]
+    weight: Annotated[float, Range(accepted="a finite number other than 0")] = 1.0
+
+
+@dataclass(frozen=True)
 class OperatorUse:
     """An operator as a request names it; None takes the operator's recommended value."""
 
@@ -87,6 +96,12 @@ class OperatorUse:
     rule: Rule | None = None
     blend: float | None = None
     positions: Positions | None = None
+    anchor: Anchor | None = None
+    first_token: FirstToken | None = None
+    words: Annotated[tuple[WeightedWord, ...], Bounded(max_items=MAX_LENS_WORDS, items="words")] = ()
+    """Of a lens, and of nothing else."""
+    kl: Annotated[float | None, Range(above=0.0)] = None
+    """In place of a strength: the p95 KL in nats that it is to have by the operator's dose curve."""
 
 
 @dataclass(frozen=True)

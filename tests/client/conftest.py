@@ -30,6 +30,8 @@ RECOMMENDED = {
     "rule": pb.RULE_CUMULATIVE,
     "blend": 0.0,
     "positions": pb.Positions(part=pb.Positions.PART_ALL),
+    "anchor": pb.ANCHOR_CONTRAST,
+    "first_token": pb.FIRST_TOKEN_OPERATOR,
 }
 
 

@@ -66,7 +66,7 @@ def test_generate_as_json_has_its_exact_shape(steer, fake, make):
     (receipt,) = value["receipts"]
     assert receipt["operator"] == "golden-gate"
     assert receipt["rule"] == "cumulative"
-    assert receipt["defaulted"] == ["strength", "rule", "blend", "positions"]
+    assert receipt["defaulted"] == ["strength", "rule", "blend", "positions", "anchor", "first_token"]
     assert receipt["positions"] == {"part": "all", "start": 0, "end": None}
     assert receipt["prompt_tokens_cached"] == 0
 

@@ -159,7 +159,9 @@ def test_what_was_recommended_is_said_and_whether_it_was_calibrated(
 
 
 def test_a_setting_that_was_named_in_full_has_no_origin(steer, fake, make):
-    fake.steered = make.response(receipts=[make.receipt(rule=1, defaulted=["positions"], calibrated=True)])
+    fake.steered = make.response(
+        receipts=[make.receipt(rule=1, defaulted=["positions", "anchor", "first_token"], calibrated=True)]
+    )
     result = steer("generate", "hello", "--operator", "golden-gate=0.55@0", "--rule", "cumulative")
     assert "blend 0, cumulative: 6 prompt" in result.stderr
 

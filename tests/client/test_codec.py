@@ -253,6 +253,9 @@ def told(message: Message, name: str):
         return FinishReason(pb.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
     if name == "part":
         return pb.Positions.Part.Name(value).removeprefix("PART_").lower()
+    if name.removeprefix("recommended_") in ("anchor", "first_token"):
+        enum = {"anchor": pb.Anchor, "first_token": pb.FirstToken}[name.removeprefix("recommended_")]
+        return enum.Name(value).removeprefix(f"{name.removeprefix('recommended_').upper()}_").lower()
     if name in ("rule", "recommended_rule"):
         return pb.Rule.Name(value).removeprefix("RULE_").lower()
     if name == "created":

@@ -7,7 +7,7 @@ from steer_client import ALL_POSITIONS, OperatorUse, Positions, SteeringNotAppli
 from steering.v1 import generation_pb2 as pb
 
 # Every choice made, every choice left open, and a plan that is to change nothing.
-SET = OperatorUse("golden-gate", 0.4, "substitute", 0.5, ALL_POSITIONS)
+SET = OperatorUse("golden-gate", 0.4, "substitute", 0.5, ALL_POSITIONS, "contrast", "anchor")
 OPEN = OperatorUse("golden-gate")
 ZERO = OperatorUse("golden-gate", 0.0)
 # In a text with a prompt of 6 tokens, of which 2 more were fed to the model.
@@ -32,6 +32,12 @@ FORGED = {
     "a strength instead of 0": (ZERO, {"strength": 0.55}, "says strength 0.55, asked for was 0.0"),
     "another rule": (SET, {"rule": pb.RULE_CUMULATIVE}, "says rule cumulative, asked for was substitute"),
     "another blend": (SET, {"blend": 0}, "says blend 0.0, asked for was 0.5"),
+    "another anchor": (SET, {"anchor": pb.ANCHOR_CONCEPT}, "says anchor concept, asked for was contrast"),
+    "the operator at the first token": (
+        SET,
+        {"first_token": pb.FIRST_TOKEN_OPERATOR},
+        "says first_token operator, asked for was anchor",
+    ),
     "blend recommended, but set": (SET, {"defaulted": ["blend"]}, "says that blend took .* unset was nothing"),
     "rule set, but left open": (
         OPEN,
@@ -41,13 +47,13 @@ FORGED = {
     "nothing recommended": (OPEN, {"defaulted": []}, "says that nothing took a recommended value"),
     "recommended twice": (
         OPEN,
-        {"defaulted": ["strength", "rule", "blend", "blend", "positions"]},
-        "says that .*blend, blend, positions took",
+        {"defaulted": ["strength", "rule", "blend", "blend", "positions", "anchor", "first_token"]},
+        "says that .*blend, blend, positions, anchor, first_token took",
     ),
     "something else recommended": (
         OPEN,
-        {"defaulted": ["strength", "rule", "blend", "layer"]},
-        "says that .*layer took",
+        {"defaulted": ["strength", "rule", "blend", "layer", "anchor", "first_token"]},
+        "says that .*layer, anchor, first_token took",
     ),
     "one prompt token less": (SET, {"prompt_tokens_steered": 5}, r"says 5 prompt \+ 2 .* were 6 \+ 2"),
     "one prompt token more": (OPEN, {"prompt_tokens_steered": 7}, r"says 7 prompt \+ 2 .* were 6 \+ 2"),
@@ -82,8 +88,8 @@ FORGED = {
     "every position": (FIRST, {"positions": None}, "says positions all, asked for was first"),
     "positions recommended, but set": (
         FIRST,
-        ONE | {"defaulted": ["rule", "blend", "positions"]},
-        "says that rule, blend, positions took .* unset was rule, blend",
+        ONE | {"defaulted": ["rule", "blend", "positions", "anchor", "first_token"]},
+        "says that rule, blend, positions, anchor, first_token took .* unset was rule, blend, anchor",
     ),
     "a whole prompt for its first token": (
         FIRST,
@@ -115,7 +121,10 @@ TRUE = {
     "recommended strength 0": (OPEN, {"strength": 0, "dose_bound": 0} | IDLE),
     "a strength of whole numbers": (OperatorUse("golden-gate", 1, blend=0), {}),
     "decimals and fractions": (OperatorUse("golden-gate", Decimal("0.1"), blend=Fraction(1, 3)), {}),
-    "defaulted in another order": (OPEN, {"defaulted": ["rule", "positions", "blend", "strength"]}),
+    "defaulted in another order": (
+        OPEN,
+        {"defaulted": ["first_token", "rule", "positions", "blend", "anchor", "strength"]},
+    ),
     "one cached token": (SET, cached(5, 1)),
     "all of the prompt but its last token cached": (OPEN, cached(1, 5)),
     "the first token": (FIRST, ONE),

@@ -168,8 +168,9 @@ def steered_row() -> Callable[..., Row]:
         rule: str = "cumulative",
         blend: float = 0.0,
         positions: str = "all",
+        how: tuple[str, ...] = (),
     ) -> Row:
-        setting = Setting(strength, rule, blend, Positions.parse(positions))
+        setting = Setting(strength, rule, blend, Positions.parse(positions), *how)
         return Row(SteeringPlan((Application("operator", artifact, setting, ()),)))
 
     return make
@@ -177,30 +178,31 @@ def steered_row() -> Callable[..., Row]:
 
 @pytest.fixture(scope="session")
 def recompute() -> Callable[..., list[list[int]]]:
-    """``recompute(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0, positions="all")``.
+    """``recompute(model, artifact, prompt_ids, strengths, tokens, rule, blend, positions, how)``, as ``steered_row``.
 
     The token ids of each strength.
 
     The procedure as it is written down and as slowly as it reads: everything again for every token, no KV cache, no
     code shared with the engine; a row per strength, greedily. Position k of the input of the injection layer gets
-    (strength/2) |h_k| d_k/|d_k|, with d_k between a_k/|a_k| and y/|y|, where ``PUSHED[positions]`` says so.
+    (strength/2) |h_k| d_k/|d_k|, with d_k between a_k/|a_k| and z/|z|, where ``PUSHED[positions]`` says so. ``how`` is
+    (anchor, first token); without, z = y and the first token is one like others.
     """
 
     known: dict[object, list[list[int]]] = {}
 
-    def run(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0, positions="all"):  # type: ignore[no-untyped-def]
-        asked = (id(model), artifact.digest, tuple(prompt_ids), tuple(strengths), tokens, rule, blend, positions)
+    def run(model, artifact, prompt_ids, strengths, tokens, rule="cumulative", blend=0.0, positions="all", how=()):  # type: ignore[no-untyped-def]
+        asked = (id(model), artifact.digest, tuple(prompt_ids), tuple(strengths), tokens, rule, blend, positions, how)
         if asked not in known:
             # Every engine is held against the same answer.
-            known[asked] = slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend, positions)
+            known[asked] = slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend, positions, how)
         return known[asked]
 
-    def slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend, positions):  # type: ignore[no-untyped-def]
+    def slowly(model, artifact, prompt_ids, strengths, tokens, rule, blend, positions, how):  # type: ignore[no-untyped-def]
         site = decoder_layers(model)[artifact.header.injection_layer]
         rows, blocks = [list(prompt_ids) for _ in strengths], artifact.jacobian().double()
         for _ in range(tokens):
             inputs = [block_input(model, model.get_input_embeddings()(torch.tensor(ids))) for ids in rows]
-            units = [_directions(artifact, blocks, x, rule, blend) for x in inputs]
+            units = [_directions(artifact, blocks, x, rule, blend, *how) for x in inputs]
 
             def add(_module, args, units=units):  # type: ignore[no-untyped-def]
                 hidden = args[0].clone()
@@ -225,14 +227,22 @@ def recompute() -> Callable[..., list[list[int]]]:
 
 
 def _directions(
-    artifact: OperatorArtifact, blocks: torch.Tensor, x: torch.Tensor, rule: str, blend: float
+    artifact: OperatorArtifact,
+    blocks: torch.Tensor,
+    x: torch.Tensor,
+    rule: str,
+    blend: float,
+    anchor: str = "concept",
+    first_token: str = "operator",
 ) -> list[torch.Tensor]:
     n, y = len(blocks), artifact.anchor.double()
+    z = y - artifact.neutral.double() if anchor == "contrast" and artifact.neutral is not None else y
     units, total = [], torch.zeros_like(y) if artifact.offset is None else artifact.offset.double()
     for k in range(len(x)):
         total = total + blocks[k % n] @ x[k].double()
         a = total if rule == "cumulative" else artifact.substitute_base.double() + blocks[n - 1] @ x[k].double()
-        d = (1 - blend) * a / a.norm() + blend * y / y.norm()
+        beta = 1.0 if k == 0 and first_token == "anchor" else blend
+        d = (1 - beta) * a / a.norm() + beta * z / z.norm()
         units.append(d / d.norm())
     return units
 

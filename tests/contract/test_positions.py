@@ -152,9 +152,12 @@ async def test_a_text_that_ends_before_its_positions_is_an_error(engine, registr
 async def test_the_recommended_positions_are_those_of_a_request_that_names_none(engine, registry):
     found = await completion(engine, registry, OperatorUse("early"), max_tokens=4)
     (receipt,) = found.receipts
-    assert (str(receipt.positions), receipt.defaulted) == ("first", ("strength", "rule", "blend", "positions"))
+    assert (str(receipt.positions), receipt.defaulted) == (
+        "first",
+        ("strength", "rule", "blend", "positions", "anchor", "first_token"),
+    )
     steered = receipt.prompt_tokens_steered + receipt.prompt_tokens_cached, receipt.generated_tokens_steered
     assert steered == (1, 0)
     everywhere = OperatorUse("early", 0.4, positions=Positions())
     (receipt,) = (await completion(engine, registry, everywhere, max_tokens=4, ignore_eos=True)).receipts
-    assert (receipt.generated_tokens_steered, receipt.defaulted) == (3, ("rule", "blend"))
+    assert (receipt.generated_tokens_steered, receipt.defaulted) == (3, ("rule", "blend", "anchor", "first_token"))

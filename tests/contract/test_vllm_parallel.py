@@ -11,6 +11,8 @@ import pytest_asyncio
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
+from operators.model.unembedding import find_unembedding
+from operators.model.words import word_operator
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.errors import EngineFailedError
 from steer_server.types import DecodeJob, Row, SamplingParams, TokenEvent
@@ -23,8 +25,10 @@ SMALL = {"max_model_len": 4096, "max_num_batched_tokens": 256}
 
 
 @pytest.fixture
-def rows(even, steered_row):
-    _, loaded = even
+def rows(even, steered_row, make_random_lens):
+    directory, loaded = even
+    lens, unembedding = make_random_lens(loaded), find_unembedding(str(directory))
+    words = word_operator(lens, {"bridge": 1.0, "the": -0.5}, unembedding, loaded.tokenizer)
     bridge, dress = (
         build_operator(BuildSpec((concept_from_text(text, loaded),), layer=layer, rank=rank), loaded)
         for text, layer, rank in (("the golden bridge", 2, 8), ("a dress for the bride", 3, "full"))
@@ -36,6 +40,7 @@ def rows(even, steered_row):
         steered_row(dress, 0.7, blend=0.4),
         steered_row(bridge, 1.2, positions="first"),
         steered_row(dress, 0.9, positions="generated:2..12"),
+        steered_row(words, 1.4, blend=1.0, positions="first"),
     )
 
 

@@ -31,11 +31,12 @@ class Found:
 
 
 @pytest.fixture
-def rows(operator_of, steered_row):
-    """Operators of three kinds, at two strengths each."""
+def rows(operator_of, steered_row, smollm, make_rank_0):
+    """Operators of three kinds and a vector, at two strengths each."""
     low_rank = operator_of("The Golden Gate Bridge in San", "residual", 15, 64)
     published = operator_of("The wedding was beautiful and the bride", "golden", 21, "full")
     blended = operator_of("The capital of France is", "residual", 24, 64)
+    vector = make_rank_0(loaded=smollm(), layer=21, injection_layer=21, num_layers=30)
     return {
         **{f"rank 64, residual, layer 15, strength {s}": steered_row(low_rank, s) for s in (0.25, 0.5)},
         **{f"exact, as published, layer 21, strength {s}": steered_row(published, s) for s in (0.3, 0.55)},
@@ -43,6 +44,7 @@ def rows(operator_of, steered_row):
             f"substitute, blend 0.5, layer 24, strength {s}": steered_row(blended, s, "substitute", 0.5)
             for s in (-0.4, 0.4)
         },
+        **{f"vector, layer 21, strength {s}": steered_row(vector, s, blend=1.0) for s in (-0.5, 0.5)},
     }
 
 

@@ -235,6 +235,8 @@ def remake() -> Callable[..., OperatorArtifact]:
         header = artifact.header.model_copy(update=fields)
         d = header.hidden_size
         cut = replace(artifact, factors=artifact.factors[:, :d, :d])
-        return make_artifact(header, cut.factors, artifact.anchor[:d], artifact.substitute_base[:d])
+        return make_artifact(
+            header, cut.factors, artifact.anchor[:d], artifact.substitute_base[:d], neutral=artifact.neutral[:d]
+        )
 
     return make

@@ -54,7 +54,8 @@ def _signed(artifact, **changes):
     """The file of this operator with header fields changed, signed by somebody who knows how."""
     text = json.dumps({**json.loads(artifact.header_json), **changes}, ensure_ascii=False)
     tensors = artifacts._tensors(
-        artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset
+        *(artifact.factors, artifact.basis, artifact.anchor, artifact.substitute_base, artifact.offset),
+        artifact.neutral,
     )
     return to_bytes(replace(artifact, header_json=text, digest=artifacts._digest(text, tensors)))
 

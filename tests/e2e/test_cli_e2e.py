@@ -21,6 +21,8 @@ GENERATION = {
     "timings",
 }
 RECEIPT = {
+    "anchor",
+    "first_token",
     "operator",
     "digest",
     "layer",
@@ -36,6 +38,9 @@ RECEIPT = {
     "defaulted",
     "calibrated",
     "positions",
+    "words",
+    "lens_digest",
+    "kl",
 }
 FEW = ("--max-tokens", "5", "--ignore-eos")
 
@@ -84,9 +89,12 @@ def test_generate_answers_with_a_steered_text_and_its_proof(steer):
     first, second = value["receipts"]
     assert (first["operator"], first["strength"], first["blend"], first["defaulted"]) == (
         *("golden", 0.5, 0.25),
-        ["rule", "positions"],
+        ["rule", "positions", "anchor", "first_token"],
     )
-    assert (second["operator"], second["defaulted"]) == ("dress", ["strength", "rule", "blend", "positions"])
+    assert (second["operator"], second["defaulted"]) == (
+        "dress",
+        ["strength", "rule", "blend", "positions", "anchor", "first_token"],
+    )
     for receipt in (first, second):
         assert receipt["prompt_tokens_steered"] == value["usage"]["prompt_tokens"]
         assert receipt["generated_tokens_steered"] == 4

@@ -53,7 +53,9 @@ def several(server, tiny_store, loaded):
     built = build_operator(BuildSpec(concepts, layer=2, rank=5, recommended=RECOMMENDED), loaded)
     header = built.header.model_copy(update={"calibration": calibration})
     vectors = (built.anchor, built.substitute_base, built.offset)
-    Store(tiny_store).save("several", make_artifact(header, built.factors, *vectors, basis=built.basis))
+    Store(tiny_store).save(
+        "several", make_artifact(header, built.factors, *vectors, basis=built.basis, neutral=built.neutral)
+    )
     with SteerClient(server.target, timeout=60) as client:
         assert client.reload_operators().unusable == ()
         yield built

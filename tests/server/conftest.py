@@ -75,6 +75,8 @@ def calibration_of() -> Callable[..., Calibration]:
             rule=header.recommended.rule,
             blend=header.recommended.blend,
             strength=header.recommended.strength / 2,
+            anchor=header.recommended.anchor,
+            first_token=header.recommended.first_token,
             texts=20,
             kl_p95=0.125,
             hit_rate=0.25,
@@ -109,7 +111,7 @@ def remake() -> Callable[..., OperatorArtifact]:
     def make(artifact: OperatorArtifact, **fields: object) -> OperatorArtifact:
         header = artifact.header.model_copy(update=fields)
         vectors = (artifact.anchor, artifact.substitute_base, artifact.offset)
-        return make_artifact(header, artifact.factors, *vectors, basis=artifact.basis)
+        return make_artifact(header, artifact.factors, *vectors, basis=artifact.basis, neutral=artifact.neutral)
 
     return make
 
@@ -299,13 +301,19 @@ class Batch:
         for setting in self.settings[request]:
             loaded = self.loaded[setting.digest]
             if loaded.layer == layer:
-                direction = Direction(loaded.operator, Setting(setting.strength, setting.rule, setting.blend))
+                direction = Direction(loaded.operator, setting_of(setting))
                 pushes = setting.strength / 2 * direction.advance(x)
                 total[setting.start : setting.end] += pushes[setting.start : setting.end]
         return total
 
     def failure(self, request: str) -> str:
         return self.steering.measurement(request).failure
+
+
+def setting_of(setting: OperatorSetting) -> Setting:
+    """The setting, at all positions, that travels as this."""
+    names = ("strength", "rule", "blend", "anchor", "first_token")
+    return Setting(**{name: getattr(setting, name) for name in names})
 
 
 @pytest.fixture(scope="session")
@@ -317,8 +325,8 @@ def make_batch(make_operator: Callable[..., OperatorArtifact]) -> Callable[..., 
     factors = torch.randn(4, 2, _BATCH_WIDTH, generator=generator)
     base, anchor = torch.randn(2, _BATCH_WIDTH, generator=generator)
     loaded = {
-        "exact": LoadedOperator(prepare(make_operator(3, seed=1), cpu), 2),
-        "affine": LoadedOperator(prepare(make_operator(1, affine=True, seed=2), cpu), 2),
+        "exact": LoadedOperator(prepare(make_operator(3, seed=1, neutral=True), cpu), 2),
+        "affine": LoadedOperator(prepare(make_operator(1, affine=True, seed=2, neutral=True), cpu), 2),
         "higher": LoadedOperator(prepare(make_operator(2, seed=3), cpu), 3),
         "low": LoadedOperator(PreparedOperator(factors, basis, None, base, anchor / anchor.norm()), 3),
     }

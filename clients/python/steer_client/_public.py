@@ -19,7 +19,17 @@ from steer_client._errors import (
     UnknownOperatorError,
 )
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Chat, ChatMessage, OperatorUse, Prompt, Rule, SamplingParams
+from steer_client._requests import (
+    Anchor,
+    Chat,
+    ChatMessage,
+    FirstToken,
+    OperatorUse,
+    Prompt,
+    Rule,
+    SamplingParams,
+    WeightedWord,
+)
 from steer_client._results import (
     KL,
     ABResult,
@@ -29,6 +39,7 @@ from steer_client._results import (
     Generation,
     ModelInfo,
     Receipt,
+    SteeredWord,
     TextDelta,
     Timings,
     Tokenization,
@@ -40,18 +51,23 @@ from steer_client._store import (
     Calibration,
     CalibrationPoint,
     ConceptText,
+    DosePoint,
+    Lens,
     LowRank,
     Member,
+    NeutralTexts,
     OperatorInfo,
     ReloadReport,
 )
 from steer_client._sync import SteerClient
 from steer_client._sync_streams import ComparisonStream, GenerationStream
+from steer_client._words import Word, Words
 
 __all__ = [
     "ALL_POSITIONS",
     "KL",
     "ABResult",
+    "Anchor",
     "ArmDelta",
     "ArmResult",
     "AsyncComparisonStream",
@@ -64,15 +80,19 @@ __all__ = [
     "ComparisonStream",
     "ConceptText",
     "DeadlineExceededError",
+    "DosePoint",
     "DoseTooHighError",
     "EngineFailedError",
     "FinishReason",
+    "FirstToken",
     "Generation",
     "GenerationStream",
     "InvalidRequestError",
+    "Lens",
     "LowRank",
     "Member",
     "ModelInfo",
+    "NeutralTexts",
     "OperatorInfo",
     "OperatorUnusableError",
     "OperatorUse",
@@ -90,6 +110,7 @@ __all__ = [
     "ServerUnavailableError",
     "SteerClient",
     "SteerError",
+    "SteeredWord",
     "SteeringNotAppliedError",
     "TextDelta",
     "Timings",
@@ -98,4 +119,7 @@ __all__ = [
     "TopLogprob",
     "UnknownOperatorError",
     "Usage",
+    "WeightedWord",
+    "Word",
+    "Words",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
@@ -13,7 +14,7 @@ from steer_client._results import FinishReason, Generation, Receipt
 
 _NUMBERS: Final = ("strength", "blend")
 _INTERRUPTIONS: Final = (FinishReason.TIME_LIMIT, FinishReason.CANCELLED)
-_SETTINGS: Final = ("strength", "rule", "blend", "positions")
+_SETTINGS: Final = ("strength", "rule", "blend", "positions", "anchor", "first_token")
 # Relative, for the rounding of sums of a few doubles.
 _SUM_TOLERANCE: Final = 1e-9
 # Twice the resolution of bfloat16, the coarsest dtype of hidden states.
@@ -26,8 +27,9 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     Raises SteeringNotAppliedError, naming the operator, for a receipt
 
     - that is missing or was not requested,
-    - whose strength, rule, blend or positions are not the request's, or whose `defaulted` is not what the request left
-      unset,
+    - whose strength, rule, blend, positions, anchor or first token are not the request's, or whose `defaulted` is not
+      what the request left unset,
+    - whose words, weights or KL budget are not the request's, or that names no lens, or no tokens, for its words,
     - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
     - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt that are
       among its positions, whose steered generated tokens are not those of its positions that were fed to the model, or
@@ -37,7 +39,7 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
 
     A cached token cannot be checked: its measurement belongs to the earlier request.
 
-    A text without any token (its time ran out first) has no measurements: only the first three are checked.
+    A text without any token (its time ran out first) has no measurements: only the first four are checked.
     """
     requested = [use.name for use in uses]
     proven = [receipt.operator for receipt in generation.receipts]
@@ -60,12 +62,40 @@ def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
         # A number is a double on the wire, whatever type the caller gave it.
         if requested is not None and applied != (float(requested) if name in _NUMBERS else requested):
             return f"the receipt says {name} {applied}, asked for was {requested}"
-    unset = [name for name in _SETTINGS if getattr(use, name) is None]
+    # A strength that was read off a dose curve was asked for, in nats.
+    unset = [
+        name for name in _SETTINGS if getattr(use, name) is None and not (name == "strength" and use.kl is not None)
+    ]
     if sorted(receipt.defaulted) != sorted(unset):
         defaulted = _names(receipt.defaulted, none="nothing")
         unset_names = _names(unset, none="nothing")
         return f"the receipt says that {defaulted} took a recommended value, left unset was {unset_names}"
+    return _words_problem(use, receipt) or _kl_problem(use, receipt)
+
+
+def _words_problem(use: OperatorUse, receipt: Receipt) -> str | None:
+    # As the server reads them.
+    asked = [(unicodedata.normalize("NFC", word.text).strip(), float(word.weight)) for word in use.words]
+    read = [(word.text, word.weight) for word in receipt.words]
+    if asked != read:
+        return f"the receipt says words {_named(read)}, asked for were {_named(asked)}"
+    if read and not (receipt.lens_digest and all(word.token_ids for word in receipt.words)):
+        return "the receipt lacks the lens or the tokens that its words were read with"
+    if receipt.lens_digest and not read:
+        return "the receipt is that of a lens, but of no word"
     return None
+
+
+def _kl_problem(use: OperatorUse, receipt: Receipt) -> str | None:
+    # A lens has a budget of its own where the request gives neither a strength nor one.
+    own = bool(use.words) and use.strength is None and use.kl is None
+    if own or receipt.kl == (None if use.kl is None else float(use.kl)):
+        return None
+    return f"the receipt says that the strength is for a p95 KL of {receipt.kl}, asked for was {use.kl}"
+
+
+def _named(words: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{text!r} × {weight:g}" for text, weight in words) or "none"
 
 
 def _bound_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 from steer_client._positions import Positions
 
 #: How an operator's running direction is made from its Jacobian blocks.
 Rule: TypeAlias = Literal["cumulative", "substitute"]
+#: What a blend blends with: what the concept adds to neutral texts, or its hidden state itself.
+Anchor: TypeAlias = Literal["contrast", "concept"]
+#: What is added to a text's first token: as everywhere, or the anchor alone.
+FirstToken: TypeAlias = Literal["operator", "anchor"]
+
+#: The name of the lens that a word is given to where a request names none.
+LENS: Final = "lens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +39,23 @@ Prompt: TypeAlias = str | Sequence[int] | Chat | Sequence[ChatMessage]
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedWord:
+    """A word that a lens pushes towards, and its weight among the others of one use; negative pushes away from it."""
+
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorUse:
     """One operator applied to one request. What is None takes the operator's recommended value.
 
     `strength` is λ: the push is λ/2 times the norm of the hidden state; 0 changes nothing, a negative
-    value pushes away. `blend` is β in [0, 1]: 0 is the operator's direction, 1 its anchor. `positions` are those
-    that it pushes.
+    value pushes away. `blend` is β in [0, 1]: 0 is the operator's direction, 1 its `anchor`. `positions` are those
+    that it pushes; `first_token` "anchor" puts the anchor at the first one of the text, whatever the blend. `kl`, in
+    place of a strength, is a dose in nats: the server takes the strength at which the 95th percentile over the tokens
+    of KL(plain ‖ steered) was that when the operator was measured. `words` are for a lens alone: see `Word` and
+    `Words`.
     """
 
     name: str
@@ -45,14 +63,22 @@ class OperatorUse:
     rule: Rule | None = None
     blend: float | None = None
     positions: Positions | None = None
+    anchor: Anchor | None = None
+    first_token: FirstToken | None = None
+    words: Sequence[WeightedWord] = ()
+    kl: float | None = None
 
     @classmethod
-    def parse(cls, text: str, *, rule: Rule | None = None) -> OperatorUse:
+    def parse(cls, text: str, *, rule: Rule | None = None, kl: float | None = None) -> OperatorUse:
         """Reads `NAME`, `NAME=λ` or `NAME=λ@β`, and behind it `:POSITIONS`, as `Positions.parse` reads them.
 
-        Raises ValueError, naming the text and the accepted form, for anything else.
+        Then follow, in any order, `,anchor=contrast` or `,anchor=concept`, and `,first_token=operator` or
+        `,first_token=anchor`.
+
+        `kl` is for an operator without λ. Raises ValueError, naming the text and the accepted form, for anything else.
         """
-        setting, has_positions, positions = text.partition(":")
+        head, *choices = text.split(",")
+        setting, has_positions, positions = head.partition(":")
         where = Positions.parse(positions) if has_positions else None
         name, has_strength, values = setting.partition("=")
         strength, has_blend, blend = values.partition("@")
@@ -65,12 +91,29 @@ class OperatorUse:
                 rule=rule,
                 blend=float(blend) if has_blend else None,
                 positions=where,
+                **_read_choices(choices),
+                kl=None if has_strength else kl,
             )
         except ValueError:
             raise ValueError(
                 f"cannot read the operator {text!r}: write NAME, NAME=λ or NAME=λ@β, for example golden-gate=0.4@0.5, "
-                "and :POSITIONS behind it, for example golden-gate=0.4:first"
+                "and :POSITIONS behind it, for example golden-gate=0.4:first, then ,anchor=contrast|concept and "
+                ",first_token=operator|anchor"
             ) from None
+
+
+_CHOICES: Final = {"anchor": get_args(Anchor), "first_token": get_args(FirstToken)}
+
+
+def _read_choices(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads `anchor=contrast` and the like. Raises ValueError for anything else, and for a name that comes twice."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name in found or value not in _CHOICES.get(name, ()):
+            raise ValueError(text)
+        found[name] = value
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Rule
+from steer_client._requests import Anchor, FirstToken, Rule
 
 
 class FinishReason(StrEnum):
@@ -15,7 +15,7 @@ class FinishReason(StrEnum):
 
     EOS = "EOS"
     STOP_STRING = "STOP_STRING"
-    STOP_TOKEN = "STOP_TOKEN"  # noqa: S105 - a kind of stop, not a secret
+    STOP_TOKEN = "STOP_TOKEN"
     MAX_TOKENS = "MAX_TOKENS"
     CONTEXT_LIMIT = "CONTEXT_LIMIT"
     TIME_LIMIT = "TIME_LIMIT"
@@ -39,6 +39,15 @@ class Timings:
     #: None when no token was produced.
     time_to_first_token: float | None
     total: float
+
+
+@dataclass(frozen=True, slots=True)
+class SteeredWord:
+    """A word as a lens read it; its direction was made of the unembedding's rows of `token_ids`."""
+
+    text: str
+    weight: float
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +78,22 @@ class Receipt:
     #: Sum of |strength|/2 over the request's operators at this layer, wherever they push: what its dose cannot pass,
     #: but for rounding.
     dose_bound: float
-    #: Which of "strength", "rule", "blend" and "positions" came from the operator's recommendation.
+    #: Which of "strength", "rule", "blend", "positions", "anchor" and "first_token" came from the operator's
+    #: recommendation.
     defaulted: tuple[str, ...]
     #: The setting is the recommended one, and the operator holds the measurements of a calibration there.
     calibrated: bool
     #: Where the operator was to push.
     positions: Positions = ALL_POSITIONS
+    anchor: Anchor = field(default="concept", metadata={"when_unset": lambda: "concept"})
+    first_token: FirstToken = field(default="operator", metadata={"when_unset": lambda: "operator"})
+    #: Of a lens, the words that its direction was made of; `digest` is then that of the direction.
+    words: tuple[SteeredWord, ...] = ()
+    #: Of a lens, the sha256 of its own content; None for every other operator.
+    lens_digest: str | None = None
+    #: The p95 KL in nats that `strength` was read off the operator's dose curve for; None where it was not. Compare
+    #: measures what it came to: `ArmResult.kl`.
+    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Rule
+from steer_client._requests import Anchor, FirstToken, Rule
+
+
+@dataclass(frozen=True, slots=True)
+class NeutralTexts:
+    """The texts whose mean hidden state an operator has: sha256 of them all, one per line, and how many there are."""
+
+    digest: str
+    texts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,28 @@ class Calibration:
 
 
 @dataclass(frozen=True, slots=True)
+class DosePoint:
+    """One point of a dose curve: a strength, and what it came to over the prompts that it was measured on."""
+
+    strength: float
+    #: 95th percentile and mean over the tokens of KL(plain ‖ steered), in nats. The mean is None where not measured.
+    kl_p95: float
+    kl_mean: float | None
+    #: Share of the texts that hold the word, or one of the concept's.
+    hit_rate: float
+    #: Share of the texts that hold it and repeat no four tokens; None where not measured.
+    useful_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lens:
+    """What a lens was read from: positions "first", "others" or "all" of so many texts."""
+
+    read_from: str
+    texts: int
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorInfo:
     """An artifact in the server's store.
 
@@ -123,6 +153,14 @@ class OperatorInfo:
     builder_version: str
     #: Where it is recommended to push.
     recommended_positions: Positions = ALL_POSITIONS
+    recommended_anchor: Anchor = field(default="concept", metadata={"when_unset": lambda: "concept"})
+    recommended_first_token: FirstToken = field(default="operator", metadata={"when_unset": lambda: "operator"})
+    #: What the contrast anchor is against; None where there is none.
+    neutral: NeutralTexts | None = None
+    #: Set for a lens, which `Word` and `Words` are given to.
+    lens: Lens | None = None
+    #: What a KL budget is looked up in, by increasing strength; empty where nothing was measured.
+    curve: tuple[DosePoint, ...] = ()
 
     @property
     def usable(self) -> bool:
@@ -132,12 +170,12 @@ class OperatorInfo:
     @property
     def vector(self) -> bool:
         """Whether it is one vector, of rank 0, that pushes every token the same way: its blend is always 1."""
-        return self.usable and self.rank == 0
+        return self.usable and self.rank == 0 and self.lens is None
 
     @property
     def exact(self) -> bool:
         """Whether its blocks are the whole Jacobian."""
-        return self.usable and self.low_rank is None and not self.vector
+        return self.usable and self.low_rank is None and self.rank > 0
 
     @property
     def calibrated(self) -> bool:

@@ -97,6 +97,50 @@ FINISH_REASON_CANCELLED: FinishReason.ValueType  # 7
 """The server stopped the request (for example while shutting down)."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Anchor:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AnchorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Anchor.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ANCHOR_UNSPECIFIED: _Anchor.ValueType  # 0
+    ANCHOR_CONTRAST: _Anchor.ValueType  # 1
+    """The concept's hidden state less the mean of those of neutral texts."""
+    ANCHOR_CONCEPT: _Anchor.ValueType  # 2
+    """The concept's hidden state itself."""
+
+class Anchor(_Anchor, metaclass=_AnchorEnumTypeWrapper):
+    """What the hidden state of an operator's concept is taken for, where `blend` mixes it in."""
+
+ANCHOR_UNSPECIFIED: Anchor.ValueType  # 0
+ANCHOR_CONTRAST: Anchor.ValueType  # 1
+"""The concept's hidden state less the mean of those of neutral texts."""
+ANCHOR_CONCEPT: Anchor.ValueType  # 2
+"""The concept's hidden state itself."""
+Global___Anchor: _TypeAlias = Anchor  # noqa: Y015
+
+class _FirstToken:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FirstTokenEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FirstToken.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FIRST_TOKEN_UNSPECIFIED: _FirstToken.ValueType  # 0
+    FIRST_TOKEN_OPERATOR: _FirstToken.ValueType  # 1
+    """The blend of direction and anchor, as at every other token."""
+    FIRST_TOKEN_ANCHOR: _FirstToken.ValueType  # 2
+    """The anchor alone, whatever the blend."""
+
+class FirstToken(_FirstToken, metaclass=_FirstTokenEnumTypeWrapper):
+    """What an operator adds to the first token of a text. There its own direction is of the prompt and not of the concept."""
+
+FIRST_TOKEN_UNSPECIFIED: FirstToken.ValueType  # 0
+FIRST_TOKEN_OPERATOR: FirstToken.ValueType  # 1
+"""The blend of direction and anchor, as at every other token."""
+FIRST_TOKEN_ANCHOR: FirstToken.ValueType  # 2
+"""The anchor alone, whatever the blend."""
+Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -352,6 +396,66 @@ class Positions(_message.Message):
 Global___Positions: _TypeAlias = Positions  # noqa: Y015
 
 @_typing.final
+class WeightedWord(_message.Message):
+    """One of the words that a lens is asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """As it would stand in a text; of several tokens, their mean. At most 64 characters. The receipt has it in Unicode's
+    composed form (NFC), without white space around it.
+    """
+    weight: _builtins.float
+    """Of the word's unit direction in the sum of all; negative pushes away from it, 0 is not accepted. Default 1."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "text", b"text", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___WeightedWord: _TypeAlias = WeightedWord  # noqa: Y015
+
+@_typing.final
+class SteeredWord(_message.Message):
+    """A word as a lens read it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    weight: _builtins.float
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Whose unembedding rows its direction was made of."""
+
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SteeredWord: _TypeAlias = SteeredWord  # noqa: Y015
+
+@_typing.final
 class OperatorUse(_message.Message):
     """One operator applied to one request. Unset values take the operator's recommended ones."""
 
@@ -362,16 +466,36 @@ class OperatorUse(_message.Message):
     RULE_FIELD_NUMBER: _builtins.int
     BLEND_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    ANCHOR_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """May be empty where `words` are given: then the lens of the name "lens"."""
     strength: _builtins.float
     """Lambda: the push is (lambda/2) times the norm of the hidden state. 0 leaves every bit alone; negative pushes away."""
     rule: Global___Rule.ValueType
     blend: _builtins.float
     """Beta in [0, 1]: 0 is the operator's direction, 1 its anchor."""
+    anchor: Global___Anchor.ValueType
+    """CONTRAST of a vector, or of an operator without a neutral mean, is INVALID_ARGUMENT."""
+    first_token: Global___FirstToken.ValueType
+    kl: _builtins.float
+    """A dose in nats in place of `strength`, which is then read off the operator's dose curve: the strength at which the
+    95th percentile over the tokens of KL(plain || steered) was that when the operator was measured. Above 0, and within
+    the curve; an operator without one is INVALID_ARGUMENT. Default of a lens that recommends one, where `strength` is
+    not given either: 0.5 unless its maker chose another.
+    """
     @_builtins.property
     def positions(self) -> Global___Positions:
         """Where it pushes. Positions that the text cannot have (behind the prompt's end, or behind the last token that
         `max_tokens` allows) are INVALID_ARGUMENT; a text that ends before the first of them fails the call.
+        """
+
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedWord]:
+        """What a lens is to push towards: at least one word for a lens, at most 16; none for any other operator. The sum of
+        the words' unit directions, each times its weight, is the direction, and its digest the receipt's.
         """
 
     def __init__(
@@ -382,17 +506,25 @@ class OperatorUse(_message.Message):
         rule: Global___Rule.ValueType = ...,
         blend: _builtins.float | None = ...,
         positions: Global___Positions | None = ...,
+        anchor: Global___Anchor.ValueType = ...,
+        first_token: Global___FirstToken.ValueType = ...,
+        words: _abc.Iterable[Global___WeightedWord] | None = ...,
+        kl: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "positions", b"positions", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_kl", b"_kl", "_strength", b"_strength", "blend", b"blend", "kl", b"kl", "positions", b"positions", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_strength", b"_strength", "blend", b"blend", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_kl", b"_kl", "_strength", b"_strength", "anchor", b"anchor", "blend", b"blend", "first_token", b"first_token", "kl", b"kl", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__blend: _TypeAlias = _typing.Literal["blend"]  # noqa: Y015
     _WhichOneofArgType__blend: _TypeAlias = _typing.Literal["_blend", b"_blend"]  # noqa: Y015
+    _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
+    _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__blend) -> _WhichOneofReturnType__blend | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
 
@@ -520,6 +652,11 @@ class Receipt(_message.Message):
     CALIBRATED_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    ANCHOR_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    LENS_DIGEST_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
     operator: _builtins.str
     digest: _builtins.str
     """sha256 of the artifact's content, "sha256:<64 hex digits>"."""
@@ -553,13 +690,29 @@ class Receipt(_message.Message):
     belongs to the request that computed them. Always 0 with a strength of 0, and on the engine "hf", which keeps no
     such cache.
     """
+    anchor: Global___Anchor.ValueType
+    first_token: Global___FirstToken.ValueType
+    lens_digest: _builtins.str
+    """Of a lens: the sha256 of its own content; empty for every other operator."""
+    kl: _builtins.float
+    """The p95 KL in nats, asked for or a lens's default, that `strength` was read off the dose curve for. Unset where the
+    strength was given or recommended. What it came to in a text is measured by Compare (`Comparison.kl_p95`).
+    """
     @_builtins.property
     def defaulted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Which of strength, rule, blend and positions came from the artifact's recommendation."""
+        """Which of strength, rule, blend, positions, anchor and first_token came from the artifact's recommendation. A strength
+        that was read off a dose curve is among them where the request did not give `kl` either.
+        """
 
     @_builtins.property
     def positions(self) -> Global___Positions:
         """Where the operator was to push. The counts above are of these positions only."""
+
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___SteeredWord]:
+        """Of a lens: the words that its direction was made of, in the request's order. `digest` is then that of the direction:
+        of a vector that names the lens, the words, their weights and their tokens, the same on every engine.
+        """
 
     def __init__(
         self,
@@ -579,12 +732,19 @@ class Receipt(_message.Message):
         calibrated: _builtins.bool = ...,
         prompt_tokens_cached: _builtins.int = ...,
         positions: Global___Positions | None = ...,
+        anchor: Global___Anchor.ValueType = ...,
+        first_token: Global___FirstToken.ValueType = ...,
+        words: _abc.Iterable[Global___SteeredWord] | None = ...,
+        lens_digest: _builtins.str = ...,
+        kl: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "kl", b"kl", "positions", b"positions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "generated_tokens_steered", b"generated_tokens_steered", "layer", b"layer", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "anchor", b"anchor", "blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "first_token", b"first_token", "generated_tokens_steered", b"generated_tokens_steered", "kl", b"kl", "layer", b"layer", "lens_digest", b"lens_digest", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
+    _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 

@@ -144,6 +144,31 @@ class CalibrationPoint(_message.Message):
 Global___CalibrationPoint: _TypeAlias = CalibrationPoint  # noqa: Y015
 
 @_typing.final
+class NeutralTexts(_message.Message):
+    """The texts whose mean hidden state an operator has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """sha256 of the texts, one per line."""
+    texts: _builtins.int
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        texts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NeutralTexts: _TypeAlias = NeutralTexts  # noqa: Y015
+
+@_typing.final
 class Calibration(_message.Message):
     """What the recommended setting was read off."""
 
@@ -186,6 +211,79 @@ class Calibration(_message.Message):
 Global___Calibration: _TypeAlias = Calibration  # noqa: Y015
 
 @_typing.final
+class DosePoint(_message.Message):
+    """One point of a dose curve: a strength, and what it came to over the prompts that it was measured on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    KL_P95_FIELD_NUMBER: _builtins.int
+    KL_MEAN_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    USEFUL_RATE_FIELD_NUMBER: _builtins.int
+    strength: _builtins.float
+    kl_p95: _builtins.float
+    """95th percentile and mean over the tokens of the steered texts of KL(plain || steered), in nats. The mean is unset
+    where it was not measured.
+    """
+    kl_mean: _builtins.float
+    hit_rate: _builtins.float
+    """Share of the texts that hold the word, or one of the concept's."""
+    useful_rate: _builtins.float
+    """Share of the texts that hold it and repeat no four tokens. Unset where it was not measured."""
+    def __init__(
+        self,
+        *,
+        strength: _builtins.float = ...,
+        kl_p95: _builtins.float = ...,
+        kl_mean: _builtins.float | None = ...,
+        hit_rate: _builtins.float = ...,
+        useful_rate: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kl_mean", b"_kl_mean", "_useful_rate", b"_useful_rate", "kl_mean", b"kl_mean", "useful_rate", b"useful_rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl_mean", b"_kl_mean", "_useful_rate", b"_useful_rate", "hit_rate", b"hit_rate", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "strength", b"strength", "useful_rate", b"useful_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__kl_mean: _TypeAlias = _typing.Literal["kl_mean"]  # noqa: Y015
+    _WhichOneofArgType__kl_mean: _TypeAlias = _typing.Literal["_kl_mean", b"_kl_mean"]  # noqa: Y015
+    _WhichOneofReturnType__useful_rate: _TypeAlias = _typing.Literal["useful_rate"]  # noqa: Y015
+    _WhichOneofArgType__useful_rate: _TypeAlias = _typing.Literal["_useful_rate", b"_useful_rate"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_mean) -> _WhichOneofReturnType__kl_mean | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__useful_rate) -> _WhichOneofReturnType__useful_rate | None: ...
+
+Global___DosePoint: _TypeAlias = DosePoint  # noqa: Y015
+
+@_typing.final
+class Lens(_message.Message):
+    """An artifact of which words make a direction: v = J'(W_U[word] - mean of W_U), J the mean detached Jacobian of texts
+    that say nothing in particular.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READ_FROM_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    read_from: _builtins.str
+    """Positions that J was taken from: "first", "others" or "all"."""
+    texts: _builtins.int
+    """Texts that J is the mean over."""
+    def __init__(
+        self,
+        *,
+        read_from: _builtins.str = ...,
+        texts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["read_from", b"read_from", "texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lens: _TypeAlias = Lens  # noqa: Y015
+
+@_typing.final
 class Operator(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -219,12 +317,19 @@ class Operator(_message.Message):
     MEMBERS_FIELD_NUMBER: _builtins.int
     CALIBRATION_FIELD_NUMBER: _builtins.int
     RECOMMENDED_POSITIONS_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_ANCHOR_FIELD_NUMBER: _builtins.int
+    RECOMMENDED_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    NEUTRAL_FIELD_NUMBER: _builtins.int
+    LENS_FIELD_NUMBER: _builtins.int
+    CURVE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     problem: _builtins.str
     """Empty when the operator can be used; else why it cannot. Fields that could not be read are then unset."""
     digest: _builtins.str
     concept: _builtins.str
-    """Its first text; the others are in `more_texts`. Of a vector (rank 0), which has no texts, what its maker said of it."""
+    """Its first text; the others are in `more_texts`. Of a vector or a lens (rank 0), which has no texts, what its maker
+    said of it.
+    """
     model: _builtins.str
     """The model that it was built for."""
     model_fingerprint: _builtins.str
@@ -247,13 +352,15 @@ class Operator(_message.Message):
     size_bytes: _builtins.int
     builder_version: _builtins.str
     rank: _builtins.int
-    """r of J_i = U B_i, the numbers of request state; the hidden size for an exact operator, 0 for a vector."""
+    """r of J_i = U B_i, the numbers of request state; the hidden size for an exact operator, 0 for a vector or a lens."""
     model_dtype: _builtins.str
     """Of the model that it was built on, whose rounding bounds the reconstruction error."""
     num_texts: _builtins.int
     """How many texts it was built from, `concept` included."""
     concept_weight: _builtins.float
     """Share of the first text's map in the operator's; 1 where it is the only text."""
+    recommended_anchor: _generation_pb2.Anchor.ValueType
+    recommended_first_token: _generation_pb2.FirstToken.ValueType
     @_builtins.property
     def concept_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -277,6 +384,20 @@ class Operator(_message.Message):
     @_builtins.property
     def recommended_positions(self) -> _generation_pb2.Positions:
         """Where it is recommended to push."""
+
+    @_builtins.property
+    def neutral(self) -> Global___NeutralTexts:
+        """What its contrast anchor is against. Unset where it has none: for a vector, and for one that an earlier version built."""
+
+    @_builtins.property
+    def lens(self) -> Global___Lens:
+        """Set for a lens, which requests give `words` to; its rank is 0."""
+
+    @_builtins.property
+    def curve(self) -> _containers.RepeatedCompositeFieldContainer[Global___DosePoint]:
+        """What `OperatorUse.kl` is looked up in, by increasing strength, at the recommended rule, blend and positions; empty
+        where nothing was measured there.
+        """
 
     def __init__(
         self,
@@ -311,10 +432,15 @@ class Operator(_message.Message):
         members: _abc.Iterable[Global___Member] | None = ...,
         calibration: Global___Calibration | None = ...,
         recommended_positions: _generation_pb2.Positions | None = ...,
+        recommended_anchor: _generation_pb2.Anchor.ValueType = ...,
+        recommended_first_token: _generation_pb2.FirstToken.ValueType = ...,
+        neutral: Global___NeutralTexts | None = ...,
+        lens: Global___Lens | None = ...,
+        curve: _abc.Iterable[Global___DosePoint] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "low_rank", b"low_rank", "recommended_positions", b"recommended_positions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "lens", b"lens", "low_rank", b"low_rank", "neutral", b"neutral", "recommended_positions", b"recommended_positions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_blend", b"recommended_blend", "recommended_positions", b"recommended_positions", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "curve", b"curve", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "lens", b"lens", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "neutral", b"neutral", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_anchor", b"recommended_anchor", "recommended_blend", b"recommended_blend", "recommended_first_token", b"recommended_first_token", "recommended_positions", b"recommended_positions", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

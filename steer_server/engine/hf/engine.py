@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from typing import Any
 
 import structlog
 
@@ -46,6 +47,11 @@ class HFEngine:
     def model(self) -> ModelInfo:
         """The model being served."""
         return self._model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer in transformers."""
+        return self._loaded.tokenizer
 
     @property
     def running(self) -> int:

@@ -11,14 +11,17 @@ from operators.core.errors import SteeringError
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Application
 
+MAX_OPERATORS_KEPT = 4096
+"""Words make many small operators, each with a cost beside its numbers."""
+
 
 class PreparedOperatorCache:
-    """By digest; the least recently used are dropped when they take more than ``budget``."""
+    """By digest; the least recently used are dropped when there are too many, or they take more than ``budget``."""
 
-    def __init__(self, device: torch.device, *, budget: int) -> None:
-        """``budget``: bytes. The operators of the running job may exceed it until :meth:`trim`."""
+    def __init__(self, device: torch.device, *, budget: int, max_kept: int = MAX_OPERATORS_KEPT) -> None:
+        """``budget``: bytes. The operators of the running job may exceed it, and ``max_kept``, until :meth:`trim`."""
         self._device = device
-        self._budget = budget
+        self._budget, self._max_kept = budget, max_kept
         self._operators: OrderedDict[str, PreparedOperator] = OrderedDict()
 
     def __len__(self) -> int:
@@ -37,5 +40,7 @@ class PreparedOperatorCache:
 
     def trim(self) -> None:
         """Drops operators until the others are within the budget."""
-        while self._operators and sum(operator.nbytes for operator in self._operators.values()) > self._budget:
-            self._operators.popitem(last=False)
+        taken = sum(operator.nbytes for operator in self._operators.values())
+        while self._operators and (taken > self._budget or len(self._operators) > self._max_kept):
+            _, dropped = self._operators.popitem(last=False)
+            taken -= dropped.nbytes

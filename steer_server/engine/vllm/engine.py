@@ -114,6 +114,11 @@ class VLLMEngine:
         return self._model
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer in transformers."""
+        return self._context.tokenizer
+
+    @property
     def running(self) -> int:
         """Rows being decoded."""
         return sum(job.running for job in self._jobs)

@@ -42,7 +42,7 @@ def make_engine_config(
         StartupError: an option is not accepted, or steering does not support the configuration.
     """
     check_engine_args(engine_args, [field.name for field in dataclasses.fields(AsyncEngineArgs)])
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    set_process_defaults(on_cpu=current_platform.is_cpu())
     required: dict[str, Any] = {
         "model": source,
         "dtype": DTYPES[dtype],
@@ -66,6 +66,15 @@ def make_engine_config(
         why = str(error) or type(error).__name__
         raise StartupError(f"engine_args: they are refused: {why}") from error
     return config, {name: bool(getattr(args, name)) for name in _CONSTRUCTOR_OPTIONS}
+
+
+def set_process_defaults(*, on_cpu: bool) -> None:
+    """What vLLM reads from the environment, where the user has not said otherwise there."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if not on_cpu:
+        # vLLM forks, and spawns where it sees that CUDA is in use. It does not see that the driver was only started, as
+        # torch.cuda.is_available() does; a forked process can no longer use the device then.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def logprob_tolerance(config: Any) -> float | None:

@@ -20,6 +20,9 @@ Load = Callable[[OperatorArtifact], Awaitable[None]]
 """Loads an operator into all workers. If it fails, no worker keeps any part of it."""
 Unload = Callable[[list[str]], Awaitable[None]]
 """Removes operators from all workers, by digest."""
+MAX_OPERATORS_KEPT = 4096
+"""What is kept beyond the operators that running requests hold: words make many small ones, each with a cost beside its
+numbers."""
 _MAX_NAMED = 4
 """Operators that an error message lists."""
 
@@ -54,10 +57,13 @@ def required_operators(job: DecodeJob, *, budget: int) -> list[OperatorArtifact]
 
 
 class OperatorCache:
-    """The operators in the workers, by digest: at most ``budget`` bytes, the least recently used evicted first."""
+    """The operators in the workers, by digest: at most ``budget`` bytes, the least recently used evicted first.
 
-    def __init__(self, load: Load, unload: Unload, *, budget: int) -> None:
-        self._load, self._unload, self._budget = load, unload, budget
+    At most ``max_kept`` of them, unless requests hold more.
+    """
+
+    def __init__(self, load: Load, unload: Unload, *, budget: int, max_kept: int = MAX_OPERATORS_KEPT) -> None:
+        self._load, self._unload, self._budget, self._max_kept = load, unload, budget, max_kept
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """Bytes of the operators that are loaded or being loaded, least recently used first."""
         self._loading: dict[str, asyncio.Task[None]] = {}
@@ -126,9 +132,10 @@ class OperatorCache:
         Raises :class:`asyncio.CancelledError` when the operator has lost its last holder meanwhile.
         """
         while digest in self._num_holders:
-            missing, evicted = self.num_bytes + size - self._budget, []
+            missing, evicted = self.num_bytes + size - self._budget, list[str]()
+            surplus = len(self._sizes) + 1 - self._max_kept
             for other, taken in list(self._sizes.items()):
-                if missing <= 0:
+                if missing <= 0 and surplus <= len(evicted):
                     break
                 if other not in self._num_holders and other not in self._loading:
                     del self._sizes[other]

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from operators.core.header import Rule
+from operators.core.header import Anchor, FirstToken, Rule
 from steer_server.types import SteeringPlan
 
 EXTRA_ARGS_KEY = "steering"
@@ -32,6 +32,8 @@ class OperatorSetting:
     """First position of the text that it pushes."""
     end: int | None = None
     """First position that it does not push any more; None pushes all from ``start`` on."""
+    anchor: Anchor = "concept"
+    first_token: FirstToken = "operator"
 
 
 def operator_settings(plan: SteeringPlan, prompt_tokens: int) -> tuple[OperatorSetting, ...]:
@@ -43,6 +45,8 @@ def operator_settings(plan: SteeringPlan, prompt_tokens: int) -> tuple[OperatorS
             use.setting.strength,
             use.setting.blend,
             *use.setting.positions.interval(prompt_tokens),
+            anchor=use.setting.anchor,
+            first_token=use.setting.first_token,
         )
         for use in plan.applications
         if use.setting.strength != 0.0

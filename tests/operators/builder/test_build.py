@@ -229,6 +229,7 @@ def _changed(artifact, header=None, **tensors):
         "factors": artifact.factors,
         "anchor": artifact.anchor,
         "substitute_base": artifact.substitute_base,
+        "neutral": artifact.neutral,
         **tensors,
     }
     return make_artifact(artifact.header.model_copy(update=header or {}), **parts)
@@ -247,7 +248,7 @@ def test_a_concept_token_that_the_model_does_not_have_is_refused(built):
         verify_operator(_changed(artifact, {"concept_ids": ids}), loaded)
 
 
-@pytest.mark.parametrize("name", ["factors", "anchor", "substitute_base"])
+@pytest.mark.parametrize("name", ["factors", "anchor", "substitute_base", "neutral"])
 def test_an_operator_with_a_valid_digest_and_wrong_numbers_is_refused(built, name):
     artifact, loaded = built()
     wrong = _changed(artifact, **{name: getattr(artifact, name) * 1.001})

@@ -47,7 +47,7 @@ def test_a_low_rank_operator_steers_as_the_dense_one_that_it_stands_for(tiny, fa
     loaded = tiny(family)
     low = build_operator(BuildSpec(_concepts(loaded), layer=2, rank=5), loaded)
     header = low.header.model_copy(update={"low_rank": None})
-    dense = make_artifact(header, low.jacobian(), low.anchor, low.substitute_base, low.offset)
+    dense = make_artifact(header, low.jacobian(), low.anchor, low.substitute_base, low.offset, neutral=low.neutral)
     x = block_input(loaded.model, embed(loaded.model, torch.arange(20)))
     pieces = []
     for artifact in (low, dense):
@@ -100,7 +100,7 @@ def test_the_order_of_texts_does_not_change_the_operator(tiny):
     torch.testing.assert_close(forwards.jacobian(), backwards.jacobian(), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["factors", "basis", "anchor", "substitute_base"])
+@pytest.mark.parametrize("name", ["factors", "basis", "anchor", "substitute_base", "neutral"])
 def test_wrong_numbers_in_any_tensor_of_a_low_rank_operator_are_refused(tiny, name):
     loaded = tiny("llama")
     good = build_operator(BuildSpec(_concepts(loaded, TEXTS), layer=2, rank=6), loaded)
@@ -109,6 +109,7 @@ def test_wrong_numbers_in_any_tensor_of_a_low_rank_operator_are_refused(tiny, na
         "basis": good.basis,
         "anchor": good.anchor,
         "substitute_base": good.substitute_base,
+        "neutral": good.neutral,
     }
     tensors[name] = tensors[name] * 1.001
     with pytest.raises(ReconstructionError, match="is off by"):
@@ -194,7 +195,9 @@ def test_another_subspace_with_consistent_numbers_is_refused(tiny, change):
     basis = torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     basis = basis if change == "another basis" else 2 * good.basis
     last = basis @ (basis.T @ (dense.anchor - dense.substitute_base))
-    wrong = make_artifact(good.header, basis.T @ dense.factors, good.anchor, good.anchor - last, basis=basis)
+    wrong = make_artifact(
+        good.header, basis.T @ dense.factors, good.anchor, good.anchor - last, basis=basis, neutral=good.neutral
+    )
     with pytest.raises(ReconstructionError, match=r"tensor 'basis' (misses y - c|is not orthonormal)"):
         verify_operator(wrong, loaded)
 

@@ -7,16 +7,15 @@ import sys
 from typing import get_args
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
 from operators import __version__
+from operators.builder.spec import NEW_OPERATORS
 from operators.core.artifact import make_artifact
 from operators.core.header import DTypeName, Profile, Rule
 from operators.core.store import Store
 from operators.model import loading as models
-from operators.tune.calibration_spec import CalibrationSpec
 
 TEXT = "The Golden Gate Bridge"
 
@@ -72,7 +71,7 @@ def test_build_stores_an_operator_and_describes_it(run, store_path, tiny_directo
     assert len(answer["concept_tokens"]) == len(answer["concept_ids"]) == stored.positions
     assert answer["model"] == str(tiny_directory("llama"))
     assert (answer["profile"], answer["layer"], answer["injection_layer"]) == ("residual", 2, 2)
-    assert answer["recommended"] == {"strength": 0.5, "rule": "cumulative", "blend": 0.0, "positions": "all"}
+    assert answer["recommended"] == NEW_OPERATORS.model_dump(mode="json")
     assert answer["dtype"] == "float32"
     assert 0 <= answer["reconstruction_error"] < 5e-5
     assert answer["seconds"] > 0
@@ -106,15 +105,21 @@ def test_build_takes_every_option(run, store_path, tiny_directory, tmp_path):
     result = run(
         *("build", "a", "--text", TEXT, "--model", str(tiny_directory("gemma3")), "--profile", "golden"),
         *("--layer", "4", "--strength", "-1.5", "--rule", "substitute", "--blend", "0.25", "--positions", "..1"),
+        *("--anchor", "concept", "--first-token", "anchor"),
         *("--dtype", "float64", "--device", "cpu", "--store", str(elsewhere)),
     )
     assert result.exit_code == 0
     header = Store(elsewhere).load("a").header
     assert (header.architecture, header.profile, header.layer) == ("Gemma3ForCausalLM", "golden", 4)
     dumped = {"strength": -1.5, "rule": "substitute", "blend": 0.25, "positions": "first"}
+    dumped |= {"anchor": "concept", "first_token": "anchor"}
     assert header.recommended.model_dump() == dumped
     shown = run("show", "a", "--store", str(elsewhere)).stdout
-    assert re.search(r"^recommended: +strength -1\.5, substitute, blend 0\.25, positions first$", shown, re.MULTILINE)
+    assert re.search(
+        r"^recommended: +strength -1\.5, substitute, blend 0\.25, anchor at the first token, positions first$",
+        shown,
+        re.MULTILINE,
+    )
     assert header.dtype == "float64"
     assert header.reconstruction_error < 1e-12
     assert not store_path.exists()
@@ -344,7 +349,7 @@ def test_verify_names_what_another_model_has_instead(run, tiny_directory):
 def test_verify_finds_wrong_numbers_behind_a_right_digest(run, store_path):
     run("build", "a", "--text", TEXT)
     good = Store(store_path).load("a")
-    wrong = make_artifact(good.header, 1.01 * good.factors, good.anchor, good.substitute_base)
+    wrong = make_artifact(good.header, 1.01 * good.factors, good.anchor, good.substitute_base, neutral=good.neutral)
     Store(store_path).save("a", wrong, replace=True)
     result = run("verify", "a")
     assert (result.exit_code, result.stdout) == (1, "")
@@ -372,14 +377,6 @@ def test_verify_refuses_a_damaged_file_without_loading_a_model(run, store_path, 
 def test_the_choices_of_the_command_are_those_of_the_artifact(run, option, type_):
     words = re.sub(r"[│\s]+", " ", run("build", "--help").stdout)
     assert f"--{option} <{'|'.join(get_args(type_))}>" in words
-
-
-def test_the_defaults_of_calibrate_are_those_of_a_calibration():
-    spec = CalibrationSpec(words=("gate",), prompts=("The",))
-    command = typer.main.get_command(cli.app).commands["calibrate"]
-    defaults = {parameter.name: parameter.default for parameter in command.params}
-    for name in ("kl_budget", "max_perplexity_ratio", "min_distinct_ratio", "tokens"):
-        assert defaults[name] == getattr(spec, name), name
 
 
 def test_the_version_is_told(run):

@@ -119,7 +119,7 @@ def test_a_list_says_layer_block_rank_further_texts_and_calibration(make_operato
                          more_texts=({"text": "more", "ids": (1, 2)}, {"text": "text", "ids": (3,)}))  # fmt: skip
     header = make_operator().header.model_copy(update={"low_rank": low})
     factors, basis = full.factors[:, :2], full.factors[0, :, :2]
-    reduced = make_artifact(header, factors, full.anchor, full.substitute_base, basis=basis)
+    reduced = make_artifact(header, factors, full.anchor, full.substitute_base, basis=basis, neutral=full.neutral)
     rows = [_described(full, tmp_path / "full"), _described(reduced, tmp_path / "reduced")]
     one, other = _describe.list_lines(rows)
     assert "  golden: layer 2 of 4, pushes block 1    rank full  " in one

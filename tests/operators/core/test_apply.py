@@ -6,16 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
-from operators.core.errors import SteeringError
+from operators.core.apply import Direction, PreparedOperator, Setting, check_setting, prepare, steer
+from operators.core.errors import SettingError, SteeringError
 
 CPU = torch.device("cpu")
 RULES = ["cumulative", "substitute"]
 
 
-def _naive(artifact, x, rule, blend):
+def _naive(artifact, x, rule, blend, anchor="concept", first_token="operator"):
     """The unit directions d_k/|d_k|, from the equations at the top of ``operators.core.apply``, in float64."""
     blocks, y = artifact.jacobian().double(), artifact.anchor.double()
+    z = y if anchor == "concept" else y - artifact.neutral.double()
     n = artifact.positions
     directions = []
     for k in range(len(x)):
@@ -25,7 +26,8 @@ def _naive(artifact, x, rule, blend):
                 a = a + blocks[j % n] @ x[j].double()
         else:
             a = artifact.substitute_base.double() + blocks[n - 1] @ x[k].double()
-        d = (1 - blend) * a / a.norm() + blend * y / y.norm()
+        beta = 1.0 if k == 0 and first_token == "anchor" else blend
+        d = (1 - beta) * a / a.norm() + beta * z / z.norm()
         directions.append(d / d.norm())
     return torch.stack(directions)
 
@@ -69,6 +71,53 @@ def test_directions_are_those_of_the_equation(make_operator, n, rule, blend, aff
     found = _directions(artifact, Setting(0.5, rule, blend), x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), _naive(artifact, x, rule, blend), rtol=0, atol=2e-6)
+
+
+ANCHORS = [(anchor, first) for anchor in ("contrast", "concept") for first in ("operator", "anchor")]
+
+
+@pytest.mark.parametrize(("anchor", "first_token"), ANCHORS)
+@pytest.mark.parametrize("blend", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_anchor_of_a_setting_is_the_one_it_names_and_stands_alone_at_the_first_token(
+    make_operator, rule, blend, anchor, first_token
+):
+    artifact, x = make_operator(3, affine=True, neutral=True), _embeddings(11)
+    setting = Setting(0.5, rule, blend, anchor=anchor, first_token=first_token)
+    expected = _naive(artifact, x, rule, blend, anchor, first_token)
+    torch.testing.assert_close(_directions(artifact, setting, x).double(), expected, rtol=0, atol=2e-6)
+    for cuts in ([1] * 11, [4, 7], [1, 10]):
+        direction = Direction(prepare(artifact, CPU), setting)
+        chunked = torch.cat([direction.advance(part) for part in x.split(cuts)])
+        torch.testing.assert_close(chunked.double(), expected, rtol=0, atol=2e-6)
+    late = Direction(prepare(artifact, CPU), setting).advance(x, slice(2, 5))
+    torch.testing.assert_close(late.double(), expected[2:5], rtol=0, atol=2e-6)
+
+
+def test_where_the_anchor_is_put_the_operator_need_not_have_a_direction(make_operator):
+    x = _embeddings(4)
+    x[0] = 0
+    setting = Setting(0.5, "cumulative", 0.0, anchor="contrast", first_token="anchor")
+    found = Direction(prepare(make_operator(3, neutral=True), CPU), setting).advance(x)
+    assert torch.isfinite(found).all()
+
+
+def test_the_contrast_anchor_of_an_operator_without_one_is_an_error_that_says_how_to_have_it(
+    make_operator, make_rank_0
+):
+    setting = Setting(0.5, "cumulative", 1.0, anchor="contrast")
+    with pytest.raises(SettingError, match="only 'concept' is accepted"):
+        Direction(prepare(make_operator(3), CPU), setting)
+    for artifact, says in ((make_operator(3), "build it again with --replace"), (make_rank_0(), "is a vector")):
+        with pytest.raises(SettingError, match=says):
+            check_setting(setting, artifact.header, "operator 'a'")
+    check_setting(setting, make_operator(3, neutral=True).header, "operator 'a'")
+
+
+@pytest.mark.parametrize("field", [{"anchor": "mean"}, {"first_token": "both"}])
+def test_an_anchor_that_does_not_exist_is_refused(field):
+    with pytest.raises(SettingError, match="are accepted"):
+        Setting(0.5, "cumulative", 0.0, **field)
 
 
 @settings(max_examples=60, deadline=None)

@@ -73,7 +73,7 @@ def _concept(line):
 OF_A_KEY = [
     ("strenght = 1", "key 'strenght' is unknown; did you mean 'strength'?"),
     ("zzz = 1", "key 'zzz' is unknown; accepted: name, text, texts, words, profile, layer, layers, rank, tolerance, "
-     "strength, rule, blend, positions"),
+     "strength, rule, blend, positions, anchor, first_token"),
     ('"Layer" = 1', "key 'Layer' is unknown; did you mean 'layer'?"),
     ('profile = "resdual"', "profile is 'resdual'; 'golden' and 'residual' are accepted; did you mean 'residual'?"),
     ("profile = 1", "profile is 1; 'golden' and 'residual' are accepted"),
@@ -104,7 +104,7 @@ OF_A_KEY = [
     ("words = []", "words is []; a list of words is accepted"),
     ('words = ["sea", " "]', "words is ['sea', ' ']; a list of words is accepted"),
     ("x.y = 1", "key 'x' is unknown; accepted: name, text, texts, words, profile, layer, layers, rank, tolerance, "
-     "strength, rule, blend, positions"),
+     "strength, rule, blend, positions, anchor, first_token"),
     ('texts = ["y"]', "keys 'text' and 'texts' are both given; one is accepted"),
 ]  # fmt: skip
 
@@ -138,7 +138,7 @@ OF_A_TABLE = [
     ("x = 1\n" + _concept(""), ["line 1: key 'x' is unknown; [defaults] and [[concept]] are accepted"]),
     ("[defaults]\nname = 'a'\n" + _concept(""),
      ["line 2: [defaults]: key 'name' is unknown; accepted: profile, layer, layers, rank, tolerance, strength, rule, "
-      "blend, positions"]),
+      "blend, positions, anchor, first_token"]),
     ("\n[[concept]]\ntext = 'x'", ["line 2: concept 1: key 'name' is missing"]),
     ("[[concept]]\nname = 'a'", ["line 1: concept 'a': key 'text' or 'texts' is missing; one of them is needed"]),
     ("[[concept]]\nname = 3\ntext = 'x'", ["line 2: concept 1: name is 3; a text is accepted"]),

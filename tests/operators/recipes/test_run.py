@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from operators.__main__ import app
+from operators.builder.spec import NEW_OPERATORS
 from operators.core.artifact import make_artifact
 from operators.core.errors import ConceptFileError, UnsupportedModelError
 from operators.core.header import Calibration, CalibrationPoint, Recommended
@@ -165,9 +166,15 @@ def test_a_damaged_operator_is_told_and_replaced_only_when_asked(build_file, she
 def _rewrite(shelf, name, **fields):
     old = Store(shelf).load(name)
     header = old.header.model_copy(update=fields)
-    new = make_artifact(header, old.factors, old.anchor, old.substitute_base, old.offset, basis=old.basis)
+    new = make_artifact(
+        header, old.factors, old.anchor, old.substitute_base, old.offset, basis=old.basis, neutral=old.neutral
+    )
     Store(shelf).save(name, new, replace=True)
     return new
+
+
+def _recommended(**fields):
+    return NEW_OPERATORS.model_copy(update=fields)
 
 
 def test_what_is_only_recommended_is_written_anew_without_a_build(build_file, shelf, monkeypatch):
@@ -175,11 +182,12 @@ def test_what_is_only_recommended_is_written_anew_without_a_build(build_file, sh
     old = Store(shelf).load("a")
     _no_build(monkeypatch)
     for addition, recommended, words in (
-        ("strength = -1", Recommended(strength=-1), ()),
-        ('rule = "substitute"\nwords = ["gate"]', Recommended(rule="substitute"), ("gate",)),
-        ("blend = 0.25", Recommended(blend=0.25), ("gate",)),
-        ('positions = "first"', Recommended(positions=Positions(end=1)), ("gate",)),
-        ("", Recommended(), ("gate",)),
+        ("strength = -1", _recommended(strength=-1), ()),
+        ('rule = "substitute"\nwords = ["gate"]', _recommended(rule="substitute"), ("gate",)),
+        ("blend = 0.25", _recommended(blend=0.25), ("gate",)),
+        ('positions = "first"', _recommended(positions=Positions(end=1)), ("gate",)),
+        ('anchor = "concept"\nfirst_token = "anchor"', Recommended(first_token="anchor"), ("gate",)),
+        ("", NEW_OPERATORS, ("gate",)),
     ):
         assert _statuses(build_file(ONE + addition, "--json")) == {"a": "updated"}
         new = Store(shelf).load("a")

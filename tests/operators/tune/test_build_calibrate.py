@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from operators.__main__ import app
+from operators.builder.spec import NEW_OPERATORS
 from operators.commands import calibrate as command
 from operators.core.artifact import with_header
 from operators.core.header import Calibration, CalibrationPoint, Recommended
@@ -161,7 +162,7 @@ def test_a_calibration_that_found_nothing_is_told_as_such(build_file, unfruitful
         "  nothing within the bounds was found, and the default is kept: layer 2, strength 0.5, cumulative, blend 0"
     )
     (one,) = json.loads(build_file(OPEN, "--json").stdout)["operators"]
-    assert (one["found"], one["recommended"]) == (False, Recommended().model_dump())
+    assert (one["found"], one["recommended"]) == (False, NEW_OPERATORS.model_dump())
     assert (
         build_file(OPEN + "strength = 0.4")
         .stdout.splitlines()[0]

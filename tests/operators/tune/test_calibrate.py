@@ -80,7 +80,7 @@ def test_the_choice_is_the_best_of_the_curves_and_the_curves_are_what_single_tri
     good = [p for p in found.points if p.kl_p95 <= 2.0 and p.hit_rate > found.plain_hit_rate]
     assert best.hit_rate == max(point.hit_rate for point in good)
     # At all positions: those are measured.
-    assert (best.layer, best.strength, best.rule, best.blend, "all") == (
+    assert (best.layer, best.strength, best.rule, best.blend, "all", "concept", "operator") == (
         calibrated.header.layer,
         *calibrated.header.recommended.model_dump().values(),
     )

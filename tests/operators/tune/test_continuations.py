@@ -211,7 +211,15 @@ def test_a_direction_that_is_zero_names_the_setting(tiny):
     # A prompt's first token meets the first block.
     blocks = built.factors.clone()
     blocks[0] = 0
-    operator = make_artifact(built.header, blocks, built.anchor, built.substitute_base, built.offset, basis=built.basis)
+    operator = make_artifact(
+        built.header,
+        blocks,
+        built.anchor,
+        built.substitute_base,
+        built.offset,
+        basis=built.basis,
+        neutral=built.neutral,
+    )
     push = Injection(prepare(operator, loaded.device), 1, SETTINGS[0])
     with pytest.raises(
         SteeringError, match=r"strength 0\.9, cumulative, blend 0 at .* block 1: .* position 0 has norm 0"

@@ -93,7 +93,7 @@ def test_texts_of_both_sides_are_refused_by_name(tiny, tmp_path):
 def test_equal_means_have_no_direction(tiny, tmp_path, monkeypatch):
     sides = _file(tmp_path, "a.txt", ["golden"]), _file(tmp_path, "b.txt", ["bridge"])
     loaded = tiny("llama")
-    monkeypatch.setattr("operators.vectors.contrast._last_hidden_state", lambda *_: torch.ones(40).double())
+    monkeypatch.setattr("operators.vectors.contrast.last_target", lambda *_, **__: torch.ones(40).double())
     with pytest.raises(VectorError, match="are equal"):
         contrast_operator(*sides, loaded, layer=2)
 

@@ -17,12 +17,22 @@ class Positions:
 
 
 @dataclass(frozen=True)
+class Word:
+    text: str
+    weight: float | None
+
+
+@dataclass(frozen=True)
 class Use:
     name: str
     strength: float | None
     rule: Literal["cumulative", "substitute"] | None
     blend: float = 0.25
     positions: Positions | None = None
+    anchor: Literal["contrast", "concept"] | None = None
+    first_token: Literal["operator", "anchor"] | None = None
+    words: tuple[Word, ...] = ()
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +113,8 @@ def test_what_is_given_stands_beside_the_attributes_and_before_them():
         name: str
 
     write = writer(pb.OperatorUse, Named)
-    given = {"strength": 0.5, "rule": pb.RULE_SUBSTITUTE, "blend": None, "positions": None}
+    given = dict.fromkeys(("blend", "positions", "anchor", "first_token", "kl"))
+    given |= {"strength": 0.5, "rule": pb.RULE_SUBSTITUTE, "words": ()}
     assert write(Named("g"), **given) == pb.OperatorUse(name="g", strength=0.5, rule=pb.RULE_SUBSTITUTE)
     assert write(Named("g"), name="h", **given).name == "h"
     with pytest.raises(TypeError, match=r"Named has no field for steering\.v1\.OperatorUse\.strength"):

@@ -8,7 +8,9 @@ from steer_client import _decode as decode
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
-from operators.core.header import ConceptText, Member
+from operators.core.dose_curve import DoseCurve, DosePoint
+from operators.core.header import ConceptText, Member, Recommended
+from operators.core.positions import Positions
 from steer_server.registry import OperatorEntry
 from steer_server.rpc.operator_codec import operator
 
@@ -54,7 +56,9 @@ def test_an_exact_operator_of_one_text_is_described_by_its_header(artifact):
 def test_no_field_of_the_contract_is_forgotten(full):
     message = operator(OperatorEntry("g", "", 1234, full))
     assert {field.name for field, _ in message.ListFields()} == {
-        field.name for field in ops.Operator.DESCRIPTOR.fields if field.name not in ("problem", "recommended_blend")
+        field.name
+        for field in ops.Operator.DESCRIPTOR.fields
+        if field.name not in ("problem", "recommended_blend", "lens")
     }
     assert full.header.recommended.blend == 0.0
     for part in (message.low_rank, message.calibration, message.calibration.recommended, message.members[0]):
@@ -83,6 +87,32 @@ def test_a_calibrated_mixture_of_low_rank_arrives_whole(full):
         "prompts": 20,
         "tokens": 28,
     }
+
+
+def test_a_calibrated_operator_has_the_curve_of_its_setting(full):
+    info, header = _told(full), full.header
+    at = (header.layer, header.recommended.rule, header.recommended.blend)
+    measured = [point for point in header.calibration.points if (point.layer, point.rule, point.blend) == at]
+    assert 0 < len(measured) < len(header.calibration.points)
+    assert [(point.strength, point.kl_p95, point.hit_rate) for point in info.curve] == sorted(
+        (point.strength, point.kl_p95, point.hit_rate) for point in measured
+    )
+    assert {(point.kl_mean, point.useful_rate) for point in info.curve} == {(None, None)}
+    assert info.lens is None
+
+
+def test_a_lens_is_described_with_its_curve_and_positions(llama, make_random_lens):
+    doses = (DosePoint(strength=0.1, kl_p95=0.5, kl_mean=0.125, hit_rate=0.75, useful_rate=0.625),)
+    curve = DoseCurve(words=("chess",), prompts=2, prompts_digest=_DIGEST, tokens=8, plain_hit_rate=0.0, points=doses)
+    source = {"curve": curve, "default_kl": 0.5, "positions": "others"}
+    recommended = Recommended(strength=0.1, blend=1.0, positions=Positions(start=1))
+    lens = make_random_lens(llama, lens=source, recommended=recommended)
+    info = _told(lens)
+    assert asdict(info.lens) == {"read_from": "others", "texts": 2}
+    assert [asdict(point) for point in info.curve] == [point.model_dump() for point in doses]
+    assert str(info.recommended_positions) == "1.."
+    assert (info.usable, info.vector, info.exact, info.rank, info.calibrated) == (True, False, False, 0, False)
+    assert _told(make_random_lens(llama)).curve == ()
 
 
 def test_a_mean_of_texts_has_equal_shares(low_artifact):

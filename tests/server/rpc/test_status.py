@@ -77,7 +77,7 @@ class _EmptyRegistry:
     def entries(self) -> tuple[()]:
         return ()
 
-    def plan(self, uses: object, *, field: str = "") -> None:
+    async def plan_beside(self, uses: object, *, field: str = "") -> None:
         return None
 
 

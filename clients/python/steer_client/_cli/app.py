@@ -50,7 +50,7 @@ def generate(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Decode PROMPT, steered by the operators given. The text goes to stdout, a summary to stderr."""
+    """Decode PROMPT, steered by the operators and words given. The text goes to stdout, a summary to stderr."""
     uses = steering.uses()
     with (
         connect(connection, as_json=as_json) as client,
@@ -75,10 +75,10 @@ def ab(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Decode PROMPT plain and steered, side by side. The operators together make the steered text."""
+    """Decode PROMPT plain and steered, side by side. The operators and words together make the steered text."""
     uses = steering.uses()
     if not uses:
-        raise typer.BadParameter("name at least one operator", param_hint="'--operator'")
+        raise typer.BadParameter("name at least one operator, or a word", param_hint="'--operator'")
     with (
         connect(connection, as_json=as_json) as client,
         client.compare_stream(

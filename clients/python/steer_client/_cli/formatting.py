@@ -32,6 +32,12 @@ def positions_part(positions: steer_client.Positions) -> str:
     return "" if positions == steer_client.ALL_POSITIONS else f", positions {positions}"
 
 
+def anchor_part(blend: float, anchor: steer_client.Anchor, first_token: steer_client.FirstToken) -> str:
+    """What stands behind a blend: the contrast anchor where it has a share, and what is put at the first token."""
+    at_first = ", anchor at the first token" if first_token == "anchor" else ""
+    return (", contrast anchor" if anchor == "contrast" and (blend or at_first) else "") + at_first
+
+
 def short_digest(digest: str) -> str:
     """The digest's algorithm and first eight digits."""
     algorithm, colon, value = digest.partition(":")

@@ -8,7 +8,7 @@ from rich.text import Text
 
 import steer_client
 from steer_client._cli.console import field_table, wide_console
-from steer_client._cli.formatting import escape_controls, format_count, format_number, positions_part
+from steer_client._cli.formatting import anchor_part, escape_controls, format_count, format_number, positions_part
 
 
 def show_operator(info: steer_client.OperatorInfo) -> None:
@@ -33,13 +33,19 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
         "recommended",
         (
             f"strength {format_number(info.recommended_strength)}, blend {format_number(info.recommended_blend)}, "
-            f"{info.recommended_rule}{positions_part(info.recommended_positions)}"
+            f"{info.recommended_rule}"
+            f"{anchor_part(info.recommended_blend, info.recommended_anchor, info.recommended_first_token)}"
+            f"{positions_part(info.recommended_positions)}"
             f"{', calibrated' if info.calibrated else ', not calibrated'}"
         ),
     )
+    if info.neutral is not None:
+        yield "neutral", f"mean of {format_count(info.neutral.texts, 'text')}, {info.neutral.digest}"
     if info.calibration is not None:
         yield "calibration", _calibration(info.calibration)
-    if not info.vector:
+    for point in info.curve:
+        yield "dose", _dose(point)
+    if info.rank:
         yield (
             "reconstruction",
             f"relative error {format_number(info.reconstruction_error)}, model in {info.model_dtype}",
@@ -53,7 +59,7 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
 
 
 def _texts(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
-    if info.vector:
+    if not info.rank:
         yield "concept", repr(info.concept)
         return
     yield "concept", _concept_text(info.concept, len(info.concept_token_ids), info.concept_weight)
@@ -69,6 +75,9 @@ def _concept_text(text: str, tokens: int, weight: float) -> str:
 
 
 def _rank(info: steer_client.OperatorInfo) -> str:
+    if info.lens is not None:
+        read_from = f"read from {info.lens.read_from} positions of {format_count(info.lens.texts, 'text')}"
+        return f"0: a lens for words at hidden size {info.hidden_size}, {read_from}"
     if info.vector:
         return f"0: a vector at hidden size {info.hidden_size}"
     size = f"{format_count(info.positions, 'block')} at hidden size {info.hidden_size}"
@@ -78,6 +87,15 @@ def _rank(info: steer_client.OperatorInfo) -> str:
     return (
         f"{info.rank}, {size}, residual {format_number(low.min_residual)} to {format_number(low.max_residual)}, "
         f"{low.weighting} weighting"
+    )
+
+
+def _dose(point: steer_client.DosePoint) -> str:
+    mean = "" if point.kl_mean is None else f", mean {format_number(point.kl_mean)}"
+    useful = "" if point.useful_rate is None else f", useful {format_number(point.useful_rate)}"
+    return (
+        f"strength {format_number(point.strength)}: KL p95 {format_number(point.kl_p95)}{mean} nats, "
+        f"hits {format_number(point.hit_rate)}{useful}"
     )
 
 

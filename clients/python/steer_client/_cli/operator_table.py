@@ -11,7 +11,7 @@ from rich.text import Text
 
 import steer_client
 from steer_client._cli.console import wide_console
-from steer_client._cli.formatting import escape_controls, format_number, positions_part, short_digest
+from steer_client._cli.formatting import anchor_part, escape_controls, format_number, positions_part, short_digest
 
 
 def show_operators(infos: Sequence[steer_client.OperatorInfo]) -> None:
@@ -54,11 +54,21 @@ def _table(infos: Sequence[steer_client.OperatorInfo]) -> Table:
                 Text(escape_controls(info.concept).strip() + (f" (and {further} more)" if further else "")),
                 info.profile,
                 str(info.injection_layer),
-                "exact" if info.exact else "vector" if info.vector else str(info.rank),
-                format_number(info.recommended_strength),
+                _kind(info),
+                # A lens may recommend none.
+                format_number(info.recommended_strength if info.lens is None or info.curve else None),
                 format_number(info.recommended_blend),
-                f"{info.recommended_rule}{positions_part(info.recommended_positions)}",
+                f"{info.recommended_rule}"
+                f"{anchor_part(info.recommended_blend, info.recommended_anchor, info.recommended_first_token)}"
+                f"{positions_part(info.recommended_positions)}",
                 "yes" if info.calibrated else "no",
                 short_digest(info.digest),
             )
     return table
+
+
+def _kind(info: steer_client.OperatorInfo) -> str:
+    """The rank of an operator, or what it is in place of one."""
+    if info.lens is not None:
+        return "lens"
+    return "exact" if info.exact else "vector" if info.vector else str(info.rank)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Annotated, Optional
 
 import typer
 
 import steer_client
 from steer_client._defaults import DEFAULT_TARGET, DEFAULT_TIMEOUT
+from steer_client._requests import LENS
 
 _STEERING = "Steering"
 _SAMPLING = "Sampling"
@@ -40,9 +43,34 @@ OperatorOption = Annotated[
     typer.Option(
         "--operator",
         "-o",
-        metavar="NAME[=λ[@β]][:POSITIONS]",
+        metavar="NAME[=λ[@β]][:POSITIONS][,anchor=contrast|concept][,first_token=operator|anchor]",
         help="An operator, with its strength λ, its blend β, and where it pushes: all, first, prompt, generated, a "
-        "range such as 4.. or 0..8, or one of a part such as generated:0..5. May be repeated; the operators add up.",
+        "range such as 4.. or 0..8, or one of a part such as generated:0..5. Then which anchor β blends with, and "
+        "whether it stands alone at the first token. May be repeated; the operators add up.",
+        rich_help_panel=_STEERING,
+    ),
+]
+WordOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--word",
+        "-w",
+        metavar="WORD[*WEIGHT][, ...][=λ][:POSITIONS]",
+        help='A word for the lens to push towards, such as coffee, coffee=0.12 or "hot air balloon"; several in one '
+        'direction, each with its weight: "ocean, storm*-0.5=0.12". May be repeated; what they add adds up.',
+        rich_help_panel=_STEERING,
+    ),
+]
+LensOption = Annotated[
+    str, typer.Option("--lens", metavar="NAME", help="The lens of the words.", rich_help_panel=_STEERING)
+]
+KLOption = Annotated[
+    float | None,
+    typer.Option(
+        "--kl",
+        metavar="NATS",
+        help="Dose of every word and operator without a λ of its own: the strength at which the 95th percentile of "
+        "KL(plain‖steered) was that when it was measured. Default: 0.5 for words, the recommended λ for operators.",
         rich_help_panel=_STEERING,
     ),
 ]
@@ -128,15 +156,28 @@ class SteeringOptions:
     """Which operators steer the text, and how."""
 
     operator: OperatorOption = None
+    word: WordOption = None
+    kl: KLOption = None
+    lens: LensOption = LENS
     rule: RuleOption = None
 
     def uses(self) -> tuple[steer_client.OperatorUse, ...]:
-        """Reads the --operator options; a wrong one is a usage error."""
+        """Reads the --operator and --word options; a wrong one is a usage error."""
         rule: steer_client.Rule | None = None if self.rule is None else self.rule.value
+        operators = self._read("'--operator'", partial(steer_client.OperatorUse.parse, rule=rule), self.operator)
+        words = self._read("'--word'", partial(steer_client.Words.parse_words, lens=self.lens), self.word)
+        uses = (*operators, *words)
+        if self.kl is not None and all(use.kl is None for use in uses):
+            raise typer.BadParameter("there is no word or operator without a λ of its own", param_hint="'--kl'")
+        return uses
+
+    def _read(
+        self, option: str, parse: Callable[..., steer_client.OperatorUse], texts: list[str] | None
+    ) -> tuple[steer_client.OperatorUse, ...]:
         try:
-            return tuple(steer_client.OperatorUse.parse(text, rule=rule) for text in self.operator or ())
+            return tuple(parse(text, kl=self.kl) for text in texts or ())
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="'--operator'") from None
+            raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 @dataclass(frozen=True, slots=True)

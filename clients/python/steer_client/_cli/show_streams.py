@@ -12,7 +12,7 @@ from rich.text import Text
 import steer_client
 from steer_client._cli.formatting import escape_controls
 from steer_client._cli.side_by_side import SideBySide
-from steer_client._cli.summaries import comparison_lines, generation_line, receipt_line
+from steer_client._cli.summaries import comparison_lines, generation_line, receipt_line, steering_title
 from steer_client._defaults import STEERED
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def show_comparison(stream: steer_client.ComparisonStream, *, scored: bool) -> N
         raise
     result = stream.result
     arm = result.steered[STEERED]
-    console.print(texts.finished())
+    console.print(texts.finished(steering_title(arm.generation.receipts)))
     lines = [
         *comparison_lines(arm, scored=scored),
         f"normal: {generation_line(result.normal)}",

@@ -41,11 +41,12 @@ class ArmText:
 class SideBySide:
     """The normal text and a steered one; the steered one is bold from their first divergence.
 
-    `live`: more may arrive. `cut`: the request ended early, and nothing more arrives.
+    `live`: more may arrive. `cut`: the request ended early, and nothing more arrives. `by`: what steered, in words.
     """
 
-    def __init__(self, steered: str, *, live: bool = False, cut: bool = False) -> None:
+    def __init__(self, steered: str, *, live: bool = False, cut: bool = False, by: str = "") -> None:
         self._steered = steered
+        self._by = by
         self._live = live
         self._cut = cut
         self._arms = {NORMAL: ArmText(), steered: ArmText()}
@@ -54,16 +55,16 @@ class SideBySide:
         """Appends the next piece of either arm."""
         self._arms[piece.arm].add(piece.delta.text, piece.delta.token_ids)
 
-    def finished(self) -> SideBySide:
-        """The same texts, at their full height."""
-        return self._no_longer_live(cut=False)
+    def finished(self, by: str = "") -> SideBySide:
+        """The same texts, at their full height, under what steered the second."""
+        return self._no_longer_live(cut=False, by=by)
 
     def cut(self) -> SideBySide | None:
         """What arrived of a request that ended early, marked as cut; None if no text arrived."""
         return self._no_longer_live(cut=True) if any(arm.text for arm in self._arms.values()) else None
 
-    def _no_longer_live(self, *, cut: bool) -> SideBySide:
-        copy = SideBySide(self._steered, cut=cut)
+    def _no_longer_live(self, *, cut: bool, by: str = "") -> SideBySide:
+        copy = SideBySide(self._steered, cut=cut, by=by)
         copy._arms = self._arms
         return copy
 
@@ -99,10 +100,12 @@ class SideBySide:
         )
         yield grid
 
-    def _title(self, arm: str) -> str:
-        return f"{arm} – cut, without receipts" if self._cut else arm
+    def _title(self, arm: str) -> Text:
+        by = f": {self._by}" if self._by and arm == self._steered else ""
+        # No markup: what steered is other people's text.
+        return Text(f"{arm} – cut, without receipts" if self._cut else f"{arm}{by}")
 
 
-def _panel(title: str, lines: list[Text], height: int, border: str = "none") -> Panel:
+def _panel(title: Text, lines: list[Text], height: int, border: str = "none") -> Panel:
     body = Text("\n").join(lines)
     return Panel(body, title=title, title_align="left", height=height + _FRAME_LINES, border_style=border)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import steer_client
-from steer_client._cli.formatting import escape_controls, format_count, format_number, positions_part, short_digest
+from steer_client._cli.formatting import (
+    anchor_part,
+    escape_controls,
+    format_count,
+    format_number,
+    positions_part,
+    short_digest,
+)
 
 
 def generation_line(result: steer_client.Generation) -> str:
@@ -31,11 +40,18 @@ def receipt_line(receipt: steer_client.Receipt) -> str:
         )
     else:
         mark, effect = "○", f"no token steered{cached}"
+    subject = f"{escape_controls(receipt.operator)}{_words_part(receipt)} {short_digest(receipt.digest)}"
     return (
-        f"{mark} {escape_controls(receipt.operator)} {short_digest(receipt.digest)} layer {receipt.layer}, "
-        f"strength {format_number(receipt.strength)}, blend {format_number(receipt.blend)}, {receipt.rule}"
+        f"{mark} {subject} layer {receipt.layer}, "
+        f"strength {format_number(receipt.strength)}{_budget_part(receipt)}, blend {format_number(receipt.blend)}, "
+        f"{receipt.rule}{anchor_part(receipt.blend, receipt.anchor, receipt.first_token)}"
         f"{positions_part(receipt.positions)}{_origin(receipt)}: {effect}"
     )
+
+
+def steering_title(receipts: Sequence[steer_client.Receipt]) -> str:
+    """What steered a text, in a few words: each operator or word with its strength."""
+    return escape_controls(", ".join(f"{_subject(each)} λ {format_number(each.strength)}" for each in receipts))
 
 
 def comparison_lines(arm: steer_client.ArmResult, *, scored: bool) -> list[str]:
@@ -48,7 +64,7 @@ def comparison_lines(arm: steer_client.ArmResult, *, scored: bool) -> list[str]:
         lines.append("KL(plain‖steered) was not measured")
     else:
         mean, p95 = format_number(arm.kl.mean), format_number(arm.kl.p95)
-        lines.append(f"KL(plain‖steered) mean {mean}, p95 {p95} nats per token")
+        lines.append(f"KL(plain‖steered) mean {mean}, p95 {p95} nats per token{_asked_part(arm)}")
     lines.append(
         f"perplexity under the plain model: normal {format_number(arm.normal_perplexity)}, "
         f"steered {format_number(arm.steered_perplexity)}"
@@ -56,11 +72,47 @@ def comparison_lines(arm: steer_client.ArmResult, *, scored: bool) -> list[str]:
     return lines
 
 
+def _subject(receipt: steer_client.Receipt) -> str:
+    if not receipt.words:
+        return receipt.operator
+    return " + ".join(_weighted(word) for word in receipt.words)
+
+
+def _weighted(word: steer_client.SteeredWord) -> str:
+    return word.text if word.weight == 1.0 else f"{word.weight:g} × {word.text}"
+
+
+def _words_part(receipt: steer_client.Receipt) -> str:
+    """The words of a lens, each with its tokens' ids."""
+    if not receipt.words:
+        return ""
+    words = (f"{_weighted(word)!r} (tokens {' '.join(map(str, word.token_ids))})" for word in receipt.words)
+    return escape_controls(f" {' + '.join(words)}")
+
+
+def _budget_part(receipt: steer_client.Receipt) -> str:
+    return "" if receipt.kl is None else f" for p95 KL {format_number(receipt.kl)}"
+
+
+def _asked_part(arm: steer_client.ArmResult) -> str:
+    """What KL the strengths were read off the dose curves for."""
+    budgets = [
+        f"{format_number(receipt.kl)} for {escape_controls(_subject(receipt))}"
+        for receipt in arm.generation.receipts
+        if receipt.kl is not None
+    ]
+    return f"; asked for: p95 {', '.join(budgets)}" if budgets else ""
+
+
 def _origin(receipt: steer_client.Receipt) -> str:
     """Which settings are recommended values; empty if the request gave all of them."""
     settings = ["strength", "rule", "blend"]
     if receipt.positions != steer_client.ALL_POSITIONS:
         settings.append("positions")
+    if receipt.blend or receipt.first_token == "anchor":
+        settings.append("anchor")
+    if receipt.first_token == "anchor":
+        settings.append("first_token")
     defaulted = [name for name in settings if name in receipt.defaulted]
     if not defaulted:
         return ""

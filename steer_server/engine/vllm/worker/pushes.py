@@ -15,7 +15,7 @@ from itertools import accumulate, groupby
 import torch
 
 from operators.core.apply import PreparedOperator, cumulative, substitute, terms
-from operators.core.header import Rule
+from operators.core.header import Anchor, Rule
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,13 @@ class OperatorGroup:
 
     operator: PreparedOperator
     rule: Rule | None
+    anchor: Anchor
     span_pushes: list[SpanPush]
+
+    @property
+    def unit_anchor(self) -> torch.Tensor:
+        """z/|z| (d,)."""
+        return self.operator.unit_of(self.anchor)
 
     @property
     def num_tokens(self) -> int:
@@ -96,7 +102,8 @@ class OperatorGroup:
 def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(lambda/2) d_k/|d_k| for every token of every span of every group that is pushed.
 
-    With the operator's a_k and anchor y, d_k = (1 - blend) a_k/|a_k| + blend y/|y|. Nothing is read from the device.
+    With the operator's a_k and the anchor z of the setting, d_k = (1 - blend) a_k/|a_k| + blend z/|z|. Nothing is read
+    from the device.
 
     Args:
         groups: the ``span_pushes`` of each are reordered, and their running sums advanced.
@@ -119,7 +126,7 @@ def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[to
     unit, usable = _normalise(unnormalised[0] if len(unnormalised) == 1 else torch.cat(unnormalised))
     if any(0.0 < push.blend < 1.0 for push in span_pushes):
         blend = _per_token([push.blend for push in span_pushes], span_pushes, x)
-        anchors = torch.cat([group.operator.unit_anchor.expand(group.num_pushed, -1) for group in groups])
+        anchors = torch.cat([group.unit_anchor.expand(group.num_pushed, -1) for group in groups])
         blended, blend_usable = _normalise((1.0 - blend) * unit + blend * anchors)
         # Tokens without a blend keep their bits, whatever the blends of their neighbours.
         unit = torch.where(blend > 0, blended, unit)
@@ -131,7 +138,7 @@ def compute_pushes(groups: Sequence[OperatorGroup], x: torch.Tensor) -> tuple[to
 def _unnormalised_directions(group: OperatorGroup, x: torch.Tensor) -> torch.Tensor:
     """a_k (T, d) of the tokens that are pushed, from the embeddings ``x`` of all."""
     if group.rule is None:
-        return group.operator.unit_anchor.expand(x.shape[0], -1)
+        return group.unit_anchor.expand(x.shape[0], -1)
     if group.rule == "substitute":
         return substitute(group.operator, x)
     sums = _running_sums(group.operator, group.span_pushes, x)

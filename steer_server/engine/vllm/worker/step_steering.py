@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from operators.core.apply import PreparedOperator, terms
-from operators.core.header import Rule
+from operators.core.header import Anchor, Rule
 from steer_server.engine.vllm.worker.dose_ranges import dose_ranges
 from steer_server.engine.vllm.worker.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
 from steer_server.engine.vllm.worker.request_state import RequestMeasurement, RequestState, not_steered
@@ -34,6 +34,8 @@ from steer_server.engine.vllm.worker_protocol import OperatorSetting
 EmbedSpans = Callable[[Sequence[TokenSpan]], torch.Tensor]
 """``embed(spans)``: the embeddings of tokens of the coming step as the first block receives them, (sum of their numbers
 of tokens, d), span after span."""
+_GroupKey = tuple[int, str, Rule | None, Anchor]
+"""Layer, operator, rule and anchor."""
 EmbedPrefix = Callable[[str, int], torch.Tensor]
 """``embed_prefix(request, k)``: the embeddings (k, d) of a request's first k tokens."""
 
@@ -93,6 +95,8 @@ class StepSteering:
         for setting in settings:
             if setting.blend != 1.0 and self._is_vector(setting.digest):
                 self._fail(state, self._step, f"{setting.digest} is a vector: blend is {setting.blend:g}, not 1")
+            if self._lacks_anchor(setting):
+                self._fail(state, self._step, f"{setting.digest} has no contrast anchor")
 
     def remove_request(self, request: str) -> None:
         """Drops the state of a request."""
@@ -138,7 +142,7 @@ class StepSteering:
             embed: not called where none of the tokens is needed.
         """
         self._step += 1
-        groups: dict[tuple[int, str, Rule | None], OperatorGroup] = {}
+        groups: dict[_GroupKey, OperatorGroup] = {}
         needed: list[TokenSpan] = []
         num_needed = 0
         for span in spans:
@@ -158,9 +162,10 @@ class StepSteering:
                 setting = state.settings[push.setting_index]
                 loaded = self._operators[setting.digest]
                 # At blend 1 every rule is the anchor, which is all that a vector has.
-                rule = None if setting.blend == 1.0 or loaded.operator.is_vector else setting.rule
-                key = (loaded.layer, setting.digest, rule)
-                groups.setdefault(key, OperatorGroup(loaded.operator, rule, [])).span_pushes.append(push)
+                rule = None if push.blend == 1.0 or loaded.operator.is_vector else setting.rule
+                key = (loaded.layer, setting.digest, rule, setting.anchor)
+                group = groups.setdefault(key, OperatorGroup(loaded.operator, rule, setting.anchor, []))
+                group.span_pushes.append(push)
             num_needed += needed[-1].num_tokens
         return self._step_pushes(groups, embed(needed).to(torch.float32)) if groups else {}
 
@@ -171,29 +176,39 @@ class StepSteering:
             if setting.end is not None and span.first_position >= setting.end:
                 # Told apart here so that it costs next to nothing: most tokens of a text that is pushed at its first.
                 continue
-            pushed = span.part(setting.start, setting.end)
-            summed = pushed.first_position - span.first_position if self._has_running_sum(setting) else 0
-            if summed + pushed.num_tokens == 0:
-                continue
-            if setting.digest in self._operators:
-                pushes.append(SpanPush(pushed, summed, index, 0, setting.strength / 2.0, setting.blend, None))
-            else:
+            of_setting = self._setting_pushes(setting, index, span)
+            if of_setting and setting.digest not in self._operators:
                 self._fail(state, self._step, f"operator {setting.digest} was unloaded")
+            elif not self._lacks_anchor(setting):
+                pushes.extend(of_setting)
         self._complete_running_sums(state, span, pushes, embed_prefix)
         return pushes
 
-    def _step_pushes(
-        self, groups: Mapping[tuple[int, str, Rule | None], OperatorGroup], x: torch.Tensor
-    ) -> dict[int, StepPush]:
+    def _setting_pushes(self, setting: OperatorSetting, index: int, span: TokenSpan) -> list[SpanPush]:
+        """What one operator has to do with a span: one push, and one of its own for an anchor at the first token."""
+        pushes, start, half_strength = [], setting.start, setting.strength / 2.0
+        if setting.first_token == "anchor" and start == 0 and setting.blend != 1.0:
+            first = span.part(0, 1)
+            if first.num_tokens:
+                pushes.append(SpanPush(first, 0, index, 0, half_strength, 1.0, None))
+            start = 1
+        pushed = span.part(start, setting.end) if setting.end is None or setting.end > start else span.part(0, 0)
+        summed = pushed.first_position - span.first_position if self._has_running_sum(setting) else 0
+        if summed + pushed.num_tokens:
+            pushes.append(SpanPush(pushed, summed, index, 0, half_strength, setting.blend, None))
+        return pushes
+
+    def _step_pushes(self, groups: Mapping[_GroupKey, OperatorGroup], x: torch.Tensor) -> dict[int, StepPush]:
         # By layers, so that the pushes of each are one slice.
         ordered = sorted(groups.items(), key=lambda item: item[0][0])
         pushes, usable = compute_pushes([group for _, group in ordered], x)
         spans: dict[int, list[TokenSpan]] = defaultdict(list)
-        for (layer, _, _), group in ordered:
+        for (layer, *_), group in ordered:
             for push in group.span_pushes:
                 if push.span.num_tokens:
                     spans[layer].append(push.span)
-                self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
+                if push.running_sum is not None:
+                    self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
         step_pushes, start = {}, 0
         for layer, of_layer in spans.items():
             end = start + sum(span.num_tokens for span in of_layer)
@@ -221,7 +236,7 @@ class StepSteering:
         continues = span.first_position == state.position
         missing = []
         for push in pushes:
-            if self._has_running_sum(state.settings[push.setting_index]):
+            if push.blend != 1.0 and self._has_running_sum(state.settings[push.setting_index]):
                 push.running_sum = state.running_sums[push.setting_index] if continues else None
                 if push.running_sum is None:
                     missing.append(push)
@@ -237,6 +252,10 @@ class StepSteering:
 
     def _has_running_sum(self, setting: OperatorSetting) -> bool:
         return setting.rule == "cumulative" and setting.blend != 1.0 and not self._is_vector(setting.digest)
+
+    def _lacks_anchor(self, setting: OperatorSetting) -> bool:
+        loaded = self._operators.get(setting.digest)
+        return loaded is not None and setting.anchor == "contrast" and loaded.operator.unit_contrast is None
 
     def _is_vector(self, digest: str) -> bool:
         loaded = self._operators.get(digest)

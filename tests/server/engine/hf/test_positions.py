@@ -178,7 +178,13 @@ def test_a_dose_above_that_of_those_who_push_there_is_an_error(llama, artifact, 
 
 def test_a_direction_that_does_not_exist_is_an_error_where_it_is_pushed_alone(llama, artifact, decode):
     zero = torch.zeros_like
-    dead = make_artifact(artifact.header, zero(artifact.factors), artifact.anchor, zero(artifact.substitute_base))
+    dead = make_artifact(
+        artifact.header,
+        zero(artifact.factors),
+        artifact.anchor,
+        zero(artifact.substitute_base),
+        neutral=artifact.neutral,
+    )
     with pytest.raises(SteeringNotAppliedError, match="position 2 has norm 0"):
         decode(llama, _plan((dead, 0.5, "cumulative", 0.0, "2..")))
 

@@ -106,10 +106,18 @@ def test_a_strength_that_breaks_the_numbers_is_an_error_and_no_text(llama, artif
 
 def test_a_direction_that_does_not_exist_is_an_error(llama, artifact, plan_of, decode):
     zero = torch.zeros_like
-    dead = make_artifact(artifact.header, zero(artifact.factors), artifact.anchor, zero(artifact.substitute_base))
+    dead = make_artifact(
+        artifact.header,
+        zero(artifact.factors),
+        artifact.anchor,
+        zero(artifact.substitute_base),
+        neutral=artifact.neutral,
+    )
     with pytest.raises(SteeringNotAppliedError, match="position 0 has norm 0"):
         decode(llama, plan_of((dead, 0.5)))
-    nowhere = make_artifact(artifact.header, artifact.factors, zero(artifact.anchor), artifact.substitute_base)
+    nowhere = make_artifact(
+        artifact.header, artifact.factors, zero(artifact.anchor), artifact.substitute_base, neutral=artifact.neutral
+    )
     with pytest.raises(SteeringNotAppliedError, match="operator-0"):
         decode(llama, plan_of((nowhere, 0.5)))
 
@@ -231,7 +239,7 @@ def exact(tiny, artifact):
     def quarters(*size):
         return torch.randint(-8, 9, size, generator=generator).float() / 4
 
-    return loaded, make_artifact(artifact.header, quarters(*shape), quarters(d), quarters(d))
+    return loaded, make_artifact(artifact.header, quarters(*shape), quarters(d), quarters(d), neutral=quarters(d))
 
 
 @pytest.mark.parametrize("rule", ["cumulative", "substitute"])

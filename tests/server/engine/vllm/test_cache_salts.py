@@ -17,6 +17,8 @@ STEERINGS = (
     (OperatorSetting("gate", "substitute", 0.4, 0.0),),
     (OperatorSetting("gate", "cumulative", 0.4, 0.5),),
     (OperatorSetting("gate", "cumulative", 0.4, 0.0, 1),),
+    (OperatorSetting("gate", "cumulative", 0.4, 0.0, anchor="contrast"),),
+    (OperatorSetting("gate", "cumulative", 0.4, 0.0, first_token="anchor"),),
     (OperatorSetting("gate", "cumulative", 0.4, 0.0, 0, 1),),
     (OperatorSetting("gate", "cumulative", 0.4, 0.0, 0, 2),),
     (GATE, OperatorSetting("gate", "cumulative", 0.4, 0.0, 0, 2)),

@@ -1,6 +1,7 @@
 """What becomes of the options of vLLM, and of calls without an answer, with vLLM's code and without an engine."""
 
 import asyncio
+import os
 
 import pytest
 import torch
@@ -159,3 +160,17 @@ async def test_workers_that_give_no_answer_end_the_engine(monkeypatch):
     with pytest.raises(EngineFailedError, match="steering_take: the workers gave no answer"):
         await client.call("steering_take", ["a"])
     assert "the workers gave no answer" in await asyncio.wait_for(client.failed(), 5)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "asked", "method"), [(True, None, None), (False, None, "spawn"), (False, "fork", "fork")]
+)
+def test_an_accelerator_is_used_from_spawned_processes_unless_the_user_says_otherwise(
+    engine_config, monkeypatch, on_cpu, asked, method
+) -> None:
+    # What the function sets is undone with what is set or deleted here.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", asked or "")
+    if asked is None:
+        monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
+    engine_config.set_process_defaults(on_cpu=on_cpu)
+    assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == method

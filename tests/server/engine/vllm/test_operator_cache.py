@@ -373,3 +373,19 @@ def test_of_many_operators_the_largest_are_named(make_operator, plan_of):
     assert str(caught.value).endswith(
         ": operator-5 416 bytes, operator-4 352 bytes, operator-3 288 bytes, operator-2 224 bytes and 2 more"
     )
+
+
+async def test_however_small_they_are_only_so_many_are_kept_and_those_in_use_stay(workers, made):
+    cache = OperatorCache(workers.load, workers.unload, budget=1 << 30, max_kept=2)
+    await use(cache, made[0])
+    await hold(cache, made[1:2])
+    await use(cache, made[2])
+    assert set(workers.loaded) == {made[1].digest, made[2].digest}
+    await hold(cache, made[2:])
+    # Three are held, which is one more than are kept.
+    assert set(workers.loaded) == {each.digest for each in made[1:]}
+    cache.release(made[1:])
+    await use(cache, made[0])
+    assert workers.most == 3
+    assert len(workers.loaded) == 2
+    assert made[0].digest in workers.loaded

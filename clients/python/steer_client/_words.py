@@ -1,0 +1,80 @@
+"""Words that a lens pushes towards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from steer_client._positions import Positions
+from steer_client._requests import LENS, OperatorUse, WeightedWord
+
+
+class Words(OperatorUse):
+    """Several words that a lens mixes into one direction: `Words({"ocean": 1, "storm": 0.5}, kl=0.5)`.
+
+    Each word's unit direction counts with its weight; a negative one pushes away from the word. Without `strength` and
+    `kl` the strength is the one that the lens's dose curve gives for a p95 KL of 0.5 nats.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        words: Mapping[str, float],
+        strength: float | None = None,
+        *,
+        kl: float | None = None,
+        positions: Positions | None = None,
+        lens: str = LENS,
+    ) -> None:
+        weighted = tuple(WeightedWord(text, weight) for text, weight in words.items())
+        OperatorUse.__init__(self, lens, strength, positions=positions, words=weighted, kl=kl)
+
+    @staticmethod
+    def parse_words(text: str, *, kl: float | None = None, lens: str = LENS) -> Words:
+        """Reads `WORD`, or `WORD*WEIGHT, WORD*WEIGHT`, and behind it `=λ` and `:POSITIONS`: `"ocean, storm*0.5=0.12"`.
+
+        `kl` is for a text without λ. Raises ValueError, naming the text and the accepted form, for anything else.
+        """
+        setting, has_positions, positions = text.partition(":")
+        where = Positions.parse(positions) if has_positions else None
+        mixture, has_strength, strength = setting.partition("=")
+        words: dict[str, float] = {}
+        try:
+            for part in mixture.split(","):
+                word, has_weight, weight = part.partition("*")
+                if not word.strip() or word.strip() in words:
+                    raise ValueError(word)
+                words[word.strip()] = float(weight) if has_weight else 1.0
+            return Words(
+                words,
+                float(strength) if has_strength else None,
+                kl=None if has_strength else kl,
+                positions=where,
+                lens=lens,
+            )
+        except ValueError:
+            raise ValueError(
+                f"cannot read the words {text!r}: write WORD or WORD=λ, for example coffee=0.12; of several, each once "
+                'and with its weight, WORD*WEIGHT, for example "ocean, storm*-0.5=0.12"; and :POSITIONS behind it, for '
+                "example coffee=0.12:first"
+            ) from None
+
+
+class Word(Words):
+    """A word that a lens pushes towards: `Word("coffee")`, `Word("coffee", 0.12)` or `Word("coffee", kl=0.5)`.
+
+    Without `strength` and `kl` the strength is the one that the lens's dose curve gives for a p95 KL of 0.5 nats.
+    """
+
+    __slots__ = ()
+
+    def __init__(
+        self,
+        text: str,
+        strength: float | None = None,
+        *,
+        kl: float | None = None,
+        positions: Positions | None = None,
+        lens: str = LENS,
+    ) -> None:
+        super().__init__({text: 1.0}, strength, kl=kl, positions=positions, lens=lens)

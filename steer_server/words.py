@@ -1,0 +1,93 @@
+"""Directions of words, by lens: each is worked out once, in a thread beside the event loop, and kept for the next time.
+
+A direction is a vector with a digest of its own, so that whatever holds, sends or salts operators by digest takes it as
+it takes any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from operators.core.artifact import OperatorArtifact
+from operators.core.errors import VectorError
+from operators.model.words import UnembeddingRows, word_operator
+from steer_server.errors import QueueFullError
+from steer_server.types import WeightedWord
+
+MAX_KEPT = 1024
+"""Directions kept: d numbers and a header of a few kilobytes each."""
+_MAX_WAITING = 256
+"""Requests whose words wait to be read."""
+
+_T = TypeVar("_T")
+
+
+class Words(Protocol):
+    """What makes directions of words."""
+
+    def direction(self, lens: OperatorArtifact, words: tuple[WeightedWord, ...]) -> OperatorArtifact:
+        """The vector of some words; may read files.
+
+        Raises:
+            VectorError, IncompatibleOperatorError, ModelError: they make none.
+        """
+        ...
+
+
+class WordDirections:
+    """Implements :class:`Words` for one model."""
+
+    def __init__(
+        self, find_unembedding: Callable[[], UnembeddingRows], tokenizer: Any, *, max_kept: int = MAX_KEPT
+    ) -> None:
+        """``find_unembedding`` is called with the first word: a server without a lens reads nothing."""
+        self._find_unembedding, self._tokenizer, self._max_kept = find_unembedding, tokenizer, max_kept
+        self._unembedding: UnembeddingRows | None = None
+        self._kept: OrderedDict[tuple[str, tuple[WeightedWord, ...]], OperatorArtifact] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def direction(self, lens: OperatorArtifact, words: tuple[WeightedWord, ...]) -> OperatorArtifact:
+        """See :meth:`Words.direction`."""
+        key = (lens.digest, words)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = self._make(lens, words)
+                if len(self._kept) > self._max_kept:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+    def _make(self, lens: OperatorArtifact, words: tuple[WeightedWord, ...]) -> OperatorArtifact:
+        if self._unembedding is None:
+            self._unembedding = self._find_unembedding()
+        weights = {word.text: word.weight for word in words}
+        if len(weights) < len(words):
+            twice = next(word.text for index, word in enumerate(words) if word.text in {w.text for w in words[:index]})
+            raise VectorError(f"word {twice!r} is there twice")
+        return word_operator(lens, weights, self._unembedding, self._tokenizer)
+
+
+class BesideTheLoop:
+    """Runs functions one after the other in a thread of its own; so many may wait for it."""
+
+    def __init__(self, *, max_waiting: int = _MAX_WAITING) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="words")
+        self._waiting, self._max_waiting = 0, max_waiting
+
+    async def run(self, function: Callable[[], _T]) -> _T:
+        """Its result, or its error. Raises :class:`QueueFullError` where too many wait."""
+        if self._waiting >= self._max_waiting:
+            raise QueueFullError(f"{self._max_waiting} requests wait for their words, the most admitted", 1.0)
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        finally:
+            self._waiting -= 1

@@ -1,0 +1,83 @@
+"""Rows of the unembedding from the files of a model, without the model."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from operators.core.errors import ModelError
+from operators.model.unembedding import find_unembedding, loaded_unembedding
+
+
+def _save(loaded, directory, **options):
+    loaded.model.save_pretrained(directory, **options)
+    return directory
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_its_rows_are_those_of_the_loaded_model(tiny, tmp_path, family, dtype):
+    loaded = tiny(family, dtype=dtype, fresh=True)
+    found = find_unembedding(str(_save(loaded, tmp_path)))
+    table = loaded.model.get_output_embeddings().weight.float()
+    assert torch.equal(found.rows([3, 0, 319, 3]), table[[3, 0, 319, 3]])
+    torch.testing.assert_close(found.mean(), table.mean(0))
+    assert torch.equal(found.mean(), loaded_unembedding(loaded.model).mean())
+    assert (found.vocabulary, found.hidden_size, found.tied) == (*table.shape, family != "llama")
+
+
+def test_a_checkpoint_in_several_files_is_read_through_its_index(tiny, tmp_path):
+    loaded = tiny("llama", dtype="float32", fresh=True)
+    _save(loaded, tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(find_unembedding(str(tmp_path)).rows([7]), loaded.model.lm_head.weight[[7]])
+
+
+def test_half_precision_is_widened(tiny, tmp_path):
+    loaded = tiny("llama", dtype="float32", fresh=True)
+    loaded.model.half()
+    found = find_unembedding(str(_save(loaded, tmp_path))).rows([7])
+    assert torch.equal(found, loaded.model.lm_head.weight[[7]].float())
+
+
+def test_a_token_without_a_row_is_an_error(tiny_directory):
+    with pytest.raises(ModelError, match="token 320 has no row; the unembedding has 320"):
+        find_unembedding(str(tiny_directory("llama"))).rows([320])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("lm_head.weight"), "quantised"),
+        (lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].to(torch.int8)}), "I8 of shape"),
+        (lambda tensors: tensors.update({"a.lm_head.weight": torch.zeros(1)}), "could be the unembedding"),
+    ],
+    ids=["quantised", "int8", "two"],
+)
+def test_a_head_of_another_form_is_refused(tiny, tmp_path, change, message):
+    _save(tiny("llama", dtype="float32", fresh=True), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        find_unembedding(str(tmp_path))
+
+
+def test_files_that_are_not_safetensors_are_refused(tiny, tmp_path):
+    _save(tiny("llama", dtype="float32", fresh=True), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="it has no model"):
+        find_unembedding(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ModelError, match="no whole safetensors file"):
+        find_unembedding(str(tmp_path))
+
+
+@pytest.mark.parametrize("part", ["../elsewhere.safetensors", "/elsewhere.safetensors"])
+def test_an_index_cannot_name_files_elsewhere(tiny, tmp_path, part):
+    _save(tiny("llama", dtype="float32", fresh=True), tmp_path)
+    index = {"weight_map": {"lm_head.weight": part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="which is not beside it"):
+        find_unembedding(str(tmp_path))
