@@ -14,6 +14,7 @@ from operators.commands.calibrate import calibrate
 from operators.commands.combine import combine
 from operators.commands.contrast import contrast
 from operators.commands.eval import evaluate
+from operators.commands.lens import lens
 from operators.commands.store import delete, list_operators, show, verify
 from operators.commands.vectors import export, import_vectors
 from operators.core.version import __version__
@@ -36,6 +37,7 @@ app.command()(combine)
 app.command("import")(import_vectors)
 app.command()(export)
 app.command()(contrast)
+app.command()(lens)
 app.command()(analyse)
 app.command("eval")(evaluate)
 

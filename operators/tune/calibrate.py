@@ -47,6 +47,8 @@ def calibrate(
         SteeringError: a candidate has no direction at some token.
     """
     check_compatible(artifact.header, loaded)
+    if artifact.header.lens is not None:
+        raise BuildError("a lens is not calibrated: its doses are measured where it is built")
     if artifact.header.vector is not None:
         # The anchor is all that there is of a vector: no rule and no other blend makes a difference.
         spec = dataclasses.replace(spec, rules=spec.rules[:1], blends=(1.0,))
