@@ -21,6 +21,7 @@ from operators.evaluate.lens_pulls import LensPulls
 from operators.maps.reads import read_direction
 from operators.maps.sketch import embedding_root
 from operators.model.loading import LoadedModel, decoder_layers, embed
+from operators.model.words import normalised_word, word_ids
 
 LENS_POSITIONS = ("first", "1..", "all", "..4")
 _ROWS = 8192
@@ -154,25 +155,11 @@ class Material:
         return self._once(("states", text), run)
 
     def _unembedding(self, word: str) -> torch.Tensor:
-        """W_U[w] (d,): the mean over the spellings of the word, by case and with or without a space in front.
-
-        Spellings of several tokens count only where there is none of one; then the one with a space, over its tokens.
-
-        Raises:
-            TrialError: it has no tokens.
-        """
+        """W_U[w] (d,), by the word rule of :mod:`operators.model.words`. Raises :class:`VectorError`."""
         head = self.loaded.model.get_output_embeddings().weight
-        cases = dict.fromkeys((word, word.lower(), word.capitalize(), word.upper()))
-        spellings = [self._ids(space + case) for case in cases for space in ("", " ")]
-        single = sorted({ids[0] for ids in spellings if len(ids) == 1})
-        ids = single or list(self._ids(f" {word}"))
-        if not ids:
-            raise TrialError(f"word {word!r} has no tokens; at least one is needed")
-        row: torch.Tensor = head[torch.tensor(ids, device=head.device)].float().mean(0)
+        ids = torch.tensor(word_ids(normalised_word(word), self.loaded.tokenizer), device=head.device)
+        row: torch.Tensor = head[ids].float().mean(0)
         return row
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _vocabulary_mean(self) -> torch.Tensor:
         head = self.loaded.model.get_output_embeddings().weight
