@@ -41,6 +41,7 @@ def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words 
     direction = artifact if header.lens is None and not use.words else _direction(use, artifact, words, field)
     try:
         setting, kl = _setting(use, header)
+        _check_first_token(use, setting)
         check_setting(setting, direction.header, f"operator {name!r}")
     except SettingError as error:
         raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
@@ -112,6 +113,16 @@ def _setting(use: OperatorUse, header: OperatorHeader) -> tuple[Setting, float |
     if use.kl is None:
         return asked, kl
     return replace(asked, strength=strength_for(curve, kl)), kl
+
+
+def _check_first_token(use: OperatorUse, setting: Setting) -> None:
+    """Refuses an anchor that was asked for at a first token that the positions leave out."""
+    if use.first_token == "anchor" and (setting.positions.part == "generated" or setting.positions.start > 0):
+        raise SettingError(
+            "first_token",
+            f"is 'anchor', and the positions {setting.positions} leave the first token out; 'operator', or positions "
+            "that begin with it, are accepted",
+        )
 
 
 def _steered_words(direction: OperatorArtifact) -> tuple[SteeredWord, ...]:
