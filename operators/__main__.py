@@ -13,6 +13,7 @@ from operators.commands.build import build
 from operators.commands.calibrate import calibrate
 from operators.commands.combine import combine
 from operators.commands.contrast import contrast
+from operators.commands.eval import evaluate
 from operators.commands.lens import lens
 from operators.commands.store import delete, list_operators, show, verify
 from operators.commands.vectors import export, import_vectors
@@ -38,6 +39,7 @@ app.command()(export)
 app.command()(contrast)
 app.command()(lens)
 app.command()(analyse)
+app.command("eval")(evaluate)
 
 
 def _print_version(requested: bool) -> None:
