@@ -36,6 +36,8 @@ _CANCELS = 1e-3
 _LOST = 1e-6
 """Of the largest weight: a smaller one leaves next to nothing in the float32 numbers of the sum."""
 
+_ROWS_AT_A_TIME = 64
+
 
 class UnembeddingRows(Protocol):
     """Rows of W_U by token id: :class:`operators.model.unembedding.Unembedding`, or that of a loaded model."""
@@ -166,7 +168,8 @@ def operator_of(lens: OperatorArtifact, words: Sequence[LensWord], unembedding: 
 def word_direction(lens: Lens, rows: torch.Tensor) -> torch.Tensor:
     """v_w = J^T (mean of ``rows`` - mean of W_U), (d,) float64, for the rows (m, d) of a word's tokens."""
     wanted = rows.double().mean(0) - lens.vocabulary_mean.double()
-    return (lens.pull.double() * wanted).sum(1)
+    # Some rows at a time: they stay in the processor's cache, and no copy of the whole matrix is made.
+    return torch.cat([(part.double() * wanted).sum(1) for part in lens.pull.split(_ROWS_AT_A_TIME)])
 
 
 def _shares(words: Sequence[LensWord]) -> list[float]:
