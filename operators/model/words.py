@@ -169,7 +169,7 @@ def word_direction(lens: Lens, rows: torch.Tensor) -> torch.Tensor:
     """v_w = J^T (mean of ``rows`` - mean of W_U), (d,) float64, for the rows (m, d) of a word's tokens."""
     wanted = rows.double().mean(0) - lens.vocabulary_mean.double()
     # Some rows at a time: they stay in the processor's cache, and no copy of the whole matrix is made.
-    return torch.cat([(part.double() * wanted).sum(1) for part in lens.pull.split(_ROWS_AT_A_TIME)])
+    return torch.cat([(part.double() * wanted).sum(1) for part in torch.split(lens.pull, _ROWS_AT_A_TIME)])
 
 
 def _shares(words: Sequence[LensWord]) -> list[float]:
