@@ -24,6 +24,9 @@ Building
 Vectors
     :func:`read_vector_file` and :func:`import_vector` make operators of rank 0 from files of other programs;
     :func:`read_texts` and :func:`contrast_operator` from two sets of texts; :func:`export_gguf` writes anchors.
+Words
+    :func:`lens_matrices` and :func:`lens_artifact` make a lens, :func:`find_unembedding` and :func:`word_operator` an
+    operator of any words; :func:`strength_within` is its strength for a budget of KL.
 Calibration
     :func:`calibrate` finds layer, rule, blend and strength by trial; :class:`CalibrationSpec`,
     :func:`calibration_prompts`.
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from operators.builder.verify import verify_operator
     from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
     from operators.core.artifact import OperatorArtifact, read_artifact
+    from operators.core.budget import strength_within
     from operators.core.errors import (
         AnalysisError,
         ArtifactError,
@@ -78,6 +82,8 @@ if TYPE_CHECKING:
     from operators.core.header import OperatorHeader, Recommended
     from operators.core.positions import Positions
     from operators.core.store import Store
+    from operators.lens.build import lens_artifact
+    from operators.lens.matrices import lens_matrices
     from operators.maps.detach import Family, detached, register
     from operators.maps.jacobian import DenseMap, detached_jacobian, ordinary_jacobian
     from operators.maps.replay import Replay
@@ -85,6 +91,8 @@ if TYPE_CHECKING:
     from operators.maps.weighted_map import WeightedMap
     from operators.model.loading import LoadedModel, load_model, recognise
     from operators.model.steered import steered
+    from operators.model.unembedding import find_unembedding
+    from operators.model.words import word_operator
     from operators.tune.calibrate import calibrate
     from operators.tune.calibration_spec import CalibrationSpec
     from operators.tune.prompts import calibration_prompts
@@ -139,7 +147,10 @@ __all__ = [
     "detached_jacobian",
     "embedding_root",
     "export_gguf",
+    "find_unembedding",
     "import_vector",
+    "lens_artifact",
+    "lens_matrices",
     "load_model",
     "ordinary_jacobian",
     "prepare",
@@ -152,7 +163,9 @@ __all__ = [
     "sketch",
     "steer",
     "steered",
+    "strength_within",
     "verify_operator",
+    "word_operator",
 ]
 
 # The same as above for the interpreter: `import operators` must not wait for torch.
@@ -164,11 +177,14 @@ _MODULES = {
     "builder.verify": ("verify_operator",),
     "core.apply": ("Direction", "PreparedOperator", "Setting", "prepare", "steer"),
     "core.artifact": ("OperatorArtifact", "read_artifact"),
+    "core.budget": ("strength_within",),
     "core.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "core.file_format": ("FileHeader", "read_file_header"),
     "core.header": ("OperatorHeader", "Recommended"),
     "core.positions": ("Positions",),
     "core.store": ("Store",),
+    "lens.build": ("lens_artifact",),
+    "lens.matrices": ("lens_matrices",),
     "maps.detach": ("Family", "detached", "register"),
     "maps.jacobian": ("DenseMap", "detached_jacobian", "ordinary_jacobian"),
     "maps.replay": ("Replay",),
@@ -176,6 +192,8 @@ _MODULES = {
     "maps.weighted_map": ("WeightedMap",),
     "model.loading": ("LoadedModel", "load_model", "recognise"),
     "model.steered": ("steered",),
+    "model.unembedding": ("find_unembedding",),
+    "model.words": ("word_operator",),
     "tune.calibrate": ("calibrate",),
     "tune.calibration_spec": ("CalibrationSpec",),
     "tune.prompts": ("calibration_prompts",),

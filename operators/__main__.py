@@ -13,6 +13,8 @@ from operators.commands.build import build
 from operators.commands.calibrate import calibrate
 from operators.commands.combine import combine
 from operators.commands.contrast import contrast
+from operators.commands.eval import evaluate
+from operators.commands.lens import lens
 from operators.commands.store import delete, list_operators, show, verify
 from operators.commands.vectors import export, import_vectors
 from operators.core.version import __version__
@@ -35,7 +37,9 @@ app.command()(combine)
 app.command("import")(import_vectors)
 app.command()(export)
 app.command()(contrast)
+app.command()(lens)
 app.command()(analyse)
+app.command("eval")(evaluate)
 
 
 def _print_version(requested: bool) -> None:

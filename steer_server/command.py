@@ -106,7 +106,9 @@ async def _run(config: ServerConfig) -> None:
     device = config.device or _default_device()
     dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
     store = Store.default() if config.store is None else Store(config.store)
-    _check_port(config.listen)
+    _check_port(config.listen, "--listen")
+    if config.metrics_port:
+        _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
         engine = await ENGINES[config.engine](config, dtype, device)
@@ -188,7 +190,7 @@ ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Engine]]] 
 }
 
 
-def _check_port(listen: str) -> None:
+def _check_port(listen: str, option: str) -> None:
     """Raises :class:`StartupError` for a port that is taken, before the model is loaded; it is not kept bound."""
     host, _, port = listen.rpartition(":")
     try:
@@ -199,7 +201,7 @@ def _check_port(listen: str) -> None:
             probe.bind(address)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise StartupError(f"cannot listen on {listen}: {reason} (--listen HOST:0 takes a free port)") from error
+        raise StartupError(f"cannot listen on {listen}: {reason} ({option} takes another)") from error
 
 
 def _default_device() -> str:

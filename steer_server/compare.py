@@ -36,15 +36,13 @@ async def compare(
     """
     if len(request.arms) > max_arms:
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
-    plans = [
-        await registry.plan_beside(arm.operators, field=f"arms[{index}].operators")
-        for index, arm in enumerate(request.arms)
-    ]
+    operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
+    plans = await registry.plan_beside(operators)
     ids = await engine.encode(request.prompt)
-    for index, plan in enumerate(plans):
+    for field, plan in zip(operators, plans, strict=True):
         check_reachable(
             plan,
-            f"arms[{index}].operators",
+            field,
             prompt_tokens=len(ids),
             max_tokens=request.sampling.max_tokens,
             context_length=engine.model.context_length,

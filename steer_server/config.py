@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from operators.core.capacity import parse_bytes
@@ -13,6 +14,7 @@ from operators.core.errors import BuildError
 
 OPERATOR_MEMORY = 4 << 30
 """Default of the memory for operators, in bytes."""
+MAX_PORT = 65535
 
 
 def _parse_size(value: object) -> object:
@@ -20,6 +22,15 @@ def _parse_size(value: object) -> object:
         return parse_bytes(value) if isinstance(value, str) else value
     except BuildError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_listen(value: str) -> str:
+    address = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^:\s]+):([0-9]{1,5})", value)
+    if address is None or int(address[2]) > MAX_PORT:
+        raise ValueError(
+            f"is {value!r}; HOST:PORT such as 127.0.0.1:50051 or [::1]:0 is accepted, port 0 to {MAX_PORT}"
+        )
+    return value
 
 
 class ServerConfig(BaseSettings):
@@ -38,10 +49,10 @@ class ServerConfig(BaseSettings):
     """None: CUDA where there is one."""
     store: Path | None = None
     """None: the user's data directory."""
-    listen: str = Field(default="127.0.0.1:50051", pattern=r"^(\[[0-9a-fA-F:]+\]|[^:\s]+):\d{1,5}$")
+    listen: Annotated[str, AfterValidator(_check_listen)] = "127.0.0.1:50051"
     """HOST:PORT; port 0 takes a free one."""
     metrics_host: str = "127.0.0.1"
-    metrics_port: int = Field(default=0, ge=0, le=65535)
+    metrics_port: int = Field(default=0, ge=0, le=MAX_PORT)
     """Prometheus over HTTP; 0 is off."""
     max_queue: int = Field(default=32, ge=1)
     """Requests that may wait while another is decoded."""

@@ -37,7 +37,7 @@ async def generate(
 
     Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
     """
-    plan = await registry.plan_beside(request.operators)
+    (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
     check_reachable(
         plan,

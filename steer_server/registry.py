@@ -81,10 +81,7 @@ class Registry:
 
     def entry(self, name: str) -> OperatorEntry:
         """One entry, usable or not. Raises :class:`UnknownOperatorError`."""
-        entry = self._entries.get(name)
-        if entry is None:
-            raise UnknownOperatorError(name, tuple(self._entries))
-        return entry
+        return _find(self._entries, name)
 
     def reload(self) -> StoreChanges:
         """Reads the store again and replaces the snapshot in one assignment. Unchanged operators stay the same objects.
@@ -105,14 +102,16 @@ class Registry:
             unusable=tuple(name for name, entry in after.items() if entry.problem),
         )
 
-    async def plan_beside(self, uses: tuple[OperatorUse, ...], *, field: str = "operators") -> SteeringPlan | None:
-        """As :meth:`plan`; words, for which files are read, are worked out in a thread beside the event loop.
+    async def plan_beside(self, groups: Mapping[str, tuple[OperatorUse, ...]]) -> tuple[SteeringPlan | None, ...]:
+        """The plans of one request's groups of operators, by the field that holds each; all of one snapshot.
 
-        Raises :class:`QueueFullError` too, where too many requests wait for that.
+        Words, for which files are read, are worked out in a thread beside the event loop. Raises as :meth:`plan` does,
+        and :class:`QueueFullError` where too many requests wait for that.
         """
-        if any(use.words for use in uses):
-            return await self._beside_the_loop.run(partial(self.plan, uses, field=field))
-        return self.plan(uses, field=field)
+        plan_all = partial(self._plan_all, self._entries, groups)
+        if any(use.words for uses in groups.values() for use in uses):
+            return await self._beside_the_loop.run(plan_all)
+        return plan_all()
 
     def plan(self, uses: tuple[OperatorUse, ...], *, field: str = "operators") -> SteeringPlan | None:
         """The plan for the operators of one request; None when it names none.
@@ -122,9 +121,19 @@ class Registry:
             InvalidRequestError: a strength, rule, blend, anchor, range, word or KL is not accepted; names the field.
             DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
+        return self._plan_all(self._entries, {field: uses})[0]
+
+    def _plan_all(
+        self, entries: Mapping[str, OperatorEntry], groups: Mapping[str, tuple[OperatorUse, ...]]
+    ) -> tuple[SteeringPlan | None, ...]:
+        return tuple(self._plan(entries, uses, field) for field, uses in groups.items())
+
+    def _plan(
+        self, entries: Mapping[str, OperatorEntry], uses: tuple[OperatorUse, ...], field: str
+    ) -> SteeringPlan | None:
         if len(uses) > MAX_OPERATORS:
             raise InvalidRequestError(field, f"has {len(uses)} operators; at most {MAX_OPERATORS} are accepted")
-        applications = tuple(self._application(use, f"{field}[{index}]") for index, use in enumerate(uses))
+        applications = tuple(self._application(entries, use, f"{field}[{index}]") for index, use in enumerate(uses))
         if not applications:
             return None
         plan = SteeringPlan(applications)
@@ -145,9 +154,9 @@ class Registry:
                 parts=tuple(_describe_dose(plan.applications[index]) for index in indices),
             )
 
-    def _application(self, use: OperatorUse, field: str) -> Application:
+    def _application(self, entries: Mapping[str, OperatorEntry], use: OperatorUse, field: str) -> Application:
         name = name_of(use)
-        entry = self.entry(name)
+        entry = _find(entries, name)
         if entry.artifact is None:
             raise OperatorUnusableError(name, entry.problem)
         return make_application(use, entry.artifact, self._words, field)
@@ -186,6 +195,13 @@ class Registry:
 def _describe_dose(use: Application) -> str:
     recommended = ", the recommended strength" if "strength" in use.defaulted else ""
     return f"{use.name} {abs(use.setting.strength) / 2.0:.12g}{recommended}"
+
+
+def _find(entries: Mapping[str, OperatorEntry], name: str) -> OperatorEntry:
+    entry = entries.get(name)
+    if entry is None:
+        raise UnknownOperatorError(name, tuple(entries))
+    return entry
 
 
 def _reuse_unchanged(before: OperatorEntry | None, read: OperatorEntry) -> OperatorEntry:

@@ -108,6 +108,8 @@ def _check(members: Sequence[WeightedOperator], loaded: LoadedModel) -> None:
     for member in members:
         header = member.artifact.header
         check_compatible(header, loaded)
+        if header.lens is not None:
+            raise BuildError(f"{member.name!r} is a lens, which has no direction of its own; operators are accepted")
         if not (math.isfinite(member.weight) and member.weight != 0.0):
             raise BuildError(
                 f"the weight of {member.name!r} is {member.weight}; a finite number other than 0 is accepted"

@@ -40,8 +40,8 @@ def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
     """Tokenises a concept as the model's own tokenizer does, special tokens included.
 
     Raises:
-        ConceptError: the text is empty, not Unicode, or longer than the model's context; or the tokenizer puts a token
-            of its own behind it.
+        ConceptError: the text is empty, not Unicode, or longer than the model's context; the model has no embedding
+            for a token of it; or the tokenizer puts a token of its own behind it.
     """
     check_text(text)
     # Not verbose: the tokenizer would log a warning about a long text, which the error below reports.
@@ -49,6 +49,12 @@ def concept_from_text(text: str, loaded: LoadedModel) -> Concept:
     if not ids:
         raise ConceptError(f"concept {text!r} has no tokens; at least one is needed")
     _check_end(text, ids, loaded)
+    known = loaded.model.get_input_embeddings().weight.shape[0]
+    if max(ids) >= known:
+        raise ConceptError(
+            f"concept {text[:40]!r} has token {max(ids)} ({loaded.tokenizer.decode([max(ids)])!r}), which the "
+            f"tokenizer knows and the model does not: it has {known} embeddings"
+        )
     limit = min(loaded.context_length, MAX_CONCEPT)
     if len(ids) > limit:
         raise ConceptError(

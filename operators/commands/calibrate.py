@@ -109,6 +109,8 @@ def calibrate(
         store = open_store(store_path)
         artifact = store.load(name)
         header = artifact.header
+        if header.lens is not None:
+            raise TrialError(f"{name!r} is a lens: its doses are measured where it is built (steer-operators lens)")
         known = header.words or (header.calibration.words if header.calibration else ())
         if words is None and not known:
             raise TrialError(f"operator {name!r} has no words that show its concept; give some: --words 'one,another'")

@@ -65,6 +65,8 @@ def show(
         header = found.header
         answer = _unverified_json(store, name, found)
         further: list[str] = []
+        if reads and header.lens:
+            raise VectorError(f"{name!r} is a lens, which reads no text; operators with matrices are accepted")
         if reads and header.vector:
             raise VectorError(f"operator {name!r} is a vector, which reads nothing: it has no matrices")
         if reads:
@@ -104,6 +106,10 @@ def verify(
         Path | None, typer.Option(help="Of a contrast: its texts, to compute it anew.", show_default=False)
     ] = None,
     negative: Annotated[Path | None, typer.Option(help="Likewise.", show_default=False)] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Of a lens: its neutral texts (default: those that ship).", show_default=False),
+    ] = None,
     file_only: Annotated[bool, typer.Option("--file-only", help="Check the file; load no model.")] = False,
     store_path: StoreOption = None,
     as_json: JsonOption = False,
@@ -118,7 +124,10 @@ def verify(
         line = f"{name}: the file is valid ({artifact.digest})"
         if (positive is None) != (negative is None) or (file_only and positive is not None):
             raise VectorError("--positive and --negative go together, and not with --file-only")
-        if not file_only and artifact.header.vector is not None:
+        if not file_only and artifact.header.lens is not None:
+            found, said = _verify_lens(artifact, model, texts)
+            answer, line = {**answer, **found}, line + said
+        elif not file_only and artifact.header.vector is not None:
             found, said = _verify_vector(artifact, model, positive, negative)
             answer, line = {**answer, **found}, line + said
         elif positive is not None:
@@ -140,6 +149,27 @@ def verify(
                 f"({header.reconstruction_error:.2e} when it was built)"
             )
         output.print_answer(answer, [line], as_json=as_json)
+
+
+def _verify_lens(artifact: OperatorArtifact, model: str | None, texts: Path | None) -> tuple[dict[str, Any], str]:
+    """Products of a lens, computed anew: for JSON and for a person."""
+    from operators.core.neutral_texts import neutral_texts
+    from operators.lens.verify import verify_lens
+    from operators.model.loading import load_model
+    from operators.model.unembedding import find_unembedding
+    from operators.vectors.contrast import read_texts
+
+    header = artifact.header
+    assert header.lens is not None  # noqa: S101 - for the type checker
+    # The shipped texts, or the first of them, as the lens was built with --quick.
+    neutral = neutral_texts()[: header.lens.texts] if texts is None else read_texts(texts).texts
+    name = model or header.model
+    loaded = load_model(name, dtype=header.model_dtype, device=default_device())
+    error = verify_lens(artifact, loaded, neutral, find_unembedding(name))
+    return {
+        "model": loaded.name,
+        "lens_error": error,
+    }, f" and fits {loaded.name}: computed anew, it is off by {error:.1e}"
 
 
 def _verify_vector(

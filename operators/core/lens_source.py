@@ -12,6 +12,7 @@ from operators.core.vector_source import STRICT, Count, Fingerprint
 
 LensPositions = Literal["first", "others", "all"]
 MAX_FINDINGS = 1024
+_NonNegative = Annotated[float, Field(ge=0.0)]
 
 PUSHED: dict[LensPositions, Positions] = {
     "first": Positions(end=1),
@@ -55,6 +56,9 @@ class LensSource(BaseModel):
     """Whether W_U is the embedding table."""
     certificate: Literal["exact"] = "exact"
     """All rows of J were computed; the only rounding is that of float32."""
+    reconstruction_error: _NonNegative | None = None
+    """|sum_s G_s h_s + c - sum_t out_t| / |sum_t out_t| of the neutral text where it is largest, with G_s the text's
+    own matrices at the lowest layer that was computed along: the maps are those of the model."""
     curve: DoseCurve | None = None
     """Of this lens at its recommended positions; None where no dose was measured."""
     default_kl: Annotated[float, Field(gt=0.0)] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,30 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(tasks[what], completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def shown_progress(*, every: float = 15.0) -> Iterator[Progress]:
+    """:func:`progress_bars`; where stderr is no terminal, a line with the time left at most every so many seconds."""
+    if sys.stderr.isatty():
+        with progress_bars() as progress:
+            yield progress
+        return
+    started: dict[str, tuple[float, int]] = {}
+    last = 0.0
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        begin, first = started.setdefault(what, (now, done))
+        if now - last < every and done < total:
+            return
+        last = now
+        left = (now - begin) * (total - done) / (done - first) if done > first else None
+        told = "" if left is None else f", {left:.0f} s left"
+        print(f"{what}: {done}/{total}{told}", file=sys.stderr, flush=True)
+
+    yield report
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Listing and deleting need no torch: it is imported where tensors are read or wri
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -126,7 +127,7 @@ class Store:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise StoreError(f"operator {name!r} cannot be written to {self.path}: no permission to write to {parent}")
         if not replace and os.path.lexists(path):
-            raise StoreError(f"operator {name!r} is already in {self.path}; delete it, or replace it (--replace)")
+            raise self._taken(name)
         return path
 
     def save(self, name: str, artifact: OperatorArtifact, *, replace: bool = False) -> Path:
@@ -142,12 +143,15 @@ class Store:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.path)
-            with _temporary_file(self.path, name) as file:
+            with temporary_file(self.path, name) as file:
                 file.write(to_bytes(artifact))
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
+                _put(file.name, path, replace=replace)
+        except FileExistsError:
+            # Another writer was faster.
+            raise self._taken(name) from None
         except OSError as error:
             raise StoreError(f"operator {name!r} cannot be written to {self.path}: {error.strerror}") from error
         return path
@@ -162,6 +166,9 @@ class Store:
         except OSError as error:
             raise StoreError(f"operator {name!r} cannot be deleted: {error.strerror}") from error
 
+    def _taken(self, name: str) -> StoreError:
+        return StoreError(f"operator {name!r} is already in {self.path}; delete it, or replace it (--replace)")
+
     def _existing(self, name: str) -> Path:
         path = self.path_of(name)
         if not os.path.lexists(path):
@@ -172,9 +179,23 @@ class Store:
         return StoreError(f"no operator {name!r} in {self.path}; there are: {', '.join(self.names()) or 'none'}")
 
 
+def _put(temporary: str, path: Path, *, replace: bool) -> None:
+    """Gives a finished file its name. Raises :class:`FileExistsError` where it is taken and ``replace`` is false."""
+    if not replace:
+        try:
+            # Of writers of one name at once, exactly one makes the link; a rename would succeed for each of them.
+            os.link(temporary, path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS):
+                raise
+            # A file system without links: the check beforehand is all that there is.
+    os.replace(temporary, path)
+
+
 @contextmanager
-def _temporary_file(directory: Path, name: str) -> Iterator[BinaryIO]:
-    """A new, locked file; removed on exit unless it was renamed."""
+def temporary_file(directory: Path, name: str) -> Iterator[BinaryIO]:
+    """A new, locked file in ``directory``; removed on exit unless it was renamed."""
     while True:
         # The path is chosen before the file is made, so that an interrupt at any moment knows what to remove.
         path = directory / f".{name}.{secrets.token_hex(8)}.tmp"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -83,21 +86,52 @@ def load_model(name: str, *, dtype: DTypeName = "float32", device: str = "cpu", 
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
+    _check_not_adapter(name, source)
     transformers_logging.disable_progress_bar()
     # The hub's client logs each of its retries twice; the error after the last one says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         _check_fits(name, source, dtype, torch.device(device))
         # False, not None: None asks on the terminal whether code that came with the model may run.
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], attn_implementation=attention, trust_remote_code=False
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = model.to(device).eval().requires_grad_(False)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ImportError, EOFError),
+        *(SafetensorError, UnpicklingError),
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({ACCEPTED})") from error
+    _check_complete(name, report)
     return recognise(name, model, tokenizer)
+
+
+def _check_complete(name: str, report: Mapping[str, Iterable[Any]]) -> None:
+    """Refuses a checkpoint that lacks a parameter: transformers makes a random one, another at every start."""
+    # A weight of another shape comes with both shapes behind its name.
+    shapes = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    for problem, keys in (("has no", sorted(report["missing_keys"])), ("has another shape of", sorted(shapes))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(
+                f"model {name!r}: its checkpoint {problem} {', '.join(keys[:3])}{more}; weights for every parameter, "
+                "not quantised in a way that transformers cannot read, are needed"
+            )
+
+
+def _check_not_adapter(name: str, source: str) -> None:
+    """Refuses the directory of an adapter, with or without base weights, which would be served without it."""
+    if Path(source, "adapter_config.json").exists():
+        raise ModelError(
+            f"model {name!r}: the directory holds an adapter (adapter_config.json), which is not applied; merge it "
+            "into its base model first (in peft, merge_and_unload), and remove that file"
+        )
 
 
 def _check_fits(name: str, source: str, dtype: DTypeName, device: torch.device) -> None:

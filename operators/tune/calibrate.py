@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operators.builder.verify import check_compatible
 from operators.core import capacity
 from operators.core.artifact import OperatorArtifact, with_header
+from operators.core.errors import BuildError
 from operators.core.header import SETTING_FIELDS, Calibration, CalibrationPoint, Recommended
 from operators.core.progress import Progress, silent
 from operators.model.loading import LoadedModel
@@ -71,6 +72,8 @@ def calibrate_with_examples(
         SteeringError: a candidate has no direction at some token.
     """
     check_compatible(artifact.header, loaded)
+    if artifact.header.lens is not None:
+        raise BuildError("a lens is not calibrated: its doses are measured where it is built")
     header = artifact.header
     layers = layers_to_try(artifact, loaded, spec)
     budget = capacity.free_memory(loaded.device) if max_memory is None else max_memory

@@ -37,6 +37,8 @@ def export_gguf(
     directions = {}
     for name, artifact in operators.items():
         header = artifact.header
+        if header.lens is not None:
+            raise VectorError(f"{name!r} is a lens, which has no vector of its own; operators are accepted")
         if header.model_fingerprint != headers[0].model_fingerprint:
             raise VectorError(f"operator {name!r} is of {header.model}, others of {headers[0].model}: one is accepted")
         block = header.injection_layer - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ class SteerServer:
             await asyncio.sleep(0.02)
 
     async def serve_until_signalled(self) -> None:
-        """Runs until SIGTERM or SIGINT, then stops gracefully.
+        """Runs until SIGTERM or SIGINT, then stops gracefully; a second signal ends the process at once.
 
         Raises :class:`EngineDiedError` when the engine can decode nothing any more: a server that only refuses is
         better started anew.
@@ -108,7 +109,7 @@ class SteerServer:
         stopped = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopped.set)
+            loop.add_signal_handler(number, _on_signal, number, stopped)
         signalled = asyncio.ensure_future(stopped.wait())
         failed = asyncio.ensure_future(self.engine.failed())
         await asyncio.wait({signalled, failed}, return_when=asyncio.FIRST_COMPLETED)
@@ -120,3 +121,10 @@ class SteerServer:
         failed.cancel()
         log.info("stopping", grace=self.config.grace)
         await self.stop()
+
+
+def _on_signal(number: signal.Signals, stopped: asyncio.Event) -> None:
+    if stopped.is_set():
+        # Without a word to threads or a log, either of which may be what the first signal waits for.
+        os._exit(128 + number)
+    stopped.set()

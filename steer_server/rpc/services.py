@@ -22,6 +22,7 @@ from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc import codec
 from steer_server.rpc.operator_codec import operator, store_changes
+from steer_server.rpc.shared_run import SharedRun
 from steer_server.types import ArmEvent, Completion, Tokenization
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -83,7 +84,7 @@ class OperatorService(operators_pb2_grpc.OperatorServiceServicer):
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._reloading = asyncio.Lock()
+        self._reloads = SharedRun(registry.reload)
 
     async def ListOperators(self, request: ops.ListOperatorsRequest, context: _Context) -> ops.ListOperatorsResponse:
         """All of the snapshot."""
@@ -97,6 +98,4 @@ class OperatorService(operators_pb2_grpc.OperatorServiceServicer):
         self, request: ops.ReloadOperatorsRequest, context: _Context
     ) -> ops.ReloadOperatorsResponse:
         """Reads the store again, beside the event loop: hashing gigabytes takes a while."""
-        async with self._reloading:
-            changes = await asyncio.to_thread(self._registry.reload)
-        return store_changes(changes)
+        return store_changes(await self._reloads.run())

@@ -85,6 +85,19 @@ def test_a_text_that_ends_within_the_grace_is_whole(start_tiny):
         _clean(server)
 
 
+@pytest.mark.parametrize(("second", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_the_server_at_once(start_tiny, second, code):
+    sampling = SamplingParams(max_tokens=4000, ignore_eos=True)
+    with start_tiny("--grace", "60") as server, SteerClient(server.target, timeout=60) as client:
+        next(iter(client.stream("the bay", sampling=sampling)))
+        server.signal()
+        _refused(server.target)
+        began = time.monotonic()
+        server.signal(second)
+        assert server.exit_code(5) == code
+        assert time.monotonic() - began < 5
+
+
 def test_what_outlasts_the_grace_is_cut_short_with_its_receipts_and_what_waits_is_refused(start_tiny):
     sampling = SamplingParams(max_tokens=4000, ignore_eos=True)
     with start_tiny("--grace", "1.5") as server, SteerClient(server.target, timeout=60) as client:

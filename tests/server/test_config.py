@@ -80,12 +80,25 @@ def test_an_address_is_a_host_and_a_port(listen):
 
 
 @pytest.mark.parametrize(
-    "listen", ["127.0.0.1", "127.0.0.1:", ":50051", "::1:50051", "a b:1", "host:port", "host:123456"]
+    "listen",
+    [
+        "127.0.0.1",
+        "127.0.0.1:",
+        ":50051",
+        "::1:50051",
+        "a b:1",
+        "host:port",
+        "host:123456",
+        "host:99999",
+        "99999",
+        "host:٣",
+    ],
 )
 def test_an_address_without_host_or_port_is_refused_by_name(listen):
     with pytest.raises(ValidationError) as caught:
         ServerConfig(listen=listen)
     assert [error["loc"] for error in caught.value.errors()] == [("listen",)]
+    assert f"is {listen!r}; HOST:PORT such as 127.0.0.1:50051" in str(caught.value)
 
 
 @pytest.mark.parametrize(

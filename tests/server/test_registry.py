@@ -12,6 +12,7 @@ from operators.core.artifact import to_bytes
 from operators.core.header import Recommended
 from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.store import Store
+from steer_server import registry as registry_module
 from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
 from steer_server.registry import Registry
 from steer_server.types import OperatorUse
@@ -185,6 +186,23 @@ def test_a_file_that_is_repaired_can_be_used_after_a_reload(registry, tmp_path, 
         made.plan((OperatorUse("late"),))
     assert made.reload().changed == ("late",)
     assert made.plan((OperatorUse("late"),)) is not None
+
+
+async def test_the_arms_of_a_request_are_of_one_snapshot(registry, tmp_path, artifact, other_artifact, monkeypatch):
+    store = Store(tmp_path)
+    made, original = registry(), registry_module.make_application
+
+    def reload_in_between(*args):
+        application = original(*args)
+        store.save("good", other_artifact, replace=True)
+        made.reload()
+        return application
+
+    monkeypatch.setattr(registry_module, "make_application", reload_in_between)
+    uses = (OperatorUse("good"),)
+    plans = await made.plan_beside({"arms[0].operators": uses, "arms[1].operators": uses})
+    assert [plan.applications[0].artifact.digest for plan in plans] == [artifact.digest] * 2
+    assert made.plan(uses).applications[0].artifact.digest == other_artifact.digest
 
 
 def test_a_plan_keeps_its_version_whatever_a_reload_brings(registry, tmp_path, artifact, other_artifact):

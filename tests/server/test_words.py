@@ -221,14 +221,14 @@ async def test_words_are_read_in_another_thread_and_the_loop_goes_on(registry, d
         return original(*args)
 
     monkeypatch.setattr(directions, "direction", slow)
-    planned = asyncio.ensure_future(registry.plan_beside((OperatorUse("", words=words("bridge")),)))
+    planned = asyncio.ensure_future(registry.plan_beside({"operators": (OperatorUse("", words=words("bridge")),)}))
     while not begun.is_set():
         await asyncio.sleep(0.001)
     # The loop is free, and a plan without words does not wait.
-    assert await registry.plan_beside((OperatorUse("golden"),)) is not None
+    assert await registry.plan_beside({"operators": (OperatorUse("golden"),)}) != (None,)
     assert not planned.done()
     gate.set()
-    assert (await planned).applications[0].words[0].text == "bridge"
+    assert (await planned)[0].applications[0].words[0].text == "bridge"
     assert threads != [threading.current_thread()]
 
 

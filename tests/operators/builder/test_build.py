@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 from types import MappingProxyType
 
@@ -167,6 +168,15 @@ def test_an_empty_concept_is_refused(tiny, text):
     for refuse in (check_text, lambda text: concept_from_text(text, tiny("llama"))):
         with pytest.raises(ConceptError, match="has no tokens; at least one is needed"):
             refuse(text)
+
+
+def test_a_token_without_an_embedding_is_named(tiny):
+    loaded = tiny("llama", fresh=True)
+    known = loaded.model.get_input_embeddings().weight.shape[0]
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"[PAD{i}]" for i in range(known)]})
+    with pytest.raises(ConceptError, match=rf"which the tokenizer knows and the model does not: it has {known} embed"):
+        concept_from_text(f"{TEXT} [PAD{known - 1}]", dataclasses.replace(loaded, tokenizer=tokenizer))
 
 
 def test_a_concept_that_is_not_unicode_is_refused():

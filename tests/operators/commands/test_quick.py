@@ -58,6 +58,7 @@ OPERATORS = [
             "import",
             "export",
             "contrast",
+            "lens",
             "analyse",
         )
     ),

@@ -1,5 +1,7 @@
 import errno
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -133,6 +135,38 @@ def test_a_taken_name_is_refused_and_replaced_only_when_asked(make_operator, tmp
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
+def test_of_writers_of_one_name_at_once_exactly_one_saves(make_operator, tmp_path, monkeypatch):
+    store, barrier = Store(tmp_path), threading.Barrier(4)
+    check = Store.check_free
+
+    def check_together(self, name, *, replace=False):
+        path = check(self, name, replace=replace)
+        barrier.wait(10)
+        return path
+
+    monkeypatch.setattr(Store, "check_free", check_together)
+
+    def save(seed):
+        try:
+            store.save("mine", make_operator(seed=seed))
+        except StoreError as error:
+            return str(error)
+        return "saved"
+
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = sorted(pool.map(save, range(4)))
+    assert outcomes[3] == "saved"
+    assert all("operator 'mine' is already in" in outcome for outcome in outcomes[:3])
+    assert os.listdir(tmp_path) == ["mine.safetensors"]
+    store.load("mine")
+
+
+def test_a_file_system_without_links_is_written_to(make_operator, tmp_path, monkeypatch):
+    monkeypatch.setattr("operators.core.store.os.link", _raising(OSError(errno.EPERM, "Operation not permitted")))
+    Store(tmp_path).save("a", make_operator())
+    assert os.listdir(tmp_path) == ["a.safetensors"]
+
+
 def test_a_name_taken_by_a_dangling_link_is_taken(make_operator, tmp_path):
     (tmp_path / "a.safetensors").symlink_to(tmp_path / "nowhere")
     with pytest.raises(StoreError, match="already"):
@@ -161,7 +195,7 @@ FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("place", ["store.os.fsync", "store.os.replace", "artifact.to_bytes"])
+@pytest.mark.parametrize("place", ["store.os.fsync", "store._put", "artifact.to_bytes"])
 @pytest.mark.parametrize("replace", [False, True])
 def test_an_interrupted_save_leaves_the_store_as_it_was(make_operator, tmp_path, monkeypatch, place, error, replace):
     Store(tmp_path).save("kept", make_operator())
@@ -185,12 +219,13 @@ def test_a_failing_clean_up_does_not_hide_an_interrupt(make_operator, tmp_path, 
         Store(tmp_path).save("a", make_operator())
 
 
-def test_the_file_is_on_the_disk_before_it_has_its_name(make_operator, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("replace", "naming"), [(True, "replace"), (False, "link")])
+def test_the_file_is_on_the_disk_before_it_has_its_name(make_operator, tmp_path, monkeypatch, replace, naming):
     steps = []
-    fsync, replace = os.fsync, os.replace
+    fsync, name = os.fsync, getattr(os, naming)
     monkeypatch.setattr("operators.core.store.os.fsync", lambda fd: (steps.append("fsync"), fsync(fd)))
-    monkeypatch.setattr("operators.core.store.os.replace", lambda a, b: (steps.append("name"), replace(a, b)))
-    Store(tmp_path).save("a", make_operator())
+    monkeypatch.setattr(f"operators.core.store.os.{naming}", lambda a, b: (steps.append("name"), name(a, b)))
+    Store(tmp_path).save("a", make_operator(), replace=replace)
     assert steps[:2] == ["fsync", "name"]
 
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -174,6 +175,75 @@ def test_a_damaged_model_is_refused_in_one_line(damage, tiny_directory, tmp_path
     directory = _copy(tiny_directory("llama"), tmp_path)
     damage(directory)
     with pytest.raises(ModelError, match=rf"model '{directory}' cannot be loaded: .+") as refusal:
+        load_model(str(directory), dtype="float32")
+    assert "\n" not in str(refusal.value)
+
+
+def _rewrite(directory, keep):
+    """Writes the checkpoint with only those weights whose name satisfies ``keep``."""
+    weights = load_file(directory / "model.safetensors")
+    save_file({name: w for name, w in weights.items() if keep(name)}, directory / "model.safetensors", {"format": "pt"})
+
+
+def _no_head(directory):
+    _rewrite(directory, lambda name: "lm_head" not in name)
+
+
+def _one_layer_less(directory):
+    _rewrite(directory, lambda name: ".layers.1." not in name)
+
+
+def _only_embeddings(directory):
+    _rewrite(directory, lambda name: "embed_tokens" in name)
+
+
+def _one_bias_of_a_norm(directory):
+    _rewrite(directory, lambda name: name != "model.norm.weight")
+
+
+def _wider_head(directory):
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] = torch.zeros(weights["lm_head.weight"].shape[0] + 8, weights["lm_head.weight"].shape[1])
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def _unknown_quantisation(directory):
+    weights = load_file(directory / "model.safetensors")
+    packed = {name.replace(".weight", ".qweight") if "_proj" in name else name: w for name, w in weights.items()}
+    save_file(packed, directory / "model.safetensors", {"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mine"}}))
+
+
+@pytest.mark.parametrize(
+    "damage", [_no_head, _one_layer_less, _only_embeddings, _one_bias_of_a_norm, _wider_head, _unknown_quantisation]
+)
+def test_no_parameter_is_ever_random(damage, tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    damage(directory)
+    with pytest.raises(
+        ModelError, match=rf"model '{directory}'.*(has no|has another shape|cannot be loaded)"
+    ) as refusal:
+        load_model(str(directory), dtype="float32")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_an_adapter_is_not_ignored(with_base, tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    if not with_base:
+        (directory / "config.json").unlink()
+        (directory / "model.safetensors").unlink()
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "x"}')
+    with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config.json\), which is not applied"):
+        load_model(str(directory), dtype="float32")
+
+
+def test_a_pointer_in_the_place_of_weights_is_refused_in_one_line(tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    (directory / "model.safetensors").unlink()
+    (directory / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelError, match=r"cannot be loaded: .+") as refusal:
         load_model(str(directory), dtype="float32")
     assert "\n" not in str(refusal.value)
 

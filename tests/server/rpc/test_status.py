@@ -77,8 +77,10 @@ class _EmptyRegistry:
     def entries(self) -> tuple[()]:
         return ()
 
-    async def plan_beside(self, uses: object, *, field: str = "") -> None:
-        return None
+    def reload(self) -> None: ...
+
+    async def plan_beside(self, groups: object) -> tuple[None]:
+        return (None,)
 
 
 @pytest.fixture

@@ -1,0 +1,201 @@
+"""``lens``: the matrix that turns any word into a push, and where it steers a model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from operators.commands import _describe as describe
+from operators.commands import _output as output
+from operators.commands._options import (
+    DeviceOption,
+    DTypeOption,
+    JsonOption,
+    ModelOption,
+    ReplaceOption,
+    StoreOption,
+    default_device,
+    open_store,
+)
+from operators.core.lens_source import LensPositions
+from operators.core.progress import progress_bars, working
+
+if TYPE_CHECKING:
+    from operators.core.artifact import OperatorArtifact
+    from operators.core.store import Store
+    from operators.lens.partial import PartialSums
+    from operators.lens.search import SearchPlan, SearchResult
+    from operators.model.loading import LoadedModel
+
+_QUICK_TEXTS = 6
+_ALL_POSITIONS: tuple[LensPositions, ...] = ("first", "others", "all")
+
+
+def lens(
+    name: Annotated[str, typer.Argument(help="Name of the lens.")] = "lens",
+    layer: Annotated[
+        int | None, typer.Option(help="Layer whose input is pushed (default: searched).", show_default=False)
+    ] = None,
+    positions: Annotated[
+        LensPositions | None,
+        typer.Option(help="Which are pushed, and what the lens is taken from (default: searched).", show_default=False),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Neutral texts, one per line (default: the sixteen that ship).", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer texts, and a shorter search: a quarter of it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and leave.")] = False,
+    model: ModelOption = None,
+    dtype: DTypeOption = "float32",
+    device: DeviceOption = None,
+    store_path: StoreOption = None,
+    replace: ReplaceOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a lens: from then on, any word steers this model, without texts about it.
+
+    What Ctrl-C stops goes on where it was, when the same command is given again. Where nothing steers the model, the
+    lens is stored without a strength to recommend, and JSON says "found": false.
+    """
+    start = time.monotonic()
+    with output.exit_on_error(as_json):
+        from operators.core.neutral_texts import neutral_texts
+        from operators.vectors.contrast import read_texts
+
+        # Everything that can be refused without the model is refused before it is loaded.
+        store = open_store(store_path)
+        store.check_free(name, replace=replace)
+        neutral = neutral_texts() if texts is None else read_texts(texts).texts
+        if quick and texts is None:
+            neutral = neutral[:_QUICK_TEXTS]
+
+        from operators.lens.matrices import check_layers, encode_texts
+        from operators.lens.partial import PartialSums
+        from operators.lens.search import SearchPlan, candidate_layers
+        from operators.model.loading import default_model, load_model
+
+        source = model or default_model()
+        with working(f"loading {source}"):
+            loaded = load_model(source, dtype=dtype, device=device or default_device())
+        layers = candidate_layers(loaded.num_layers, quick=quick) if layer is None else (layer,)
+        check_layers(layers, loaded)
+        partial = PartialSums(store, name, loaded, encode_texts(neutral, loaded), layers)
+        kinds = _ALL_POSITIONS if positions is None else (positions,)
+        plan = SearchPlan.quick() if quick else SearchPlan.default()
+        task = _Task(name, store, loaded, neutral, layers, kinds, plan, partial)
+        if dry_run:
+            output.print_answer(task.planned, task.planned_lines(), as_json=as_json)
+            return
+        result, artifact, built = _run(task)
+        path = store.save(name, artifact, replace=replace)
+        task.partial.remove()
+        answer = describe.operator_json(name, path, store.read_header(name))
+        answer["found"] = result.strength is not None
+        answer["seconds_of_matrices"] = round(built - start, 2)
+        answer["seconds"] = round(time.monotonic() - start, 2)
+        further = {"seconds": f"{answer['seconds']}, of which the matrices took {answer['seconds_of_matrices']}"}
+        lines = [*describe.operator_lines(answer, **further), *_verdict(result)]
+        output.print_answer(answer, lines, as_json=as_json)
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    name: str
+    store: Store
+    loaded: LoadedModel
+    texts: Sequence[str]
+    layers: Sequence[int]
+    positions: Sequence[LensPositions]
+    plan: SearchPlan
+    partial: PartialSums
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """For JSON."""
+        candidates = len(self.layers) * len(self.positions)
+        return {
+            "name": self.name,
+            "model": self.loaded.name,
+            "texts": len(self.texts),
+            "layers": list(self.layers),
+            "positions": list(self.positions),
+            "rows": len(self.texts) * self.loaded.hidden_size,
+            "kept_texts": (self.partial.load() or (0,))[0],
+            "candidates": candidates,
+            "texts_decoded_at_most": self.plan.most_texts(candidates),
+        }
+
+    def planned_lines(self) -> list[str]:
+        """For a person."""
+        planned = self.planned
+        kept = f", {planned['kept_texts']} texts of which are kept from an earlier run" if planned["kept_texts"] else ""
+        return [
+            f"matrices: {planned['texts']} neutral texts, {planned['rows']} rows by backward passes through the blocks "
+            f"from {min(self.layers)} on{kept}",
+            f"search: {', '.join(self.positions)} positions at layers {', '.join(map(str, self.layers))}; at most "
+            f"{planned['texts_decoded_at_most']} texts of up to {self.plan.finals.tokens} tokens",
+        ]
+
+
+def _run(task: _Task) -> tuple[SearchResult, OperatorArtifact, float]:
+    """The search's result, the lens to store, and when its matrices were done."""
+    from operators.core.budget import DEFAULT_KL
+    from operators.lens.build import check_unembedding, lens_artifact
+    from operators.lens.matrices import lens_matrices
+    from operators.lens.search import search_lens
+    from operators.model.unembedding import find_unembedding
+
+    loaded = task.loaded
+    # Servers read the words' rows from the files, so that a lens of a model whose files have none is refused here.
+    unembedding = find_unembedding(loaded.name)
+    check_unembedding(unembedding, loaded)
+    mean = unembedding.mean()
+    try:
+        with progress_bars() as progress:
+            matrices = lens_matrices(task.texts, task.layers, loaded, partial=task.partial, progress=progress)
+            built = time.monotonic()
+            lenses = [
+                lens_artifact(matrices, positions, layer, loaded, vocabulary_mean=mean)
+                for positions in task.positions
+                for layer in task.layers
+            ]
+            result = search_lens(lenses, loaded, unembedding, task.plan, progress=progress)
+    except KeyboardInterrupt:
+        kept = (task.partial.load() or (0,))[0]
+        print(
+            f"{output.COMMAND}: stopped; the matrices of {kept} of {len(task.texts)} texts are kept in "
+            f"{task.store.path}, and the same command goes on from there",
+            file=sys.stderr,
+        )
+        raise
+    best = result.lens.header
+    assert best.lens is not None  # noqa: S101 - for the type checker
+    artifact = lens_artifact(
+        matrices,
+        best.lens.positions,
+        best.layer,
+        loaded,
+        vocabulary_mean=mean,
+        strength=result.strength,
+        default_kl=None if result.strength is None else DEFAULT_KL,
+        curve=result.curve,
+        findings=result.findings,
+    )
+    return result, artifact, built
+
+
+def _verdict(result: SearchResult) -> list[str]:
+    if result.strength is None:
+        return [
+            "nothing steers this model well enough: at most "
+            f"{result.best_hit_rate:.0%} of the texts hold the word and do not loop, within the budget "
+            f"({result.curve.plain_hit_rate:.0%} of the plain ones). No strength is recommended; requests must give one"
+        ]
+    return [f"try it: steer ab PROMPT --word coffee ({result.best_hit_rate:.0%} of the texts hold the word)"]

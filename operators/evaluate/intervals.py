@@ -1,0 +1,34 @@
+"""Means over prompts and concepts with bootstrap intervals, and differences of two forms on the same prompts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean, its 95 % interval where prompts are drawn anew, and where prompts and concepts are."""
+
+    mean: float
+    prompts: tuple[float, float]
+    both: tuple[float, float]
+
+
+def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
+    """Of ``values`` (concepts, prompts): every concept has the same prompts, drawn for all of them together."""
+    concepts, prompts = values.shape
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), RESAMPLES) / prompts
+    by_concept = weights @ values.T
+    drawn = generator.multinomial(concepts, np.full(concepts, 1.0 / concepts), RESAMPLES) / concepts
+    return Estimate(float(values.mean()), _interval(by_concept.mean(1)), _interval((by_concept * drawn).sum(1)))
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(means, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(low), float(high)

@@ -1,0 +1,119 @@
+"""``steer-operators eval``: rows, report and refusals, on a tiny model."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from operators.__main__ import app
+from operators.evaluate.form import CONTRAST, all_forms
+from operators.model import loading as models
+
+CONCEPTS = """
+[[concept]]
+name = "bridge"
+texts = ["The golden bridge", "A bridge in the bay"]
+words = ["bridge", "bay"]
+word = "bridge"
+[[concept]]
+name = "bride"
+fresh = true
+texts = ["The wedding dress of the bride"]
+words = ["bride", "wedding"]
+word = "bride"
+"""
+
+
+@pytest.fixture(scope="module")
+def wide_context(tiny, tmp_path_factory):
+    """A directory of a tiny model whose context takes prompts of these tests."""
+    directory = tmp_path_factory.mktemp("wide")
+    loaded = tiny("llama", dtype="float32", fresh=True)
+    loaded.model.config.max_position_embeddings = 256
+    loaded.model.save_pretrained(directory)
+    loaded.tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def run_eval(wide_context, load_once, monkeypatch, tmp_path):
+    """``run_eval("--quick")``: the command in a folder with small files of concepts and prompts."""
+    monkeypatch.setattr(models, "load_model", load_once)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "concepts.toml").write_text(CONCEPTS)
+    (tmp_path / "held.txt").write_text("Here is a painting\nMy golden dress\nIn San Francisco\n")
+    (tmp_path / "development.txt").write_text("The bay is painted\nA wedding was\n")
+
+    def invoke(*arguments):
+        files = ["--concepts", "concepts.toml", "--prompts", "held.txt", "--development-prompts", "development.txt"]
+        return CliRunner().invoke(
+            app, ["eval", "--model", str(wide_context), *files, *arguments], catch_exceptions=False
+        )
+
+    return invoke
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_as_one_that_was_not(run_eval, tmp_path):
+    whole = run_eval("--quick", "--out", "whole", "--json")
+    assert whole.exit_code == 0, whole.output
+    lines = (tmp_path / "whole" / "rows.jsonl").read_text().splitlines(keepends=True)
+    # Killed in the middle of a line.
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "rows.jsonl").write_text("".join(lines[:20]) + lines[20][:30])
+    again = run_eval("--quick", "--out", "part", "--json")
+    assert again.exit_code == 0, again.output
+    assert sorted((tmp_path / "part" / "rows.jsonl").read_text().splitlines()) == sorted(map(str.rstrip, lines))
+    figures = [json.loads((tmp_path / name / "figures.json").read_text()) for name in ("whole", "part")]
+    assert figures[0] == figures[1]
+    forms = {one["form"] for one in figures[0]["figures"]}
+    assert forms == {"plain", *(form.name for form in all_forms().values() if form.quick)}
+    for one in figures[0]["figures"]:
+        assert (one["difference"] is not None) == (one["budget"] is not None and one["form"] != CONTRAST)
+    report = run_eval("--report", "whole")
+    assert report.stdout.strip() == "whole/table.md"
+    assert "**contrast-anchor**" in (tmp_path / "whole" / "table.md").read_text()
+
+
+def test_a_run_out_of_time_says_so_and_keeps_its_rows(run_eval):
+    stopped = run_eval("--quick", "--forms", CONTRAST, "--minutes", "1e-9", "--json")
+    assert stopped.exit_code == 75
+    assert json.loads(stopped.stdout)["finished"] is False
+    assert run_eval("--quick", "--forms", CONTRAST, "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "message"),
+    [
+        ({}, ["--forms", "nothing"], "form 'nothing' does not exist; there are: contrast-anchor,"),
+        ({"held.txt": "# none\n"}, [], "there are none; one per line is accepted"),
+        ({"held.txt": "A wedding was\n"}, [], "'A wedding was' is a development prompt and a held-out one"),
+        ({"held.txt": "My dress\nMy dress\n"}, [], "held-out prompt 'My dress' is there twice"),
+        ({"concepts.toml": "[[concept]]\nname = 'a'\n"}, [], "the keys name, texts, words, word"),
+        ({"concepts.toml": CONCEPTS.replace('word = "bride"', 'word = "church"')}, [], "is not among its words"),
+        ({"concepts.toml": CONCEPTS.replace('"bride", "wedding"', '" "')}, [], "' ' is no text"),
+        ({"concepts.toml": "x" * 9}, [], "not TOML"),
+        ({}, ["--minutes", "0"], "minutes is 0; a positive number is accepted"),
+        ({}, ["--vector", "church=v.gguf"], "CONCEPT=FILE is accepted, once for each of the concepts"),
+        ({"v.gguf": "nothing"}, ["--vector", "bride=v.gguf"], "v.gguf"),
+        ({}, ["--layer", "9"], "layer 9"),
+        ({}, ["--report", "nowhere"], "nowhere/run.json: cannot be read"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(run_eval, tmp_path, files, arguments, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    refused = run_eval("--quick", *arguments)
+    assert refused.exit_code == 1
+    assert message in refused.output
+
+
+def test_a_prompt_with_nothing_behind_its_first_token_is_refused(run_eval, tmp_path):
+    (tmp_path / "held.txt").write_text("b\n")
+    refused = run_eval("--quick", "--forms", CONTRAST)
+    assert refused.exit_code == 1
+    assert "prompt 'b' has 1 tokens; two or more are needed" in refused.output
+
+
+def test_forms_are_listed(run_eval):
+    listed = json.loads(run_eval("--list-forms", "--json").stdout)["forms"]
+    assert list(listed) == list(all_forms())
