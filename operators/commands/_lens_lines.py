@@ -21,10 +21,38 @@ def lens_lines(lens: Mapping[str, Any], **further: object) -> list[str]:
         "layer": f"{lens['layer']} of {lens['num_layers']}, added to its input",
         "lens": f"from {_TAKEN_FROM[source['positions']]} of {source['texts']} neutral texts, {source['certificate']}; "
         "any word is a push",
+        **(
+            {}
+            if source["reconstruction_error"] is None
+            else {"exactness": f"{source['reconstruction_error']:.1e} (|sum G h + c - out| / |out|, the worst text)"}
+        ),
         "recommended": _recommended(lens),
         **further,
     }
-    return [*align([(f"{key}:", str(value)) for key, value in fields.items()]), *_curve_lines(source["curve"])]
+    return [
+        *align([(f"{key}:", str(value)) for key, value in fields.items()]),
+        *_tried(source),
+        *_curve_lines(source["curve"]),
+    ]
+
+
+def _tried(source: Mapping[str, Any]) -> list[str]:
+    """Of each kind of positions and layer, the point of the search with the most texts, and of these the last."""
+    last: dict[tuple[str, int], Mapping[str, Any]] = {}
+    for finding in source["findings"]:
+        place = (finding["positions"], finding["layer"])
+        if place not in last or finding["texts"] >= last[place]["texts"]:
+            last[place] = finding
+    if len(last) < 2:
+        return []
+    rows: list[tuple[str, ...]] = [
+        ("  positions", "layer", "strength", "p95 KL", "with the word", "and without a loop", "texts")
+    ]
+    for (positions, layer), finding in last.items():
+        point = finding["point"]
+        numbers = (f"{point['strength']:g}", *(f"{point[key]:.2f}" for key in ("kl_p95", "hit_rate", "useful_rate")))
+        rows.append((f"  {positions}", str(layer), *numbers, str(finding["texts"])))
+    return ["tried:", *align(rows)]
 
 
 def _recommended(lens: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from operators.core.artifact import OperatorArtifact
 from operators.core.budget import DEFAULT_KL
 from operators.core.dose_curve import DoseCurve, DosePoint, strength_for
 from operators.core.errors import BuildError, SettingError
+from operators.core.header import DTypeName, OperatorHeader
 from operators.core.lens_source import LensFinding, LensPositions
 from operators.core.progress import Progress, silent
 from operators.lens.matrices import texts_digest
@@ -26,7 +27,7 @@ from operators.lens.measure import LensTrials, Panel
 from operators.model.loading import LoadedModel
 from operators.model.words import UnembeddingRows
 from operators.tune.prompts import calibration_prompts
-from operators.tune.strength_search import next_strength, round_strength
+from operators.tune.strength_search import MIN_STRENGTH, next_strength, round_strength
 
 DEVELOPMENT_WORDS = ("ocean", "wedding", "winter", "football", "bridge", "tea")
 _FIRST_STRENGTHS: Mapping[LensPositions, float] = {"first": 0.12, "others": 0.03, "all": 0.03}
@@ -34,8 +35,10 @@ _CURVE = (0.3, 0.45, 0.6, 0.75, 0.9, 1.0, 1.15, 1.4, 1.8, 2.4)
 """Strengths of the curve, over the one that uses the budget up."""
 STEERS = 0.1
 """Texts with the word and without a loop, beyond the plain ones' share, from which on a lens is said to steer."""
-CLEARLY = 0.1
-"""By how much another lens must be better than one of the first position: about a standard error of 48 texts."""
+CLEARLY = 1.25
+"""How many times as good another lens must be than one of the first position: a standard error of 48 texts or two."""
+_WEAKEST: Mapping[DTypeName, float] = {"float64": 0.001, "float32": 0.001, "bfloat16": MIN_STRENGTH}
+"""Strengths below are not tried: what hidden states of the model resolve, or less than anybody types."""
 
 
 _DEPTH_SHARES = (0.5, 0.6, 0.7)
@@ -141,7 +144,7 @@ class _Search:
         best = max(range(len(trials)), key=qualities.__getitem__)
         of_first = [index for index, (lens, _) in enumerate(trials) if _positions(lens) == "first"]
         cheap = max(of_first, key=qualities.__getitem__, default=best)
-        return trials[cheap if qualities[cheap] >= qualities[best] - CLEARLY else best]
+        return trials[cheap if qualities[cheap] * CLEARLY >= qualities[best] else best]
 
     def measure_curve(self, lens: OperatorArtifact, strength: float) -> tuple[DoseCurve, float | None, float]:
         """The doses around ``strength``; the one to recommend, and its share of useful texts."""
@@ -178,7 +181,7 @@ class _Search:
             trials = [
                 (index, strength)
                 for index, lens in enumerate(lenses)
-                if (strength := _next(found[index], _positions(lens))) is not None
+                if (strength := _next(found[index], lens.header)) is not None
             ]
             points = self._measure([(lenses[index], strength) for index, strength in trials], panel)
             for (index, _), point in zip(trials, points, strict=True):
@@ -199,9 +202,11 @@ def _positions(lens: OperatorArtifact) -> LensPositions:
     return lens.header.lens.positions
 
 
-def _next(points: Sequence[DosePoint], positions: LensPositions) -> float | None:
+def _next(points: Sequence[DosePoint], header: OperatorHeader) -> float | None:
+    assert header.lens is not None  # noqa: S101 - for the type checker
     tried = [(point.strength, point.kl_p95) for point in points]
-    return next_strength(tried, DEFAULT_KL, _FIRST_STRENGTHS[positions])
+    first, weakest = _FIRST_STRENGTHS[header.lens.positions], _WEAKEST[header.model_dtype]
+    return next_strength(tried, DEFAULT_KL, first, weakest=weakest)
 
 
 def _strongest(points: Sequence[DosePoint]) -> DosePoint:
@@ -211,8 +216,13 @@ def _strongest(points: Sequence[DosePoint]) -> DosePoint:
 
 
 def _finalists(lenses: Sequence[OperatorArtifact], scouted: Sequence[Sequence[DosePoint]], count: int) -> list[int]:
-    """Indices: the most promising lens of each kind of positions, then the most promising of the others."""
+    """Indices: the most promising lens of each kind of positions, then the most promising of the others.
+
+    Lenses that do not come within the budget are left out where another does.
+    """
     ranked = sorted(range(len(lenses)), key=lambda index: _promise(scouted[index]), reverse=True)
+    within = [index for index in ranked if _promise(scouted[index]) >= 0.0]
+    ranked = within or ranked
     kinds = [_positions(lenses[index]) for index in ranked]
     leaders = [index for place, index in enumerate(ranked) if kinds[place] not in kinds[:place]]
     return [*leaders, *(index for index in ranked if index not in leaders)][:count]

@@ -16,10 +16,16 @@ _NARROW = 1.03
 """Ratio of the two ends below which bisection ends."""
 
 
-def next_strength(tried: Sequence[tuple[float, float]], budget: float, first: float = FIRST_STRENGTH) -> float | None:
+def next_strength(
+    tried: Sequence[tuple[float, float]],
+    budget: float,
+    first: float = FIRST_STRENGTH,
+    *,
+    weakest: float = MIN_STRENGTH,
+) -> float | None:
     """The next strength to try, given the pairs (strength, KL) tried so far; None when the search has ended.
 
-    It ends when a strength is close to the budget, or none is left in [MIN_STRENGTH, MAX_STRENGTH].
+    It ends when a strength is close to the budget, or none is left in [``weakest``, MAX_STRENGTH].
 
     Bisection between the largest strength within the budget and the next one above it, at the point where a line
     through log KL over log strength meets the budget, kept away from both ends. As long as one end is missing, KL is
@@ -35,9 +41,9 @@ def next_strength(tried: Sequence[tuple[float, float]], budget: float, first: fl
     target = math.sqrt(CLOSE) * budget
     if below is None:
         assert above is not None  # noqa: S101 - for the type checker: something was tried
-        if above[0] <= MIN_STRENGTH:
+        if above[0] <= weakest:
             return None
-        return round_strength(max(above[0] * min(max(math.sqrt(target / above[1]), 0.25), 0.9), MIN_STRENGTH))
+        return round_strength(max(above[0] * min(max(math.sqrt(target / above[1]), 0.25), 0.9), weakest))
     if above is None:
         if below[0] >= MAX_STRENGTH:
             return None

@@ -60,6 +60,7 @@ def test_a_lens_is_searched_for_built_and_stored(run, store):
     assert {finding.positions for finding in source.findings} == {"first", "others", "all"}
     assert source.texts == 2
     assert list(store.path.iterdir()) == [store.path_of("words")]
+    assert all(part in run("show", "words").output for part in ("tried:", "  first ", "  others ", "  all "))
 
 
 def test_show_and_list_say_what_it_is(run, built):

@@ -88,3 +88,13 @@ def test_a_text_of_one_token_and_a_layer_that_is_not_there_are_refused(tiny):
             lens_matrices(["The bridge"], [layer], loaded)
     with pytest.raises(BuildError, match="0 neutral texts"):
         lens_matrices([], [2], loaded)
+
+
+def test_a_model_in_bfloat16_gives_its_lens_in_float32(tiny, family):
+    loaded = tiny(family, dtype="bfloat16")
+    exact, _ = text_pulls(tiny(family).model, IDS, [2])
+    pulls, error = text_pulls(loaded.model, IDS, [2])
+    assert error < 5e-2
+    # Gates and attention of the rounded weights differ by more than rounding where large random weights are sharp.
+    cosine = torch.cosine_similarity(pulls[2].first.flatten(), exact[2].first.flatten(), dim=0)
+    assert float(cosine) > 0.9

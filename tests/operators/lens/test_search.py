@@ -84,6 +84,21 @@ def test_the_first_position_is_preferred_where_no_other_is_clearly_better(lenses
         assert (result.lens.header.lens.positions, result.lens.header.layer) == (expected, 2)
 
 
+def test_a_lens_that_exceeds_the_budget_at_every_strength_is_not_compared(lenses, loaded, monkeypatch):
+    class Fragile(Invented):
+        def _point(self, lens, strength):
+            self.floor = 1.5 if lens.header.lens.positions == "first" else 0.0
+            return super()._point(lens, strength)
+
+    invented = Fragile(0.2)
+    result = _search(lenses, loaded, invented, monkeypatch)
+    assert result.lens.header.lens.positions == "others"
+    compared = {finding.positions for finding in result.findings if finding.texts == PLAN.finals.texts}
+    assert compared == {"others", "all"}
+    # Far below what bfloat16 resolves, since this model is in float32.
+    assert min(strength for _, strength in invented.measured) < 0.05
+
+
 def test_where_nothing_steers_no_strength_is_recommended(lenses, loaded, monkeypatch):
     result = _search(lenses, loaded, Invented(0.1), monkeypatch)
     assert result.strength is None
