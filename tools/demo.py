@@ -53,6 +53,8 @@ class Operator:
         return [
             *("--text", self.text, "--model", MODEL, "--profile", self.profile, "--layer", str(self.layer)),
             *("--strength", str(self.strength), "--blend", str(self.blend), "--rank", "full"),
+            # The anchor that these settings were calibrated with.
+            *("--anchor", "concept"),
         ]
 
 
