@@ -30,19 +30,24 @@ def strength_within(
         SettingError: of the field "kl": nothing was measured at this setting, or the budget is no positive number
             within the range that was.
     """
-    if header.lens is None:
-        at = measured_points(
-            header, rule=rule, blend=blend, positions=positions, anchor=anchor, first_token=first_token
-        )
-        doses = tuple((point.strength, point.kl_p95) for point in at)
-    else:
+    doses = measured_doses(header, rule=rule, blend=blend, positions=positions, anchor=anchor, first_token=first_token)
+    if not doses and header.lens is not None and header.lens.curve is not None:
         measured = header.recommended.positions
-        doses = () if header.lens.curve is None else header.lens.curve.doses
-        if doses and positions != measured:
-            raise SettingError("kl", f"is {kl:g}; doses were measured at positions {measured}, not {positions}")
+        raise SettingError("kl", f"is {kl:g}; doses were measured at positions {measured}, not {positions}")
     if not doses:
         raise SettingError("kl", f"is {kl:g}; no dose was measured at this setting, so that a strength is needed")
     return strength_for(doses, kl)
+
+
+def measured_doses(
+    header: OperatorHeader, *, rule: Rule, blend: float, positions: Positions, anchor: Anchor, first_token: FirstToken
+) -> tuple[tuple[float, float], ...]:
+    """(strength, p95 KL) of what was measured at a setting: of a lens its curve, which is at its own positions."""
+    if header.lens is not None:
+        curve = header.lens.curve
+        return curve.doses if curve is not None and positions == header.recommended.positions else ()
+    at = measured_points(header, rule=rule, blend=blend, positions=positions, anchor=anchor, first_token=first_token)
+    return tuple((point.strength, point.kl_p95) for point in at)
 
 
 def measured_points(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -22,11 +23,16 @@ class Estimate:
 def estimate(values: np.ndarray, seed: int = 0) -> Estimate:
     """Of ``values`` (concepts, prompts): every concept has the same prompts, drawn for all of them together."""
     concepts, prompts = values.shape
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(prompts, np.full(prompts, 1.0 / prompts), RESAMPLES) / prompts
-    by_concept = weights @ values.T
-    drawn = generator.multinomial(concepts, np.full(concepts, 1.0 / concepts), RESAMPLES) / concepts
+    by_concept = _resampled(prompts, seed) @ values.T
+    drawn = _resampled(concepts, seed + 1)
     return Estimate(float(values.mean()), _interval(by_concept.mean(1)), _interval((by_concept * drawn).sum(1)))
+
+
+@lru_cache(maxsize=64)
+def _resampled(count: int, seed: int) -> np.ndarray:
+    """How often each of ``count`` things is drawn, over ``count``, (RESAMPLES, count)."""
+    shares = np.full(count, 1.0 / count)
+    return np.asarray(np.random.default_rng(seed).multinomial(count, shares, RESAMPLES) / count)
 
 
 def _interval(means: np.ndarray) -> tuple[float, float]:

@@ -56,6 +56,7 @@ class Summary:
     def __init__(self, journal: Journal, run: Mapping[str, Any]) -> None:
         """``run``: what ``run.json`` states. Raises :class:`TrialError` where there are no texts of that run."""
         self.run = run
+        self._known: dict[tuple[object, ...], Figures | None] = {}
         self._rows: dict[_Cell, dict[str | None, list[Row]]] = {}
         latest = {_place(row["of"]): row for row in journal.rows.values() if self._is_of_run(row["of"])}
         for row in latest.values():
@@ -85,6 +86,14 @@ class Summary:
         self, form: str, regime: str, budget: str | None, tokens: int, concepts: Sequence[str]
     ) -> Figures | None:
         """Of the concepts that have rows; None where none has."""
+        key = form, regime, budget, tokens, *concepts
+        if key not in self._known:
+            self._known[key] = self._figures(form, regime, budget, tokens, concepts)
+        return self._known[key]
+
+    def _figures(
+        self, form: str, regime: str, budget: str | None, tokens: int, concepts: Sequence[str]
+    ) -> Figures | None:
         there = [name for name in concepts if self._find(form, regime, budget, name)]
         if not there:
             return None

@@ -7,7 +7,7 @@ from typing import Any
 
 from operators.evaluate.arms import PLAIN
 from operators.evaluate.form import CONTRAST, all_forms
-from operators.evaluate.intervals import Estimate
+from operators.evaluate.headline import headline, interval, mark
 from operators.evaluate.summary import Figures, Summary
 
 _NOTES = """\
@@ -23,6 +23,8 @@ def report_markdown(summary: Summary) -> str:
     """What was run; then, by concepts, regime and length, a table of all doses and one of each; then texts."""
     run = summary.run
     lines = [f"# Evaluation of {run['model']}, block {run['layer']}", "", *_about(run), "", _NOTES, ""]
+    for title, concepts in concept_sets(run).items():
+        lines += [f"## {title}: useful texts in short", "", *headline(summary, concepts), ""]
     for title, concepts in concept_sets(run).items():
         for regime in run["protocol"]["regimes"]:
             for tokens in run["protocol"]["lengths"]:
@@ -98,31 +100,24 @@ def _overview(summary: Summary, regime: Mapping[str, Any], tokens: int, concepts
 def _short(figures: Figures | None) -> str:
     if figures is None:
         return "–"
-    mark = "" if figures.reached == figures.concepts else "†"
-    return f"{figures.hits.mean:.2f} / {figures.useful.mean:.2f}{mark}"
+    return f"{figures.hits.mean:.2f} / {figures.useful.mean:.2f}{mark(figures)}"
 
 
 def _details(figures: Figures) -> tuple[str, ...]:
-    mark = "" if figures.reached == figures.concepts else "†"
     low, high = figures.strength
     band = "" if figures.band is None else f" (band {figures.band[0]:.2f}–{figures.band[1]:.2f})"
     return (
-        _interval(figures.hits) + band,
-        _interval(figures.useful),
-        "" if figures.difference is None else _interval(figures.difference, sign="+"),
+        interval(figures.hits) + band,
+        interval(figures.useful),
+        "" if figures.difference is None else interval(figures.difference, "+"),
         "–" if figures.name_share is None else f"{figures.name_share:.2f}",
         f"{figures.perplexity_ratio:.2f}",
         f"{figures.distinct_ratio:.2f}",
         f"{figures.loops:.2f}",
-        f"{figures.kl_p95:.2f}{mark}",
+        f"{figures.kl_p95:.2f}{mark(figures)}",
         f"{figures.kl_mean:.2f}",
         "–" if not high else f"{low:g}–{high:g}" if low != high else f"{low:g}",
     )
-
-
-def _interval(value: Estimate, sign: str = "") -> str:
-    first, second = (f"[{low:{sign}.2f}, {high:{sign}.2f}]" for low, high in (value.prompts, value.both))
-    return f"{value.mean:{sign}.2f} {first} {second}"
 
 
 def _examples(summary: Summary, regime: Mapping[str, Any]) -> Iterator[str]:

@@ -120,8 +120,8 @@ def _decode(
     pushes.check()
     written = text[:, batch.mask.shape[1] :]
     is_end = torch.isin(written, ends) if len(ends) else torch.zeros_like(written, dtype=torch.bool)
-    found, place = is_end.max(1)
-    lengths = torch.where(found, place + 1, written.shape[1]).cpu().numpy()
+    # Up to and with the first end.
+    lengths = ((is_end.cumsum(1) == 0).sum(1) + 1).clamp_max(written.shape[1]).cpu().numpy()
     return written, lengths
 
 

@@ -165,6 +165,8 @@ class _Search:
             (at_budget,) = self._trials.measure([(lens, recommended)], panel)
             if recommended not in strengths:
                 points.append(at_budget)
+                # With this point the curve may reach the budget elsewhere: what is recommended is what it gives.
+                recommended = strength_for([(point.strength, point.kl_p95) for point in points], DEFAULT_KL)
             useful = at_budget.useful_rate
         curve = DoseCurve(
             words=panel.words,

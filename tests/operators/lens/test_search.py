@@ -3,7 +3,7 @@
 import pytest
 
 from operators.core.budget import DEFAULT_KL
-from operators.core.dose_curve import DosePoint
+from operators.core.dose_curve import DosePoint, strength_for
 from operators.core.errors import TrialError
 from operators.lens import search
 from operators.lens.build import lens_artifact
@@ -68,6 +68,18 @@ def test_the_lens_that_steers_best_within_the_budget_is_chosen(lenses, loaded, m
     assert {(finding.positions, finding.layer) for finding in result.findings} == {
         (positions, layer) for positions in ("first", "others", "all") for layer in (1, 2)
     }
+
+
+def test_what_is_recommended_is_what_its_curve_gives_for_the_budget(lenses, loaded, monkeypatch):
+    class Noisy(Invented):
+        def _point(self, lens, strength):
+            point = super()._point(lens, strength)
+            # What is interpolated has a digit more than what is tried at first.
+            more = 1.05 if float(f"{strength:.3g}") != strength else 1.0
+            return point.model_copy(update={"kl_p95": more * point.kl_p95})
+
+    result = _search(lenses[3:4], loaded, Noisy(0.6, budget=0.2007), monkeypatch)
+    assert result.strength == strength_for(result.curve.doses, DEFAULT_KL)
 
 
 def test_the_first_position_is_preferred_where_no_other_is_clearly_better(lenses, loaded, monkeypatch):
