@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 
@@ -48,7 +49,7 @@ class OperatorsAtLayers:
 
 
 def layers_to_try(artifact: OperatorArtifact, loaded: LoadedModel, spec: CalibrationSpec) -> tuple[int, ...]:
-    """Those given; else the operator's own, and those of the middle at which its anchor says the words best."""
+    """Those given; else the operator's own, and the most accessible below and above it."""
     header = artifact.header
     found = candidate_layers(artifact, spec.layers)
     for layer in found:
@@ -57,8 +58,19 @@ def layers_to_try(artifact: OperatorArtifact, loaded: LoadedModel, spec: Calibra
         return found
     scores = {layer: accessibility(_anchor(artifact, layer, loaded), spec.words, loaded, header.profile)
               for layer in found}  # fmt: skip
-    others = sorted((layer for layer in found if layer != header.layer), key=lambda layer: scores[layer], reverse=True)
-    return tuple(sorted([header.layer, *others[: spec.max_layers - 1]]))
+    return prune_layers(header.layer, scores, spec.max_layers)
+
+
+def prune_layers(own: int, scores: Mapping[int, float], count: int) -> tuple[int, ...]:
+    """The operator's own layer and the most accessible others, at most ``count``, from both sides in turn.
+
+    The deeper side first. Where embeddings are tied, early layers say the words of their input: by the score alone they
+    would always win, and the layers at which a push changes what is written would not be looked at.
+    """
+    ranked = sorted(scores, key=lambda layer: scores[layer], reverse=True)
+    deeper, earlier = ([layer for layer in ranked if sign * (layer - own) > 0] for sign in (1, -1))
+    in_turn = [layer for pair in zip_longest(deeper, earlier) for layer in pair if layer is not None]
+    return tuple(sorted([own, *in_turn[: count - 1]]))
 
 
 def candidate_layers(artifact: OperatorArtifact, requested: Sequence[int] | None) -> tuple[int, ...]:

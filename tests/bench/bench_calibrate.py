@@ -2,7 +2,9 @@
 
     python tests/bench/bench_calibrate.py --prompts FILE [--texts 10] [--quick]
 
-Two concepts that ship nowhere, written down before the first run and not changed since. Each is built and calibrated by
+Two concepts that ship nowhere, written down before the first run and not changed since: their sentences end before the
+word. After the first of them had hit little, the same two were written again with sentences that end on the word
+(``--set on-the-word``), before any run of these. Each is built and calibrated by
 the commands that a user gives, in processes of their own, whose CPU time (user and system) is what is printed. Then the
 stored setting steers the first 50 prompts of FILE, which must be neither prompts of the search nor held-out ones, with
 the sampling that was stored.
@@ -26,7 +28,7 @@ from operators.tune.continuations import ContinuationRequest, Injection, decode_
 from operators.tune.metrics import WordList, compute_metrics, continuation_text
 from operators.tune.prompts import calibration_prompts, neutral_prompts, read_prompts
 
-CONCEPTS = {
+BEFORE_THE_WORD = {
     "wine": (
         (
             "The grapes were picked by hand in the old",
@@ -45,6 +47,18 @@ CONCEPTS = {
     ),
 }
 
+ON_THE_WORD = {
+    "wine": (
+        ("She poured a glass of red wine", "The hills are covered with old vineyards", "We tasted the local wine"),
+        BEFORE_THE_WORD["wine"][1],
+    ),
+    "airplane": (
+        ("The passengers boarded the airplane", "The pilot landed the plane", "They were late for their flight"),
+        BEFORE_THE_WORD["airplane"][1],
+    ),
+}
+SETS = {"before-the-word": BEFORE_THE_WORD, "on-the-word": ON_THE_WORD}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,12 +66,16 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=10)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--set", choices=SETS, default="before-the-word")
+    parser.add_argument("--only", default="", help="names, separated by commas")
     given = parser.parse_args()
     used = {*calibration_prompts(), *neutral_prompts()}
     prompts = [prompt for prompt in read_prompts(given.prompts) if prompt not in used][:50]
     loaded = load_model(given.model)
     with tempfile.TemporaryDirectory() as directory:
-        for name, (texts, words) in CONCEPTS.items():
+        selected = given.only.split(",") if given.only else SETS[given.set]
+        for name in selected:
+            texts, words = SETS[given.set][name]
             store = ["--store", directory]
             shown = [argument for text in texts for argument in ("--text", text)]
             built = _cpu_seconds("build", name, *shown, "--words", words, "--model", given.model, *store)

@@ -21,7 +21,7 @@ from operators.tune.continuations import ContinuationRequest, Injection, decode_
 from operators.tune.form import ALL_FORMS, Form, forms_for
 from operators.tune.journal import Journal
 from operators.tune.metrics import WordList, compute_metrics
-from operators.tune.operators_at_layers import OperatorsAtLayers, candidate_layers, layers_to_try
+from operators.tune.operators_at_layers import OperatorsAtLayers, candidate_layers, layers_to_try, prune_layers
 from operators.tune.prompts import calibration_prompts, neutral_prompts
 from operators.tune.trial_memory import estimate_trial
 
@@ -152,6 +152,10 @@ def test_layers_that_are_not_given_are_pruned_by_what_their_anchor_says(tiny, op
     monkeypatch.setattr("operators.tune.operators_at_layers.accessibility", lambda *_: next(scores))
     assert layers_to_try(operator, loaded, _spec(quick=True)) == (2, 3)
     assert layers_to_try(operator, loaded, _spec(layers=(1, 2, 3), quick=True)) == (1, 2, 3)
+    scores = {9: 3.3, 12: 3.1, 15: 3.2, 20: 1.8, 21: 2.4, 24: 2.0}
+    assert prune_layers(20, scores, 2) == (20, 21)
+    assert prune_layers(20, scores, 3) == (9, 20, 21)
+    assert prune_layers(24, scores, 3) == (9, 15, 24)
 
 
 def test_accessibility_is_high_where_the_anchor_says_the_word(tiny):
