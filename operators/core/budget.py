@@ -24,7 +24,7 @@ def strength_within(
     """The strength at which the texts of a dose curve had a p95 KL of ``kl`` nats.
 
     The curve of a lens is its own; that of an operator are the points of its calibration at its layer and this setting,
-    of as many texts as any of them has.
+    of the most and the longest texts.
 
     Raises:
         SettingError: of the field "kl": nothing was measured at this setting, or the budget is no positive number
@@ -53,7 +53,7 @@ def measured_doses(
 def measured_points(
     header: OperatorHeader, *, rule: Rule, blend: float, positions: Positions, anchor: Anchor, first_token: FirstToken
 ) -> tuple[CalibrationPoint, ...]:
-    """What a calibration measured at an operator's layer and this setting, of as many texts as any of them has."""
+    """What a calibration measured at an operator's layer and this setting, of the most and the longest texts."""
     wanted = (positions, *_direction_of(rule, blend, anchor, first_token))
     points = () if header.calibration is None else header.calibration.points
     at = [
@@ -62,8 +62,9 @@ def measured_points(
         if point.layer == header.layer
         and (point.positions, *_direction_of(point.rule, point.blend, point.anchor, point.first_token)) == wanted
     ]
-    most = max((point.texts for point in at), default=0)
-    return tuple(point for point in at if point.texts == most)
+    # Rounds on all prompts of a small set differ in their tokens alone.
+    most = max(((point.texts, point.tokens or 0) for point in at), default=None)
+    return tuple(point for point in at if (point.texts, point.tokens or 0) == most)
 
 
 def _direction_of(rule: Rule, blend: float, anchor: Anchor, first_token: FirstToken) -> tuple[object, ...]:

@@ -21,11 +21,8 @@ from operators.tune.continuations import (
     Injection,
     decode_continuations,
 )
-from operators.tune.metrics import WordList, continuation_text
+from operators.tune.metrics import WordList, continuation_text, repeats
 from operators.tune.trial_memory import texts_within
-
-REPEATED = 4
-"""Tokens in a row that, found twice in a text, make it a loop."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +45,6 @@ class Panel:
     def texts(self) -> int:
         """How many texts there are."""
         return len(self.words) * len(self.prompts)
-
-
-def loops(ids: Sequence[int]) -> bool:
-    """Whether :data:`REPEATED` tokens in a row are there twice."""
-    grams = [tuple(ids[start : start + REPEATED]) for start in range(len(ids) - REPEATED + 1)]
-    return len(set(grams)) < len(grams)
 
 
 class LensTrials:
@@ -124,7 +115,7 @@ class LensTrials:
     def _point(self, strength: float, panel: Panel, texts: Sequence[Continuation]) -> DosePoint:
         words = [word for word in panel.words for _ in panel.prompts]
         hits = [self._hits(word, text) for word, text in zip(words, texts, strict=True)]
-        useful = [hit and not loops(text.ids) for hit, text in zip(hits, texts, strict=True)]
+        useful = [hit and not repeats(text.ids) for hit, text in zip(hits, texts, strict=True)]
         kl = [value for text in texts for value in text.kl]
         return DosePoint(
             strength=strength,

@@ -1,4 +1,4 @@
-"""The search: what counts as a loop, how it chooses, and what it says where nothing steers."""
+"""The search: how it chooses, and what it says where nothing steers."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from operators.core.errors import TrialError
 from operators.lens import search
 from operators.lens.build import lens_artifact
 from operators.lens.matrices import lens_matrices
-from operators.lens.measure import LensTrials, Panel, loops
+from operators.lens.measure import LensTrials, Panel
 from operators.lens.search import DEVELOPMENT_WORDS, SearchPlan, candidate_layers, search_lens
 from operators.model.unembedding import loaded_unembedding
 from operators.tune.prompts import neutral_prompts
@@ -148,13 +148,6 @@ def test_a_trial_steers_towards_the_word(loaded, lenses):
     weak, strong = trials.measure([(lenses[1], 0.05), (lenses[1], 0.5)], Panel(("the",), ("The bridge", "A bay"), 4))
     assert 0 < weak.kl_p95 < strong.kl_p95
     assert weak.kl_mean <= weak.kl_p95
-
-
-def test_four_tokens_in_a_row_found_twice_are_a_loop():
-    assert loops([1, 2, 3, 4, 9, 1, 2, 3, 4])
-    assert loops([7, 7, 7, 7, 7])
-    assert not loops([1, 2, 3, 4, 1, 2, 3, 5])
-    assert not loops([1, 2, 3])
 
 
 def test_the_words_and_prompts_of_reports_are_not_searched_on():

@@ -128,4 +128,4 @@ def _held_out(held_out: steer_client.HeldOut) -> str:
 def _sampling(sampling: steer_client.SamplingParams) -> str:
     names = ("temperature", "top_p", "repetition_penalty", "seed")
     given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
-    return " ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in given.items())
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
