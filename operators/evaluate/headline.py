@@ -37,8 +37,9 @@ def interval(value: Estimate, sign: str = "") -> str:
 
 
 def mark(figures: Figures) -> str:
-    """A dagger where the dose was not reached for every concept."""
-    return "" if figures.reached == figures.concepts else "†"
+    """A dagger where the dose was not reached for every concept, and their number where some have no texts."""
+    few = "" if figures.concepts == figures.asked else f" ({figures.concepts} of {figures.asked} concepts)"
+    return few if figures.reached == figures.concepts else f"†{few}"
 
 
 def _mean(value: Estimate, figures: Figures) -> str:

@@ -33,10 +33,6 @@ class Journal:
         self.rows[row_key(of)] = row
         if self._file is not None:
             self._file.write((json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n").encode())
-
-    def flush(self) -> None:
-        """What was added is in the file from here on."""
-        if self._file is not None:
             self._file.flush()
 
 
@@ -65,11 +61,7 @@ def open_journal(folder: Path) -> Iterator[Journal]:
             rows, end = _read(file, path)
             file.truncate(end)
             file.seek(end)
-            journal = Journal(rows, file)
-            try:
-                yield journal
-            finally:
-                journal.flush()
+            yield Journal(rows, file)
     except OSError as error:
         raise TrialError(f"{folder}: cannot be used for rows: {error.strerror}") from error
 
