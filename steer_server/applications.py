@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from operators.core.apply import Setting, check_setting, recommended_setting
 from operators.core.artifact import OperatorArtifact
-from operators.core.budget import measured_points
+from operators.core.budget import measured_doses, measured_points
 from operators.core.dose_curve import strength_for
 from operators.core.errors import OperatorError, SettingError, VectorError
 from operators.core.header import SETTING_FIELDS, CalibrationPoint, OperatorHeader
@@ -41,6 +42,7 @@ def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words 
     direction = artifact if header.lens is None and not use.words else _direction(use, artifact, words, field)
     try:
         setting, kl = _setting(use, header)
+        _check_first_token(use, setting)
         check_setting(setting, direction.header, f"operator {name!r}")
     except SettingError as error:
         raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
@@ -59,18 +61,13 @@ def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words 
     )
 
 
-def doses(header: OperatorHeader, setting: Setting) -> tuple[tuple[float, float], ...]:
-    """(strength, p95 KL) of what was measured at this setting, whatever its strength."""
-    if header.lens is not None:
-        at_curve = header.lens.curve is not None and setting.positions == header.recommended.positions
-        return header.lens.curve.doses if header.lens.curve is not None and at_curve else ()
-    return tuple((point.strength, point.kl_p95) for point in measured_at(header, setting))
-
-
 def measured_at(header: OperatorHeader, setting: Setting) -> tuple[CalibrationPoint, ...]:
     """What a calibration measured at the operator's layer and at this setting, whatever its strength."""
-    at = {name: getattr(setting, name) for name in SETTING_FIELDS if name != "strength"}
-    return measured_points(header, **at)
+    return measured_points(header, **_but_strength(setting))
+
+
+def _but_strength(setting: Setting) -> dict[str, Any]:
+    return {name: getattr(setting, name) for name in SETTING_FIELDS if name != "strength"}
 
 
 def _direction(use: OperatorUse, artifact: OperatorArtifact, words: Words | None, field: str) -> OperatorArtifact:
@@ -104,7 +101,7 @@ def _setting(use: OperatorUse, header: OperatorHeader) -> tuple[Setting, float |
         return asked, None
     if kl is None:
         raise SettingError("strength", "is needed: the lens recommends none, because nothing steered or was measured")
-    curve = doses(header, asked)
+    curve = measured_doses(header, **_but_strength(asked))
     if not curve:
         at = f"{asked.rule}, blend {asked.blend:g} with the {asked.anchor} anchor, positions {asked.positions}"
         field = "kl" if use.kl is not None else "strength"
@@ -112,6 +109,16 @@ def _setting(use: OperatorUse, header: OperatorHeader) -> tuple[Setting, float |
     if use.kl is None:
         return asked, kl
     return replace(asked, strength=strength_for(curve, kl)), kl
+
+
+def _check_first_token(use: OperatorUse, setting: Setting) -> None:
+    """Refuses an anchor that was asked for at a first token that the positions leave out."""
+    if use.first_token == "anchor" and (setting.positions.part == "generated" or setting.positions.start > 0):
+        raise SettingError(
+            "first_token",
+            f"is 'anchor', and the positions {setting.positions} leave the first token out; 'operator', or positions "
+            "that begin with it, are accepted",
+        )
 
 
 def _steered_words(direction: OperatorArtifact) -> tuple[SteeredWord, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 
+from operators.core.statistics import percentile
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
 from steer_server.fed_positions import check_reachable
@@ -87,15 +88,6 @@ def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
     if a == b:
         return None
     return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def percentile(values: Sequence[float], fraction: float) -> float:
-    """The quantile at ``fraction`` (0 to 1), interpolated linearly between order statistics as by numpy's default."""
-    ordered = sorted(values)
-    place = fraction * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def perplexity(scores: Sequence[Score]) -> float | None:

@@ -28,6 +28,8 @@ from steer_server.words import BesideTheLoop, Words
 
 _MAX_PROBLEM = 1024
 """Characters of a problem that are kept: listings repeat it."""
+_MAX_DISTINCT_WORDS = 128
+"""In the arms of one request together: others wait while their directions are worked out."""
 _ROUNDING = 1e-9
 """Relative: the floating-point sum of strengths that add up to the limit may exceed it."""
 
@@ -108,8 +110,14 @@ class Registry:
         Words, for which files are read, are worked out in a thread beside the event loop. Raises as :meth:`plan` does,
         and :class:`QueueFullError` where too many requests wait for that.
         """
+        words = {(use.name, word.text) for uses in groups.values() for use in uses for word in use.words}
+        if len(words) > _MAX_DISTINCT_WORDS:
+            field = next(iter(groups)) if len(groups) == 1 else "arms"
+            raise InvalidRequestError(
+                field, f"have {len(words)} different words together; at most {_MAX_DISTINCT_WORDS} are accepted"
+            )
         plan_all = partial(self._plan_all, self._entries, groups)
-        if any(use.words for uses in groups.values() for use in uses):
+        if words:
             return await self._beside_the_loop.run(plan_all)
         return plan_all()
 

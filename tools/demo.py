@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
-from steer_client import ABResult, OperatorUse, SamplingParams, SteerClient, SteerError
+from steer_client import ABResult, OperatorUse, SamplingParams, SteerClient, SteerError, Word
 
 STORE = Path(".demo/store")
 BIN = Path(sys.executable).parent
@@ -52,6 +53,8 @@ class Operator:
         return [
             *("--text", self.text, "--model", MODEL, "--profile", self.profile, "--layer", str(self.layer)),
             *("--strength", str(self.strength), "--blend", str(self.blend), "--rank", "full"),
+            # The anchor that these settings were calibrated with.
+            *("--anchor", "concept"),
         ]
 
 
@@ -59,6 +62,8 @@ OPERATORS = (
     Operator("golden-gate-published", "published", "The Golden Gate Bridge in San", "golden", 21, 0.55, 0.0),
     Operator("golden-gate", "best setting", "The Golden Gate Bridge in San Francisco", "residual", 15, 0.4, 0.5),
 )
+LENS = ("--layer", "21", "--positions", "first", "--quick")
+WORD = "bridge"
 console = Console(highlight=False, width=min(Console().width, 132) if sys.stdout.isatty() else 120)
 
 
@@ -76,6 +81,10 @@ def main() -> None:
             console.print(f"   {operator.name} is in {STORE} already", style="dim")
         else:
             _run(BIN / "steer-operators", "build", operator.name, *operator.options, "--store", STORE, "--replace")
+    if _stored("lens") is not None:
+        console.print(f"   lens is in {STORE} already", style="dim")
+    else:
+        _run(BIN / "steer-operators", "lens", "--model", MODEL, *LENS, "--store", STORE)
     _step("3  server, in a process of its own")
     with _server() as target, SteerClient(target) as client:
         info = client.model_info()
@@ -83,19 +92,23 @@ def main() -> None:
         _step("4  normal and steered, in one batch")
         console.print(
             "   published: the paper's operator.  best setting: one blended with the concept's own hidden state.\n"
+            f"   word: no text at all, the lens pushes the first token towards {WORD!r}, by its own dose curve.\n"
             "   dose: size of the push over that of the hidden state.  KL: nats per token, from the plain model.\n"
             "   perplexity: of the text, under the plain model.",
             style="dim",
         )
         console.record = picture is not None
         for prompt in PROMPTS:
-            arms = {operator.column: [OperatorUse(operator.name)] for operator in OPERATORS}
+            arms: dict[str, list[OperatorUse]] = {
+                operator.column: [OperatorUse(operator.name)] for operator in OPERATORS
+            }
+            arms[f"word: {WORD}"] = [Word(WORD)]
             try:
                 _show(prompt, client.compare(prompt, arms=arms, sampling=SAMPLING))
             except SteerError as error:
                 sys.exit(f"demo: {error} (to begin anew, remove .demo)")
     if picture is not None:
-        svg = console.export_svg(title="steering operators: one prompt, three arms, one batch")
+        svg = console.export_svg(title="steering operators: one prompt, four arms, one batch")
         # Without the web fonts that rich refers to: a picture must not load anything from another host.
         Path(picture).write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL))
         console.record = False
@@ -119,12 +132,17 @@ def _run(*command: str | Path) -> None:
         sys.exit(f"demo: this step failed: {' '.join(arguments)}")
 
 
-def _is_built(operator: Operator) -> bool:
-    command: list[str | Path] = [BIN / "steer-operators", "show", operator.name, "--store", STORE, "--json"]
+def _stored(name: str) -> Any:
+    """What the store says of an operator; None where it has none of that name."""
+    command: list[str | Path] = [BIN / "steer-operators", "show", name, "--store", STORE, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def _is_built(operator: Operator) -> bool:
+    stored = _stored(operator.name)
+    if stored is None:
         return False
-    stored = json.loads(done.stdout)
     recommended = stored["recommended"]
     expected = (operator.text, operator.profile, operator.layer, operator.strength, operator.blend)
     return expected == (

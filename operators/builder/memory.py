@@ -27,8 +27,6 @@ _ROOT_COPIES = 5
 """Arrays (d, d) in float64 while C^{1/2} is made: C, its eigenvectors, weighted ones, LAPACK's workspace, C^{1/2}."""
 _ROOT_KEPT = 2
 """Of these, what stays: C^{1/2}, and its copy in the dtype of the vectors that it weights."""
-_LOGITS_COPIES = 6
-"""Arrays of the size of the logits, in float32, that are alive at once where texts are written and compared."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +52,6 @@ def estimate_exact(loaded: LoadedModel, n: int, layer: int, texts: int = 1) -> M
     passes = _estimate_passes(loaded, n, layer, texts)
     operator = n * loaded.hidden_size**2 * _itemsize(loaded)
     return MemoryEstimate(passes.fixed + _EXACT_COPIES * operator, passes.per_row)
-
-
-def estimate_trial(loaded: LoadedModel, length: int) -> MemoryEstimate:
-    """The trial of texts of at most ``length`` tokens, prompts included: a row is one text."""
-    config = loaded.model.config.get_text_config()
-    d, heads = loaded.hidden_size, int(config.num_attention_heads)
-    # GPT-2 has neither attribute: all its heads have keys, of d / heads numbers.
-    keys = (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or d // heads)
-    # Keys and values of every layer, which are copied as they grow.
-    cache = 2 * 2 * loaded.num_layers * length * keys
-    # What one block works on while a prompt is read: stream, inner layer, attention weights.
-    block = length * (6 * d + 2 * _inner_size(loaded) + heads * length)
-    logits = _LOGITS_COPIES * int(config.vocab_size) * _itemsize(loaded)
-    # Twice: the steered text, and the plain model that reads it too.
-    return MemoryEstimate(fixed=0, per_row=2 * ((cache + block) * loaded.dtype.itemsize + logits))
 
 
 def rows_within(

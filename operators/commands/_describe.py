@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from operators.commands._lens_lines import lens_lines
 from operators.commands._output import align
 from operators.core.header import Anchor, Recommended
+from operators.core.measured import Sampling
 from operators.core.positions import ALL_POSITIONS
 
 if TYPE_CHECKING:
@@ -182,12 +183,25 @@ def _calibration(operator: Mapping[str, Any]) -> str:
     return (
         f"{_calibrated(operator)}; {calibration['prompts']} prompts x {calibration['tokens']} tokens, words {words} "
         f"({calibration['plain_hit_rate']:.0%} of the plain texts), budget p95 KL {calibration['kl_budget']:g}"
+        f"{_sampling(calibration['sampling'])}"
     )
+
+
+def _sampling(sampling: Mapping[str, Any] | None) -> str:
+    """How the texts of a calibration were drawn: offered, and never applied by itself."""
+    return "" if sampling is None else f"; texts {Sampling(**sampling)}"
 
 
 def _calibrated(operator: Mapping[str, Any]) -> str:
     """What the calibration measured at the recommended setting, or why it says nothing about that."""
     point = operator["calibrated"]
+    held_out = operator["calibration"]["held_out"]
+    if point is not None and held_out is not None:
+        interval = f"[{held_out['useful_low']:.0%}, {held_out['useful_high']:.0%}]"
+        return (
+            f"{held_out['useful_rate']:.0%} useful texts {interval} at p95 KL {held_out['kl_p95']:.2g} on "
+            f"{held_out['prompts']} held-out prompts"
+        )
     if point is not None:
         return f"{point['hit_rate']:.0%} hits at p95 KL {point['kl_p95']:.2g}"
     if operator["calibration"]["chosen"] is None:

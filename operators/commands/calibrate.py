@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
+from operators.commands._calibration_lines import calibration_lines, plan_json, plan_lines
 from operators.commands._options import (
     JsonOption,
     MaxMemoryOption,
@@ -20,14 +22,17 @@ from operators.commands._options import (
     parse_memory,
 )
 from operators.core.progress import Progress, progress_bars, working
+from operators.core.version import __version__
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
-    from operators.core.header import Calibration, CalibrationPoint, OperatorHeader
+    from operators.core.header import Calibration
+    from operators.core.measured import Sampling
+    from operators.core.store import Store
     from operators.model.loading import LoadedModel
-
-_SHOWN = 6
-"""Points that are printed for people; JSON has all of them."""
+    from operators.tune.calibrate import Calibrated
+    from operators.tune.calibration_spec import CalibrationSpec
+    from operators.tune.journal import Journal
 
 
 def calibrate(
@@ -41,7 +46,10 @@ def calibrate(
     ] = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Layers to try: 10,15,20 (default: its own, six over the middle).", show_default=False),
+        typer.Option(
+            help="Layers to try: 10,15,20 (default: its own, and two of the middle where its anchor says the words).",
+            show_default=False,
+        ),
     ] = None,
     kl_budget: Annotated[
         float, typer.Option(help="95th percentile over the tokens of KL(plain || steered), in nats.")
@@ -54,9 +62,23 @@ def calibrate(
     ] = 0.75,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File of prompts, one per line (default: 24 neutral ones).", show_default=False),
+        typer.Option(
+            help="File of prompts to search with, one per line (default: 24 neutral ones).", show_default=False
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(help="File of other prompts, for the figure (default: 50 neutral ones).", show_default=False),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens per text.")] = 24,
+    temperature: Annotated[float, typer.Option(help="Of the texts; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Of the texts, where the temperature is above 0.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Of the texts; 1 is off.")] = 1.2,
+    seed: Annotated[int, typer.Option(help="Of texts that are drawn.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer layers, prompts and strengths.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and how long it takes; change nothing.")
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="Model to calibrate on (default: the one it was built on).", show_default=False),
@@ -73,21 +95,19 @@ def calibrate(
 ) -> None:
     """Find the setting at which an operator works best, and store it as the operator's recommendation.
 
-    A recommendation that an earlier calibration found stays where it is better: where the same words were hit in more
-    texts within the same bounds, or nothing is found now.
+    Texts that name the concept count where they repeat no four tokens. A recommendation that an earlier calibration
+    found is measured too, and stays where it is better. One that is stopped goes on when the same command is given
+    again.
     """
     start = time.monotonic()
     with output.exit_on_error(as_json):
         from operators.core.errors import TrialError
         from operators.model.loading import load_model
-        from operators.tune.calibrate import calibrate as calibrate_operator
         from operators.tune.calibration_spec import CalibrationSpec
-        from operators.tune.comparison import is_worse
-        from operators.tune.prompts import calibration_prompts, read_prompts
+        from operators.tune.prompts import calibration_prompts, neutral_prompts, read_prompts
 
         store = open_store(store_path)
         artifact = store.load(name)
-        budget = parse_memory(max_memory)
         header = artifact.header
         if header.lens is not None:
             raise TrialError(f"{name!r} is a lens: its doses are measured where it is built (steer-operators lens)")
@@ -97,32 +117,43 @@ def calibrate(
         spec = CalibrationSpec(
             words=known if words is None else tuple(word.strip() for word in words.split(",")),
             prompts=calibration_prompts() if prompts is None else read_prompts(prompts),
+            held_out=neutral_prompts() if held_out is None else read_prompts(held_out),
             layers=None if layers is None else _parse_layers(layers),
             kl_budget=kl_budget,
             max_perplexity_ratio=max_perplexity_ratio,
             min_distinct_ratio=min_distinct_ratio,
             tokens=tokens,
+            sampling=_sampling(temperature, top_p, repetition_penalty, seed),
+            quick=quick,
         )
         if plot is not None:
             _check_plot(plot)
+        memory = parse_memory(max_memory)
         with working(f"loading {model or header.model}"):
             loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
-        with progress_bars() as progress:
-            calibrated = calibrate_operator(artifact, loaded, spec, max_memory=budget, progress=progress)
-        curves = calibrated.header.calibration
+        if dry_run:
+            plan = plan_json(artifact, loaded, spec)
+            output.print_answer({"name": name, "plan": plan}, plan_lines(name, plan), as_json=as_json)
+            return
+        result, journal = _calibrate(name, artifact, loaded, spec, store, memory, keep_better=not replace)
+        curves = result.artifact.header.calibration
         assert curves is not None  # noqa: S101 - for the type checker
-        kept = not replace and is_worse(curves, header)
-        path = store.path_of(name) if kept else store.save(name, calibrated, replace=True)
+        # Where nothing was found, what is there stays untouched if an earlier calibration found something.
+        untouched = curves.chosen is None and header.calibrated_point is not None and not replace
+        path = store.path_of(name) if untouched else store.save(name, result.artifact, replace=True)
+        journal.delete()
         if plot is not None:
             _draw(curves, name, plot)
         answer = describe.operator_json(name, path, store.read_header(name))
         answer["found"] = curves.chosen is not None
-        answer["kept"] = kept
+        answer["kept"] = untouched or (result.kept and curves.chosen is not None)
         answer["previous"] = describe.point_json(header.calibrated_point)
         answer["new"] = describe.point_json(None if curves.chosen is None else curves.points[curves.chosen])
+        answer["stronger"] = describe.point_json(result.stronger)
+        answer["examples"] = [dataclasses.asdict(example) for example in result.examples]
+        answer["resumed"] = journal.resumed
         answer["seconds"] = round(time.monotonic() - start, 2)
-        lines = [*_lines(answer, curves), *_comparison_lines(answer, comparable=_is_comparable(header, curves))]
-        output.print_answer(answer, lines, as_json=as_json)
+        output.print_answer(answer, calibration_lines(answer, curves), as_json=as_json)
 
 
 def calibrate_with_defaults(
@@ -142,6 +173,49 @@ def calibrate_with_defaults(
     return calibrate_operator(artifact, loaded, spec, max_memory=max_memory, progress=progress)
 
 
+def _calibrate(
+    name: str,
+    artifact: OperatorArtifact,
+    loaded: LoadedModel,
+    spec: CalibrationSpec,
+    store: Store,
+    max_memory: int | None,
+    *,
+    keep_better: bool,
+) -> tuple[Calibrated, Journal]:
+    from operators.tune.calibrate import calibrate_with_examples
+    from operators.tune.journal import Journal, journal_key
+
+    facts = {key: str(value) for key, value in vars(spec).items()}
+    key = journal_key(digest=artifact.digest, model=loaded.fingerprint, version=__version__, **facts)
+    # A hidden file: no operator has such a name.
+    journal = Journal(store.path / f".calibrate-{name}.jsonl", key)
+    with progress_bars() as progress:
+        result = calibrate_with_examples(
+            artifact,
+            loaded,
+            spec,
+            max_memory=max_memory,
+            journal=journal,
+            keep_better=keep_better,
+            progress=progress,
+        )
+    return result, journal
+
+
+def _sampling(temperature: float, top_p: float, repetition_penalty: float, seed: int) -> Sampling:
+    from pydantic import ValidationError
+
+    from operators.core.errors import TrialError
+    from operators.core.measured import Sampling
+
+    try:
+        return Sampling(temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise TrialError(f"{first['loc'][0]} is {first['input']}: {first['msg'].lower()}") from error
+
+
 def _parse_layers(text: str) -> tuple[int, ...]:
     from operators.core.errors import TrialError
 
@@ -149,66 +223,6 @@ def _parse_layers(text: str) -> tuple[int, ...]:
         return tuple(int(number) for number in text.split(","))
     except ValueError:
         raise TrialError(f"layers are {text!r}; whole numbers separated by commas are accepted") from None
-
-
-def _lines(answer: dict[str, Any], curves: Calibration) -> list[str]:
-    setting = describe.setting_line(answer["recommended"])
-    whole = [point for point in curves.points if point.texts == curves.prompts]
-    shown = sorted(whole, key=lambda point: point.hit_rate, reverse=True)[:_SHOWN]
-    if curves.chosen is not None and curves.points[curves.chosen] not in shown:
-        shown = [curves.points[curves.chosen], *shown[:-1]]
-    table = [
-        ("layer", "rule", "blend", "strength", "p95 KL", "hits", "perplexity", "distinct-2"),
-        *(_cells(point) for point in shown),
-        ("plain", "", "", "", "", f"{curves.plain_hit_rate:.0%}", "1.00", f"{curves.plain_distinct_2:.2f}"),
-    ]
-    if curves.chosen is None:
-        found = (
-            f"{answer['name']}: no setting found: none names the concept more often than the plain model "
-            f"({curves.plain_hit_rate:.0%}) at p95 KL up to {curves.kl_budget:g}, perplexity up to "
-            f"{curves.max_perplexity_ratio:g} and distinct-2 from {curves.min_distinct_ratio:g} times the plain one. "
-            f"The recommendation stays: layer {answer['layer']}, {setting}"
-        )
-    elif answer["kept"]:
-        found = f"{answer['name']}: found {describe.point_line(answer['new'])}, which is not stored"
-    else:
-        found = f"{answer['name']}: recommended are layer {answer['layer']}, {setting}"
-    measured = (
-        f"{len(curves.points)} settings, {curves.prompts} prompts, {curves.tokens} tokens each; "
-        f"words: {', '.join(curves.words)}; {answer['seconds']:.0f} s"
-    )
-    return [found, *output.align(table), measured]
-
-
-def _comparison_lines(answer: dict[str, Any], *, comparable: bool) -> list[str]:
-    """What became of an earlier calibration's recommendation, where there was one."""
-    if answer["previous"] is None:
-        return []
-    previous = describe.point_line(answer["previous"])
-    if answer["kept"]:
-        return [f"kept, because it is better: {previous} (--replace stores what was found)"]
-    if not comparable:
-        return [f"replaced: {previous}; of other words or bounds, so that the two cannot be compared"]
-    return [f"replaced: {previous}"]
-
-
-def _is_comparable(header: OperatorHeader, curves: Calibration) -> bool:
-    from operators.tune.comparison import is_comparable
-
-    return header.calibration is not None and is_comparable(curves, header.calibration)
-
-
-def _cells(point: CalibrationPoint) -> tuple[str, ...]:
-    return (
-        str(point.layer),
-        point.rule,
-        f"{point.blend:g}",
-        f"{point.strength:g}",
-        f"{point.kl_p95:.2f}",
-        f"{point.hit_rate:.0%}",
-        f"{point.perplexity_ratio:.2f}",
-        f"{point.distinct_2:.2f}",
-    )
 
 
 def _check_plot(path: Path) -> None:

@@ -50,6 +50,7 @@ def combine(
     with output.exit_on_error(as_json):
         from operators.builder.combine import WeightedOperator
         from operators.builder.combine import combine as combine_operators
+        from operators.builder.guidance import strength_warnings
         from operators.model.loading import load_model
 
         store = open_store(store_path)
@@ -61,6 +62,7 @@ def combine(
         loaded = load_model(source, dtype=dtype, device=device or default_device())
         with progress_bars() as progress:
             artifact = combine_operators(weighted, loaded, rank=rank, max_memory=memory, progress=progress)
+        output.print_warnings(strength_warnings(artifact.header.recommended.strength))
         path = store.save(name, artifact, replace=replace)
         answer = describe.operator_json(name, path, store.read_header(name))
         answer["seconds"] = round(time.monotonic() - start, 2)

@@ -198,4 +198,5 @@ def _verdict(result: SearchResult) -> list[str]:
             f"{result.best_hit_rate:.0%} of the texts hold the word and do not loop, within the budget "
             f"({result.curve.plain_hit_rate:.0%} of the plain ones). No strength is recommended; requests must give one"
         ]
-    return [f"try it: steer ab PROMPT --word coffee ({result.best_hit_rate:.0%} of the texts hold the word)"]
+    share = f"{result.best_hit_rate:.0%} of the texts that it was chosen on hold the word and do not loop"
+    return [f"try it: steer ab PROMPT --word coffee ({share})"]

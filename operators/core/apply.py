@@ -33,7 +33,7 @@ from operators.core.artifact import OperatorArtifact
 from operators.core.errors import SettingError, SteeringError
 from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, OperatorHeader, Recommended, Rule
 from operators.core.positions import ALL_POSITIONS, Positions
-from operators.core.vector_source import WordVector
+from operators.core.vector_source import VectorMixture, WordVector
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,9 @@ def recommended_setting(header: OperatorHeader) -> Setting:
     """The setting that an operator recommends.
 
     Raises:
-        SettingError: of the field "strength": it is a word of a lens that recommends none.
+        SettingError: of the field "strength": it is a word, or a mixture of words, of a lens that recommends none.
     """
-    if isinstance(header.vector, WordVector) and header.recommended.strength == 0.0:
+    if isinstance(header.vector, WordVector | VectorMixture) and header.recommended.strength == 0.0:
         raise SettingError("strength", "is needed: the lens recommends none, because nothing steered or was measured")
     return Setting.of(header.recommended)
 

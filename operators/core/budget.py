@@ -24,31 +24,36 @@ def strength_within(
     """The strength at which the texts of a dose curve had a p95 KL of ``kl`` nats.
 
     The curve of a lens is its own; that of an operator are the points of its calibration at its layer and this setting,
-    of as many texts as any of them has.
+    of the most and the longest texts.
 
     Raises:
         SettingError: of the field "kl": nothing was measured at this setting, or the budget is no positive number
             within the range that was.
     """
-    if header.lens is None:
-        at = measured_points(
-            header, rule=rule, blend=blend, positions=positions, anchor=anchor, first_token=first_token
-        )
-        doses = tuple((point.strength, point.kl_p95) for point in at)
-    else:
+    doses = measured_doses(header, rule=rule, blend=blend, positions=positions, anchor=anchor, first_token=first_token)
+    if not doses and header.lens is not None and header.lens.curve is not None:
         measured = header.recommended.positions
-        doses = () if header.lens.curve is None else header.lens.curve.doses
-        if doses and positions != measured:
-            raise SettingError("kl", f"is {kl:g}; doses were measured at positions {measured}, not {positions}")
+        raise SettingError("kl", f"is {kl:g}; doses were measured at positions {measured}, not {positions}")
     if not doses:
         raise SettingError("kl", f"is {kl:g}; no dose was measured at this setting, so that a strength is needed")
     return strength_for(doses, kl)
 
 
+def measured_doses(
+    header: OperatorHeader, *, rule: Rule, blend: float, positions: Positions, anchor: Anchor, first_token: FirstToken
+) -> tuple[tuple[float, float], ...]:
+    """(strength, p95 KL) of what was measured at a setting: of a lens its curve, which is at its own positions."""
+    if header.lens is not None:
+        curve = header.lens.curve
+        return curve.doses if curve is not None and positions == header.recommended.positions else ()
+    at = measured_points(header, rule=rule, blend=blend, positions=positions, anchor=anchor, first_token=first_token)
+    return tuple((point.strength, point.kl_p95) for point in at)
+
+
 def measured_points(
     header: OperatorHeader, *, rule: Rule, blend: float, positions: Positions, anchor: Anchor, first_token: FirstToken
 ) -> tuple[CalibrationPoint, ...]:
-    """What a calibration measured at an operator's layer and this setting, of as many texts as any of them has."""
+    """What a calibration measured at an operator's layer and this setting, of the most and the longest texts."""
     wanted = (positions, *_direction_of(rule, blend, anchor, first_token))
     points = () if header.calibration is None else header.calibration.points
     at = [
@@ -57,8 +62,9 @@ def measured_points(
         if point.layer == header.layer
         and (point.positions, *_direction_of(point.rule, point.blend, point.anchor, point.first_token)) == wanted
     ]
-    most = max((point.texts for point in at), default=0)
-    return tuple(point for point in at if point.texts == most)
+    # Rounds on all prompts of a small set differ in their tokens alone.
+    most = max(((point.texts, point.tokens or 0) for point in at), default=None)
+    return tuple(point for point in at if (point.texts, point.tokens or 0) == most)
 
 
 def _direction_of(rule: Rule, blend: float, anchor: Anchor, first_token: FirstToken) -> tuple[object, ...]:

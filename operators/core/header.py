@@ -13,6 +13,7 @@ from pydantic import AwareDatetime, BaseModel, Field, PlainSerializer, PlainVali
 
 from operators.core.errors import SettingError
 from operators.core.lens_source import PUSHED, LensSource
+from operators.core.measured import HeldOut, Sampling
 from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.vector_source import STRICT, Count, Fingerprint, VectorSource, Word
 
@@ -143,6 +144,11 @@ class CalibrationPoint(BaseModel):
     """95th percentile over the tokens of the steered texts of KL(plain || steered), in nats."""
     hit_rate: _Fraction
     """Share of the texts that hold one of the concept's words."""
+    useful_rate: _Fraction | None = None
+    """Share of the texts that hold one, and repeat no four tokens. None, as below, of an earlier version."""
+    kl_mean: _NonNegative | None = None
+    tokens: Count | None = None
+    """Per text: fewer than the calibration's in its first rounds."""
     perplexity_ratio: _NonNegative
     """Perplexity of the steered texts under the plain model, over that of the plain texts."""
     distinct_2: _Fraction
@@ -165,6 +171,10 @@ class Calibration(BaseModel):
     plain_perplexity: _NonNegative
     plain_distinct_2: _Fraction
     points: tuple[CalibrationPoint, ...] = Field(max_length=4096)
+    sampling: Sampling | None = None
+    """How the texts were drawn; None for an earlier version's, which are greedy."""
+    held_out: HeldOut | None = None
+    """The chosen setting on prompts that the search never saw; None where there is none, or of an earlier version."""
     chosen: Annotated[int, Field(ge=0)] | None
     """Index of the point that became the recommendation; None where none beat the plain model within the bounds."""
 

@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from operators.builder import memory
 from operators.core import capacity
 from operators.core.apply import PreparedOperator, Setting, prepare
 from operators.core.artifact import OperatorArtifact
 from operators.core.dose_curve import DosePoint
 from operators.core.errors import TrialError
+from operators.core.statistics import percentile
 from operators.model.loading import LoadedModel
 from operators.model.words import UnembeddingRows, word_operator
 from operators.tune.continuations import (
@@ -21,10 +21,8 @@ from operators.tune.continuations import (
     Injection,
     decode_continuations,
 )
-from operators.tune.metrics import WordList, continuation_text, percentile
-
-REPEATED = 4
-"""Tokens in a row that, found twice in a text, make it a loop."""
+from operators.tune.metrics import WordList, continuation_text, repeats
+from operators.tune.trial_memory import texts_within
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,6 @@ class Panel:
     def texts(self) -> int:
         """How many texts there are."""
         return len(self.words) * len(self.prompts)
-
-
-def loops(ids: Sequence[int]) -> bool:
-    """Whether :data:`REPEATED` tokens in a row are there twice."""
-    grams = [tuple(ids[start : start + REPEATED]) for start in range(len(ids) - REPEATED + 1)]
-    return len(set(grams)) < len(grams)
 
 
 class LensTrials:
@@ -111,13 +103,8 @@ class LensTrials:
 
     def _decode(self, requests: Sequence[ContinuationRequest], panel: Panel) -> list[Continuation]:
         longest = max(len(request.ids) for request in requests) + panel.tokens
-        rows = memory.rows_within(
-            capacity.free_memory(self._loaded.device),
-            memory.estimate_trial(self._loaded, longest),
-            TEXTS_PER_BATCH,
-            f"a text of {longest} tokens of {self._loaded.name}, its prompt included,",
-            "shorter prompts need less",
-        )
+        budget = capacity.free_memory(self._loaded.device)
+        rows = texts_within(budget, self._loaded, longest, TEXTS_PER_BATCH)
         return decode_continuations(
             requests, self._loaded, tokens=panel.tokens, texts_per_batch=rows, on_batch=self._on_batch
         )
@@ -128,7 +115,7 @@ class LensTrials:
     def _point(self, strength: float, panel: Panel, texts: Sequence[Continuation]) -> DosePoint:
         words = [word for word in panel.words for _ in panel.prompts]
         hits = [self._hits(word, text) for word, text in zip(words, texts, strict=True)]
-        useful = [hit and not loops(text.ids) for hit, text in zip(hits, texts, strict=True)]
+        useful = [hit and not repeats(text.ids) for hit, text in zip(hits, texts, strict=True)]
         kl = [value for text in texts for value in text.kl]
         return DosePoint(
             strength=strength,

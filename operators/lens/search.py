@@ -37,6 +37,8 @@ STEERS = 0.1
 """Texts with the word and without a loop, beyond the plain ones' share, from which on a lens is said to steer."""
 CLEARLY = 1.25
 """How many times as good another lens must be than one of the first position: a standard error of 48 texts or two."""
+_NEAR = 1.25
+"""How far a few rounds may leave a lens above the budget that is compared all the same."""
 _WEAKEST: Mapping[DTypeName, float] = {"float64": 0.001, "float32": 0.001, "bfloat16": MIN_STRENGTH}
 """Strengths below are not tried: what hidden states of the model resolve, or less than anybody types."""
 
@@ -163,6 +165,8 @@ class _Search:
             (at_budget,) = self._trials.measure([(lens, recommended)], panel)
             if recommended not in strengths:
                 points.append(at_budget)
+                # With this point the curve may reach the budget elsewhere: what is recommended is what it gives.
+                recommended = strength_for([(point.strength, point.kl_p95) for point in points], DEFAULT_KL)
             useful = at_budget.useful_rate
         curve = DoseCurve(
             words=panel.words,
@@ -218,7 +222,7 @@ def _strongest(points: Sequence[DosePoint]) -> DosePoint:
 def _finalists(lenses: Sequence[OperatorArtifact], scouted: Sequence[Sequence[DosePoint]], count: int) -> list[int]:
     """Indices: the most promising lens of each kind of positions, then the most promising of the others.
 
-    Lenses that do not come within the budget are left out where another does.
+    Lenses that do not come near the budget are left out where another does.
     """
     ranked = sorted(range(len(lenses)), key=lambda index: _promise(scouted[index]), reverse=True)
     within = [index for index in ranked if _promise(scouted[index]) >= 0.0]
@@ -229,7 +233,7 @@ def _finalists(lenses: Sequence[OperatorArtifact], scouted: Sequence[Sequence[Do
 
 
 def _promise(points: Sequence[DosePoint]) -> float:
-    return max((_quality(point) for point in points if point.kl_p95 <= DEFAULT_KL), default=-1.0)
+    return max((_quality(point) for point in points if point.kl_p95 <= _NEAR * DEFAULT_KL), default=-1.0)
 
 
 def _quality(point: DosePoint) -> float:

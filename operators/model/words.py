@@ -1,7 +1,7 @@
 """Words -> operator: what a lens makes of words that somebody typed.
 
     v_w = J^T (W_U[w] - mean of W_U)            the lens's matrix J^T and mean, the model's unembedding W_U
-    v   = sum_w weight_w v_w/|v_w|              in float64, then rounded to float32
+    v   = sum_w weight_w v_w/|v_w|              in float64, weights over the largest of them, then rounded to float32
 
 The result is a vector (an operator of rank 0), so that everything that takes operators takes it. It depends on the
 lens, the words, their weights and the model's files only: its digest is the same on every engine.
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 _CANCELS = 1e-3
 """Of the sum of the weights' sizes: a shorter sum of directions is rounding and not a direction."""
+_LOST = 1e-6
+"""Of the largest weight: a smaller one leaves next to nothing in the float32 numbers of the sum."""
+
+_ROWS_AT_A_TIME = 64
 
 
 class UnembeddingRows(Protocol):
@@ -63,7 +67,7 @@ def word_operator(
 
     Raises:
         VectorError: it is no lens; there are no words or too many; a word is empty, too long, twice there or without
-            tokens; a weight is 0 or not finite; or the words' directions cancel.
+            tokens; a weight is 0, not finite or lost beside another; or the words' directions cancel.
         IncompatibleOperatorError: the unembedding has another size than the lens was built with.
         ModelError: the unembedding cannot be read.
     """
@@ -146,9 +150,13 @@ def operator_of(lens: OperatorArtifact, words: Sequence[LensWord], unembedding: 
         raise IncompatibleOperatorError(
             f"the model's unembedding has the shape {found}; the lens was built with {expected}"
         )
-    parts = [word.weight * _unit(word_direction(lens.lens, unembedding.rows(word.ids)), word) for word in words]
+    shares = _shares(words)
+    parts = [
+        share * _unit(word_direction(lens.lens, unembedding.rows(word.ids)), word)
+        for word, share in zip(words, shares, strict=True)
+    ]
     total = torch.stack(parts).sum(0)
-    if float(torch.linalg.vector_norm(total)) < _CANCELS * sum(abs(word.weight) for word in words):
+    if float(torch.linalg.vector_norm(total)) < _CANCELS * sum(map(abs, shares)):
         raise VectorError(f"the directions of {', '.join(repr(word.text) for word in words)} cancel")
     vector = total.to(torch.float32)
     norm = float(torch.linalg.vector_norm(vector.double()))
@@ -160,7 +168,21 @@ def operator_of(lens: OperatorArtifact, words: Sequence[LensWord], unembedding: 
 def word_direction(lens: Lens, rows: torch.Tensor) -> torch.Tensor:
     """v_w = J^T (mean of ``rows`` - mean of W_U), (d,) float64, for the rows (m, d) of a word's tokens."""
     wanted = rows.double().mean(0) - lens.vocabulary_mean.double()
-    return (lens.pull.double() * wanted).sum(1)
+    # Some rows at a time: they stay in the processor's cache, and no copy of the whole matrix is made.
+    return torch.cat([(part.double() * wanted).sum(1) for part in torch.split(lens.pull, _ROWS_AT_A_TIME)])
+
+
+def _shares(words: Sequence[LensWord]) -> list[float]:
+    """The weights over the size of the largest: only the direction counts, and float32 does not hold every size."""
+    largest = max(abs(word.weight) for word in words)
+    shares = [word.weight / largest for word in words]
+    for word, share in zip(words, shares, strict=True):
+        if abs(share) < _LOST:
+            raise VectorError(
+                f"word {word.text!r} has the weight {word.weight:g}, which is lost beside {largest:g}; at least "
+                f"{_LOST:g} of the largest is accepted"
+            )
+    return shares
 
 
 def _unit(direction: torch.Tensor, word: LensWord) -> torch.Tensor:

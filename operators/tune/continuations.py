@@ -1,6 +1,6 @@
 """Continuations: what a model writes under a push, and how far that is from what it would write itself.
 
-Greedy decoding of many texts in one batch with one KV cache, prompts padded on the left. Every steered row has a plain
+Decoding of many texts in one batch with one KV cache, prompts padded on the left. Every steered row has a plain
 reference row: it is fed the same tokens and chooses none. So the batch itself gives, for each token of a steered text,
 KL(plain || steered) and the token's log-probability under the plain model.
 """
@@ -16,9 +16,11 @@ from transformers import DynamicCache
 from operators.core.apply import PreparedOperator, Setting
 from operators.core.errors import SteeringError, TrialError
 from operators.core.hooks import PushHooks, layer_push
+from operators.core.measured import Sampling
 from operators.core.positions import ALL_POSITIONS
 from operators.core.pushes import SequencePushes
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
+from operators.tune.token_choice import GREEDY, TokenChoice
 
 TEXTS_PER_BATCH = 64
 """A steered text brings a reference row, so that the model sees up to twice as many rows."""
@@ -68,10 +70,11 @@ def decode_continuations(
     loaded: LoadedModel,
     *,
     tokens: int,
+    sampling: Sampling = GREEDY,
     texts_per_batch: int = TEXTS_PER_BATCH,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Continuation]:
-    """The greedy continuation of every request, up to ``tokens`` tokens or one that ends a text.
+    """The continuation of every request, up to ``tokens`` tokens or one that ends a text.
 
     The positions of the setting are pushed, each from the token ids up to it; the last token is never fed, so never
     pushed.
@@ -91,13 +94,15 @@ def decode_continuations(
     with torch.inference_mode():
         for first in range(0, len(requests), texts_per_batch):
             batch = requests[first : first + texts_per_batch]
-            continuations += _decode_batch(batch, loaded, tokens)
+            continuations += _decode_batch(batch, loaded, tokens, sampling)
             if on_batch is not None:
                 on_batch(len(batch))
     return continuations
 
 
-def _decode_batch(requests: Sequence[ContinuationRequest], loaded: LoadedModel, tokens: int) -> list[Continuation]:
+def _decode_batch(
+    requests: Sequence[ContinuationRequest], loaded: LoadedModel, tokens: int, sampling: Sampling
+) -> list[Continuation]:
     model, device = loaded.model, loaded.device
     # In the batch: the S steered rows, a reference of each, the plain rows.
     order = sorted(range(len(requests)), key=lambda index: requests[index].injection is None)
@@ -110,7 +115,8 @@ def _decode_batch(requests: Sequence[ContinuationRequest], loaded: LoadedModel, 
     source = torch.tensor([*range(s), *plain_rows], device=device)
     ids, mask = _left_padded([*(request.ids for request in ordered[:s]), *plain_prompts], device)
     cache = DynamicCache(config=model.config)
-    generated = _GeneratedTokens(injections, _end_ids(loaded), len(requests))
+    choice = TokenChoice(sampling, [request.ids for request in ordered], device)
+    generated = _GeneratedTokens(injections, _end_ids(loaded), len(requests), choice)
     layers = {injection.layer for injection in injections}
     with PushHooks(decoder_layers(model), layers) as hooks:
         steering = _BatchPushes(loaded, injections, hooks, prompt_tokens=[len(request.ids) for request in ordered[:s]])
@@ -155,8 +161,11 @@ def _end_ids(loaded: LoadedModel) -> tuple[int, ...]:
 class _GeneratedTokens:
     """The tokens chosen so far, of R texts, and their measures. ``ended`` (R,): which texts have ended."""
 
-    def __init__(self, injections: Sequence[Injection], end_ids: tuple[int, ...], num_texts: int) -> None:
+    def __init__(
+        self, injections: Sequence[Injection], end_ids: tuple[int, ...], num_texts: int, choice: TokenChoice
+    ) -> None:
         """``injections``: of the first texts; the others are plain."""
+        self._choice = choice
         self._injections = injections
         self._end_ids = end_ids
         self._steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -168,8 +177,9 @@ class _GeneratedTokens:
         """The next token of each text, (R,), from its logits and those of the plain model on the same text, (R, V)."""
         self._check_finite(logits, plain_logits)
         q, p = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (logits, plain_logits))
+        # Before the softmax: a repetition penalty depends on the logits' signs.
+        chosen = self._choice.choose(q)
         q, p = q.log_softmax(-1), p.log_softmax(-1)
-        chosen = q.argmax(-1)
         # Rounding can leave a tiny negative sum where the two are the same.
         kl = (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
         self._steps.append((chosen, kl, p.gather(-1, chosen[:, None])[:, 0]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from operators.core.errors import TrialError
 from operators.core.scripts import SPACELESS
+from operators.core.statistics import percentile
 from operators.model.loading import LoadedModel
 from operators.tune.continuations import Continuation
 
@@ -18,16 +19,24 @@ from operators.tune.continuations import Continuation
 class TextMetrics:
     """Of the texts of one setting.
 
-    ``hit_rate``: share of the texts with one of the concept's words. ``kl_p95``: 95th percentile over their tokens
-    of KL(plain || steered), in nats. ``perplexity``: exp of the mean negative log-probability of their tokens under the
-    plain model. ``distinct_2``: number of distinct pairs of neighbouring tokens within a text, summed over the texts,
-    over the number of all pairs; 1 where there is no pair.
+    ``hit_rate``: share of the texts with one of the concept's words. ``useful``: by text, whether it has one and
+    repeats no 4-gram of tokens. ``kl_p95`` and ``kl_mean``: over their tokens, of KL(plain || steered), in nats.
+    ``perplexity``: exp of the mean negative log-probability of their tokens under the plain model. ``distinct_2``:
+    number of distinct pairs of neighbouring tokens within a text, summed over the texts, over the number of all pairs;
+    1 where there is no pair.
     """
 
     hit_rate: float
+    useful: tuple[bool, ...]
     kl_p95: float
+    kl_mean: float
     perplexity: float
     distinct_2: float
+
+    @property
+    def useful_rate(self) -> float:
+        """Share of the texts that are useful."""
+        return sum(self.useful) / len(self.useful)
 
 
 def compute_metrics(texts: Sequence[Continuation], words: WordList, loaded: LoadedModel) -> TextMetrics:
@@ -36,13 +45,22 @@ def compute_metrics(texts: Sequence[Continuation], words: WordList, loaded: Load
     logprobs = [value for text in texts for value in text.logprobs]
     pairs = [list(zip(text.ids, text.ids[1:], strict=False)) for text in texts]
     num_pairs = sum(len(each) for each in pairs)
+    hits = [words.matches(continuation_text(text, loaded)) for text in texts]
     return TextMetrics(
-        hit_rate=sum(words.matches(continuation_text(text, loaded)) for text in texts) / len(texts),
+        hit_rate=sum(hits) / len(texts),
+        useful=tuple(hit and not repeats(text.ids) for hit, text in zip(hits, texts, strict=True)),
         kl_p95=percentile(kl, 0.95),
+        kl_mean=math.fsum(kl) / len(kl),
         # exp overflows a little above 700; every bound is far below.
         perplexity=math.exp(min(-math.fsum(logprobs) / len(logprobs), 700.0)),
         distinct_2=sum(len(set(each)) for each in pairs) / num_pairs if num_pairs else 1.0,
     )
+
+
+def repeats(ids: Sequence[int], n: int = 4) -> bool:
+    """Whether n tokens in a row come twice: a text that loops is read once."""
+    grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+    return len(set(grams)) < len(grams)
 
 
 def continuation_text(text: Continuation, loaded: LoadedModel) -> str:
@@ -87,12 +105,3 @@ def _word_pattern(word: str) -> str:
 def _normalised(text: str) -> str:
     """Composed (NFC) and without case; folding may take characters apart, hence twice."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The quantile at ``share`` (0 to 1), by linear interpolation between order statistics."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

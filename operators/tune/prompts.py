@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -30,6 +32,11 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise TrialError(f"prompts {path}: there are none; one per line is accepted")
     return prompts
+
+
+def prompts_digest(prompts: Sequence[str]) -> str:
+    """sha256 of the prompts, one per line."""
+    return f"sha256:{hashlib.sha256(''.join(f'{prompt}{chr(10)}' for prompt in prompts).encode()).hexdigest()}"
 
 
 def _packaged_prompts(name: str) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from steering.v1 import operators_pb2 as ops
 from operators.core.apply import Setting
 from operators.core.dose_curve import DosePoint
 from operators.core.header import Calibration, CalibrationPoint, LowRank, NeutralTexts, OperatorHeader
+from operators.core.measured import HeldOut, Sampling
 from operators.core.positions import Positions
 from steer_server.applications import measured_at
 from steer_server.registry import OperatorEntry, StoreChanges
@@ -24,6 +25,7 @@ _FIRST_TOKENS = enum_numbers(pb.FirstToken.DESCRIPTOR)
 _write_operator = writer(ops.Operator, OperatorHeader)
 _write_calibration = writer(ops.Calibration, Calibration)
 _write_point = writer(ops.CalibrationPoint, CalibrationPoint)
+_write_held_out = writer(ops.HeldOut, HeldOut)
 _write_dose = writer(ops.DosePoint, DosePoint)
 _write_positions = writer(pb.Positions, Positions)
 _write_store_changes = writer(ops.ReloadOperatorsResponse, StoreChanges)
@@ -104,4 +106,14 @@ def _curve(header: OperatorHeader) -> Iterator[ops.DosePoint]:
 
 def _calibration(header: OperatorHeader, calibration: Calibration) -> ops.Calibration:
     point = header.calibrated_point
-    return _write_calibration(calibration, recommended=None if point is None else _write_point(point))
+    return _write_calibration(
+        calibration,
+        recommended=None if point is None else _write_point(point),
+        sampling=None if calibration.sampling is None else _sampling(calibration.sampling),
+        held_out=None if point is None or calibration.held_out is None else _write_held_out(calibration.held_out),
+    )
+
+
+def _sampling(sampling: Sampling) -> pb.SamplingParams:
+    given = sampling.model_dump(exclude=set() if sampling.temperature else {"top_p", "seed"})
+    return pb.SamplingParams(**given)

@@ -2,9 +2,9 @@
 
     python tests/bench/bench_concepts.py [--only wedding,ocean] [--out figures.json]
 
-Per concept: build at each layer, calibrate, and write the continuations of the neutral prompts plainly, with the best
-setting, with the operator alone (blend 0), with the anchor alone (blend 1), each at its own calibrated strength, and
-with operators of one text only at the best setting's layer, rule and blend. Prints a Markdown table, writes
+Per concept: build, calibrate, and write the continuations of the neutral prompts plainly, with the best setting, with
+the best one of each blend at its layer (0 the operator alone, 1 an anchor alone), and with operators of one text only
+in the best setting's form. Prints a Markdown table, writes
 JSON concept by concept, and goes on where it was interrupted. Not a test; nothing here passes or fails.
 """
 
@@ -20,17 +20,17 @@ from pathlib import Path
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
-from operators.core.apply import Setting, prepare
+from operators.core.apply import prepare
 from operators.core.artifact import OperatorArtifact
 from operators.core.header import Calibration, CalibrationPoint
-from operators.maps.sketch import embedding_root
+from operators.core.measured import Sampling
 from operators.model.loading import LoadedModel, load_model
-from operators.tune.calibrate import candidate_layers, operators_at_layers
+from operators.tune.calibrate import calibrate
 from operators.tune.calibration_spec import CalibrationSpec
 from operators.tune.continuations import ContinuationRequest, Injection, decode_continuations
+from operators.tune.form import Form
 from operators.tune.metrics import WordList, compute_metrics, continuation_text
 from operators.tune.prompts import calibration_prompts, neutral_prompts
-from operators.tune.setting_search import search_settings
 
 DATA = Path(__file__).parents[2] / "operators" / "data"
 SAMPLES = 4
@@ -62,22 +62,23 @@ def measure(concept: dict, layers: tuple[int, ...] | None, single_texts: int, lo
     """Everything about one concept."""
     start = time.monotonic()
     texts = tuple(concept_from_text(text, loaded) for text in concept.get("texts") or [concept["text"]])
-    spec = CalibrationSpec(tuple(concept["words"]), calibration_prompts(), layers)
-    root = embedding_root(loaded.model.get_input_embeddings().weight)
-    first = build_operator(BuildSpec(texts, layer=15), loaded, root=root)
-    built_at = operators_at_layers(first, candidate_layers(first, layers), loaded, progress=print_progress)
-    operators = {operator.header.layer: operator for operator in built_at}
+    spec = CalibrationSpec(tuple(concept["words"]), calibration_prompts(), layers=layers)
+    first = build_operator(BuildSpec(texts, layer=15), loaded)
     built = time.monotonic()
-    calibration = search_settings(operators, loaded, spec, progress=print_progress)
+    found = calibrate(first, loaded, spec, progress=print_progress)
+    calibration = found.header.calibration
     calibrated = time.monotonic()
-    settings = {"calibrated": best(calibration, spec, None)}
-    settings |= {f"blend {blend:g}": best(calibration, spec, blend) for blend in spec.blends}
-    arms = {arm: (operators[point.layer], point) for arm, point in settings.items()}
-    top = settings["calibrated"]
-    alone = dataclasses.replace(spec, rules=(top.rule,), blends=(top.blend,))
+    top = best(calibration, spec, None)
+    arms = {"calibrated": (found, top)}
+    for blend in (0.0, 0.5, 1.0):
+        forms = tuple(form for form in spec.forms if form.blend == blend)
+        alone = dataclasses.replace(spec, forms=forms, layers=(top.layer,))
+        operator = calibrate(found, loaded, alone)
+        arms[f"blend {blend:g}"] = (operator, best(operator.header.calibration, alone, blend))
+    alone = dataclasses.replace(spec, forms=(Form.of(top),), layers=(top.layer,))
     for text in texts[:single_texts] if len(texts) > 1 else ():
-        single = build_operator(BuildSpec((text,), layer=top.layer), loaded, root=root)
-        arms[f"only {text.text!r}"] = (single, best(search_settings({top.layer: single}, loaded, alone), alone, None))
+        single = calibrate(build_operator(BuildSpec((text,), layer=top.layer), loaded), loaded, alone)
+        arms[f"only {text.text!r}"] = (single, best(single.header.calibration, alone, None))
     return {
         "texts": [text.text for text in texts],
         "words": concept["words"],
@@ -93,7 +94,7 @@ def best(calibration: Calibration, spec: CalibrationSpec, blend: float | None) -
     points = [point for point in final if blend in (None, point.blend)]
     fluent = [point for point in points if spec.admits(point, calibration.plain_distinct_2)]
     if fluent:
-        return max(fluent, key=lambda point: (point.hit_rate, -point.perplexity_ratio))
+        return max(fluent, key=lambda point: (point.useful_rate, -point.perplexity_ratio))
     return min(points, key=lambda point: abs(point.kl_p95 - spec.kl_budget))
 
 
@@ -105,12 +106,13 @@ def evaluate(
     ids = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in neutral]
     injections: dict[str, Injection | None] = {"plain": None}
     for arm, (operator, point) in arms.items():
-        setting = Setting(point.strength, point.rule, point.blend)
+        setting = Form.of(point).setting(point.strength)
         injections[arm] = Injection(prepare(operator, loaded.device), operator.header.injection_layer, setting)
     continuations = decode_continuations(
         [ContinuationRequest(prompt_ids, injection) for injection in injections.values() for prompt_ids in ids],
         loaded,
         tokens=24,
+        sampling=Sampling(),
     )
     metrics = {}
     for index, arm in enumerate(injections):

@@ -10,6 +10,7 @@ sends each the same requests in turn. The arms:
     steered   our engine, every row steered by one operator
     varied    our engine, every row steered by another (operator, strength, layer)
     first     the same as varied, at the first token only
+    words     our engine, every row steered by the vector of another word, at the first token only
     grpc      our server, nothing steered, asked for text by one SDK client in a third process
     steered-grpc  the same, every row steered
 
@@ -48,9 +49,11 @@ from vllm import SamplingParams as VLLMSamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.artifact import OperatorArtifact, make_artifact, make_vector
 from operators.core.header import LowRank, OperatorHeader, Recommended
+from operators.core.positions import Positions
 from operators.core.store import Store
+from operators.core.vector_source import LensWord, WordVector
 from operators.model.loading import LoadedModel, load_model
 from operators.model.obtain import obtain
 from steer_server.engine.vllm.engine import VLLMEngine
@@ -86,7 +89,7 @@ def main() -> None:
     options.add_argument("--batches", default="32,64")
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    options.add_argument("--arms", default="idle,steered,varied,first,grpc,steered-grpc")
+    options.add_argument("--arms", default="idle,steered,varied,first,words,grpc,steered-grpc")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--json", action="store_true")
     options.add_argument("--client", metavar="TARGET", help=argparse.SUPPRESS)
@@ -158,10 +161,11 @@ async def arms(
     ways: dict[str, Arm] = {"plain": lambda prompts, tokens: direct(plain, prompts, tokens)}
     engine = server = None
     try:
-        if {"idle", "steered", "varied", "first"} & set(names):
+        if {"idle", "steered", "varied", "first", "words"} & set(names):
             engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=OPTIONS)
-            engine._operator_cache.reserve(made, retry_after=1.0)
-            await engine._operator_cache.load(made)
+            vectors = [word_vector(made[0], index) for index in range(OPTIONS["max_num_seqs"])]
+            engine._operator_cache.reserve([*made, *vectors], retry_after=1.0)
+            await engine._operator_cache.load([*made, *vectors])
             ways |= {
                 name: way
                 for name, way in {
@@ -169,6 +173,7 @@ async def arms(
                     "steered": lambda prompts, tokens: steered(engine, [setting(made[0], 0.3)], prompts, tokens),
                     "varied": lambda prompts, tokens: steered(engine, varied(made), prompts, tokens),
                     "first": lambda prompts, tokens: steered(engine, at_first_token(made), prompts, tokens),
+                    "words": lambda prompts, tokens: steered(engine, of_words(vectors), prompts, tokens),
                 }.items()
                 if name in names
             }
@@ -347,6 +352,25 @@ def varied(made: Sequence[OperatorArtifact]) -> list[OperatorSetting]:
 def at_first_token(made: Sequence[OperatorArtifact]) -> list[OperatorSetting]:
     """Those of :func:`varied`, each pushing the first token only."""
     return [dataclasses.replace(one, end=1) for one in varied(made)]
+
+
+def word_vector(like: OperatorArtifact, index: int) -> OperatorArtifact:
+    """A random vector as a lens makes them, of the model of another operator."""
+    vector = torch.randn(like.header.hidden_size, generator=torch.Generator().manual_seed(index))
+    source = WordVector(
+        norm=float(vector.double().norm()),
+        lens=f"sha256:{'0' * 64}",
+        words=(LensWord(text=f"word {index}", weight=1.0, ids=(index,)),),
+    )
+    of_maps = {"concept_ids": (), "rule_set": "", "low_rank": None, "reconstruction_error": None}
+    recommended = Recommended(strength=0.12, blend=1.0, positions=Positions(end=1))
+    update = {**of_maps, "vector": source, "recommended": recommended, "layer": 21, "injection_layer": 21}
+    return make_vector(OperatorHeader(**{**dict(like.header), **update}), vector)
+
+
+def of_words(vectors: Sequence[OperatorArtifact]) -> list[OperatorSetting]:
+    """One word for each row, at the first token."""
+    return [OperatorSetting(vector.digest, "cumulative", 0.12, 1.0, end=1) for vector in vectors]
 
 
 if __name__ == "__main__":

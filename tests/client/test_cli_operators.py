@@ -93,6 +93,21 @@ def test_all_about_one_operator_is_shown(steer, fake):
     assert value["calibration"]["recommended"]["hit_rate"] == 0.5
 
 
+def test_the_sampling_of_a_calibration_is_shown_as_options_of_a_request(steer, fake):
+    sampling = pb.SamplingParams(temperature=0.75, top_p=0.9375, repetition_penalty=1.25, seed=12345678901234567)
+    held_out = ops.HeldOut(
+        prompts=50, useful_rate=0.5, useful_low=0.375, useful_high=0.625, kl_p95=0.75, kl_mean=0.25, plain_useful_rate=0
+    )
+    calibration = ops.Calibration(kl_budget=1, prompts=20, tokens=28, sampling=sampling, held_out=held_out)
+    fake.operator = _operator(calibration=calibration)
+    shown = " ".join(steer("operators", "golden-gate").stdout.split())
+    options = "--temperature 0.75 --top-p 0.9375 --repetition-penalty 1.25 --seed 12345678901234567"
+    assert f"as calibrated: {options}" in shown
+    assert "held out useful 0.5 [0.375, 0.625] (plain 0) on 50 prompts, KL p95 0.75, mean 0.25" in shown
+    assert steer("generate", "hello", *options.split()).exit_code == 0
+    assert fake.requests[-1].sampling.seed == 12345678901234567
+
+
 def test_an_exact_operator_and_a_setting_chosen_by_hand_are_called_so(steer, fake):
     chosen = ops.Calibration(kl_budget=1, prompts=20, tokens=28)
     fake.operator = _operator(low_rank=None, calibration=chosen, more_texts=[], num_texts=1, members=[])

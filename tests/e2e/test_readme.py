@@ -123,13 +123,14 @@ def test_the_commands_of_the_builder_name_options_that_exist(environment):
 def test_the_demo_ends_well_and_prints_what_the_picture_shows(environment, tmp_path):
     made = tmp_path / "demo.svg"
     printed = run(f"{sys.executable} {ROOT / 'tools/demo.py'} --svg {made}", environment, cwd=tmp_path)
-    normal, published, best = first_panels(printed)
+    normal, published, best, word = first_panels(printed)
     assert "San Francisco" not in normal
     assert re.search("San Francisco|Golden Gate|[Bb]ridge", published)
     assert re.search("San Francisco|Golden Gate|[Bb]ridge", best)
+    assert re.search("[Bb]ridge", word)
     assert made.read_text().startswith("<svg")
     [shown] = [text_of(ROOT / name) for name in re.findall(r"!\[.*?\]\((\S+\.svg)\)", README)]
-    assert first_panels(text_of(made)) == [normal, published, best]
+    assert first_panels(text_of(made)) == [normal, published, best, word]
     # Digests hold the time of the build, and the last digits of a figure depend on the processor.
     for arm in ("published", "best setting"):
         there, here = (re.findall(rf"^ ?{arm} .*$", text, flags=re.MULTILINE) for text in (shown, printed))
@@ -149,10 +150,10 @@ def text_of(picture):
 
 
 def first_panels(printed):
-    """The three texts of the first prompt."""
+    """The four texts of the first prompt."""
     rows = printed.split("╭", 1)[1].split("╰", 1)[0].splitlines()[1:]
     cells = [[cell.strip() for cell in row.split("│") if cell.strip("│")] for row in rows]
-    return [" ".join(row[column] for row in cells if len(row) == 3) for column in range(3)]
+    return [" ".join(row[column] for row in cells if len(row) == 4) for column in range(4)]
 
 
 def constant(line):

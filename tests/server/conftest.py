@@ -12,6 +12,7 @@ from operators.builder.spec import BuildSpec
 from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
+from operators.core.measured import HeldOut, Sampling
 from operators.model.loading import LoadedModel
 from steer_server.engine.hf.decode import Decoder, InterruptionCheck
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
@@ -98,6 +99,20 @@ def calibration_of() -> Callable[..., Calibration]:
             plain_distinct_2=0.9,
             min_distinct_ratio=0.75,
             points=points,
+            sampling=Sampling(temperature=0.5, top_p=0.75, seed=3),
+            held_out=HeldOut(
+                prompts=50,
+                prompts_digest=f"sha256:{'5' * 64}",
+                hit_rate=0.5,
+                useful_rate=0.375,
+                useful_low=0.25,
+                useful_high=0.5,
+                kl_p95=0.75,
+                kl_mean=0.25,
+                perplexity_ratio=1.5,
+                distinct_2=0.875,
+                plain_useful_rate=0.0625,
+            ),
             chosen=len(points) - 1,
         )
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steer_server.compare import compare, compare_completions, first_divergence, percentile, perplexity
+from operators.core.statistics import percentile
+from steer_server.compare import compare, compare_completions, first_divergence, perplexity
 from steer_server.errors import InvalidRequestError
 from steer_server.types import (
     Arm,

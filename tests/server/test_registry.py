@@ -235,6 +235,16 @@ def test_what_a_request_sets_is_kept_zero_included(registry):
     assert (use.setting.strength, use.defaulted) == (-1.0, ("rule", "blend", "positions", "anchor", "first_token"))
 
 
+@pytest.mark.parametrize("text", ["1..", "generated", "prompt:2.."])
+def test_an_anchor_at_a_first_token_that_is_not_pushed_is_refused(registry, text):
+    positions = Positions.parse(text)
+    with pytest.raises(InvalidRequestError, match=f"positions {text} leave the first token out") as caught:
+        registry().plan((OperatorUse("good", positions=positions, first_token="anchor"),))
+    assert caught.value.field == "operators[0].first_token"
+    registry().plan((OperatorUse("good", positions=positions, first_token="operator"),))
+    registry().plan((OperatorUse("good", positions=Positions("prompt", 0, 3), first_token="anchor"),))
+
+
 def test_each_artifact_recommends_for_itself(registry, tmp_path, artifact, remake):
     Store(tmp_path).save("loud", remake(artifact, recommended=Recommended(strength=1.2)))
     uses = registry().plan((OperatorUse("good"), OperatorUse("loud"))).applications

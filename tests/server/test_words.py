@@ -232,6 +232,16 @@ async def test_words_are_read_in_another_thread_and_the_loop_goes_on(registry, d
     assert threads != [threading.current_thread()]
 
 
+async def test_only_so_many_different_words_are_read_for_one_request(registry):
+    uses = [OperatorUse("lens", words=words(*(f"{arm} {number}" for number in range(16)))) for arm in range(9)]
+    groups = {f"arms[{index}].operators": (use,) for index, use in enumerate(uses)}
+    with pytest.raises(InvalidRequestError, match="144 different words together; at most 128") as caught:
+        await registry.plan_beside(groups)
+    assert caught.value.field == "arms"
+    # The same words in many arms are read once.
+    assert len(await registry.plan_beside(dict.fromkeys(groups, (uses[0],)))) == 9
+
+
 async def test_only_so_many_requests_wait_for_their_words():
     beside, gate = BesideTheLoop(max_waiting=2), threading.Event()
     running = [asyncio.ensure_future(beside.run(partial(gate.wait, 5))) for _ in range(2)]

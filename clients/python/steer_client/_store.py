@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from steer_client._positions import ALL_POSITIONS, Positions
-from steer_client._requests import Anchor, FirstToken, Rule
+from steer_client._requests import Anchor, FirstToken, Rule, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,23 @@ class CalibrationPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A setting on prompts that the search for it never saw."""
+
+    prompts: int
+    hit_rate: float
+    #: Share of the texts that hold one of the concept's words and repeat no four tokens; its 95 % interval.
+    useful_rate: float
+    useful_low: float
+    useful_high: float
+    kl_p95: float
+    kl_mean: float
+    perplexity_ratio: float
+    distinct_2: float
+    plain_useful_rate: float
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """What a recommended setting was read off."""
 
@@ -74,6 +91,10 @@ class Calibration:
     #: Prompts, and tokens decoded from each.
     prompts: int
     tokens: int
+    #: How its texts were drawn, for a request that is to have the same; None where an earlier version did it.
+    sampling: SamplingParams | None = None
+    #: The recommended setting; None where it was chosen by hand, or by an earlier version.
+    held_out: HeldOut | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,55 @@ class NeutralTexts(_message.Message):
 Global___NeutralTexts: _TypeAlias = NeutralTexts  # noqa: Y015
 
 @_typing.final
+class HeldOut(_message.Message):
+    """A setting on prompts that the search for it never saw."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    USEFUL_RATE_FIELD_NUMBER: _builtins.int
+    USEFUL_LOW_FIELD_NUMBER: _builtins.int
+    USEFUL_HIGH_FIELD_NUMBER: _builtins.int
+    KL_P95_FIELD_NUMBER: _builtins.int
+    KL_MEAN_FIELD_NUMBER: _builtins.int
+    PERPLEXITY_RATIO_FIELD_NUMBER: _builtins.int
+    DISTINCT_2_FIELD_NUMBER: _builtins.int
+    PLAIN_USEFUL_RATE_FIELD_NUMBER: _builtins.int
+    prompts: _builtins.int
+    hit_rate: _builtins.float
+    useful_rate: _builtins.float
+    """Share of the texts that hold one of the concept's words and repeat no four tokens, and its 95 % interval over prompts."""
+    useful_low: _builtins.float
+    useful_high: _builtins.float
+    kl_p95: _builtins.float
+    kl_mean: _builtins.float
+    perplexity_ratio: _builtins.float
+    distinct_2: _builtins.float
+    plain_useful_rate: _builtins.float
+    def __init__(
+        self,
+        *,
+        prompts: _builtins.int = ...,
+        hit_rate: _builtins.float = ...,
+        useful_rate: _builtins.float = ...,
+        useful_low: _builtins.float = ...,
+        useful_high: _builtins.float = ...,
+        kl_p95: _builtins.float = ...,
+        kl_mean: _builtins.float = ...,
+        perplexity_ratio: _builtins.float = ...,
+        distinct_2: _builtins.float = ...,
+        plain_useful_rate: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distinct_2", b"distinct_2", "hit_rate", b"hit_rate", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "perplexity_ratio", b"perplexity_ratio", "plain_useful_rate", b"plain_useful_rate", "prompts", b"prompts", "useful_high", b"useful_high", "useful_low", b"useful_low", "useful_rate", b"useful_rate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldOut: _TypeAlias = HeldOut  # noqa: Y015
+
+@_typing.final
 class Calibration(_message.Message):
     """What the recommended setting was read off."""
 
@@ -180,6 +229,8 @@ class Calibration(_message.Message):
     MAX_PERPLEXITY_RATIO_FIELD_NUMBER: _builtins.int
     PROMPTS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
+    HELD_OUT_FIELD_NUMBER: _builtins.int
     plain_hit_rate: _builtins.float
     """Share of the plain texts that hold one of the concept's words."""
     kl_budget: _builtins.float
@@ -192,6 +243,16 @@ class Calibration(_message.Message):
     def recommended(self) -> Global___CalibrationPoint:
         """The recommended setting itself. Unset where it is none of those that were measured: it was then chosen by hand."""
 
+    @_builtins.property
+    def sampling(self) -> _generation_pb2.SamplingParams:
+        """How its texts were drawn. It is never applied by itself: a request that wants it asks for it. Unset where an earlier
+        version calibrated, greedily.
+        """
+
+    @_builtins.property
+    def held_out(self) -> Global___HeldOut:
+        """The recommended setting. Unset where it was chosen by hand, or by an earlier version."""
+
     def __init__(
         self,
         *,
@@ -201,10 +262,12 @@ class Calibration(_message.Message):
         max_perplexity_ratio: _builtins.float = ...,
         prompts: _builtins.int = ...,
         tokens: _builtins.int = ...,
+        sampling: _generation_pb2.SamplingParams | None = ...,
+        held_out: Global___HeldOut | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["recommended", b"recommended"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["held_out", b"held_out", "recommended", b"recommended", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl_budget", b"kl_budget", "max_perplexity_ratio", b"max_perplexity_ratio", "plain_hit_rate", b"plain_hit_rate", "prompts", b"prompts", "recommended", b"recommended", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_out", b"held_out", "kl_budget", b"kl_budget", "max_perplexity_ratio", b"max_perplexity_ratio", "plain_hit_rate", b"plain_hit_rate", "prompts", b"prompts", "recommended", b"recommended", "sampling", b"sampling", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,10 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.builder.stored import differences
 from operators.builder.verify import verify_operator
-from operators.core.errors import BuildError, IncompatibleOperatorError
+from operators.core.apply import recommended_setting
+from operators.core.errors import BuildError, IncompatibleOperatorError, SettingError
+from operators.model.unembedding import loaded_unembedding
+from operators.model.words import word_operator
 
 
 @pytest.fixture
@@ -31,6 +34,14 @@ def test_unit_vectors_are_added_with_their_weights(loaded, make_rank_0):
         ("b", second.digest, -0.5),
     ]
     assert header.concept == "+2 happy, not sad; -0.5 happy, not sad"
+
+
+def test_a_mixture_of_words_without_a_strength_is_no_silent_push_of_0(loaded, make_random_lens):
+    lens, rows = make_random_lens(loaded), loaded_unembedding(loaded.model)
+    words = [word_operator(lens, {word: 1.0}, rows, loaded.tokenizer) for word in ("bridge", "the")]
+    mixed = combine([WeightedOperator(name, word, 1.0) for name, word in zip("ab", words, strict=True)], loaded)
+    with pytest.raises(SettingError, match="the lens recommends none"):
+        recommended_setting(mixed.header)
 
 
 def test_a_vector_and_a_map_are_not_mixed(loaded, make_rank_0):

@@ -50,6 +50,12 @@ def test_the_curve_of_an_operator_is_its_calibration_at_the_setting(calibrated):
     assert _at(calibrated, 0.7, anchor="contrast", first_token="anchor") == 0.4
 
 
+def test_points_of_shorter_texts_are_another_curve(calibrated):
+    points = (_point(0.3, 0.5, tokens=16), _point(0.2, 0.25, tokens=24), _point(0.4, 1.0, tokens=24))
+    header = calibrated.model_copy(update={"calibration": calibrated.calibration.model_copy(update={"points": points})})
+    assert _at(header, 0.5) == pytest.approx(0.2 * 2**0.5, rel=1e-3)
+
+
 def test_what_was_not_measured_is_an_error(calibrated, make_operator):
     for change in (
         {"blend": 0.25},

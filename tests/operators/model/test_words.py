@@ -75,7 +75,17 @@ def test_the_vector_is_the_lens_times_the_word_without_the_vocabulary(loaded, le
 
 def test_a_mixture_is_the_weighted_sum_of_unit_directions(of):
     one, other = of({"bridge": 1.0}).anchor, of({"bay": 1.0}).anchor
-    torch.testing.assert_close(of({"bridge": 2.0, "bay": -0.5}).anchor, 2.0 * one - 0.5 * other, atol=1e-6, rtol=0)
+    torch.testing.assert_close(of({"bridge": 1.0, "bay": -0.25}).anchor, one - 0.25 * other, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-25, 2.0, 1e25, 1e300])
+def test_the_size_of_the_weights_makes_no_difference(of, size):
+    expected = of({"bridge": 1.0, "bay": -0.25})
+    made = of({"bridge": size, "bay": -0.25 * size})
+    torch.testing.assert_close(made.anchor, expected.anchor, atol=1e-6, rtol=0)
+    assert [word.weight for word in made.header.vector.words] == [size, -0.25 * size]
+    # Squares of 1e-25 and 1e25 are 0 and infinite in float32, in which engines make them unit vectors.
+    prepare(made, torch.device("cpu"))
 
 
 def test_the_digest_depends_on_lens_words_and_weights_only(loaded, lens, of, make_random_lens):
@@ -106,6 +116,7 @@ def test_the_digest_depends_on_lens_words_and_weights_only(loaded, lens, of, mak
         ({"bridge": math.inf}, "weight inf"),
         ({"bridge": 1.0, "bridge ": 1.0}, "twice"),
         ({"the": 1.0, "The": -1.0}, "cancel"),
+        ({"the": 1.0, "bridge": 1e-9}, "'bridge' has the weight 1e-09, which is lost beside 1"),
     ],
 )
 def test_what_is_no_word_is_refused(of, words, message):

@@ -19,7 +19,7 @@ FOUND = Recommended(strength=0.3, rule="substitute", blend=0.5)
 
 
 def _calibration(layer, words=("gate",), chosen=0):
-    point = CalibrationPoint(layer=layer, **FOUND.model_dump(exclude={"positions"}), texts=20, kl_p95=0.9, hit_rate=0.4,
+    point = CalibrationPoint(layer=layer, **FOUND.model_dump(), texts=20, kl_p95=0.9, hit_rate=0.4,
                              perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
     return Calibration(words=words, kl_budget=1.0, max_perplexity_ratio=2.0, prompts=20, tokens=28, plain_hit_rate=0.0,
                        plain_perplexity=5.0, plain_distinct_2=0.9, min_distinct_ratio=0.75, points=(point,),
@@ -31,9 +31,9 @@ def explored(monkeypatch):
     """The (layers, words) of every calibration; the lowest layer is the best one."""
     asked = []
 
-    def search_settings(operators, _loaded, spec, **_):
-        asked.append((tuple(operators), spec.words))
-        return _calibration(min(operators), spec.words)
+    def search_settings(_operators, layers, _loaded, spec, **_):
+        asked.append((tuple(layers), spec.words))
+        return _calibration(min(layers), spec.words), ()
 
     monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
     return asked
@@ -44,9 +44,9 @@ def unfruitful(monkeypatch):
     """The layers of every calibration, none of which finds anything."""
     asked = []
 
-    def search_settings(operators, _loaded, spec, **_):
-        asked.append(tuple(operators))
-        return _calibration(min(operators), spec.words, chosen=None)
+    def search_settings(_operators, layers, _loaded, spec, **_):
+        asked.append(tuple(layers))
+        return _calibration(min(layers), spec.words, chosen=None), ()
 
     monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
     return asked

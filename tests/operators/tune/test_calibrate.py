@@ -1,36 +1,36 @@
 """Calibration: the curves, the choice among them, and the command."""
 
-import dataclasses
-import itertools
-import json
 import math
+import re
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from operators import __main__ as cli
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
-from operators.builder.memory import estimate_trial
 from operators.builder.spec import BuildSpec
 from operators.builder.verify import verify_operator
 from operators.core.apply import Setting, prepare
-from operators.core.errors import BuildError, IncompatibleOperatorError, OperatorError
-from operators.core.header import Calibration, CalibrationPoint, Recommended
-from operators.core.store import Store
-from operators.model import loading as models
-from operators.tune.calibrate import calibrate, candidate_layers
+from operators.core.errors import BuildError, IncompatibleOperatorError, OperatorError, StoreError
+from operators.core.header import Recommended
+from operators.core.measured import Sampling
+from operators.tune.accessibility import accessibility
+from operators.tune.calibrate import calibrate, calibrate_with_examples
 from operators.tune.calibration_spec import CalibrationSpec
 from operators.tune.continuations import ContinuationRequest, Injection, decode_continuations
+from operators.tune.form import ALL_FORMS, Form, forms_for
+from operators.tune.journal import Journal
 from operators.tune.metrics import WordList, compute_metrics
-from operators.tune.prompts import calibration_prompts
-from operators.tune.setting_search import FINAL_ROUNDS, FINALISTS, SCOUT_PROMPTS, WEAKER, search_settings
-from operators.tune.strength_search import FIRST_STRENGTH
+from operators.tune.operators_at_layers import OperatorsAtLayers, candidate_layers, layers_to_try, prune_layers
+from operators.tune.prompts import calibration_prompts, neutral_prompts
+from operators.tune.trial_memory import estimate_trial
 
 PROMPTS = ("The bay", "Here is a painting of the", "My dress")
 TEXT = "The bay"
+HELD_OUT = ("A golden", "In the bay")
 NOWHERE = ("neverwritten",)
+GREEDY = Sampling(repetition_penalty=1.0)
+BLEND = Form(blend=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +46,8 @@ def _spec(**fields):
         **{
             "words": NOWHERE,
             "prompts": PROMPTS,
+            "held_out": HELD_OUT,
+            "sampling": GREEDY,
             "kl_budget": 2.0,
             "max_perplexity_ratio": 1e9,
             "min_distinct_ratio": 0,
@@ -55,54 +57,154 @@ def _spec(**fields):
     )
 
 
-def _telling(loaded, operator):
-    """Some words that pushed texts hold and plain ones do not."""
+def _telling(loaded, operator, layer=2):
+    """Words that texts pushed along the anchor hold, and plain ones do not."""
     prompts = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
-    push = Injection(prepare(operator, loaded.device), 2, Setting(0.5, "cumulative", 0.5))
-    plain, pushed = (
-        decode_continuations([ContinuationRequest(ids, one) for ids in prompts], loaded, tokens=5)
-        for one in (None, push)
-    )
-    words = [
-        {"".join(filter(str.isalpha, loaded.tokenizer.decode(t))) for x in xs for t in x.ids} for xs in (plain, pushed)
-    ]
-    return tuple(sorted(words[1] - words[0] - {""}))
+    placed, words = OperatorsAtLayers(operator, loaded).placed(layer), []
+    for strengths in ((0.0,), (0.3, 0.4, 0.5, 0.7)):
+        pushes = [Injection(placed.operator, layer, Form(blend=1.0).setting(each)) for each in strengths]
+        rows = [ContinuationRequest(ids, push if push.setting.strength else None) for push in pushes for ids in prompts]
+        texts = decode_continuations(rows, loaded, tokens=5)
+        words.append({word for text in texts for word in re.findall(r"[^\W\d_]+", loaded.tokenizer.decode(text.ids))})
+    return tuple(sorted(words[1] - words[0]))
 
 
 def test_the_choice_is_the_best_of_the_curves_and_the_curves_are_what_single_trials_give(tiny, operator):
     loaded = tiny("llama", dtype="float32")
     words = _telling(loaded, operator)
-    spec = _spec(words=words, layers=(1, 2, 3))
+    spec = _spec(words=words, layers=(2,), kl_budget=0.25)
     calibrated = calibrate(operator, loaded, spec)
     found = calibrated.header.calibration
     assert found.chosen is not None
     best = found.points[found.chosen]
-    good = [p for p in found.points if p.kl_p95 <= 2.0 and p.hit_rate > found.plain_hit_rate]
-    assert best.hit_rate == max(point.hit_rate for point in good)
-    # At all positions: those are measured.
-    assert (best.layer, best.strength, best.rule, best.blend, "all", "concept", "operator") == (
-        calibrated.header.layer,
-        *calibrated.header.recommended.model_dump().values(),
-    )
-    assert {(p.layer, p.rule, p.blend) for p in found.points} == {
-        (layer, *rest)
-        for layer in (1, 2, 3)
-        for rest in [*itertools.product(("cumulative", "substitute"), (0.0, 0.5)), ("cumulative", 1.0)]
-    }
+    whole = [p for p in found.points if p.texts == len(PROMPTS) and p.kl_p95 <= 0.25]
+    assert best.useful_rate == max(point.useful_rate for point in whole)
+    recommended = calibrated.header.recommended
+    assert Form.of(best) == Form.of(recommended)
+    assert (best.strength, best.layer) == (recommended.strength, calibrated.header.layer)
+    assert {Form.of(point) for point in found.points} == set(ALL_FORMS)
     rows = [ContinuationRequest(tuple(loaded.tokenizer(prompt)["input_ids"])) for prompt in PROMPTS]
     plain = compute_metrics(decode_continuations(rows, loaded, tokens=5), WordList(words), loaded)
     assert (found.plain_hit_rate, found.plain_distinct_2) == (plain.hit_rate, plain.distinct_2)
-    at_best = Injection(prepare(calibrated, loaded.device), best.layer, Setting(best.strength, best.rule, best.blend))
+    at_best = Injection(prepare(calibrated, loaded.device), best.layer, Setting.of(recommended))
     alone = [decode_continuations([ContinuationRequest(row.ids, at_best)], loaded, tokens=5)[0] for row in rows]
     again = compute_metrics(alone, WordList(words), loaded)
-    assert (again.hit_rate, again.distinct_2) == (best.hit_rate, best.distinct_2)
+    assert (again.useful_rate, again.hit_rate, again.distinct_2) == (best.useful_rate, best.hit_rate, best.distinct_2)
     assert again.kl_p95 == pytest.approx(best.kl_p95, rel=1e-3)
+    assert again.kl_mean == pytest.approx(best.kl_mean, rel=1e-3)
     assert again.perplexity / plain.perplexity == pytest.approx(best.perplexity_ratio, rel=1e-3)
+    assert (found.sampling, found.held_out.prompts) == (GREEDY, len(HELD_OUT))
+    assert found.held_out.useful_low <= found.held_out.useful_rate <= found.held_out.useful_high
+
+
+def test_the_figure_is_measured_on_prompts_that_the_search_never_saw(tiny, operator):
+    loaded = tiny("llama", dtype="float32")
+    words = _telling(loaded, operator)
+    result = calibrate_with_examples(operator, loaded, _spec(words=words, layers=(2,), kl_budget=0.25))
+    header = result.artifact.header
+    push = Injection(prepare(result.artifact, loaded.device), 2, Setting.of(header.recommended))
+    ids = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in HELD_OUT]
+    texts = decode_continuations([ContinuationRequest(each, push) for each in ids], loaded, tokens=5)
+    assert header.calibration.held_out.hit_rate == compute_metrics(texts, WordList(words), loaded).hit_rate
+    assert [example.prompt for example in result.examples] == list(HELD_OUT)
+    assert [example.steered for example in result.examples] == [loaded.tokenizer.decode(text.ids) for text in texts]
+    with pytest.raises(OperatorError, match="is held out and searched with"):
+        _spec(held_out=(*HELD_OUT, PROMPTS[0]))
+
+
+def test_the_contrast_and_the_map_of_what_has_none_are_not_tried(make_operator, make_rank_0):
+    old = forms_for(make_operator().header, ALL_FORMS)
+    assert {form.anchor for form in old} == {"concept"}
+    assert len(old) == len(set(old)) < len(ALL_FORMS)
+    vector = forms_for(make_rank_0().header, ALL_FORMS)
+    assert {(form.blend, form.anchor, str(form.positions)) for form in vector} == {
+        (1.0, "concept", positions) for positions in ("all", "first", "1..")
+    }
+    assert forms_for(make_operator(neutral=True).header, ALL_FORMS) == ALL_FORMS
+
+
+def test_layers_come_first_by_their_anchors_alone_and_one_map_is_built(tiny, operator, monkeypatch):
+    loaded, built = tiny("llama", dtype="float32"), []
+    monkeypatch.setattr(
+        "operators.tune.operators_at_layers.build_operator",
+        lambda spec, *args, **more: built.append(spec.layer) or build_operator(spec, *args, **more),
+    )
+    found = calibrate(operator, loaded, _spec(words=_telling(loaded, operator), layers=(1, 2, 3)))
+    points = found.header.calibration.points
+    assert {p.layer for p in points if p.blend == 1.0} == {1, 2, 3}
+    (layer,) = {p.layer for p in points if p.blend < 1.0}
+    assert built == ([layer] if layer != 2 else [])
+
+
+def test_the_anchors_of_another_layer_are_those_of_the_operator_that_is_built_there(tiny, operator):
+    loaded = tiny("llama", dtype="float32")
+    operators = OperatorsAtLayers(operator, loaded)
+    for layer in (1, 2, 3):
+        alone, whole = operators.anchors(layer), operators.placed(layer)
+        assert alone.injection_layer == whole.injection_layer == layer
+        for name in ("unit_anchor", "unit_contrast"):
+            torch.testing.assert_close(getattr(alone.operator, name), getattr(whole.operator, name), rtol=0, atol=1e-4)
+
+
+def test_layers_that_are_not_given_are_pruned_by_what_their_anchor_says(tiny, operator, monkeypatch):
+    loaded = tiny("llama", dtype="float32")
+    scores = iter((0.1, 5.0, 3.0))
+    monkeypatch.setattr("operators.tune.operators_at_layers.accessibility", lambda *_: next(scores))
+    assert layers_to_try(operator, loaded, _spec(quick=True)) == (2, 3)
+    assert layers_to_try(operator, loaded, _spec(layers=(1, 2, 3), quick=True)) == (1, 2, 3)
+    scores = {9: 3.3, 12: 3.1, 15: 3.2, 20: 1.8, 21: 2.4, 24: 2.0}
+    assert prune_layers(20, scores, 2) == (20, 21)
+    assert prune_layers(20, scores, 3) == (9, 20, 21)
+    assert prune_layers(24, scores, 3) == (9, 15, 24)
+
+
+def test_accessibility_is_high_where_the_anchor_says_the_word(tiny):
+    loaded = tiny("llama", dtype="float32")
+    rows = loaded.model.get_output_embeddings().weight
+    (token,) = loaded.tokenizer("G", add_special_tokens=False)["input_ids"]
+    towards = accessibility(rows[token].detach(), ("G",), loaded, "golden")
+    away = accessibility(-rows[token].detach(), ("G",), loaded, "golden")
+    assert towards > 2 > away
+
+
+def test_what_was_measured_before_an_interrupt_is_not_measured_again(tiny, operator, tmp_path, monkeypatch):
+    loaded, path = tiny("llama", dtype="float32"), tmp_path / ".calibrate-bay.jsonl"
+    spec = _spec(words=_telling(loaded, operator), layers=(2,))
+    whole = calibrate(operator, loaded, spec).header.calibration
+    decoded = []
+
+    def decode(rows, *args, **more):
+        decoded.append(len(rows))
+        if len(decoded) == 4:
+            raise KeyboardInterrupt
+        return decode_continuations(rows, *args, **more)
+
+    monkeypatch.setattr("operators.tune.candidates.decode_continuations", decode)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_with_examples(operator, loaded, spec, journal=Journal(path, "key"))
+    before = path.read_text().splitlines()
+    # As a process that was killed while it wrote leaves it.
+    path.write_text("\n".join([*before, before[-1][:40]]))
+    journal = Journal(path, "key")
+    assert journal.resumed == len(before) - 1 > 0
+    again = calibrate_with_examples(operator, loaded, spec, journal=journal).artifact.header.calibration
+    assert again == whole
+    assert Journal(path, "another").resumed == 0
+    journal.delete()
+    assert not path.exists()
+
+
+def test_a_journal_that_is_no_file_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="cannot be written"):
+        Journal(tmp_path / "link", "key")
+    assert (tmp_path / "elsewhere").read_text() == "mine"
 
 
 def test_the_operator_is_built_again_at_the_chosen_layer_and_keeps_everything_else(tiny, operator):
     loaded = tiny("llama", dtype="float32")
-    spec = _spec(words=_telling(loaded, operator), layers=(1,))
+    spec = _spec(words=_telling(loaded, operator, layer=1), layers=(1,), kl_budget=0.25)
     calibrated = calibrate(operator, loaded, spec)
     assert calibrated.header.layer == calibrated.header.injection_layer == 1
     assert calibrated.header.texts == operator.header.texts
@@ -122,49 +224,26 @@ def test_where_nothing_is_found_the_recommendation_stays_and_the_curves_are_kept
 @pytest.mark.parametrize("bound", [{"max_perplexity_ratio": 1e-6}, {"min_distinct_ratio": 1.0}])
 def test_where_texts_are_not_fluent_weaker_pushes_are_tried_and_none_wins_outside_the_bounds(tiny, operator, bound):
     loaded = tiny("llama", dtype="float32")
-    spec = _spec(words=_telling(loaded, operator), rules=("cumulative",), blends=(0.5,), **bound)
-    # A budget that the first strength of the only candidate is close to.
-    spec = dataclasses.replace(spec, kl_budget=search_settings({2: operator}, loaded, spec).points[0].kl_p95 / 0.95)
-    found = search_settings({2: operator}, loaded, spec)
-    strengths = [point.strength for point in found.points]
+    spec = _spec(words=_telling(loaded, operator), forms=(BLEND,), layers=(2,), kl_budget=50.0, **bound)
+    found = calibrate(operator, loaded, spec).header.calibration
     if "max_perplexity_ratio" in bound:
         assert found.chosen is None
-        assert strengths == pytest.approx([FIRST_STRENGTH * WEAKER**k for k in range(FINAL_ROUNDS)], rel=0.01)
-    for point in found.points:
-        fluent = point.perplexity_ratio <= spec.max_perplexity_ratio
-        distinct = point.distinct_2 >= spec.min_distinct_ratio * found.plain_distinct_2
-        expected = point.kl_p95 <= spec.kl_budget and fluent and distinct
-        assert spec.admits(point, found.plain_distinct_2) is expected
     assert found.chosen is None or spec.admits(found.points[found.chosen], found.plain_distinct_2)
 
 
-def test_many_candidates_are_looked_at_on_a_few_prompts_first(tiny, operator):
-    loaded = tiny("llama", dtype="float32")
-    prompts = tuple(f"The bay {k}" for k in range(SCOUT_PROMPTS + 2))
-    told = []
-    found = search_settings(
-        {2: operator},
-        loaded,
-        _spec(prompts=prompts, blends=(0.0, 0.2, 0.4), tokens=2),
-        progress=lambda *now: told.append(now),
-    )
-    assert {point.texts for point in found.points} == {2 + SCOUT_PROMPTS}, "six places for six candidates"
-    told_of_few, told = told, []
-    operators = {
-        layer: build_operator(BuildSpec((concept_from_text(TEXT, loaded),), layer=layer), loaded) for layer in (1, 2)
-    }
-    found = search_settings(operators, loaded, _spec(prompts=prompts, tokens=2), progress=lambda *now: told.append(now))
-    scouts = {(p.layer, p.rule, p.blend) for p in found.points if p.texts == SCOUT_PROMPTS}
-    finals = {(p.layer, p.rule, p.blend) for p in found.points if p.texts == len(prompts)}
-    assert len(scouts) == 10
-    assert finals < scouts
-    assert sorted(blend for _, _, blend in finals) == sorted([0.0, 0.5, 1.0] * FINALISTS)
-    assert all(done <= total for _, done, total in told)
-    for run in (told, told_of_few):
-        dones, totals = [done for _, done, _ in run], {total for _, _, total in run}
-        assert len(totals) == 1, "a time left can be told only of a total that stays"
-        assert dones == sorted(dones)
-        assert dones[-1] == totals.pop()
+def test_fewer_candidates_go_on_to_more_prompts_and_the_progress_ends_at_its_total(tiny, operator):
+    loaded, told = tiny("llama", dtype="float32"), []
+    prompts = tuple(f"The bay {k}" for k in range(14))
+    found = calibrate(
+        operator, loaded, _spec(prompts=prompts, tokens=2, layers=(2,)), progress=lambda *now: told.append(now)
+    ).header.calibration
+    counts = {size: len({Form.of(p) for p in found.points if p.texts == size}) for size in (6, 12, 14)}
+    assert counts == {6: len(ALL_FORMS), 12: 4, 14: 2}
+    told = [each for each in told if each[0] == "tokens of texts"]
+    dones, totals = [done for _, done, _ in told], {total for _, _, total in told}
+    assert len(totals) == 1, "a time left can be told only of a total that stays"
+    assert dones == sorted(dones)
+    assert dones[-1] == totals.pop()
 
 
 def test_default_layers_are_the_operators_own_and_others_over_the_middle(operator, make_operator):
@@ -177,9 +256,9 @@ def test_default_layers_are_the_operators_own_and_others_over_the_middle(operato
 
 def test_little_memory_gives_the_same_curves_in_smaller_batches(tiny, operator, monkeypatch):
     loaded = tiny("llama", dtype="float32")
-    spec = _spec(rules=("cumulative",), blends=(0.5,))
-    plenty = search_settings({2: operator}, loaded, spec)
-    longest = max(len(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS) + 5
+    spec = _spec(forms=(BLEND,), layers=(2,))
+    plenty = calibrate(operator, loaded, spec).header.calibration
+    longest = max(len(loaded.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS + HELD_OUT) + 5
     need, sizes = estimate_trial(loaded, longest), []
     monkeypatch.setattr(
         "operators.tune.candidates.decode_continuations",
@@ -187,30 +266,13 @@ def test_little_memory_gives_the_same_curves_in_smaller_batches(tiny, operator, 
             sizes.append(texts_per_batch) or decode_continuations(rows, *args, texts_per_batch=texts_per_batch, **more)
         ),
     )
-    little = search_settings({2: operator}, loaded, spec, max_memory=2 * need.per_row)
+    little = calibrate(operator, loaded, spec, max_memory=operator.nbytes + 2 * need.per_row).header.calibration
     assert set(sizes) == {2}
     assert [point.kl_p95 for point in little.points] == pytest.approx(
         [point.kl_p95 for point in plenty.points], rel=1e-3
     )
     with pytest.raises(BuildError, match=rf"a text of {longest} tokens of tiny-llama.* needs about .* 9 bytes may be"):
-        search_settings({2: operator}, loaded, spec, max_memory=9)
-
-
-def test_the_candidates_share_the_memory_with_each_other_and_their_texts(tiny, operator, monkeypatch):
-    loaded, budgets = tiny("llama", dtype="float32"), []
-    monkeypatch.setattr(
-        "operators.tune.calibrate.build_operator",
-        lambda *args, max_memory, **more: budgets.append(max_memory) or build_operator(*args, **more),
-    )
-    found = search_settings({2: operator}, loaded, _spec(rules=("cumulative",), blends=(1.0,)))
-    monkeypatch.setattr(
-        "operators.tune.calibrate.search_settings", lambda *_, max_memory, **__: budgets.append(max_memory) or found
-    )
-    size, budget = operator.nbytes, 1 << 30
-    calibrate(operator, loaded, _spec(layers=(1, 2, 3)), max_memory=budget)
-    assert budgets == [budget - 2 * size] * 2 + [budget - 3 * size]
-    with pytest.raises(BuildError, match=r"operators at 3 layers need more than .* KiB .*; .* KiB may be used"):
-        calibrate(operator, loaded, _spec(layers=(1, 2, 3)), max_memory=2 * size)
+        calibrate(operator, loaded, spec, max_memory=operator.nbytes + 9)
 
 
 def test_another_model_and_a_layer_that_does_not_exist_are_refused_by_name(tiny, operator):
@@ -225,8 +287,10 @@ def test_another_model_and_a_layer_that_does_not_exist_are_refused_by_name(tiny,
     [
         ({"prompts": ()}, "no prompts"),
         ({"words": ()}, "no words"),
-        ({"rules": ("average",)}, "rule is 'average'"),
-        ({"blends": (0.5, 2.0)}, "blend is 2.0"),
+        ({"forms": ()}, "no forms"),
+        ({"held_out": ()}, "no held-out prompts"),
+        ({"forms": (Form(rule="average"),)}, "rule is 'average'"),
+        ({"forms": (Form(blend=2.0),)}, "blend is 2.0"),
         ({"kl_budget": 0.0}, "KL budget is 0"),
         ({"kl_budget": math.nan}, "KL budget is nan"),
         ({"max_perplexity_ratio": -1.0}, "perplexity ratio is -1"),
@@ -239,150 +303,21 @@ def test_what_makes_no_sense_is_refused_by_name(fields, message):
         _spec(**fields)
 
 
-@pytest.fixture
-def shelf(tmp_path, tiny_directory, monkeypatch):
-    """A store with ``bay``, built on the tiny Llama at layer 2; ``shelf.run(...)`` runs the command on it."""
-    monkeypatch.setenv("STEER_STORE", str(tmp_path))
-    monkeypatch.setenv("STEER_MODEL", str(tiny_directory("llama")))
-    (tmp_path / "two").write_text("The bay\nMy dress\n")
-    tmp_path.joinpath("x").mkdir()
-
-    def run(*arguments):
-        return CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
-
-    assert run("build", "bay", "--text", TEXT, "--layer", "2").exit_code == 0
-    return tmp_path, lambda *more: run("calibrate", "bay", "--prompts", str(tmp_path / "two"), "--tokens", "3", *more)
-
-
-def test_the_command_stores_curves_and_remembers_the_words(shelf, monkeypatch):
-    directory, run = shelf
-    result = run("--words", "neverwritten, nor this", "--layers", "1,2")
-    assert result.exit_code == 0
-    assert "bay: no setting found" in result.stdout
-    assert "The recommendation stays: layer 2, strength 0.5, cumulative, blend 0" in result.stdout
-    first = Store(directory).load("bay").header.calibration
-    assert first.words == ("neverwritten", "nor this")
-    result = run("--layers", "2", "--json")
-    answer = json.loads(result.stdout)
-    assert answer["found"] is False
-    assert answer["calibration"]["words"] == ["neverwritten", "nor this"]
-    assert answer["calibration"]["prompts"] == 2
-    assert answer["digest"] == Store(directory).load("bay").digest
-
-
-def test_the_command_recommends_what_it_found_and_draws_it(shelf):
-    pytest.importorskip("matplotlib")
-    directory, run = shelf
-    alphabet = ",".join("abcdefghijklmnopqrstuvwxyz")
-    result = run(
-        "--words",
-        alphabet,
-        "--layers",
-        "1",
-        "--max-perplexity-ratio",
-        "1e9",
-        "--min-distinct-ratio",
-        "0",
-        "--plot",
-        f"{directory}/c.png",
-    )
-    found = Store(directory).load("bay").header
-    assert (directory / "c.png").read_bytes().startswith(b"\x89PNG")
-    assert f"strength {found.recommended.strength:g}, {found.recommended.rule}" in result.stdout
-
-
-def _point(hit_rate, strength=0.3):
-    return CalibrationPoint(layer=2, rule="cumulative", blend=0.5, strength=strength, texts=2, kl_p95=0.9,
-                            hit_rate=hit_rate, perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "words", "more", "kept"),
-    [
-        (0.9, 0.5, "bay", (), True),
-        (0.9, None, "bay", (), True),
-        (0.9, None, "other", (), True),
-        (0.9, 0.5, "bay", ("--replace",), False),
-        (0.5, 0.5, "bay", (), False),
-        (0.5, 0.9, "bay", (), False),
-        (0.9, 0.5, "other", (), False),
-        (0.9, 0.5, "bay", ("--kl-budget", "2"), False),
-        (None, 0.5, "bay", (), False),
-    ],
-)
-def test_a_better_recommendation_is_replaced_only_on_request(shelf, monkeypatch, before, now, words, more, kept):
-    directory, run = shelf
-    found = before
-
-    def search_settings(_operators, _loaded, spec, **_):
-        points = (_point(found or 0.0, 0.3 if found == before else 0.4),)
-        return Calibration(words=spec.words, kl_budget=spec.kl_budget, max_perplexity_ratio=2.0,
-                           min_distinct_ratio=0.75, prompts=len(spec.prompts), tokens=spec.tokens, plain_hit_rate=0.0,
-                           plain_perplexity=5.0, plain_distinct_2=0.9, points=points,
-                           chosen=None if found is None else 0)  # fmt: skip
-
-    monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
-    assert run("--words", "bay", "--layers", "2").exit_code == 0
-    first = Store(directory).load("bay")
-    found = now
-    result = run("--words", words, "--layers", "2", *more, "--json")
-    answer = json.loads(result.stdout)
-    assert answer["kept"] is kept
-    assert (Store(directory).load("bay").digest == first.digest) is kept or before == now
-    assert (answer["previous"] or {}).get("hit_rate") == before
-    assert (answer["new"] or {}).get("hit_rate") == now
-    if before is not None and not kept:
-        assert "replaced: layer 2" in run("--words", words, "--layers", "2", *more).stdout
-
-
-def test_a_person_sees_both_settings_where_the_better_one_is_kept(shelf, monkeypatch):
-    _, run = shelf
-    rates = iter((0.9, 0.5))
-
-    def search_settings(_operators, _loaded, spec, **_):
-        return Calibration(words=spec.words, kl_budget=1.0, max_perplexity_ratio=2.0, min_distinct_ratio=0.75,
-                           prompts=2, tokens=3, plain_hit_rate=0.0, plain_perplexity=5.0, plain_distinct_2=0.9,
-                           points=(_point(next(rates)),), chosen=0)  # fmt: skip
-
-    monkeypatch.setattr("operators.tune.calibrate.search_settings", search_settings)
-    run("--words", "bay", "--layers", "2")
-    lines = run("--words", "bay", "--layers", "2").stdout.splitlines()
-    assert "50% hits" in lines[0]
-    assert "not stored" in lines[0]
-    assert lines[-1].startswith("kept, because it is better: layer 2")
-    assert "90% hits" in lines[-1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "operator 'bay' has no words that show its concept; give some: --words"),
-        (("--words", "a,,b"), "word '' is blank"),
-        (("--words", "a", "--layers", "1,x"), "layers are '1,x'; whole numbers"),
-        (("--words", "a", "--kl-budget", "0"), "KL budget is 0"),
-        (("--words", "a", "--prompts", "nowhere"), "prompts nowhere: cannot be read"),
-        (("--words", "a", "--plot", "c.txt"), "its ending is '.txt'; accepted"),
-        (("--words", "a", "--plot", "nowhere/c.png"), "there is no directory"),
-    ],
-)
-def test_bad_input_is_named_before_the_model_is_loaded(shelf, monkeypatch, arguments, message):
-    monkeypatch.setattr(models, "load_model", lambda *_args, **_kwargs: pytest.fail("the model was loaded"))
-    result = shelf[1](*arguments)
-    assert result.exit_code == 1
-    assert message in result.stderr
-
-
 @pytest.mark.model
 def test_a_calibrated_operator_speaks_of_its_concept(smollm):
     loaded = smollm()
     concept = concept_from_text("San Francisco is famous for the Golden Gate Bridge", loaded)
     operator = build_operator(BuildSpec((concept,), layer=21, rank=32), loaded)
-    prompts = calibration_prompts()[:4]
     spec = CalibrationSpec(
-        ("golden gate", "bridge", "san francisco"), prompts, rules=("cumulative",), blends=(0.5,), tokens=16
+        ("golden gate", "bridge", "san francisco"),
+        calibration_prompts()[:4],
+        held_out=neutral_prompts()[:4],
+        layers=(21,),
+        forms=(Form(blend=0.5),),
+        tokens=16,
     )
-    found = search_settings({21: operator}, loaded, spec)
+    found = calibrate(operator, loaded, spec).header.calibration
     best = found.points[found.chosen]
-    assert best.hit_rate >= 0.5 > found.plain_hit_rate
+    assert best.useful_rate >= 0.5 > found.plain_hit_rate
     assert best.kl_p95 <= 1.0
     assert best.perplexity_ratio <= 2.0

@@ -16,7 +16,10 @@ def test_only_strengths_are_tried(tiny, make_rank_0):
     spec = CalibrationSpec(("e",), PROMPTS, kl_budget=2.0, max_perplexity_ratio=1e9, min_distinct_ratio=0, tokens=4)
     found = calibrate(vector, loaded, spec)
     points = found.header.calibration.points
-    assert {(point.layer, point.rule, point.blend) for point in points} == {(2, "cumulative", 1.0)}
+    assert {(point.layer, point.rule, point.blend, point.anchor) for point in points} == {
+        (2, "cumulative", 1.0, "concept")
+    }
+    assert {str(point.positions) for point in points} == {"all", "first", "1.."}
     assert len({point.strength for point in points}) > 1
     assert torch.equal(found.anchor, vector.anchor)
     assert found.header.recommended.blend == 1.0

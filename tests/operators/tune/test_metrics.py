@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from operators.core.errors import TrialError
+from operators.core.statistics import bootstrap_interval, percentile
 from operators.tune.continuations import Continuation
-from operators.tune.metrics import WordList, compute_metrics, percentile
+from operators.tune.metrics import WordList, compute_metrics, repeats
 from operators.tune.prompts import calibration_prompts, neutral_prompts, read_prompts
 from operators.tune.strength_search import CLOSE, MAX_STRENGTH, MIN_STRENGTH, next_strength
 
@@ -150,3 +151,19 @@ def test_a_file_without_prompts_is_refused(tmp_path, content, message):
         file.write_bytes(content)
     with pytest.raises(TrialError, match=message):
         read_prompts(file)
+
+
+@pytest.mark.parametrize(
+    ("ids", "repeated"),
+    [((), False), ((1, 2, 3, 4, 1, 2, 3), False), ((1, 2, 3, 4, 1, 2, 3, 4), True), ((7,) * 5, True)],
+)
+def test_a_text_loops_where_four_tokens_come_twice(ids, repeated):
+    assert repeats(ids) is repeated
+
+
+def test_an_interval_holds_the_mean_and_shrinks_with_more_texts():
+    few, many = [0.0, 1.0] * 5, [0.0, 1.0] * 50
+    (low, high), (narrow_low, narrow_high) = bootstrap_interval(few), bootstrap_interval(many)
+    assert low < narrow_low < 0.5 < narrow_high < high
+    assert bootstrap_interval(few) == (low, high)
+    assert bootstrap_interval([1.0] * 4) == (1.0, 1.0)

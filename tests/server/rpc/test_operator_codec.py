@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from datetime import UTC
 
 import pytest
+from steer_client import SamplingParams
 from steer_client import _decode as decode
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
@@ -86,6 +87,8 @@ def test_a_calibrated_mixture_of_low_rank_arrives_whole(full):
         "max_perplexity_ratio": 2.0,
         "prompts": 20,
         "tokens": 28,
+        "sampling": asdict(SamplingParams(temperature=0.5, top_p=0.75, repetition_penalty=1.2, seed=3)),
+        "held_out": header.calibration.held_out.model_dump(exclude={"prompts_digest"}),
     }
 
 

@@ -43,6 +43,10 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
         yield "neutral", f"mean of {format_count(info.neutral.texts, 'text')}, {info.neutral.digest}"
     if info.calibration is not None:
         yield "calibration", _calibration(info.calibration)
+        if info.calibration.held_out is not None:
+            yield "held out", _held_out(info.calibration.held_out)
+        if info.calibration.sampling is not None:
+            yield "sampling", f"as calibrated: {_sampling(info.calibration.sampling)}"
     for point in info.curve:
         yield "dose", _dose(point)
     if info.rank:
@@ -110,3 +114,18 @@ def _calibration(calibration: steer_client.Calibration) -> str:
         f"perplexity × {format_number(point.perplexity_ratio)} of {format_number(calibration.max_perplexity_ratio)}, "
         f"distinct-2 {format_number(point.distinct_2)} ({size})"
     )
+
+
+def _held_out(held_out: steer_client.HeldOut) -> str:
+    low, high = format_number(held_out.useful_low), format_number(held_out.useful_high)
+    return (
+        f"useful {format_number(held_out.useful_rate)} [{low}, {high}] (plain "
+        f"{format_number(held_out.plain_useful_rate)}) on {format_count(held_out.prompts, 'prompt')}, KL p95 "
+        f"{format_number(held_out.kl_p95)}, mean {format_number(held_out.kl_mean)}"
+    )
+
+
+def _sampling(sampling: steer_client.SamplingParams) -> str:
+    names = ("temperature", "top_p", "repetition_penalty", "seed")
+    given = {name: value for name in names if (value := getattr(sampling, name)) is not None}
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())

@@ -169,6 +169,10 @@ class SteeringOptions:
         uses = (*operators, *words)
         if self.kl is not None and all(use.kl is None for use in uses):
             raise typer.BadParameter("there is no word or operator without a λ of its own", param_hint="'--kl'")
+        if rule is not None and not operators:
+            raise typer.BadParameter("there is no operator: a word has no rule", param_hint="'--rule'")
+        if self.lens != LENS and not words:
+            raise typer.BadParameter("there is no word for it", param_hint="'--lens'")
         return uses
 
     def _read(
