@@ -14,7 +14,13 @@ from operators.evaluate.summary import Figures, Summary
 def headline(summary: Summary, concepts: Sequence[str]) -> Iterator[str]:
     """Lines of Markdown: per regime and length, useful texts at p95 KL 1, or at the regime's first dose."""
     run = summary.run
-    columns = [(regime, tokens) for regime in run["protocol"]["regimes"] for tokens in run["protocol"]["lengths"]]
+    columns = [
+        (regime, tokens)
+        for regime in run["protocol"]["regimes"]
+        # A run that was stopped has not come to all of them.
+        if summary.cells(regime["name"])
+        for tokens in run["protocol"]["lengths"]
+    ]
     first = columns[0]
     order = sorted(run["forms"], key=lambda form: -_useful(_figures(summary, form, *first, concepts)))
     titles = [f"{regime['name']} {tokens}, {_dose(regime)}" for regime, tokens in columns]
@@ -37,8 +43,9 @@ def interval(value: Estimate, sign: str = "") -> str:
 
 
 def mark(figures: Figures) -> str:
-    """A dagger where the dose was not reached for every concept."""
-    return "" if figures.reached == figures.concepts else "†"
+    """A dagger where the dose was not reached for every concept, and their number where some have no texts."""
+    few = "" if figures.concepts == figures.asked else f" ({figures.concepts} of {figures.asked} concepts)"
+    return few if figures.reached == figures.concepts else f"†{few}"
 
 
 def _mean(value: Estimate, figures: Figures) -> str:

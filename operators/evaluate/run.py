@@ -83,8 +83,8 @@ class Evaluation:
         """Tries strengths of all arms until each is close to every budget; those of a round are written together."""
         searches = [(arm, regime) for regime in regimes for arm in self._arms_of(regime)]
         texts, tokens = len(self._protocol.development), self._protocol.lengths[0]
-        most = sum(len(GRID) + ROUNDS * len(regime.budgets) for _, regime in searches) * texts
-        done = 0
+        bounds = [len(self._first(arm, regime)) + ROUNDS * len(regime.budgets) for arm, regime in searches]
+        most, done = sum(bounds) * texts, 0
 
         def add(cell: Cell, written: Written) -> None:
             values = text_values(written, slice(None), tokens)
@@ -95,15 +95,21 @@ class Evaluation:
         def count(written: int) -> None:
             self._progress(what, min(done + written, most), most)
 
-        while cells := [
-            Cell(arm, regime, strength)
-            for arm, regime in searches
-            for strength in next_strengths(self._tried(arm, regime), regime.budgets, self._first(arm, regime))
-        ]:
+        while True:
+            cells: list[Cell] = []
+            left = 0
+            for (arm, regime), bound in zip(searches, bounds, strict=True):
+                tried = self._tried(arm, regime)
+                found = next_strengths(tried, regime.budgets, self._first(arm, regime))
+                cells += [Cell(arm, regime, strength) for strength in found]
+                left += max(bound - len(tried), len(found)) if found else 0
+            # The total stays, for the time left; searches that end early bring it nearer.
+            done = max(done, most - left * texts)
+            if most:
+                self._progress(what, done, most)
+            if not cells:
+                break
             self._writer.write(cells, "development", tokens, add=add, on_batch=count)
-            done += len(cells) * texts
-        if most:
-            self._progress(what, most, most)
 
     def _report(self, regimes: Sequence[Regime], what: str) -> None:
         """Writes the texts of held-out prompts, at the strengths that were found."""

@@ -21,15 +21,17 @@ from operators.evaluate.measures import flags, is_useful
 class Figures:
     """Of the texts of one form at one dose, over concepts and prompts (and, of a band, over its directions).
 
-    ``useful`` are hits worth reading; away from a concept, texts that avoid its words and are. ``difference``: useful
-    minus that of the contrast anchor, prompt by prompt. ``kl_p95`` and ``kl_mean`` are means over the concepts of what
-    was measured. ``band``: least and most hits of a direction. ``reached``: how many concepts are near the dose.
+    ``concepts`` of the ``asked`` ones have rows. ``useful`` are hits worth reading; away from a concept, texts that
+    avoid its words and are. ``difference``: useful minus that of the contrast anchor, prompt by prompt. ``kl_p95`` and
+    ``kl_mean`` are means over the concepts of what was measured. ``band``: least and most hits of a direction.
+    ``reached``: how many concepts are near the dose.
     """
 
     form: str
     regime: str
     budget: str | None
     tokens: int
+    asked: int
     concepts: int
     prompts: int
     hits: Estimate
@@ -108,7 +110,7 @@ class Summary:
         strengths = [row["of"]["strength"] for row in rows]
         bands = np.stack([one["by_direction"] for one in per_concept]).mean(0)
         return Figures(
-            form, regime, budget, tokens, len(there), hits.shape[1],
+            form, regime, budget, tokens, len(concepts), len(there), hits.shape[1],
             estimate(hits), estimate(useful), difference,
             float(named.sum() / hits.sum()) if hits.sum() else None,
             math.exp(float(np.mean([one["surprise"] for one in per_concept]))),

@@ -22,15 +22,17 @@ on the development prompts for every concept. Strengths are found on development
 def report_markdown(summary: Summary) -> str:
     """What was run; then, by concepts, regime and length, a table of all doses and one of each; then texts."""
     run = summary.run
+    # A run that was stopped has not come to all of them.
+    regimes = [regime for regime in run["protocol"]["regimes"] if summary.cells(regime["name"])]
     lines = [f"# Evaluation of {run['model']}, block {run['layer']}", "", *_about(run), "", _NOTES, ""]
     for title, concepts in concept_sets(run).items():
         lines += [f"## {title}: useful texts in short", "", *headline(summary, concepts), ""]
     for title, concepts in concept_sets(run).items():
-        for regime in run["protocol"]["regimes"]:
+        for regime in regimes:
             for tokens in run["protocol"]["lengths"]:
                 lines += [f"## {title}: {regime['name']}, {tokens} tokens", ""]
                 lines += _overview(summary, regime, tokens, concepts)
-    for regime in run["protocol"]["regimes"]:
+    for regime in regimes:
         lines += [f"## Texts: {regime['name']}", "", *_examples(summary, regime)]
     return "\n".join(lines) + "\n"
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from operators.__main__ import app
@@ -105,6 +107,38 @@ def test_what_cannot_be_run_is_refused_by_name(run_eval, tmp_path, files, argume
     refused = run_eval("--quick", *arguments)
     assert refused.exit_code == 1
     assert message in refused.output
+
+
+def test_ctrl_c_keeps_what_was_done(run_eval, tmp_path, monkeypatch):
+    from operators.evaluate import cells
+
+    write, calls = cells.write_texts, []
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(cells, "write_texts", interrupted)
+    arguments = ["--quick", "--forms", CONTRAST, "--rows", "6", "--out", "stopped", "--json"]
+    assert run_eval(*arguments).exit_code == 130
+    kept = (tmp_path / "stopped" / "rows.jsonl").read_text()
+    # Six texts: three strengths on two prompts.
+    assert kept.count("\n") == 3
+    assert run_eval(*arguments).exit_code == 0
+    assert (tmp_path / "stopped" / "rows.jsonl").read_text().startswith(kept)
+
+
+def test_a_vector_of_another_width_is_refused_and_one_that_fits_is_an_arm(run_eval, tmp_path, tiny):
+    for width, code in ((7, 1), (tiny("llama").hidden_size, 0)):
+        save_file({"v": torch.ones(width)}, tmp_path / "v.safetensors")
+        answer = run_eval("--quick", "--forms", "imported", "--vector", "bride=v.safetensors", "--json")
+        assert answer.exit_code == code
+        assert ("another model" in answer.output) == (code == 1)
+    figures = json.loads((tmp_path / "eval" / "figures.json").read_text())["figures"]
+    both = next(one for one in figures if one["form"] == "imported" and one["concepts_of"] == "All 2 concepts")
+    assert (both["concepts"], both["asked"]) == (1, 2)
 
 
 def test_a_prompt_with_nothing_behind_its_first_token_is_refused(run_eval, tmp_path):

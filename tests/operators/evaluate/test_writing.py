@@ -130,7 +130,8 @@ def _penalised(logits, ids):
 @torch.no_grad()
 def test_batched_texts_are_those_of_a_loop_over_whole_texts(make_model, family):
     loaded = make_model(family)
-    prompts = [tuple(loaded.tokenizer(text)["input_ids"]) for text in PROMPTS]
+    texts = PROMPTS if family == "llama" else PROMPTS[:2]
+    prompts = [tuple(loaded.tokenizer(text)["input_ids"]) for text in texts]
     jobs = [
         TextJob(prompt, number, push, strength)
         for push, strength in zip([None, *_pushes(loaded)], [0.0, 0.9, 0.9, -0.7, 0.8, 0.9, 0.7, 0.8, 1.2], strict=True)
