@@ -23,6 +23,8 @@ _KEEPS_SCALING = "gpt-oss"
 _FLOAT32 = 4
 """Bytes of a number."""
 
+_LONG_WORD, _WORDS_TRIED = 6, 64
+
 
 def convert_gguf(gguf: Path, scratch: Path) -> Path:
     """Writes weights (float32) and tokenizer of a GGUF file into a directory inside ``scratch``, and returns it.
@@ -57,6 +59,7 @@ def convert_gguf(gguf: Path, scratch: Path) -> Path:
         _save(model, converted)
         _LOG.info("converting its tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=adds_bos(settings))
+        check_tokenizer(gguf.name, tokenizer)
         _save(tokenizer, converted)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, struct.error) as error:
         raise ModelError(
@@ -111,6 +114,25 @@ def _check_complete(gguf: Path, settings: dict[str, Any]) -> None:
         raise ModelError(
             f"{gguf.name} scales its rotary positions ({', '.join(lost)}), which transformers does not read from "
             "GGUF: it would be another model. Its safetensors checkpoint is accepted"
+        )
+
+
+def check_tokenizer(name: str, tokenizer: Any) -> None:
+    """Refuses a tokenizer that does not find the long words of its own vocabulary, but spells them.
+
+    transformers 5.17 loses the merges of Gemma's: every number of the model is right then, and every text wrong.
+    """
+    from transformers import __version__ as version
+
+    tokens = (token.lstrip("▁Ġ") for token in sorted(tokenizer.get_vocab()))
+    words = [token for token in tokens if len(token) >= _LONG_WORD and token.isascii() and token.isalpha()]
+    words = words[:: max(1, len(words) // _WORDS_TRIED)]
+    # Two: some tokenizers make a token of the space before a word.
+    found = sum(len(tokenizer(" " + word, add_special_tokens=False)["input_ids"]) <= 2 for word in words)
+    if 2 * found < len(words):
+        raise ModelError(
+            f"{name}: the tokenizer that transformers {version} makes of it finds {found} of {len(words)} words of its "
+            "own vocabulary and spells the others; 5.19 is known to read Gemma's"
         )
 
 

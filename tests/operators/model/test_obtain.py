@@ -4,14 +4,15 @@ import logging
 import os
 import re
 import resource
+import string
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from operators.core.capacity import format_bytes
 from operators.core.errors import ModelError
@@ -164,6 +165,25 @@ def test_the_tokenizer_begins_texts_with_bos_where_the_file_says_so(says, adds, 
     # Also for who reads the file without transformers.
     saved = Tokenizer.from_file(str(obtain(str(tmp_path / "a.gguf")) / "tokenizer.json"))
     assert saved.encode("Golden Gate").ids == expected
+
+
+def test_a_tokenizer_that_spells_the_words_of_its_vocabulary_is_refused():
+    words = ["mountain", "weather", "kitchen", "journey"]
+    vocabulary = {token: place for place, token in enumerate(["<unk>", "Ġ", *string.ascii_lowercase])}
+    merges = []
+    for word in words:
+        for end in range(2, len(word) + 1):
+            merges.append((word[: end - 1], word[end - 1]))
+            vocabulary.setdefault(word[:end], len(vocabulary))
+
+    def tokenizer(merges):
+        model = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return PreTrainedTokenizerFast(tokenizer_object=model)
+
+    gguf_conversion.check_tokenizer("whole.gguf", tokenizer(merges))
+    with pytest.raises(ModelError, match=r"spelled.gguf: the tokenizer that transformers .* finds 0 of \d+ words"):
+        gguf_conversion.check_tokenizer("spelled.gguf", tokenizer([]))
 
 
 def test_a_sentencepiece_tokenizer_adds_bos_unless_the_file_says_otherwise():
