@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from operators.core.neutral_texts import neutral_texts
 from operators.core.progress import Progress, silent
 from operators.evaluate.arms import Arm, per_concept, plain_arms, steering_arms
 from operators.evaluate.cells import Cell, CellWriter
@@ -14,6 +15,7 @@ from operators.evaluate.journal import Journal, Row
 from operators.evaluate.material import Material
 from operators.evaluate.measures import WordMatcher, decoded, text_values
 from operators.evaluate.protocol import VERSION, Protocol, Regime, concept_digest, digest
+from operators.evaluate.sampling import SAMPLINGS
 from operators.evaluate.strengths import GRID, ROUNDS, Trial, closest, next_strengths
 from operators.evaluate.writing import Written
 
@@ -30,7 +32,8 @@ def run_digest(material: Material, protocol: Protocol) -> str:
     # More of them may be added to a run: its rows stay.
     described.pop("regimes")
     fingerprints = [loaded.fingerprint, loaded.tokenizer_fingerprint]
-    return digest([VERSION, *fingerprints, str(loaded.dtype), loaded.device.type, material.layer, described])
+    settings = [*map(str, SAMPLINGS), list(neutral_texts())]
+    return digest([VERSION, *fingerprints, str(loaded.dtype), loaded.device.type, material.layer, settings, described])
 
 
 class Evaluation:

@@ -34,6 +34,7 @@ class Sampling:
 GREEDY = Sampling("greedy")
 PENALISED = Sampling("penalised", penalty=1.2)
 SAMPLED = Sampling("sampled", temperature=0.8, top_p=0.95)
+SAMPLINGS = (GREEDY, PENALISED, SAMPLED)
 
 
 def uniforms(prompts: int, steps: int, seed: int) -> torch.Tensor:
