@@ -40,7 +40,14 @@ def calibrate(
     max_memory: int | None = None,
     progress: Progress = silent,
 ) -> OperatorArtifact:
-    """The operator at the setting that works best: :func:`calibrate_with_examples` without what only people read."""
+    """The operator at the setting that works best: :func:`calibrate_with_examples` without what only people read.
+
+    Raises:
+        IncompatibleOperatorError: the model is not the one that the operator was built on.
+        BuildError: the artifact is a lens, a layer does not exist, or there is too little memory.
+        TrialError: a prompt has no tokens or too many.
+        SteeringError: a candidate has no direction at some token.
+    """
     return calibrate_with_examples(artifact, loaded, spec, max_memory=max_memory, progress=progress).artifact
 
 
@@ -67,7 +74,8 @@ def calibrate_with_examples(
 
     Raises:
         IncompatibleOperatorError: the model is not the one that the operator was built on.
-        BuildError: a layer does not exist, or the candidates or their texts take more memory than there is.
+        BuildError: the artifact is a lens, a layer does not exist, or the candidates or their texts take more memory
+            than there is.
         TrialError: a prompt has no tokens or too many.
         SteeringError: a candidate has no direction at some token.
     """
