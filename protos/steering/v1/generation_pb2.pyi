@@ -481,11 +481,10 @@ class OperatorUse(_message.Message):
     """CONTRAST of a vector, or of an operator without a neutral mean, is INVALID_ARGUMENT."""
     first_token: Global___FirstToken.ValueType
     kl: _builtins.float
-    """A dose in nats in place of `strength`, which is then read off the operator's dose curve: the strength at which the
-    95th percentile over the tokens of KL(plain || steered) was that when the operator was measured, under the sampling
-    that it was calibrated with (`Calibration.sampling`), whatever this request's is. Above 0, and within the curve; an
-    operator without one is INVALID_ARGUMENT. Default of a lens that recommends one, where `strength` is not given
-    either: 0.5 unless its maker chose another.
+    """A dose in nats in place of `strength`: the strength at which the 95th percentile over the tokens of
+    KL(plain || steered) was that when the operator was measured, under `Calibration.sampling`, whatever this request's
+    sampling is. Above 0, and within the operator's dose curve; without one it is INVALID_ARGUMENT. Default of a lens
+    that recommends one, where `strength` is not given either: 0.5 unless its maker chose another.
     """
     @_builtins.property
     def positions(self) -> Global___Positions:
