@@ -30,7 +30,7 @@ from pathlib import Path
 
 from steer_client import ArmResult, Generation, SamplingParams, SteerClient, Word
 
-from steer_server.compare import percentile
+from operators.core.statistics import percentile
 
 BIN = Path(sys.executable).parent
 WORDS = (
