@@ -24,6 +24,7 @@ from steering.convert import enum_numbers, reader, writer
 from steering.convert.fields import is_sequence, without_none
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2
 
 from steer_server import types
 from steer_server.registry import StoreChanges
@@ -31,6 +32,7 @@ from steer_server.rpc import codec
 from steer_server.rpc.operator_codec import store_changes
 from steer_server.types.limits import Bounded, NotEmpty, Range
 
+FILES = (pb.DESCRIPTOR, steering_pb2.DESCRIPTOR, ops.DESCRIPTOR)
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = results.Generation("", "", (), results.FinishReason.EOS, None, None, None, (), (), 0)
 LIMITS = ("server_version", "max_queue", "max_arms", "max_dose")
@@ -145,8 +147,8 @@ def test_every_value_of_an_enum_has_its_name(side):
             if field.enum_type is not None:
                 kind = one_of(field, hint)
                 found[field.enum_type.name] = {value.lower() for value in get_args(kind) or kind}
-    nested = [enum for message in pb.DESCRIPTOR.message_types_by_name.values() for enum in message.enum_types]
-    enums = [*pb.DESCRIPTOR.enum_types_by_name.values(), *nested]
+    nested = [enum for file in FILES for message in file.message_types_by_name.values() for enum in message.enum_types]
+    enums = [enum for file in FILES for enum in file.enum_types_by_name.values()] + nested
     assert found == {enum.name: set(enum_numbers(enum)) for enum in enums}
 
 
@@ -165,7 +167,7 @@ def test_the_servers_defaults_are_those_that_the_contract_documents():
 
 
 def test_every_message_of_the_contract_is_accounted_for():
-    contract = {name for file in (pb, ops) for name in file.DESCRIPTOR.message_types_by_name}
+    contract = {name for file in FILES for name in file.message_types_by_name}
     walked = {message for top, cls in SIDES["client"].items() for message, _, _ in walk(top.DESCRIPTOR, cls)}
     assert contract == walked | NO_DATACLASS
     assert not walked & NO_DATACLASS

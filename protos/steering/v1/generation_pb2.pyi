@@ -25,6 +25,24 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from steering.v1 import steering_pb2 as _steering_pb2
+from steering.v1.steering_pb2 import ANCHOR_CONCEPT as ANCHOR_CONCEPT
+from steering.v1.steering_pb2 import ANCHOR_CONTRAST as ANCHOR_CONTRAST
+from steering.v1.steering_pb2 import ANCHOR_UNSPECIFIED as ANCHOR_UNSPECIFIED
+from steering.v1.steering_pb2 import Anchor as Anchor
+from steering.v1.steering_pb2 import FIRST_TOKEN_ANCHOR as FIRST_TOKEN_ANCHOR
+from steering.v1.steering_pb2 import FIRST_TOKEN_OPERATOR as FIRST_TOKEN_OPERATOR
+from steering.v1.steering_pb2 import FIRST_TOKEN_UNSPECIFIED as FIRST_TOKEN_UNSPECIFIED
+from steering.v1.steering_pb2 import FirstToken as FirstToken
+from steering.v1.steering_pb2 import OperatorUse as OperatorUse
+from steering.v1.steering_pb2 import Positions as Positions
+from steering.v1.steering_pb2 import RULE_CUMULATIVE as RULE_CUMULATIVE
+from steering.v1.steering_pb2 import RULE_SUBSTITUTE as RULE_SUBSTITUTE
+from steering.v1.steering_pb2 import RULE_UNSPECIFIED as RULE_UNSPECIFIED
+from steering.v1.steering_pb2 import Receipt as Receipt
+from steering.v1.steering_pb2 import Rule as Rule
+from steering.v1.steering_pb2 import SteeredWord as SteeredWord
+from steering.v1.steering_pb2 import WeightedWord as WeightedWord
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -35,28 +53,6 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class _Rule:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _RuleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rule.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    RULE_UNSPECIFIED: _Rule.ValueType  # 0
-    RULE_CUMULATIVE: _Rule.ValueType  # 1
-    """a_k = c + sum over j <= k of J_{j mod n} x_j (as published)."""
-    RULE_SUBSTITUTE: _Rule.ValueType  # 2
-    """a_k = b + J_{n-1} x_k with b = y - J_{n-1} x_{n-1}."""
-
-class Rule(_Rule, metaclass=_RuleEnumTypeWrapper):
-    """How the running direction a_k is made from an operator's blocks."""
-
-RULE_UNSPECIFIED: Rule.ValueType  # 0
-RULE_CUMULATIVE: Rule.ValueType  # 1
-"""a_k = c + sum over j <= k of J_{j mod n} x_j (as published)."""
-RULE_SUBSTITUTE: Rule.ValueType  # 2
-"""a_k = b + J_{n-1} x_k with b = y - J_{n-1} x_{n-1}."""
-Global___Rule: _TypeAlias = Rule  # noqa: Y015
 
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -96,50 +92,6 @@ FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 6
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 7
 """The server stopped the request (for example while shutting down)."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
-
-class _Anchor:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _AnchorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Anchor.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    ANCHOR_UNSPECIFIED: _Anchor.ValueType  # 0
-    ANCHOR_CONTRAST: _Anchor.ValueType  # 1
-    """The concept's hidden state less the mean of those of neutral texts."""
-    ANCHOR_CONCEPT: _Anchor.ValueType  # 2
-    """The concept's hidden state itself."""
-
-class Anchor(_Anchor, metaclass=_AnchorEnumTypeWrapper):
-    """What the hidden state of an operator's concept is taken for, where `blend` mixes it in."""
-
-ANCHOR_UNSPECIFIED: Anchor.ValueType  # 0
-ANCHOR_CONTRAST: Anchor.ValueType  # 1
-"""The concept's hidden state less the mean of those of neutral texts."""
-ANCHOR_CONCEPT: Anchor.ValueType  # 2
-"""The concept's hidden state itself."""
-Global___Anchor: _TypeAlias = Anchor  # noqa: Y015
-
-class _FirstToken:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _FirstTokenEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FirstToken.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    FIRST_TOKEN_UNSPECIFIED: _FirstToken.ValueType  # 0
-    FIRST_TOKEN_OPERATOR: _FirstToken.ValueType  # 1
-    """The blend of direction and anchor, as at every other token."""
-    FIRST_TOKEN_ANCHOR: _FirstToken.ValueType  # 2
-    """The anchor alone, whatever the blend."""
-
-class FirstToken(_FirstToken, metaclass=_FirstTokenEnumTypeWrapper):
-    """What an operator adds to the first token of a text. There its own direction is of the prompt and not of the concept."""
-
-FIRST_TOKEN_UNSPECIFIED: FirstToken.ValueType  # 0
-FIRST_TOKEN_OPERATOR: FirstToken.ValueType  # 1
-"""The blend of direction and anchor, as at every other token."""
-FIRST_TOKEN_ANCHOR: FirstToken.ValueType  # 2
-"""The anchor alone, whatever the blend."""
-Global___FirstToken: _TypeAlias = FirstToken  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -339,198 +291,6 @@ class SamplingParams(_message.Message):
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
-class Positions(_message.Message):
-    """Which positions of a text an operator pushes. Positions count the tokens of prompt and continuation together, from 0.
-    What is added there does not depend on it: a direction is that of the whole text up to its position.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    class _Part:
-        ValueType = _typing.NewType("ValueType", _builtins.int)
-        V: _TypeAlias = ValueType  # noqa: Y015
-
-    class _PartEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Positions._Part.ValueType], _builtins.type):
-        DESCRIPTOR: _descriptor.EnumDescriptor
-        PART_UNSPECIFIED: Positions._Part.ValueType  # 0
-        PART_ALL: Positions._Part.ValueType  # 1
-        """Prompt and continuation; also what is meant when nothing is set."""
-        PART_PROMPT: Positions._Part.ValueType  # 2
-        PART_GENERATED: Positions._Part.ValueType  # 3
-
-    class Part(_Part, metaclass=_PartEnumTypeWrapper): ...
-    PART_UNSPECIFIED: Positions.Part.ValueType  # 0
-    PART_ALL: Positions.Part.ValueType  # 1
-    """Prompt and continuation; also what is meant when nothing is set."""
-    PART_PROMPT: Positions.Part.ValueType  # 2
-    PART_GENERATED: Positions.Part.ValueType  # 3
-
-    PART_FIELD_NUMBER: _builtins.int
-    START_FIELD_NUMBER: _builtins.int
-    END_FIELD_NUMBER: _builtins.int
-    part: Global___Positions.Part.ValueType
-    start: _builtins.int
-    """First position that is pushed, counted from the part's beginning. Default 0."""
-    end: _builtins.int
-    """First position that is not pushed any more, counted likewise; above `start`. Unset: up to the part's end."""
-    def __init__(
-        self,
-        *,
-        part: Global___Positions.Part.ValueType = ...,
-        start: _builtins.int | None = ...,
-        end: _builtins.int | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "start", b"start"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_end", b"_end", "_start", b"_start", "end", b"end", "part", b"part", "start", b"start"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__end: _TypeAlias = _typing.Literal["end"]  # noqa: Y015
-    _WhichOneofArgType__end: _TypeAlias = _typing.Literal["_end", b"_end"]  # noqa: Y015
-    _WhichOneofReturnType__start: _TypeAlias = _typing.Literal["start"]  # noqa: Y015
-    _WhichOneofArgType__start: _TypeAlias = _typing.Literal["_start", b"_start"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__end) -> _WhichOneofReturnType__end | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__start) -> _WhichOneofReturnType__start | None: ...
-
-Global___Positions: _TypeAlias = Positions  # noqa: Y015
-
-@_typing.final
-class WeightedWord(_message.Message):
-    """One of the words that a lens is asked for."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    WEIGHT_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """As it would stand in a text; of several tokens, their mean. At most 64 characters. The receipt has it in Unicode's
-    composed form (NFC), without white space around it.
-    """
-    weight: _builtins.float
-    """Of the word's unit direction in the sum of all; negative pushes away from it, 0 is not accepted. Default 1."""
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        weight: _builtins.float | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "text", b"text", "weight", b"weight"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
-    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
-
-Global___WeightedWord: _TypeAlias = WeightedWord  # noqa: Y015
-
-@_typing.final
-class SteeredWord(_message.Message):
-    """A word as a lens read it."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    WEIGHT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    weight: _builtins.float
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Whose unembedding rows its direction was made of."""
-
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        weight: _builtins.float = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text", "token_ids", b"token_ids", "weight", b"weight"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SteeredWord: _TypeAlias = SteeredWord  # noqa: Y015
-
-@_typing.final
-class OperatorUse(_message.Message):
-    """One operator applied to one request. Unset values take the operator's recommended ones."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    STRENGTH_FIELD_NUMBER: _builtins.int
-    RULE_FIELD_NUMBER: _builtins.int
-    BLEND_FIELD_NUMBER: _builtins.int
-    POSITIONS_FIELD_NUMBER: _builtins.int
-    ANCHOR_FIELD_NUMBER: _builtins.int
-    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
-    WORDS_FIELD_NUMBER: _builtins.int
-    KL_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """May be empty where `words` are given: then the lens of the name "lens"."""
-    strength: _builtins.float
-    """Lambda: the push is (lambda/2) times the norm of the hidden state. 0 leaves every bit alone; negative pushes away."""
-    rule: Global___Rule.ValueType
-    blend: _builtins.float
-    """Beta in [0, 1]: 0 is the operator's direction, 1 its anchor."""
-    anchor: Global___Anchor.ValueType
-    """CONTRAST of a vector, or of an operator without a neutral mean, is INVALID_ARGUMENT."""
-    first_token: Global___FirstToken.ValueType
-    kl: _builtins.float
-    """A dose in nats in place of `strength`: the strength at which the 95th percentile over the tokens of
-    KL(plain || steered) was that when the operator was measured, under `Calibration.sampling`, whatever this request's
-    sampling is. Above 0, and within the operator's dose curve; without one it is INVALID_ARGUMENT. Default of a lens
-    that recommends one, where `strength` is not given either: 0.5 unless its maker chose another.
-    """
-    @_builtins.property
-    def positions(self) -> Global___Positions:
-        """Where it pushes. Positions that the text cannot have (behind the prompt's end, or behind the last token that
-        `max_tokens` allows) are INVALID_ARGUMENT; a text that ends before the first of them fails the call.
-        """
-
-    @_builtins.property
-    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedWord]:
-        """What a lens is to push towards: at least one word for a lens, at most 16; none for any other operator. The sum of
-        the words' unit directions, each times its weight, is the direction, and its digest the receipt's.
-        """
-
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        strength: _builtins.float | None = ...,
-        rule: Global___Rule.ValueType = ...,
-        blend: _builtins.float | None = ...,
-        positions: Global___Positions | None = ...,
-        anchor: Global___Anchor.ValueType = ...,
-        first_token: Global___FirstToken.ValueType = ...,
-        words: _abc.Iterable[Global___WeightedWord] | None = ...,
-        kl: _builtins.float | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_kl", b"_kl", "_strength", b"_strength", "blend", b"blend", "kl", b"kl", "positions", b"positions", "strength", b"strength"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_kl", b"_kl", "_strength", b"_strength", "anchor", b"anchor", "blend", b"blend", "first_token", b"first_token", "kl", b"kl", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength", "words", b"words"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__blend: _TypeAlias = _typing.Literal["blend"]  # noqa: Y015
-    _WhichOneofArgType__blend: _TypeAlias = _typing.Literal["_blend", b"_blend"]  # noqa: Y015
-    _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
-    _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
-    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
-    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__blend) -> _WhichOneofReturnType__blend | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
-
-Global___OperatorUse: _TypeAlias = OperatorUse  # noqa: Y015
-
-@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -545,7 +305,7 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
-    def operators(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorUse]:
+    def operators(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.OperatorUse]:
         """Several operators add up, each at its own layer. Empty: plain generation. At each layer the sum of |strength|/2
         must not pass the server's `max_dose`.
         """
@@ -556,7 +316,7 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str = ...,
         prompt: Global___Prompt | None = ...,
         sampling: Global___SamplingParams | None = ...,
-        operators: _abc.Iterable[Global___OperatorUse] | None = ...,
+        operators: _abc.Iterable[_steering_pb2.OperatorUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -624,129 +384,6 @@ class Timings(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Timings: _TypeAlias = Timings  # noqa: Y015
-
-@_typing.final
-class Receipt(_message.Message):
-    """Proof that an operator was applied. The counts of steered tokens and the doses are measured on the hidden states. With
-    a strength other than 0, every one of `positions` that was fed to the model was changed, and so was every one whose keys
-    and values came from the prefix cache instead, when an earlier request with the very same steering computed them:
-    steered and cached prompt tokens add up to those of the prompt that are among `positions`. A strength below the
-    resolution of the model's dtype fails the call, and so does a text that ended before the first of `positions`. All
-    counts are 0 where the time limit ran out before the first token, or before the first of `positions` was fed.
-    """
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    OPERATOR_FIELD_NUMBER: _builtins.int
-    DIGEST_FIELD_NUMBER: _builtins.int
-    LAYER_FIELD_NUMBER: _builtins.int
-    RULE_FIELD_NUMBER: _builtins.int
-    STRENGTH_FIELD_NUMBER: _builtins.int
-    BLEND_FIELD_NUMBER: _builtins.int
-    PROMPT_TOKENS_STEERED_FIELD_NUMBER: _builtins.int
-    GENERATED_TOKENS_STEERED_FIELD_NUMBER: _builtins.int
-    MEAN_DOSE_FIELD_NUMBER: _builtins.int
-    MAX_DOSE_FIELD_NUMBER: _builtins.int
-    DEFAULTED_FIELD_NUMBER: _builtins.int
-    DOSE_BOUND_FIELD_NUMBER: _builtins.int
-    CALIBRATED_FIELD_NUMBER: _builtins.int
-    PROMPT_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
-    POSITIONS_FIELD_NUMBER: _builtins.int
-    ANCHOR_FIELD_NUMBER: _builtins.int
-    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
-    WORDS_FIELD_NUMBER: _builtins.int
-    LENS_DIGEST_FIELD_NUMBER: _builtins.int
-    KL_FIELD_NUMBER: _builtins.int
-    operator: _builtins.str
-    digest: _builtins.str
-    """sha256 of the artifact's content, "sha256:<64 hex digits>"."""
-    layer: _builtins.int
-    """The decoder layer whose input was pushed."""
-    rule: Global___Rule.ValueType
-    """The values that were applied: those of the request, exactly, or the recommended ones where it named none."""
-    strength: _builtins.float
-    blend: _builtins.float
-    prompt_tokens_steered: _builtins.int
-    """Positions whose hidden state was changed: all those of `positions` that the model was fed. The last generated token
-    is never fed back, so it is not counted.
-    """
-    generated_tokens_steered: _builtins.int
-    mean_dose: _builtins.float
-    """Norm of the change over the norm of the hidden state, at this layer and these positions, after rounding to the model's
-    dtype. Operators that push at one position of a layer share its measurement: the dose is that of their sum. 0 where
-    all of the positions were cached.
-    """
-    max_dose: _builtins.float
-    dose_bound: _builtins.float
-    """Sum of |strength|/2 over the operators of this request at this layer, wherever they push: what the layer's dose cannot
-    pass, but for rounding to the model's dtype. It is reached where all push and their directions agree. A dose above
-    the sum over the operators that push at its position fails the call.
-    """
-    calibrated: _builtins.bool
-    """The setting that was applied is the recommended one, and the artifact holds the measurements of a calibration there."""
-    prompt_tokens_cached: _builtins.int
-    """Of `positions`, those of the prompt whose keys and values an earlier request with the very same steering left in the prefix
-    cache. They were not computed again, so neither `prompt_tokens_steered` nor a dose includes them: their measurement
-    belongs to the request that computed them. Always 0 with a strength of 0, and on the engine "hf", which keeps no
-    such cache.
-    """
-    anchor: Global___Anchor.ValueType
-    first_token: Global___FirstToken.ValueType
-    lens_digest: _builtins.str
-    """Of a lens: the sha256 of its own content; empty for every other operator."""
-    kl: _builtins.float
-    """The p95 KL in nats, asked for or a lens's default, that `strength` was read off the dose curve for. Unset where the
-    strength was given or recommended. What it came to in a text is measured by Compare (`Comparison.kl_p95`).
-    """
-    @_builtins.property
-    def defaulted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Which of strength, rule, blend, positions, anchor and first_token came from the artifact's recommendation. A strength
-        that was read off a dose curve is among them where the request did not give `kl` either.
-        """
-
-    @_builtins.property
-    def positions(self) -> Global___Positions:
-        """Where the operator was to push. The counts above are of these positions only."""
-
-    @_builtins.property
-    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___SteeredWord]:
-        """Of a lens: the words that its direction was made of, in the request's order. `digest` is then that of the direction:
-        of a vector that names the lens, the words, their weights and their tokens, the same on every engine.
-        """
-
-    def __init__(
-        self,
-        *,
-        operator: _builtins.str = ...,
-        digest: _builtins.str = ...,
-        layer: _builtins.int = ...,
-        rule: Global___Rule.ValueType = ...,
-        strength: _builtins.float = ...,
-        blend: _builtins.float = ...,
-        prompt_tokens_steered: _builtins.int = ...,
-        generated_tokens_steered: _builtins.int = ...,
-        mean_dose: _builtins.float = ...,
-        max_dose: _builtins.float = ...,
-        defaulted: _abc.Iterable[_builtins.str] | None = ...,
-        dose_bound: _builtins.float = ...,
-        calibrated: _builtins.bool = ...,
-        prompt_tokens_cached: _builtins.int = ...,
-        positions: Global___Positions | None = ...,
-        anchor: Global___Anchor.ValueType = ...,
-        first_token: Global___FirstToken.ValueType = ...,
-        words: _abc.Iterable[Global___SteeredWord] | None = ...,
-        lens_digest: _builtins.str = ...,
-        kl: _builtins.float | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "kl", b"kl", "positions", b"positions"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "anchor", b"anchor", "blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "first_token", b"first_token", "generated_tokens_steered", b"generated_tokens_steered", "kl", b"kl", "layer", b"layer", "lens_digest", b"lens_digest", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength", "words", b"words"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
-    _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
-
-Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
 
 @_typing.final
 class TopLogprob(_message.Message):
@@ -831,7 +468,7 @@ class GenerateResponse(_message.Message):
     @_builtins.property
     def timings(self) -> Global___Timings: ...
     @_builtins.property
-    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Receipt]:
+    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.Receipt]:
         """One per operator of the request, in its order."""
 
     @_builtins.property
@@ -846,7 +483,7 @@ class GenerateResponse(_message.Message):
         stop_string: _builtins.str = ...,
         usage: Global___Usage | None = ...,
         timings: Global___Timings | None = ...,
-        receipts: _abc.Iterable[Global___Receipt] | None = ...,
+        receipts: _abc.Iterable[_steering_pb2.Receipt] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         seed: _builtins.int = ...,
     ) -> None: ...
@@ -950,14 +587,14 @@ class Arm(_message.Message):
     name: _builtins.str
     """Unique in the request; "normal" is taken by the plain arm, which always runs."""
     @_builtins.property
-    def operators(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorUse]:
+    def operators(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.OperatorUse]:
         """At least one."""
 
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
-        operators: _abc.Iterable[Global___OperatorUse] | None = ...,
+        operators: _abc.Iterable[_steering_pb2.OperatorUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

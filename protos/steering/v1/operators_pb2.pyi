@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from steering.v1 import generation_pb2 as _generation_pb2
+from steering.v1 import steering_pb2 as _steering_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -408,7 +409,7 @@ class Operator(_message.Message):
     dtype: _builtins.str
     """Of the operator's numbers: "float32", "float64" or "bfloat16"."""
     recommended_strength: _builtins.float
-    recommended_rule: _generation_pb2.Rule.ValueType
+    recommended_rule: _steering_pb2.Rule.ValueType
     recommended_blend: _builtins.float
     reconstruction_error: _builtins.float
     """Relative error of sum J x + c against the hidden state, measured when it was built; of several texts, the worst."""
@@ -422,8 +423,8 @@ class Operator(_message.Message):
     """How many texts it was built from, `concept` included."""
     concept_weight: _builtins.float
     """Share of the first text's map in the operator's; 1 where it is the only text."""
-    recommended_anchor: _generation_pb2.Anchor.ValueType
-    recommended_first_token: _generation_pb2.FirstToken.ValueType
+    recommended_anchor: _steering_pb2.Anchor.ValueType
+    recommended_first_token: _steering_pb2.FirstToken.ValueType
     @_builtins.property
     def concept_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -445,7 +446,7 @@ class Operator(_message.Message):
         """Set where the operator was calibrated."""
 
     @_builtins.property
-    def recommended_positions(self) -> _generation_pb2.Positions:
+    def recommended_positions(self) -> _steering_pb2.Positions:
         """Where it is recommended to push."""
 
     @_builtins.property
@@ -480,7 +481,7 @@ class Operator(_message.Message):
         positions: _builtins.int = ...,
         dtype: _builtins.str = ...,
         recommended_strength: _builtins.float = ...,
-        recommended_rule: _generation_pb2.Rule.ValueType = ...,
+        recommended_rule: _steering_pb2.Rule.ValueType = ...,
         recommended_blend: _builtins.float = ...,
         reconstruction_error: _builtins.float = ...,
         created: _timestamp_pb2.Timestamp | None = ...,
@@ -494,9 +495,9 @@ class Operator(_message.Message):
         concept_weight: _builtins.float = ...,
         members: _abc.Iterable[Global___Member] | None = ...,
         calibration: Global___Calibration | None = ...,
-        recommended_positions: _generation_pb2.Positions | None = ...,
-        recommended_anchor: _generation_pb2.Anchor.ValueType = ...,
-        recommended_first_token: _generation_pb2.FirstToken.ValueType = ...,
+        recommended_positions: _steering_pb2.Positions | None = ...,
+        recommended_anchor: _steering_pb2.Anchor.ValueType = ...,
+        recommended_first_token: _steering_pb2.FirstToken.ValueType = ...,
         neutral: Global___NeutralTexts | None = ...,
         lens: Global___Lens | None = ...,
         curve: _abc.Iterable[Global___DosePoint] | None = ...,
