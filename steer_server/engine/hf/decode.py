@@ -20,6 +20,7 @@ from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
 from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.row_text import RowText
+from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
 from steer_server.types import (
@@ -145,6 +146,7 @@ class Decoder:
                 prompt_tokens=len(self.job.prompt_ids),
                 context_length=self.loaded.context_length,
                 eos_ids=self.eos_ids,
+                special_stops=special_stops(sampling.stop_strings, self.loaded.tokenizer),
             ),
             sequence=torch.tensor(self.job.prompt_ids, device=device),
         )

@@ -20,6 +20,7 @@ from steer_server.engine.hf.decode import Decoder
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.queue import JobQueue, QueuedJob
 from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.special_stops import special_stops
 from steer_server.errors import EngineFailedError, SteerServerError
 from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
 
@@ -74,6 +75,7 @@ class HFEngine:
     def submit(self, job: DecodeJob) -> QueuedJob:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
+        special_stops(job.sampling.stop_strings, self._loaded.tokenizer)
         return self._queue.put(job)
 
     @property
