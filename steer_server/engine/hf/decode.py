@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
+from operators.model.rope import RopeOfLength
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
@@ -88,6 +89,10 @@ class Decoder:
     eos_ids: frozenset[int]
     _cache: DynamicCache = field(init=False)
     _hooks: PushHooks = field(init=False)
+    _rope: RopeOfLength = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rope = RopeOfLength(self.loaded.model)
 
     def run(self) -> Iterator[EngineEvent]:
         """The events of :meth:`turns` one by one: the job alone, without a break."""
@@ -197,7 +202,7 @@ class Decoder:
         load_pushes(self._hooks, steered, x)
         try:
             # Hooked for this pass alone: the next one may be another job's.
-            with self._hooks:
+            with self._hooks, self._rope.fixed(len(self.job.prompt_ids)):
                 output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         except SteeringError as error:
             # A hook that met another shape than its pushes have, or was called twice.

@@ -34,7 +34,12 @@ def _config(**changed):
         ),
         compilation_config=SimpleNamespace(cudagraph_mode=Graphs("PIECEWISE")),
         model_config=SimpleNamespace(
-            logprobs_mode="raw_logprobs", enable_prompt_embeds=False, runner_type="generate", is_encoder_decoder=False
+            logprobs_mode="raw_logprobs",
+            enable_prompt_embeds=False,
+            runner_type="generate",
+            is_encoder_decoder=False,
+            max_model_len=4096,
+            hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         offload_config=SimpleNamespace(
@@ -131,3 +136,25 @@ def test_operators_without_room_beside_vllm_are_refused_with_both_options(total,
     if most != "0":
         # What is proposed is accepted.
         check_memory(total * GIB, float(most), 4 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "refused"),
+    [
+        ({"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4096, False),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4097, True),
+        ({"full": {"rope_type": "longrope", "original_max_position_embeddings": 512}, "other": None}, 4096, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, 2048, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096, True),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 4096, False),
+        (None, 4096, False),
+    ],
+)
+def test_texts_of_other_rotary_factors_than_their_own_are_refused(rope, length, refused):
+    text = SimpleNamespace(rope_parameters=rope, max_position_embeddings=2048)
+    config = _config(model_config__hf_text_config=text, model_config__max_model_len=length)
+    if not refused:
+        check_supported(config)
+        return
+    with pytest.raises(ValueError, match=r"max_model_len above \d+ for this model, whose rotary factors"):
+        check_supported(config)
