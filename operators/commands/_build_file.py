@@ -15,6 +15,7 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.core.defaults import is_default
 from operators.core.progress import make_bars, working
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def _outcome_json(outcome: BuildOutcome, store: Store, spec: BuildSpec, loaded: 
         "rank": header.low_rank.rank if header.low_rank else None,
         "reconstruction_error": header.reconstruction_error,
         "recommended": header.recommended.model_dump(mode="json"),
+        "default": header.calibration is None and is_default(header.recommended),
         # None where there was no calibration.
         "found": None if header.calibration is None else header.calibration.chosen is not None,
     }
@@ -129,9 +131,10 @@ def _outcome_line(operator: dict[str, Any], width: int) -> str:
     line = f"{operator['name']:{width}}  {operator['status']:10}  {operator['seconds']:7.2f} s"
     if "problem" in operator:
         return f"{line}  {operator['problem']['message']}"
-    if operator["found"] is None:
-        return line
     recommended = operator["recommended"]
+    if operator["found"] is None:
+        shown = operator["default"] and operator["status"] != "up to date"
+        return f"{line}  {describe.setting_line(recommended)} ({describe.DEFAULT_NOTE})" if shown else line
     result = "recommended" if operator["found"] else describe.nothing_found_line(recommended)
     return f"{line}  {result}: layer {operator['layer']}, {describe.setting_line(recommended)}"
 

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from operators.__main__ import app
-from operators.builder.spec import NEW_OPERATORS
 from operators.commands import calibrate as command
 from operators.core.artifact import with_header
+from operators.core.defaults import NEW_OPERATORS
 from operators.core.header import Calibration, CalibrationPoint, Recommended
 from operators.core.store import Store
 from operators.model import loading as models
@@ -159,7 +159,8 @@ def test_what_was_found_is_told_with_the_setting(build_file, explored):
 def test_a_calibration_that_found_nothing_is_told_as_such(build_file, unfruitful):
     told = build_file(OPEN, "--calibrate").stdout.splitlines()[0]
     assert told.endswith(
-        "  nothing within the bounds was found, and the default is kept: layer 2, strength 0.5, cumulative, blend 0"
+        "  nothing within the bounds was found, and the default is kept: layer 2, strength 0.3, cumulative, blend 1, "
+        "contrast anchor"
     )
     (one,) = json.loads(build_file(OPEN, "--json").stdout)["operators"]
     assert (one["found"], one["recommended"]) == (False, NEW_OPERATORS.model_dump())
@@ -168,7 +169,7 @@ def test_a_calibration_that_found_nothing_is_told_as_such(build_file, unfruitful
         .stdout.splitlines()[0]
         .endswith(
             "nothing within the bounds was found, and what was recommended is kept: layer 2, strength 0.4, cumulative, "
-            "blend 0"
+            "blend 1, contrast anchor"
         )
     )
     plain = OPEN.replace('"a"', '"b"')
