@@ -14,7 +14,9 @@ import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
+from operators.commands._calibration import WORK, calibrate_new, forget
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.core.claims import claim
 from operators.core.defaults import is_default
 from operators.core.progress import make_bars, working
 
@@ -40,7 +42,6 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
             entries = select_entries(entries, only)
         store, memory = open_store(options.store_path), parse_memory(options.max_memory)
 
-        from operators.commands.calibrate import calibrate_with_defaults
         from operators.model.loading import default_model, load_model
         from operators.recipes.run import run_tasks
         from operators.recipes.tasks import check_words, prepare_tasks
@@ -63,13 +64,23 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
                 def calibrate(artifact: OperatorArtifact, task: BuildTask) -> OperatorArtifact:
                     # On the bars that exist: a second set of bars would write over these.
                     update = functools.partial(progress, task)
-                    return calibrate_with_defaults(
-                        artifact, loaded, layers=task.layers, max_memory=memory, progress=update
-                    )
+                    with claim(store, task.name, WORK):
+                        return calibrate_new(
+                            task.name,
+                            artifact,
+                            loaded,
+                            store,
+                            layers=task.layers,
+                            quick=options.quick,
+                            max_memory=memory,
+                            progress=update,
+                        )
 
                 for outcome in run_tasks(
                     tasks, loaded, store, max_memory=memory, progress=progress, calibrate=calibrate
                 ):
+                    if outcome.status in ("built", "updated") and options.calibrate:
+                        forget(store, outcome.name)
                     operators.append(_outcome_json(outcome, store, specs[outcome.name], loaded))
                     if not options.as_json:
                         print(output.printable(_outcome_line(operators[-1], width)), flush=True)
