@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from tokenizers import processors
 
-from operators.builder.concept import Concept, concept_from_text
+from operators.builder.concept import Concept
 from operators.builder.guidance import BFLOAT16_RESOLUTION, strength_warnings, text_warnings
-from operators.core.errors import ConceptError
 from steer_server.config import ServerConfig
 
 
@@ -51,18 +49,3 @@ def test_a_strength_that_does_nothing_is_told(strength, said):
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
     assert torch.finfo(torch.bfloat16).eps == BFLOAT16_RESOLUTION
-
-
-def test_a_tokenizer_that_puts_a_token_behind_every_text_is_refused(tiny):
-    loaded = tiny("llama", fresh=True)
-    backend = loaded.tokenizer.backend_tokenizer
-    before = backend.post_processor
-    end = [("<end>", 0)]
-    try:
-        backend.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=end)
-        assert concept_from_text("The bay", loaded).ids[0] == 0
-        backend.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=end)
-        with pytest.raises(ConceptError, match="puts '<end>' behind every text"):
-            concept_from_text("The bay", loaded)
-    finally:
-        backend.post_processor = before
