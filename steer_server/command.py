@@ -174,7 +174,7 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
             str(obtain(config.model)),
             dtype=dtype,
             max_queue=config.max_queue,
-            operator_memory=config.operator_memory,
+            operator_memory=config.operator_memory if "operator_memory" in config.model_fields_set else None,
             engine_args=config.engine_args,
         )
     except asyncio.CancelledError:

@@ -1,7 +1,7 @@
 """Choosing the next token of one row, with the processors of transformers in the order in which vLLM has them.
 
-The order matters: min-p, top-k and top-p each look at what the ones before have left. That of transformers' ``generate``
-ends with min-p, vLLM's begins with it, and one request must mean one distribution on both engines.
+The order matters: min-p, top-k and top-p each look at what the ones before have left. That of transformers'
+``generate`` ends with min-p, vLLM's begins with it, and one request must mean one distribution on both engines.
 """
 
 from __future__ import annotations
