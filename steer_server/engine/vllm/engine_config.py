@@ -91,6 +91,8 @@ def _divide_memory(config: Any, has_share: bool, operator_memory: int | None) ->
 def set_process_defaults(*, on_cpu: bool) -> None:
     """What vLLM reads from the environment, where the user has not said otherwise there."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Of what a start that failed leaves behind: it is cleaned up, and the reason is to be the last line.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     if not on_cpu:
         # vLLM forks, and spawns where it sees that CUDA is in use. It does not see that the driver was only started, as
         # torch.cuda.is_available() does; a forked process can no longer use the device then.
