@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+from operators.model.text_ids import text_ids
 from steer_server.caller import CALLER
 from steer_server.engine.chat_template import ChatTemplate
 from steer_server.engine.fair_threads import FairThreads
@@ -112,11 +113,12 @@ class PromptReader:
             if found >= self._model.context_length:
                 raise PromptTooLongError(found, self._model.context_length, more=True)
             tried *= 4
-        return tuple(self._read(text, special_tokens=special_tokens))
+        return self._read(text, special_tokens=special_tokens)
 
-    def _read(self, text: str, *, special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
-        return ids
+    def _read(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
+        if special_tokens:
+            return text_ids(self._tokenizer, text)
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _check_bytes(self, size: int) -> None:
         if size > self._max_bytes:
