@@ -18,6 +18,10 @@ from operators.model.loading import LoadedModel, block_input, decoder_layers, em
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
+from steer_server.engine.hf.witness import Witness, WitnessedPass
+from steer_server.engine.proof import Proof
+from steer_server.engine.receipts import empty_receipts
+from steer_server.engine.reference import EmbeddingRows
 from steer_server.engine.row_text import RowText
 from steer_server.engine.text import Detokenizer
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
@@ -25,6 +29,7 @@ from steer_server.types import (
     DecodeJob,
     EngineEvent,
     FinishReason,
+    Receipt,
     RowFinished,
     Score,
     SteeringPlan,
@@ -47,6 +52,8 @@ class _RowState:
 
     index: int
     steering: RowSteering | None
+    proof: Proof | None
+    """Of the steering; None where there is none."""
     scored: bool
     sampler: Sampler
     text: RowText
@@ -78,8 +85,11 @@ class Decoder:
     operators: PreparedOperatorCache
     check_interruption: InterruptionCheck
     eos_ids: frozenset[int]
+    prove_every_position: bool = False
+    """Hold all that is added against the reference, in place of some of it."""
     _cache: DynamicCache = field(init=False)
     _hooks: PushHooks = field(init=False)
+    _witness: Witness = field(init=False)
 
     @torch.inference_mode()
     def run(self) -> Iterator[EngineEvent]:
@@ -95,7 +105,8 @@ class Decoder:
         slots += [_BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
         layers = {layer for state in states if state.steering for layer in state.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
-        with PushHooks(decoder_layers(self.loaded.model), layers) as self._hooks:
+        model = self.loaded.model
+        with PushHooks(decoder_layers(model), layers) as self._hooks, Witness(model, layers) as self._witness:
             logits, interruption = self._prefill(slots)
             while True:
                 events = _end_all(states, interruption) if interruption else self._choose_tokens(slots, logits)
@@ -119,6 +130,7 @@ class Decoder:
         return _RowState(
             index=index,
             steering=self._steering(row.plan) if row.plan else None,
+            proof=self._proof(row.plan) if row.plan else None,
             scored=row.score,
             sampler=Sampler(sampling, device),
             text=RowText(
@@ -133,6 +145,15 @@ class Decoder:
 
     def _steering(self, plan: SteeringPlan) -> RowSteering:
         return RowSteering(plan, self.operators, self.loaded.dtype, prompt_tokens=len(self.job.prompt_ids))
+
+    def _proof(self, plan: SteeringPlan) -> Proof:
+        return Proof(
+            plan,
+            EmbeddingRows(self.loaded.model),
+            prompt_tokens=len(self.job.prompt_ids),
+            max_tokens=self.job.sampling.max_tokens,
+            every_position=self.prove_every_position,
+        )
 
     def _prefill(self, slots: list[_BatchSlot]) -> tuple[torch.Tensor, FinishReason | None]:
         """Logits (B, V) after the prompt, computed in chunks; and what interrupted the prefill, if anything did.
@@ -167,6 +188,10 @@ class Decoder:
             if not steering.over
         }
         load_pushes(self._hooks, steered, x)
+        proofs = {row: slots[row].state.proof for row in steered}
+        witnessed = WitnessedPass(
+            self._witness, {row: proof for row, proof in proofs.items() if proof}, ids, start=start
+        )
         try:
             output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         except SteeringError as error:
@@ -175,6 +200,7 @@ class Decoder:
         logits: torch.Tensor = output.logits[:, -1].float()
         _check_finite(slots, logits)
         record_doses(self._hooks, steered, prompt=prompt)
+        witnessed.check({row: slots[row].state.sequence for row in steered})
         return logits
 
     def _drop_ended(self, slots: list[_BatchSlot], ended: set[int]) -> list[_BatchSlot]:
@@ -235,8 +261,19 @@ def _check_finite(slots: list[_BatchSlot], logits: torch.Tensor) -> None:
 
 def _end(state: _RowState, reason: FinishReason, stop_string: str) -> RowFinished:
     text = "" if stop_string else state.text.flush()
-    receipts = state.steering.receipts() if state.steering else ()
+    receipts = _receipts(state) if state.steering else ()
     return RowFinished(state.index, reason, text, stop_string, receipts)
+
+
+def _receipts(state: _RowState) -> tuple[Receipt, ...]:
+    """Of a row without a token, perhaps interrupted amid its prompt, they are empty."""
+    if state.steering is None or state.proof is None:
+        return ()
+    if state.num_generated == 0:
+        return empty_receipts(state.steering.plan)
+    # The last token of a text is never fed.
+    state.proof.require(0, len(state.sequence) - 1)
+    return state.steering.receipts(state.proof)
 
 
 def _end_all(states: list[_RowState], reason: FinishReason) -> Iterator[EngineEvent]:
