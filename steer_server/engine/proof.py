@@ -2,7 +2,7 @@
 
 Of each operator the first and the last token of the prompt that it pushes are looked at, one between them, the first
 generated one, and one in each of the stretches behind it that are four times as long as the one before: about a dozen
-in a long text. Which ones within a stretch is drawn anew for every text.
+in a long text. Which one of a stretch is drawn, anew for every prompt and again the same for the same one.
 
 What is compared is what rounding to the model's dtype leaves of the push, so that a small one can be told from noise.
 """
@@ -51,22 +51,22 @@ class Proof:
         plan: SteeringPlan,
         embed: EmbedIds,
         *,
-        prompt_tokens: int,
+        prompt_ids: Sequence[int],
         max_tokens: int,
         every_position: bool = False,
     ) -> None:
         """``every_position``: look at all of them, in place of some."""
-        self._plan, self._prompt_tokens = plan, prompt_tokens
+        prompt_tokens = self._prompt_tokens = len(prompt_ids)
         self._reference = ReferencePushes(plan, embed, prompt_tokens=prompt_tokens)
         self._cosines: dict[tuple[int, int], float] = {}
         """By layer and position."""
         chosen: dict[int, set[int]] = defaultdict(set)
-        text_end = prompt_tokens + max_tokens
+        text_end, draw = prompt_tokens + max_tokens, random.Random(repr(tuple(prompt_ids)))  # noqa: S311 - no secret
         for use in plan.applications:
             if use.setting.strength != 0.0:
                 first, end = use.setting.positions.interval(prompt_tokens)
                 pushed = range(first, text_end if end is None else min(end, text_end))
-                chosen[use.layer].update(pushed if every_position else _choose(pushed, prompt_tokens))
+                chosen[use.layer].update(pushed if every_position else _choose(pushed, prompt_tokens, draw))
         self.positions: Mapping[int, tuple[int, ...]] = {
             layer: tuple(sorted(positions)) for layer, positions in chosen.items()
         }
@@ -124,16 +124,16 @@ class Proof:
         return len(cosines), min(cosines, default=None)
 
 
-def _choose(pushed: range, prompt_tokens: int) -> Iterator[int]:
+def _choose(pushed: range, prompt_tokens: int, draw: random.Random) -> Iterator[int]:
     prompt = pushed[: max(0, prompt_tokens - pushed.start)]
     if prompt:
-        yield from (prompt[0], prompt[-1], random.choice(prompt))
+        yield from (prompt[0], prompt[-1], draw.choice(prompt))
     generated = pushed[len(prompt) :]
     if generated:
         yield generated[0]
     start = 1
     while start < len(generated):
-        yield random.choice(generated[start : start * _GROWTH])
+        yield draw.choice(generated[start : start * _GROWTH])
         start *= _GROWTH
 
 

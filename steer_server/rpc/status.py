@@ -10,6 +10,7 @@ SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
 StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
 EngineFailedError         INTERNAL             ENGINE_FAILED
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
+UnimplementedError        UNIMPLEMENTED        UNIMPLEMENTED
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from steer_server.errors import (
     SteeringNotAppliedError,
     SteerServerError,
     StoreUnreadableError,
+    UnimplementedError,
     UnknownOperatorError,
 )
 
@@ -51,6 +53,7 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    UnimplementedError: (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
 }
 
 

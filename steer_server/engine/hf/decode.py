@@ -6,7 +6,7 @@ plain reference in the batch: it is fed the same tokens, chooses none, and gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,8 +42,13 @@ InterruptionCheck = Callable[[], FinishReason | None]
 """Called between steps: TIME_LIMIT or CANCELLED when the job must end, else None."""
 
 
-_PREFILL_CHUNK = 1024
-"""Prompt tokens between two interruption checks."""
+_PREFILL_POSITIONS = {"cpu": 256}
+_PREFILL_POSITIONS_ELSEWHERE = 4096
+
+
+def prefill_positions(device: torch.device) -> int:
+    """Rows x tokens of a prompt in one turn: on a CPU about a second of a small model, and few megabytes of states."""
+    return _PREFILL_POSITIONS.get(device.type, _PREFILL_POSITIONS_ELSEWHERE)
 
 
 @dataclass(eq=False)
@@ -91,9 +96,19 @@ class Decoder:
     _hooks: PushHooks = field(init=False)
     _witness: Witness = field(init=False)
 
-    @torch.inference_mode()
     def run(self) -> Iterator[EngineEvent]:
-        """Tokens and ends of rows, step by step.
+        """The events of :meth:`turns` one by one: the job alone, without a break."""
+        for events in self.turns():
+            yield from events
+
+    @torch.inference_mode()
+    def turns(self) -> Iterator[list[EngineEvent]]:
+        """Decodes in turns of one forward pass: a part of the prompt, then a token of each row.
+
+        Between two turns the model may serve other jobs: this one keeps its KV cache and its ids, and nothing else.
+
+        Returns:
+            What each turn brought: nothing within the prompt, then tokens and ends of rows.
 
         Raises:
             SteeringNotAppliedError: a plan could not be applied at some step.
@@ -105,25 +120,26 @@ class Decoder:
         slots += [_BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
         layers = {layer for state in states if state.steering for layer in state.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
-        model = self.loaded.model
-        with PushHooks(decoder_layers(model), layers) as self._hooks, Witness(model, layers) as self._witness:
-            logits, interruption = self._prefill(slots)
-            while True:
-                events = _end_all(states, interruption) if interruption else self._choose_tokens(slots, logits)
-                ended: set[int] = set()
-                for event in events:
-                    yield event
-                    if isinstance(event, RowFinished):
-                        ended.add(event.row)
-                states = [state for state in states if state.index not in ended]
-                slots = self._drop_ended(slots, ended)
-                if not slots:
-                    return
-                interruption = self.check_interruption()
-                if interruption is None:
-                    # A token is fed back only to choose another: the last one of a text never is, however it ends.
-                    last = torch.stack([slot.state.sequence[-1:] for slot in slots])
-                    logits = self._forward(slots, last, prompt=False)
+        self._hooks = PushHooks(decoder_layers(self.loaded.model), layers)
+        self._witness = Witness(self.loaded.model, layers)
+        after_prompt = yield from self._prefill(slots)
+        if isinstance(after_prompt, FinishReason):
+            yield list(_end_all(slots, after_prompt))
+            return
+        logits: torch.Tensor | None = after_prompt
+        del after_prompt
+        while slots:
+            if interruption := self.check_interruption():
+                yield list(_end_all(slots, interruption))
+                return
+            if logits is None:
+                # A token is fed back only to choose another: the last one of a text never is, however it ends.
+                last = torch.stack([slot.state.sequence[-1:] for slot in slots])
+                logits = self._forward(slots, last, prompt=False)
+            events = list(self._choose_tokens(slots, logits))
+            logits = None
+            slots = self._drop_ended(slots, {event.row for event in events if isinstance(event, RowFinished)})
+            yield events
 
     def _row_state(self, index: int) -> _RowState:
         row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
@@ -150,15 +166,18 @@ class Decoder:
         return Proof(
             plan,
             EmbeddingRows(self.loaded.model),
-            prompt_tokens=len(self.job.prompt_ids),
+            prompt_ids=self.job.prompt_ids,
             max_tokens=self.job.sampling.max_tokens,
             every_position=self.prove_every_position,
         )
 
-    def _prefill(self, slots: list[_BatchSlot]) -> tuple[torch.Tensor, FinishReason | None]:
-        """Logits (B, V) after the prompt, computed in chunks; and what interrupted the prefill, if anything did.
+    def _prefill(self, slots: list[_BatchSlot]) -> Generator[list[EngineEvent], None, torch.Tensor | FinishReason]:
+        """Reads the prompt in turns of at most :func:`prefill_positions` rows x tokens.
 
         Plain rows are one row here and are copied afterwards.
+
+        Returns:
+            Logits (B, V) after the prompt, or what interrupted the prefill.
         """
         unique: list[_BatchSlot] = []
         source: list[int] = []
@@ -168,14 +187,19 @@ class Decoder:
             if plain is None:
                 unique.append(slot)
         rows = torch.tensor(source, device=self.loaded.device)
-        logits = torch.empty(len(unique), 0, device=self.loaded.device)
-        for chunk in torch.split(slots[0].state.sequence, _PREFILL_CHUNK):
+        tokens = max(1, prefill_positions(self.loaded.device) // len(unique))
+        *chunks, last = torch.split(slots[0].state.sequence, tokens)
+        for chunk in chunks:
             if interruption := self.check_interruption():
-                return logits[rows], interruption
-            logits = self._forward(unique, chunk.expand(len(unique), -1), prompt=True)
+                return interruption
+            self._forward(unique, chunk.expand(len(unique), -1), prompt=True)
+            yield []
+        if interruption := self.check_interruption():
+            return interruption
+        logits = self._forward(unique, last.expand(len(unique), -1), prompt=True)
         if len(unique) < len(slots):
             self._cache.batch_select_indices(rows)
-        return logits[rows], self.check_interruption()
+        return logits[rows]
 
     def _forward(self, slots: list[_BatchSlot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
         """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
@@ -188,12 +212,12 @@ class Decoder:
             if not steering.over
         }
         load_pushes(self._hooks, steered, x)
-        proofs = {row: slots[row].state.proof for row in steered}
-        witnessed = WitnessedPass(
-            self._witness, {row: proof for row, proof in proofs.items() if proof}, ids, start=start
-        )
+        proofs = {row: proof for row, slot in enumerate(slots) if slot.steering and (proof := slot.state.proof)}
+        witnessed = WitnessedPass(self._witness, proofs, ids, start=start)
         try:
-            output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            # Hooked for this pass alone: the next one may be another job's.
+            with self._hooks, self._witness:
+                output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         except SteeringError as error:
             # A hook that met another shape than its pushes have, or was called twice.
             raise SteeringNotAppliedError(str(error)) from error
@@ -261,24 +285,23 @@ def _check_finite(slots: list[_BatchSlot], logits: torch.Tensor) -> None:
 
 def _end(state: _RowState, reason: FinishReason, stop_string: str) -> RowFinished:
     text = "" if stop_string else state.text.flush()
-    receipts = _receipts(state) if state.steering else ()
+    steering, proof = state.steering, state.proof
+    if steering is None or proof is None:
+        receipts: tuple[Receipt, ...] = ()
+    elif state.num_generated:
+        # The last token of a text is never fed.
+        proof.require(0, len(state.sequence) - 1)
+        receipts = steering.receipts(proof)
+    else:
+        # Interrupted before its first token, perhaps amid the prompt: no text came of what was steered.
+        receipts = empty_receipts(steering.plan)
     return RowFinished(state.index, reason, text, stop_string, receipts)
 
 
-def _receipts(state: _RowState) -> tuple[Receipt, ...]:
-    """Of a row without a token, perhaps interrupted amid its prompt, they are empty."""
-    if state.steering is None or state.proof is None:
-        return ()
-    if state.num_generated == 0:
-        return empty_receipts(state.steering.plan)
-    # The last token of a text is never fed.
-    state.proof.require(0, len(state.sequence) - 1)
-    return state.steering.receipts(state.proof)
-
-
-def _end_all(states: list[_RowState], reason: FinishReason) -> Iterator[EngineEvent]:
-    for state in states:
-        yield _end(state, reason, "")
+def _end_all(slots: list[_BatchSlot], reason: FinishReason) -> Iterator[EngineEvent]:
+    for slot in slots:
+        if not slot.reference:
+            yield _end(slot.state, reason, "")
 
 
 def _score(token: int, logits: torch.Tensor, plain: torch.Tensor) -> Score:
