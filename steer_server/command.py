@@ -50,6 +50,12 @@ def serve(
         typer.Option(help="float32 or bfloat16.", show_default="float32 on CPU, bfloat16 on CUDA"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the engine hf: sdpa or eager.", show_default="sdpa, or eager where the model's own does more"
+        ),
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Directory of operators.", show_default="the user's data directory")
     ] = None,
@@ -97,6 +103,7 @@ async def _run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.core.errors import OperatorError
     from operators.core.store import Store
+    from operators.model.loading import local_files
     from operators.model.unembedding import find_unembedding
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
@@ -111,6 +118,7 @@ async def _run(config: ServerConfig) -> None:
         _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
+        files = local_files(config.model)
         engine = await ENGINES[config.engine](config, dtype, device)
     except OperatorError as error:
         raise StartupError(str(error)) from error
@@ -120,7 +128,7 @@ async def _run(config: ServerConfig) -> None:
             engine.model,
             max_bytes=config.max_artifact_bytes,
             max_dose=config.max_dose,
-            words=WordDirections(partial(find_unembedding, config.model), engine.tokenizer),
+            words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
         )
         for entry in registry.entries():
             if entry.problem:
@@ -144,13 +152,17 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engi
     if config.engine_args:
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
     return HFEngine(
-        load_model(config.model, dtype=dtype, device=device),
+        load_model(config.model, dtype=dtype, device=device, attention=config.attention),
         max_queue=config.max_queue,
         operator_memory=config.operator_memory,
     )
 
 
 async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Engine:
+    if config.attention:
+        raise StartupError(
+            "attention goes with --engine hf; vLLM's is chosen with --engine-args attention_backend=NAME"
+        )
     from operators.model.loading import load_model
     from operators.model.obtain import obtain
     from steer_server.engine.vllm.limits import check_device

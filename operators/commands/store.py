@@ -10,7 +10,13 @@ import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
-from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
+from operators.commands._options import (
+    JsonOption,
+    NameArgument,
+    StoreOption,
+    default_device,
+    open_store,
+)
 from operators.core.errors import OperatorError, VectorError
 from operators.core.file_format import FileHeader
 from operators.core.store import Store

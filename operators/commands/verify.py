@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from operators.commands import _output as output
-from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
+from operators.commands._options import (
+    AttentionOption,
+    JsonOption,
+    NameArgument,
+    StoreOption,
+    default_device,
+    open_store,
+)
 from operators.core.errors import ReconstructionError, VectorError
-from operators.core.header import OperatorHeader
+from operators.core.header import AttentionName, OperatorHeader
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
@@ -36,6 +43,7 @@ def verify(
     negative: _NegativeOption = None,
     texts: _TextsOption = None,
     file_only: Annotated[bool, typer.Option("--file-only", help="Check the file; load no model.")] = False,
+    attention: AttentionOption = None,
     store_path: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,7 +59,7 @@ def verify(
         if file_only and contrast is not None:
             raise VectorError("--positive and --negative do not go with --file-only")
         if not file_only:
-            loaded = _load(artifact.header, model)
+            loaded = _load(artifact.header, model, attention)
             found, said = _hold_against(artifact, loaded, contrast, texts)
             answer, line = {**answer, **found}, f"{line} and fits {loaded.name}{said}"
         output.print_answer(answer, [line], as_json=as_json)
@@ -63,6 +71,7 @@ def renew(
     positive: _PositiveOption = None,
     negative: _NegativeOption = None,
     texts: _TextsOption = None,
+    attention: AttentionOption = None,
     store_path: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -83,7 +92,7 @@ def renew(
             from operators.builder.renew import signed_for
 
             _check_computable(name, artifact.header, has_texts=contrast is not None)
-            loaded = _load(artifact.header, model)
+            loaded = _load(artifact.header, model, attention)
             renewed = signed_for(artifact, loaded)
             try:
                 found, said = _hold_against(renewed, loaded, contrast, texts)
@@ -118,10 +127,10 @@ def _check_computable(name: str, header: OperatorHeader, *, has_texts: bool) -> 
     raise VectorError(f"{name!r} is a vector by {method!r}, which no model gives: {again}")
 
 
-def _load(header: OperatorHeader, model: str | None) -> LoadedModel:
+def _load(header: OperatorHeader, model: str | None, attention: AttentionName | None) -> LoadedModel:
     from operators.model.loading import load_model
 
-    return load_model(model or header.model, dtype=header.model_dtype, device=default_device())
+    return load_model(model or header.model, dtype=header.model_dtype, device=default_device(), attention=attention)
 
 
 def _hold_against(
@@ -166,5 +175,6 @@ def _hold_vector(
     fits = ": fingerprints, depth and width; "
     if contrast is None:
         return {"model": loaded.name, "vector_error": None}, f"{fits}a vector's numbers are not computed anew"
-    error = check_contrast(artifact, *map(read_texts, contrast), loaded)
+    positive, negative = map(read_texts, contrast)
+    error = check_contrast(artifact, positive, negative, loaded)
     return {"model": loaded.name, "vector_error": error}, f"{fits}computed anew from its texts it is off by {error:.1e}"

@@ -48,7 +48,7 @@ class CheckpointFiles:
         try:
             top = [path for path in directory.iterdir() if path.suffix.lower() in _READ]
             paths = {path.absolute() for path in (*top, *_named_elsewhere(top)) if path.is_file()}
-            return cls(directory, tuple(_stamp(path) for path in sorted(paths)))
+            return cls(directory, tuple(stamp_of(path) for path in sorted(paths)))
         except OSError as error:
             raise ModelError(f"{error.filename or directory} cannot be read: {error.strerror or error}") from error
 
@@ -63,10 +63,15 @@ class CheckpointFiles:
         if now != self.stamps:
             # Of two stamps of one file, either names it.
             changed = min(stamp.path for stamp in set(now) ^ set(self.stamps))
-            raise ModelError(
-                f"model {name!r}: {changed} was changed while the model was loaded; start again when its files are "
-                "complete, and write new weights to another directory"
-            )
+            raise changed_error(name, changed)
+
+
+def changed_error(name: str, file: Path | str) -> ModelError:
+    """What is said of the model ``name`` whose file is another than it was."""
+    return ModelError(
+        f"model {name!r}: {file} was changed after the model began to load; start again when its files are complete, "
+        "and write new weights to another directory"
+    )
 
 
 def stored_dtypes(files: Iterable[Path]) -> frozenset[torch.dtype]:
@@ -110,6 +115,7 @@ def _file_names(content: Any) -> set[str]:
     return {name for name in (*named, content.get("transformers_weights")) if isinstance(name, str)}
 
 
-def _stamp(path: Path) -> FileStamp:
+def stamp_of(path: Path) -> FileStamp:
+    """The stamp of a file that is there. Raises :class:`OSError`."""
     found = path.stat()
     return FileStamp(str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)

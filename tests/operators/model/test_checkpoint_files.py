@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,7 +164,7 @@ def test_files_that_change_while_a_model_is_loaded_are_noticed(directory, cache,
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_late)
     name = "extra" if change == "added" else "model"
-    with pytest.raises(ModelError, match=rf"{name}\.safetensors was changed while the model was loaded") as refusal:
+    with pytest.raises(ModelError, match=rf"{name}\.safetensors was changed after the model began to load") as refusal:
         load_model(str(directory))
     assert "\n" not in str(refusal.value)
     assert not cache.exists()
@@ -177,18 +176,9 @@ def test_a_loaded_model_does_not_follow_its_files(directory, tiny):
         file.seek(-4000, os.SEEK_END)
         file.write(bytes(4000))
     expected = tiny("llama", "sdpa", "float32").model.state_dict()
+    # A file that is mapped would also end this process, by a signal, where it is cut.
+    assert str(directory) not in Path("/proc/self/maps").read_text()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
-
-
-def test_a_loaded_model_outlives_a_file_that_is_cut(directory):
-    """A program that has the file mapped would be ended by a signal."""
-    program = (
-        "import sys, torch\nfrom operators.model.loading import load_model\n"
-        "loaded = load_model(sys.argv[1])\nopen(sys.argv[1] + '/model.safetensors', 'r+b').truncate(9)\n"
-        "print(bool(loaded.model(torch.tensor([[3, 1, 4]])).logits.isfinite().all()))"
-    )
-    done = subprocess.run([sys.executable, "-c", program, directory], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "True\n")
 
 
 def test_the_dtypes_of_damaged_files_are_none(tmp_path):

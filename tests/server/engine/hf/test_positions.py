@@ -84,7 +84,7 @@ def _push(loaded, artifact, strength, rule, blend, ids):
 def test_what_is_among_the_positions_is_pushed_by_the_equation_and_the_rest_keeps_its_bits(
     llama, artifact, decode, prompt_ids, monkeypatch, positions, rule, blend, chunk
 ):
-    monkeypatch.setattr(decode_module, "_PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decode_module, "prefill_positions", lambda _: chunk)
     with _Inputs(llama) as inputs:
         ids, ((receipt,),), _ = decode(llama, _plan((artifact, 0.7, rule, blend, positions)), max_tokens=_TOKENS)
     before, after = (each[0] for each in inputs.rows())
@@ -172,7 +172,7 @@ def test_a_dose_above_that_of_those_who_push_there_is_an_error(llama, artifact, 
     steer = hooks_module.steer
     monkeypatch.setattr(hooks_module, "steer", lambda hidden, push: steer(hidden, 1.001 * push))
     plan = _plan((artifact, 0.5, "cumulative", 0.0, "first"), (other_artifact, 0.9, "cumulative", 0.0, "1.."))
-    with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: .* strengths give at most 0\.25$"):
+    with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: .* 0\.5005; 0\.5 was to be"):
         decode(llama, plan)
 
 
