@@ -23,7 +23,7 @@ from steer_server.registry import Registry
 from steer_server.rpc import codec
 from steer_server.rpc.operator_codec import operator, store_changes
 from steer_server.rpc.shared_run import SharedRun
-from steer_server.types import ArmEvent, Completion, Tokenization
+from steer_server.types import ArmEvent, Completion, RequestLimits, Tokenization
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -31,8 +31,11 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """See ``steering.v1.GenerationService``."""
 
-    def __init__(self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig, limits: RequestLimits
+    ) -> None:
         self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
+        self._limits = limits
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         """One answer."""
@@ -76,6 +79,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             max_queue=self._config.max_queue,
             max_arms=self._config.max_arms,
             max_dose=self._config.max_dose,
+            limits=self._limits,
         )
 
 
