@@ -6,7 +6,9 @@ import asyncio
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import structlog
@@ -18,9 +20,13 @@ from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
 from steer_server.errors import EngineDiedError, StartupError
 from steer_server.metrics import Metrics
+from steer_server.metrics_http import MetricsServer
 from steer_server.registry import Registry
+from steer_server.rpc.call_limit import CallLimit
+from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
 from steer_server.rpc.services import GenerationService, OperatorService
+from steer_server.rpc.transport import channel_options
 
 log = structlog.get_logger(__name__)
 
@@ -28,7 +34,6 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
-_MAX_MESSAGE_BYTES = 16 << 20
 _LAST_WRITES = 0.2
 """Seconds for what has been answered to leave the socket."""
 
@@ -40,20 +45,19 @@ class SteerServer:
     engine: Engine
     registry: Registry
     config: ServerConfig
+    _is_serving: bool = field(default=False, init=False)
+    _http: MetricsServer | None = field(default=None, init=False)
 
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
-        metrics = self._metrics = Metrics(self.engine, self.registry)
+        most = room_for_connections(self.config.max_connections)
+        metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
+        calls, others = CallLimit(self.config.max_calls), CallLimit(most)
+        # Watching the health must not take places from texts, nor the other way round.
+        limits = defaultdict(lambda: others, dict.fromkeys(SERVICES, calls))
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics)],
-            options=[
-                # Two servers on one port would share it silently; the second must fail.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-                # A client that vanished without a word is noticed, and its work stops.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-            ],
+            interceptors=[CallInterceptor(metrics, limits, patience=self.config.client_patience)],
+            options=channel_options(self.config, max_connections=most),
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
@@ -69,19 +73,26 @@ class SteerServer:
                 f"cannot listen on {self.config.listen}: the port is in use, or this is no HOST:PORT of this machine"
             ) from error
         if self.config.metrics_port:
-            try:
-                metrics.serve(self.config.metrics_host, self.config.metrics_port)
-            except OSError as error:
-                raise StartupError(
-                    f"cannot serve metrics on {self.config.metrics_host}:{self.config.metrics_port}: {error.strerror}"
-                ) from error
+            await self._serve_metrics()
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._is_serving = True
+        self._watching = asyncio.ensure_future(watch_connections(partial(count_connections, port), most))
         return int(port)
+
+    async def _serve_metrics(self) -> None:
+        host, port = self.config.metrics_host, self.config.metrics_port
+        self._http = MetricsServer(self._metrics.registry, lambda: self._is_serving)
+        try:
+            await self._http.start(host, port)
+        except OSError as error:
+            raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
 
     async def stop(self) -> None:
         """Reports NOT_SERVING, lets running calls finish within the grace period, then ends them."""
+        self._is_serving = False
+        self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.ensure_future(self._server.stop(self.config.grace))
         deadline = time.monotonic() + self.config.grace
@@ -93,6 +104,8 @@ class SteerServer:
         await asyncio.wait({stopping}, timeout=_LAST_WRITES)
         await self._server.stop(0)
         await stopping
+        if self._http is not None:
+            self._http.close()
         log.info("stopped")
 
     async def _idle_until(self, deadline: float) -> None:
@@ -121,6 +134,11 @@ class SteerServer:
         failed.cancel()
         log.info("stopping", grace=self.config.grace)
         await self.stop()
+
+
+def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
+    names = ("max_queue", "max_calls", "max_calls_per_connection", "max_arms", "max_dose", "operator_memory")
+    return {name: getattr(config, name) for name in names} | {"max_connections": max_connections}
 
 
 def _on_signal(number: signal.Signals, stopped: asyncio.Event) -> None:
