@@ -45,9 +45,10 @@ def plan_json(artifact: OperatorArtifact, loaded: LoadedModel, spec: Calibration
 
 def _seconds_per_row_token(loaded: LoadedModel, spec: CalibrationSpec) -> float:
     """Measured on a batch of plain texts: what a token of one row takes, its prompt's share included."""
+    from operators.model.text_ids import text_ids
     from operators.tune.continuations import ContinuationRequest, decode_continuations
 
-    prompts = [tuple(loaded.tokenizer(prompt)["input_ids"]) for prompt in (spec.prompts * 16)[:32]]
+    prompts = [text_ids(loaded.tokenizer, prompt) for prompt in (spec.prompts * 16)[:32]]
     requests, tokens = [ContinuationRequest(ids) for ids in prompts], 4
     decode_continuations(requests[:2], loaded, tokens=2)
     start = time.monotonic()

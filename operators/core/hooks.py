@@ -18,6 +18,7 @@ from torch import nn
 
 from operators.core.apply import steer
 from operators.core.errors import SteeringError
+from operators.core.movement import Movement, movement
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class PushHooks:
         self._blocks = blocks
         self._layers = sorted(set(layers))
         self._pushes: Mapping[int, LayerPush] = {}
-        self._doses: dict[int, torch.Tensor] = {}
+        self._movements: dict[int, Movement] = {}
         self._removal = ExitStack()
 
     def __enter__(self) -> PushHooks:
@@ -75,10 +76,14 @@ class PushHooks:
 
     def load(self, pushes: Mapping[int, LayerPush]) -> None:
         """Sets the pushes of the next forward pass, by layer; a layer without an entry is left alone."""
-        self._pushes, self._doses = pushes, {}
+        self._pushes, self._movements = pushes, {}
 
     def doses(self) -> dict[int, torch.Tensor]:
-        """The relative doses |h' - h|/|h| of the last forward pass, and the end of its pushes.
+        """The relative doses |h' - h|/|h| of :meth:`movements`, by layer, (R, T) each."""
+        return {layer: moved.dose for layer, moved in self.movements().items()}
+
+    def movements(self) -> dict[int, Movement]:
+        """What the last forward pass did to the rows that were to be pushed, and the end of its pushes.
 
         Returns:
             By layer, (R, T) float32 on the model's device, in the order of the pushes that were loaded; without
@@ -87,12 +92,12 @@ class PushHooks:
         Raises:
             SteeringError: a hook did not run, so that its pushes were not added.
         """
-        missing = next((layer for layer in self._pushes if layer not in self._doses), None)
+        missing = next((layer for layer in self._pushes if layer not in self._movements), None)
         if missing is not None:
             raise SteeringError(f"layer {missing} was not reached: the model did not call its hook")
-        doses = self._doses
+        movements = self._movements
         self.load({})
-        return doses
+        return movements
 
     def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
         def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -105,7 +110,7 @@ class PushHooks:
         return hook
 
     def _pushed(self, layer: int, hidden: torch.Tensor, loaded: LayerPush) -> torch.Tensor:
-        if layer in self._doses:
+        if layer in self._movements:
             raise SteeringError(f"layer {layer} was reached twice: one forward pass per set of pushes is accepted")
         before = hidden[loaded.rows]
         if before.shape != loaded.push.shape:
@@ -114,8 +119,11 @@ class PushHooks:
                 f"layer {layer}: pushes have the shape {tuple(loaded.push.shape)}; its input has rows of the shape "
                 f"{tuple(before.shape)}"
             )
-        after, self._doses[layer] = steer(before, loaded.push)
+        after, _ = steer(before, loaded.push)
         if loaded.where is not None:
             # Not a push of 0: float32 holds no float64, and -0.0 + 0.0 is 0.0.
             after = torch.where(loaded.where[..., None], after, before)
-        return hidden.index_copy(0, loaded.rows, after)
+        pushed = hidden.index_copy(0, loaded.rows, after)
+        # Of what the block is handed, whatever was said of it.
+        self._movements[layer] = movement(before, pushed[loaded.rows], loaded.push)
+        return pushed

@@ -16,6 +16,7 @@ from operators.evaluate.protocol import Budget, Protocol, Regime
 from operators.evaluate.sampling import uniforms
 from operators.evaluate.writing import Written, write_texts
 from operators.model.loading import LoadedModel
+from operators.model.text_ids import text_ids
 
 PromptList = Literal["development", "held-out"]
 
@@ -114,7 +115,7 @@ class CellWriter:
 
     def _tokenised(self, prompts: Sequence[str], concept: EvalConcept | None) -> list[tuple[int, ...]]:
         texts = prompts if concept is None else [prefixed_text(concept, prompt) for prompt in prompts]
-        return [tuple(int(token) for token in self._loaded.tokenizer(text)["input_ids"]) for text in texts]
+        return [text_ids(self._loaded.tokenizer, text) for text in texts]
 
 
 def _batches(jobs: Iterable[TextJob], size: int) -> Iterator[list[TextJob]]:

@@ -13,6 +13,7 @@ from operators.core.dose_curve import DosePoint
 from operators.core.errors import TrialError
 from operators.core.statistics import percentile
 from operators.model.loading import LoadedModel
+from operators.model.text_ids import text_ids
 from operators.model.words import UnembeddingRows, word_operator
 from operators.tune.continuations import (
     TEXTS_PER_BATCH,
@@ -88,7 +89,7 @@ class LensTrials:
 
     @functools.cache  # noqa: B019 - lives as long as one search
     def _encoded(self, prompt: str) -> tuple[int, ...]:
-        ids = tuple(int(token) for token in self._loaded.tokenizer(prompt)["input_ids"])
+        ids = text_ids(self._loaded.tokenizer, prompt)
         if not ids:
             raise TrialError(f"prompt {prompt!r} has no tokens; at least one is needed")
         return ids

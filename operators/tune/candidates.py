@@ -11,6 +11,7 @@ from operators.core.header import CalibrationPoint
 from operators.core.measured import HeldOut
 from operators.core.statistics import bootstrap_interval
 from operators.model.loading import LoadedModel
+from operators.model.text_ids import text_ids
 from operators.tune import trial_memory
 from operators.tune.calibration_spec import CalibrationSpec
 from operators.tune.continuations import (
@@ -201,7 +202,7 @@ def _cut(text: Continuation, tokens: int) -> Continuation:
 
 
 def _encode(prompt: str, loaded: LoadedModel) -> tuple[int, ...]:
-    ids = tuple(int(token) for token in loaded.tokenizer(prompt)["input_ids"])
+    ids = text_ids(loaded.tokenizer, prompt)
     if not ids:
         raise TrialError(f"prompt {prompt!r} has no tokens; at least one is needed")
     return ids

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,17 +15,44 @@ _ARITHMETIC = 1e-5
 """Upper bound of the relative error of norms and unit vectors computed in float32, for any hidden size."""
 
 
-def dose_limit(bound: float, dtype: torch.dtype) -> float:
-    """The largest dose that strengths with at most ``bound`` can give, with h' = h + |h| push rounded to ``dtype``."""
-    return bound * (1.0 + _ARITHMETIC) + (1.0 + bound) * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+@dataclass(frozen=True)
+class DoseBounds:
+    """The doses that operators which push one position of a layer together can give, before rounding."""
 
+    low: float
+    """Where all others work against the strongest; 0 where they can cancel it."""
+    high: float
+    """Where all agree: the sum of |lambda|/2. Of one operator both are |lambda|/2."""
 
-def dose_floor(bound: float) -> float:
-    """The dose that rounding alone can give where strengths cancel whose magnitudes add up to ``bound``.
+    @classmethod
+    def of(cls, strengths: Iterable[float]) -> DoseBounds:
+        """Of the operators with these strengths lambda, at least one."""
+        halves = [abs(strength) / 2.0 for strength in strengths]
+        high = sum(halves)
+        return cls(max(0.0, 2.0 * max(halves) - high), high)
 
-    A dose must be above it to be an effect of steering.
-    """
-    return bound * _ARITHMETIC
+    def problem(self, dose: float, due: float, rounding: float) -> str:
+        """What is wrong with the movement of one hidden state (:class:`operators.core.movement.Movement`); or nothing.
+
+        Said in strengths, of which a dose is half.
+        """
+        slack = self.high * _ARITHMETIC
+        # Negated, so that NaN is wrong as well. Where strengths cancel, rounding alone can move the state by the slack.
+        if not (slack < dose < math.inf and slack < due):
+            return (
+                f"the hidden state moved as by strength {2.0 * dose:g}; a positive, finite change is needed (strengths "
+                "may cancel, or be lost in rounding to the model's dtype)"
+            )
+        if not self.low - slack <= due <= self.high + slack:
+            return f"a push of strength {2.0 * due:g} was worked out; {self._expected()}"
+        if not abs(dose - due) <= due * _ARITHMETIC + rounding:
+            return f"the hidden state moved as by strength {2.0 * dose:g}; {self._expected()}"
+        return ""
+
+    def _expected(self) -> str:
+        if self.low == self.high:
+            return f"{2.0 * self.high:g} was to be applied"
+        return f"between {2.0 * self.low:g} and {2.0 * self.high:g} is what the strengths give together"
 
 
 def check_strengths(plan: SteeringPlan, dtype: torch.dtype) -> None:

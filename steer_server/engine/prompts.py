@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from operators.model.text_ids import text_ids
 from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError
 from steer_server.types import ModelInfo, Prompt
 
@@ -56,7 +57,9 @@ class PromptReader:
         if fewest > self._model.context_length:
             # A lower bound that is too high already: tokenising megabytes would take long.
             raise PromptTooLongError(fewest, self._model.context_length)
-        return tuple(self._tokenizer(text, add_special_tokens=special_tokens)["input_ids"])
+        if special_tokens:
+            return text_ids(self._tokenizer, text)
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def texts(self, ids: Iterable[int]) -> tuple[str, ...]:
         """Each token decoded on its own."""

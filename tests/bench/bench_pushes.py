@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from operators.core.apply import PreparedOperator, steer
+from operators.core.apply import PreparedOperator
 from operators.core.positions import Positions
+from steer_server.engine.vllm.worker.layer_hooks import push_rows
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
@@ -83,7 +84,7 @@ def main() -> None:
 
 def measure(batch: int, count: int, positions: Positions, width: int, layers: int, steps: int) -> dict[str, Any]:
     """Milliseconds of each part of a step after the first one, and the operations of the last one."""
-    steering = StepSteering(torch.bfloat16)
+    steering = StepSteering()
     for index in range(count):
         steering.load(str(index), LoadedOperator(operator(width, index), index % layers))
     for row in range(batch):
@@ -117,8 +118,7 @@ def _step(steering: StepSteering, batch: int, position: int, x: torch.Tensor, hi
     pushes = steering.prepare(spans, lambda needed: x[: len(needed)], _embed_prefix)
     times.append(time.perf_counter())
     for push in pushes.values():
-        moved, push.doses = steer(hidden[push.rows], push.push, hidden[push.rows])
-        hidden.index_copy_(0, push.rows, moved)
+        push_rows(push, hidden, hidden)
     times.append(time.perf_counter())
     steering.record(pushes)
     times.append(time.perf_counter())

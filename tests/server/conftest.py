@@ -9,13 +9,14 @@ import torch
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
-from operators.core.apply import Direction, PreparedOperator, Setting, prepare, steer
+from operators.core.apply import Direction, PreparedOperator, Setting, prepare
 from operators.core.artifact import OperatorArtifact, make_artifact
 from operators.core.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
 from operators.core.measured import HeldOut, Sampling
 from operators.model.loading import LoadedModel
 from steer_server.engine.hf.decode import Decoder, InterruptionCheck
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
+from steer_server.engine.vllm.worker.layer_hooks import push_rows
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
@@ -237,7 +238,7 @@ class Batch:
         """Texts of which the beginning was embedded again, and how many tokens of it."""
         self.embedded: list[TokenSpan] = []
         """The tokens that were needed."""
-        self.steering = StepSteering(dtype)
+        self.steering = StepSteering()
         for digest, operator in loaded.items():
             self.steering.load(digest, operator)
 
@@ -301,7 +302,7 @@ class Batch:
             rows = push.rows.tolist()
             assert len(set(rows)) == len(rows)
             assert set(rows) <= owned
-            _, push.doses = steer(hidden[push.rows], push.push)
+            push_rows(push, hidden, None)
             dense = torch.zeros(hidden.shape).index_copy(0, push.rows, push.push)
             pushed |= {(span.request, layer): dense[span.start_row :][: span.num_tokens] for span in spans}
         if change is not None:

@@ -17,7 +17,7 @@ import torch
 from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks, layer_push
 from operators.core.pushes import SequencePushes
-from steer_server.engine.dose import DoseStatistics, check_strengths, dose_limit
+from steer_server.engine.dose import DoseBounds, DoseStatistics, check_strengths
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.receipts import make_receipts
 from steer_server.errors import SteeringNotAppliedError
@@ -40,7 +40,7 @@ class RowSteering:
         self, plan: SteeringPlan, operators: PreparedOperatorCache, dtype: torch.dtype, *, prompt_tokens: int
     ) -> None:
         """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
-        self._plan, self._dtype = plan, dtype
+        self._plan = plan
         check_strengths(plan, dtype)
         self._doses = [DoseStatistics() for _ in plan.applications]
         self._applied = [
@@ -96,35 +96,30 @@ class RowSteering:
                 pieces.setdefault(layer, []).append((at, push))
         return pieces
 
-    def record(self, layer: int, doses: Sequence[float], *, prompt: bool) -> None:
-        """Adds the measured doses of one pass over T tokens to the statistics of those who pushed at a layer.
+    def record(self, layer: int, moved: Sequence[Sequence[float]], *, prompt: bool) -> None:
+        """Adds what one pass over T tokens did at a layer to the statistics of those who pushed there.
+
+        Args:
+            moved: of each token, the dose, the dose that was due and the rounding of
+                :class:`operators.core.movement.Movement`.
 
         Raises:
-            SteeringNotAppliedError: at a token that was pushed, a dose is zero, not finite, or above what the strengths
-                of those who pushed there can give.
+            SteeringNotAppliedError: at a token that was pushed, the dose is not what the strengths of those who pushed
+                there give, within rounding.
         """
         pushed = self._pushed[layer]
         for low, high in _equal_stretches(at for _, at in pushed):
             uses = [applied.application for applied, at in pushed if at.start <= low < at.stop]
             if uses:
-                self._check(layer, doses[low:high], uses)
+                self._check(layer, moved[low:high], uses)
         for applied, at in pushed:
-            applied.doses.add(doses[at], prompt=prompt)
+            applied.doses.add([dose for dose, _, _ in moved[at]], prompt=prompt)
 
-    def _check(self, layer: int, doses: Sequence[float], uses: Sequence[Application]) -> None:
-        bound = sum(abs(use.setting.strength) / 2.0 for use in uses)
-        limit = dose_limit(bound, self._dtype)
-        for dose in doses:
-            if not 0.0 < dose < float("inf"):
-                raise SteeringNotAppliedError(
-                    f"{_describe(uses)} at layer {layer}: the hidden state moved by {dose} of its norm; a positive, "
-                    "finite change is needed (strengths may cancel, or be lost in rounding to the model's dtype)"
-                )
-            if dose > limit:
-                raise SteeringNotAppliedError(
-                    f"{_describe(uses)} at layer {layer}: the hidden state moved by {dose:g} of its norm; these "
-                    f"strengths give at most {bound:g}"
-                )
+    def _check(self, layer: int, moved: Sequence[Sequence[float]], uses: Sequence[Application]) -> None:
+        bounds = DoseBounds.of(use.setting.strength for use in uses)
+        for token in moved:
+            if problem := bounds.problem(*token):
+                raise SteeringNotAppliedError(f"{_describe(uses)} at layer {layer}: {problem}")
 
     def receipts(self) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
@@ -163,13 +158,14 @@ def record_doses(hooks: PushHooks, steered: Mapping[int, RowSteering], *, prompt
         SteeringNotAppliedError: a hook did not run, or a dose is not what the strengths give.
     """
     try:
-        measured = hooks.doses()
+        measured = hooks.movements()
     except SteeringError as error:
         raise SteeringNotAppliedError(str(error)) from error
-    for layer, doses in measured.items():
+    for layer, moved in measured.items():
         pushed = [steering for steering in steered.values() if layer in steering.pushed_layers]
-        for steering, row_doses in zip(pushed, doses.tolist(), strict=True):
-            steering.record(layer, row_doses, prompt=prompt)
+        rows = torch.stack((moved.dose, moved.due, moved.rounding), dim=-1).tolist()
+        for steering, row in zip(pushed, rows, strict=True):
+            steering.record(layer, row, prompt=prompt)
 
 
 def _equal_stretches(slices: Iterable[slice]) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
+from operators.model.text_ids import text_ids
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
 from steer_server.engine.vllm.engine_config import logprob_tolerance, make_engine_config
@@ -51,7 +52,7 @@ async def boot_vllm(
         StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
     """
     config, constructor_options = make_engine_config(source, dtype, engine_args, operator_memory)
-    prompt: list[int] = loaded.tokenizer(_PROMPT)["input_ids"][:_MAX_PROMPT]
+    prompt = text_ids(loaded.tokenizer, _PROMPT)[:_MAX_PROMPT]
     tolerance = logprob_tolerance(config)
     expected = None if tolerance is None else await asyncio.to_thread(transformers_logprobs, loaded, prompt)
     try:

@@ -116,7 +116,7 @@ def _refused(result):
 
 
 def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(run, no_model, tmp_path):
-    assert "has no tokens" in _refused(run("--text", " "))
+    assert "has no tokens" in _refused(run("--text", ""))
     (tmp_path / "file").touch()
     assert "directory file cannot be written to: File exists" in _refused(run("--text", TEXT, "--out", "file"))
     assert "cannot be written to: Not a directory" in _refused(run("--text", TEXT, "--out", "file/below"))

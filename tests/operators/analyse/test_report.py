@@ -141,7 +141,7 @@ def test_a_layer_that_is_not_there_is_refused(tiny, layer):
 def test_texts_that_cannot_be_analysed_are_refused(tiny, monkeypatch):
     loaded = tiny("llama")
     with pytest.raises(ConceptError, match="has no tokens"):
-        analysis.analyse_prompt(" ", loaded)
+        analysis.analyse_prompt("", loaded)
     with pytest.raises(ConceptError, match="at most 64"):
         analysis.analyse_prompt("bridge " * 64, loaded)
     monkeypatch.setattr(analysis, "MAX_MAP_BYTES", 2 * 40 * 40 * 8)

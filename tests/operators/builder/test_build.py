@@ -4,6 +4,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+from tokenizers import normalizers, processors
 
 import operators
 from operators.builder import build as builder
@@ -163,11 +164,27 @@ def test_an_architecture_without_a_table_is_refused(tiny):
 # Concepts.
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\t", "\u3000"])
-def test_an_empty_concept_is_refused(tiny, text):
+def test_an_empty_concept_is_refused(tiny):
     for refuse in (check_text, lambda text: concept_from_text(text, tiny("llama"))):
         with pytest.raises(ConceptError, match="has no tokens; at least one is needed"):
-            refuse(text)
+            refuse("")
+
+
+@pytest.mark.parametrize("text", [" ", "\n\n", "\n\t", "\u3000"])
+def test_white_space_that_has_tokens_is_a_text(tiny, text):
+    loaded = tiny("llama")
+    assert concept_from_text(text, loaded).ids == tuple(loaded.tokenizer(text)["input_ids"])
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_refused(tiny):
+    loaded = tiny("llama", fresh=True)
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    front = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    tokenizer.backend_tokenizer.post_processor = front
+    stripping = dataclasses.replace(loaded, tokenizer=tokenizer)
+    with pytest.raises(ConceptError, match=r"concept ' \\n' has no tokens; at least one is needed"):
+        concept_from_text(" \n", stripping)
 
 
 def test_a_token_without_an_embedding_is_named(tiny):

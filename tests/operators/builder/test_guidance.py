@@ -1,11 +1,9 @@
 """Texts and strengths that will hardly do what their user wants, and tokenizers that put a token behind a text."""
 
 import pytest
-from tokenizers import processors
 
-from operators.builder.concept import Concept, concept_from_text
+from operators.builder.concept import Concept
 from operators.builder.guidance import strength_warnings, text_warnings
-from operators.core.errors import ConceptError
 from steer_server.config import ServerConfig
 
 
@@ -42,18 +40,3 @@ def test_a_strength_that_a_server_refuses_is_told_with_its_bound(strength, warns
     if warns:
         assert "--max-dose" in found[0]
         assert f"{strength:g}" in found[0]
-
-
-def test_a_tokenizer_that_puts_a_token_behind_every_text_is_refused(tiny):
-    loaded = tiny("llama", fresh=True)
-    backend = loaded.tokenizer.backend_tokenizer
-    before = backend.post_processor
-    end = [("<end>", 0)]
-    try:
-        backend.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=end)
-        assert concept_from_text("The bay", loaded).ids[0] == 0
-        backend.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=end)
-        with pytest.raises(ConceptError, match="puts '<end>' behind every text"):
-            concept_from_text("The bay", loaded)
-    finally:
-        backend.post_processor = before

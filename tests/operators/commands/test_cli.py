@@ -150,7 +150,6 @@ REFUSED_EARLY = [
     (["a", "--text", TEXT, "--positions", "last"], "SettingError", "positions is 'last'; accepted: all, first, prompt"),
     (["a", "--text", TEXT, "--positions", "4..4"], "SettingError", "positions.end is 4; a number above the start 4"),
     (["a", "--text", ""], "ConceptError", "concept '' has no tokens"),
-    (["a", "--text", " \n"], "ConceptError", "has no tokens"),
     (["a", "--text", "caf\udce9"], "ConceptError", "is not Unicode text"),
     (["a", "--text", "x" * 65537], "ConceptError", "concept has 65537 characters; at most 65536 are accepted"),
     (["a", "--text", TEXT, "--layer", "-1"], "BuildError", "layer is -1; a whole number of at least 1 is accepted"),

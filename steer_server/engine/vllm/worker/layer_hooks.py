@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from operators.core.apply import steer
+from operators.core.movement import movement
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.scoring import KeptStates
 from steer_server.engine.vllm.worker.step_push import StepPush
@@ -49,13 +50,18 @@ def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> No
     if layer == 0 and forward_pass.expected_inputs is not None:
         _check_inputs(hidden, *forward_pass.expected_inputs)
     step_push = forward_pass.pushes.get(layer)
-    if step_push is None:
-        return
-    width = hidden.shape[-1]
-    rows = hidden.view(-1, width)
-    residual_rows = None if residual is None else residual.view(-1, width)[step_push.rows]
-    moved, step_push.doses = steer(rows[step_push.rows], step_push.push, residual_rows)
-    rows.index_copy_(0, step_push.rows, moved)
+    if step_push is not None:
+        width = hidden.shape[-1]
+        push_rows(step_push, hidden.view(-1, width), None if residual is None else residual.view(-1, width))
+
+
+def push_rows(step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """Pushes ``rows`` (B, d) of the batch in place, and measures what stands there then, whatever was said of it."""
+    before, others = rows[step_push.rows], None if residual is None else residual[step_push.rows]
+    after, _ = steer(before, step_push.push, others)
+    rows.index_copy_(0, step_push.rows, after)
+    step_push.times += 1
+    step_push.moved = movement(before, rows[step_push.rows], step_push.push, others)
 
 
 def _check_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Tensor) -> None:

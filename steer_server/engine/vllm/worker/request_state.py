@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from steer_server.engine.vllm.worker.dose_ranges import DoseRange, check_doses, first_due
+from steer_server.engine.vllm.worker.dose_ranges import DoseRange, check_movements, first_due
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
@@ -74,18 +74,18 @@ class RequestState:
         self.position = span.first_position + span.num_tokens
         self.end = max(self.end, self.position)
 
-    def record(self, layer: int, span: TokenSpan, doses: Sequence[float], usable: Sequence[float]) -> str:
-        """Records the doses of a span; returns what is wrong with them, or nothing.
+    def record(self, layer: int, span: TokenSpan, moved: Sequence[Sequence[float]], usable: Sequence[float]) -> str:
+        """Records what was done to a span; returns what is wrong with it, or nothing.
 
         Args:
-            doses: empty if the layer's hook did not run.
+            moved: of each token its movement (:class:`.DoseBounds`); empty if the layer's hook did not run.
             usable: which tokens had a direction.
         """
         if not all(usable):
             # Checked first: such a token is pushed by nothing, or by some of its operators, so its dose is wrong too.
             place = next(place for place, has_direction in enumerate(usable) if not has_direction)
             return f"the steering direction at position {span.first_position + place} is zero or not finite"
-        if not doses:
+        if not moved:
             return f"layer {layer} was not reached: the model did not call its hook"
         recorded, ranges = self.doses[layer], self.dose_ranges.get(layer, ())
         recorded_end = self._first_recorded(layer) + len(recorded)
@@ -96,8 +96,8 @@ class RequestState:
             recorded.extend([0.0] * (span.first_position - recorded_end))
             recorded_end = span.first_position
         # Positions that are computed again, after a preemption, are recorded already.
-        recorded.extend(doses[max(0, recorded_end - span.first_position) :])
-        problem = check_doses(ranges, span.first_position, doses)
+        recorded.extend(dose for dose, _, _ in moved[max(0, recorded_end - span.first_position) :])
+        problem = check_movements(ranges, span.first_position, moved)
         return f"layer {layer}: {problem}" if problem else ""
 
     def measurement(self) -> RequestMeasurement:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from operators.core.movement import Movement
 from steer_server.engine.vllm.worker.pushes import TokenSpan, concatenate_ranges, copy_to_device
 
 
 @dataclass(eq=False)
 class StepPush:
-    """The pushes of one layer in one step. Filled by :func:`combine_pushes`; ``doses`` by the layer's hook.
+    """The pushes of one layer in one step. Filled by :func:`combine_pushes`; ``moved`` by the layer's hook.
 
     The host reads none of its tensors before the step is over: on an accelerator it would wait for it.
     """
@@ -26,19 +27,25 @@ class StepPush:
     spans: Sequence[TokenSpan]
     """Whose the rows are, in their order; no row twice."""
     step: int
-    doses: torch.Tensor | None = None
-    """(R,): |h' - h|/|h|; None until the hook ran."""
+    moved: Movement | None = None
+    """What the hook found where it had pushed, (R,) each; None until it ran."""
+    times: int = 0
+    """How often the hook ran: once is right."""
 
     def release(self) -> None:
         """Frees the pushes, once the forward pass is over: what was measured may be read much later."""
         self.push = self.push.new_empty(0)
 
-    def read(self) -> tuple[list[float], list[float]]:
-        """The doses (none if the hook did not run) and which rows have a direction, in one transfer to the host."""
-        if self.doses is None:
+    def read(self) -> tuple[list[list[float]], list[float]]:
+        """Of each row its movement (none if the hook did not run), and whether it has a direction.
+
+        In one transfer to the host.
+        """
+        if self.moved is None:
             return [], self.usable.tolist()
-        doses, usable = torch.stack((self.doses, self.usable.to(self.doses))).tolist()
-        return doses, usable
+        moved = self.moved
+        read = torch.stack((moved.dose, moved.due, moved.rounding, self.usable.to(moved.dose)), dim=-1).tolist()
+        return [row[:3] for row in read], [row[3] for row in read]
 
 
 def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch.Tensor, step: int) -> StepPush:

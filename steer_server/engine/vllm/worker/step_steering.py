@@ -51,9 +51,7 @@ class LoadedOperator:
 class StepSteering:
     """The steering of all requests of a worker: :meth:`prepare` before each forward pass, :meth:`record` after it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        """``dtype``: of the hidden states."""
-        self._dtype = dtype
+    def __init__(self) -> None:
         self._operators: dict[str, LoadedOperator] = {}
         self._requests: dict[str, RequestState] = {}
         self._step = 0
@@ -88,7 +86,7 @@ class StepSteering:
         at_layer: dict[int, list[OperatorSetting]] = defaultdict(list)
         for setting in settings if not unknown else ():
             at_layer[self._operators[setting.digest].layer].append(setting)
-        ranges = {layer: dose_ranges(pushing, self._dtype) for layer, pushing in at_layer.items()}
+        ranges = {layer: dose_ranges(pushing) for layer, pushing in at_layer.items()}
         state = self._requests[request] = RequestState(settings, salt, ranges, running_sums=[None] * len(settings))
         if unknown:
             self._fail(state, self._step, f"operator {unknown[0]} is not loaded")
@@ -219,12 +217,14 @@ class StepSteering:
     def record(self, step_pushes: Mapping[int, StepPush]) -> None:
         """Records what was measured in a forward pass. Reads it from the device, which waits for the pass."""
         for layer, step_push in step_pushes.items():
-            doses, usable = step_push.read()
+            moved, usable = step_push.read()
             start = 0
             for span in step_push.spans:
                 end = start + span.num_tokens
                 state = self._requests.get(span.request)
-                problem = "" if state is None else state.record(layer, span, doses[start:end], usable[start:end])
+                problem = "" if state is None else state.record(layer, span, moved[start:end], usable[start:end])
+                if state is not None and step_push.times > 1:
+                    problem = f"layer {layer} was pushed {step_push.times} times in one step"
                 if state is not None and problem:
                     self._fail(state, step_push.step, problem)
                 start = end

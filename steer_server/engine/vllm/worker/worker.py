@@ -47,7 +47,7 @@ class SteeringWorker(_Worker):  # type: ignore[misc]
             self.vllm_config.compilation_config.splitting_ops.append(PUSH_OP)
         super().load_model(*args, **kwargs)
         model = self.model_runner.get_model()
-        self._steering = StepSteering(self.model_config.dtype)
+        self._steering = StepSteering()
         self._embed = make_embedder(model)
         self._keys: dict[str, str] = {}
         """Keys of running requests, by vLLM's request id."""

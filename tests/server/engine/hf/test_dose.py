@@ -138,11 +138,13 @@ def test_layers_are_bounded_each_by_its_own_strengths(llama, artifact, low_artif
     assert receipts[1].max_dose == pytest.approx(0.6, abs=1e-5)
 
 
-def test_a_state_that_moves_more_than_the_strengths_allow_is_an_error(llama, artifact, plan_of, decode, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [0.0, 0.01, 0.9, 1.1, 2.0])
+def test_a_state_that_moves_by_another_dose_is_an_error(tiny, artifact, plan_of, decode, monkeypatch, dtype, factor):
     steer = hooks.steer
-    monkeypatch.setattr(hooks, "steer", lambda hidden, push: steer(hidden, 1.001 * push))
-    with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: .* strengths give at most 0\.25"):
-        decode(llama, plan_of((artifact, 0.5)))
+    monkeypatch.setattr(hooks, "steer", lambda hidden, push: (steer(hidden, factor * push)[0], steer(hidden, push)[1]))
+    with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: the hidden state moved as by "):
+        decode(tiny("llama", dtype=dtype), plan_of((artifact, 0.5)))
 
 
 def test_rounding_to_the_models_dtype_is_no_violation(tiny, artifact, plan_of, decode):

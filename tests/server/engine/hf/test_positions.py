@@ -172,7 +172,7 @@ def test_a_dose_above_that_of_those_who_push_there_is_an_error(llama, artifact, 
     steer = hooks_module.steer
     monkeypatch.setattr(hooks_module, "steer", lambda hidden, push: steer(hidden, 1.001 * push))
     plan = _plan((artifact, 0.5, "cumulative", 0.0, "first"), (other_artifact, 0.9, "cumulative", 0.0, "1.."))
-    with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: .* strengths give at most 0\.25$"):
+    with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: .* 0\.5005; 0\.5 was to be"):
         decode(llama, plan)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from operators.core.positions import Positions
-from steer_server.engine.dose import dose_limit
 from steer_server.engine.vllm.worker import step_steering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
@@ -121,23 +120,26 @@ def test_two_operators_at_one_layer_meet_only_where_both_push(batch, one, other)
 
 
 def test_what_an_operator_may_do_at_a_position_is_what_pushes_there(batch):
-    def dose(at, value):
+    def moved(at, value):
         def change(pushes):
-            pushes[2].doses[at] = value
+            # As if that had been worked out, and applied.
+            pushes[2].moved.dose[at] = pushes[2].moved.due[at] = value
 
         return change
 
-    both, alone = dose_limit(0.5, torch.float32), dose_limit(0.3, torch.float32)
     for request, at, value, failure in (
-        ("shared", 0, both * (1 - 1e-6), ""),
-        ("above", 0, both * (1 + 1e-6), "moved by 0.5"),
-        ("single", 3, alone * (1 - 1e-6), ""),
-        ("too much for one", 3, alone * (1 + 1e-6), "at most 0.3"),
+        ("shared", 0, 0.5, ""),
+        ("against each other", 0, 0.1, ""),
+        ("above", 0, 0.501, "strength 1.002 was worked out; between 0.2 and 1 is what"),
+        ("below", 0, 0.099, "strength 0.198 was worked out; between 0.2 and 1 is what"),
+        ("single", 3, 0.3, ""),
+        ("too much for one", 3, 0.301, "strength 0.602 was worked out; 0.6 was to be applied"),
+        ("too little for one", 3, 0.299, "strength 0.598 was worked out; 0.6 was to be applied"),
     ):
         batch.begin(request, setting("all"), setting("0..2", "affine", strength=0.4), x=batch.embeddings(TEXT))
-        batch.step((request, 0, 5), change=dose(at, value))
+        batch.step((request, 0, 5), change=moved(at, value))
         assert failure in batch.failure(request), request
-        assert bool(failure) == bool(batch.failure(request))
+        assert bool(failure) == bool(batch.failure(request)), request
 
 
 # Nothing is done where nothing is asked for.

@@ -152,7 +152,7 @@ def test_a_position_that_is_computed_once_more_is_counted_once(batch):
 
     def change(pushes):
         for push in pushes.values():
-            push.doses = torch.full_like(push.doses, 0.01 * (1 + len(doses)))
+            push.moved = replace(push.moved, dose=torch.full_like(push.moved.dose, 0.01 * (1 + len(doses))))
         doses.append(None)
 
     for first, count in ((0, 5), (2, 4), (0, 7), (7, 1)):

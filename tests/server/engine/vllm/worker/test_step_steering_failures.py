@@ -1,10 +1,11 @@
 """What makes the text of a request in a batch one that must not be shown."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from operators.core.apply import prepare
-from steer_server.engine.dose import dose_limit
 from steer_server.engine.vllm.worker.request_state import LayerDoses
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
@@ -19,7 +20,7 @@ def close(found, expected):
 def set_doses(value):
     def change(pushes):
         for push in pushes.values():
-            push.doses = None if value is None else torch.full_like(push.doses, value)
+            push.moved = None if value is None else replace(push.moved, dose=torch.full_like(push.moved.dose, value))
 
     return change
 
@@ -102,7 +103,7 @@ def test_the_anchor_is_a_direction_whatever_the_embeddings_are(batch):
 def test_a_hook_that_never_ran_is_a_failure(batch):
     batch.begin("a", CUMULATIVE)
     batch.begin("b", OperatorSetting("low", "cumulative", 0.5, 0.0))
-    batch.step(("a", 0, 2), ("b", 0, 2), change=lambda pushes: setattr(pushes[2], "doses", None))
+    batch.step(("a", 0, 2), ("b", 0, 2), change=lambda pushes: setattr(pushes[2], "moved", None))
     assert batch.failure("a") == "layer 2 was not reached: the model did not call its hook"
     assert batch.failure("b") == ""
 
@@ -111,19 +112,46 @@ def test_a_hook_that_never_ran_is_a_failure(batch):
 def test_a_hidden_state_that_did_not_move_by_a_positive_amount_is_a_failure(batch, dose):
     batch.begin("a", CUMULATIVE)
     batch.step(("a", 0, 2), change=set_doses(dose))
-    assert f"layer 2: the hidden state moved by {dose:g} of its norm" in batch.failure("a")
+    assert f"layer 2: the hidden state moved as by strength {2 * dose:g}" in batch.failure("a")
 
 
-def test_a_dose_above_what_the_strengths_of_its_layer_give_is_a_failure(batch):
-    limit = dose_limit(0.25 + 0.1, torch.float32)
+@pytest.mark.parametrize("factor", [0.01, 0.5, 0.999, 1.001, 2.0])
+@pytest.mark.parametrize("setting", [CUMULATIVE, OperatorSetting("exact", "cumulative", -1.5, 0.5)], ids=str)
+def test_a_dose_that_is_not_half_the_strength_is_a_failure(batch, setting, factor):
+    batch.begin("a", setting)
+    batch.step(("a", 0, 3), change=set_doses(abs(setting.strength) / 2 * factor))
+    expected = f"{abs(setting.strength):g}"
+    assert f"moved as by strength {abs(setting.strength) * factor:g}; {expected} was to be" in batch.failure("a")
+
+
+@pytest.mark.parametrize("factor", [0.99, 1.01])
+def test_a_dose_that_is_not_that_of_the_sum_of_the_pushes_is_a_failure(batch, factor):
     settings = CUMULATIVE, OperatorSetting("affine", "cumulative", -0.2, 0.0)
-    for request, dose in (("a", limit * (1 - 1e-6)), ("b", limit * (1 + 1e-6))):
+    for request, scale in (("a", 1.0), ("b", factor)):
         batch.begin(request, *settings, OperatorSetting("low", "cumulative", 9.0, 0.0))
-        batch.step(
-            (request, 0, 2), change=lambda pushes, dose=dose: setattr(pushes[2], "doses", torch.full((2,), dose))
-        )
+
+        def change(pushes, scale=scale):
+            pushes[2].moved = replace(pushes[2].moved, dose=scale * pushes[2].moved.dose)
+
+        batch.step((request, 0, 2), change=change)
     assert batch.failure("a") == ""
-    assert "layer 2: the hidden state moved by 0.35" in batch.failure("b")
+    assert "layer 2: the hidden state moved as by strength" in batch.failure("b")
+
+
+def test_a_push_beyond_what_the_strengths_can_give_is_a_failure_though_it_was_applied(batch):
+    batch.begin("a", CUMULATIVE)
+    batch.step(("a", 0, 2), change=lambda pushes: setattr(pushes[2], "moved", twice(pushes[2].moved)))
+    assert "a push of strength 1 was worked out; 0.5 was to be applied" in batch.failure("a")
+
+
+def twice(moved):
+    return replace(moved, dose=2 * moved.dose, due=2 * moved.due)
+
+
+def test_a_layer_that_was_pushed_twice_in_one_step_is_a_failure(batch):
+    batch.begin("a", CUMULATIVE)
+    batch.step(("a", 0, 2), change=lambda pushes: setattr(pushes[2], "times", 2))
+    assert batch.failure("a") == "layer 2 was pushed 2 times in one step"
 
 
 @pytest.mark.parametrize("count", range(1, 13))
@@ -134,8 +162,8 @@ def test_strengths_that_cancel_are_a_failure_however_they_are_rounded(batch, mak
         batch.begin(request, CUMULATIVE, OperatorSetting(other, "cumulative", -0.5, 0.0))
         batch.begin(f"beside {request}", OperatorSetting(other, "cumulative", 0.5, 0.0), seed=1)
     batch.step(*((request, 0, count) for request in batch.texts))
-    assert "they may cancel" in batch.failure("a")
-    assert "they may cancel" in batch.failure("b")
+    assert "strengths may cancel" in batch.failure("a")
+    assert "strengths may cancel" in batch.failure("b")
     assert batch.failure("beside a") == batch.failure("beside b") == ""
 
 
@@ -151,7 +179,7 @@ def test_a_dose_is_looked_at_when_its_position_is_computed_once_more(batch):
     batch.begin("a", CUMULATIVE)
     batch.step(("a", 0, 4))
     batch.step(("a", 0, 4), change=set_doses(0.9))
-    assert "moved by 0.9" in batch.failure("a")
+    assert "moved as by strength 1.8" in batch.failure("a")
     assert batch.steering.measurement("a").layers == (LayerDoses(2, 0, pytest.approx([0.25] * 4, abs=1e-5)),)
 
 
@@ -273,7 +301,7 @@ def test_a_request_that_was_under_way_before_is_not_to_blame_for_a_later_failure
 def test_what_a_request_leaves_may_be_found_in_the_very_same_step(batch):
     batch.begin("bad", CUMULATIVE, salt="s")
     batch.begin("beside", OperatorSetting("low", "cumulative", 0.5, 0.0), salt="s")
-    batch.step(("bad", 0, 4), ("beside", 4, 1), change=lambda pushes: setattr(pushes[2], "doses", None))
+    batch.step(("bad", 0, 4), ("beside", 4, 1), change=lambda pushes: setattr(pushes[2], "moved", None))
     assert batch.failure("beside") == INHERITED
 
 
