@@ -48,8 +48,8 @@ class Metrics:
         self._add_texts(registry)
         for name, text, read in _gauges(engine, operators, self.in_flight):
             Gauge(name, text, registry=registry).set_function(read)
-        limit = Gauge("steer_limit", "What the server admits at most, by the name of the setting", ("name",))
-        registry.register(limit)
+        text = "What the server admits at most, by the name of the setting"
+        limit = Gauge("steer_limit", text, ("name",), registry=registry)
         for name, value in (limits or {}).items():
             limit.labels(name).set(value)
         for collector in engine.collectors:
