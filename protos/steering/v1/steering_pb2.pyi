@@ -320,7 +320,7 @@ class Receipt(_message.Message):
     blend: _builtins.float
     prompt_tokens_steered: _builtins.int
     """Positions whose hidden state was changed: all those of `positions` that the model was fed. The last generated token
-    is never fed back, so it is not counted.
+    is never fed back, so it is not counted. Both are 0 where the text ended before its first token.
     """
     generated_tokens_steered: _builtins.int
     mean_dose: _builtins.float

@@ -6,7 +6,7 @@ plain reference in the batch: it is fed the same tokens, chooses none, and gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from operators.model.loading import LoadedModel, block_input, decoder_layers, em
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
+from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.row_text import RowText
 from steer_server.engine.text import Detokenizer
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
@@ -25,6 +26,7 @@ from steer_server.types import (
     DecodeJob,
     EngineEvent,
     FinishReason,
+    Receipt,
     RowFinished,
     Score,
     SteeringPlan,
@@ -37,8 +39,13 @@ InterruptionCheck = Callable[[], FinishReason | None]
 """Called between steps: TIME_LIMIT or CANCELLED when the job must end, else None."""
 
 
-_PREFILL_CHUNK = 1024
-"""Prompt tokens between two interruption checks."""
+_PREFILL_POSITIONS = {"cpu": 256}
+_PREFILL_POSITIONS_ELSEWHERE = 4096
+
+
+def prefill_positions(device: torch.device) -> int:
+    """Rows x tokens of a prompt in one turn: on a CPU about a second of a small model, and few megabytes of states."""
+    return _PREFILL_POSITIONS.get(device.type, _PREFILL_POSITIONS_ELSEWHERE)
 
 
 @dataclass(eq=False)
@@ -81,9 +88,19 @@ class Decoder:
     _cache: DynamicCache = field(init=False)
     _hooks: PushHooks = field(init=False)
 
-    @torch.inference_mode()
     def run(self) -> Iterator[EngineEvent]:
-        """Tokens and ends of rows, step by step.
+        """The events of :meth:`turns` one by one: the job alone, without a break."""
+        for events in self.turns():
+            yield from events
+
+    @torch.inference_mode()
+    def turns(self) -> Iterator[list[EngineEvent]]:
+        """Decodes in turns of one forward pass: a part of the prompt, then a token of each row.
+
+        Between two turns the model may serve other jobs: this one keeps its KV cache and its ids, and nothing else.
+
+        Returns:
+            What each turn brought: nothing within the prompt, then tokens and ends of rows.
 
         Raises:
             SteeringNotAppliedError: a plan could not be applied at some step.
@@ -95,24 +112,25 @@ class Decoder:
         slots += [_BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
         layers = {layer for state in states if state.steering for layer in state.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
-        with PushHooks(decoder_layers(self.loaded.model), layers) as self._hooks:
-            logits, interruption = self._prefill(slots)
-            while True:
-                events = _end_all(states, interruption) if interruption else self._choose_tokens(slots, logits)
-                ended: set[int] = set()
-                for event in events:
-                    yield event
-                    if isinstance(event, RowFinished):
-                        ended.add(event.row)
-                states = [state for state in states if state.index not in ended]
-                slots = self._drop_ended(slots, ended)
-                if not slots:
-                    return
-                interruption = self.check_interruption()
-                if interruption is None:
-                    # A token is fed back only to choose another: the last one of a text never is, however it ends.
-                    last = torch.stack([slot.state.sequence[-1:] for slot in slots])
-                    logits = self._forward(slots, last, prompt=False)
+        self._hooks = PushHooks(decoder_layers(self.loaded.model), layers)
+        after_prompt = yield from self._prefill(slots)
+        if isinstance(after_prompt, FinishReason):
+            yield list(_end_all(slots, after_prompt))
+            return
+        logits: torch.Tensor | None = after_prompt
+        del after_prompt
+        while slots:
+            if interruption := self.check_interruption():
+                yield list(_end_all(slots, interruption))
+                return
+            if logits is None:
+                # A token is fed back only to choose another: the last one of a text never is, however it ends.
+                last = torch.stack([slot.state.sequence[-1:] for slot in slots])
+                logits = self._forward(slots, last, prompt=False)
+            events = list(self._choose_tokens(slots, logits))
+            logits = None
+            slots = self._drop_ended(slots, {event.row for event in events if isinstance(event, RowFinished)})
+            yield events
 
     def _row_state(self, index: int) -> _RowState:
         row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
@@ -134,10 +152,13 @@ class Decoder:
     def _steering(self, plan: SteeringPlan) -> RowSteering:
         return RowSteering(plan, self.operators, self.loaded.dtype, prompt_tokens=len(self.job.prompt_ids))
 
-    def _prefill(self, slots: list[_BatchSlot]) -> tuple[torch.Tensor, FinishReason | None]:
-        """Logits (B, V) after the prompt, computed in chunks; and what interrupted the prefill, if anything did.
+    def _prefill(self, slots: list[_BatchSlot]) -> Generator[list[EngineEvent], None, torch.Tensor | FinishReason]:
+        """Reads the prompt in turns of at most :func:`prefill_positions` rows x tokens.
 
         Plain rows are one row here and are copied afterwards.
+
+        Returns:
+            Logits (B, V) after the prompt, or what interrupted the prefill.
         """
         unique: list[_BatchSlot] = []
         source: list[int] = []
@@ -147,14 +168,19 @@ class Decoder:
             if plain is None:
                 unique.append(slot)
         rows = torch.tensor(source, device=self.loaded.device)
-        logits = torch.empty(len(unique), 0, device=self.loaded.device)
-        for chunk in torch.split(slots[0].state.sequence, _PREFILL_CHUNK):
+        tokens = max(1, prefill_positions(self.loaded.device) // len(unique))
+        *chunks, last = torch.split(slots[0].state.sequence, tokens)
+        for chunk in chunks:
             if interruption := self.check_interruption():
-                return logits[rows], interruption
-            logits = self._forward(unique, chunk.expand(len(unique), -1), prompt=True)
+                return interruption
+            self._forward(unique, chunk.expand(len(unique), -1), prompt=True)
+            yield []
+        if interruption := self.check_interruption():
+            return interruption
+        logits = self._forward(unique, last.expand(len(unique), -1), prompt=True)
         if len(unique) < len(slots):
             self._cache.batch_select_indices(rows)
-        return logits[rows], self.check_interruption()
+        return logits[rows]
 
     def _forward(self, slots: list[_BatchSlot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
         """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
@@ -168,7 +194,9 @@ class Decoder:
         }
         load_pushes(self._hooks, steered, x)
         try:
-            output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            # Hooked for this pass alone: the next one may be another job's.
+            with self._hooks:
+                output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         except SteeringError as error:
             # A hook that met another shape than its pushes have, or was called twice.
             raise SteeringNotAppliedError(str(error)) from error
@@ -235,13 +263,21 @@ def _check_finite(slots: list[_BatchSlot], logits: torch.Tensor) -> None:
 
 def _end(state: _RowState, reason: FinishReason, stop_string: str) -> RowFinished:
     text = "" if stop_string else state.text.flush()
-    receipts = state.steering.receipts() if state.steering else ()
+    steering = state.steering
+    if steering is None:
+        receipts: tuple[Receipt, ...] = ()
+    elif state.num_generated:
+        receipts = steering.receipts()
+    else:
+        # Interrupted before its first token, perhaps amid the prompt: no text came of what was steered.
+        receipts = empty_receipts(steering.plan)
     return RowFinished(state.index, reason, text, stop_string, receipts)
 
 
-def _end_all(states: list[_RowState], reason: FinishReason) -> Iterator[EngineEvent]:
-    for state in states:
-        yield _end(state, reason, "")
+def _end_all(slots: list[_BatchSlot], reason: FinishReason) -> Iterator[EngineEvent]:
+    for slot in slots:
+        if not slot.reference:
+            yield _end(slot.state, reason, "")
 
 
 def _score(token: int, logits: torch.Tensor, plain: torch.Tensor) -> Score:

@@ -40,7 +40,7 @@ class RowSteering:
         self, plan: SteeringPlan, operators: PreparedOperatorCache, dtype: torch.dtype, *, prompt_tokens: int
     ) -> None:
         """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
-        self._plan = plan
+        self.plan = plan
         check_strengths(plan, dtype)
         self._doses = [DoseStatistics() for _ in plan.applications]
         self._applied = [
@@ -123,11 +123,11 @@ class RowSteering:
 
     def receipts(self) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
-        return make_receipts(self._plan, self._doses)
+        return make_receipts(self.plan, self._doses)
 
     def describe(self) -> str:
         """The operators and strengths, for messages."""
-        return _describe(self._plan.applications)
+        return _describe(self.plan.applications)
 
 
 def load_pushes(hooks: PushHooks, steered: Mapping[int, RowSteering], x: Mapping[int, torch.Tensor]) -> None:

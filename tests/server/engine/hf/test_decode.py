@@ -98,26 +98,27 @@ def test_scores_are_those_of_the_plain_model_on_the_steered_text(llama, artifact
 
 
 @pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.TIME_LIMIT])
-@pytest.mark.parametrize(("chunks", "read"), [(0, 0), (1, 2), (2, 4)])
+@pytest.mark.parametrize("chunks", [0, 1, 2])
 def test_a_row_that_is_interrupted_in_its_prompt_has_no_text_and_no_error(
-    llama, artifact, plan_of, make_decoder, monkeypatch, reason, chunks, read
+    llama, artifact, plan_of, make_decoder, monkeypatch, reason, chunks
 ):
-    monkeypatch.setattr(decode_module, "_PREFILL_CHUNK", 2)
+    monkeypatch.setattr(decode_module, "prefill_positions", lambda _: 4)
     plan = plan_of((artifact, 0.5))
     asked = iter([None] * chunks)
     rows = [Row(None, score=True), Row(plan, score=True)]
     decoder = make_decoder(llama, rows, check_interruption=lambda: next(asked, reason))
-    assert len(decoder.job.prompt_ids) > read
+    assert len(decoder.job.prompt_ids) > 2 * chunks
     sizes, events = _rows_per_step(llama, decoder)
     assert len(sizes) == chunks
     assert [(event.row, event.reason, event.text) for event in events] == [(0, reason, ""), (1, reason, "")]
-    assert events[1].receipts[0].prompt_tokens_steered == read
+    # What was read of the prompt is not counted: no text came of it.
+    assert events[1].receipts[0].prompt_tokens_steered == events[1].receipts[0].max_dose == 0
     gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     (completion,) = gatherer.add(events[1])
     assert (completion.text, completion.token_ids, completion.finish_reason) == ("", (), reason)
 
 
-def test_a_row_that_is_interrupted_right_after_its_prompt_has_no_text_and_a_steered_prompt(
+def test_a_row_that_is_interrupted_right_after_its_prompt_has_no_text_and_empty_receipts(
     llama, artifact, plan_of, make_decoder
 ):
     plan = plan_of((artifact, 0.5))
@@ -126,7 +127,43 @@ def test_a_row_that_is_interrupted_right_after_its_prompt_has_no_text_and_a_stee
     gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
     completion = _completion_of(gatherer, decoder.run())
     assert (completion.text, completion.token_ids) == ("", ())
-    assert completion.receipts[0].prompt_tokens_steered == len(decoder.job.prompt_ids)
+    assert completion.receipts[0].prompt_tokens_steered == 0
+
+
+@pytest.mark.parametrize("num_arms", [1, 3, 16])
+def test_a_turn_of_a_prompt_is_bounded_in_rows_times_tokens(llama, artifact, plan_of, make_decoder, num_arms):
+    rows = [Row(plan_of((artifact, 0.1 + place / 20))) for place in range(num_arms)]
+    decoder = make_decoder(llama, rows, max_tokens=1, ids=(5,) * 300)
+    fed = []
+    handle = llama.model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        turns = list(decoder.turns())
+    finally:
+        handle.remove()
+    assert len(turns) == len(fed) == math.ceil(300 / (256 // num_arms))
+    assert max(rows * tokens for rows, tokens in fed) <= 256
+    assert sum(tokens for _, tokens in fed) == 300
+
+
+def test_jobs_that_take_turns_say_what_each_says_alone(llama, artifact, other_artifact, plan_of, make_decoder):
+    def decoders():
+        yield make_decoder(llama, [Row(), Row(plan_of((artifact, 0.8)), score=True)], ids=(5,) * 300, max_tokens=5)
+        yield make_decoder(llama, [Row(plan_of((other_artifact, 0.9)))], max_tokens=9)
+        yield make_decoder(llama, [Row()], max_tokens=3, temperature=1.0, seed=3)
+
+    alone = [list(decoder.run()) for decoder in decoders()]
+    together = [[] for _ in alone]
+    waiting = [(place, decoder.turns()) for place, decoder in enumerate(decoders())]
+    while waiting:
+        place, turns = waiting.pop(0)
+        events = next(turns, None)
+        assert not any(block._forward_pre_hooks for block in llama.model.model.layers)
+        if events is not None:
+            together[place] += events
+            waiting.append((place, turns))
+    assert together == alone
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
@@ -139,7 +176,7 @@ def test_a_prompt_read_in_chunks_gives_the_text_of_one_read_at_once(
     plans = [None, plan_of((operator, 0.8)), plan_of((operator, -0.5), rule="substitute", blend=0.3)]
     ids, receipts, logits = decode(loaded, *plans, max_tokens=8)
     assert len(logits) == 8
-    monkeypatch.setattr(decode_module, "_PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decode_module, "prefill_positions", lambda _: 3 * chunk)
     chunked_ids, chunked_receipts, chunked_logits = decode(loaded, *plans, max_tokens=8)
     assert len(chunked_logits) == 7 + math.ceil(len(prompt_ids) / chunk)
     assert chunked_ids == ids

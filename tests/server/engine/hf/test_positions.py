@@ -84,7 +84,7 @@ def _push(loaded, artifact, strength, rule, blend, ids):
 def test_what_is_among_the_positions_is_pushed_by_the_equation_and_the_rest_keeps_its_bits(
     llama, artifact, decode, prompt_ids, monkeypatch, positions, rule, blend, chunk
 ):
-    monkeypatch.setattr(decode_module, "_PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(decode_module, "prefill_positions", lambda _: chunk)
     with _Inputs(llama) as inputs:
         ids, ((receipt,),), _ = decode(llama, _plan((artifact, 0.7, rule, blend, positions)), max_tokens=_TOKENS)
     before, after = (each[0] for each in inputs.rows())
