@@ -12,7 +12,8 @@ SteerServerError
 ├── EngineFailedError           the engine broke while it worked on this request
 ├── RequestIncompleteError      the client took too long to send its request
 ├── SlowReaderError             the client took too long to read its answer
-└── ShuttingDownError           the server is stopping
+├── ShuttingDownError           the server is stopping
+└── UnimplementedError          a method that this server does not offer
 
 StartupError                    the server cannot start (never on the wire)
 EngineDiedError                 the server cannot go on (never on the wire; running requests meet EngineFailedError)
@@ -34,11 +35,11 @@ class InvalidRequestError(SteerServerError):
 class PromptTooLongError(InvalidRequestError):
     """The prompt leaves no room in the model's context."""
 
-    def __init__(self, tokens: int, context_length: int) -> None:
-        super().__init__(
-            "prompt",
-            f"has {tokens} tokens; this model takes at most {context_length - 1}, to leave room for one more",
-        )
+    def __init__(self, tokens: int, context_length: int, *, more: bool = False, unit: str = "tokens") -> None:
+        """``more``: that many were counted, and there may be more. ``unit``: what was counted, tokens or not."""
+        found = f"has {tokens} {unit}{' or more' if more else ''}"
+        accepted = f"this model takes at most {context_length - 1} tokens, to leave room for one more"
+        super().__init__("prompt", f"{found}; {accepted}")
 
 
 class DoseTooHighError(InvalidRequestError):
@@ -114,6 +115,13 @@ class ShuttingDownError(SteerServerError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
+
+
+class UnimplementedError(SteerServerError):
+    """A method of a service that is offered here, and that is not."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(f"{method} is not offered by this server")
 
 
 class StartupError(Exception):

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
-from google.protobuf.message import DecodeError
 
+from steer_server.caller import CALLER, host_of
 from steer_server.errors import InvalidRequestError, RequestIncompleteError, SlowReaderError
 from steer_server.metrics import Metrics
+from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.outcome import Context, Outcome
 
@@ -30,9 +31,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     or yielded; both kinds are kept.
     """
 
-    def __init__(self, metrics: Metrics, limits: Mapping[str, CallLimit], *, patience: float) -> None:
+    def __init__(
+        self, metrics: Metrics, admission: Admission, limits: Mapping[str, CallLimit], *, patience: float
+    ) -> None:
         """``limits``: by service. ``patience``: seconds for a request to arrive, and for each answer to be taken."""
-        self._metrics, self._limits, self._patience = metrics, limits, patience
+        self.metrics, self.admission, self.limits, self.patience = metrics, admission, limits, patience
 
     async def intercept_service(
         self,
@@ -43,27 +46,28 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        call = _Call(self._metrics, self._limits, self._patience, handler_call_details.method, handler)
+        call = _Call(self, handler_call_details.method, handler)
         streams = handler.response_streaming
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         wrapped: _Handler = make(
+            # Requests are read inside, so that those that are not accepted meet the same errors and counters.
             call.stream if streams else call.unary,
-            # A single request is decoded inside, so that bytes that are none meet the same errors and counters.
-            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
         return wrapped
 
 
 class _Call:
-    def __init__(
-        self, metrics: Metrics, limits: Mapping[str, CallLimit], patience: float, method: str, handler: _Handler
-    ) -> None:
+    def __init__(self, interceptor: CallInterceptor, method: str, handler: _Handler) -> None:
         _, service, name = method.split("/")
         kind, self._behaviour = _behaviour(handler)
-        self._metrics, self._limit, self._patience = metrics, limits[service], patience
         self._labels = (kind, service, name)
-        self._deserialize = None if handler.request_streaming else handler.request_deserializer
+        self._method = method
+        self._metrics, self._admission = interceptor.metrics, interceptor.admission
+        self._limit, self._patience = interceptor.limits[service], interceptor.patience
+        self._parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
+        self._streams_requests = handler.request_streaming
 
     async def unary(self, requests: Any, context: Context) -> Any:
         """Handles a call with one answer."""
@@ -82,9 +86,11 @@ class _Call:
                     produced = self._behaviour(request, context)
                     await (produced if inspect.isawaitable(produced) else self._forward(produced, context))
 
-    async def _request(self, requests: Any, context: Context) -> Any:
-        if self._deserialize is None:
-            return requests
+    async def _request(self, requests: AsyncIterator[bytes], context: Context) -> Any:
+        """The message, or the messages as they come."""
+        CALLER.set(host_of(context.peer()))
+        if self._streams_requests:
+            return self._read_each(requests)
         try:
             async with asyncio.timeout(self._patience):
                 received: Any = await context.read()
@@ -92,10 +98,11 @@ class _Call:
             raise RequestIncompleteError(self._patience) from None
         if received is grpc.aio.EOF:
             raise InvalidRequestError("request", "is missing; one message is needed")
-        try:
-            return self._deserialize(received)
-        except DecodeError as error:
-            raise InvalidRequestError("request", f"is not a message of this method: {error}") from error
+        return self._admission.read(self._method, received, self._parse)
+
+    async def _read_each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for each in requests:
+            yield self._admission.read(self._method, each, self._parse)
 
     async def _forward(self, messages: AsyncIterator[Any], context: Context) -> None:
         sent = self._metrics.sent.labels(*self._labels)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from steer_server.errors import EngineFailedError, InvalidRequestError, SteerServerError
+from steer_server.errors import EngineFailedError, InvalidRequestError, SteerServerError, UnimplementedError
 from steer_server.metrics import Metrics
 from steer_server.rpc.call_record import CURRENT, CallRecord
 from steer_server.rpc.status import code_of, message_of, reason_of, status_of
@@ -59,6 +59,8 @@ class Outcome:
         if isinstance(error, grpc.aio.BaseError) or self._context.cancelled():
             # gRPC's word for a write or a read on a call that has ended: the client has left.
             return asyncio.CancelledError()
+        if isinstance(error, NotImplementedError):
+            return UnimplementedError(f"{self._labels[1]}/{self._labels[2]}")
         log.exception("call failed", service=self._labels[1], method=self._labels[2], exc_info=error)
         return EngineFailedError(f"unexpected {type(error).__name__} in the server")
 

@@ -12,16 +12,19 @@ from functools import partial
 
 import grpc
 import structlog
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
 
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
+from steer_server.engine.prompts import max_prompt_bytes
 from steer_server.errors import EngineDiedError, StartupError
 from steer_server.metrics import Metrics
 from steer_server.metrics_http import MetricsServer
 from steer_server.registry import Registry
+from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
@@ -52,19 +55,27 @@ class SteerServer:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
         most = room_for_connections(self.config.max_connections)
         metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
+        health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        names = (*SERVICES, health_service, reflection.SERVICE_NAME)
+        admission = Admission(
+            descriptor_pool.Default(),
+            names,
+            self.engine.model,
+            max_prompt_bytes=max_prompt_bytes(self.engine.tokenizer, self.engine.model.context_length),
+            max_arms=self.config.max_arms,
+        )
         calls, others = CallLimit(self.config.max_calls), CallLimit(most)
         # Watching the health must not take places from texts, nor the other way round.
         limits = defaultdict(lambda: others, dict.fromkeys(SERVICES, calls))
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, limits, patience=self.config.client_patience)],
-            options=channel_options(self.config, max_connections=most),
+            interceptors=[CallInterceptor(metrics, admission, limits, patience=self.config.client_patience)],
+            options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
         )
-        generation = GenerationService(self.engine, self.registry, metrics, self.config)
+        generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         operators_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(self.registry), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
             port = self._server.add_insecure_port(self.config.listen)

@@ -24,7 +24,7 @@ from steer_server.rpc import codec
 from steer_server.rpc.call_record import current_call
 from steer_server.rpc.operator_codec import operator, store_changes
 from steer_server.rpc.shared_run import SharedRun
-from steer_server.types import CompareEvent, Completion, GenerateEvent, Tokenization
+from steer_server.types import CompareEvent, Completion, GenerateEvent, RequestLimits, Tokenization
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Event = TypeVar("_Event", bound=GenerateEvent | CompareEvent)
@@ -33,8 +33,11 @@ _Event = TypeVar("_Event", bound=GenerateEvent | CompareEvent)
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """See ``steering.v1.GenerationService``."""
 
-    def __init__(self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig, limits: RequestLimits
+    ) -> None:
         self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
+        self._limits = limits
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         """One answer."""
@@ -84,6 +87,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             max_queue=self._config.max_queue,
             max_arms=self._config.max_arms,
             max_dose=self._config.max_dose,
+            limits=self._limits,
         )
 
 

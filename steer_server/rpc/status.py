@@ -12,6 +12,7 @@ EngineFailedError         INTERNAL             ENGINE_FAILED
 RequestIncompleteError    DEADLINE_EXCEEDED    REQUEST_INCOMPLETE
 SlowReaderError           DEADLINE_EXCEEDED    SLOW_READER
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
+UnimplementedError        UNIMPLEMENTED        UNIMPLEMENTED
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from steer_server.errors import (
     SteeringNotAppliedError,
     SteerServerError,
     StoreUnreadableError,
+    UnimplementedError,
     UnknownOperatorError,
 )
 
@@ -57,6 +59,7 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     RequestIncompleteError: (grpc.StatusCode.DEADLINE_EXCEEDED, "REQUEST_INCOMPLETE"),
     SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_READER"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    UnimplementedError: (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
 }
 
 

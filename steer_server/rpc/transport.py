@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from steer_server.config import ServerConfig
 
-_MAX_MESSAGE_BYTES = 16 << 20
 _MAX_PENDING = 100_000
 _HANDSHAKE_MS = 20_000
 _YEAR_SECONDS = 365 * 24 * 3600
 
 
-def channel_options(config: ServerConfig, *, max_connections: int) -> list[tuple[str, int]]:
+def channel_options(config: ServerConfig, *, max_connections: int, max_message_bytes: int) -> list[tuple[str, int]]:
     """gRPC's options of a server."""
     return [
         # Two servers on one port would share it silently; the second must fail.
         ("grpc.so_reuseport", 0),
-        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", max_message_bytes),
         # A client that vanished without a word is noticed, and its work stops.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),

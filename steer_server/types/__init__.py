@@ -25,8 +25,12 @@ from steer_server.types.jobs import (
 )
 from steer_server.types.requests import (
     DEFAULT_MAX_TOKENS,
+    MAX_ARM_NAME,
     MAX_LOGPROBS,
     MAX_OPERATORS,
+    MAX_REQUEST_ID,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
     NORMAL,
     Arm,
     ChatMessage,
@@ -47,6 +51,7 @@ from steer_server.types.results import (
     Delta,
     GenerateEvent,
     ModelInfo,
+    RequestLimits,
     Started,
     Timings,
     Tokenization,
@@ -55,8 +60,12 @@ from steer_server.types.results import (
 
 __all__ = [
     "DEFAULT_MAX_TOKENS",
+    "MAX_ARM_NAME",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
+    "MAX_REQUEST_ID",
+    "MAX_STOPS",
+    "MAX_STOP_CHARACTERS",
     "NORMAL",
     "Admitted",
     "Application",
@@ -78,6 +87,7 @@ __all__ = [
     "OperatorUse",
     "Prompt",
     "Receipt",
+    "RequestLimits",
     "Row",
     "RowFinished",
     "SamplingParams",

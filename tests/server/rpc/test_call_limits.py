@@ -44,8 +44,9 @@ class _Stream:
 class _Engine:
     """Answers at once, unless a test holds it up."""
 
-    def __init__(self, model: ModelInfo) -> None:
+    def __init__(self, model: ModelInfo, tokenizer) -> None:
         self.model, self.running, self.waiting, self.collectors = model, 0, 0, ()
+        self.tokenizer = tokenizer
         self.tokens, self.cancelled = 2, 0
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()
@@ -73,12 +74,12 @@ class _Registry:
 
 
 @pytest.fixture
-async def start(model_info):
+async def start(model_info, tiny_tokenizer):
     """``await start(**settings)``: the engine, the server and its target."""
     servers = []
 
     async def make(**settings):
-        engine = _Engine(model_info)
+        engine = _Engine(model_info, tiny_tokenizer)
         server = SteerServer(engine, _Registry(), ServerConfig(listen="127.0.0.1:0", grace=0.0, **settings))
         servers.append(server)
         return engine, server, f"127.0.0.1:{await server.start()}"
@@ -244,7 +245,7 @@ async def test_a_line_of_the_log_says_who_asked_for_what_and_never_a_text(start,
 
 def test_pings_that_clients_of_grpc_may_send_are_admitted():
     # gRPC's clients send one in 10 s at most. Slower to try than to read: two strikes are free.
-    options = dict(channel_options(ServerConfig(), max_connections=5))
+    options = dict(channel_options(ServerConfig(), max_connections=5, max_message_bytes=1000))
     assert options["grpc.http2.min_ping_interval_without_data_ms"] < 10_000
     assert options["grpc.keepalive_permit_without_calls"] == 1
 
