@@ -6,6 +6,7 @@ SteerServerError
 │   └── DoseTooHighError            the doses at one layer add up to more than the server admits
 ├── UnknownOperatorError        no such operator in the store
 ├── OperatorUnusableError       it is in the store and cannot be used: damaged, or for another model
+│   └── DigestNotServedError        the request pins another version of it
 ├── QueueFullError              no room while others wait and run; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
@@ -73,6 +74,14 @@ class OperatorUnusableError(SteerServerError):
     def __init__(self, name: str, problem: str) -> None:
         super().__init__(f"operator {name!r} cannot be used: {problem}")
         self.name = name
+
+
+class DigestNotServedError(OperatorUnusableError):
+    """The version that the request pins is not the one that this server has under that name."""
+
+    def __init__(self, name: str, *, requested: str, served: str) -> None:
+        super().__init__(name, f"{requested} is asked for, and this server has {served} under that name")
+        self.requested, self.served = requested, served
 
 
 class QueueFullError(SteerServerError):

@@ -11,7 +11,7 @@ from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
 from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.errors import InvalidRequestError
-from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
+from steer_server.types.limits import Bounded, Digest, NotEmpty, Range, check_fields
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LOGPROBS = 20
@@ -104,6 +104,8 @@ class OperatorUse:
     """Of a lens, and of nothing else."""
     kl: Annotated[float | None, Range(above=0.0)] = None
     """In place of a strength: the p95 KL in nats that it is to have by the operator's dose curve."""
+    digest: Annotated[str | None, Digest()] = None
+    """The version that is meant, of the operator or of the lens; None takes the one that is served."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from steer_server import types
 from steer_server.registry import StoreChanges
 from steer_server.rpc import codec
 from steer_server.rpc.operator_codec import store_changes
-from steer_server.types.limits import Bounded, NotEmpty, Range
+from steer_server.types.limits import Bounded, Digest, NotEmpty, Range
 
 FILES = (pb.DESCRIPTOR, steering_pb2.DESCRIPTOR, ops.DESCRIPTOR)
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,6 +217,8 @@ def one_value(field, kind, limits):
     low, high = max(bounds.minimum, bounds.above), bounds.maximum
     if field.enum_type is not None:
         return st.sampled_from(list(enum_numbers(field.enum_type).values()))
+    if any(isinstance(limit, Digest) for limit in limits):
+        return st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}")
     if field.type == field.TYPE_STRING:
         least = max(texts.min_characters, least_size(limits))
         return st.text(st.characters(codec="utf-8"), min_size=least, max_size=least + 8)

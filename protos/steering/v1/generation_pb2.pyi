@@ -217,7 +217,7 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """0 is off. Default 0."""
     min_p: _builtins.float
-    """In [0, 1]. Default 0 (off)."""
+    """In [0, 1]. Default 0 (off). Applied first; then `top_k`, then `top_p`, to what is left."""
     repetition_penalty: _builtins.float
     """0.01 to 100; 1 is off. Default 1."""
     seed: _builtins.int

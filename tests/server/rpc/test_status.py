@@ -34,6 +34,10 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     ),
     errors.UnknownOperatorError("gölden", ("a", "b")): (steer_client.UnknownOperatorError, {"name": "gölden"}),
     errors.OperatorUnusableError("broken", "it is damaged"): (steer_client.OperatorUnusableError, {"name": "broken"}),
+    errors.DigestNotServedError("swapped", requested="sha256:1", served="sha256:2"): (
+        steer_client.DigestNotServedError,
+        {"name": "swapped", "metadata": {"requested": "sha256:1", "served": "sha256:2"}},
+    ),
     errors.QueueFullError("32 requests wait already", 2.25): (steer_client.ServerBusyError, {"retry_after": 2.25}),
     errors.SteeringNotAppliedError("layer 3 was not reached"): (steer_client.SteeringNotAppliedError, {}),
     # Nothing is wrong with the operator that a caller named, if any.
