@@ -24,6 +24,8 @@ MAX_CHAT_MESSAGES = 1024
 _MAX_ROLE = 256
 _MAX_OPERATOR_NAME = 256
 """Four times what a store allows: a name that is somewhat too long is an operator that does not exist."""
+_MAX_DIGEST = 256
+"""More than three times its length: what is wrong with one is said by its own check."""
 _STANDARD = 1024
 """Bytes of the names that health and reflection are asked for."""
 
@@ -48,6 +50,7 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "Arm.operators": Limit(count=MAX_OPERATORS),
         "OperatorUse.name": Limit(size=_MAX_OPERATOR_NAME),
         "OperatorUse.words": Limit(count=MAX_LENS_WORDS),
+        "OperatorUse.digest": Limit(size=_MAX_DIGEST),
         "WeightedWord.text": Limit(size=_characters(MAX_LENS_WORD)),
         "GetOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
     }
