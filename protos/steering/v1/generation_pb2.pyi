@@ -229,7 +229,9 @@ class SamplingParams(_message.Message):
     logprobs: _builtins.int
     """How many alternatives to report beside each token's own log-probability (0 to 20). Unset: none at all."""
     @_builtins.property
-    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A special token such as "<|im_end|>" is one too, alone; with other text beside it, it is refused."""
+
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
