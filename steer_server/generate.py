@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from steer_server.engine.base import Engine
 from steer_server.fed_positions import check_reachable, check_receipts
+from steer_server.net_pushes import check_net_pushes
 from steer_server.registry import Registry
 from steer_server.types import (
     Admitted,
@@ -17,6 +18,7 @@ from steer_server.types import (
     EngineEvent,
     GenerateEvent,
     GenerationRequest,
+    ModelInfo,
     Row,
     RowFinished,
     SamplingParams,
@@ -39,22 +41,30 @@ async def generate(
     """
     (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
-    check_reachable(
-        plan,
-        "operators",
-        prompt_tokens=len(ids),
-        max_tokens=request.sampling.max_tokens,
-        context_length=engine.model.context_length,
-    )
+    check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=request.sampling.max_tokens)
     builder = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:
-        yield Started(request.request_id, ids)
+        yield builder.started(ids)
         async for event in stream:
             for result in builder.add(event):
                 yield result
     finally:
         stream.cancel()
+
+
+def check_plan(model: ModelInfo, plan: SteeringPlan | None, field: str, *, prompt_tokens: int, max_tokens: int) -> None:
+    """Raises :class:`InvalidRequestError` for operators that no text of a request can be steered with as asked.
+
+    ``field``: of the operators.
+    """
+    limits = {
+        "prompt_tokens": prompt_tokens,
+        "max_tokens": max_tokens,
+        "context_length": model.context_length,
+    }
+    check_reachable(plan, field, **limits)
+    check_net_pushes(plan, field, **limits, dtype=model.dtype)
 
 
 @dataclass
@@ -68,10 +78,15 @@ class CompletionBuilder:
     _began: float = field(default_factory=time.monotonic)
     _admitted: float | None = None
     _first_token: float | None = None
+    _last_token: float | None = None
     _text: list[str] = field(default_factory=list)
     _ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _scores: list[Score] = field(default_factory=list)
+
+    def started(self, prompt_ids: tuple[int, ...]) -> Started:
+        """The first event."""
+        return Started(self.request_id, prompt_ids, () if self.plan is None else self.plan.digests)
 
     def add(self, event: EngineEvent) -> tuple[Delta | Completion, ...]:
         """What the client gets at this event."""
@@ -86,13 +101,15 @@ class CompletionBuilder:
     def _token(self, event: TokenEvent, elapsed: float) -> Delta:
         if self._first_token is None:
             self._first_token = elapsed
+        since = None if self._last_token is None else elapsed - self._last_token
+        self._last_token = elapsed
         self._text.append(event.text)
         self._ids.append(event.token_id)
         if event.logprob is not None:
             self._logprobs.append(event.logprob)
         if event.score is not None:
             self._scores.append(event.score)
-        return Delta(event.text, (event.token_id,), () if event.logprob is None else (event.logprob,))
+        return Delta(event.text, (event.token_id,), () if event.logprob is None else (event.logprob,), since)
 
     def _finish(self, event: RowFinished, elapsed: float) -> tuple[Delta | Completion, ...]:
         check_receipts(
