@@ -207,7 +207,7 @@ class Registry:
             if built_for != served:
                 only_the_model = header.tokenizer_fingerprint == model.tokenizer_fingerprint
                 renewable = only_the_model and built_for == header.model_fingerprint
-                hint = renewal_hint(built_for, name) if renewable else ""
+                hint = renewal_hint(header.model_fingerprint, name) if renewable else ""
                 raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model}){hint}")
         highest = max((max(text.ids) for text in header.texts), default=0)
         if highest >= model.vocab_size:
