@@ -37,23 +37,27 @@ def chat(role):
 def test_a_template_stops_neither_other_prompts_nor_other_chats_nor_the_end_of_the_server(
     start_server, hostile_model, tiny_store
 ):
-    with start_server("--store", str(tiny_store), "--grace", "2", model=hostile_model, threads=1) as server:
-        with SteerClient(server.target, timeout=120) as client, ThreadPoolExecutor(4) as pool:
-            with pytest.raises(InvalidRequestError, match=r"memory|more than") as caught:
-                client.generate(chat("huge"), sampling=SHORT)
+    options = ("--store", str(tiny_store), "--grace", "2")
+    with (
+        start_server(*options, model=hostile_model, threads=1) as server,
+        SteerClient(server.target, timeout=120) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        with pytest.raises(InvalidRequestError, match=r"memory|more than") as caught:
+            client.generate(chat("huge"), sampling=SHORT)
+        assert caught.value.field == "prompt.chat"
+        stuck = [pool.submit(client.generate, chat("endless"), sampling=SHORT) for _ in range(2)]
+        time.sleep(0.3)
+        # While both renderers compute, texts are read.
+        assert client.generate("the bay", sampling=SHORT).usage.completion_tokens == 2
+        assert not any(each.done() for each in stuck)
+        for each in stuck:
+            with pytest.raises(InvalidRequestError, match="does not end within") as caught:
+                each.result()
             assert caught.value.field == "prompt.chat"
-            stuck = [pool.submit(client.generate, chat("endless"), sampling=SHORT) for _ in range(2)]
-            time.sleep(0.3)
-            # While both renderers compute, texts are read.
-            assert client.generate("the bay", sampling=SHORT).usage.completion_tokens == 2
-            assert not any(each.done() for each in stuck)
-            for each in stuck:
-                with pytest.raises(InvalidRequestError, match="does not end within") as caught:
-                    each.result()
-                assert caught.value.field == "prompt.chat"
-            assert client.generate(chat("user"), sampling=SHORT).usage.prompt_tokens > 0
-            last = [pool.submit(client.generate, chat("endless"), sampling=SHORT) for _ in range(2)]
-            time.sleep(0.3)
-            server.signal(signal.SIGTERM)
-            assert server.exit_code(20) == 0
-            assert all(each.exception(20) for each in last)
+        assert client.generate(chat("user"), sampling=SHORT).usage.prompt_tokens > 0
+        last = [pool.submit(client.generate, chat("endless"), sampling=SHORT) for _ in range(2)]
+        time.sleep(0.3)
+        server.signal(signal.SIGTERM)
+        assert server.exit_code(20) == 0
+        assert all(each.exception(20) for each in last)
