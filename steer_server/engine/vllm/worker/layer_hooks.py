@@ -20,6 +20,7 @@ from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.scoring import KeptStates
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.version_check import require_names
+from steer_server.engine.vllm.worker.witness import LayerSight
 
 PUSH_OP = "steering::push"
 
@@ -36,6 +37,8 @@ class ForwardPass:
         """No later pass, of whatever kind, may find the pushes of this one."""
         self.pushes: Mapping[int, StepPush] = {}
         """By layer."""
+        self.sights: Mapping[int, LayerSight] = {}
+        """By layer, what is looked at before and after the push."""
         self.kept: Sequence[tuple[KeptStates, TokenSpan]] = ()
         """Requests whose last hidden states are kept, with their tokens of this pass."""
         self.expected_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -49,10 +52,15 @@ forward_pass = ForwardPass()
 def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     if layer == 0 and forward_pass.expected_inputs is not None:
         _check_inputs(hidden, *forward_pass.expected_inputs)
-    step_push = forward_pass.pushes.get(layer)
+    step_push, sight = forward_pass.pushes.get(layer), forward_pass.sights.get(layer)
+    width = hidden.shape[-1]
+    rows, residual_rows = hidden.view(-1, width), None if residual is None else residual.view(-1, width)
+    if sight is not None:
+        sight.see_before(rows, residual_rows)
     if step_push is not None:
-        width = hidden.shape[-1]
-        push_rows(step_push, hidden.view(-1, width), None if residual is None else residual.view(-1, width))
+        push_rows(step_push, rows, residual_rows)
+    if sight is not None:
+        sight.see_after(rows)
 
 
 def push_rows(step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -113,6 +121,7 @@ def _push_hook(module: nn.Module, layer: int) -> Callable[..., None]:
         if (
             not torch.compiler.is_compiling()
             and layer not in forward_pass.pushes
+            and layer not in forward_pass.sights
             and forward_pass.expected_inputs is None
         ):
             return

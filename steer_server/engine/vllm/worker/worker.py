@@ -27,6 +27,7 @@ from steer_server.engine.vllm.worker.scoring import KeptStates, score_states
 from steer_server.engine.vllm.worker.sized_worker import SizedWorker
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
+from steer_server.engine.vllm.worker.witness import Witness
 from steer_server.engine.vllm.worker_protocol import SteeringArgs
 
 _MAX_UNRECORDED_STEPS = 64
@@ -46,6 +47,7 @@ class SteeringWorker(SizedWorker):
         super().load_model(*args, **kwargs)
         model = self.model_runner.get_model()
         self._steering = StepSteering()
+        self._witness = Witness()
         self._embed = make_embedder(model)
         self._keys: dict[str, str] = {}
         """Keys of running requests, by vLLM's request id."""
@@ -70,11 +72,11 @@ class SteeringWorker(SizedWorker):
         # The V2 runner announces a preempted request that comes back as a new one.
         for new in scheduler_output.scheduled_new_reqs:
             self._add_request(new)
-            self._steering.start_at(new.req_id, new.num_computed_tokens)
+            self._start_at(new.req_id, new.num_computed_tokens)
         known = scheduler_output.scheduled_cached_reqs
         for request, computed in zip(known.req_ids, known.num_computed_tokens, strict=True):
             if request in known.resumed_req_ids:
-                self._steering.start_at(request, computed)
+                self._start_at(request, computed)
         self._prepared_requests.clear()
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
@@ -158,6 +160,7 @@ class SteeringWorker(SizedWorker):
             "keys": len(self._keys),
             "kept_states": len(self._kept_states),
             "steered": len(self._steering),
+            "watched": len(self._witness),
         }
 
     def steering_layers(self) -> int:
@@ -176,6 +179,10 @@ class SteeringWorker(SizedWorker):
 
     # What happens in a step.
 
+    def _start_at(self, request: str, position: int) -> None:
+        self._steering.start_at(request, position)
+        self._witness.start_at(request, position)
+
     def _add_request(self, new: Any) -> None:
         steering = SteeringArgs.from_extra_args(new.sampling_params.extra_args) if new.sampling_params else None
         if steering is None or new.req_id in self._keys:
@@ -184,6 +191,7 @@ class SteeringWorker(SizedWorker):
         self._requests[steering.key] = new.req_id
         if steering.settings:
             self._steering.add_request(new.req_id, steering.settings, steering.salt)
+            self._witness.add(new.req_id, steering.looks_at)
         if steering.keep_from is not None:
             self._kept_states[steering.key] = KeptStates(steering.keep_from)
 
@@ -194,6 +202,7 @@ class SteeringWorker(SizedWorker):
             return None
         # vLLM has ended it, but names it as finished only in its next step.
         self._keys.pop(request, None)
+        seen = self._witness.take(request)
         if request not in self._steering:
             return None
         measurement = self._steering.measurement(request)
@@ -204,6 +213,7 @@ class SteeringWorker(SizedWorker):
                 str(measured.layer): {"first": measured.first, "doses": list(measured.doses)}
                 for measured in measurement.layers
             },
+            "seen": {str(layer): states for layer, states in seen.items()},
             "failure": measurement.failure,
         }
 
@@ -211,7 +221,7 @@ class SteeringWorker(SizedWorker):
         self, requests: Sequence[str], starts: np.ndarray[Any, Any], computed: np.ndarray[Any, Any], ids: torch.Tensor
     ) -> None:
         """Computes the pushes of the step that is about to run; see :data:`.runner_hooks.BeforeStep`."""
-        forward_pass.pushes, forward_pass.kept = {}, ()
+        forward_pass.pushes, forward_pass.sights, forward_pass.kept = {}, {}, ()
         if not self._keys:
             return
         spans = [
@@ -227,6 +237,7 @@ class SteeringWorker(SizedWorker):
         if not spans:
             return
         with torch.inference_mode():
+            forward_pass.sights = self._witness.watch(spans, ids)
             pushes = self._steering.prepare(spans, partial(self._embed_spans, ids), self._embed_prefix)
         if not pushes:
             return
@@ -254,6 +265,7 @@ class SteeringWorker(SizedWorker):
         for pushes in self._unrecorded:
             self._steering.record(pushes)
         self._unrecorded.clear()
+        self._witness.read()
 
     def _embed_prefix(self, request: str, count: int) -> torch.Tensor:
         """Embeddings (count, d) of a request's first tokens."""
