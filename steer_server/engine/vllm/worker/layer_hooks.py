@@ -90,7 +90,11 @@ def install_hooks(model: nn.Module) -> int:
     Raises :class:`RuntimeError` for a model whose layers are not found, or have no ``hidden_states``.
     """
     layers = _decoder_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
     for layer, module in enumerate(layers):
+        # Whatever found them: a push is measured by the hook that makes it, and so cannot tell where that is.
+        if names[id(module)].rpartition(".")[2] != str(layer):
+            raise RuntimeError(f"{type(model).__name__}: {names[id(module)]} was taken for its decoder layer {layer}")
         module.register_forward_pre_hook(_push_hook(module, layer), with_kwargs=True)
     model.register_forward_hook(_keep_states)
     return len(layers)

@@ -1,8 +1,8 @@
-"""Looking at hidden states before and after their pushes, at the positions that the server names, apart from what pushes.
+"""Looking at hidden states before and after their pushes, at positions that the server names, apart from what pushes.
 
-It knows nothing of operators: where to look, it is told by the server, and in which rows of a step, by vLLM. What it saw
-is judged by the server. Positions at which a request begins, or comes back, behind keys and values of others are looked
-at as well.
+It knows nothing of operators: where to look, it is told by the server, and in which rows of a step, by vLLM. What it
+saw is judged by the server. Positions at which a request begins, or comes back, behind cached keys and values are
+looked at as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MAX_STATES = 256
 
 @dataclass(eq=False)
 class LayerSight:
-    """What is looked at in one layer's input in one step. Filled by :meth:`Witness.watch`, states by the layer's hook."""
+    """What is looked at in one layer's input in one step. Filled by :meth:`Witness.watch`, then by the layer's hook."""
 
     rows: torch.Tensor
     """(P,): rows of the batch."""

@@ -236,6 +236,8 @@ class SteeringWorker(SizedWorker):
         self._prepared_requests.update(span.request for span in spans)
         if not spans:
             return
+        if len(self._unrecorded) >= _MAX_UNRECORDED_STEPS:
+            self._record_steps()
         with torch.inference_mode():
             forward_pass.sights = self._witness.watch(spans, ids)
             pushes = self._steering.prepare(spans, partial(self._embed_spans, ids), self._embed_prefix)
@@ -243,11 +245,6 @@ class SteeringWorker(SizedWorker):
             return
         forward_pass.pushes = pushes
         self._unrecorded.append(pushes)
-        if len(self._unrecorded) > _MAX_UNRECORDED_STEPS:
-            # All but the coming step, which has measured nothing yet.
-            coming = self._unrecorded.pop()
-            self._record_steps()
-            self._unrecorded.append(coming)
 
     def _embed_spans(self, ids: torch.Tensor, spans: Sequence[TokenSpan]) -> torch.Tensor:
         """Embeddings of tokens of the step whose ids (T,) these are; see :data:`.step_steering.EmbedSpans`."""
