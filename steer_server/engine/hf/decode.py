@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
+from operators.model.rope import RopeOfLength
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
@@ -23,6 +24,7 @@ from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.reference import EmbeddingRows
 from steer_server.engine.row_text import RowText
+from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
 from steer_server.types import (
@@ -94,7 +96,11 @@ class Decoder:
     """Hold all that is added against the reference, in place of some of it."""
     _cache: DynamicCache = field(init=False)
     _hooks: PushHooks = field(init=False)
+    _rope: RopeOfLength = field(init=False)
     _witness: Witness = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rope = RopeOfLength(self.loaded.model)
 
     def run(self) -> Iterator[EngineEvent]:
         """The events of :meth:`turns` one by one: the job alone, without a break."""
@@ -155,6 +161,7 @@ class Decoder:
                 prompt_tokens=len(self.job.prompt_ids),
                 context_length=self.loaded.context_length,
                 eos_ids=self.eos_ids,
+                special_stops=special_stops(sampling.stop_strings, self.loaded.tokenizer),
             ),
             sequence=torch.tensor(self.job.prompt_ids, device=device),
         )
@@ -216,7 +223,7 @@ class Decoder:
         witnessed = WitnessedPass(self._witness, proofs, ids, start=start)
         try:
             # Hooked for this pass alone: the next one may be another job's.
-            with self._hooks, self._witness:
+            with self._hooks, self._witness, self._rope.fixed(len(self.job.prompt_ids)):
                 output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         except SteeringError as error:
             # A hook that met another shape than its pushes have, or was called twice.
