@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from operators.core.apply import PreparedOperator
 from steer_server.engine.vllm.limits import check_supported
 from steer_server.engine.vllm.start_problem import reports_problems
 from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
@@ -110,23 +109,6 @@ class SteeringWorker(SizedWorker):
             operator, layer = received
             self._steering.load(digest, LoadedOperator(operator.to(self.device), layer))
         return received is not None
-
-    def steering_load_random(self, digest: str, layer: int) -> None:
-        """Loads a random operator for the self-test, of rank 2 and two positions."""
-        d = self.model_config.get_hidden_size()
-        generator = torch.Generator().manual_seed(layer)
-        basis = torch.linalg.qr(torch.randn(d, 2, generator=generator)).Q
-        factors = torch.randn(2, 2, d, generator=generator)
-        vectors = torch.randn(2, d, generator=generator)
-        to_device = partial(torch.Tensor.to, device=self.device, dtype=torch.float32)
-        operator = PreparedOperator(
-            to_device(factors),
-            to_device(basis),
-            None,
-            to_device(vectors[0]),
-            to_device(vectors[1] / vectors[1].norm()),
-        )
-        self._steering.load(digest, LoadedOperator(operator, layer))
 
     def steering_unload(self, digests: Sequence[str]) -> None:
         """Forgets operators, and what has been received of them."""
