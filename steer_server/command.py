@@ -152,11 +152,14 @@ async def _run(config: ServerConfig) -> None:
 async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engine:
     from operators.model.loading import load_model
     from steer_server.engine.hf.engine import HFEngine
+    from steer_server.engine.hf.self_test import check_steering
 
     if config.engine_args:
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
+    loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+    check_steering(loaded)
     return HFEngine(
-        load_model(config.model, dtype=dtype, device=device, attention=config.attention),
+        loaded,
         max_queue=config.max_queue,
         operator_memory=config.operator_memory,
     )

@@ -18,6 +18,7 @@ from operators.core.positions import Positions
 from operators.model.loading import LoadedModel
 from operators.model.text_ids import text_ids
 from steer_server.engine.proof import Proof
+from steer_server.engine.random_operators import random_operators
 from steer_server.engine.reference import EmbeddingRows, EmbedIds
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
@@ -29,7 +30,6 @@ from steer_server.engine.vllm.self_test import (
     SelfTestOutput,
     check_same_model,
     check_steering,
-    random_operators,
 )
 from steer_server.engine.vllm.start_problem import problem_file, read_problem
 from steer_server.engine.vllm.transfer import OperatorSender

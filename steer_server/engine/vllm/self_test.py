@@ -11,18 +11,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
-from operators.core.artifact import OperatorArtifact, make_artifact
-from operators.core.header import LowRank, OperatorHeader, Recommended
-from operators.core.version import __version__
+from operators.core.artifact import OperatorArtifact
 from steer_server.engine.vllm.measurements import merge_measurements
 from steer_server.engine.vllm.worker_protocol import OperatorSetting, WorkerCall
 from steer_server.errors import StartupError, SteeringNotAppliedError
-from steer_server.types import ModelInfo
 
 STRENGTH = 1.0
 TOKENS = 2
@@ -69,42 +63,6 @@ Load = Callable[[OperatorArtifact], Awaitable[None]]
 Prove = Callable[[str, Mapping[str, Any], SelfTestOutput], None]
 """``prove(key, measurement, output)``: raises :class:`SteeringNotAppliedError` where a request was not steered as its
 operator does at every position of it."""
-
-
-def random_operators(model: ModelInfo) -> list[OperatorArtifact]:
-    """One for every layer of a model: of rank 2 and two positions, of random numbers."""
-    d, made = model.hidden_size, []
-    for layer in range(model.num_layers):
-        generator = torch.Generator().manual_seed(layer)
-        header = OperatorHeader(
-            concept="of the self-test",
-            concept_ids=(0, 1),
-            model=model.model,
-            architecture=model.architecture,
-            model_fingerprint=model.model_fingerprint,
-            tokenizer_fingerprint=model.tokenizer_fingerprint,
-            # Whose map ends one layer above the one that is pushed: there is one for each.
-            profile="golden",
-            rule_set="none",
-            layer=layer + 1,
-            injection_layer=layer,
-            num_layers=model.num_layers,
-            hidden_size=d,
-            low_rank=LowRank(
-                rank=2, residuals=(0.0, 0.0), weighting="white", oversample=0, power_iterations=0, seed=layer
-            ),
-            dtype="float32",
-            model_dtype="float32",
-            recommended=Recommended(),
-            reconstruction_error=0.0,
-            builder_version=__version__,
-            created=datetime.now(UTC),
-        )
-        basis = torch.linalg.qr(torch.randn(d, 2, generator=generator)).Q
-        factors = torch.randn(2, 2, d, generator=generator)
-        base, anchor = torch.randn(2, d, generator=generator)
-        made.append(make_artifact(header, factors, anchor, base, basis=basis))
-    return made
 
 
 async def check_steering(

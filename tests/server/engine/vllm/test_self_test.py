@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from steer_server.engine.random_operators import random_operators
 from steer_server.engine.vllm.self_test import (
     STRENGTH,
     TOKENS,
     SelfTestOutput,
     check_same_model,
     check_steering,
-    random_operators,
 )
 from steer_server.errors import StartupError, SteeringNotAppliedError
 

@@ -109,8 +109,8 @@ class Worker:
         ]
         return torch.cat(parts)
 
-    def embed_prefix(self, request, count):
-        return self.embed(IDS[request][:count], 0)
+    def embed_prefix(self, request, start, end):
+        return self.embed(IDS[request][start:end], start)
 
     def receipts(self, name):
         measured = self.steering.measurement(name)
