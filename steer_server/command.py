@@ -67,7 +67,7 @@ def serve(
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", show_default="32")] = None,
     max_dose: Annotated[
         float | None,
-        typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),
+        typer.Option(help="Most that |λ|/2 of a request's operators adds up to at a layer.", show_default="1"),
     ] = None,
     operator_memory: Annotated[
         str | None,
