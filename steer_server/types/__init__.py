@@ -19,6 +19,7 @@ from steer_server.types.events import (
 )
 from steer_server.types.jobs import (
     Application,
+    Caller,
     DecodeJob,
     Row,
     SteeringPlan,
@@ -62,6 +63,7 @@ __all__ = [
     "Application",
     "Arm",
     "ArmEvent",
+    "Caller",
     "ChatMessage",
     "CompareEvent",
     "CompareRequest",

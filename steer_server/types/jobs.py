@@ -53,6 +53,21 @@ class Row:
     score: bool = False
 
 
+@dataclass(frozen=True)
+class Caller:
+    """Who waits for an answer. Filled by ``rpc``."""
+
+    host: str = ""
+    connection: str = ""
+    deadline: float | None = None
+    """When the call ends whatever happens, in seconds of the monotonic clock."""
+
+    @property
+    def client(self) -> tuple[str, str]:
+        """What is told from other clients."""
+        return self.host, self.connection
+
+
 @dataclass(frozen=True, eq=False)
 class DecodeJob:
     """One prompt and the rows that continue it in one batch."""
@@ -60,3 +75,4 @@ class DecodeJob:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     rows: tuple[Row, ...]
+    caller: Caller = Caller()
