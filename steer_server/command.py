@@ -50,6 +50,12 @@ def serve(
         typer.Option(help="float32 or bfloat16.", show_default="float32 on CPU, bfloat16 on CUDA"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the engine hf: sdpa or eager.", show_default="sdpa, or eager where the model's own does more"
+        ),
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="Directory of operators.", show_default="the user's data directory")
     ] = None,
@@ -144,13 +150,17 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engi
     if config.engine_args:
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
     return HFEngine(
-        load_model(config.model, dtype=dtype, device=device),
+        load_model(config.model, dtype=dtype, device=device, attention=config.attention),
         max_queue=config.max_queue,
         operator_memory=config.operator_memory,
     )
 
 
 async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Engine:
+    if config.attention:
+        raise StartupError(
+            "attention goes with --engine hf; vLLM's is chosen with --engine-args attention_backend=NAME"
+        )
     from operators.model.loading import load_model
     from operators.model.obtain import obtain
     from steer_server.engine.vllm.limits import check_device

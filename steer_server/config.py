@@ -47,6 +47,8 @@ class ServerConfig(BaseSettings):
     """None: float32 on CPU, bfloat16 on CUDA."""
     device: Literal["cpu", "cuda"] | None = None
     """None: CUDA where there is one."""
+    attention: Literal["sdpa", "eager"] | None = None
+    """Of the engine hf. None: sdpa where that is the same as the model's own attention."""
     store: Path | None = None
     """None: the user's data directory."""
     listen: Annotated[str, AfterValidator(_check_listen)] = "127.0.0.1:50051"

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,22 +16,39 @@ from operators.core.progress import progress_bars
 if TYPE_CHECKING:
     from operators.analyse.answers import Answer
     from operators.analyse.canvas import ThemedImage
-    from operators.core.header import DTypeName
+    from operators.core.header import AttentionName, DTypeName
+    from operators.model.loading import LoadedModel
 
 
-def write_analysis(text: str, model: str | None, layer: int | None, out: Path, dtype: DTypeName, device: str) -> Answer:
+@dataclass(frozen=True)
+class ModelKind:
+    """How models are loaded. Filled by the command."""
+
+    dtype: DTypeName
+    device: str
+    attention: AttentionName | None
+
+    def load(self, name: str) -> LoadedModel:
+        """The model ``name``; refused before its weights are read where it has no detach table."""
+        from operators.maps.detach import family_of
+        from operators.model.loading import load_model
+
+        return load_model(name, dtype=self.dtype, device=self.device, attention=self.attention, check=family_of)
+
+
+def write_analysis(text: str, model: str | None, layer: int | None, out: Path, kind: ModelKind) -> Answer:
     """Analyses one prompt and writes ``analysis.json``, ``analysis.html`` and the plots into ``out``."""
     from operators.analyse import canvas, plots, report, results
     from operators.analyse.analysis import analyse_prompt
     from operators.analyse.answers import analysis_answer
     from operators.builder.concept import check_text
-    from operators.model.loading import default_model, load_model
+    from operators.model.loading import default_model
 
     # Everything that can be refused without the model is refused before it is loaded.
     canvas.check_installed()
     check_text(text)
     check_writable(out)
-    loaded = load_model(model or default_model(), dtype=dtype, device=device)
+    loaded = kind.load(model or default_model())
     with progress_bars() as progress:
         analysis = analyse_prompt(text, loaded, layer=layer, progress=progress)
     images = plots.analysis_plots(analysis)
@@ -38,25 +56,20 @@ def write_analysis(text: str, model: str | None, layer: int | None, out: Path, d
     return analysis_answer(analysis, write_files(out, "analysis", document, html, images))
 
 
-def write_summaries(
-    models: list[str], phrases: Path | None, limit: int | None, out: Path, dtype: DTypeName, device: str
-) -> Answer:
+def write_summaries(models: list[str], phrases: Path | None, limit: int | None, out: Path, kind: ModelKind) -> Answer:
     """Summarises models over phrases; writes ``comparison.json``, ``comparison.html`` and the plot into ``out``."""
     from operators.analyse import canvas, results
     from operators.analyse.answers import summaries_answer
     from operators.analyse.model_summary import DEFAULT_PHRASES, read_phrases, summarise_model
     from operators.analyse.summary_page import summary_page
     from operators.analyse.summary_plots import summary_plots
-    from operators.model.loading import load_model
 
     canvas.check_installed()
     texts = read_phrases(phrases or DEFAULT_PHRASES, limit=limit)
     check_writable(out)
     with progress_bars() as progress:
         # One model in memory at a time.
-        by_model = [
-            summarise_model(texts, load_model(name, dtype=dtype, device=device), progress=progress) for name in models
-        ]
+        by_model = [summarise_model(texts, kind.load(name), progress=progress) for name in models]
     summaries = results.ModelSummaries(results.SUMMARIES_SCHEMA, texts, tuple(by_model))
     images = summary_plots(summaries)
     document, html = results.to_json(summaries), summary_page(summaries, images)

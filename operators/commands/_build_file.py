@@ -40,6 +40,7 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         store, memory = open_store(options.store_path), parse_memory(options.max_memory)
 
         from operators.commands.calibrate import calibrate_with_defaults
+        from operators.maps.detach import family_of
         from operators.model.loading import default_model, load_model
         from operators.recipes.run import run_tasks
         from operators.recipes.tasks import check_words, prepare_tasks
@@ -49,7 +50,7 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         device = options.device or default_device()
         name = options.model or default_model()
         with working(f"loading {name}"):
-            loaded = load_model(name, dtype=options.dtype, device=device)
+            loaded = load_model(name, dtype=options.dtype, device=device, attention=options.attention, check=family_of)
         tasks = prepare_tasks(
             entries, loaded, store, replace=options.replace, calibrate=options.calibrate, max_memory=memory
         )

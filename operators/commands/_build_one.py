@@ -35,11 +35,18 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
 
         with working("loading torch and the model"):
             from operators.builder.build import build_operator
+            from operators.maps.detach import family_of
             from operators.model.loading import default_model, load_model
             from operators.recipes.tasks import build_spec
 
             device = options.device or default_device()
-            loaded = load_model(options.model or default_model(), dtype=options.dtype, device=device)
+            loaded = load_model(
+                options.model or default_model(),
+                dtype=options.dtype,
+                device=device,
+                attention=options.attention,
+                check=family_of,
+            )
         spec = dataclasses.replace(build_spec(entry, loaded), neutral=tokenise_neutral(loaded, neutral_texts))
         # Before minutes go into a calibration.
         warnings = describe.build_warnings(spec, loaded)

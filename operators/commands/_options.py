@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from operators.core.header import DTypeName
+from operators.core.header import AttentionName, DTypeName
 from operators.core.store import Store
 
 DeviceName = Literal["cpu", "cuda"]
@@ -31,6 +31,10 @@ ModelOption = Annotated[
 ]
 DTypeOption = Annotated[DTypeName, typer.Option(help="Precision of the model.")]
 DeviceOption = Annotated[DeviceName | None, typer.Option(help="(default: cuda where there is one)", show_default=False)]
+AttentionOption = Annotated[
+    AttentionName | None,
+    typer.Option(help="(default: sdpa, or eager where the model's own attention does more)", show_default=False),
+]
 MaxMemoryOption = Annotated[
     str | None,
     typer.Option(help="Memory beside the model, such as 8GiB (default: most of what is free).", show_default=False),
@@ -46,6 +50,7 @@ class BuildOptions:
     model: str | None
     dtype: DTypeName
     device: DeviceName | None
+    attention: AttentionName | None
     store_path: Path | None
     max_memory: str | None
     replace: bool

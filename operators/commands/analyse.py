@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 
 from operators.commands import _output as output
-from operators.commands._options import DeviceOption, DTypeOption, JsonOption, ModelOption, default_device
+from operators.commands._options import (
+    AttentionOption,
+    DeviceOption,
+    DTypeOption,
+    JsonOption,
+    ModelOption,
+    default_device,
+)
 
 
 def analyse(
@@ -27,18 +34,20 @@ def analyse(
     limit: Annotated[int | None, typer.Option(help="Take the first phrases only.", show_default=False)] = None,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
+    attention: AttentionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model does with a prompt: reconstruction, spectra, tokens, layer by layer. Writes a report."""
     of_one = {"--text": text, "--model": model, "--layer": layer}
     _check_usage(compare, models, of_one, {"--phrases": phrases, "--limit": limit})
     with output.exit_on_error(as_json):
-        from operators.analyse.write_report import write_analysis, write_summaries
+        from operators.analyse.write_report import ModelKind, write_analysis, write_summaries
 
+        kind = ModelKind(dtype, device or default_device(), attention)
         if compare:
-            answer, lines = write_summaries(models or [], phrases, limit, out, dtype, device or default_device())
+            answer, lines = write_summaries(models or [], phrases, limit, out, kind)
         else:
-            answer, lines = write_analysis(text or "", model, layer, out, dtype, device or default_device())
+            answer, lines = write_analysis(text or "", model, layer, out, kind)
         output.print_answer(answer, lines, as_json=as_json)
 
 

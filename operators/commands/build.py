@@ -10,6 +10,7 @@ import typer
 from operators.commands._build_file import build_file
 from operators.commands._build_one import build_one
 from operators.commands._options import (
+    AttentionOption,
     BuildOptions,
     DeviceOption,
     DTypeOption,
@@ -94,6 +95,7 @@ def build(
     max_memory: MaxMemoryOption = None,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
+    attention: AttentionOption = None,
     store_path: StoreOption = None,
     words: Annotated[
         str | None,
@@ -112,7 +114,7 @@ def build(
     same command goes on where it was stopped. With --calibrate, those whose setting the file leaves open are
     calibrated.
     """
-    options = BuildOptions(model, dtype, device, store_path, max_memory, replace, calibrate, as_json)
+    options = BuildOptions(model, dtype, device, attention, store_path, max_memory, replace, calibrate, as_json)
     described = {
         "name": name,
         "texts": text or None,

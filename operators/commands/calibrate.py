@@ -13,6 +13,7 @@ from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._calibration_lines import calibration_lines, plan_json, plan_lines
 from operators.commands._options import (
+    AttentionOption,
     JsonOption,
     MaxMemoryOption,
     NameArgument,
@@ -86,6 +87,7 @@ def calibrate(
     plot: Annotated[
         Path | None, typer.Option(help="Draw the curves into this file, such as curves.png.", show_default=False)
     ] = None,
+    attention: AttentionOption = None,
     max_memory: MaxMemoryOption = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Store what is found even where the present recommendation is better.")
@@ -102,6 +104,7 @@ def calibrate(
     start = time.monotonic()
     with output.exit_on_error(as_json):
         from operators.core.errors import TrialError
+        from operators.maps.detach import family_of
         from operators.model.loading import load_model
         from operators.tune.calibration_spec import CalibrationSpec
         from operators.tune.prompts import calibration_prompts, neutral_prompts, read_prompts
@@ -130,7 +133,13 @@ def calibrate(
             _check_plot(plot)
         memory = parse_memory(max_memory)
         with working(f"loading {model or header.model}"):
-            loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
+            loaded = load_model(
+                model or header.model,
+                dtype=header.model_dtype,
+                device=default_device(),
+                attention=attention,
+                check=None if header.vector else family_of,
+            )
         if dry_run:
             plan = plan_json(artifact, loaded, spec)
             output.print_answer({"name": name, "plan": plan}, plan_lines(name, plan), as_json=as_json)

@@ -10,6 +10,7 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import (
+    AttentionOption,
     DeviceOption,
     DTypeOption,
     JsonOption,
@@ -40,6 +41,7 @@ def combine(
     model: ModelOption = None,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
+    attention: AttentionOption = None,
     max_memory: MaxMemoryOption = None,
     store_path: StoreOption = None,
     replace: ReplaceOption = False,
@@ -51,6 +53,7 @@ def combine(
         from operators.builder.combine import WeightedOperator
         from operators.builder.combine import combine as combine_operators
         from operators.builder.guidance import strength_warnings
+        from operators.maps.detach import family_of
         from operators.model.loading import load_model
 
         store = open_store(store_path)
@@ -59,7 +62,9 @@ def combine(
         weighted = [WeightedOperator(member, store.load(member), weight) for member, weight in weights]
         memory = parse_memory(max_memory)
         source = model or weighted[0].artifact.header.model
-        loaded = load_model(source, dtype=dtype, device=device or default_device())
+        loaded = load_model(
+            source, dtype=dtype, device=device or default_device(), attention=attention, check=family_of
+        )
         with progress_bars() as progress:
             artifact = combine_operators(weighted, loaded, rank=rank, max_memory=memory, progress=progress)
         output.print_warnings(strength_warnings(artifact.header.recommended.strength))

@@ -11,6 +11,7 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import (
+    AttentionOption,
     DeviceOption,
     DTypeOption,
     JsonOption,
@@ -37,6 +38,7 @@ def contrast(
     model: ModelOption = None,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
+    attention: AttentionOption = None,
     store_path: StoreOption = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
@@ -56,7 +58,9 @@ def contrast(
 
         from operators.model.loading import default_model, load_model
 
-        loaded = load_model(model or default_model(), dtype=dtype, device=device or default_device())
+        loaded = load_model(
+            model or default_model(), dtype=dtype, device=device or default_device(), attention=attention
+        )
         with progress_bars() as progress:
             artifact = contrast_operator(
                 towards, away, loaded, layer=layer, about=about, strength=strength, progress=progress

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from operators.commands import _output as output
-from operators.commands._options import DeviceOption, DTypeOption, JsonOption, ModelOption, default_device
+from operators.commands._options import (
+    AttentionOption,
+    DeviceOption,
+    DTypeOption,
+    JsonOption,
+    ModelOption,
+    default_device,
+)
 from operators.core.progress import shown_progress, working
 
 if TYPE_CHECKING:
@@ -61,6 +68,7 @@ def evaluate(
     model: ModelOption = None,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
+    attention: AttentionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare forms of steering: hits, readable hits and damage at equal KL, on prompts that nothing was chosen on.
@@ -105,10 +113,17 @@ def evaluate(
         from operators.evaluate.material import Material
         from operators.evaluate.record import describe_run, write_record
         from operators.evaluate.run import Evaluation
+        from operators.maps.detach import family_of
         from operators.model.loading import default_model, load_model
 
         with working(f"loading {model or default_model()}"):
-            loaded = load_model(model or default_model(), dtype=dtype, device=device or default_device())
+            loaded = load_model(
+                model or default_model(),
+                dtype=dtype,
+                device=device or default_device(),
+                attention=attention,
+                check=family_of,
+            )
         with open_journal(out) as journal, shown_progress() as progress:
             material = Material(loaded, layer, progress=progress)
             material.add_vectors(_read_vectors(files, loaded, material.layer))

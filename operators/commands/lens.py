@@ -14,6 +14,7 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import (
+    AttentionOption,
     DeviceOption,
     DTypeOption,
     JsonOption,
@@ -55,6 +56,7 @@ def lens(
     model: ModelOption = None,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
+    attention: AttentionOption = None,
     store_path: StoreOption = None,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
@@ -79,11 +81,14 @@ def lens(
         from operators.lens.matrices import check_layers, encode_texts
         from operators.lens.partial import PartialSums
         from operators.lens.search import SearchPlan, candidate_layers
+        from operators.maps.detach import family_of
         from operators.model.loading import default_model, load_model
 
         source = model or default_model()
         with working(f"loading {source}"):
-            loaded = load_model(source, dtype=dtype, device=device or default_device())
+            loaded = load_model(
+                source, dtype=dtype, device=device or default_device(), attention=attention, check=family_of
+            )
         layers = candidate_layers(loaded.num_layers, quick=quick) if layer is None else (layer,)
         check_layers(layers, loaded)
         partial = PartialSums(store, name, loaded, encode_texts(neutral, loaded), layers)

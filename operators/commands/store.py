@@ -11,9 +11,17 @@ import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
-from operators.commands._options import JsonOption, NameArgument, StoreOption, default_device, open_store
+from operators.commands._options import (
+    AttentionOption,
+    JsonOption,
+    NameArgument,
+    StoreOption,
+    default_device,
+    open_store,
+)
 from operators.core.errors import OperatorError, VectorError
 from operators.core.file_format import FileHeader
+from operators.core.header import AttentionName
 from operators.core.store import Store
 
 if TYPE_CHECKING:
@@ -111,6 +119,7 @@ def verify(
         typer.Option(help="Of a lens: its neutral texts (default: those that ship).", show_default=False),
     ] = None,
     file_only: Annotated[bool, typer.Option("--file-only", help="Check the file; load no model.")] = False,
+    attention: AttentionOption = None,
     store_path: StoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -125,10 +134,10 @@ def verify(
         if (positive is None) != (negative is None) or (file_only and positive is not None):
             raise VectorError("--positive and --negative go together, and not with --file-only")
         if not file_only and artifact.header.lens is not None:
-            found, said = _verify_lens(artifact, model, texts)
+            found, said = _verify_lens(artifact, model, texts, attention)
             answer, line = {**answer, **found}, line + said
         elif not file_only and artifact.header.vector is not None:
-            found, said = _verify_vector(artifact, model, positive, negative)
+            found, said = _verify_vector(artifact, model, positive, negative, attention)
             answer, line = {**answer, **found}, line + said
         elif positive is not None:
             raise VectorError(f"operator {name!r} is no contrast, so that no texts can be compared with it")
@@ -137,7 +146,9 @@ def verify(
             from operators.model.loading import load_model
 
             header = artifact.header
-            loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
+            loaded = load_model(
+                model or header.model, dtype=header.model_dtype, device=default_device(), attention=attention
+            )
             error = verify_operator(artifact, loaded)
             answer |= {
                 "model": loaded.name,
@@ -151,7 +162,9 @@ def verify(
         output.print_answer(answer, [line], as_json=as_json)
 
 
-def _verify_lens(artifact: OperatorArtifact, model: str | None, texts: Path | None) -> tuple[dict[str, Any], str]:
+def _verify_lens(
+    artifact: OperatorArtifact, model: str | None, texts: Path | None, attention: AttentionName | None
+) -> tuple[dict[str, Any], str]:
     """Products of a lens, computed anew: for JSON and for a person."""
     from operators.core.neutral_texts import neutral_texts
     from operators.lens.verify import verify_lens
@@ -164,7 +177,7 @@ def _verify_lens(artifact: OperatorArtifact, model: str | None, texts: Path | No
     # The shipped texts, or the first of them, as the lens was built with --quick.
     neutral = neutral_texts()[: header.lens.texts] if texts is None else read_texts(texts).texts
     name = model or header.model
-    loaded = load_model(name, dtype=header.model_dtype, device=default_device())
+    loaded = load_model(name, dtype=header.model_dtype, device=default_device(), attention=attention)
     error = verify_lens(artifact, loaded, neutral, find_unembedding(name))
     return {
         "model": loaded.name,
@@ -173,7 +186,11 @@ def _verify_lens(artifact: OperatorArtifact, model: str | None, texts: Path | No
 
 
 def _verify_vector(
-    artifact: OperatorArtifact, model: str | None, positive: Path | None, negative: Path | None
+    artifact: OperatorArtifact,
+    model: str | None,
+    positive: Path | None,
+    negative: Path | None,
+    attention: AttentionName | None,
 ) -> tuple[dict[str, Any], str]:
     """What can be said of a vector beyond its file, for JSON and for a person."""
     from operators.builder.verify import check_compatible
@@ -182,7 +199,7 @@ def _verify_vector(
 
     header = artifact.header
     texts = None if positive is None or negative is None else (read_texts(positive), read_texts(negative))
-    loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
+    loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device(), attention=attention)
     check_compatible(header, loaded)
     fits = f" and fits {loaded.name}: fingerprints, depth and width; "
     if texts is None:

@@ -22,6 +22,7 @@ Rule = Literal["cumulative", "substitute"]
 Anchor = Literal["contrast", "concept"]
 FirstToken = Literal["operator", "anchor"]
 DTypeName = Literal["float32", "float64", "bfloat16"]
+AttentionName = Literal["sdpa", "eager"]
 
 MAX_CONCEPT = 1 << 16
 """Characters, and tokens, of a text: a bound for everything that a listing of operators sends over a wire."""

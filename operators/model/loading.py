@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from operators.core.capacity import format_bytes, free_memory
 from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError
-from operators.core.header import DTypeName
+from operators.core.header import AttentionName, DTypeName
+from operators.model.attention import check_attention
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
+from operators.model.preflight import ModelCheck, examine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,8 +75,19 @@ def default_model() -> str:
     return os.environ.get("STEER_MODEL") or DEFAULT_MODEL
 
 
-def load_model(name: str, *, dtype: DTypeName = "float32", device: str = "cpu", attention: str = "sdpa") -> LoadedModel:
+def load_model(
+    name: str,
+    *,
+    dtype: DTypeName = "float32",
+    device: str = "cpu",
+    attention: AttentionName | None = None,
+    check: ModelCheck | None = None,
+) -> LoadedModel:
     """Loads a model by built-in name, local directory or GGUF file (de-quantised once), or Hugging Face id.
+
+    Args:
+        attention: None means sdpa where that is the same as the model's own attention.
+        check: raises an error for a model that the caller cannot use; called before the weights are read.
 
     Raises:
         ModelError: it cannot be found or loaded; the message says what was tried.
@@ -91,7 +103,8 @@ def load_model(name: str, *, dtype: DTypeName = "float32", device: str = "cpu", 
     # The hub's client logs each of its retries twice; the error after the last one says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        _check_fits(name, source, dtype, torch.device(device))
+        checks = [decoder_layers, *([check] if check else [])]
+        attention = examine(name, source, dtype=dtype, device=torch.device(device), attention=attention, checks=checks)
         # False, not None: None asks on the terminal whether code that came with the model may run.
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -134,29 +147,18 @@ def _check_not_adapter(name: str, source: str) -> None:
         )
 
 
-def _check_fits(name: str, source: str, dtype: DTypeName, device: torch.device) -> None:
-    # A model without storage counts the parameters before gigabytes of them are read.
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
-    have = free_memory(device)
-    if need > have:
-        raise ModelError(
-            f"model {name!r} takes {format_bytes(need)} of memory in {dtype}; {format_bytes(have)} may be used on "
-            f"{device}"
-        )
-
-
 def _hint(name: str) -> str:
     near = difflib.get_close_matches(name, BUILT_IN, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
-    """Wraps a model that is already in memory, computing its fingerprints."""
+    """Wraps a model that is already in memory, computing its fingerprints.
+
+    Raises:
+        ModelError: it was loaded with an attention that is not its own.
+    """
+    check_attention(name, model)
     return LoadedModel(name, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
 
 

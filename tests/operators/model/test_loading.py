@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from operators.core.errors import ModelError
-from operators.model import loading as models
 from operators.model.loading import (
     DEFAULT_MODEL,
     decoder_layers,
@@ -308,7 +307,7 @@ def test_the_default_model_has_its_published_shape(smollm):
 
 def test_a_model_larger_than_the_memory_is_refused_before_it_is_read(tiny_directory, monkeypatch):
     directory = tiny_directory("llama")
-    monkeypatch.setattr(models, "free_memory", lambda device: 1000)
+    monkeypatch.setattr("operators.model.preflight.free_memory", lambda device: 1000)
     words = r"takes .* KiB of memory in float32; 1000 bytes may be used on cpu"
     with pytest.raises(ModelError, match=words):
         load_model(str(directory), dtype="float32")

@@ -1,0 +1,54 @@
+"""What can be said of a model by its configuration, before gigabytes of weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from operators.core.capacity import format_bytes, free_memory
+from operators.core.dtypes import DTYPES
+from operators.core.errors import ModelError
+from operators.core.header import AttentionName, DTypeName
+from operators.model.attention import choose_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ModelCheck = Callable[["PreTrainedModel"], object]
+"""Raises an error where it does not accept a model; the model has no weights, and only its modules can be looked at."""
+
+
+def examine(
+    name: str,
+    source: str,
+    *,
+    dtype: DTypeName,
+    device: torch.device,
+    attention: AttentionName | None,
+    checks: Iterable[ModelCheck],
+) -> AttentionName:
+    """The attention that the model at ``source`` is to be loaded with, after all checks that need no weights.
+
+    Raises:
+        ModelError: its weights do not fit into the memory, or it has no such attention.
+        Exception: what ``checks`` raise, and transformers where it does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with torch.device("meta"):
+        # Every model has eager attention.
+        empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+    for check in checks:
+        check(empty)
+    chosen = choose_attention(empty, attention)
+    need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
+    have = free_memory(device)
+    if need > have:
+        raise ModelError(
+            f"model {name!r} takes {format_bytes(need)} of memory in {dtype}; {format_bytes(have)} may be used on "
+            f"{device}"
+        )
+    return chosen
