@@ -65,6 +65,16 @@ def serve(
     metrics_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus over HTTP; 0 is off.", show_default="0")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", show_default="32")] = None,
+    max_running: Annotated[
+        int | None, typer.Option(help="Requests that engine hf decodes at once, in turns.", show_default="16")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a text.", show_default="the context")] = None,
+    max_total_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of all texts of a request.", show_default="none")
+    ] = None,
+    max_time: Annotated[
+        float | None, typer.Option(help="Most seconds of a request, waiting included.", show_default="none")
+    ] = None,
     max_dose: Annotated[
         float | None,
         typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),
@@ -72,6 +82,12 @@ def serve(
     operator_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="For operators beside the model, such as 4GiB.", show_default="4GiB"),
+    ] = None,
+    decode_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="For what requests in progress take on engine hf.", show_default="half of what is free"
+        ),
     ] = None,
     grace: Annotated[
         float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
@@ -152,7 +168,9 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engi
     return HFEngine(
         load_model(config.model, dtype=dtype, device=device, attention=config.attention),
         max_queue=config.max_queue,
+        max_running=config.max_running,
         operator_memory=config.operator_memory,
+        decode_memory=config.decode_memory,
     )
 
 

@@ -6,15 +6,18 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 
 from operators.core.statistics import percentile
+from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
 from steer_server.fed_positions import check_reachable
 from steer_server.generate import CompletionBuilder
 from steer_server.registry import Registry
 from steer_server.types import (
+    ANYBODY,
     NORMAL,
     Admitted,
     ArmEvent,
+    Caller,
     Compared,
     CompareEvent,
     CompareRequest,
@@ -28,7 +31,13 @@ from steer_server.types import (
 
 
 async def compare(
-    engine: Engine, registry: Registry, request: CompareRequest, *, max_arms: int
+    engine: Engine,
+    registry: Registry,
+    request: CompareRequest,
+    *,
+    max_arms: int,
+    caller: Caller = ANYBODY,
+    caps: Caps = NO_CAPS,
 ) -> AsyncGenerator[CompareEvent, None]:
     """Events of every arm as they come, the plain arm's under the name "normal"; at the end the comparisons.
 
@@ -36,6 +45,7 @@ async def compare(
     """
     if len(request.arms) > max_arms:
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
+    sampling = caps.apply(request.sampling, num_texts=1 + len(request.arms))
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators)
     ids = await engine.encode(request.prompt)
@@ -44,15 +54,15 @@ async def compare(
             plan,
             field,
             prompt_tokens=len(ids),
-            max_tokens=request.sampling.max_tokens,
+            max_tokens=sampling.max_tokens,
             context_length=engine.model.context_length,
         )
     names = (NORMAL, *(arm.name for arm in request.arms))
     # Scoring the plain row gives its own log-probabilities, and so its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))
-    builders = [CompletionBuilder(request.request_id, len(ids), request.sampling, row.plan) for row in rows]
+    builders = [CompletionBuilder(request.request_id, len(ids), sampling, row.plan) for row in rows]
     completions: dict[str, Completion] = {}
-    stream = engine.submit(DecodeJob(ids, request.sampling, rows))
+    stream = engine.submit(DecodeJob(ids, sampling, rows, caller))
     try:
         for name in names:
             yield ArmEvent(name, Started(request.request_id, ids))

@@ -6,11 +6,14 @@ Each server has a registry of its own, so several in one process do not mix.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from steer_server.engine.base import Engine
+from steer_server.engine.work import WorkDone
 from steer_server.registry import Registry
 from steer_server.types import Completion
 
@@ -32,8 +35,7 @@ class Metrics:
             "grpc_server_handling_seconds", "Duration of RPCs", _CALL, buckets=_SECONDS, registry=registry
         )
         self.sent = Counter("grpc_server_msg_sent", "Messages sent on streams", _CALL, registry=registry)
-        self._prompt_tokens = Counter("steer_prompt_tokens", "Prompt tokens decoded", registry=registry)
-        self._generated = Counter("steer_generated_tokens", "Tokens generated", ("steered",), registry=registry)
+        registry.register(_WorkCollector(engine.work))
         self._finished = Counter(
             "steer_completions", "Continuations finished, by reason", ("reason", "steered"), registry=registry
         )
@@ -68,8 +70,6 @@ class Metrics:
     def completed(self, completion: Completion) -> None:
         """Counts a finished continuation."""
         steered = str(bool(completion.receipts)).lower()
-        self._prompt_tokens.inc(completion.usage.prompt_tokens)
-        self._generated.labels(steered).inc(len(completion.token_ids))
         self._finished.labels(completion.finish_reason.value, steered).inc()
         self._queued.observe(completion.timings.queued)
         if completion.timings.time_to_first_token is not None:
@@ -83,6 +83,21 @@ class Metrics:
     def serve(self, host: str, port: int) -> None:
         """Exposes the metrics over HTTP. Raises :class:`OSError` when the port is taken."""
         start_http_server(port, addr=host, registry=self.registry)
+
+
+class _WorkCollector(Collector):
+    """Tokens as they are computed, whether or not somebody is there to get them."""
+
+    def __init__(self, work: WorkDone) -> None:
+        self._work = work
+
+    def collect(self) -> Iterable[Metric]:
+        """Read when the metrics are."""
+        yield CounterMetricFamily("steer_prompt_tokens", "Prompt tokens read, once per text", self._work.prompt_tokens)
+        generated = CounterMetricFamily("steer_generated_tokens", "Tokens generated", labels=["steered"])
+        generated.add_metric(["false"], self._work.plain_tokens)
+        generated.add_metric(["true"], self._work.steered_tokens)
+        yield generated
 
 
 def _count(operators: Registry, *, usable: bool) -> int:

@@ -18,8 +18,9 @@ from steer_server.errors import QueueFullError
 from steer_server.types import Caller
 
 _MAX_LINE = 256
-_MIN_HINT, _MAX_HINT = 0.5, 60.0
-_JITTER = 0.25
+_MIN_HINT, _MAX_HINT = 1.0, 60.0
+_SOONEST = 0.6
+"""Of the estimate: those who wait come back spread out, and who comes too soon keeps its place in the line."""
 _SMOOTHING = 0.2
 """Weight of the newest request in the moving average of how long one takes."""
 
@@ -76,7 +77,7 @@ class WaitingRoom:
     def hint(self, places: int = 1) -> float:
         """Seconds after which so many places are likely to have been freed, not the same for everybody."""
         each = 1.0 if self._seconds_each is None else self._seconds_each
-        return min(max(places * each, _MIN_HINT), _MAX_HINT) * (1.0 + _JITTER * random.random())  # noqa: S311 - no secret
+        return min(max(places * each, _MIN_HINT), _MAX_HINT) * random.uniform(_SOONEST, 1.0)  # noqa: S311 - no secret
 
     def _is_admitted(self, client: tuple[str, str], size: int) -> bool:
         total, mine = self._held.total(), self._held[client]

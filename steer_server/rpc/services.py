@@ -13,6 +13,7 @@ from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
 
 from operators.core.version import __version__
+from steer_server.caps import Caps
 from steer_server.compare import compare
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
@@ -21,6 +22,7 @@ from steer_server.generate import generate
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc import codec
+from steer_server.rpc.caller import caller_of
 from steer_server.rpc.operator_codec import operator, store_changes
 from steer_server.rpc.shared_run import SharedRun
 from steer_server.types import ArmEvent, Completion, Tokenization
@@ -33,10 +35,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def __init__(self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig) -> None:
         self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
+        self._caps = Caps(config.max_tokens, config.max_total_tokens, config.max_time)
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         """One answer."""
-        events = generate(self._engine, self._registry, codec.generation_request(request))
+        events = generate(self._engine, self._registry, codec.generation_request(request), **self._limits(context))
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Completion):
@@ -46,7 +49,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateEvent]:
         """Token by token."""
-        events = generate(self._engine, self._registry, codec.generation_request(request))
+        events = generate(self._engine, self._registry, codec.generation_request(request), **self._limits(context))
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Completion):
@@ -55,12 +58,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Compare(self, request: pb.CompareRequest, context: _Context) -> AsyncIterator[pb.CompareEvent]:
         """Arm by arm, token by token."""
-        events = compare(self._engine, self._registry, codec.compare_request(request), max_arms=self._config.max_arms)
+        events = compare(
+            self._engine,
+            self._registry,
+            codec.compare_request(request),
+            max_arms=self._config.max_arms,
+            **self._limits(context),
+        )
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, ArmEvent) and isinstance(event.event, Completion):
                     self._metrics.completed(event.event)
                 yield codec.compare_event(event)
+
+    def _limits(self, context: _Context) -> dict[str, Any]:
+        return {"caller": caller_of(context), "caps": self._caps}
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""

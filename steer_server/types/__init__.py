@@ -18,6 +18,7 @@ from steer_server.types.events import (
     TopLogprob,
 )
 from steer_server.types.jobs import (
+    ANYBODY,
     Application,
     Caller,
     DecodeJob,
@@ -55,6 +56,7 @@ from steer_server.types.results import (
 )
 
 __all__ = [
+    "ANYBODY",
     "DEFAULT_MAX_TOKENS",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",

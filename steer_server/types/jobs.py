@@ -68,6 +68,9 @@ class Caller:
         return self.host, self.connection
 
 
+ANYBODY = Caller()
+
+
 @dataclass(frozen=True, eq=False)
 class DecodeJob:
     """One prompt and the rows that continue it in one batch."""
@@ -75,4 +78,4 @@ class DecodeJob:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     rows: tuple[Row, ...]
-    caller: Caller = Caller()
+    caller: Caller = ANYBODY

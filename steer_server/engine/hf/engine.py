@@ -15,13 +15,13 @@ from typing import Any
 import structlog
 
 from operators.model.loading import LoadedModel
-from steer_server.config import OPERATOR_MEMORY
+from steer_server.config import MAX_RUNNING, OPERATOR_MEMORY
 from steer_server.engine.describe import describe_model
 from steer_server.engine.hf.decode import Decoder
 from steer_server.engine.hf.failure import Failure, is_lost
 from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
-from steer_server.engine.hf.queue import MAX_RUNNING, JobQueue, QueuedJob
+from steer_server.engine.hf.queue import JobQueue, QueuedJob
 from steer_server.engine.hf.running_job import RunningJob
 from steer_server.engine.hf.turns import FairTurns
 from steer_server.engine.prompts import PromptReader, check_ids

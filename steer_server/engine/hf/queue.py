@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
+from steer_server.config import MAX_RUNNING
 from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.waiting_room import WaitingRoom
 from steer_server.errors import ShuttingDownError, SteerServerError
 from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished
 
-MAX_RUNNING = 16
-"""Jobs that are decoded at once, unless told otherwise."""
 _PATIENCE = 30.0
 """Seconds after which a job that waits for memory is not passed by smaller ones any more."""
 _Message = EngineEvent | SteerServerError | None

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from operators.core.artifact import OperatorArtifact
 from steer_server.engine.vllm.row_decoder import DecodeContext, RowDecoder
 from steer_server.errors import ShuttingDownError, SteerServerError
-from steer_server.types import Admitted, DecodeJob, EngineEvent, RowFinished
+from steer_server.types import Admitted, DecodeJob, EngineEvent, RowFinished, TokenEvent
 
 
 class VLLMJob:
@@ -84,6 +84,7 @@ class VLLMJob:
         def first_output(metrics: object) -> None:
             nonlocal decoding
             decoding = True
+            self._context.work.add(len(self._job.prompt_ids), 0, 0)
             self.waiting -= 1
             self.running += 1
             self._admit(metrics)
@@ -93,7 +94,7 @@ class VLLMJob:
             self._job,
             index,
             deadline=self._deadline,
-            emit=self._messages.put_nowait,
+            emit=self._emit,
             on_first_output=first_output,
             is_stopping=lambda: self._stopping,
         )
@@ -114,6 +115,12 @@ class VLLMJob:
                 self.running -= 1
             else:
                 self.waiting -= 1
+
+    def _emit(self, event: EngineEvent) -> None:
+        if isinstance(event, TokenEvent):
+            is_steered = self._job.rows[event.row].plan is not None
+            self._context.work.add(0, not is_steered, is_steered)
+        self._messages.put_nowait(event)
 
     def _admit(self, metrics: object) -> None:
         """Posts, once per job, when vLLM scheduled the first of its rows."""
