@@ -128,6 +128,10 @@ async def _run(config: ServerConfig) -> None:
     device = config.device or _default_device()
     dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
     store = Store.default() if config.store is None else Store(config.store)
+    if config.store is not None and not store.path.is_dir():
+        # The default one is made by the first operator that is saved; another one is more likely mistyped.
+        found = "is not a directory" if store.path.exists() else "does not exist"
+        raise StartupError(f"store {store.path} {found} (--store, or STEER_STORE, names another; mkdir makes it)")
     _check_port(config.listen, "--listen")
     if config.metrics_port:
         _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
@@ -202,7 +206,7 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
             str(obtain(config.model)),
             dtype=dtype,
             max_queue=config.max_queue,
-            operator_memory=config.operator_memory,
+            operator_memory=config.operator_memory if "operator_memory" in config.model_fields_set else None,
             engine_args=config.engine_args,
         )
     except asyncio.CancelledError:

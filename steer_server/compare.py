@@ -13,11 +13,9 @@ from steer_server.fed_positions import check_reachable
 from steer_server.generate import CompletionBuilder
 from steer_server.registry import Registry
 from steer_server.types import (
-    ANYBODY,
     NORMAL,
     Admitted,
     ArmEvent,
-    Caller,
     Compared,
     CompareEvent,
     CompareRequest,
@@ -36,7 +34,6 @@ async def compare(
     request: CompareRequest,
     *,
     max_arms: int,
-    caller: Caller = ANYBODY,
     caps: Caps = NO_CAPS,
 ) -> AsyncGenerator[CompareEvent, None]:
     """Events of every arm as they come, the plain arm's under the name "normal"; at the end the comparisons.
@@ -62,7 +59,7 @@ async def compare(
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))
     builders = [CompletionBuilder(request.request_id, len(ids), sampling, row.plan) for row in rows]
     completions: dict[str, Completion] = {}
-    stream = engine.submit(DecodeJob(ids, sampling, rows, caller))
+    stream = engine.submit(DecodeJob(ids, sampling, rows))
     try:
         for name in names:
             yield ArmEvent(name, Started(request.request_id, ids))

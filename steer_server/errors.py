@@ -6,11 +6,13 @@ SteerServerError
 │   └── DoseTooHighError            the doses at one layer add up to more than the server admits
 ├── UnknownOperatorError        no such operator in the store
 ├── OperatorUnusableError       it is in the store and cannot be used: damaged, or for another model
+│   └── DigestNotServedError        the request pins another version of it
 ├── QueueFullError              no room while others wait and run; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
 ├── EngineFailedError           the engine broke while it worked on this request
-└── ShuttingDownError           the server is stopping
+├── ShuttingDownError           the server is stopping
+└── UnimplementedError          a method that this server does not offer
 
 StartupError                    the server cannot start (never on the wire)
 EngineDiedError                 the server cannot go on (never on the wire; running requests meet EngineFailedError)
@@ -32,11 +34,11 @@ class InvalidRequestError(SteerServerError):
 class PromptTooLongError(InvalidRequestError):
     """The prompt leaves no room in the model's context."""
 
-    def __init__(self, tokens: int, context_length: int) -> None:
-        super().__init__(
-            "prompt",
-            f"has {tokens} tokens; this model takes at most {context_length - 1}, to leave room for one more",
-        )
+    def __init__(self, tokens: int, context_length: int, *, more: bool = False, unit: str = "tokens") -> None:
+        """``more``: that many were counted, and there may be more. ``unit``: what was counted, tokens or not."""
+        found = f"has {tokens} {unit}{' or more' if more else ''}"
+        accepted = f"this model takes at most {context_length - 1} tokens, to leave room for one more"
+        super().__init__("prompt", f"{found}; {accepted}")
 
 
 class DoseTooHighError(InvalidRequestError):
@@ -72,6 +74,14 @@ class OperatorUnusableError(SteerServerError):
         self.name = name
 
 
+class DigestNotServedError(OperatorUnusableError):
+    """The version that the request pins is not the one that this server has under that name."""
+
+    def __init__(self, name: str, *, requested: str, served: str) -> None:
+        super().__init__(name, f"{requested} is asked for, and this server has {served} under that name")
+        self.requested, self.served = requested, served
+
+
 class QueueFullError(SteerServerError):
     """There is no room now: too many requests wait, or running ones hold the memory for operators."""
 
@@ -98,6 +108,13 @@ class ShuttingDownError(SteerServerError):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
+
+
+class UnimplementedError(SteerServerError):
+    """A method of a service that is offered here, and that is not."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(f"{method} is not offered by this server")
 
 
 class StartupError(Exception):

@@ -11,9 +11,7 @@ from steer_server.engine.base import Engine
 from steer_server.fed_positions import check_reachable, check_receipts
 from steer_server.registry import Registry
 from steer_server.types import (
-    ANYBODY,
     Admitted,
-    Caller,
     Completion,
     DecodeJob,
     Delta,
@@ -38,7 +36,6 @@ async def generate(
     registry: Registry,
     request: GenerationRequest,
     *,
-    caller: Caller = ANYBODY,
     caps: Caps = NO_CAPS,
 ) -> AsyncGenerator[GenerateEvent, None]:
     """Started, then a delta per token, then the completion.
@@ -56,7 +53,7 @@ async def generate(
         context_length=engine.model.context_length,
     )
     builder = CompletionBuilder(request.request_id, len(ids), sampling, plan)
-    stream = engine.submit(DecodeJob(ids, sampling, (Row(plan),), caller))
+    stream = engine.submit(DecodeJob(ids, sampling, (Row(plan),)))
     try:
         yield Started(request.request_id, ids)
         async for event in stream:

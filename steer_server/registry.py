@@ -17,6 +17,7 @@ from operators.core.errors import ArtifactError, StoreError
 from operators.core.store import Store
 from steer_server.applications import make_application, name_of
 from steer_server.errors import (
+    DigestNotServedError,
     DoseTooHighError,
     InvalidRequestError,
     OperatorUnusableError,
@@ -75,6 +76,8 @@ class Registry:
         self._words = words
         self._beside_the_loop = BesideTheLoop()
         self._entries: Mapping[str, OperatorEntry] = MappingProxyType({})
+        self._store_existed = False
+        """Whether the store's directory was there at the last reading: before the first save it need not be."""
         self.reload()
 
     def entries(self) -> tuple[OperatorEntry, ...]:
@@ -90,11 +93,15 @@ class Registry:
 
         Raises :class:`StoreUnreadableError`; the snapshot then stays.
         """
-        before = self._entries
+        before, exists = self._entries, self._store.path.exists()
         try:
             after = {name: _reuse_unchanged(before.get(name), self._read(name)) for name in self._store.names()}
         except StoreError as error:
             raise StoreUnreadableError(str(error)) from error
+        if (exists or self._store_existed) and not self._store.path.exists():
+            # Also where it went while it was read: its operators are then not removed, or broken, one by one.
+            raise StoreUnreadableError(f"store {self._store.path} does not exist any more")
+        self._store_existed = exists
         self._entries = MappingProxyType(after)
         in_both = before.keys() & after.keys()
         return StoreChanges(
@@ -167,6 +174,9 @@ class Registry:
         entry = _find(entries, name)
         if entry.artifact is None:
             raise OperatorUnusableError(name, entry.problem)
+        served = entry.artifact.digest
+        if use.digest is not None and use.digest != served:
+            raise DigestNotServedError(name, requested=use.digest, served=served)
         return make_application(use, entry.artifact, self._words, field)
 
     def _read(self, name: str) -> OperatorEntry:

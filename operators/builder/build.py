@@ -169,7 +169,7 @@ def _header(
         neutral=neutral,
         tolerance=spec.tolerance,
         words=spec.words,
-        recommended=spec.recommended,
+        recommended=spec.setting,
         reconstruction_error=reconstruction_error,
         builder_version=__version__,
         created=datetime.now(UTC).replace(microsecond=0),

@@ -12,6 +12,8 @@ MIN_TOKENS = 3
 """Tokens, special ones left out, below which a text is too short to be a context."""
 DEFAULT_MAX_DOSE = 1.0
 """A server's bound on |lambda|/2 where it was given no other (its option --max-dose)."""
+BFLOAT16_RESOLUTION = 2.0**-7
+"""Weaker pushes are rounded away where a model runs in bfloat16."""
 _SPACELESS = re.compile(f"[{SPACELESS}]")
 
 
@@ -36,8 +38,15 @@ def text_warnings(texts: Iterable[Concept], special_ids: Iterable[int]) -> list[
 
 
 def strength_warnings(strength: float) -> list[str]:
-    """A line where a server of default settings would refuse the recommended strength."""
+    """A line where the recommended strength does nothing, or some server of default settings would refuse it."""
     dose = abs(strength) / 2
+    if strength == 0.0:
+        return ["strength 0 leaves every text as it is: a request must give another to steer"]
+    if abs(strength) < BFLOAT16_RESOLUTION:
+        return [
+            f"strength {strength:g} is less than hidden states in bfloat16 resolve ({BFLOAT16_RESOLUTION:.1g}); a "
+            "server in bfloat16 refuses it"
+        ]
     if dose <= DEFAULT_MAX_DOSE:
         return []
     return [

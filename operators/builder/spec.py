@@ -10,6 +10,7 @@ import torch
 from operators.builder import memory
 from operators.builder.concept import Concept
 from operators.core import capacity
+from operators.core.defaults import default_recommended
 from operators.core.errors import BuildError
 from operators.core.file_format import MAX_BYTES
 from operators.core.header import Member, NeutralTexts, Profile, Recommended
@@ -19,9 +20,6 @@ from operators.model.loading import LoadedModel
 
 DEFAULT_RANK = 64
 """Rank of an operator where none is given; the README (*How much rank*) has the measurements behind it."""
-
-NEW_OPERATORS = Recommended(anchor="contrast")
-"""What an operator that is built recommends where nothing else is said."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,8 @@ class BuildSpec:
     for the smallest rank with that residual |J - U B|_F / |J|_F. ``weighting`` and ``seed`` are those of the sketch.
     ``weights`` are the texts' weights in a mixture (:mod:`operators.builder.combine`); without, the operator is the
     mean of their maps. ``neutral`` are the texts that the contrast anchor is measured against; None means those that
-    ship. ``words``, ``recommended`` and ``members`` are only written into the header.
+    ship. ``words``, ``recommended`` (None means the default of the profile) and ``members`` are only written into the
+    header.
     """
 
     texts: tuple[Concept, ...]
@@ -44,7 +43,7 @@ class BuildSpec:
     weighting: Literal["embedding", "white"] = "embedding"
     seed: int = 0
     words: tuple[str, ...] = ()
-    recommended: Recommended = NEW_OPERATORS
+    recommended: Recommended | None = None
     weights: tuple[float, ...] = ()
     members: tuple[Member, ...] = ()
     neutral: NeutralTexts | None = None
@@ -53,6 +52,11 @@ class BuildSpec:
     def shares(self) -> tuple[float, ...]:
         """The weight of each text's map in the operator's."""
         return self.weights or (1.0 / len(self.texts),) * len(self.texts)
+
+    @property
+    def setting(self) -> Recommended:
+        """What the operator recommends."""
+        return self.recommended or default_recommended(self.profile)
 
     @property
     def num_positions(self) -> int:
@@ -81,9 +85,19 @@ def resolve_spec(spec: BuildSpec, loaded: LoadedModel, *, max_memory: int | None
         BuildError: the layer, rank or tolerance is out of range; or the operator takes more memory than there is,
             or would be larger than any reader accepts.
     """
+    check_first_token(spec.setting)
     layer = resolve_layer(spec.layer, spec.profile, loaded)
     rank = _resolve_rank(spec, loaded)
     return BuildParameters(layer, rank, vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory))
+
+
+def check_first_token(setting: Recommended) -> None:
+    """Raises :class:`BuildError` for an anchor at the first token where the positions leave that token out."""
+    if setting.first_token == "anchor" and not setting.positions.count(0, 1, prompt_tokens=1):
+        raise BuildError(
+            f"first_token is 'anchor', and positions {setting.positions} leave the first token out; positions that "
+            "have it (all, first, prompt, 0..8), or first_token 'operator', are accepted"
+        )
 
 
 def resolve_layer(layer: int | None, profile: Profile, loaded: LoadedModel) -> int:

@@ -14,7 +14,10 @@ import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
+from operators.commands._calibration import WORK, calibrate_new, forget
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.core.claims import claim
+from operators.core.defaults import is_default
 from operators.core.progress import make_bars, working
 
 if TYPE_CHECKING:
@@ -39,7 +42,6 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
             entries = select_entries(entries, only)
         store, memory = open_store(options.store_path), parse_memory(options.max_memory)
 
-        from operators.commands.calibrate import calibrate_with_defaults
         from operators.maps.detach import family_of
         from operators.model.loading import default_model, load_model
         from operators.recipes.run import run_tasks
@@ -63,13 +65,23 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
                 def calibrate(artifact: OperatorArtifact, task: BuildTask) -> OperatorArtifact:
                     # On the bars that exist: a second set of bars would write over these.
                     update = functools.partial(progress, task)
-                    return calibrate_with_defaults(
-                        artifact, loaded, layers=task.layers, max_memory=memory, progress=update
-                    )
+                    with claim(store, task.name, WORK):
+                        return calibrate_new(
+                            task.name,
+                            artifact,
+                            loaded,
+                            store,
+                            layers=task.layers,
+                            quick=options.quick,
+                            max_memory=memory,
+                            progress=update,
+                        )
 
                 for outcome in run_tasks(
                     tasks, loaded, store, max_memory=memory, progress=progress, calibrate=calibrate
                 ):
+                    if outcome.status in ("built", "updated") and options.calibrate:
+                        forget(store, outcome.name)
                     operators.append(_outcome_json(outcome, store, specs[outcome.name], loaded))
                     if not options.as_json:
                         print(output.printable(_outcome_line(operators[-1], width)), flush=True)
@@ -121,6 +133,7 @@ def _outcome_json(outcome: BuildOutcome, store: Store, spec: BuildSpec, loaded: 
         "rank": header.low_rank.rank if header.low_rank else None,
         "reconstruction_error": header.reconstruction_error,
         "recommended": header.recommended.model_dump(mode="json"),
+        "default": header.calibration is None and is_default(header.recommended),
         # None where there was no calibration.
         "found": None if header.calibration is None else header.calibration.chosen is not None,
     }
@@ -130,9 +143,10 @@ def _outcome_line(operator: dict[str, Any], width: int) -> str:
     line = f"{operator['name']:{width}}  {operator['status']:10}  {operator['seconds']:7.2f} s"
     if "problem" in operator:
         return f"{line}  {operator['problem']['message']}"
-    if operator["found"] is None:
-        return line
     recommended = operator["recommended"]
+    if operator["found"] is None:
+        shown = operator["default"] and operator["status"] != "up to date"
+        return f"{line}  {describe.setting_line(recommended)} ({describe.DEFAULT_NOTE})" if shown else line
     result = "recommended" if operator["found"] else describe.nothing_found_line(recommended)
     return f"{line}  {result}: layer {operator['layer']}, {describe.setting_line(recommended)}"
 

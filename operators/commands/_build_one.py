@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
+from operators.commands._calibration import WORK, calibrate_new, forget
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.core.claims import claim
 from operators.core.progress import progress_bars, working
 
 
@@ -21,13 +24,15 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
     for those that ship.
     """
     start = time.monotonic()
-    with output.exit_on_error(options.as_json):
+    with output.exit_on_error(options.as_json), ExitStack() as held:
         from operators.recipes.concept_entry import ConceptEntry, validate_value
 
         # Everything that can be refused without the model is refused before it is loaded.
         store = open_store(options.store_path)
         entry = ConceptEntry(**{key: validate_value(key, value) for key, value in described.items()})
         store.check_free(entry.name, replace=options.replace)
+        if options.calibrate:
+            held.enter_context(claim(store, entry.name, WORK))
         memory = parse_memory(options.max_memory)
         from operators.builder.neutral import read_neutral_texts, tokenise_neutral
 
@@ -54,14 +59,21 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
         with progress_bars() as progress:
             artifact = build_operator(spec, loaded, max_memory=memory, progress=progress)
         if options.calibrate:
-            from operators.commands.calibrate import calibrate_with_defaults
-
             layers = None if entry.layer is None else (entry.layer,)
             with progress_bars() as progress:
-                artifact = calibrate_with_defaults(
-                    artifact, loaded, layers=layers, max_memory=memory, progress=progress
+                artifact = calibrate_new(
+                    entry.name,
+                    artifact,
+                    loaded,
+                    store,
+                    layers=layers,
+                    quick=options.quick,
+                    max_memory=memory,
+                    progress=progress,
                 )
         path = store.save(entry.name, artifact, replace=options.replace)
+        if options.calibrate:
+            forget(store, entry.name)
         seconds = round(time.monotonic() - start, 2)
         answer = describe.operator_json(entry.name, path, store.read_header(entry.name))
         answer["concept_tokens"] = [loaded.tokenizer.decode([token]) for token in spec.texts[0].ids]

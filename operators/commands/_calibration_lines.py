@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ def plan_json(artifact: OperatorArtifact, loaded: LoadedModel, spec: Calibration
     """What a calibration would do, and about how long it would take: as long as a few tokens of it took just now."""
     from operators.tune.form import forms_for
     from operators.tune.operators_at_layers import layers_to_try
+    from operators.tune.pace import seconds_per_row_token
     from operators.tune.setting_search import num_tokens
 
     layers, forms = layers_to_try(artifact, loaded, spec), forms_for(artifact.header, spec.forms)
@@ -39,21 +39,8 @@ def plan_json(artifact: OperatorArtifact, loaded: LoadedModel, spec: Calibration
         "sampling": str(spec.sampling),
         "steered_tokens": searched + held_out,
         "row_tokens": rows,
-        "seconds": round(rows * _seconds_per_row_token(loaded, spec), 1),
+        "seconds": round(rows * seconds_per_row_token(loaded, spec.prompts, spec.sampling), 1),
     }
-
-
-def _seconds_per_row_token(loaded: LoadedModel, spec: CalibrationSpec) -> float:
-    """Measured on a batch of plain texts: what a token of one row takes, its prompt's share included."""
-    from operators.model.text_ids import text_ids
-    from operators.tune.continuations import ContinuationRequest, decode_continuations
-
-    prompts = [text_ids(loaded.tokenizer, prompt) for prompt in (spec.prompts * 16)[:32]]
-    requests, tokens = [ContinuationRequest(ids) for ids in prompts], 4
-    decode_continuations(requests[:2], loaded, tokens=2)
-    start = time.monotonic()
-    decode_continuations(requests, loaded, tokens=tokens, sampling=spec.sampling)
-    return (time.monotonic() - start) / (len(requests) * tokens)
 
 
 def plan_lines(name: str, plan: Mapping[str, Any]) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from operators.commands._lens_lines import lens_lines
 from operators.commands._output import align
-from operators.core.header import Anchor, Recommended
+from operators.core.defaults import is_default
+from operators.core.header import Recommended
 from operators.core.measured import Sampling
 from operators.core.positions import ALL_POSITIONS
 
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
 
     from operators.builder.spec import BuildSpec
     from operators.core.file_format import FileHeader
-    from operators.core.header import CalibrationPoint
+    from operators.core.header import CalibrationPoint, OperatorHeader
     from operators.model.loading import LoadedModel
+
+
+DEFAULT_NOTE = "the default of docs/MEASURED.md, not measured for this concept: 'steer-operators calibrate' does that"
 
 
 def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
@@ -30,8 +34,13 @@ def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
         "bytes": found.num_bytes,
         "affine": found.affine,
         "calibrated": point_json(point),
+        "default": _is_default(found.header),
         **found.header.model_dump(mode="json"),
     }
+
+
+def _is_default(header: OperatorHeader) -> bool:
+    return header.lens is None and header.calibration is None and is_default(header.recommended)
 
 
 def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
@@ -59,7 +68,7 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         "reconstruction": f"{operator['reconstruction_error']:.2e} (|sum J x - y| / |y|)",
         "rank": _rank(operator),
         "neutral": _neutral(operator["neutral"]),
-        "recommended": setting_line(operator["recommended"]),
+        "recommended": _recommended(operator),
         **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
         "file": f"{operator['path']} ({file_size(operator['bytes'])})",
         **further,
@@ -72,7 +81,7 @@ def build_warnings(spec: BuildSpec, loaded: LoadedModel) -> list[str]:
     from operators.builder.guidance import strength_warnings, text_warnings
 
     texts = text_warnings(spec.texts, loaded.tokenizer.all_special_ids)
-    return [*texts, *strength_warnings(spec.recommended.strength)]
+    return [*texts, *strength_warnings(spec.setting.strength)]
 
 
 def _vector_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
@@ -87,7 +96,7 @@ def _vector_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         "source": _source(operator),
         "norm": f"{operator['vector']['norm']:.6g}; coefficient c of programs that add c times the vector is strength "
         f"{2 * operator['vector']['norm']:.4g} c / |h|, another at each token",
-        "recommended": setting_line(operator["recommended"]),
+        "recommended": _recommended(operator),
         **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
         "file": f"{operator['path']} ({file_size(operator['bytes'])})",
         **further,
@@ -141,9 +150,7 @@ def point_line(point: Mapping[str, Any]) -> str:
 
 def nothing_found_line(recommended: Mapping[str, Any]) -> str:
     """What is recommended after a calibration that found no setting."""
-    # Of what was built now, or by an earlier version.
-    defaults = [Recommended(anchor=anchor).model_dump(mode="json") for anchor in get_args(Anchor)]
-    kept = "the default" if recommended in defaults else "what was recommended"
+    kept = "the default" if is_default(Recommended.model_validate(recommended)) else "what was recommended"
     return f"nothing within the bounds was found, and {kept} is kept"
 
 
@@ -160,6 +167,11 @@ def file_size(num_bytes: int) -> str:
 def _last_tokens(tokens: Sequence[str]) -> str:
     whose = "the last position of the text" if len(tokens) == 1 else "the last positions of the texts"
     return " ".join(map(repr, tokens)) + f" ({whose}: what the map ends at)"
+
+
+def _recommended(operator: Mapping[str, Any]) -> str:
+    note = f" ({DEFAULT_NOTE})" if operator["default"] else ""
+    return f"{setting_line(operator['recommended'])}{note}"
 
 
 def _neutral(neutral: Mapping[str, Any] | None) -> str:

@@ -55,6 +55,8 @@ class BuildOptions:
     max_memory: str | None
     replace: bool
     calibrate: bool
+    quick: bool
+    """Of the calibration."""
     as_json: bool
 
 

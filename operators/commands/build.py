@@ -105,6 +105,9 @@ def build(
         bool,
         typer.Option("--calibrate", help="Find rule, blend, strength and a layer not given by trial; needs words."),
     ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="With --calibrate: fewer layers, prompts and strengths.")
+    ] = False,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -112,9 +115,9 @@ def build(
 
     With --file, of every concept in a TOML file: those that are in the store already are not built again, so that the
     same command goes on where it was stopped. With --calibrate, those whose setting the file leaves open are
-    calibrated.
+    calibrated; a calibration that is stopped goes on, too.
     """
-    options = BuildOptions(model, dtype, device, attention, store_path, max_memory, replace, calibrate, as_json)
+    options = BuildOptions(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json)
     described = {
         "name": name,
         "texts": text or None,
@@ -131,6 +134,8 @@ def build(
         "words": None if words is None else [word.strip() for word in words.split(",")],
     }
     described = {key: value for key, value in described.items() if value is not None}
+    if quick and not calibrate:
+        raise typer.BadParameter("--quick is of --calibrate, which was not given")
     if file is None:
         _check_usage(described, only, calibrate)
         build_one(described, options, neutral)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
+from operators.commands._calibration import WORK, calibrate_in_store
 from operators.commands._calibration_lines import calibration_lines, plan_json, plan_lines
 from operators.commands._options import (
     AttentionOption,
@@ -22,18 +24,12 @@ from operators.commands._options import (
     open_store,
     parse_memory,
 )
-from operators.core.progress import Progress, progress_bars, working
-from operators.core.version import __version__
+from operators.core.claims import claim
+from operators.core.progress import progress_bars, working
 
 if TYPE_CHECKING:
-    from operators.core.artifact import OperatorArtifact
     from operators.core.header import Calibration
     from operators.core.measured import Sampling
-    from operators.core.store import Store
-    from operators.model.loading import LoadedModel
-    from operators.tune.calibrate import Calibrated
-    from operators.tune.calibration_spec import CalibrationSpec
-    from operators.tune.journal import Journal
 
 
 def calibrate(
@@ -102,7 +98,7 @@ def calibrate(
     again.
     """
     start = time.monotonic()
-    with output.exit_on_error(as_json):
+    with output.exit_on_error(as_json), ExitStack() as held:
         from operators.core.errors import TrialError
         from operators.maps.detach import family_of
         from operators.model.loading import load_model
@@ -132,6 +128,8 @@ def calibrate(
         if plot is not None:
             _check_plot(plot)
         memory = parse_memory(max_memory)
+        if not dry_run:
+            held.enter_context(claim(store, name, WORK))
         with working(f"loading {model or header.model}"):
             loaded = load_model(
                 model or header.model,
@@ -144,7 +142,17 @@ def calibrate(
             plan = plan_json(artifact, loaded, spec)
             output.print_answer({"name": name, "plan": plan}, plan_lines(name, plan), as_json=as_json)
             return
-        result, journal = _calibrate(name, artifact, loaded, spec, store, memory, keep_better=not replace)
+        with progress_bars() as progress:
+            result, journal = calibrate_in_store(
+                name,
+                artifact,
+                loaded,
+                spec,
+                store,
+                max_memory=memory,
+                keep_better=not replace,
+                progress=progress,
+            )
         curves = result.artifact.header.calibration
         assert curves is not None  # noqa: S101 - for the type checker
         # Where nothing was found, what is there stays untouched if an earlier calibration found something.
@@ -163,53 +171,6 @@ def calibrate(
         answer["resumed"] = journal.resumed
         answer["seconds"] = round(time.monotonic() - start, 2)
         output.print_answer(answer, calibration_lines(answer, curves), as_json=as_json)
-
-
-def calibrate_with_defaults(
-    artifact: OperatorArtifact,
-    loaded: LoadedModel,
-    *,
-    layers: tuple[int, ...] | None,
-    max_memory: int | None,
-    progress: Progress,
-) -> OperatorArtifact:
-    """``artifact`` calibrated with the words that it was built with; everything but ``layers`` has its default."""
-    from operators.tune.calibrate import calibrate as calibrate_operator
-    from operators.tune.calibration_spec import CalibrationSpec
-    from operators.tune.prompts import calibration_prompts
-
-    spec = CalibrationSpec(words=artifact.header.words, prompts=calibration_prompts(), layers=layers)
-    return calibrate_operator(artifact, loaded, spec, max_memory=max_memory, progress=progress)
-
-
-def _calibrate(
-    name: str,
-    artifact: OperatorArtifact,
-    loaded: LoadedModel,
-    spec: CalibrationSpec,
-    store: Store,
-    max_memory: int | None,
-    *,
-    keep_better: bool,
-) -> tuple[Calibrated, Journal]:
-    from operators.tune.calibrate import calibrate_with_examples
-    from operators.tune.journal import Journal, journal_key
-
-    facts = {key: str(value) for key, value in vars(spec).items()}
-    key = journal_key(digest=artifact.digest, model=loaded.fingerprint, version=__version__, **facts)
-    # A hidden file: no operator has such a name.
-    journal = Journal(store.path / f".calibrate-{name}.jsonl", key)
-    with progress_bars() as progress:
-        result = calibrate_with_examples(
-            artifact,
-            loaded,
-            spec,
-            max_memory=max_memory,
-            journal=journal,
-            keep_better=keep_better,
-            progress=progress,
-        )
-    return result, journal
 
 
 def _sampling(temperature: float, top_p: float, repetition_penalty: float, seed: int) -> Sampling:

@@ -46,6 +46,7 @@ def contrast(
     """Make a vector: the mean hidden state of some texts' last tokens, minus that of others'."""
     start = time.monotonic()
     with output.exit_on_error(as_json):
+        from operators.builder.guidance import strength_warnings
         from operators.vectors.contrast import check_disjoint, contrast_operator, read_texts
         from operators.vectors.vector_operator import check_description
 
@@ -66,6 +67,9 @@ def contrast(
                 towards, away, loaded, layer=layer, about=about, strength=strength, progress=progress
             )
         path = store.save(name, artifact, replace=replace)
+        warnings = strength_warnings(artifact.header.recommended.strength)
+        output.print_warnings(warnings)
         answer = describe.operator_json(name, path, store.read_header(name))
+        answer["warnings"] = warnings
         answer["seconds"] = round(time.monotonic() - start, 2)
         output.print_answer(answer, describe.operator_lines(answer, seconds=answer["seconds"]), as_json=as_json)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
+from operators.commands._lens_plan import LensTask
 from operators.commands._options import (
     AttentionOption,
     DeviceOption,
@@ -24,15 +24,13 @@ from operators.commands._options import (
     default_device,
     open_store,
 )
+from operators.core.claims import claim
 from operators.core.lens_source import LensPositions
 from operators.core.progress import progress_bars, working
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
-    from operators.core.store import Store
-    from operators.lens.partial import PartialSums
-    from operators.lens.search import SearchPlan, SearchResult
-    from operators.model.loading import LoadedModel
+    from operators.lens.search import SearchResult
 
 _QUICK_TEXTS = 6
 _ALL_POSITIONS: tuple[LensPositions, ...] = ("first", "others", "all")
@@ -67,13 +65,15 @@ def lens(
     lens is stored without a strength to recommend, and JSON says "found": false.
     """
     start = time.monotonic()
-    with output.exit_on_error(as_json):
+    with output.exit_on_error(as_json), ExitStack() as held:
         from operators.core.neutral_texts import neutral_texts
         from operators.vectors.contrast import read_texts
 
         # Everything that can be refused without the model is refused before it is loaded.
         store = open_store(store_path)
         store.check_free(name, replace=replace)
+        if not dry_run:
+            held.enter_context(claim(store, name, "a search for a lens"))
         neutral = neutral_texts() if texts is None else read_texts(texts).texts
         if quick and texts is None:
             neutral = neutral[:_QUICK_TEXTS]
@@ -94,9 +94,10 @@ def lens(
         partial = PartialSums(store, name, loaded, encode_texts(neutral, loaded), layers)
         kinds = _ALL_POSITIONS if positions is None else (positions,)
         plan = SearchPlan.quick() if quick else SearchPlan.default()
-        task = _Task(name, store, loaded, neutral, layers, kinds, plan, partial)
+        task = LensTask(name, store, loaded, neutral, layers, kinds, plan, partial)
         if dry_run:
-            output.print_answer(task.planned, task.planned_lines(), as_json=as_json)
+            plan_ = task.planned()
+            output.print_answer(plan_, task.planned_lines(plan_), as_json=as_json)
             return
         result, artifact, built = _run(task)
         path = store.save(name, artifact, replace=replace)
@@ -110,46 +111,7 @@ def lens(
         output.print_answer(answer, lines, as_json=as_json)
 
 
-@dataclass(frozen=True, eq=False)
-class _Task:
-    name: str
-    store: Store
-    loaded: LoadedModel
-    texts: Sequence[str]
-    layers: Sequence[int]
-    positions: Sequence[LensPositions]
-    plan: SearchPlan
-    partial: PartialSums
-
-    @property
-    def planned(self) -> dict[str, Any]:
-        """For JSON."""
-        candidates = len(self.layers) * len(self.positions)
-        return {
-            "name": self.name,
-            "model": self.loaded.name,
-            "texts": len(self.texts),
-            "layers": list(self.layers),
-            "positions": list(self.positions),
-            "rows": len(self.texts) * self.loaded.hidden_size,
-            "kept_texts": (self.partial.load() or (0,))[0],
-            "candidates": candidates,
-            "texts_decoded_at_most": self.plan.most_texts(candidates),
-        }
-
-    def planned_lines(self) -> list[str]:
-        """For a person."""
-        planned = self.planned
-        kept = f", {planned['kept_texts']} texts of which are kept from an earlier run" if planned["kept_texts"] else ""
-        return [
-            f"matrices: {planned['texts']} neutral texts, {planned['rows']} rows by backward passes through the blocks "
-            f"from {min(self.layers)} on{kept}",
-            f"search: {', '.join(self.positions)} positions at layers {', '.join(map(str, self.layers))}; at most "
-            f"{planned['texts_decoded_at_most']} texts of up to {self.plan.finals.tokens} tokens",
-        ]
-
-
-def _run(task: _Task) -> tuple[SearchResult, OperatorArtifact, float]:
+def _run(task: LensTask) -> tuple[SearchResult, OperatorArtifact, float]:
     """The search's result, the lens to store, and when its matrices were done."""
     from operators.core.budget import DEFAULT_KL
     from operators.lens.build import check_unembedding, lens_artifact

@@ -64,6 +64,7 @@ def import_vectors(
     """
     start = time.monotonic()
     with output.exit_on_error(as_json):
+        from operators.builder.guidance import strength_warnings
         from operators.core.store import check_name
         from operators.vectors.imported import check_model_hint, choose_tensors, import_vector
         from operators.vectors.vector_file import read_vector_file
@@ -95,8 +96,12 @@ def import_vectors(
         for each, artifact in made.items():
             path = store.save(each, artifact, replace=replace)
             operators.append(describe.operator_json(each, path, store.read_header(each)))
+        # All recommend the same.
+        warnings = strength_warnings(next(iter(made.values())).header.recommended.strength) if made else []
+        output.print_warnings(warnings)
         seconds = round(time.monotonic() - start, 2)
         answer: dict[str, Any] = {"file": str(file), "operators": operators, "seconds": seconds}
+        answer["warnings"] = warnings
         answer["left_out"] = list(left_out.values())
         lines = (
             describe.operator_lines(operators[0], seconds=seconds)

@@ -17,7 +17,7 @@ from operators.core.neutral_texts import neutral_texts
 from operators.core.positions import Positions
 from operators.core.progress import Progress, silent
 from operators.evaluate.directions import normalised
-from operators.evaluate.lens_pulls import LensPulls
+from operators.lens.word_pulls import WordPulls
 from operators.maps.reads import read_direction
 from operators.maps.sketch import embedding_root
 from operators.model.loading import LoadedModel, decoder_layers, embed
@@ -94,7 +94,7 @@ class Material:
         if missing:
             pulls = self._once(
                 ("pulls",),
-                lambda: LensPulls(self.loaded, neutral_texts(), self.layer, progress=self._progress),
+                lambda: WordPulls(self.loaded, neutral_texts(), self.layer, progress=self._progress),
             )
             rows = torch.stack([self._unembedding(word) for word in missing]) - self._vocabulary_mean()
             pulled = pulls.pull(rows, [Positions.parse(one) for one in LENS_POSITIONS])

@@ -16,7 +16,8 @@ import torch
 from operators.core import capacity
 from operators.core.errors import TrialError
 from operators.core.hooks import PushHooks
-from operators.evaluate.batch import BatchPushes, TextBatch, TextJob, first_token
+from operators.evaluate.batch import TextBatch, TextJob
+from operators.evaluate.batch_pushes import BatchPushes, first_token
 from operators.evaluate.sampling import Sampling, choose
 from operators.model.loading import LoadedModel, decoder_layers
 

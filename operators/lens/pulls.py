@@ -14,7 +14,7 @@ that it goes through: the matrices of many layers cost no more than those of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,22 +44,32 @@ class Pulls:
     others: torch.Tensor
 
 
-def text_pulls(
-    model: PreTrainedModel,
-    ids: Sequence[int],
-    layers: Sequence[int],
-    *,
-    cotangents: torch.Tensor | None = None,
-    on_rows: Callable[[int], None] | None = None,
-) -> tuple[Mapping[int, Pulls], float]:
-    """The matrices of one text at each of the layers, and |sum_s G_s h_s + c - o| / |o| at the lowest one.
+@dataclass(frozen=True, eq=False)
+class FrozenText:
+    """The affine map of one text, as a graph for autograd. Filled by :func:`freeze_text`.
 
-    Args:
-        ids: two tokens or more.
-        layers: from 1 to L-1; the input of such a block is what is pulled on.
-        cotangents: (m, d), whose m products u^T G are computed in place of all d rows, and the error then is of those
-            numbers; None means the identity.
-        on_rows: called with the number of rows after each pass.
+    ``inputs``: h (1, n, d) of every layer, ascending, made at zero; ``output``: sum_{t>=1} out_t (d,) at that input, c.
+    ``at_prompt`` (n, d) and ``target`` (d,): h at the lowest layer, and o, of the text itself.
+    """
+
+    inputs: tuple[torch.Tensor, ...]
+    output: torch.Tensor
+    at_prompt: torch.Tensor
+    target: torch.Tensor
+
+    def pulls(self, cotangents: torch.Tensor) -> Iterator[tuple[slice, tuple[torch.Tensor, ...]]]:
+        """u^T G_s (m, n, d) at every layer, for the rows u of ``cotangents`` (count, d); some rows at a time."""
+        count, n = len(cotangents), len(self.at_prompt)
+        passes = math.ceil(count / max(1, min(VECTORS_PER_PASS, _POSITIONS_PER_PASS // n)))
+        first = 0
+        for group in cotangents.chunk(passes):
+            found = torch.autograd.grad(self.output, self.inputs, group, retain_graph=True, is_grads_batched=True)
+            yield slice(first, first + len(group)), tuple(each[:, 0] for each in found)
+            first += len(group)
+
+
+def freeze_text(model: PreTrainedModel, ids: Sequence[int], layers: Sequence[int]) -> FrozenText:
+    """The affine map from the inputs of ``layers`` to the later outputs, at one text of two tokens or more.
 
     Raises:
         BuildError: the text has one token.
@@ -92,13 +102,39 @@ def text_pulls(
             if layer in layers:
                 inputs.append(hidden)
             hidden = blocks[layer](hidden)
+        # Not at the first position: every text begins alike, and what is put out there is never asked for.
         output = final_norm(model)(hidden)[0, 1:].sum(0)
+    return FrozenText(tuple(inputs), output, at_prompt, target)
+
+
+def text_pulls(
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    layers: Sequence[int],
+    *,
+    cotangents: torch.Tensor | None = None,
+    on_rows: Callable[[int], None] | None = None,
+) -> tuple[Mapping[int, Pulls], float]:
+    """The matrices of one text at each of the layers, and |sum_s G_s h_s + c - o| / |o| at the lowest one.
+
+    Args:
+        ids: two tokens or more.
+        layers: from 1 to L-1; the input of such a block is what is pulled on.
+        cotangents: (m, d), whose m products u^T G are computed in place of all d rows, and the error then is of those
+            numbers; None means the identity.
+        on_rows: called with the number of rows after each pass.
+
+    Raises:
+        BuildError: the text has one token.
+        UnsupportedModelError: the model's architecture has no detach table.
+    """
+    frozen = freeze_text(model, ids, layers)
     if cotangents is None:
-        cotangents = torch.eye(len(output), dtype=dtype, device=device)
-    cotangents = cotangents.to(output)
-    rows = _rows(output, inputs, cotangents, at_prompt, on_rows)
-    value = rows.reconstruction + cotangents @ output.detach()
-    return dict(zip(sorted(layers), rows.pulls, strict=True)), relative_error(value, cotangents @ target)
+        cotangents = torch.eye(len(frozen.output), dtype=frozen.output.dtype, device=frozen.output.device)
+    cotangents = cotangents.to(frozen.output)
+    rows = _rows(frozen, cotangents, on_rows)
+    value = rows.reconstruction + cotangents @ frozen.output.detach()
+    return dict(zip(sorted(layers), rows.pulls, strict=True)), relative_error(value, cotangents @ frozen.target)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,27 +144,15 @@ class _Rows:
     """sum_s u^T G_s h_s at the lowest layer, (m,)."""
 
 
-def _rows(
-    output: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    cotangents: torch.Tensor,
-    at_prompt: torch.Tensor,
-    on_rows: Callable[[int], None] | None,
-) -> _Rows:
-    n, count = len(at_prompt), len(cotangents)
-    empty = torch.empty(count, cotangents.shape[1], dtype=torch.float64)
-    found = [Pulls(empty.clone(), empty.clone()) for _ in inputs]
-    reconstruction = output.new_empty(count).detach()
-    passes = math.ceil(count / max(1, min(VECTORS_PER_PASS, _POSITIONS_PER_PASS // n)))
-    first = 0
-    for group in cotangents.chunk(passes):
-        gradients = torch.autograd.grad(output, inputs, group, retain_graph=True, is_grads_batched=True)
-        rows = slice(first, first + len(group))
-        reconstruction[rows] = torch.einsum("mnd,nd->m", gradients[0][:, 0], at_prompt)
+def _rows(frozen: FrozenText, cotangents: torch.Tensor, on_rows: Callable[[int], None] | None) -> _Rows:
+    empty = torch.empty(cotangents.shape, dtype=torch.float64)
+    found = [Pulls(empty.clone(), empty.clone()) for _ in frozen.inputs]
+    reconstruction = frozen.output.new_empty(len(cotangents)).detach()
+    for rows, gradients in frozen.pulls(cotangents):
+        reconstruction[rows] = torch.einsum("mnd,nd->m", gradients[0], frozen.at_prompt)
         for pulls, gradient in zip(found, gradients, strict=True):
-            pulls.first[rows] = gradient[:, 0, 0].double().cpu()
-            pulls.others[rows] = gradient[:, 0, 1:].double().sum(1).cpu()
-        first = rows.stop
+            pulls.first[rows] = gradient[:, 0].double().cpu()
+            pulls.others[rows] = gradient[:, 1:].double().sum(1).cpu()
         if on_rows is not None:
-            on_rows(len(group))
+            on_rows(len(gradients[0]))
     return _Rows(found, reconstruction)

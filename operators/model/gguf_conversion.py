@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ _FLOAT32 = 4
 """Bytes of a number."""
 
 _LONG_WORD, _WORDS_TRIED = 6, 64
+_CHECKED = "tokenizer_checked.txt"
+"""Mark of a conversion whose tokenizer finds words: the version of transformers that it was checked with."""
 
 
 def convert_gguf(gguf: Path, scratch: Path) -> Path:
@@ -61,6 +63,7 @@ def convert_gguf(gguf: Path, scratch: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, add_bos_token=adds_bos(settings))
         check_tokenizer(gguf.name, tokenizer)
         _save(tokenizer, converted)
+        _mark_checked(converted)
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, struct.error) as error:
         raise ModelError(
             f"{gguf.name} cannot be converted; its architecture is {architecture!r}, and those that transformers "
@@ -134,6 +137,31 @@ def check_tokenizer(name: str, tokenizer: Any) -> None:
             f"{name}: the tokenizer that transformers {version} makes of it finds {found} of {len(words)} words of its "
             "own vocabulary and spells the others; 5.19 is known to read Gemma's"
         )
+
+
+def is_checked(converted: Path) -> bool:
+    """Whether the tokenizer of a conversion finds words. Looked at once: conversions that passed are marked.
+
+    Those of earlier versions are not, and transformers 5.17 lost the merges of some.
+    """
+    if (converted / _CHECKED).exists():
+        return True
+    from transformers import AutoTokenizer
+
+    try:
+        check_tokenizer(converted.name, AutoTokenizer.from_pretrained(converted))
+    except (ModelError, OSError, ValueError):
+        return False
+    # A cache that cannot be written to is looked at every time.
+    with suppress(OSError):
+        _mark_checked(converted)
+    return True
+
+
+def _mark_checked(converted: Path) -> None:
+    from transformers import __version__ as version
+
+    (converted / _CHECKED).write_text(f"{version}\n", encoding="utf-8")
 
 
 def adds_bos(settings: dict[str, Any]) -> bool:

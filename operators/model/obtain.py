@@ -15,12 +15,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 from operators.core.errors import ModelError
-from operators.model.gguf_conversion import convert_gguf
+from operators.model.gguf_conversion import convert_gguf, is_checked
 
 _LOG = logging.getLogger(__name__)
 _LOCAL_PREFIXES = (".", "/", "~")
@@ -130,10 +131,16 @@ def _gguf_sha256(name: str, file: Path) -> str:
 
 
 def _cached(label: str, sha256: str, make: Callable[[Path], Path]) -> Path:
-    """The cache's directory for this file; ``make`` fills it, in a scratch directory, where it is missing."""
+    """The cache's directory for this file; ``make`` fills it, in a scratch directory, where it is missing.
+
+    What another version converted is checked once more, and made again where its tokenizer spells words.
+    """
     from platformdirs import user_cache_path
 
     target = user_cache_path("steering-operators") / "models" / f"{label}-{sha256[:12]}"
+    if target.exists() and not is_checked(target):
+        _LOG.info("%s is converted again: its tokenizer spells the words of its vocabulary", label)
+        _set_aside(target)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
@@ -145,6 +152,12 @@ def _cached(label: str, sha256: str, make: Callable[[Path], Path]) -> Path:
                 if not target.exists():
                     raise
     return target
+
+
+def _set_aside(target: Path) -> None:
+    """Removes a conversion, out of the way of whoever still reads it: names first, then files."""
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".removing-") as scratch, suppress(FileNotFoundError):
+        target.rename(Path(scratch) / "model")
 
 
 def _slug(stem: str) -> str:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from operators.builder.concept import concept_from_text
-from operators.builder.spec import NEW_OPERATORS, BuildSpec, resolve_layer, resolve_spec
+from operators.builder.spec import BuildSpec, check_first_token, resolve_layer, resolve_spec
 from operators.builder.stored import StoredOperator, find_up_to_date
+from operators.core.defaults import default_recommended
 from operators.core.errors import ArtifactError, ConceptFileError, OperatorError, StoreError
 from operators.core.header import SETTING_FIELDS, OperatorHeader, Recommended
 from operators.core.store import Store
@@ -42,7 +43,7 @@ class BuildTask:
         if self.calibrate or self.stored is None:
             return False
         header = self.stored.header
-        return (header.recommended, header.words) == (self.spec.recommended, self.spec.words)
+        return (header.recommended, header.words) == (self.spec.setting, self.spec.words)
 
 
 def build_spec(entry: ConceptEntry, loaded: LoadedModel) -> BuildSpec:
@@ -54,7 +55,7 @@ def build_spec(entry: ConceptEntry, loaded: LoadedModel) -> BuildSpec:
         rank=entry.rank,
         tolerance=entry.tolerance,
         words=entry.words or (),
-        recommended=_recommended(entry, NEW_OPERATORS),
+        recommended=recommended_of(entry),
     )
 
 
@@ -124,7 +125,7 @@ def _prepare_task(
         raise ConceptFileError(_WORDS_NEEDED.format(located.at("words")))
     if header and header.calibration and not calibration_due:
         # A calibrated setting is better than a default one, whatever the words of the calibration: the header has them.
-        spec = dataclasses.replace(spec, recommended=_recommended(entry, header.recommended))
+        spec = dataclasses.replace(spec, recommended=header.recommended.model_copy(update=_given(entry)))
     # A calibration starts at the layer of the file, and not at the one to which a calibration with other words moved.
     moved = header is not None and calibration_due and header.layer != spec.layer
     return BuildTask(
@@ -141,6 +142,8 @@ def _resolved_spec(located: LocatedEntry, loaded: LoadedModel, max_memory: int |
     """What to build, with the layer and rank that the defaults come to: a stored operator is compared with it."""
     with _errors_located_at(located, "text", "texts"):
         spec = build_spec(located.entry, loaded)
+    with _errors_located_at(located, "first_token", "positions"):
+        check_first_token(spec.setting)
     with _errors_located_at(located, "layer", "layers", "profile"):
         layer = resolve_layer(spec.layer, spec.profile, loaded)
     with _errors_located_at(located, "rank", "tolerance"):
@@ -150,7 +153,7 @@ def _resolved_spec(located: LocatedEntry, loaded: LoadedModel, max_memory: int |
 
 def _leaves_setting_open(entry: ConceptEntry) -> bool:
     """Whether nothing of the setting is given."""
-    return all(getattr(entry, name) is None for name in SETTING_FIELDS)
+    return not _given(entry)
 
 
 def _is_calibrated(header: OperatorHeader | None, entry: ConceptEntry) -> bool:
@@ -169,10 +172,15 @@ def _has_stored_words(store: Store, name: str) -> bool:
     return bool(header.words or header.calibration)
 
 
-def _recommended(entry: ConceptEntry, default: Recommended) -> Recommended:
-    """The entry's setting; ``default`` for what it leaves open."""
-    given = {name: getattr(entry, name) for name in SETTING_FIELDS if getattr(entry, name) is not None}
-    return default.model_copy(update=given)
+def recommended_of(entry: ConceptEntry) -> Recommended:
+    """What an entry recommends, whatever is in the store: its own setting, and defaults for what it leaves open."""
+    given = _given(entry)
+    return default_recommended(entry.profile or "residual", given).model_copy(update=given)
+
+
+def _given(entry: ConceptEntry) -> dict[str, object]:
+    """The fields of the setting that the entry decides."""
+    return {name: getattr(entry, name) for name in SETTING_FIELDS if getattr(entry, name) is not None}
 
 
 @contextmanager

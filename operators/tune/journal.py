@@ -48,6 +48,11 @@ class Journal:
     resumed = 0
     """How many points were there already."""
 
+    @property
+    def count(self) -> int:
+        """How many points there are."""
+        return len(self._points)
+
     def __contains__(self, trial: str) -> bool:
         return trial in self._points
 

@@ -10,6 +10,7 @@ from operators.builder.checks import dtype_name
 from operators.builder.spec import resolve_layer
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact, make_vector
+from operators.core.defaults import NEW_VECTORS
 from operators.core.errors import VectorError
 from operators.core.header import MAX_CONCEPT, OperatorHeader, Recommended
 from operators.core.vector_source import VectorSource
@@ -83,7 +84,7 @@ def vector_operator(
             f"{subject} has {len(vector)} numbers; {loaded.name} has hidden size {loaded.hidden_size}: it is of "
             "another model"
         )
-    recommended = Recommended(blend=1.0) if strength is None else Recommended(strength=strength, blend=1.0)
+    recommended = NEW_VECTORS if strength is None else Recommended(strength=strength, blend=1.0)
     header = OperatorHeader(
         concept=about,
         concept_ids=(),

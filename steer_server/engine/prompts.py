@@ -1,38 +1,64 @@
-"""Encoding prompts (text, ids or a conversation) to token ids, in a thread beside the event loop and with a bound."""
+"""Encoding prompts (text, ids or a conversation) to token ids, in threads beside the event loop and with bounds.
+
+Texts of a page or two have threads of their own, so that none of them waits for a book; and callers take turns.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from operators.model.text_ids import text_ids
+from steer_server.caller import CALLER
+from steer_server.engine.chat_template import ChatTemplate
+from steer_server.engine.fair_threads import FairThreads
 from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError
 from steer_server.types import ModelInfo, Prompt
 
+_SHORT_THREADS, _LONG_THREADS = 2, 1
+_SHORT = 16 << 10
+"""Characters: some 50 ms for a tokenizer."""
+_TRIED_PER_TOKEN = 8
+"""Characters of a text, for each token of the context, that are read first: most texts have half as many."""
+_MARGIN = 64
+"""Tokens by which the beginning of a text may have more when it is read alone: those at the cut."""
+_MAX_BYTES = 16 << 20
+"""Of a prompt, whatever the context: some four million tokens."""
+
+
+def max_prompt_bytes(tokenizer: Any, context_length: int) -> int:
+    """Most bytes of a text that could fit into a context: if every token were the longest of the vocabulary."""
+    longest = max(len(token.encode()) for token in tokenizer.get_vocab())
+    return min(context_length * longest, _MAX_BYTES)
+
 
 class PromptReader:
-    """One tokenizer in a thread of its own: a long prompt takes seconds, and must not hold up the event loop."""
+    """The tokenizer and the chat template of one model."""
 
     def __init__(self, tokenizer: Any, model: ModelInfo, *, max_waiting: int) -> None:
         self._tokenizer = tokenizer
         self._model = model
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._encoding = 0
-        self._max_encoding = max_waiting
+        self._max_bytes = max_prompt_bytes(tokenizer, model.context_length)
+        self._short = FairThreads(_SHORT_THREADS, "encode-short")
+        self._long = FairThreads(_LONG_THREADS, "encode-long")
+        self._template = ChatTemplate(tokenizer, max_characters=self._max_bytes) if model.has_chat_template else None
+        self._reading: Counter[str] = Counter()
+        """Prompts that are read or wait for it, by caller."""
+        self._max_reading = max_waiting
         self._closed = False
-        self._longest_token = max(len(token.encode()) for token in tokenizer.get_vocab())
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         if self._closed:
             raise ShuttingDownError
-        if self._encoding >= self._max_encoding:
-            raise QueueFullError(f"{self._max_encoding} prompts wait to be read, the most admitted", retry_after=1.0)
-        self._encoding += 1
+        caller = CALLER.get().host
+        self._check_room(caller)
+        self._reading[caller] += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._encoder, self._encode, prompt)
+            return self._checked(await self._ids(prompt))
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and not (task and task.cancelling()):
@@ -40,26 +66,8 @@ class PromptReader:
                 raise ShuttingDownError from None
             raise
         finally:
-            self._encoding -= 1
-
-    def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        ids = self._ids(prompt)
-        if not ids:
-            raise InvalidRequestError("prompt", "has no tokens; at least one is needed")
-        if len(ids) >= self._model.context_length:
-            raise PromptTooLongError(len(ids), self._model.context_length)
-        # Ids of a text are checked too: a tokenizer may have more tokens than the model has embeddings.
-        check_ids("prompt.token_ids", ids, self._model.vocab_size)
-        return ids
-
-    def _tokenise(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
-        fewest = len(text.encode()) // self._longest_token
-        if fewest > self._model.context_length:
-            # A lower bound that is too high already: tokenising megabytes would take long.
-            raise PromptTooLongError(fewest, self._model.context_length)
-        if special_tokens:
-            return text_ids(self._tokenizer, text)
-        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            self._reading[caller] -= 1
+            self._reading += Counter()  # without callers that have none
 
     def texts(self, ids: Iterable[int]) -> tuple[str, ...]:
         """Each token decoded on its own."""
@@ -68,26 +76,68 @@ class PromptReader:
     def close(self) -> None:
         """Refuses waiting and new prompts with :class:`ShuttingDownError`."""
         self._closed = True
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        self._short.close()
+        self._long.close()
+        if self._template is not None:
+            self._template.close()
 
-    def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def _check_room(self, caller: str) -> None:
+        total = self._reading.total()
+        # The last quarter is for others than the one who has all the rest.
+        own = max(1, self._max_reading - self._max_reading // 4)
+        if total >= self._max_reading or self._reading[caller] >= own:
+            problem = f"{total} prompts wait to be read; at most {self._max_reading} are admitted, {own} of one caller"
+            raise QueueFullError(problem, retry_after=1.0)
+
+    async def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         if prompt.token_ids is not None:
             return prompt.token_ids
         if prompt.text is not None:
-            return self._tokenise(prompt.text, special_tokens=True)
-        if not self._model.has_chat_template:
+            return await self._tokenise(prompt.text, special_tokens=True)
+        if self._template is None:
             raise InvalidRequestError("prompt.chat", f"{self._model.model} has no chat template; send text")
-        messages = [{"role": turn.role, "content": turn.content} for turn in prompt.chat or ()]
-        try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
-            # A template is a program of the model's author, and may raise any exception.
-            raise InvalidRequestError("prompt.chat", f"the chat template refuses it: {error}") from error
-        return self._tokenise(text, special_tokens=False)
+        turns = prompt.chat or ()
+        self._check_bytes(sum(len(turn.content.encode()) for turn in turns))
+        return await self._tokenise(await self._template.render(turns), special_tokens=False)
+
+    async def _tokenise(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
+        threads = self._short if len(text) <= _SHORT else self._long
+        return await threads.run(partial(self._encode, text, special_tokens=special_tokens))
+
+    def _encode(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
+        self._check_bytes(len(text.encode()))
+        # A text that fits is read once or twice in all; of one that does not, not much more than would fit.
+        tried = _TRIED_PER_TOKEN * self._model.context_length
+        while tried < len(text):
+            found = len(self._read(text[:tried], special_tokens=special_tokens)) - _MARGIN
+            if found >= self._model.context_length:
+                raise PromptTooLongError(found, self._model.context_length, more=True)
+            tried *= 4
+        return self._read(text, special_tokens=special_tokens)
+
+    def _read(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
+        if special_tokens:
+            return text_ids(self._tokenizer, text)
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check_bytes(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise PromptTooLongError(size, self._model.context_length, unit="bytes")
+
+    def _checked(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if not ids:
+            raise InvalidRequestError("prompt", "has no tokens; at least one is needed")
+        if len(ids) >= self._model.context_length:
+            raise PromptTooLongError(len(ids), self._model.context_length)
+        # Ids of a text are checked too: a tokenizer may have more tokens than the model has embeddings.
+        check_ids("prompt.token_ids", ids, self._model.vocab_size)
+        return ids
 
 
-def check_ids(field: str, ids: Iterable[int], vocab_size: int) -> None:
+def check_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> None:
     """Raises :class:`InvalidRequestError` for the first id outside of the vocabulary; ``field`` names it."""
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
             raise InvalidRequestError(f"{field}[{index}]", f"is {token}; 0 to {vocab_size - 1} are accepted")

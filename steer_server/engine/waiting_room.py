@@ -14,8 +14,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from steer_server.caller import Caller
 from steer_server.errors import QueueFullError
-from steer_server.types import Caller
 
 _MAX_LINE = 256
 _MIN_HINT, _MAX_HINT = 1.0, 60.0

@@ -19,6 +19,7 @@ from steer_server.types import (
     GenerationRequest,
     ModelInfo,
     Prompt,
+    RequestLimits,
     Started,
     Tokenization,
     TokenizeRequest,
@@ -34,6 +35,7 @@ _write_generate_event = oneof_writer(pb.GenerateEvent, _GENERATE_EVENTS)
 _write_compare_event = oneof_writer(pb.CompareEvent, _GENERATE_EVENTS | {Compared: "compared"})
 _write_completion = writer(pb.GenerateResponse, Completion)
 _write_tokenization = writer(pb.TokenizeResponse, Tokenization)
+_write_limits = writer(pb.RequestLimits, RequestLimits)
 _write_model_info = writer(pb.GetModelInfoResponse, ModelInfo)
 
 
@@ -75,10 +77,17 @@ def tokenization(result: Tokenization) -> pb.TokenizeResponse:
 
 
 def model_info(
-    model: ModelInfo, *, version: str, max_queue: int, max_arms: int, max_dose: float
+    model: ModelInfo, *, version: str, max_queue: int, max_arms: int, max_dose: float, limits: RequestLimits
 ) -> pb.GetModelInfoResponse:
     """The model being served and the server's limits."""
-    return _write_model_info(model, server_version=version, max_queue=max_queue, max_arms=max_arms, max_dose=max_dose)
+    return _write_model_info(
+        model,
+        server_version=version,
+        max_queue=max_queue,
+        max_arms=max_arms,
+        max_dose=max_dose,
+        limits=_write_limits(limits),
+    )
 
 
 def _decode(read: Reader[_T], message: Message) -> _T:

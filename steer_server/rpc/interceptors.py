@@ -10,10 +10,12 @@ from typing import Any, TypeAlias
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
-from steer_server.errors import EngineFailedError, InvalidRequestError, SteerServerError
+from steer_server.caller import CALLER
+from steer_server.errors import EngineFailedError, SteerServerError, UnimplementedError
 from steer_server.metrics import Metrics
+from steer_server.rpc.admission import Admission
+from steer_server.rpc.caller import caller_of
 from steer_server.rpc.status import code_of, message_of, status_of
 
 log = structlog.get_logger(__name__)
@@ -30,8 +32,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     or yielded; both kinds are kept.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, admission: Admission) -> None:
+        self._metrics, self._admission = metrics, admission
 
     async def intercept_service(
         self,
@@ -42,36 +44,39 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        call = _Call(self._metrics, handler_call_details.method, handler)
+        call = _Call(self._metrics, self._admission, handler_call_details.method, handler)
         kind, behaviour = _behaviour(handler)
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         wrapped: _Handler = make(
             call.stream(behaviour) if handler.response_streaming else call.unary(behaviour),
-            # A single request is decoded inside, so that bytes that are none meet the same errors and counters.
-            request_deserializer=handler.request_deserializer if handler.request_streaming else None,
+            # Requests are read inside, so that those that are not accepted meet the same errors and counters.
+            request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
         return wrapped
 
 
 class _Call:
-    def __init__(self, metrics: Metrics, method: str, handler: _Handler) -> None:
+    def __init__(self, metrics: Metrics, admission: Admission, method: str, handler: _Handler) -> None:
         _, service, name = method.split("/")
-        self._metrics = metrics
+        self._metrics, self._admission, self._method = metrics, admission, method
         self._labels = (_behaviour(handler)[0], service, name)
-        self._deserialize = None if handler.request_streaming else handler.request_deserializer
+        self._parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
+        self._streams_requests = handler.request_streaming
 
     def unary(self, behaviour: _Behaviour) -> _Behaviour:
         async def run(request: Any, context: _Context) -> Any:
             async with _Outcome(self._metrics, self._labels, context):
-                return await behaviour(self._decode(request), context)
+                CALLER.set(caller_of(context))
+                return await behaviour(self._read(request), context)
 
         return run
 
     def stream(self, behaviour: _Behaviour) -> _Behaviour:
         async def run(request: Any, context: _Context) -> None:
             async with _Outcome(self._metrics, self._labels, context):
-                produced = behaviour(self._decode(request), context)
+                CALLER.set(caller_of(context))
+                produced = behaviour(self._read(request), context)
                 if inspect.isawaitable(produced):
                     await produced
                     return
@@ -79,13 +84,15 @@ class _Call:
 
         return run
 
-    def _decode(self, request: Any) -> Any:
-        if self._deserialize is None:
-            return request
-        try:
-            return self._deserialize(request)
-        except DecodeError as error:
-            raise InvalidRequestError("request", f"is not a message of this method: {error}") from error
+    def _read(self, request: Any) -> Any:
+        """The message, or the messages as they come."""
+        if self._streams_requests:
+            return self._read_each(request)
+        return self._admission.read(self._method, request, self._parse)
+
+    async def _read_each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for each in requests:
+            yield self._admission.read(self._method, each, self._parse)
 
     async def _forward(self, messages: AsyncIterator[Any], context: _Context) -> None:
         sent = self._metrics.sent.labels(*self._labels)
@@ -114,7 +121,9 @@ class _Outcome:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._metrics.in_flight[self._labels[1]] -= 1
         failure = error
-        if isinstance(error, Exception) and not isinstance(error, SteerServerError | grpc.aio.AbortError):
+        if isinstance(error, NotImplementedError):
+            failure = UnimplementedError(f"{self._labels[1]}/{self._labels[2]}")
+        elif isinstance(error, Exception) and not isinstance(error, SteerServerError | grpc.aio.AbortError):
             log.exception("call failed", service=self._labels[1], method=self._labels[2], exc_info=error)
             failure = EngineFailedError(f"unexpected {type(error).__name__} in the server")
         code = self._code(failure)

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import grpc
 import structlog
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
 
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
+from steer_server.engine.prompts import max_prompt_bytes
 from steer_server.errors import EngineDiedError, StartupError
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
+from steer_server.rpc.admission import Admission
 from steer_server.rpc.interceptors import CallInterceptor
 from steer_server.rpc.services import GenerationService, OperatorService
 
@@ -28,7 +31,6 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
-_MAX_MESSAGE_BYTES = 16 << 20
 _LAST_WRITES = 0.2
 """Seconds for what has been answered to leave the socket."""
 
@@ -44,23 +46,31 @@ class SteerServer:
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
         metrics = self._metrics = Metrics(self.engine, self.registry)
+        health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        names = (*SERVICES, health_service, reflection.SERVICE_NAME)
+        admission = Admission(
+            descriptor_pool.Default(),
+            names,
+            self.engine.model,
+            max_prompt_bytes=max_prompt_bytes(self.engine.tokenizer, self.engine.model.context_length),
+            max_arms=self.config.max_arms,
+        )
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics)],
+            interceptors=[CallInterceptor(metrics, admission)],
             options=[
                 # Two servers on one port would share it silently; the second must fail.
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.max_receive_message_length", admission.max_received_bytes),
                 # A client that vanished without a word is noticed, and its work stops.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
             ],
         )
-        generation = GenerationService(self.engine, self.registry, metrics, self.config)
+        generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         operators_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(self.registry), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
             port = self._server.add_insecure_port(self.config.listen)

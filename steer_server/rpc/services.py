@@ -22,10 +22,9 @@ from steer_server.generate import generate
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc import codec
-from steer_server.rpc.caller import caller_of
 from steer_server.rpc.operator_codec import operator, store_changes
 from steer_server.rpc.shared_run import SharedRun
-from steer_server.types import ArmEvent, Completion, Tokenization
+from steer_server.types import ArmEvent, Completion, RequestLimits, Tokenization
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -33,13 +32,16 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """See ``steering.v1.GenerationService``."""
 
-    def __init__(self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig) -> None:
+    def __init__(
+        self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig, limits: RequestLimits
+    ) -> None:
         self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
         self._caps = Caps(config.max_tokens, config.max_total_tokens, config.max_time)
+        self._limits = limits
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         """One answer."""
-        events = generate(self._engine, self._registry, codec.generation_request(request), **self._limits(context))
+        events = generate(self._engine, self._registry, codec.generation_request(request), caps=self._caps)
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Completion):
@@ -49,7 +51,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateEvent]:
         """Token by token."""
-        events = generate(self._engine, self._registry, codec.generation_request(request), **self._limits(context))
+        events = generate(self._engine, self._registry, codec.generation_request(request), caps=self._caps)
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Completion):
@@ -63,16 +65,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._registry,
             codec.compare_request(request),
             max_arms=self._config.max_arms,
-            **self._limits(context),
+            caps=self._caps,
         )
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, ArmEvent) and isinstance(event.event, Completion):
                     self._metrics.completed(event.event)
                 yield codec.compare_event(event)
-
-    def _limits(self, context: _Context) -> dict[str, Any]:
-        return {"caller": caller_of(context), "caps": self._caps}
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""
@@ -88,6 +87,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             max_queue=self._config.max_queue,
             max_arms=self._config.max_arms,
             max_dose=self._config.max_dose,
+            limits=self._limits,
         )
 
 

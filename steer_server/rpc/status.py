@@ -5,11 +5,13 @@ PromptTooLongError        INVALID_ARGUMENT     PROMPT_TOO_LONG        BadRequest
 DoseTooHighError          INVALID_ARGUMENT     DOSE_TOO_HIGH          BadRequest names the field
 UnknownOperatorError      NOT_FOUND            UNKNOWN_OPERATOR       ResourceInfo names the operator
 OperatorUnusableError     FAILED_PRECONDITION  OPERATOR_UNUSABLE      ResourceInfo names the operator
+DigestNotServedError      FAILED_PRECONDITION  DIGEST_NOT_SERVED      ResourceInfo names the operator
 QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL             RetryInfo says when to try again
 SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
 StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
 EngineFailedError         INTERNAL             ENGINE_FAILED
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
+UnimplementedError        UNIMPLEMENTED        UNIMPLEMENTED
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from steer_server.errors import (
+    DigestNotServedError,
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
@@ -32,6 +35,7 @@ from steer_server.errors import (
     SteeringNotAppliedError,
     SteerServerError,
     StoreUnreadableError,
+    UnimplementedError,
     UnknownOperatorError,
 )
 
@@ -46,11 +50,13 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     DoseTooHighError: (grpc.StatusCode.INVALID_ARGUMENT, "DOSE_TOO_HIGH"),
     UnknownOperatorError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_OPERATOR"),
     OperatorUnusableError: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"),
+    DigestNotServedError: (grpc.StatusCode.FAILED_PRECONDITION, "DIGEST_NOT_SERVED"),
     QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     SteeringNotAppliedError: (grpc.StatusCode.INTERNAL, "STEERING_NOT_APPLIED"),
     StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
+    UnimplementedError: (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
 }
 
 
@@ -94,6 +100,8 @@ def status_of(error: SteerServerError) -> grpc.Status:
 def _metadata(error: SteerServerError) -> dict[str, str]:
     if isinstance(error, DoseTooHighError):
         return {"layer": str(error.layer), "dose": repr(error.dose), "max_dose": repr(error.max_dose)}
+    if isinstance(error, DigestNotServedError):
+        return {"requested": error.requested, "served": error.served}
     return {}
 
 

@@ -18,17 +18,19 @@ from steer_server.types.events import (
     TopLogprob,
 )
 from steer_server.types.jobs import (
-    ANYBODY,
     Application,
-    Caller,
     DecodeJob,
     Row,
     SteeringPlan,
 )
 from steer_server.types.requests import (
     DEFAULT_MAX_TOKENS,
+    MAX_ARM_NAME,
     MAX_LOGPROBS,
     MAX_OPERATORS,
+    MAX_REQUEST_ID,
+    MAX_STOP_CHARACTERS,
+    MAX_STOPS,
     NORMAL,
     Arm,
     ChatMessage,
@@ -49,6 +51,7 @@ from steer_server.types.results import (
     Delta,
     GenerateEvent,
     ModelInfo,
+    RequestLimits,
     Started,
     Timings,
     Tokenization,
@@ -56,16 +59,18 @@ from steer_server.types.results import (
 )
 
 __all__ = [
-    "ANYBODY",
     "DEFAULT_MAX_TOKENS",
+    "MAX_ARM_NAME",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
+    "MAX_REQUEST_ID",
+    "MAX_STOPS",
+    "MAX_STOP_CHARACTERS",
     "NORMAL",
     "Admitted",
     "Application",
     "Arm",
     "ArmEvent",
-    "Caller",
     "ChatMessage",
     "CompareEvent",
     "CompareRequest",
@@ -82,6 +87,7 @@ __all__ = [
     "OperatorUse",
     "Prompt",
     "Receipt",
+    "RequestLimits",
     "Row",
     "RowFinished",
     "SamplingParams",

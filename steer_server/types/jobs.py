@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
+from steer_server.caller import CALLER, Caller
 from steer_server.types.events import SteeredWord
 from steer_server.types.requests import SamplingParams
 
@@ -53,24 +54,6 @@ class Row:
     score: bool = False
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Who waits for an answer. Filled by ``rpc``."""
-
-    host: str = ""
-    connection: str = ""
-    deadline: float | None = None
-    """When the call ends whatever happens, in seconds of the monotonic clock."""
-
-    @property
-    def client(self) -> tuple[str, str]:
-        """What is told from other clients."""
-        return self.host, self.connection
-
-
-ANYBODY = Caller()
-
-
 @dataclass(frozen=True, eq=False)
 class DecodeJob:
     """One prompt and the rows that continue it in one batch."""
@@ -78,4 +61,5 @@ class DecodeJob:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     rows: tuple[Row, ...]
-    caller: Caller = ANYBODY
+    caller: Caller = field(default_factory=CALLER.get)
+    """For whom: who called where this was made."""

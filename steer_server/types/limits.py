@@ -6,6 +6,7 @@ A request checks itself, and the parts that do not check themselves, with :func:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
@@ -74,6 +75,17 @@ class Bounded:
         if self.max_characters is not None:
             accepted += f", of {self.min_characters} to {self.max_characters} characters"
         return f"is {len(items)} {self.items}{texts}; accepted: {accepted}"
+
+
+@dataclass(frozen=True)
+class Digest:
+    """A sha256 as files and receipts have it."""
+
+    def problem(self, value: str) -> str | None:
+        """See :class:`Limit`."""
+        if re.fullmatch(r"sha256:[0-9a-f]{64}", value):
+            return None
+        return f"is {value[:80]!r}; accepted: sha256: and all 64 of its digits, 0-9 a-f, as receipts have them"
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,18 @@ from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
 from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.errors import InvalidRequestError
-from steer_server.types.limits import Bounded, NotEmpty, Range, check_fields
+from steer_server.types.limits import Bounded, Digest, NotEmpty, Range, check_fields
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LOGPROBS = 20
 MAX_OPERATORS = 16
+MAX_ARM_NAME = 128
+MAX_REQUEST_ID = 128
+MAX_STOPS = 64
+"""Strings, and as many ids."""
+MAX_STOP_CHARACTERS = 1024
 NORMAL = "normal"
 """Name of the plain arm of a comparison."""
-
-_MAX_STOPS = 64
 
 
 def _draw_request_id() -> str:
@@ -65,11 +68,10 @@ class SamplingParams:
     seed: int = field(default=0, metadata={"when_unset": _draw_seed})
     max_tokens: Annotated[int, Range(1)] = DEFAULT_MAX_TOKENS
     stop_strings: Annotated[
-        tuple[str, ...], Bounded(max_items=_MAX_STOPS, min_characters=1, max_characters=1024, items="strings")
+        tuple[str, ...],
+        Bounded(max_items=MAX_STOPS, min_characters=1, max_characters=MAX_STOP_CHARACTERS, items="strings"),
     ] = ()
-    stop_token_ids: Annotated[
-        tuple[int, ...], Bounded(max_items=_MAX_STOPS, min_characters=1, max_characters=1024, items="ids")
-    ] = ()
+    stop_token_ids: Annotated[tuple[int, ...], Bounded(max_items=MAX_STOPS, items="ids")] = ()
     ignore_eos: bool = False
     logprobs: Annotated[int | None, Range(0, MAX_LOGPROBS)] = None
     time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
@@ -102,17 +104,19 @@ class OperatorUse:
     """Of a lens, and of nothing else."""
     kl: Annotated[float | None, Range(above=0.0)] = None
     """In place of a strength: the p95 KL in nats that it is to have by the operator's dose curve."""
+    digest: Annotated[str | None, Digest()] = None
+    """The version that is meant, of the operator or of the lens; None takes the one that is served."""
 
 
 @dataclass(frozen=True)
 class Arm:
     """One steered arm of a comparison."""
 
-    name: str
+    name: Annotated[str, Bounded(max_characters=MAX_ARM_NAME)]
     operators: Annotated[tuple[OperatorUse, ...], NotEmpty("the plain arm runs anyway")]
 
 
-_RequestId = Annotated[str, Bounded(max_characters=128)]
+_RequestId = Annotated[str, Bounded(max_characters=MAX_REQUEST_ID)]
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,6 @@ class CompareRequest:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        # Counted once: a request may bring thousands of arms, whatever the server admits afterwards.
         counts = Counter(arm.name for arm in self.arms)
         for index, arm in enumerate(self.arms):
             if not arm.name or arm.name == NORMAL or counts[arm.name] > 1:

@@ -114,6 +114,26 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class RequestLimits:
+    """How much a request may hold. Filled by ``rpc.admission``, for one model and one configuration."""
+
+    max_prompt_bytes: int
+    """Of a text, or of the messages of a chat together."""
+    max_chat_messages: int
+    max_operators: int
+    """Of one text."""
+    max_words: int
+    """For one lens."""
+    max_stops: int
+    """Stop strings, and as many ids."""
+    max_stop_characters: int
+    max_arm_name_characters: int
+    max_messages: int
+    """Turns of a chat, arms, operators, positions and words together."""
+    max_request_bytes: int
+
+
+@dataclass(frozen=True)
 class Tokenization:
     """A prompt as it reaches the model: token ids and their texts, one for one."""
 

@@ -30,16 +30,20 @@ from steer_server import types
 from steer_server.registry import StoreChanges
 from steer_server.rpc import codec
 from steer_server.rpc.operator_codec import store_changes
-from steer_server.types.limits import Bounded, NotEmpty, Range
+from steer_server.types.limits import Bounded, Digest, NotEmpty, Range
 
 FILES = (pb.DESCRIPTOR, steering_pb2.DESCRIPTOR, ops.DESCRIPTOR)
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = results.Generation("", "", (), results.FinishReason.EOS, None, None, None, (), (), 0)
 LIMITS = ("server_version", "max_queue", "max_arms", "max_dose")
+# Of a message that the server makes of two: where the field's type is.
+ELSEWHERE = {"GetModelInfoResponse.limits": types.RequestLimits}
+read_limits = reader(pb.RequestLimits, types.RequestLimits)
 
 
 def model_info(model, message):
-    return codec.model_info(model, **{name.removeprefix("server_"): getattr(message, name) for name in LIMITS})
+    given = {name.removeprefix("server_"): getattr(message, name) for name in LIMITS}
+    return codec.model_info(model, **given, limits=read_limits(message.limits))
 
 
 # message: the server's dataclass, the client's, how the server sends it, how the client reads it.
@@ -85,7 +89,7 @@ SIDES = {
 }
 LACKS = {
     # The configuration's, not the model's.
-    "server": {f"GetModelInfoResponse.{name}" for name in LIMITS},
+    "server": {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
     # The key of ABResult.steered, and what ArmResult.kl has in one.
     "client": {f"Comparison.{name}" for name in ("arm", "kl_mean", "kl_p95", "kl_per_token")},
 }
@@ -176,6 +180,7 @@ def test_every_message_of_the_contract_is_accounted_for():
 def messages(message, cls):
     """Messages, as the keywords of their constructor, that ``cls`` accepts."""
     hints = get_type_hints(cls, include_extras=True)
+    hints |= {name.partition(".")[2]: kind for name, kind in ELSEWHERE.items() if name.startswith(f"{message.name}.")}
     values = {field.name: values_of(field, hints.get(field.name)) for field in message.fields}
     for oneof in message.oneofs:
         alternatives = [st.fixed_dictionaries({field.name: values[field.name]}) for field in oneof.fields]
@@ -212,6 +217,8 @@ def one_value(field, kind, limits):
     low, high = max(bounds.minimum, bounds.above), bounds.maximum
     if field.enum_type is not None:
         return st.sampled_from(list(enum_numbers(field.enum_type).values()))
+    if any(isinstance(limit, Digest) for limit in limits):
+        return st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}")
     if field.type == field.TYPE_STRING:
         least = max(texts.min_characters, least_size(limits))
         return st.text(st.characters(codec="utf-8"), min_size=least, max_size=least + 8)

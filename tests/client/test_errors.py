@@ -3,6 +3,7 @@ import pytest
 import steer_client
 from steer_client import (
     DeadlineExceededError,
+    DigestNotServedError,
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
@@ -24,6 +25,7 @@ TABLE = [
     (C.INVALID_ARGUMENT, "DOSE_TOO_HIGH", DoseTooHighError),
     (C.NOT_FOUND, "UNKNOWN_OPERATOR", UnknownOperatorError),
     (C.FAILED_PRECONDITION, "OPERATOR_UNUSABLE", OperatorUnusableError),
+    (C.FAILED_PRECONDITION, "DIGEST_NOT_SERVED", DigestNotServedError),
     (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
     (C.INTERNAL, "STEERING_NOT_APPLIED", SteeringNotAppliedError),
     (C.INTERNAL, "ENGINE_FAILED", EngineFailedError),
@@ -100,7 +102,7 @@ def test_a_reason_of_another_domain_is_not_taken_for_ours(fake, make, client):
 
 def test_every_exception_of_the_package_is_a_steer_error():
     kinds = [getattr(steer_client, name) for name in steer_client.__all__ if name.endswith("Error")]
-    assert len(kinds) == 14
+    assert len(kinds) == 15
     assert all(issubclass(kind, SteerError) for kind in kinds)
 
 

@@ -13,6 +13,7 @@ from steer_client import OperatorUse, Positions
             "g=0.4@0.5:first,first_token=anchor,anchor=concept",
             OperatorUse("g", 0.4, None, 0.5, Positions(end=1), "concept", "anchor"),
         ),
+        ("g=0.4,digest=sha256:ab,anchor=concept", OperatorUse("g", 0.4, anchor="concept", digest="sha256:ab")),
         ("g:generated:1..4,first_token=operator", OperatorUse("g", positions=Positions("generated", 1, 4),
                                                               first_token="operator")),
     ],
@@ -23,7 +24,17 @@ def test_what_is_written_is_read(text, use):
 
 @pytest.mark.parametrize(
     "text",
-    ["g,", "g,anchor", "g,anchor=", "g,anchor=mean", "g,rule=x", "g,anchor=contrast,anchor=contrast", ",anchor=x"],
+    [
+        "g,",
+        "g,anchor",
+        "g,anchor=",
+        "g,anchor=mean",
+        "g,rule=x",
+        "g,digest=",
+        "g,digest=a,digest=a",
+        "g,anchor=contrast,anchor=contrast",
+        ",anchor=x",
+    ],
 )
 def test_what_cannot_be_read_is_named_with_what_can(text):
     with pytest.raises(ValueError, match="anchor=contrast\\|concept"):

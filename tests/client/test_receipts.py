@@ -24,6 +24,11 @@ def cached(steered, kept):
 
 
 FORGED = {
+    "another version": (
+        OperatorUse("golden-gate", 0.4, "substitute", 0.5, ALL_POSITIONS, "contrast", "anchor", digest="sha256:0"),
+        {"digest": "sha256:1"},
+        "says digest sha256:1, asked for was sha256:0",
+    ),
     "another strength": (SET, {"strength": 0.3}, "says strength 0.3, asked for was 0.4"),
     "the next double": (SET, {"strength": nextafter(0.4, 1)}, r"says strength 0\.40{10,}\d+, asked for was 0\.4$"),
     "the other sign": (SET, {"strength": -0.4}, "says strength -0.4, asked for was 0.4"),

@@ -85,6 +85,15 @@ def test_what_are_no_words_is_quoted_with_what_is_accepted(text):
     assert repr(text.partition(":")[2] or text) in str(caught.value)
 
 
+def test_a_lens_is_pinned_by_its_own_digest(checked):
+    pinned = Word("coffee", digest=LENS_DIGEST)
+    assert sent(pinned).digest == LENS_DIGEST
+    assert checked(pinned).lens_digest == LENS_DIGEST
+    read = Words.parse_words("coffee", lens=f"mine,digest={LENS_DIGEST}")
+    assert (read.name, read.digest) == ("mine", LENS_DIGEST)
+    assert Words.parse_words("coffee").digest is None
+
+
 def test_the_receipt_of_a_word_names_tokens_lens_and_budget(checked):
     receipt = checked(Word("coffee", kl=0.5))
     assert [(word.text, word.weight, word.token_ids) for word in receipt.words] == [("coffee", 1.0, (7, 9))]
@@ -103,6 +112,7 @@ def test_the_receipt_of_a_word_names_tokens_lens_and_budget(checked):
         (Word("coffee"), {"words": [pb.SteeredWord(text="coffee", weight=-1, token_ids=[7])]}, "'coffee' × -1"),
         (Word("coffee"), {"words": [pb.SteeredWord(text="coffee", weight=1)]}, "lacks the lens or the tokens"),
         (Word("coffee"), {"lens_digest": ""}, "lacks the lens or the tokens"),
+        (Word("coffee", digest="sha256:0"), {}, f"says digest {LENS_DIGEST}, asked for was sha256:0"),
         (Word("coffee", kl=0.5), {"kl": 0.6}, "p95 KL of 0.6, asked for was 0.5"),
         (Word("coffee", 0.5), {"kl": 0.5}, "p95 KL of 0.5, asked for was None"),
         (OperatorUse("golden-gate"), {"lens_digest": LENS_DIGEST}, "that of a lens, but of no word"),

@@ -18,6 +18,7 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
+from operators.core.defaults import PUBLISHED
 from operators.core.positions import Positions
 from operators.model.loading import LoadedModel, block_input, decoder_layers, load_model
 from operators.model.obtain import obtain
@@ -58,7 +59,8 @@ def operator_of(smollm: Callable[..., LoadedModel]) -> Build:
     @functools.cache
     def build(text: str, profile: str, layer: int, rank: int | str | None = None) -> OperatorArtifact:
         loaded = smollm()
-        return build_operator(BuildSpec((concept_from_text(text, loaded),), profile, layer, rank), loaded)
+        texts = (concept_from_text(text, loaded),)
+        return build_operator(BuildSpec(texts, profile, layer, rank, recommended=PUBLISHED), loaded)
 
     return build
 

@@ -15,6 +15,7 @@ from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.apply import prepared_bytes
+from operators.core.defaults import PUBLISHED
 from operators.core.store import Store
 from operators.model.obtain import obtain
 from steer_server.config import ServerConfig
@@ -40,14 +41,18 @@ def made(smollm):
     loaded = smollm()
     texts = ("the golden bridge", "a golden dress", "here is the bay")
     concepts = [concept_from_text(text, loaded) for text in texts]
-    return [build_operator(BuildSpec((concept,), layer=2, rank=4), loaded) for concept in concepts]
+    return [
+        build_operator(BuildSpec((concept,), layer=2, rank=4, recommended=PUBLISHED), loaded) for concept in concepts
+    ]
 
 
 @pytest.fixture(scope="module")
 def large(smollm):
     """An operator that is larger than two of those."""
     loaded = smollm()
-    return build_operator(BuildSpec((concept_from_text("a dress", loaded),), layer=2, rank="full"), loaded)
+    return build_operator(
+        BuildSpec((concept_from_text("a dress", loaded),), layer=2, rank="full", recommended=PUBLISHED), loaded
+    )
 
 
 @pytest_asyncio.fixture(loop_scope="session", scope="module")

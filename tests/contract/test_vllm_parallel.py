@@ -11,6 +11,7 @@ import pytest_asyncio
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
+from operators.core.defaults import PUBLISHED
 from operators.model.unembedding import find_unembedding
 from operators.model.words import word_operator
 from steer_server.engine.vllm.transfer import OperatorSender
@@ -30,7 +31,9 @@ def rows(even, steered_row, make_random_lens):
     lens, unembedding = make_random_lens(loaded), find_unembedding(str(directory))
     words = word_operator(lens, {"bridge": 1.0, "the": -0.5}, unembedding, loaded.tokenizer)
     bridge, dress = (
-        build_operator(BuildSpec((concept_from_text(text, loaded),), layer=layer, rank=rank), loaded)
+        build_operator(
+            BuildSpec((concept_from_text(text, loaded),), layer=layer, rank=rank, recommended=PUBLISHED), loaded
+        )
         for text, layer, rank in (("the golden bridge", 2, 8), ("a dress for the bride", 3, "full"))
     )
     return (

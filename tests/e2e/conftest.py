@@ -27,6 +27,7 @@ from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.defaults import PUBLISHED
 from operators.core.header import Recommended
 from operators.core.store import Store
 from operators.model.loading import LoadedModel, load_model
@@ -208,7 +209,9 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory, golden: OperatorArtifac
     """A store with the operators ``golden`` and ``dress``."""
     directory = tmp_path_factory.mktemp("store")
     Store(directory).save("golden", golden)
-    dress = build_operator(BuildSpec((concept_from_text("wedding dress", loaded),), layer=3), loaded)
+    dress = build_operator(
+        BuildSpec((concept_from_text("wedding dress", loaded),), layer=3, recommended=PUBLISHED), loaded
+    )
     Store(directory).save("dress", dress)
     return directory
 

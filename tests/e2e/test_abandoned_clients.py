@@ -100,9 +100,10 @@ def test_a_client_process_that_is_killed_stops_its_work(server):
 def test_a_request_that_waits_and_is_cancelled_frees_its_place(server, client):
     first = client.stream("the bay", sampling=LONG)
     next(iter_first := iter(first))
-    waiting = [client.stream("the bay", sampling=LONG) for _ in range(3)]
-    server.wait_for_jobs(1, 3)
-    for stream in waiting:
+    # Of one client four run at once.
+    others = [client.stream("the bay", sampling=LONG) for _ in range(6)]
+    server.wait_for_jobs(4, 3)
+    for stream in others:
         stream.cancel()
     server.wait_for_jobs(1, 0, timeout=1.5)
     first.cancel()

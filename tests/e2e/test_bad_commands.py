@@ -1,5 +1,6 @@
 """Commands that cannot do what they are asked say so in one line, and leave a running server alone."""
 
+import socket
 import subprocess
 import sys
 import time
@@ -100,7 +101,7 @@ def test_a_model_without_decoder_layers_ends_the_server_with_one_line(tiny_token
     )
     BertLMHeadModel(config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    options = ("--model", tmp_path / "model", "--listen", "127.0.0.1:0", "--store", tmp_path / "store")
+    options = ("--model", tmp_path / "model", "--listen", "127.0.0.1:0", "--store", tmp_path)
     done, seconds = _run("steer-server", *options)
     assert done.returncode == 1
     assert seconds < 60
@@ -115,6 +116,23 @@ def test_a_store_that_is_a_file_ends_the_server_with_one_line(tiny_model, tmp_pa
     done, _ = _run("steer-server", *options)
     assert done.returncode == 1
     assert "is not a directory" in _only_line(done, "steer-server")
+
+
+def test_a_store_that_is_not_there_ends_the_server_before_it_loads_a_model(tmp_path):
+    done, _ = _run("steer-server", "--model", "no-such-model-xyz", "--store", tmp_path / "stroe")
+    assert done.returncode == 1
+    assert f"store {tmp_path / 'stroe'} does not exist" in _only_line(done, "steer-server")
+
+
+def test_a_taken_port_for_metrics_ends_the_server_before_it_loads_a_model(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = ("--listen", "127.0.0.1:0", "--metrics-port", port, "--store", tmp_path)
+        done, _ = _run("steer-server", "--model", "no-such-model-xyz", *options)
+    assert done.returncode == 1
+    line = _only_line(done, "steer-server")
+    assert "--metrics-port" in line
+    assert str(port) in line
 
 
 def test_a_concept_of_one_token_builds_and_steers(client, tiny_model, tiny_store, loaded):

@@ -17,6 +17,7 @@ from steer_client import OperatorUse, SamplingParams, SteerClient
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
+from operators.core.defaults import PUBLISHED
 from operators.core.store import Store
 
 pytestmark = [pytest.mark.model, pytest.mark.vllm]
@@ -32,7 +33,7 @@ def bridges(smollm, tmp_path_factory):
     directory = tmp_path_factory.mktemp("vllm") / "store"
     loaded = smollm()
     concept = concept_from_text("The Golden Gate Bridge in San", loaded)
-    Store(directory).save("bridge", build_operator(BuildSpec((concept,), layer=15), loaded))
+    Store(directory).save("bridge", build_operator(BuildSpec((concept,), layer=15, recommended=PUBLISHED), loaded))
     return directory
 
 

@@ -26,6 +26,7 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.apply import prepared_bytes
 from operators.core.artifact import with_header
+from operators.core.defaults import PUBLISHED
 from operators.core.store import Store
 
 pytestmark = [pytest.mark.model, pytest.mark.vllm]
@@ -72,7 +73,7 @@ class Reign:
 def artifacts(smollm):
     loaded = smollm()
     return {
-        name: build_operator(BuildSpec((concept_from_text(text, loaded),), layer=layer), loaded)
+        name: build_operator(BuildSpec((concept_from_text(text, loaded),), layer=layer, recommended=PUBLISHED), loaded)
         for name, (text, layer) in VERSIONS.items()
     }
 

@@ -11,6 +11,7 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.apply import Direction, PreparedOperator, Setting, prepare
 from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.defaults import PUBLISHED
 from operators.core.header import Calibration, CalibrationPoint, OperatorHeader, Recommended
 from operators.core.measured import HeldOut, Sampling
 from operators.model.loading import LoadedModel
@@ -54,7 +55,9 @@ def artifact(llama: LoadedModel) -> OperatorArtifact:
 @pytest.fixture(scope="session")
 def other_artifact(llama: LoadedModel) -> OperatorArtifact:
     """A second operator at the same layer."""
-    return build_operator(BuildSpec((concept_from_text("wedding dress", llama),), layer=2), llama)
+    return build_operator(
+        BuildSpec((concept_from_text("wedding dress", llama),), layer=2, recommended=PUBLISHED), llama
+    )
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +65,7 @@ def low_artifact(llama: LoadedModel) -> OperatorArtifact:
     """An operator of rank 5 of three texts, at the same layer."""
     texts = ("golden gate", "the golden bridge in the bay", "a wedding dress")
     return build_operator(
-        BuildSpec(tuple(concept_from_text(text, llama) for text in texts), layer=2, rank=5),
+        BuildSpec(tuple(concept_from_text(text, llama) for text in texts), layer=2, rank=5, recommended=PUBLISHED),
         llama,
     )
 

@@ -13,7 +13,11 @@ from operators.core.header import Recommended
 from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.store import Store
 from steer_server import registry as registry_module
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, StoreUnreadableError, UnknownOperatorError
+from steer_server.errors import (
+    InvalidRequestError,
+    OperatorUnusableError,
+    UnknownOperatorError,
+)
 from steer_server.registry import Registry
 from steer_server.types import OperatorUse
 
@@ -300,19 +304,6 @@ def test_a_file_that_memory_does_not_hold_is_listed_with_a_problem(registry, tmp
     made = registry()
     assert made.entry("large").problem == (words or "MemoryError")
     assert made.entry("good").problem == ""
-
-
-def test_a_store_that_became_a_file_is_an_error_and_the_old_operators_stay(tmp_path, artifact, model_info):
-    directory = tmp_path / "store"
-    Store(directory).save("good", artifact)
-    made = Registry(Store(directory), model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
-    directory.rename(tmp_path / "elsewhere")
-    directory.write_text("no directory")
-    with pytest.raises(StoreUnreadableError, match="not a directory"):
-        made.reload()
-    assert made.plan((OperatorUse("good"),)).applications[0].artifact.digest == artifact.digest
-    with pytest.raises(StoreUnreadableError):
-        Registry(Store(directory), model_info, max_bytes=_MAX_BYTES, max_dose=1.0)
 
 
 def test_a_concept_of_tokens_that_the_model_does_not_have_is_listed_with_its_problem(

@@ -16,7 +16,13 @@ from operators.core.positions import Positions
 from operators.core.store import Store
 from operators.model.unembedding import LoadedUnembedding, loaded_unembedding
 from operators.model.words import word_operator
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, QueueFullError, UnknownOperatorError
+from steer_server.errors import (
+    DigestNotServedError,
+    InvalidRequestError,
+    OperatorUnusableError,
+    QueueFullError,
+    UnknownOperatorError,
+)
 from steer_server.registry import Registry
 from steer_server.types import OperatorUse, SteeredWord, WeightedWord
 from steer_server.words import BesideTheLoop, WordDirections
@@ -144,6 +150,14 @@ def test_what_is_refused_names_its_field(registry, fields, field, problem):
     with pytest.raises(InvalidRequestError, match=problem) as caught:
         registry.plan((OperatorUse("golden"), use), field="arms[2].operators")
     assert caught.value.field == f"arms[2].operators[1].{field}"
+
+
+def test_a_lens_is_pinned_by_its_own_digest(registry, lens):
+    use = applied(registry, "lens", words=words("bridge"), digest=lens.digest, strength=0.1)
+    assert use.lens_digest == lens.digest
+    # Not by that of a direction, which is another one for every word.
+    with pytest.raises(DigestNotServedError):
+        applied(registry, "lens", words=words("bridge"), digest=use.artifact.digest, strength=0.1)
 
 
 def test_a_special_token_is_no_word(registry, llama):

@@ -6,6 +6,7 @@ SteerError
 │   └── DoseTooHighError       the operators at one layer push more than the server admits
 ├── UnknownOperatorError       no such operator in the server's store
 ├── OperatorUnusableError      the operator in the store does not fit the model or cannot be read
+│   └── DigestNotServedError   the server has another version of it than the one that was pinned
 ├── ServerBusyError            the queue is full; `.retry_after` in seconds
 ├── SteeringNotAppliedError    a text came back without proof of its steering
 ├── EngineFailedError          decoding failed
@@ -98,6 +99,12 @@ class OperatorUnusableError(SteerError):
 
     default_code = grpc.StatusCode.FAILED_PRECONDITION
     default_reason = "OPERATOR_UNUSABLE"
+
+
+class DigestNotServedError(OperatorUnusableError):
+    """The server has another version of the operator. `metadata` has the digests "requested" and "served"."""
+
+    default_reason = "DIGEST_NOT_SERVED"
 
 
 class ServerBusyError(SteerError):

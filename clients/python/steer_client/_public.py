@@ -4,6 +4,7 @@ from steer_client._aio import AsyncSteerClient
 from steer_client._aio_streams import AsyncComparisonStream, AsyncGenerationStream
 from steer_client._errors import (
     DeadlineExceededError,
+    DigestNotServedError,
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
@@ -81,6 +82,7 @@ __all__ = [
     "ComparisonStream",
     "ConceptText",
     "DeadlineExceededError",
+    "DigestNotServedError",
     "DosePoint",
     "DoseTooHighError",
     "EngineFailedError",

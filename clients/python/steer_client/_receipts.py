@@ -26,7 +26,7 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
 
     Raises SteeringNotAppliedError, naming the operator, for a receipt
 
-    - that is missing or was not requested,
+    - that is missing or was not requested, or is of another version than the one that was pinned,
     - whose strength, rule, blend, positions, anchor or first token are not the request's, or whose `defaulted` is not
       what the request left unset,
     - whose words, weights or KL budget are not the request's, or that names no lens, or no tokens, for its words,
@@ -57,6 +57,10 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
 
 
 def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
+    # Of a lens, the receipt's digest is that of the direction.
+    version = receipt.lens_digest if use.words else receipt.digest
+    if use.digest is not None and version != use.digest:
+        return f"the receipt says digest {version}, asked for was {use.digest}"
     for name in _SETTINGS:
         requested, applied = getattr(use, name), getattr(receipt, name)
         # A number is a double on the wire, whatever type the caller gave it.

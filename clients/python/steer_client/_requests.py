@@ -55,7 +55,7 @@ class OperatorUse:
     that it pushes; `first_token` "anchor" puts the anchor at the first one of the text, whatever the blend. `kl`, in
     place of a strength, is a dose in nats: the server takes the strength at which the 95th percentile over the tokens
     of KL(plain ‖ steered) was that when the operator was measured. `words` are for a lens alone: see `Word` and
-    `Words`.
+    `Words`. `digest` pins the version of the operator, or of the lens: a server that has another one refuses.
     """
 
     name: str
@@ -67,13 +67,14 @@ class OperatorUse:
     first_token: FirstToken | None = None
     words: Sequence[WeightedWord] = ()
     kl: float | None = None
+    digest: str | None = None
 
     @classmethod
     def parse(cls, text: str, *, rule: Rule | None = None, kl: float | None = None) -> OperatorUse:
         """Reads `NAME`, `NAME=λ` or `NAME=λ@β`, and behind it `:POSITIONS`, as `Positions.parse` reads them.
 
-        Then follow, in any order, `,anchor=contrast` or `,anchor=concept`, and `,first_token=operator` or
-        `,first_token=anchor`.
+        Then follow, in any order, `,anchor=contrast` or `,anchor=concept`, `,first_token=operator` or
+        `,first_token=anchor`, and `,digest=sha256:` with the 64 digits of the version that is meant.
 
         `kl` is for an operator without λ. Raises ValueError, naming the text and the accepted form, for anything else.
         """
@@ -97,8 +98,8 @@ class OperatorUse:
         except ValueError:
             raise ValueError(
                 f"cannot read the operator {text!r}: write NAME, NAME=λ or NAME=λ@β, for example golden-gate=0.4@0.5, "
-                "and :POSITIONS behind it, for example golden-gate=0.4:first, then ,anchor=contrast|concept and "
-                ",first_token=operator|anchor"
+                "and :POSITIONS behind it, for example golden-gate=0.4:first, then ,anchor=contrast|concept, "
+                ",first_token=operator|anchor and ,digest=sha256:DIGITS"
             ) from None
 
 
@@ -110,7 +111,8 @@ def _read_choices(texts: Sequence[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
-        if name in found or value not in _CHOICES.get(name, ()):
+        # Of a digest, the server says what is wrong.
+        if name in found or not (value if name == "digest" else value in _CHOICES.get(name, ())):
             raise ValueError(text)
         found[name] = value
     return found

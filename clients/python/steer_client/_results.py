@@ -191,6 +191,27 @@ class Tokenization:
     tokens: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class RequestLimits:
+    """How much a request may hold; more is refused before it is read."""
+
+    #: UTF-8 bytes of a text, or of the messages of a chat together. What fits into the context is less, as a rule.
+    max_prompt_bytes: int
+    max_chat_messages: int
+    #: Of one text.
+    max_operators: int
+    #: For one lens.
+    max_words: int
+    #: Stop strings, and as many stop tokens.
+    max_stops: int
+    max_stop_characters: int
+    max_arm_name_characters: int
+    #: Turns of a chat, arms, operators, positions and words together.
+    max_messages: int
+    #: Of the largest request.
+    max_request_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """The model, its limits and the engine that serves it."""
@@ -214,3 +235,5 @@ class ModelInfo:
     max_arms: int
     #: Most that the doses |strength|/2 of a request's operators at one layer may add up to.
     max_dose: float
+    #: How much a request may hold. None from a server that does not say.
+    limits: RequestLimits | None = None

@@ -22,6 +22,7 @@ _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
     (_Code.INVALID_ARGUMENT, "DOSE_TOO_HIGH"): errors.DoseTooHighError,
     (_Code.NOT_FOUND, "UNKNOWN_OPERATOR"): errors.UnknownOperatorError,
     (_Code.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"): errors.OperatorUnusableError,
+    (_Code.FAILED_PRECONDITION, "DIGEST_NOT_SERVED"): errors.DigestNotServedError,
     (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"): errors.ServerBusyError,
     (_Code.INTERNAL, "STEERING_NOT_APPLIED"): errors.SteeringNotAppliedError,
     (_Code.INTERNAL, "ENGINE_FAILED"): errors.EngineFailedError,

@@ -12,7 +12,8 @@ class Words(OperatorUse):
     """Several words that a lens mixes into one direction: `Words({"ocean": 1, "storm": 0.5}, kl=0.5)`.
 
     Each word's unit direction counts with its weight; a negative one pushes away from the word. Without `strength` and
-    `kl` the strength is the one that the lens's dose curve gives for a p95 KL of 0.5 nats.
+    `kl` the strength is the one that the lens's dose curve gives for a p95 KL of 0.5 nats. `digest` pins the version of
+    the lens.
     """
 
     __slots__ = ()
@@ -25,19 +26,22 @@ class Words(OperatorUse):
         kl: float | None = None,
         positions: Positions | None = None,
         lens: str = LENS,
+        digest: str | None = None,
     ) -> None:
         weighted = tuple(WeightedWord(text, weight) for text, weight in words.items())
-        OperatorUse.__init__(self, lens, strength, positions=positions, words=weighted, kl=kl)
+        OperatorUse.__init__(self, lens, strength, positions=positions, words=weighted, kl=kl, digest=digest)
 
     @staticmethod
     def parse_words(text: str, *, kl: float | None = None, lens: str = LENS) -> Words:
         """Reads `WORD`, or `WORD*WEIGHT, WORD*WEIGHT`, and behind it `=λ` and `:POSITIONS`: `"ocean, storm*0.5=0.12"`.
 
-        `kl` is for a text without λ. Raises ValueError, naming the text and the accepted form, for anything else.
+        `kl` is for a text without λ. `lens` is its name, or `NAME,digest=sha256:DIGITS`. Raises ValueError, naming the
+        text and the accepted form, for anything else.
         """
         setting, has_positions, positions = text.partition(":")
         where = Positions.parse(positions) if has_positions else None
         mixture, has_strength, strength = setting.partition("=")
+        name, pinned, digest = lens.partition(",digest=")
         words: dict[str, float] = {}
         try:
             for part in mixture.split(","):
@@ -50,7 +54,8 @@ class Words(OperatorUse):
                 float(strength) if has_strength else None,
                 kl=None if has_strength else kl,
                 positions=where,
-                lens=lens,
+                lens=name,
+                digest=digest if pinned else None,
             )
         except ValueError:
             raise ValueError(
@@ -76,5 +81,6 @@ class Word(Words):
         kl: float | None = None,
         positions: Positions | None = None,
         lens: str = LENS,
+        digest: str | None = None,
     ) -> None:
-        super().__init__({text: 1.0}, strength, kl=kl, positions=positions, lens=lens)
+        super().__init__({text: 1.0}, strength, kl=kl, positions=positions, lens=lens, digest=digest)

@@ -4,7 +4,9 @@ isort:skip_file
 Text generation steered by detached-Jacobian operators.
 
 Unset scalars take the documented default; a set value is never replaced in
-silence. A failed call ends with a gRPC status whose details carry
+silence, and a field that the server does not know is INVALID_ARGUMENT. How
+much a request may hold is measured before it is parsed: see RequestLimits.
+A failed call ends with a gRPC status whose details carry
 google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
 
   INVALID_ARGUMENT     INVALID_REQUEST       BadRequest names the field
@@ -17,6 +19,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   FAILED_PRECONDITION  STORE_UNREADABLE      the operators of the last reading stay
   INTERNAL             ENGINE_FAILED
   UNAVAILABLE          SHUTTING_DOWN
+  UNIMPLEMENTED        UNIMPLEMENTED         a method of a standard service that is not offered
 """
 
 from collections import abc as _abc
@@ -212,7 +215,7 @@ class SamplingParams(_message.Message):
     top_k: _builtins.int
     """0 is off. Default 0."""
     min_p: _builtins.float
-    """In [0, 1]. Default 0 (off)."""
+    """In [0, 1]. Default 0 (off). Applied first; then `top_k`, then `top_p`, to what is left."""
     repetition_penalty: _builtins.float
     """0.01 to 100; 1 is off. Default 1."""
     seed: _builtins.int
@@ -585,7 +588,7 @@ class Arm(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     OPERATORS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Unique in the request; "normal" is taken by the plain arm, which always runs."""
+    """Unique in the request, at most 128 characters; "normal" is taken by the plain arm, which always runs."""
     @_builtins.property
     def operators(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.OperatorUse]:
         """At least one."""
@@ -850,6 +853,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_QUEUE_FIELD_NUMBER: _builtins.int
     MAX_ARMS_FIELD_NUMBER: _builtins.int
     MAX_DOSE_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As given to the server: a built-in name, a hub id or a directory."""
     architecture: _builtins.str
@@ -872,6 +876,8 @@ class GetModelInfoResponse(_message.Message):
     """Most that the doses at one layer may add up to: the sum of |strength|/2 over the operators pushed there."""
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def limits(self) -> Global___RequestLimits: ...
     def __init__(
         self,
         *,
@@ -892,11 +898,65 @@ class GetModelInfoResponse(_message.Message):
         max_queue: _builtins.int = ...,
         max_arms: _builtins.int = ...,
         max_dose: _builtins.float = ...,
+        limits: Global___RequestLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "limits", b"limits", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetModelInfoResponse: _TypeAlias = GetModelInfoResponse  # noqa: Y015
+
+@_typing.final
+class RequestLimits(_message.Message):
+    """How much a request may hold. More is INVALID_ARGUMENT (a prompt: PROMPT_TOO_LONG), whatever the field's own check
+    says; a message of more than twice `max_request_bytes` (and 4 MiB) is RESOURCE_EXHAUSTED, without details.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_PROMPT_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_CHAT_MESSAGES_FIELD_NUMBER: _builtins.int
+    MAX_OPERATORS_FIELD_NUMBER: _builtins.int
+    MAX_WORDS_FIELD_NUMBER: _builtins.int
+    MAX_STOPS_FIELD_NUMBER: _builtins.int
+    MAX_STOP_CHARACTERS_FIELD_NUMBER: _builtins.int
+    MAX_ARM_NAME_CHARACTERS_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGES_FIELD_NUMBER: _builtins.int
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    max_prompt_bytes: _builtins.int
+    """UTF-8 bytes of a text, or of the messages of a chat together. What fits into the context is less, as a rule."""
+    max_chat_messages: _builtins.int
+    max_operators: _builtins.int
+    """Operators of one text."""
+    max_words: _builtins.int
+    """Words for one lens."""
+    max_stops: _builtins.int
+    """Stop strings, and as many stop tokens."""
+    max_stop_characters: _builtins.int
+    max_arm_name_characters: _builtins.int
+    max_messages: _builtins.int
+    """Messages inside one request: turns of a chat, arms, operators, positions and words together."""
+    max_request_bytes: _builtins.int
+    """Bytes of the largest request."""
+    def __init__(
+        self,
+        *,
+        max_prompt_bytes: _builtins.int = ...,
+        max_chat_messages: _builtins.int = ...,
+        max_operators: _builtins.int = ...,
+        max_words: _builtins.int = ...,
+        max_stops: _builtins.int = ...,
+        max_stop_characters: _builtins.int = ...,
+        max_arm_name_characters: _builtins.int = ...,
+        max_messages: _builtins.int = ...,
+        max_request_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_arm_name_characters", b"max_arm_name_characters", "max_chat_messages", b"max_chat_messages", "max_messages", b"max_messages", "max_operators", b"max_operators", "max_prompt_bytes", b"max_prompt_bytes", "max_request_bytes", b"max_request_bytes", "max_stop_characters", b"max_stop_characters", "max_stops", b"max_stops", "max_words", b"max_words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015

@@ -4,7 +4,9 @@ isort:skip_file
 Text generation steered by detached-Jacobian operators.
 
 Unset scalars take the documented default; a set value is never replaced in
-silence. A failed call ends with a gRPC status whose details carry
+silence, and a field that the server does not know is INVALID_ARGUMENT. How
+much a request may hold is measured before it is parsed: see RequestLimits.
+A failed call ends with a gRPC status whose details carry
 google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
 
   INVALID_ARGUMENT     INVALID_REQUEST       BadRequest names the field
@@ -17,6 +19,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   FAILED_PRECONDITION  STORE_UNREADABLE      the operators of the last reading stay
   INTERNAL             ENGINE_FAILED
   UNAVAILABLE          SHUTTING_DOWN
+  UNIMPLEMENTED        UNIMPLEMENTED         a method of a standard service that is not offered
 """
 
 from collections import abc as _abc

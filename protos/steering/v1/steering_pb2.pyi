@@ -217,6 +217,7 @@ class OperatorUse(_message.Message):
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     WORDS_FIELD_NUMBER: _builtins.int
     KL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """May be empty where `words` are given: then the lens of the name "lens"."""
     strength: _builtins.float
@@ -232,6 +233,11 @@ class OperatorUse(_message.Message):
     KL(plain || steered) was that when the operator was measured, under `Calibration.sampling`, whatever this request's
     sampling is. Above 0, and within the operator's dose curve; without one it is INVALID_ARGUMENT. Default of a lens
     that recommends one, where `strength` is not given either: 0.5 unless its maker chose another.
+    """
+    digest: _builtins.str
+    """Pins the version: "sha256:<64 hex digits>", all of it, of the operator's content, or of the lens's where there are
+    `words`. A server whose snapshot has another version of that name answers FAILED_PRECONDITION with the reason
+    DIGEST_NOT_SERVED, both digests in its metadata ("requested", "served"). Unset takes the version that is served.
     """
     @_builtins.property
     def positions(self) -> Global___Positions:
@@ -257,19 +263,24 @@ class OperatorUse(_message.Message):
         first_token: Global___FirstToken.ValueType = ...,
         words: _abc.Iterable[Global___WeightedWord] | None = ...,
         kl: _builtins.float | None = ...,
+        digest: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_kl", b"_kl", "_strength", b"_strength", "blend", b"blend", "kl", b"kl", "positions", b"positions", "strength", b"strength"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_digest", b"_digest", "_kl", b"_kl", "_strength", b"_strength", "blend", b"blend", "digest", b"digest", "kl", b"kl", "positions", b"positions", "strength", b"strength"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_kl", b"_kl", "_strength", b"_strength", "anchor", b"anchor", "blend", b"blend", "first_token", b"first_token", "kl", b"kl", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_digest", b"_digest", "_kl", b"_kl", "_strength", b"_strength", "anchor", b"anchor", "blend", b"blend", "digest", b"digest", "first_token", b"first_token", "kl", b"kl", "name", b"name", "positions", b"positions", "rule", b"rule", "strength", b"strength", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__blend: _TypeAlias = _typing.Literal["blend"]  # noqa: Y015
     _WhichOneofArgType__blend: _TypeAlias = _typing.Literal["_blend", b"_blend"]  # noqa: Y015
+    _WhichOneofReturnType__digest: _TypeAlias = _typing.Literal["digest"]  # noqa: Y015
+    _WhichOneofArgType__digest: _TypeAlias = _typing.Literal["_digest", b"_digest"]  # noqa: Y015
     _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
     _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
     _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
     _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__blend) -> _WhichOneofReturnType__blend | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__digest) -> _WhichOneofReturnType__digest | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
     @_typing.overload

@@ -1,4 +1,8 @@
-"""Choosing the next token of one row, with the processors of transformers in the order of its ``generate``."""
+"""Choosing the next token of one row, with the processors of transformers in the order in which vLLM has them.
+
+The order matters: min-p, top-k and top-p each look at what the ones before have left. That of transformers'
+``generate`` ends with min-p, vLLM's begins with it, and one request must mean one distribution on both engines.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +50,10 @@ def _warpers(params: SamplingParams) -> LogitsProcessorList:
     warpers = LogitsProcessorList()
     if params.temperature != 1.0:
         warpers.append(TemperatureLogitsWarper(params.temperature))
+    if params.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(params.min_p))
     if params.top_k:
         warpers.append(TopKLogitsWarper(params.top_k))
     if params.top_p < 1.0:
         warpers.append(TopPLogitsWarper(params.top_p))
-    if params.min_p > 0.0:
-        warpers.append(MinPLogitsWarper(params.min_p))
     return warpers

@@ -16,9 +16,10 @@ from operators.model.loading import LoadedModel
 from operators.model.text_ids import text_ids
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
-from steer_server.engine.vllm.engine_config import logprob_tolerance, make_engine_config
+from steer_server.engine.vllm.engine_config import USAGE, logprob_tolerance, make_engine_config
 from steer_server.engine.vllm.processes import engine_core_in_its_own_session
 from steer_server.engine.vllm.self_test import TOKENS, SelfTestOutput, check_same_model, check_steering
+from steer_server.engine.vllm.start_problem import problem_file, read_problem
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.errors import StartupError
 from steer_server.types import ModelInfo
@@ -38,7 +39,7 @@ async def boot_vllm(
     *,
     dtype: DTypeName,
     engine_args: Mapping[str, Any],
-    operator_memory: int,
+    operator_memory: int | None,
     salts: CacheSalts,
 ) -> VLLMClient:
     """A running vLLM that has passed its self-test.
@@ -55,13 +56,19 @@ async def boot_vllm(
     prompt = text_ids(loaded.tokenizer, _PROMPT)[:_MAX_PROMPT]
     tolerance = logprob_tolerance(config)
     expected = None if tolerance is None else await asyncio.to_thread(transformers_logprobs, loaded, prompt)
-    try:
-        with engine_core_in_its_own_session():
-            llm = await asyncio.to_thread(AsyncLLM.from_vllm_config, config, **constructor_options)
-    except Exception as error:
-        # vLLM's parts raise exceptions of any class; its own log has the details.
-        raise StartupError(f"vLLM did not start: {type(error).__name__}: {error}") from error
+    with problem_file() as problem:
+        try:
+            with engine_core_in_its_own_session():
+                llm = await asyncio.to_thread(
+                    AsyncLLM.from_vllm_config, config, usage_context=USAGE, **constructor_options
+                )
+        except Exception as error:
+            # vLLM's parts raise exceptions of any class; its own log has the details.
+            why = read_problem(problem) or f"{type(error).__name__}: {error}"
+            raise StartupError(f"vLLM did not start: {why}") from error
     client = VLLMClient(llm, salts)
+    [memory, *_] = await client.call("steering_memory")
+    log.info("memory taken", **memory)
     began = time.monotonic()
     try:
         await _self_test(client, prompt, model.num_layers, expected, tolerance)

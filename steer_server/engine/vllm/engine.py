@@ -19,7 +19,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
-from steer_server.config import OPERATOR_MEMORY
 from steer_server.engine.describe import describe_model
 from steer_server.engine.prompts import PromptReader
 from steer_server.engine.vllm.boot import boot_vllm
@@ -32,6 +31,7 @@ from steer_server.engine.vllm.operator_cache import OperatorCache, required_oper
 from steer_server.engine.vllm.row_decoder import DecodeContext
 from steer_server.engine.vllm.sampling import check_sampling
 from steer_server.engine.vllm.transfer import OperatorSender
+from steer_server.engine.vllm.worker_protocol import STEERING_MEMORY
 from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteerServerError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
@@ -56,13 +56,14 @@ class VLLMEngine:
         dtype: DTypeName,
         max_queue: int,
         engine_args: Mapping[str, Any],
-        operator_memory: int = OPERATOR_MEMORY,
+        operator_memory: int | None = None,
     ) -> VLLMEngine:
         """Boots vLLM on the model at ``source`` and tests it.
 
         Args:
             loaded: the same model in transformers, for its names, its fingerprints and the self-test; not kept.
-            operator_memory: bytes in each worker that operators may take, beside vLLM's own memory.
+            operator_memory: bytes in each worker that steering may take of vLLM's share of the memory; None: 4 GiB, but
+                at most an eighth of that share.
 
         Raises:
             StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
@@ -71,7 +72,7 @@ class VLLMEngine:
         client = await boot_vllm(
             loaded, model, source, dtype=dtype, engine_args=engine_args, operator_memory=operator_memory, salts=salts
         )
-        return cls(client, salts, model, loaded.tokenizer, max_queue=max_queue, operator_memory=operator_memory)
+        return cls(client, salts, model, loaded.tokenizer, max_queue=max_queue)
 
     def __init__(
         self,
@@ -81,7 +82,6 @@ class VLLMEngine:
         tokenizer: Any,
         *,
         max_queue: int,
-        operator_memory: int,
     ) -> None:
         config = client.config
         self._client = client
@@ -93,8 +93,10 @@ class VLLMEngine:
         )
         self._max_rows = int(config.scheduler_config.max_num_seqs) + max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
-        self._operator_memory = operator_memory
-        self._operator_cache = OperatorCache(OperatorSender(client.call).send, client.unload, budget=operator_memory)
+        self._operator_memory = int(config.additional_config[STEERING_MEMORY])
+        self._operator_cache = OperatorCache(
+            OperatorSender(client.call).send, client.unload, budget=self._operator_memory
+        )
         self._context = DecodeContext(
             client=client,
             operator_cache=self._operator_cache,

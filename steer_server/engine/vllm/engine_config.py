@@ -10,16 +10,22 @@ from typing import Any
 import torch
 from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from operators.core.dtypes import DTYPES
 from operators.core.header import DTypeName
 from operators.core.version import __version__
-from steer_server.engine.vllm.limits import check_memory, check_supported
+from steer_server.engine.vllm.free_memory import free_share
+from steer_server.engine.vllm.limits import check_supported
+from steer_server.engine.vllm.memory import default_steering_memory
 from steer_server.engine.vllm.options import check_engine_args
+from steer_server.engine.vllm.worker_protocol import SHARE_OF_FREE, STEERING_MEMORY
 from steer_server.errors import StartupError
 
 DEVICE: str = current_platform.device_type
 """What the installed vLLM computes on: cpu, cuda (ROCm too) or another."""
+USAGE = UsageContext.OPENAI_API_SERVER
+"""As what vLLM is used: it chooses the sizes of batches by it, and those of a server are not those of a library."""
 WORKER = "steer_server.engine.vllm.worker.worker.SteeringWorker"
 _EXACT_TOLERANCE, _ROUNDED_TOLERANCE = 0.02, 1.0
 """Nats, see :func:`logprob_tolerance`: for float32 on a CPU, and where anything is rounded to fewer bits. Measured:
@@ -30,13 +36,13 @@ _CONSTRUCTOR_OPTIONS = ("disable_log_stats", "enable_log_requests", "aggregate_e
 
 
 def make_engine_config(
-    source: str, dtype: DTypeName, engine_args: Mapping[str, Any], operator_memory: int
+    source: str, dtype: DTypeName, engine_args: Mapping[str, Any], operator_memory: int | None
 ) -> tuple[Any, Mapping[str, bool]]:
     """vLLM's configuration for the model at ``source``, and the arguments that its constructor takes beside it.
 
     Args:
         engine_args: the user's options of vLLM.
-        operator_memory: bytes on each device that operators may take.
+        operator_memory: bytes on each device that steering may take; None for a part of what vLLM may.
 
     Raises:
         StartupError: an option is not accepted, or steering does not support the configuration.
@@ -56,11 +62,10 @@ def make_engine_config(
         defaults["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
     try:
         args = AsyncEngineArgs(**{**defaults, **engine_args, **required})
-        config = args.create_engine_config()
+        # The sizes of batches are chosen as for vLLM's own server.
+        config = args.create_engine_config(usage_context=USAGE)
         check_supported(config)
-        if not current_platform.is_cpu() and config.cache_config.kv_cache_memory_bytes is None:
-            total = current_platform.get_device_total_memory()
-            check_memory(total, config.cache_config.gpu_memory_utilization, operator_memory)
+        _divide_memory(config, "gpu_memory_utilization" in engine_args, operator_memory)
     except Exception as error:
         # vLLM's parts raise exceptions of any class here.
         why = str(error) or type(error).__name__
@@ -68,9 +73,26 @@ def make_engine_config(
     return config, {name: bool(getattr(args, name)) for name in _CONSTRUCTOR_OPTIONS}
 
 
+def _divide_memory(config: Any, has_share: bool, operator_memory: int | None) -> None:
+    """Notes for the workers what steering may take and, on a CPU, whether vLLM's share is to be what is free.
+
+    vLLM's default share is one of all memory, so that it would not start where much of that is in use.
+    """
+    cache, share_of_free_memory = config.cache_config, False
+    total, share = current_platform.get_device_total_memory(), cache.gpu_memory_utilization
+    if current_platform.is_cpu() and cache.kv_cache_memory_bytes is None and not has_share:
+        share_of_free_memory = True
+        share = min(share, free_share(config))
+    if operator_memory is None:
+        operator_memory = default_steering_memory(round(total * share))
+    config.additional_config |= {STEERING_MEMORY: operator_memory, SHARE_OF_FREE: share_of_free_memory}
+
+
 def set_process_defaults(*, on_cpu: bool) -> None:
     """What vLLM reads from the environment, where the user has not said otherwise there."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Of what a start that failed leaves behind: it is cleaned up, and the reason is to be the last line.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     if not on_cpu:
         # vLLM forks, and spawns where it sees that CUDA is in use. It does not see that the driver was only started, as
         # torch.cuda.is_available() does; a forked process can no longer use the device then.

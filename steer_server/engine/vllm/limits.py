@@ -5,11 +5,8 @@ Refused at the start, by the server and by every worker.
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
-
-from operators.core.capacity import format_bytes
 
 
 def check_supported(config: Any) -> None:
@@ -71,20 +68,3 @@ def check_device(requested: str | None, platform: str) -> None:
     """Raises :class:`ValueError` where the requested device is not the one that the installed vLLM computes on."""
     if requested is not None and requested != platform:
         raise ValueError(f"device: the vLLM that is installed computes on {platform!r}, not on {requested!r}")
-
-
-def check_memory(total: int, utilization: float, operators: int) -> None:
-    """Raises :class:`ValueError` where a device has no memory for operators beside vLLM.
-
-    Args:
-        total: bytes of a device.
-        utilization: the share of it that vLLM fills with weights, activations and its cache.
-        operators: bytes that operators may take on it, of which vLLM knows nothing when it sizes its cache.
-    """
-    left = round(total * (1.0 - utilization))
-    if left < operators:
-        raise ValueError(
-            f"gpu_memory_utilization {utilization:g} leaves {format_bytes(left)} of a device of {format_bytes(total)}, "
-            f"and operator_memory is {format_bytes(operators)}; give engine_args.gpu_memory_utilization at most "
-            f"{max(0, math.floor(100 * (1.0 - operators / total))) / 100:g}, or a smaller --operator-memory"
-        )

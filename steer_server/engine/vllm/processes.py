@@ -18,6 +18,8 @@ from typing import Any
 
 from vllm.v1.engine.core import EngineCoreProc
 
+from steer_server.engine.vllm.start_problem import reports_problems
+
 _TERMINATE_SECONDS = 10.0
 """Between SIGTERM and SIGKILL, once the server has ended."""
 _original_run_engine_core = EngineCoreProc.run_engine_core
@@ -38,7 +40,7 @@ def run_engine_core(*args: Any, **kwargs: Any) -> None:
     """The engine core's process from its first moment to its end."""
     os.setsid()
     threading.Thread(target=_end_after_the_server, name="end-after-the-server", daemon=True).start()
-    _original_run_engine_core(*args, **kwargs)
+    reports_problems(_original_run_engine_core)(*args, **kwargs)
 
 
 def _end_after_the_server() -> None:

@@ -13,6 +13,10 @@ from steer_server.types import SteeringPlan
 EXTRA_ARGS_KEY = "steering"
 """Key of vLLM's ``SamplingParams.extra_args`` under which a request carries its :class:`SteeringArgs`."""
 
+STEERING_MEMORY, SHARE_OF_FREE = "steering_memory", "steering_share_of_free"
+"""Keys of vLLM's ``additional_config``: bytes that steering may take of a worker's share of memory, and whether that
+share is what is free when the worker starts."""
+
 POSITIONS_PER_CALL = 64
 """Positions of a text that one call scores: bounds the logits, (positions, vocabulary), that a worker holds at once."""
 

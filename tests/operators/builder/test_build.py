@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import re
 from types import MappingProxyType
 
 import pytest
@@ -12,7 +13,7 @@ from operators.builder import checks, verify
 from operators.builder import spec as build_spec
 from operators.builder.build import build_operator
 from operators.builder.concept import Concept, check_text, concept_from_text
-from operators.builder.spec import BuildSpec, resolve_layer
+from operators.builder.spec import BuildSpec, check_first_token, resolve_layer
 from operators.builder.verify import verify_operator
 from operators.core.artifact import from_bytes, make_artifact, to_bytes
 from operators.core.errors import (
@@ -23,8 +24,11 @@ from operators.core.errors import (
     UnsupportedModelError,
 )
 from operators.core.header import Recommended
+from operators.core.positions import Positions
 from operators.maps.detach import context, rules
 from operators.model.loading import recognise
+from operators.recipes.concept_entry import ConceptEntry
+from operators.recipes.tasks import recommended_of
 
 TEXT = "The Golden Gate Bridge"
 
@@ -306,3 +310,39 @@ def test_recognising_a_model_again_gives_the_same_fingerprints(tiny):
         loaded.fingerprint,
         loaded.tokenizer_fingerprint,
     )
+
+
+@pytest.mark.parametrize(
+    ("profile", "given", "expected"),
+    [
+        ("residual", {}, (0.3, 1.0)),
+        ("residual", {"strength": 0.7}, (0.7, 1.0)),
+        ("residual", {"positions": Positions(end=1)}, (0.3, 1.0)),
+        ("residual", {"blend": 1.0, "rule": "substitute"}, (0.3, 1.0)),
+        # What speaks of the map would be given for nothing beside the anchor alone.
+        ("residual", {"rule": "substitute"}, (0.5, 0.0)),
+        ("residual", {"first_token": "anchor"}, (0.5, 0.0)),
+        ("residual", {"blend": 0.5}, (0.5, 0.5)),
+        ("golden", {}, (0.5, 0.0)),
+        ("golden", {"strength": 0.7}, (0.7, 0.0)),
+    ],
+)
+def test_the_default_is_the_contrast_anchor_and_what_speaks_of_the_map_is_as_published(tiny, profile, given, expected):
+    entry = ConceptEntry(name="a", texts=("golden gate",), profile=profile, **given)
+    setting = recommended_of(entry)
+    assert (setting.strength, setting.blend) == expected
+    assert {name: getattr(setting, name) for name in given} == given
+    assert setting.anchor == "contrast"
+    if not given:
+        spec = BuildSpec((concept_from_text("golden gate", tiny("llama")),), profile, layer=2)
+        assert build_operator(spec, tiny("llama")).header.recommended == setting
+
+
+@pytest.mark.parametrize("where", ["1..", "generated", "prompt:2..", "4..9"])
+def test_an_anchor_at_a_first_token_that_is_left_out_is_refused(tiny, where):
+    concept = concept_from_text("golden gate", tiny("llama"))
+    setting = Recommended(first_token="anchor", positions=Positions.parse(where))
+    with pytest.raises(BuildError, match=rf"first_token is 'anchor', and positions {re.escape(where)} leave the first"):
+        build_operator(BuildSpec((concept,), layer=2, recommended=setting), tiny("llama"))
+    for fine in ("all", "first", "prompt", "..3"):
+        check_first_token(setting.model_copy(update={"positions": Positions.parse(fine)}))

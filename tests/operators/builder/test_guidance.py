@@ -1,9 +1,10 @@
 """Texts and strengths that will hardly do what their user wants, and tokenizers that put a token behind a text."""
 
 import pytest
+import torch
 
 from operators.builder.concept import Concept
-from operators.builder.guidance import strength_warnings, text_warnings
+from operators.builder.guidance import BFLOAT16_RESOLUTION, strength_warnings, text_warnings
 from steer_server.config import ServerConfig
 
 
@@ -40,3 +41,11 @@ def test_a_strength_that_a_server_refuses_is_told_with_its_bound(strength, warns
     if warns:
         assert "--max-dose" in found[0]
         assert f"{strength:g}" in found[0]
+
+
+@pytest.mark.parametrize(("strength", "said"), [(0.0, "leaves every text as it is"), (0.007, "bfloat16"), (0.01, None)])
+def test_a_strength_that_does_nothing_is_told(strength, said):
+    found = strength_warnings(strength)
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
+    assert torch.finfo(torch.bfloat16).eps == BFLOAT16_RESOLUTION

@@ -11,11 +11,12 @@ from operators.builder.build import build_operator
 from operators.builder.combine import WeightedOperator, combine
 from operators.builder.concept import concept_from_text
 from operators.builder.neutral import is_shipped, read_neutral_texts, tokenise_neutral
-from operators.builder.spec import NEW_OPERATORS, BuildSpec
+from operators.builder.spec import BuildSpec
 from operators.builder.stored import differences
 from operators.builder.verify import verify_operator
 from operators.core.apply import prepare
 from operators.core.artifact import from_bytes, make_artifact, to_bytes
+from operators.core.defaults import NEW_OPERATORS
 from operators.core.errors import ArtifactError, BuildError, ReconstructionError
 from operators.core.neutral_texts import neutral_texts
 from operators.maps.replay import target_hidden_state

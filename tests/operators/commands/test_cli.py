@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from operators import __main__ as cli
 from operators import __version__
-from operators.builder.spec import NEW_OPERATORS
 from operators.core.artifact import make_artifact
+from operators.core.defaults import NEW_OPERATORS
 from operators.core.header import DTypeName, Profile, Rule
 from operators.core.store import Store
 from operators.model import loading as models
@@ -133,7 +133,7 @@ def test_build_tells_a_person_what_was_built(run, store_path):
     assert lines["concept"] == repr(TEXT)
     assert re.fullmatch(r"\d+: 'The' ' G'( '\w+'| ' \w+')+", lines["tokens"])
     assert lines["layer"] == "2 of 4, added to the input of block 2"
-    assert lines["recommended"] == "strength -0.5, cumulative, blend 0"
+    assert lines["recommended"] == "strength -0.5, cumulative, blend 1, contrast anchor"
     assert lines["file"].startswith(str(store_path / "a.safetensors"))
     assert float(lines["reconstruction"].split()[0]) < 5e-5
     assert float(lines["seconds"]) > 0

@@ -1,12 +1,14 @@
 """``lens``, and the other commands on a lens."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
 from operators.core.artifact import OperatorArtifact
+from operators.core.claims import claim
 from operators.core.errors import BuildError
 from operators.core.store import Store
 from operators.lens import matrices, search
@@ -95,8 +97,32 @@ def test_where_nothing_steers_it_says_so_and_recommends_nothing(run, store, monk
 def test_a_dry_run_says_what_would_be_done(run, store):
     plan = json.loads(run("lens", "--texts", "neutral.txt", "--dry-run", "--json").stdout)
     assert (plan["texts"], plan["rows"], plan["candidates"]) == (2, 80, 3 * len(plan["layers"]))
-    assert "at most" in run("lens", "--texts", "neutral.txt", "--dry-run").output
+    assert plan["seconds"] == pytest.approx(plan["seconds_of_matrices"] + plan["seconds_of_search"], abs=0.2)
+    told = run("lens", "--texts", "neutral.txt", "--dry-run").output
+    assert "at most" in told
+    assert re.search(r"about \d+ s in all. Nothing was changed", told)
     assert not store.path.exists()
+
+
+def test_the_time_that_is_told_grows_with_what_is_left_to_do(run, tmp_path, monkeypatch):
+    # As long as every row and every token took a second.
+    monkeypatch.setattr("operators.tune.pace.seconds_per_row_token", lambda *_: 1.0)
+    clock = iter(range(10_000))
+    monkeypatch.setattr("operators.commands._lens_plan.time.monotonic", lambda: next(clock))
+    one, two = (
+        json.loads(run("lens", "--texts", "neutral.txt", *more, "--dry-run", "--json").stdout)
+        for more in (("--layer", "2", "--positions", "first"), ())
+    )
+    # Texts of three tokens, each with the reference row beside it.
+    assert one["seconds_of_search"] == 2 * 3 * PLAN.most_texts(1)
+    assert two["seconds_of_search"] > one["seconds_of_search"]
+
+
+def test_a_second_search_of_the_same_name_is_refused(run, store):
+    with claim(store, "lens", "a search for a lens"):
+        message = _error(run("lens", "--texts", "neutral.txt", "--json"))
+        assert f"operator 'lens' in {store.path} is in use: a search for a lens by process" in message
+        assert run("lens", "--texts", "neutral.txt", "--dry-run").exit_code == 0
 
 
 def test_ctrl_c_keeps_the_matrices_and_the_same_command_goes_on(run, store, monkeypatch):

@@ -72,7 +72,7 @@ def test_a_layer_of_a_control_vector_is_imported_shown_and_listed(run, gguf, sto
         "tensor 'direction.1' of a gguf file, for 'llama', sha256:",
         f"norm:          {norm:.6g}; coefficient c of programs that add c times the vector",
         f" is strength {2 * norm:.4g} c / |h|",
-        "strength 0.5, cumulative, blend 1",
+        "strength 0.3, cumulative, blend 1 (the default of docs/MEASURED.md, not measured for this concept: ",
     ):
         assert part in shown
     assert "reconstruction" not in shown
@@ -173,3 +173,20 @@ def test_vectors_are_combined_and_calibrated_by_the_commands(run, gguf, texts, s
     assert {(point.layer, point.blend) for point in points} == {(2, 1.0)}
     moved = run("calibrate", "c", "--words", "e", "--layers", "1", "--json")
     assert "the operator is a vector of layer 2" in _error(moved)["message"]
+
+
+def test_a_strength_that_no_server_takes_is_told_of_vectors_too(run, gguf, texts):
+    for command in (
+        ("import", "far", "happy.gguf", "--layer", "2", "--about", "x"),
+        ("contrast", "near", *texts, "--layer", "2"),
+    ):
+        for strength, said in (
+            ("5", "strength 5 pushes"),
+            ("0", "strength 0 leaves"),
+            ("0.001", "strength 0.001 is less"),
+        ):
+            done = run(*command, "--strength", strength, "--replace", "--json")
+            (warning,) = json.loads(done.stdout)["warnings"]
+            assert warning.startswith(said)
+            assert done.stderr == f"steer-operators: warning: {warning}\n"
+        assert json.loads(run(*command, "--replace", "--json").stdout)["warnings"] == []

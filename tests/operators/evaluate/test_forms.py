@@ -8,10 +8,10 @@ from operators.core.neutral_texts import neutral_texts
 from operators.core.positions import Positions
 from operators.evaluate.concepts import EvalConcept, packaged_concepts
 from operators.evaluate.form import CONTRAST, PREFIX, all_forms, choose_forms
-from operators.evaluate.lens_pulls import LensPulls
 from operators.evaluate.material import Material
 from operators.evaluate.protocol import evaluation_prompts
 from operators.lens.pulls import text_pulls
+from operators.lens.word_pulls import WordPulls
 from operators.tune.prompts import calibration_prompts, neutral_prompts
 from operators.vectors.contrast import TextSet, mean_difference
 
@@ -25,10 +25,10 @@ def material(tiny):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_lens_pulls_what_the_room_of_lenses_pulls(tiny, family):
+def test_a_lens_of_some_words_pulls_what_the_matrices_pull(tiny, family):
     loaded, texts = tiny(family), neutral_texts()[:2]
     cotangents = torch.randn(3, loaded.hidden_size, dtype=torch.float64)
-    pulls = LensPulls(loaded, texts, LAYER)
+    pulls = WordPulls(loaded, texts, LAYER)
     first, others, both, two = pulls.pull(
         cotangents.float(), [Positions.parse(where) for where in ("first", "1..", "all", "..2")]
     )

@@ -167,23 +167,46 @@ def test_the_tokenizer_begins_texts_with_bos_where_the_file_says_so(says, adds, 
     assert saved.encode("Golden Gate").ids == expected
 
 
-def test_a_tokenizer_that_spells_the_words_of_its_vocabulary_is_refused():
-    words = ["mountain", "weather", "kitchen", "journey"]
+def _word_tokenizer(*, merged):
+    """Of four words; without its merges it spells them."""
     vocabulary = {token: place for place, token in enumerate(["<unk>", "Ġ", *string.ascii_lowercase])}
     merges = []
-    for word in words:
+    for word in ("mountain", "weather", "kitchen", "journey"):
         for end in range(2, len(word) + 1):
             merges.append((word[: end - 1], word[end - 1]))
             vocabulary.setdefault(word[:end], len(vocabulary))
+    model = Tokenizer(models.BPE(vocabulary, merges if merged else [], unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return PreTrainedTokenizerFast(tokenizer_object=model)
 
-    def tokenizer(merges):
-        model = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
-        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return PreTrainedTokenizerFast(tokenizer_object=model)
 
-    gguf_conversion.check_tokenizer("whole.gguf", tokenizer(merges))
+def test_a_tokenizer_that_spells_the_words_of_its_vocabulary_is_refused():
+    gguf_conversion.check_tokenizer("whole.gguf", _word_tokenizer(merged=True))
     with pytest.raises(ModelError, match=r"spelled.gguf: the tokenizer that transformers .* finds 0 of \d+ words"):
-        gguf_conversion.check_tokenizer("spelled.gguf", tokenizer([]))
+        gguf_conversion.check_tokenizer("spelled.gguf", _word_tokenizer(merged=False))
+
+
+def test_what_an_earlier_version_converted_is_looked_at_once_and_made_again_where_it_spells(
+    empty_cache, tiny_tokenizer, tmp_path, monkeypatch
+):
+    _write(tmp_path / "a.gguf", tiny_tokenizer)
+    source = str(tmp_path / "a.gguf")
+    directory = obtain(source)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    # As an earlier version left it: without the mark, and with a tokenizer that spells.
+    (mark,) = [path for path in directory.iterdir() if "checked" in path.name]
+    mark.unlink()
+    _word_tokenizer(merged=False).save_pretrained(directory)
+    assert obtain(source) == directory
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    assert _leftovers(empty_cache) == [directory]
+    # One that finds its words stays, and is looked at once.
+    mark.unlink()
+    monkeypatch.setattr(obtaining, "convert_gguf", lambda *_: pytest.fail("it was converted again"))
+    obtain(source)
+    assert mark.exists()
+    monkeypatch.setattr(gguf_conversion, "check_tokenizer", lambda *_: pytest.fail("it was looked at again"))
+    obtain(source)
 
 
 def test_a_sentencepiece_tokenizer_adds_bos_unless_the_file_says_otherwise():

@@ -8,8 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from operators.__main__ import app
-from operators.builder.spec import NEW_OPERATORS
+from operators.commands._describe import DEFAULT_NOTE, setting_line
 from operators.core.artifact import make_artifact
+from operators.core.defaults import NEW_OPERATORS, PUBLISHED
 from operators.core.errors import ConceptFileError, UnsupportedModelError
 from operators.core.header import Calibration, CalibrationPoint, Recommended
 from operators.core.positions import Positions
@@ -37,6 +38,7 @@ profile = "golden"
 rank = "full"
 strength = 0.75
 """
+TOLD = [rf" +{re.escape(setting_line(NEW_OPERATORS.model_dump(mode='json')))} \({re.escape(DEFAULT_NOTE)}\)"] * 2 + [""]
 NAMES = ["bridge-layer1", "bridge-layer3", "wedding"]
 
 
@@ -83,7 +85,8 @@ def test_a_file_gives_the_operators_that_its_concepts_give_one_by_one(build_file
 
 def test_the_run_is_told_line_by_line_and_as_json(build_file, shelf):
     lines = build_file(FILE).stdout.splitlines()
-    assert [re.fullmatch(r"(\S+) +built +[\d.]+ s", line)[1] for line in lines[:3]] == NAMES
+    for name, line, told in zip(NAMES, lines, TOLD, strict=False):
+        assert re.fullmatch(rf"{name} +built +[\d.]+ s{told}", line)
     assert re.fullmatch(rf"3 built: [\d.]+ s, {shelf}", lines[3])
     answer = json.loads(build_file(FILE.replace("0.75", "0.5"), "--json").stdout)
     assert [one["status"] for one in answer["operators"]] == ["up to date", "up to date", "updated"]
@@ -101,7 +104,7 @@ def test_what_is_there_already_is_not_built_again_nor_written(build_file, shelf,
     assert _statuses(build_file(text, "--json")) == {"a": "built"}
     before = _snapshot(shelf)
     _no_build(monkeypatch)
-    for again in (text, text + "profile = 'residual'", text + "layer = 2\nstrength = 0.5"):
+    for again in (text, text + "profile = 'residual'", text + "layer = 2\nstrength = 0.3\nblend = 1"):
         assert _statuses(build_file(again, "--json")) == {"a": "up to date"}
         assert _statuses(build_file(again, "--json", "--replace")) == {"a": "up to date"}
     assert _snapshot(shelf) == before
@@ -177,14 +180,20 @@ def _recommended(**fields):
     return NEW_OPERATORS.model_copy(update=fields)
 
 
+def _published(**fields):
+    return PUBLISHED.model_copy(update=fields)
+
+
 def test_what_is_only_recommended_is_written_anew_without_a_build(build_file, shelf, monkeypatch):
     build_file(ONE)
     old = Store(shelf).load("a")
     _no_build(monkeypatch)
     for addition, recommended, words in (
         ("strength = -1", _recommended(strength=-1), ()),
-        ('rule = "substitute"\nwords = ["gate"]', _recommended(rule="substitute"), ("gate",)),
-        ("blend = 0.25", _recommended(blend=0.25), ("gate",)),
+        # What speaks of the map is not the anchor's alone.
+        ('rule = "substitute"\nwords = ["gate"]', _published(rule="substitute"), ("gate",)),
+        ("blend = 0.25", _published(blend=0.25), ("gate",)),
+        ('rule = "substitute"\nblend = 1', _recommended(rule="substitute"), ("gate",)),
         ('positions = "first"', _recommended(positions=Positions(end=1)), ("gate",)),
         ('anchor = "concept"\nfirst_token = "anchor"', Recommended(first_token="anchor"), ("gate",)),
         ("", NEW_OPERATORS, ("gate",)),

@@ -100,7 +100,7 @@ def test_memory_that_runs_out_anywhere_in_a_task_fails_that_task_alone(build_fil
     if place == "with_header":
         # What is there is rewritten.
         build_file(two)
-        two = two.replace("rank", "strength = 0.3\nrank")
+        two = two.replace("rank", "strength = 0.4\nrank")
     monkeypatch.setattr(f"operators.recipes.run.{place}", fail)
     result = build_file(two)
     assert result.exit_code == 1

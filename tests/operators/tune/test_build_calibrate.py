@@ -7,12 +7,15 @@ import pytest
 from typer.testing import CliRunner
 
 from operators.__main__ import app
-from operators.builder.spec import NEW_OPERATORS
-from operators.commands import calibrate as command
+from operators.commands import _build_file as command
 from operators.core.artifact import with_header
+from operators.core.claims import claim
+from operators.core.defaults import NEW_OPERATORS
 from operators.core.header import Calibration, CalibrationPoint, Recommended
 from operators.core.store import Store
 from operators.model import loading as models
+from operators.tune import journal as journal_file
+from operators.tune.candidates import CandidateEvaluator
 
 OPEN = '[[concept]]\nname = "a"\ntext = "The Golden Gate"\nrank = 5\nwords = ["gate"]\n'
 FOUND = Recommended(strength=0.3, rule="substitute", blend=0.5)
@@ -159,7 +162,8 @@ def test_what_was_found_is_told_with_the_setting(build_file, explored):
 def test_a_calibration_that_found_nothing_is_told_as_such(build_file, unfruitful):
     told = build_file(OPEN, "--calibrate").stdout.splitlines()[0]
     assert told.endswith(
-        "  nothing within the bounds was found, and the default is kept: layer 2, strength 0.5, cumulative, blend 0"
+        "  nothing within the bounds was found, and the default is kept: layer 2, strength 0.3, cumulative, blend 1, "
+        "contrast anchor"
     )
     (one,) = json.loads(build_file(OPEN, "--json").stdout)["operators"]
     assert (one["found"], one["recommended"]) == (False, NEW_OPERATORS.model_dump())
@@ -168,7 +172,7 @@ def test_a_calibration_that_found_nothing_is_told_as_such(build_file, unfruitful
         .stdout.splitlines()[0]
         .endswith(
             "nothing within the bounds was found, and what was recommended is kept: layer 2, strength 0.4, cumulative, "
-            "blend 0"
+            "blend 1, contrast anchor"
         )
     )
     plain = OPEN.replace('"a"', '"b"')
@@ -187,13 +191,98 @@ def test_one_operator_is_calibrated_at_the_layer_that_is_given_and_says_where_no
 
 
 def test_a_calibration_goes_on_the_bars_of_the_batch(build_file, explored, monkeypatch):
-    monkeypatch.setattr(command, "progress_bars", lambda: pytest.fail("other bars were drawn"))
+    monkeypatch.setattr("operators.core.progress.progress_bars", lambda: pytest.fail("other bars were drawn"))
     told = []
-    calibrate = command.calibrate_with_defaults
+    calibrate = command.calibrate_new
     monkeypatch.setattr(
         command,
-        "calibrate_with_defaults",
+        "calibrate_new",
         lambda *args, progress, **kwargs: told.append(progress) or calibrate(*args, progress=progress, **kwargs),
     )
     assert build_file(OPEN, "--calibrate").exit_code == 0
     assert told[0].args[0].name == "a"
+
+
+ALPHABET = ",".join("abcdefghijklmnopqrstuvwxyz")
+
+
+@pytest.fixture
+def build(shelf, build_file, monkeypatch):
+    """``build(...)``: one operator with ``--calibrate``, on few prompts; ``build.decoded`` counts trials."""
+    monkeypatch.setattr("operators.tune.prompts.calibration_prompts", lambda: ("The bay", "My dress"))
+    monkeypatch.setattr("operators.tune.calibration_spec.neutral_prompts", lambda: ("A golden",))
+    real, decoded = CandidateEvaluator.evaluate, []
+
+    def evaluate(self, trials, *args, **kwargs):
+        points = real(self, trials, *args, **kwargs)
+        decoded.append(len(trials))
+        if build.stop_after == len(decoded):
+            raise KeyboardInterrupt
+        return points
+
+    def build(*more):
+        build.decoded.clear()
+        command = ["build", "a", "--text", "The bay", "--words", ALPHABET, "--layer", "2", "--calibrate", *more]
+        return CliRunner().invoke(app, command, catch_exceptions=False)
+
+    build.decoded, build.stop_after = decoded, None
+    monkeypatch.setattr(CandidateEvaluator, "evaluate", evaluate)
+    return build
+
+
+def test_a_build_that_is_stopped_amid_its_calibration_goes_on_with_it(build, shelf, monkeypatch):
+    build.stop_after = 2
+    stopped = build("--quick")
+    assert stopped.exit_code == 130
+    kept = int(re.search(r"stopped; (\d+) settings that were measured for 'a' are kept in ", stopped.stderr)[1])
+    assert kept > 0
+    assert Store(shelf).names() == []
+    journal = shelf / ".calibrate-a.jsonl"
+    assert len(journal.read_text().splitlines()) == kept + 1
+    assert list(shelf.iterdir()) == [journal]
+    build.stop_after = None
+    resumed = []
+    read = journal_file._read
+    monkeypatch.setattr(journal_file, "_read", lambda *args: resumed.append(read(*args)) or dict(resumed[-1]))
+    # The same operator, built at another time.
+    done = build("--quick", "--json")
+    assert done.exit_code == 0, done.output
+    assert len(resumed[0]) == kept
+    points = json.loads(done.stdout)["calibration"]["points"]
+    assert len(points) > kept
+    assert list(shelf.iterdir()) == [Store(shelf).path_of("a")]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_quick_build_calibrates_quickly(explored, build_file, shelf, monkeypatch, quick):
+    specs = []
+    real = command.calibrate_new
+    monkeypatch.setattr(
+        command, "calibrate_new", lambda *args, **kwargs: specs.append(kwargs["quick"]) or real(*args, **kwargs)
+    )
+    build_file(OPEN, "--calibrate", *["--quick"] * quick)
+    assert specs == [quick]
+    assert len(explored[0][0]) == (2 if quick else 3)
+    build = ["build", "b", "--text", "The bay", "--words", "bay", "--calibrate", *["--quick"] * quick]
+    assert CliRunner().invoke(app, build, catch_exceptions=False).exit_code == 0
+    assert explored[1][0] == explored[0][0]
+    refused = CliRunner().invoke(app, ["build", "b", "--text", "The bay", "--quick"])
+    assert (refused.exit_code, "--quick is of --calibrate" in refused.stderr) == (2, True)
+
+
+def test_two_calibrations_of_one_operator_at_once_are_refused_by_name(build_file, shelf, explored):
+    build_file(OPEN)
+    with claim(Store(shelf), "a", "a calibration"):
+        result = build_file(OPEN + OPEN.replace('"a"', '"b"'), "--calibrate", "--json")
+        assert result.exit_code == 1
+        first, second = json.loads(result.stdout)["operators"]
+        assert (first["status"], second["status"]) == ("failed", "built")
+        assert "operator 'a' in" in first["problem"]["message"]
+        assert "a calibration by process" in first["problem"]["message"]
+        for command_line in (
+            ["calibrate", "a"],
+            ["build", "a", "--text", "The Golden Gate", "--words", "gate", "--calibrate", "--replace"],
+        ):
+            alone = CliRunner().invoke(app, command_line, catch_exceptions=False)
+            assert (alone.exit_code, "is in use: a calibration by process" in alone.stderr) == (1, True)
+    assert [path.name for path in sorted(shelf.iterdir())] == ["a.safetensors", "b.safetensors"]

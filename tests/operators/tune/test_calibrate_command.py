@@ -35,7 +35,7 @@ def test_the_command_stores_curves_and_remembers_the_words(shelf, monkeypatch):
     result = run("--words", "neverwritten, nor this", "--layers", "1,2", "--quick")
     assert result.exit_code == 0
     assert "bay: no setting found" in result.stdout
-    assert "The recommendation stays: layer 2, strength 0.5, cumulative, blend 0" in result.stdout
+    assert "The recommendation stays: layer 2, strength 0.3, cumulative, blend 1, contrast anchor" in result.stdout
     first = Store(directory).load("bay").header.calibration
     assert first.words == ("neverwritten", "nor this")
     result = run("--layers", "2", "--json")

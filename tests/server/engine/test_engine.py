@@ -9,6 +9,8 @@ import pytest
 from transformers import BertConfig, BertLMHeadModel
 
 from operators.model.loading import recognise
+from steer_server.caller import CALLER, Caller
+from steer_server.engine import prompts
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.errors import PromptTooLongError, QueueFullError, ShuttingDownError, StartupError
 from steer_server.types import ChatMessage, DecodeJob, Prompt, Row, SamplingParams
@@ -53,38 +55,67 @@ async def test_a_text_just_within_the_context_is_read_whatever_its_letters(engin
     assert len(ids) == (llama.context_length - 1) // size * size
 
 
+async def test_a_text_that_is_too_long_is_read_no_further_than_it_takes_to_know(engine, llama, monkeypatch):
+    read = []
+    tokenizer = engine._prompts._tokenizer
+
+    def count(text, **options):
+        read.extend([len(text)] * (len(text) > 1))  # one letter asks what is put behind a text
+        return tokenizer(text, **options)
+
+    monkeypatch.setattr(engine._prompts, "_tokenizer", count)
+    text = "qz" * (llama.context_length * 9 // 2)
+    assert 8 * llama.context_length < len(text) <= engine._prompts._max_bytes
+    with pytest.raises(PromptTooLongError, match=r"has \d+ tokens or more"):
+        await engine.encode(Prompt(text=text))
+    assert sum(read) <= 8 * llama.context_length
+    read.clear()
+    fits = "the golden bridge " * 8
+    assert len(await engine.encode(Prompt(text=fits))) < llama.context_length
+    assert read == [len(fits)]
+
+
 @pytest.fixture
 def slow(engine, monkeypatch):
-    """Encoding waits until it is let go; the threads that did it are noted."""
-    gate, names = threading.Event(), []
+    """Reading waits until it is let go; the threads that did it are noted, by text."""
+    gate, names = threading.Event(), {}
 
-    def encode(prompt):
-        names.append(threading.current_thread().name)
+    def read(text, **_options):
+        names[text] = threading.current_thread().name
         gate.wait(10)
         return (1,)
 
-    monkeypatch.setattr(engine._prompts, "_encode", encode)
+    monkeypatch.setattr(engine._prompts, "_read", read)
     yield gate, names
     gate.set()
 
 
-async def test_prompts_are_read_one_at_a_time_in_a_thread_of_their_own(engine, slow):
+async def test_a_short_prompt_is_read_beside_a_long_one(engine, slow, monkeypatch):
+    monkeypatch.setattr(prompts, "_SHORT", 10)
     gate, names = slow
-    tasks = [asyncio.ensure_future(engine.encode(Prompt(text="x"))) for _ in range(3)]
+    tasks = [asyncio.ensure_future(engine.encode(Prompt(text=text * 20))) for text in "abcd"]
     await asyncio.sleep(0.1)
-    assert len(names) == 1
+    assert list(names.values()) == ["encode-long_0"]
+    tasks.append(asyncio.ensure_future(engine.encode(Prompt(text="x"))))
+    await asyncio.sleep(0.1)
+    assert names["x"].startswith("encode-short")
     gate.set()
-    assert await asyncio.gather(*tasks) == [(1,)] * 3
-    assert len(names) == 3
-    assert len(set(names)) == 1
-    assert names[0].startswith("encode")
+    assert await asyncio.gather(*tasks) == [(1,)] * 5
+
+
+def ask(engine, caller, text="x"):
+    async def encode():
+        CALLER.set(Caller(caller))
+        return await engine.encode(Prompt(text=text))
+
+    return asyncio.ensure_future(encode())
 
 
 async def test_no_more_than_four_times_as_many_prompts_wait_as_jobs_may(engine, slow):
     gate, _ = slow
-    tasks = [asyncio.ensure_future(engine.encode(Prompt(text="x"))) for _ in range(8)]
+    tasks = [ask(engine, caller) for caller in "ababab" + "cd"]
     await asyncio.sleep(0.05)
-    with pytest.raises(QueueFullError) as caught:
+    with pytest.raises(QueueFullError, match="8 prompts wait to be read; at most 8") as caught:
         await engine.encode(Prompt(text="x"))
     assert caught.value.retry_after > 0
     gate.set()
@@ -92,17 +123,30 @@ async def test_no_more_than_four_times_as_many_prompts_wait_as_jobs_may(engine, 
     assert await engine.encode(Prompt(text="x")) == (1,)
 
 
-async def test_a_prompt_that_is_given_up_frees_its_place(engine, slow):
+async def test_one_caller_leaves_room_for_others(engine, slow):
     gate, _ = slow
-    tasks = [asyncio.ensure_future(engine.encode(Prompt(text="x"))) for _ in range(8)]
+    tasks = [ask(engine, "a") for _ in range(6)]
     await asyncio.sleep(0.05)
-    tasks[7].cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await tasks[7]
-    tasks[7] = asyncio.ensure_future(engine.encode(Prompt(text="x")))
+    with pytest.raises(QueueFullError, match="6 of one caller"):
+        await ask(engine, "a")
+    tasks.append(ask(engine, "b"))
     await asyncio.sleep(0.05)
     gate.set()
-    assert await asyncio.gather(*tasks) == [(1,)] * 8
+    assert await asyncio.gather(*tasks) == [(1,)] * 7
+    assert not engine._prompts._reading
+
+
+async def test_a_prompt_that_is_given_up_frees_its_place(engine, slow):
+    gate, _ = slow
+    tasks = [ask(engine, "a") for _ in range(6)]
+    await asyncio.sleep(0.05)
+    tasks[5].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await tasks[5]
+    tasks[5] = ask(engine, "a")
+    await asyncio.sleep(0.05)
+    gate.set()
+    assert await asyncio.gather(*tasks) == [(1,)] * 6
 
 
 async def test_prompts_that_wait_when_the_engine_closes_are_told_so(engine, slow):
@@ -111,9 +155,10 @@ async def test_prompts_that_wait_when_the_engine_closes_are_told_so(engine, slow
     await asyncio.sleep(0.05)
     await engine.close()
     gate.set()
-    first, *others = await asyncio.gather(*tasks, return_exceptions=True)
-    assert first == (1,)
-    assert [type(other) for other in others] == [ShuttingDownError] * 2
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    # Two threads had begun.
+    assert found[:2] == [(1,)] * 2
+    assert type(found[2]) is ShuttingDownError
     with pytest.raises(ShuttingDownError):
         await engine.encode(Prompt(text="x"))
 

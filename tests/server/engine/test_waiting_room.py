@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from steer_server.caller import Caller
 from steer_server.engine.waiting_room import WaitingRoom
 from steer_server.errors import QueueFullError
-from steer_server.types import Caller
 
 
 class Clock:

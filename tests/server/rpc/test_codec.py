@@ -19,6 +19,7 @@ from steer_server.types import (
     FinishReason,
     OperatorUse,
     Receipt,
+    RequestLimits,
     Started,
     Timings,
     TokenLogprob,
@@ -326,10 +327,12 @@ def test_a_comparison_says_what_was_not_measured_by_leaving_it_unset():
 
 
 def test_the_model_is_described_in_full(model_info):
-    message = codec.model_info(model_info, version="1.2.3", max_queue=4, max_arms=5, max_dose=1.5)
+    limits = RequestLimits(*range(1, 10))
+    message = codec.model_info(model_info, version="1.2.3", max_queue=4, max_arms=5, max_dose=1.5, limits=limits)
     assert {descriptor.name for descriptor, _ in message.ListFields()} | {"has_chat_template"} == {
         field.name for field in message.DESCRIPTOR.fields
     }
     assert (message.model, message.num_layers) == (model_info.model, 4)
     assert (message.server_version, message.max_queue, message.max_arms) == ("1.2.3", 4, 5)
     assert message.max_dose == 1.5
+    assert [value for _, value in message.limits.ListFields()] == list(range(1, 10))

@@ -34,12 +34,17 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     ),
     errors.UnknownOperatorError("gölden", ("a", "b")): (steer_client.UnknownOperatorError, {"name": "gölden"}),
     errors.OperatorUnusableError("broken", "it is damaged"): (steer_client.OperatorUnusableError, {"name": "broken"}),
+    errors.DigestNotServedError("swapped", requested="sha256:1", served="sha256:2"): (
+        steer_client.DigestNotServedError,
+        {"name": "swapped", "metadata": {"requested": "sha256:1", "served": "sha256:2"}},
+    ),
     errors.QueueFullError("32 requests wait already", 2.25): (steer_client.ServerBusyError, {"retry_after": 2.25}),
     errors.SteeringNotAppliedError("layer 3 was not reached"): (steer_client.SteeringNotAppliedError, {}),
     # Nothing is wrong with the operator that a caller named, if any.
     errors.StoreUnreadableError("store x is not a directory"): (steer_client.ServerError, {}),
     errors.EngineFailedError("out of memory"): (steer_client.EngineFailedError, {}),
     errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
+    errors.UnimplementedError("grpc.health.v1.Health/List"): (steer_client.ServerError, {}),
 }
 _CASES = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 
@@ -55,6 +60,7 @@ class _BrokenEngine:
     """Fails every request with the error that a test gives it."""
 
     model: ModelInfo
+    tokenizer: Any
     error: BaseException | None = None
     running: int = 0
     waiting: int = 0
@@ -84,8 +90,8 @@ class _EmptyRegistry:
 
 
 @pytest.fixture
-async def broken(model_info):
-    engine = _BrokenEngine(model_info)
+async def broken(model_info, tiny_tokenizer):
+    engine = _BrokenEngine(model_info, tiny_tokenizer)
     server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
     port = await server.start()
     yield engine, f"127.0.0.1:{port}"
@@ -226,19 +232,19 @@ async def test_bytes_that_are_no_message_are_an_invalid_request(broken, method):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await answer
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "not a message of this method" in caught.value.details()
+    assert f"is no {'Tokenize' if method == 'Tokenize' else 'Generate'}Request" in caught.value.details()
 
 
-async def test_stopping_closes_the_engine(model_info):
-    engine = _BrokenEngine(model_info)
+async def test_stopping_closes_the_engine(model_info, tiny_tokenizer):
+    engine = _BrokenEngine(model_info, tiny_tokenizer)
     server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
     await server.start()
     await server.stop()
     assert engine.closed == [True]
 
 
-async def test_a_server_whose_engine_died_stops_and_says_why(model_info):
-    engine = _BrokenEngine(model_info, error=errors.EngineFailedError("it broke"))
+async def test_a_server_whose_engine_died_stops_and_says_why(model_info, tiny_tokenizer):
+    engine = _BrokenEngine(model_info, tiny_tokenizer, error=errors.EngineFailedError("it broke"))
     server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
     target = f"127.0.0.1:{await server.start()}"
     serving = asyncio.ensure_future(server.serve_until_signalled())
@@ -257,8 +263,8 @@ async def test_a_server_whose_engine_died_stops_and_says_why(model_info):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_server_that_is_signalled_stops_without_an_error(model_info, number):
-    engine = _BrokenEngine(model_info)
+async def test_a_server_that_is_signalled_stops_without_an_error(model_info, tiny_tokenizer, number):
+    engine = _BrokenEngine(model_info, tiny_tokenizer)
     server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
     await server.start()
     serving = asyncio.ensure_future(server.serve_until_signalled())
@@ -268,9 +274,9 @@ async def test_a_server_that_is_signalled_stops_without_an_error(model_info, num
     assert engine.closed == [True]
 
 
-def test_the_engines_own_metrics_are_shown_with_those_of_the_server(model_info):
+def test_the_engines_own_metrics_are_shown_with_those_of_the_server(model_info, tiny_tokenizer):
     own = CollectorRegistry()
     Gauge("engine_depth", "Of its own", registry=own).set(7)
-    metrics = Metrics(_BrokenEngine(model_info, collectors=(own,)), _EmptyRegistry())
+    metrics = Metrics(_BrokenEngine(model_info, tiny_tokenizer, collectors=(own,)), _EmptyRegistry())
     assert metrics.registry.get_sample_value("engine_depth") == 7
     assert metrics.registry.get_sample_value("steer_jobs_running") == 0

@@ -43,7 +43,7 @@ OperatorOption = Annotated[
     typer.Option(
         "--operator",
         "-o",
-        metavar="NAME[=λ[@β]][:POSITIONS][,anchor=contrast|concept][,first_token=operator|anchor]",
+        metavar="NAME[=λ[@β]][:POSITIONS][,anchor=contrast|concept][,first_token=operator|anchor][,digest=SHA256]",
         help="An operator, with its strength λ, its blend β, and where it pushes: all, first, prompt, generated, a "
         "range such as 4.. or 0..8, or one of a part such as generated:0..5. Then which anchor β blends with, and "
         "whether it stands alone at the first token. May be repeated; the operators add up.",
@@ -62,7 +62,8 @@ WordOption = Annotated[
     ),
 ]
 LensOption = Annotated[
-    str, typer.Option("--lens", metavar="NAME", help="The lens of the words.", rich_help_panel=_STEERING)
+    str,
+    typer.Option("--lens", metavar="NAME[,digest=SHA256]", help="The lens of the words.", rich_help_panel=_STEERING),
 ]
 KLOption = Annotated[
     float | None,

@@ -18,27 +18,25 @@ from vllm.platforms import current_platform
 
 from operators.core.apply import PreparedOperator
 from steer_server.engine.vllm.limits import check_supported
+from steer_server.engine.vllm.start_problem import reports_problems
 from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
 from steer_server.engine.vllm.worker.layer_hooks import PUSH_OP, forward_pass, install_hooks, make_embedder
 from steer_server.engine.vllm.worker.pushes import TokenSpan, concatenate_ranges, copy_to_device
 from steer_server.engine.vllm.worker.runner_hooks import V1RunnerHook, V2RunnerHook
 from steer_server.engine.vllm.worker.scoring import KeptStates, score_states
+from steer_server.engine.vllm.worker.sized_worker import SizedWorker
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import SteeringArgs
-
-if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
-else:
-    from vllm.v1.worker.gpu_worker import Worker as _Worker
 
 _MAX_UNRECORDED_STEPS = 64
 """Steps whose measurements may wait on the device: reading them makes the host wait for it."""
 
 
-class SteeringWorker(_Worker):  # type: ignore[misc]
+class SteeringWorker(SizedWorker):
     """The platform's worker, which also steers. The server calls its ``steering_`` methods."""
 
+    @reports_problems
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Loads the model and hooks it. Raises :class:`RuntimeError` for what is not supported, by name."""
         check_supported(self.vllm_config)

@@ -10,6 +10,7 @@ import torch
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
+from operators.core.defaults import PUBLISHED
 from steer_server.engine.hf import decode as decode_module
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
 from steer_server.generate import CompletionBuilder
@@ -172,7 +173,9 @@ def test_a_prompt_read_in_chunks_gives_the_text_of_one_read_at_once(
     tiny, family, chunk, plan_of, decode, monkeypatch, prompt_ids
 ):
     loaded = tiny(family, dtype="float64")
-    operator = build_operator(BuildSpec((concept_from_text("golden gate", loaded),), layer=2), loaded)
+    operator = build_operator(
+        BuildSpec((concept_from_text("golden gate", loaded),), layer=2, recommended=PUBLISHED), loaded
+    )
     plans = [None, plan_of((operator, 0.8)), plan_of((operator, -0.5), rule="substitute", blend=0.3)]
     ids, receipts, logits = decode(loaded, *plans, max_tokens=8)
     assert len(logits) == 8

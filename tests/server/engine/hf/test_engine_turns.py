@@ -1,4 +1,4 @@
-"""The embedded engine with several jobs at once: whose turn it is, what it refuses, what it counts, and how it fails."""
+"""Several jobs at once: whose turn it is, what is refused, what is counted, and how the engine fails."""
 
 import asyncio
 import time
@@ -6,11 +6,12 @@ import time
 import pytest
 import torch
 
+from steer_server.caller import Caller
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.engine.hf.failure import is_lost
 from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.errors import EngineFailedError, InvalidRequestError, ShuttingDownError
-from steer_server.types import Caller, DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
+from steer_server.types import DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
 
 ALL = 400
 """Of the tokens that the tiny model takes, more than any test waits for."""
@@ -85,7 +86,9 @@ async def test_what_a_job_needs_is_refused_with_the_figures_where_it_does_not_fi
     engine = HFEngine(llama, max_queue=2, decode_memory=3 * (memory.per_row + 50 * memory.per_token))
     try:
         scored = Row(plan_of((artifact, 0.5)), score=True)
-        with pytest.raises(InvalidRequestError, match=r"3 rows .* of 51 tokens take .*, enough for 40 tokens") as caught:
+        with pytest.raises(
+            InvalidRequestError, match=r"3 rows .* of 51 tokens take .*, enough for 40 tokens"
+        ) as caught:
             engine.submit(_job(Row(), scored, prompt=(1,) * 10, tokens=41))
         assert caught.value.field == "sampling.max_tokens"
         events = await _events(engine.submit(_job(Row(), scored, prompt=(1,) * 10, tokens=40)))
@@ -123,9 +126,7 @@ async def test_an_error_of_one_job_is_its_own(engine, passes):
     other = engine.submit(_job(client="b", tokens=100))
     await _first_token(other)
     passes.error = RuntimeError("the shapes do not fit")
-    results = await asyncio.gather(
-        _events(other), _events(engine.submit(_job(tokens=100))), return_exceptions=True
-    )
+    results = await asyncio.gather(_events(other), _events(engine.submit(_job(tokens=100))), return_exceptions=True)
     assert sorted(type(result) for result in results if isinstance(result, Exception)) == [EngineFailedError]
     assert len(await _events(engine.submit(_job()))) == 6
 

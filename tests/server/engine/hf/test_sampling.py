@@ -16,7 +16,7 @@ _SETTINGS = [
     {"temperature": 1.0, "top_p": 0.6},
     {"temperature": 1.0, "min_p": 0.2},
     {"temperature": 1.3, "top_k": 4},
-    {"temperature": 0.8, "top_k": 7, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.4},
+    {"temperature": 0.8, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.4},
 ]
 
 
@@ -77,6 +77,56 @@ def test_an_enormous_temperature_draws_evenly(temperature):
     assert len(set(_draws(300, _logits(3), temperature=temperature, seed=1))) == _VOCABULARY
 
 
+@pytest.fixture
+def drawn_from(monkeypatch):
+    """The distributions from which tokens were drawn, in their order."""
+    seen = []
+    draw = torch.multinomial
+
+    def spy(probabilities, *args, **kwargs):
+        seen.append(probabilities.clone())
+        return draw(probabilities, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
+    return seen
+
+
+def test_min_p_is_applied_before_top_p(drawn_from):
+    # min-p keeps what has at least .25 of the likeliest's .5: three tokens, of which two have .8 of what is left. The
+    # other way round, top-p keeps three, and min-p all of them.
+    _choose(torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log(), temperature=1.0, top_p=0.8, min_p=0.25)
+    assert drawn_from[-1].tolist() == pytest.approx([5 / 7, 2 / 7, 0.0, 0.0, 0.0])
+
+
+def test_min_p_is_applied_before_top_k(drawn_from):
+    _choose(torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log(), temperature=1.0, top_k=4, top_p=0.95, min_p=0.11)
+    assert drawn_from[-1].tolist() == pytest.approx([10 / 19, 4 / 19, 3 / 19, 2 / 19, 0.0])
+
+
+def _vllm_probabilities(params, logits):
+    """What vLLM 0.32 draws from: its own processors, in the order of its sampler."""
+    from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
+
+    logits = logits[None] / params["temperature"]
+    min_p = MinPLogitsProcessor.__new__(MinPLogitsProcessor)
+    min_p.min_p_count, min_p.min_p = 1, torch.tensor([[params["min_p"]]])
+    logits = min_p.apply(logits)
+    top_k, top_p = torch.tensor([params.get("top_k") or logits.shape[1]]), torch.tensor([params["top_p"]])
+    return apply_top_k_top_p_pytorch(logits, top_k, top_p)[0].softmax(-1)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("top_k", [0, 7])
+@pytest.mark.parametrize(("top_p", "min_p"), [(0.5, 0.1), (0.8, 0.25), (0.95, 0.05), (0.3, 0.5), (1.0, 0.2)])
+def test_the_distribution_is_that_of_vllm(drawn_from, top_k, top_p, min_p):
+    params = {"temperature": 0.8, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    for seed in range(40):
+        logits = _logits(seed)
+        _choose(logits, **params)
+        torch.testing.assert_close(drawn_from[-1], _vllm_probabilities(params, logits))
+
+
 def _transformers_probabilities(llama, params, sequence, logits):
     """What ``generate`` of transformers would draw from."""
     config = GenerationConfig(do_sample=True, **{"top_k": 0, **params})
@@ -93,21 +143,13 @@ def _transformers_probabilities(llama, params, sequence, logits):
 
 
 @pytest.mark.parametrize("params", _SETTINGS, ids=str)
-def test_the_distribution_is_that_of_transformers(llama, params, monkeypatch):
-    seen = []
-    draw = torch.multinomial
-
-    def spy(probabilities, *args, **kwargs):
-        seen.append(probabilities.clone())
-        return draw(probabilities, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "multinomial", spy)
+def test_the_distribution_is_that_of_transformers(llama, params, drawn_from):
     sequence = [3, 5, 3, 8]
     for seed in range(5):
         logits = _logits(seed)
         _choose(logits, sequence, **params)
         expected = _transformers_probabilities(llama, params, sequence, logits)
-        assert torch.equal(seen[-1], expected)
+        assert torch.equal(drawn_from[-1], expected)
 
 
 @pytest.mark.parametrize("params", _SETTINGS, ids=str)

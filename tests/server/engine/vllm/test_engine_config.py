@@ -9,6 +9,7 @@ import torch
 from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
 from steer_server.engine.vllm.cache_salts import CacheSalts
+from steer_server.engine.vllm.worker_protocol import SHARE_OF_FREE, STEERING_MEMORY
 from steer_server.errors import EngineFailedError, StartupError
 
 pytestmark = pytest.mark.vllm
@@ -74,7 +75,7 @@ def test_options_that_are_not_accepted_are_refused_as_options(configure, given, 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no"), AssertionError(), KeyError("x"), RuntimeError("no")])
 def test_whatever_vllm_raises_is_a_refusal(engine_config, configure, monkeypatch, error):
-    def fail(_args):
+    def fail(_args, usage_context):
         raise error
 
     monkeypatch.setattr(engine_config.AsyncEngineArgs, "create_engine_config", fail)
@@ -83,22 +84,39 @@ def test_whatever_vllm_raises_is_a_refusal(engine_config, configure, monkeypatch
     assert caught.value.__cause__ is error
 
 
-def test_operators_without_room_on_a_device_end_the_start_unless_the_cache_has_a_size_of_its_own(
-    engine_config, configure, monkeypatch
+def test_batches_have_the_sizes_of_vllms_own_server(engine_config, configure, directory):
+    args = engine_config.AsyncEngineArgs(model=str(directory))
+    served = args.create_engine_config(usage_context=engine_config.UsageContext.OPENAI_API_SERVER).scheduler_config
+    ours = configure()[0].scheduler_config
+    assert (ours.max_num_seqs, ours.max_num_batched_tokens) == (served.max_num_seqs, served.max_num_batched_tokens)
+    assert configure(max_num_seqs=7)[0].scheduler_config.max_num_seqs == 7
+
+
+@pytest.fixture
+def no_cache_size(monkeypatch):
+    """The cache has no size of its own, which the tests give it."""
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "takes_what_is_free"),
+    [({}, True), ({"gpu_memory_utilization": 0.3}, False), ({"kv_cache_memory_bytes": GIB}, False)],
+    ids=str,
+)
+def test_a_cpu_takes_what_is_free_unless_the_user_says_how_much(
+    engine_config, configure, no_cache_size, options, takes_what_is_free
 ):
-    config, _ = configure()
-    monkeypatch.setattr(engine_config.AsyncEngineArgs, "create_engine_config", lambda _args: config)
-    monkeypatch.setattr(config.cache_config, "gpu_memory_utilization", 0.92)
-    # The platform cpu always gives the cache a size of its own.
-    monkeypatch.setattr(config.cache_config, "kv_cache_memory_bytes", None)
-    configure(memory=4 * GIB)
-    monkeypatch.setattr(engine_config.current_platform, "is_cpu", lambda: False)
+    told = configure(**options)[0].additional_config
+    assert told[SHARE_OF_FREE] == (takes_what_is_free and engine_config.DEVICE == "cpu")
+    assert told[STEERING_MEMORY] == GIB
+
+
+def test_steering_takes_an_eighth_of_what_vllm_may_where_the_user_has_not_said(
+    engine_config, configure, no_cache_size, monkeypatch
+):
     monkeypatch.setattr(engine_config.current_platform, "get_device_total_memory", lambda: 24 * GIB)
-    with pytest.raises(StartupError, match=r"^engine_args: .*gpu_memory_utilization 0\.92 leaves 1\.9 GiB"):
-        configure(memory=4 * GIB)
-    configure(memory=GIB)
-    monkeypatch.setattr(config.cache_config, "kv_cache_memory_bytes", GIB)
-    configure(memory=4 * GIB)
+    told = configure(None, gpu_memory_utilization=0.92)[0].additional_config
+    assert told[STEERING_MEMORY] == 2 * GIB
 
 
 def test_log_probabilities_in_transformers_are_those_after_the_whole_prompt(transformers_logprobs, llama):

@@ -1,12 +1,10 @@
-"""What is refused of vLLM's configuration, of devices, and of memory. No vLLM is needed."""
+"""What is refused of vLLM's configuration and of devices. No vLLM is needed."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from steer_server.engine.vllm.limits import check_device, check_memory, check_supported
-
-GIB = 1 << 30
+from steer_server.engine.vllm.limits import check_device, check_supported
 
 
 class Graphs:
@@ -114,20 +112,3 @@ def test_a_device_that_the_installed_vllm_does_not_compute_on_is_refused():
     check_device("cpu", "cpu")
     with pytest.raises(ValueError, match=r"^device: .* computes on 'cpu', not on 'cuda'"):
         check_device("cuda", "cpu")
-
-
-@pytest.mark.parametrize(("total", "utilization"), [(80, 0.92), (24, 0.8), (24, 0.5)])
-def test_operators_that_have_room_beside_vllm_are_accepted(total, utilization):
-    check_memory(total * GIB, utilization, 4 * GIB)
-
-
-@pytest.mark.parametrize(("total", "utilization", "most"), [(24, 0.92, "0.83"), (40, 0.92, "0.9"), (3, 0.5, "0")])
-def test_operators_without_room_beside_vllm_are_refused_with_both_options(total, utilization, most):
-    with pytest.raises(
-        ValueError, match=rf"^gpu_memory_utilization {utilization} leaves .* GiB .*operator_memory"
-    ) as why:
-        check_memory(total * GIB, utilization, 4 * GIB)
-    assert f"engine_args.gpu_memory_utilization at most {most}, or a smaller --operator-memory" in str(why.value)
-    if most != "0":
-        # What is proposed is accepted.
-        check_memory(total * GIB, float(most), 4 * GIB)

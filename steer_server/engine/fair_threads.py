@@ -1,0 +1,85 @@
+"""A few threads beside the event loop, of which callers get one in turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from steer_server.caller import CALLER
+from steer_server.errors import ShuttingDownError
+
+_T = TypeVar("_T")
+
+
+class FairThreads:
+    """Runs functions in ``count`` threads. Of those that wait, each caller's first comes before anybody's second.
+
+    Used from one event loop.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._free = count
+        self._closed = False
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        """By caller, in the order of their turns."""
+
+    async def run(self, function: Callable[[], _T]) -> _T:
+        """What the function returns or raises. Raises :class:`ShuttingDownError` once this is closed.
+
+        A caller that gives up keeps the thread busy until the function ends: nobody else gets it before.
+        """
+        if self._closed:
+            raise ShuttingDownError
+        loop = asyncio.get_running_loop()
+        if self._free:
+            self._free -= 1
+        else:
+            await self._turn(loop)
+        if self._closed:
+            raise ShuttingDownError
+        running = self._pool.submit(function)
+        running.add_done_callback(lambda _: self._freed(loop))
+        return await asyncio.wrap_future(running)
+
+    def close(self) -> None:
+        """Refuses those who wait and who come. What runs goes on to its end."""
+        self._closed = True
+        for waiting in self._waiting.values():
+            for turn in waiting:
+                if not turn.done():
+                    turn.set_exception(ShuttingDownError())
+        self._waiting.clear()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.setdefault(CALLER.get().host, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                # The turn came at the moment it was given up.
+                self._pass_on()
+            raise
+
+    def _freed(self, loop: asyncio.AbstractEventLoop) -> None:
+        with suppress(RuntimeError):  # a loop that has ended has nobody waiting
+            loop.call_soon_threadsafe(self._pass_on)
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            caller, waiting = next(iter(self._waiting.items()))
+            del self._waiting[caller]
+            turn = waiting.popleft()
+            if waiting:
+                # Behind everybody else.
+                self._waiting[caller] = waiting
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1

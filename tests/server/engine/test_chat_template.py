@@ -1,0 +1,136 @@
+"""Chat templates in processes that can be ended, held against what transformers makes of the same templates."""
+
+import asyncio
+import time
+
+import psutil
+import pytest
+
+from steer_server.engine import chat_template
+from steer_server.engine.chat_template import ChatTemplate
+from steer_server.errors import InvalidRequestError, ShuttingDownError
+from steer_server.types import ChatMessage
+
+TURNS = (
+    ChatMessage("system", "be b\u00e9\u6771"),
+    ChatMessage("user", 'say "hi"\n  <b> & '),
+    ChatMessage("assistant", ""),
+)
+ENDLESS = "{% for x in range(99999) %}" * 3 + "{% endfor %}" * 3
+ON_REQUEST = "{% if messages[0].role == 'slow' %}" + ENDLESS + "{% endif %}{{ messages[0].content }}"
+
+
+@pytest.fixture
+def make(tiny_tokenizer, monkeypatch):
+    made = []
+
+    def of(template, **options):
+        monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+        made.append(ChatTemplate(tiny_tokenizer, **{"max_characters": 10_000, **options}))
+        return made[-1]
+
+    yield of
+    for each in made:
+        each.close()
+
+
+def children():
+    return [child for child in psutil.Process().children() if "render_chat" in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ bos_token }}{% for m in messages %}\n  {%- if not loop.first %}|{% endif %}{{ m.role }}: "
+        "{{ m['content'] | trim }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}"
+        "{{ tools is none }}",
+        "{% for m in messages %}{% generation %}{% set x = m.content %}{{ x }}{% endgeneration %}{% endfor %}"
+        "{{ x is defined }}",
+        "{{ messages | tojson(indent=2) }}{{ strftime_now('%Y') }}{{ documents }}"
+        "{{ messages | map(attribute='role') | join(',') }}",
+        "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}"
+        "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+        "   {% if true %}   \n  x\n   {% endif %}   \n",
+    ],
+)
+async def test_a_conversation_reads_as_transformers_renders_it(make, tiny_tokenizer, template):
+    chat = make(template)
+    messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+    expected = tiny_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert await chat.render(TURNS) == expected
+
+
+@pytest.mark.model
+async def test_the_default_models_template_renders_as_in_transformers(smollm):
+    tokenizer = smollm().tokenizer
+    chat = ChatTemplate(tokenizer, max_characters=10_000)
+    try:
+        messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert await chat.render(TURNS) == expected
+    finally:
+        chat.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses it: roles must alternate"),
+        ("{{ messages[9].content.x.y }}", "refuses it: "),
+        ("{% for m in messages %}", "cannot be read: "),
+        ("{{ messages.append(1) }}", "refuses it: "),
+        ("{{ ''.__class__.__mro__ }}", "refuses it: "),
+        ("{{ 'x' * 10001 }}", "makes more than 10000 characters"),
+        ("{% for a in range(10001) %}x{% endfor %}", "makes more than 10000 characters"),
+        ("{{ 'x' * 10 ** 10 }}", "needs more memory"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses it: "),
+    ],
+)
+async def test_a_template_that_fails_is_an_error_of_the_prompts_chat(make, template, words):
+    chat = make(template)
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        await chat.render(TURNS)
+    assert caught.value.field == "prompt.chat"
+    with pytest.raises(InvalidRequestError):
+        await chat.render(TURNS)
+    # An error is an answer: the process is kept.
+    assert len(children()) == 1
+
+
+async def test_a_template_without_an_end_is_ended_and_the_next_conversation_rendered(make, monkeypatch):
+    monkeypatch.setattr(chat_template, "_MAX_SECONDS", 1)
+    chat = make(ON_REQUEST)
+    before = set(children())
+    began = time.process_time()
+    with pytest.raises(InvalidRequestError, match="does not end within 1 s") as caught:
+        await chat.render((ChatMessage("slow", "x"),))
+    assert caught.value.field == "prompt.chat"
+    # All of its computing was elsewhere.
+    assert time.process_time() - began < 1
+    assert await chat.render((ChatMessage("user", "fine"),)) == "fine"
+    assert not before & set(children())
+
+
+async def test_closing_ends_what_has_no_end(make):
+    chat = make(ON_REQUEST)
+    tasks = [asyncio.ensure_future(chat.render((ChatMessage("slow", "x"),))) for _ in range(4)]
+    await asyncio.sleep(0.2)
+    assert children()
+    chat.close()
+    found = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+    assert [type(error) for error in found] == [ShuttingDownError] * 4
+    assert children() == []
+    with pytest.raises(ShuttingDownError):
+        await chat.render((ChatMessage("user", "fine"),))
+
+
+async def test_a_process_that_was_killed_is_replaced(make):
+    chat = make("{{ messages[0].content }}")
+    assert await chat.render(TURNS[1:]) == TURNS[1].content
+    [child] = children()
+    child.kill()
+    child.wait()
+    assert await chat.render(TURNS[1:]) == TURNS[1].content
+    assert [each.pid for each in children()] != [child.pid]
