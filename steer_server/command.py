@@ -8,9 +8,10 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import structlog
 import typer
@@ -105,14 +106,24 @@ def serve(
             options["engine_args"] = read_engine_args(engine_args)
         config = ServerConfig(**options)
         _configure_logging(config)
-        asyncio.run(_run(config))
+        asyncio.run(_run_and_leave(config))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         _fail(problems, code=2)
     except StartupError as error:
         _fail(str(error), code=1)
+
+
+async def _run_and_leave(config: ServerConfig) -> None:
+    try:
+        await _run(config)
+    except StartupError as error:
+        _fail(str(error), code=1)
     except EngineDiedError as error:
         _fail(str(error), code=3)
+    # From here, within the event loop: leaving it waits for threads, and the interpreter's end aborts the process where
+    # one of them is in a forward pass. None has state to save.
+    _leave(0)
 
 
 async def _run(config: ServerConfig) -> None:
@@ -262,8 +273,14 @@ def _configure_logging(config: ServerConfig) -> None:
     logging.getLogger("operators").setLevel(logging.INFO)
 
 
-def _fail(message: str, *, code: int) -> None:
+def _fail(message: str, *, code: int) -> NoReturn:
     print(f"steer-server: {message}", file=sys.stderr)
-    # Not sys.exit, which waits for the decoding thread; that has no state to save.
-    sys.stderr.flush()
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process now, whatever its threads do."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -15,6 +15,7 @@ from steer_client import AsyncSteerClient, OperatorUse, SteerClient
 
 from steer_server import errors
 from steer_server.config import ServerConfig
+from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineDiedError, SteerServerError
 from steer_server.metrics import Metrics
 from steer_server.rpc.server import SteerServer
@@ -65,6 +66,7 @@ class _BrokenEngine:
     running: int = 0
     waiting: int = 0
     collectors: tuple[Collector, ...] = ()
+    work: WorkDone = field(default_factory=WorkDone)
     closed: list[bool] = field(default_factory=list)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
