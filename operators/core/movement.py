@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -19,6 +20,14 @@ class Movement:
     """|push|: the dose that was to be given."""
     rounding: torch.Tensor
     """The most by which rounding h' to its dtype changes the dose: u |h'|/|h|, with u half the dtype's resolution."""
+
+
+def join_movements(parts: Sequence[Movement]) -> Movement:
+    """Those of hidden states that were moved in several parts, (T,) each, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [each.name for each in fields(Movement)]
+    return Movement(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def movement(

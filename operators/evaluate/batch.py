@@ -15,6 +15,7 @@ import torch
 from operators.core.errors import TrialError
 from operators.evaluate.directions import Push
 from operators.model.loading import LoadedModel
+from operators.model.rope import check_one_rope
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,8 @@ class TextBatch:
             raise TrialError(
                 f"prompt of {width} tokens; {loaded.name} takes at most {_longest(loaded)} with {tokens} more"
             )
+        # The first token is fed alone.
+        check_one_rope(loaded.model.config.get_text_config(), 1, width + tokens - 1)
         device = loaded.device
         # Padding repeats the first token: a repetition penalty must not see one that is not in the text.
         rest = [prompt[:1] * (width - len(prompt)) + prompt[1:] for prompt in prompts]

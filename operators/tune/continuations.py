@@ -20,6 +20,7 @@ from operators.core.measured import Sampling
 from operators.core.positions import ALL_POSITIONS
 from operators.core.pushes import SequencePushes
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
+from operators.model.rope import check_one_rope
 from operators.tune.token_choice import GREEDY, TokenChoice
 
 TEXTS_PER_BATCH = 64
@@ -82,6 +83,7 @@ def decode_continuations(
 
     Raises:
         SteeringError: a push cannot be formed, changes nothing, or makes the logits not finite.
+        ModelError: texts would cross a length at which the model's rotary factors change.
         TrialError: a prompt is empty or too long, or the plain model's own logits are not finite.
     """
     longest = loaded.context_length - tokens
@@ -90,6 +92,10 @@ def decode_continuations(
             raise TrialError(
                 f"prompt has {len(request.ids)} tokens; {loaded.name} takes 1 to {longest} with {tokens} more"
             )
+    if requests:
+        lengths = [len(request.ids) for request in requests]
+        # Texts of a batch share a forward pass, and the longest one's factors.
+        check_one_rope(loaded.model.config.get_text_config(), min(lengths), max(lengths) + tokens - 1)
     continuations: list[Continuation] = []
     with torch.inference_mode():
         for first in range(0, len(requests), texts_per_batch):

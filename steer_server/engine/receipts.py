@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from steer_server.engine.dose import DoseStatistics
+from steer_server.engine.proof import Proof
 from steer_server.types import Application, Receipt, SteeringPlan
 
 
-def make_receipts(plan: SteeringPlan, doses: Sequence[DoseStatistics]) -> tuple[Receipt, ...]:
-    """One receipt per operator of the plan, in its order; ``doses``: measured, in the same order."""
-    return tuple(_receipt(plan, use, measured) for use, measured in zip(plan.applications, doses, strict=True))
+def make_receipts(
+    plan: SteeringPlan, doses: Sequence[DoseStatistics], proof: Proof | None = None
+) -> tuple[Receipt, ...]:
+    """One receipt per operator of the plan, in its order.
+
+    Args:
+        doses: measured, in the same order.
+        proof: what was held against the reference; None where nothing was added.
+    """
+    return tuple(_receipt(plan, use, measured, proof) for use, measured in zip(plan.applications, doses, strict=True))
 
 
 def empty_receipts(plan: SteeringPlan | None) -> tuple[Receipt, ...]:
@@ -18,8 +26,9 @@ def empty_receipts(plan: SteeringPlan | None) -> tuple[Receipt, ...]:
     return make_receipts(plan, [DoseStatistics() for _ in plan.applications]) if plan else ()
 
 
-def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics) -> Receipt:
+def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics, proof: Proof | None) -> Receipt:
     count = doses.prompt_tokens + doses.generated_tokens
+    num_checked, worst_cosine = (0, None) if proof is None else proof.of(application)
     return Receipt(
         operator=application.name,
         digest=application.artifact.digest,
@@ -41,4 +50,6 @@ def _receipt(plan: SteeringPlan, application: Application, doses: DoseStatistics
         words=application.words,
         lens_digest=application.lens_digest,
         kl=application.kl,
+        positions_checked=num_checked,
+        worst_cosine=worst_cosine,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from steer_server.engine.text import Detokenizer, Piece, StopStrings
@@ -10,13 +11,17 @@ from steer_server.types import FinishReason, SamplingParams
 
 @dataclass(eq=False)
 class RowText:
-    """The text of one continuation. ``ids``: its tokens so far, without the prompt."""
+    """The text of one continuation. ``ids``: its tokens so far, without the prompt.
+
+    ``special_stops``: of :func:`~steer_server.engine.special_stops.special_stops`.
+    """
 
     detokenizer: Detokenizer
     sampling: SamplingParams
     prompt_tokens: int
     context_length: int
     eos_ids: frozenset[int]
+    special_stops: Mapping[int, str] = field(default_factory=dict)
     ids: list[int] = field(default_factory=list)
     _stops: StopStrings = field(init=False)
 
@@ -27,7 +32,12 @@ class RowText:
         """Adds a token: the text that may be shown now, and why the continuation ends with it (None: it goes on)."""
         self.ids.append(token)
         piece = self._stops.push(self.detokenizer.push(token))
-        return piece, FinishReason.STOP_STRING if piece.stop_string else self._reason(token)
+        if piece.stop_string:
+            return piece, FinishReason.STOP_STRING
+        if token in self.special_stops:
+            # What is held back is no stop string any more: the text ends here.
+            return Piece(piece.text + self.flush(), self.special_stops[token]), FinishReason.STOP_STRING
+        return piece, self._reason(token)
 
     def flush(self) -> str:
         """The text still held back, once the continuation has ended otherwise than by a stop string."""

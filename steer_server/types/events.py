@@ -86,6 +86,10 @@ class Receipt:
     lens_digest: str = ""
     kl: float | None = None
     """The p95 KL in nats that the strength was read off the dose curve for; None where it was not."""
+    positions_checked: int = 0
+    """At how many of the steered positions what was added was held against the operators' direction."""
+    worst_cosine: float | None = None
+    """The smallest cosine found there; None where none was checked."""
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _step(steering: StepSteering, batch: int, position: int, x: torch.Tensor, hi
     return times
 
 
-def _embed_prefix(_request: str, _count: int) -> torch.Tensor:
+def _embed_prefix(_request: str, _start: int, _end: int) -> torch.Tensor:
     raise AssertionError("every request begins at its first token")
 
 

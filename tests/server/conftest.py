@@ -237,8 +237,8 @@ class Batch:
         self.settings: dict[str, tuple[OperatorSetting, ...]] = {}
         self.positions: dict[str, int] = {}
         """Of the next token of each text."""
-        self.embedded_prefixes: list[tuple[str, int]] = []
-        """Texts of which the beginning was embedded again, and how many tokens of it."""
+        self.embedded_prefixes: list[tuple[str, int, int]] = []
+        """Texts of which tokens were embedded again, and from where to where."""
         self.embedded: list[TokenSpan] = []
         """The tokens that were needed."""
         self.steering = StepSteering()
@@ -266,9 +266,9 @@ class Batch:
         self.embedded.extend(spans)
         return torch.cat([self.texts[span.request][span.first_position : span.end_position] for span in spans])
 
-    def embed_prefix(self, request: str, count: int) -> torch.Tensor:
-        self.embedded_prefixes.append((request, count))
-        return self.texts[request][:count]
+    def embed_prefix(self, request: str, start: int, end: int) -> torch.Tensor:
+        self.embedded_prefixes.append((request, start, end))
+        return self.texts[request][start:end]
 
     def prepare(
         self, *parts: tuple[str, int, int], announced: bool = True

@@ -139,6 +139,7 @@ class SamplingParams:
     seed: int | None = None
     #: At least 1. Default 128.
     max_tokens: int | None = None
+    #: A special token such as "<|im_end|>" is one too, alone; with other text beside it, it is refused.
     stop_strings: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     #: Decode through end-of-sequence tokens. Default False.

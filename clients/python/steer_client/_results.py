@@ -94,6 +94,10 @@ class Receipt:
     #: The p95 KL in nats that `strength` was read off the operator's dose curve for; None where it was not. Compare
     #: measures what it came to: `ArmResult.kl`.
     kl: float | None = None
+    #: At how many of the steered positions the server held what was added against the operators' direction, worked out
+    #: once more from the token ids, and the smallest cosine found there; None where no position was checked.
+    positions_checked: int = 0
+    worst_cosine: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

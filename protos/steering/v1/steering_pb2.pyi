@@ -320,6 +320,8 @@ class Receipt(_message.Message):
     WORDS_FIELD_NUMBER: _builtins.int
     LENS_DIGEST_FIELD_NUMBER: _builtins.int
     KL_FIELD_NUMBER: _builtins.int
+    POSITIONS_CHECKED_FIELD_NUMBER: _builtins.int
+    WORST_COSINE_FIELD_NUMBER: _builtins.int
     operator: _builtins.str
     digest: _builtins.str
     """sha256 of the artifact's content, "sha256:<64 hex digits>"."""
@@ -361,6 +363,15 @@ class Receipt(_message.Message):
     """The p95 KL in nats, asked for or a lens's default, that `strength` was read off the dose curve for. Unset where the
     strength was given or recommended. What it came to in a text is measured by Compare (`Comparison.kl_p95`).
     """
+    positions_checked: _builtins.int
+    """At how many of the steered positions what was added to the hidden state was held against the direction that the
+    operators of this layer give there, worked out once more from the token ids: the first and the last one of the prompt,
+    the first generated one, and others, about a dozen in a long text. At least one wherever a token was steered.
+    """
+    worst_cosine: _builtins.float
+    """The smallest cosine found there between the two, after rounding to the model's dtype. Below 0.9995 the call fails,
+    and below 0.99999 in float32. Unset where no position was checked.
+    """
     @_builtins.property
     def defaulted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Which of strength, rule, blend, positions, anchor and first_token came from the artifact's recommendation. A strength
@@ -400,13 +411,20 @@ class Receipt(_message.Message):
         words: _abc.Iterable[Global___SteeredWord] | None = ...,
         lens_digest: _builtins.str = ...,
         kl: _builtins.float | None = ...,
+        positions_checked: _builtins.int = ...,
+        worst_cosine: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "kl", b"kl", "positions", b"positions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "_worst_cosine", b"_worst_cosine", "kl", b"kl", "positions", b"positions", "worst_cosine", b"worst_cosine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "anchor", b"anchor", "blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "first_token", b"first_token", "generated_tokens_steered", b"generated_tokens_steered", "kl", b"kl", "layer", b"layer", "lens_digest", b"lens_digest", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength", "words", b"words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "_worst_cosine", b"_worst_cosine", "anchor", b"anchor", "blend", b"blend", "calibrated", b"calibrated", "defaulted", b"defaulted", "digest", b"digest", "dose_bound", b"dose_bound", "first_token", b"first_token", "generated_tokens_steered", b"generated_tokens_steered", "kl", b"kl", "layer", b"layer", "lens_digest", b"lens_digest", "max_dose", b"max_dose", "mean_dose", b"mean_dose", "operator", b"operator", "positions", b"positions", "positions_checked", b"positions_checked", "prompt_tokens_cached", b"prompt_tokens_cached", "prompt_tokens_steered", b"prompt_tokens_steered", "rule", b"rule", "strength", b"strength", "words", b"words", "worst_cosine", b"worst_cosine"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
     _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
+    _WhichOneofReturnType__worst_cosine: _TypeAlias = _typing.Literal["worst_cosine"]  # noqa: Y015
+    _WhichOneofArgType__worst_cosine: _TypeAlias = _typing.Literal["_worst_cosine", b"_worst_cosine"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__worst_cosine) -> _WhichOneofReturnType__worst_cosine | None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015

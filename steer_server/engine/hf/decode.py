@@ -15,11 +15,16 @@ from transformers import DynamicCache
 from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
+from operators.model.rope import RopeOfLength
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
+from steer_server.engine.hf.witness import Witness, WitnessedPass
+from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import empty_receipts
+from steer_server.engine.reference import EmbeddingRows
 from steer_server.engine.row_text import RowText
+from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
 from steer_server.types import (
@@ -54,6 +59,8 @@ class _RowState:
 
     index: int
     steering: RowSteering | None
+    proof: Proof | None
+    """Of the steering; None where there is none."""
     scored: bool
     sampler: Sampler
     text: RowText
@@ -85,9 +92,16 @@ class Decoder:
     operators: PreparedOperatorCache
     check_interruption: InterruptionCheck
     eos_ids: frozenset[int]
+    prove_every_position: bool = False
+    """Hold all that is added against the reference, in place of some of it."""
     num_prompt_tokens_read: int = field(default=0, init=False)
     _cache: DynamicCache = field(init=False)
     _hooks: PushHooks = field(init=False)
+    _rope: RopeOfLength = field(init=False)
+    _witness: Witness = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rope = RopeOfLength(self.loaded.model)
 
     def run(self) -> Iterator[EngineEvent]:
         """The events of :meth:`turns` one by one: the job alone, without a break."""
@@ -114,6 +128,7 @@ class Decoder:
         layers = {layer for state in states if state.steering for layer in state.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
         self._hooks = PushHooks(decoder_layers(self.loaded.model), layers)
+        self._witness = Witness(self.loaded.model, layers)
         after_prompt = yield from self._prefill(slots)
         if isinstance(after_prompt, FinishReason):
             yield list(_end_all(slots, after_prompt))
@@ -138,6 +153,7 @@ class Decoder:
         return _RowState(
             index=index,
             steering=self._steering(row.plan) if row.plan else None,
+            proof=self._proof(row.plan) if row.plan else None,
             scored=row.score,
             sampler=Sampler(sampling, device),
             text=RowText(
@@ -146,12 +162,22 @@ class Decoder:
                 prompt_tokens=len(self.job.prompt_ids),
                 context_length=self.loaded.context_length,
                 eos_ids=self.eos_ids,
+                special_stops=special_stops(sampling.stop_strings, self.loaded.tokenizer),
             ),
             sequence=torch.tensor(self.job.prompt_ids, device=device),
         )
 
     def _steering(self, plan: SteeringPlan) -> RowSteering:
         return RowSteering(plan, self.operators, self.loaded.dtype, prompt_tokens=len(self.job.prompt_ids))
+
+    def _proof(self, plan: SteeringPlan) -> Proof:
+        return Proof(
+            plan,
+            EmbeddingRows(self.loaded.model),
+            prompt_ids=self.job.prompt_ids,
+            max_tokens=self.job.sampling.max_tokens,
+            every_position=self.prove_every_position,
+        )
 
     def _prefill(self, slots: list[_BatchSlot]) -> Generator[list[EngineEvent], None, torch.Tensor | FinishReason]:
         """Reads the prompt in turns of at most :func:`prefill_positions` rows x tokens.
@@ -196,9 +222,11 @@ class Decoder:
             if not steering.over
         }
         load_pushes(self._hooks, steered, x)
+        proofs = {row: proof for row, slot in enumerate(slots) if slot.steering and (proof := slot.state.proof)}
+        witnessed = WitnessedPass(self._witness, proofs, ids, start=start)
         try:
             # Hooked for this pass alone: the next one may be another job's.
-            with self._hooks:
+            with self._hooks, self._witness, self._rope.fixed(len(self.job.prompt_ids)):
                 output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         except SteeringError as error:
             # A hook that met another shape than its pushes have, or was called twice.
@@ -206,6 +234,7 @@ class Decoder:
         logits: torch.Tensor = output.logits[:, -1].float()
         _check_finite(slots, logits)
         record_doses(self._hooks, steered, prompt=prompt)
+        witnessed.check({row: slots[row].state.sequence for row in steered})
         return logits
 
     def _drop_ended(self, slots: list[_BatchSlot], ended: set[int]) -> list[_BatchSlot]:
@@ -266,11 +295,13 @@ def _check_finite(slots: list[_BatchSlot], logits: torch.Tensor) -> None:
 
 def _end(state: _RowState, reason: FinishReason, stop_string: str) -> RowFinished:
     text = "" if stop_string else state.text.flush()
-    steering = state.steering
-    if steering is None:
+    steering, proof = state.steering, state.proof
+    if steering is None or proof is None:
         receipts: tuple[Receipt, ...] = ()
     elif state.num_generated:
-        receipts = steering.receipts()
+        # The last token of a text is never fed.
+        proof.require(0, len(state.sequence) - 1)
+        receipts = steering.receipts(proof)
     else:
         # Interrupted before its first token, perhaps amid the prompt: no text came of what was steered.
         receipts = empty_receipts(steering.plan)

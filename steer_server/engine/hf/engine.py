@@ -22,9 +22,11 @@ from steer_server.engine.hf.failure import Failure, is_lost
 from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.queue import JobQueue, QueuedJob
+from steer_server.engine.hf.rope_limit import check_rope
 from steer_server.engine.hf.running_job import RunningJob
 from steer_server.engine.hf.turns import FairTurns
 from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.special_stops import special_stops
 from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError
 from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
@@ -92,6 +94,8 @@ class HFEngine:
     def submit(self, job: DecodeJob) -> QueuedJob:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
+        special_stops(job.sampling.stop_strings, self._loaded.tokenizer)
+        check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
         return self._queue.put(job)
 
     @property

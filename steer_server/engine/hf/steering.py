@@ -19,6 +19,7 @@ from operators.core.hooks import PushHooks, layer_push
 from operators.core.pushes import SequencePushes
 from steer_server.engine.dose import DoseBounds, DoseStatistics, check_strengths
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
+from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import make_receipts
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Application, Receipt, SteeringPlan
@@ -121,9 +122,9 @@ class RowSteering:
             if problem := bounds.problem(*token):
                 raise SteeringNotAppliedError(f"{_describe(uses)} at layer {layer}: {problem}")
 
-    def receipts(self) -> tuple[Receipt, ...]:
+    def receipts(self, proof: Proof) -> tuple[Receipt, ...]:
         """One per operator of the plan, in its order."""
-        return make_receipts(self.plan, self._doses)
+        return make_receipts(self.plan, self._doses, proof)
 
     def describe(self) -> str:
         """The operators and strengths, for messages."""

@@ -21,6 +21,7 @@ from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from steer_server.engine.describe import describe_model
 from steer_server.engine.prompts import PromptReader
+from steer_server.engine.special_stops import special_stops
 from steer_server.engine.vllm.boot import boot_vllm
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
@@ -154,6 +155,7 @@ class VLLMEngine:
         if self._closed:
             raise ShuttingDownError
         check_sampling(job.sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
+        special_stops(job.sampling.stop_strings, self._context.tokenizer)
         admitted = self.running + self.waiting
         if admitted + len(job.rows) > self._max_rows:
             problem = f"{admitted} texts run and wait already, and {self._max_rows} is the most admitted"

@@ -107,7 +107,6 @@ def logprob_tolerance(config: Any) -> float | None:
     model, cache_dtype = config.model_config, config.cache_config.cache_dtype
     if model.quantization is not None or cache_dtype not in _UNQUANTISED_CACHES:
         return None
-    # Accelerators may round float32 products. Of long rope factors, vLLM uses one set for all texts of a server, chosen
-    # by max_model_len, and transformers one chosen by the length of each text.
+    # Accelerators may round float32 products.
     exact = current_platform.is_cpu() and model.dtype == torch.float32 and cache_dtype in ("auto", "float32")
-    return _EXACT_TOLERANCE if exact and "longrope" not in repr(model.hf_text_config) else _ROUNDED_TOLERANCE
+    return _EXACT_TOLERANCE if exact else _ROUNDED_TOLERANCE

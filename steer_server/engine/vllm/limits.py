@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from operators.model.rope import rope_change_within
+
 
 def check_supported(config: Any) -> None:
     """Raises :class:`ValueError` for a vLLM configuration that the worker does not steer."""
@@ -35,11 +37,23 @@ def check_supported(config: Any) -> None:
         "full CUDA graphs (cudagraph_mode PIECEWISE is)": graphs is not None and graphs.has_full_cudagraphs(),
         # Captured pieces of a breakable graph end at vLLM's own operations only, so a push would be captured.
         "VLLM_USE_BREAKABLE_CUDAGRAPH=1": captured and os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1",
+        **_rope(model),
         **_offloading(config.offload_config),
     }
     requested = [name for name, is_requested in refused.items() if is_requested]
     if requested:
         raise ValueError(f"steering does not support {', '.join(requested)}")
+
+
+def _rope(model: Any) -> dict[str, bool]:
+    """Lengths at which one set of rotary factors would do for all texts of a server, and did not for each of them."""
+    change = rope_change_within(model.hf_text_config, 1, model.max_model_len)
+    if change is None:
+        return {}
+    return {
+        f"max_model_len above {change.length} for this model, whose rotary factors ({change.rope_type}) change there "
+        "(the engine hf serves longer texts)": True
+    }
 
 
 def _offloading(config: Any) -> dict[str, bool]:

@@ -11,6 +11,8 @@ from steer_server.config import OPERATOR_MEMORY
 
 _KEPT_FREE = 0.08
 """Of all memory: what vLLM leaves by default where nothing else is in use."""
+CHUNK_BYTES = 4 << 20
+"""Of each tensor with which pushes are worked out and applied, whatever the step: what is larger goes in parts."""
 _STEERING_PART = 8
 """Steering gets this part of vLLM's share at most, where the user has not said how much."""
 

@@ -13,6 +13,7 @@ import torch
 from steer_server.engine.dose import check_strengths
 from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.row_text import RowText
+from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.measurements import MeasurementCollector, measured_receipts
@@ -111,6 +112,7 @@ class RowDecoder:
             prompt_tokens=len(prompt),
             context_length=self._context.model.context_length,
             eos_ids=frozenset(self._context.model.eos_token_ids),
+            special_stops=special_stops(self._job.sampling.stop_strings, self._context.tokenizer),
         )
         settings = () if plan is None else operator_settings(plan, len(prompt))
         # The text's first token is chosen from the hidden state of the prompt's last one.

@@ -94,13 +94,15 @@ def _chunks(groups: Sequence[tuple[int, OperatorGroup]], size: int) -> Iterator[
 
 def _piece(push: SpanPush, start: int, end: int) -> SpanPush:
     """The tokens ``start`` to ``end`` - 1 of a span, summed ones first."""
-    first = push.first_position
-    return replace(
-        push,
-        span=push.span.part(first + start, first + end),
-        num_summed=max(0, min(end, push.num_summed) - start),
-        offset=push.offset + start,
+    num_summed = max(0, min(end, push.num_summed) - start)
+    first = push.first_position + start + num_summed
+    span = replace(
+        push.span,
+        start_row=push.span.start_row + first - push.span.first_position,
+        first_position=first,
+        num_tokens=end - start - num_summed,
     )
+    return replace(push, span=span, num_summed=num_summed, offset=push.offset + start)
 
 
 class _LayerSum:

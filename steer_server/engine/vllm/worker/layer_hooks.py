@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from operators.core.apply import steer
-from operators.core.movement import movement
+from operators.core.movement import Movement, join_movements, movement
+from steer_server.engine.vllm.worker.chunked_pushes import tokens_per_chunk
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.scoring import KeptStates
 from steer_server.engine.vllm.worker.step_push import StepPush
@@ -57,11 +58,17 @@ def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> No
 
 def push_rows(step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None) -> None:
     """Pushes ``rows`` (B, d) of the batch in place, and measures what stands there then, whatever was said of it."""
-    before, others = rows[step_push.rows], None if residual is None else residual[step_push.rows]
-    after, _ = steer(before, step_push.push, others)
-    rows.index_copy_(0, step_push.rows, after)
+    size = tokens_per_chunk(rows.shape[1])
+    parts = zip(torch.split(step_push.rows, size), torch.split(step_push.push, size), strict=True)
     step_push.times += 1
-    step_push.moved = movement(before, rows[step_push.rows], step_push.push, others)
+    step_push.moved = join_movements([_push_part(rows, residual, *part) for part in parts])
+
+
+def _push_part(rows: torch.Tensor, residual: torch.Tensor | None, places: torch.Tensor, push: torch.Tensor) -> Movement:
+    before, others = rows[places], None if residual is None else residual[places]
+    after, _ = steer(before, push, others)
+    rows.index_copy_(0, places, after)
+    return movement(before, rows[places], push, others)
 
 
 def _check_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Tensor) -> None:

@@ -36,10 +36,10 @@ class V1RunnerHook:
 
         runner._model_forward = model_forward
 
-    def prefix_ids(self, request: str, count: int) -> torch.Tensor:
-        """Ids (count,) of a request's first tokens."""
+    def ids_of(self, request: str, start: int, end: int) -> torch.Tensor:
+        """Ids (end - start,) of tokens of a request, which have been fed to the model."""
         batch = self._runner.input_batch
-        return torch.from_numpy(batch.token_ids_cpu[batch.req_id_to_index[request], :count])
+        return torch.from_numpy(batch.token_ids_cpu[batch.req_id_to_index[request], start:end])
 
 
 class V2RunnerHook:
@@ -58,8 +58,8 @@ class V2RunnerHook:
 
         model_state.prepare_inputs = prepare_inputs
 
-    def prefix_ids(self, request: str, count: int) -> torch.Tensor:
-        """Ids (count,) of a request's first tokens."""
+    def ids_of(self, request: str, start: int, end: int) -> torch.Tensor:
+        """Ids (end - start,) of tokens of a request, which have been fed to the model."""
         states = self._runner.req_states
-        ids: torch.Tensor = states.all_token_ids.gpu[states.req_id_to_index[request], :count]
+        ids: torch.Tensor = states.all_token_ids.gpu[states.req_id_to_index[request], start:end]
         return ids

@@ -56,18 +56,22 @@ def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch
     """
     distinct = spans
     if len({span.request for span in spans}) < len(spans):
-        distinct, starts = _merge(spans)
+        distinct, starts = merge_spans(spans)
         total = sum(span.num_tokens for span in distinct)
         places = concatenate_ranges(starts, [span.num_tokens for span in spans])
         places = copy_to_device(places, push.device)
         push = push.new_zeros(total, push.shape[1]).index_add_(0, places, push)
         num_unusable = push.new_zeros(total).index_add_(0, places, (~usable).to(push.dtype))
         usable = num_unusable == 0
-    rows = concatenate_ranges([span.start_row for span in distinct], [span.num_tokens for span in distinct])
-    return StepPush(copy_to_device(rows, push.device), push, usable, distinct, step)
+    return StepPush(copy_to_device(rows_of(distinct), push.device), push, usable, distinct, step)
 
 
-def _merge(spans: Sequence[TokenSpan]) -> tuple[list[TokenSpan], list[int]]:
+def rows_of(spans: Sequence[TokenSpan]) -> torch.Tensor:
+    """The rows of the batch that spans have, one span after the other."""
+    return concatenate_ranges([span.start_row for span in spans], [span.num_tokens for span in spans])
+
+
+def merge_spans(spans: Sequence[TokenSpan]) -> tuple[list[TokenSpan], list[int]]:
     """Spans that hold every row of the given ones once, and at which of all their rows each given one begins."""
     merged: list[TokenSpan] = []
     starts, total = [0] * len(spans), 0

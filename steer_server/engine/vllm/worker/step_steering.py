@@ -25,6 +25,7 @@ import torch
 
 from operators.core.apply import PreparedOperator, terms
 from operators.core.header import Anchor, Rule
+from steer_server.engine.vllm.worker.chunked_pushes import compute_in_chunks, tokens_per_chunk
 from steer_server.engine.vllm.worker.dose_ranges import dose_ranges
 from steer_server.engine.vllm.worker.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
 from steer_server.engine.vllm.worker.request_state import RequestMeasurement, RequestState, not_steered
@@ -36,8 +37,8 @@ EmbedSpans = Callable[[Sequence[TokenSpan]], torch.Tensor]
 of tokens, d), span after span."""
 _GroupKey = tuple[int, str, Rule | None, Anchor]
 """Layer, operator, rule and anchor."""
-EmbedPrefix = Callable[[str, int], torch.Tensor]
-"""``embed_prefix(request, k)``: the embeddings (k, d) of a request's first k tokens."""
+EmbedPrefix = Callable[[str, int, int], torch.Tensor]
+"""``embed_prefix(request, start, end)``: the embeddings (end - start, d) of these tokens of a request."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,9 @@ class LoadedOperator:
 class StepSteering:
     """The steering of all requests of a worker: :meth:`prepare` before each forward pass, :meth:`record` after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, chunk: int | None = None) -> None:
+        """``chunk``: tokens, counted once per operator, worked on at once; None for :func:`.tokens_per_chunk`."""
+        self._chunk = chunk
         self._operators: dict[str, LoadedOperator] = {}
         self._requests: dict[str, RequestState] = {}
         self._step = 0
@@ -198,15 +201,24 @@ class StepSteering:
 
     def _step_pushes(self, groups: Mapping[_GroupKey, OperatorGroup], x: torch.Tensor) -> dict[int, StepPush]:
         # By layers, so that the pushes of each are one slice.
-        ordered = sorted(groups.items(), key=lambda item: item[0][0])
+        ordered = sorted(((layer, group) for (layer, *_), group in groups.items()), key=lambda item: item[0])
+        size = self._chunk_of(x.shape[1])
+        if sum(group.num_tokens for group in groups.values()) > size:
+            step_pushes = compute_in_chunks(ordered, x, size, self._step)
+        else:
+            step_pushes = self._push_at_once(ordered, x)
+        for push in (push for _, group in ordered for push in group.span_pushes if push.running_sum is not None):
+            self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
+        return step_pushes
+
+    def _chunk_of(self, width: int) -> int:
+        return self._chunk or tokens_per_chunk(width)
+
+    def _push_at_once(self, ordered: Sequence[tuple[int, OperatorGroup]], x: torch.Tensor) -> dict[int, StepPush]:
         pushes, usable = compute_pushes([group for _, group in ordered], x)
         spans: dict[int, list[TokenSpan]] = defaultdict(list)
-        for (layer, *_), group in ordered:
-            for push in group.span_pushes:
-                if push.span.num_tokens:
-                    spans[layer].append(push.span)
-                if push.running_sum is not None:
-                    self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
+        for layer, group in ordered:
+            spans[layer].extend(push.span for push in group.span_pushes if push.span.num_tokens)
         step_pushes, start = {}, 0
         for layer, of_layer in spans.items():
             end = start + sum(span.num_tokens for span in of_layer)
@@ -240,15 +252,16 @@ class StepSteering:
                 push.running_sum = state.running_sums[push.setting_index] if continues else None
                 if push.running_sum is None:
                     missing.append(push)
-        has_prefix = bool(missing) and span.first_position > 0
-        prefix = embed_prefix(span.request, span.first_position).to(torch.float32) if has_prefix else None
-        for push in missing:
-            operator = self._operators[state.settings[push.setting_index].digest].operator
-            push.running_sum = (
-                operator.factors.new_zeros(operator.factors.shape[1])
-                if prefix is None
-                else terms(operator, prefix, torch.arange(span.first_position)).sum(0)
-            )
+        operators = [self._operators[state.settings[push.setting_index].digest].operator for push in missing]
+        sums = [operator.factors.new_zeros(operator.factors.shape[1]) for operator in operators]
+        size = self._chunk_of(operators[0].factors.shape[2]) if missing else 1
+        for start in range(0, span.first_position if missing else 0, size):
+            end = min(start + size, span.first_position)
+            x = embed_prefix(span.request, start, end).to(torch.float32)
+            for total, operator in zip(sums, operators, strict=True):
+                total += terms(operator, x, torch.arange(start, end)).sum(0)
+        for push, total in zip(missing, sums, strict=True):
+            push.running_sum = total
 
     def _has_running_sum(self, setting: OperatorSetting) -> bool:
         return setting.rule == "cumulative" and setting.blend != 1.0 and not self._is_vector(setting.digest)

@@ -255,7 +255,7 @@ class SteeringWorker(SizedWorker):
             self._steering.record(pushes)
         self._unrecorded.clear()
 
-    def _embed_prefix(self, request: str, count: int) -> torch.Tensor:
-        """Embeddings (count, d) of a request's first tokens."""
-        ids = self._runner_hook.prefix_ids(request, count)
-        return self._embed(ids.to(self.device), torch.arange(count, device=self.device))
+    def _embed_prefix(self, request: str, start: int, end: int) -> torch.Tensor:
+        """Embeddings (end - start, d) of tokens of a request; see :data:`.step_steering.EmbedPrefix`."""
+        ids = self._runner_hook.ids_of(request, start, end)
+        return self._embed(ids.to(self.device), torch.arange(start, end, device=self.device))

@@ -137,8 +137,6 @@ def test_a_model_that_transformers_does_not_run_ends_the_start_by_name(transform
         ("model_config", {}, 0.02),
         ("model_config", {"dtype": torch.bfloat16}, 1.0),
         ("model_config", {"quantization": "fp8"}, None),
-        # One set of factors for all lengths, or one for each.
-        ("model_config", {"hf_text_config": {"rope_parameters": {"rope_type": "longrope"}}}, 1.0),
         ("cache_config", {"cache_dtype": "bfloat16"}, 1.0),
         ("cache_config", {"cache_dtype": "fp8"}, None),
     ],

@@ -32,7 +32,12 @@ def _config(**changed):
         ),
         compilation_config=SimpleNamespace(cudagraph_mode=Graphs("PIECEWISE")),
         model_config=SimpleNamespace(
-            logprobs_mode="raw_logprobs", enable_prompt_embeds=False, runner_type="generate", is_encoder_decoder=False
+            logprobs_mode="raw_logprobs",
+            enable_prompt_embeds=False,
+            runner_type="generate",
+            is_encoder_decoder=False,
+            max_model_len=4096,
+            hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
         ),
         cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
         offload_config=SimpleNamespace(
@@ -112,3 +117,25 @@ def test_a_device_that_the_installed_vllm_does_not_compute_on_is_refused():
     check_device("cpu", "cpu")
     with pytest.raises(ValueError, match=r"^device: .* computes on 'cpu', not on 'cuda'"):
         check_device("cuda", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "refused"),
+    [
+        ({"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4096, False),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 4096}, 4097, True),
+        ({"full": {"rope_type": "longrope", "original_max_position_embeddings": 512}, "other": None}, 4096, True),
+        ({"rope_type": "dynamic", "factor": 2.0}, 2048, False),
+        ({"rope_type": "dynamic", "factor": 2.0}, 4096, True),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 4096, False),
+        (None, 4096, False),
+    ],
+)
+def test_texts_of_other_rotary_factors_than_their_own_are_refused(rope, length, refused):
+    text = SimpleNamespace(rope_parameters=rope, max_position_embeddings=2048)
+    config = _config(model_config__hf_text_config=text, model_config__max_model_len=length)
+    if not refused:
+        check_supported(config)
+        return
+    with pytest.raises(ValueError, match=r"max_model_len above \d+ for this model, whose rotary factors"):
+        check_supported(config)

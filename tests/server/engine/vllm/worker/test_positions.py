@@ -230,7 +230,7 @@ def test_a_request_that_comes_back_among_its_positions_goes_on_from_its_token_id
     batch.begin("a", setting("6..11"), x=batch.embeddings(TEXT))
     for first, count in ((0, 13), (9, 1), (10, 2), (12, 2)):
         step(batch, ("a", first, count))
-    assert batch.embedded_prefixes == [("a", 9)]
+    assert batch.embedded_prefixes == [("a", 0, 9)]
     assert recorded(batch, "a") == {2: list(range(6, 11))}
 
 

@@ -73,7 +73,7 @@ def test_a_request_that_comes_back_at_another_position_goes_on_from_its_token_id
         for layer in (2, 3):
             close(pushed["a", layer], batch.expected("a", layer)[at : at + count])
     # A rule that sums up nothing needs nothing of what came before.
-    assert batch.embedded_prefixes == ([("a", first)] if rule == "cumulative" and first else [])
+    assert batch.embedded_prefixes == ([("a", 0, first)] if rule == "cumulative" and first else [])
 
 
 def test_a_request_that_begins_after_a_cached_prefix_sums_it_up_and_says_so(batch):
