@@ -125,6 +125,8 @@ class HFEngine:
         try:
             while (job := self._next()) is not None:
                 self._take_turn(job)
+                # While nothing runs, no KV cache is kept.
+                del job
         except BaseException as error:
             # Nobody decodes any more.
             log.exception("decoding ended")
@@ -150,25 +152,25 @@ class HFEngine:
 
     def _take_turn(self, job: RunningJob) -> None:
         began = time.monotonic()
+        error: SteerServerError | None = None
         try:
             self._work.add(*job.take_turn())
-            if job.has_ended:
-                job.queued.post(None)
-        except SteerServerError as error:
-            job.end(error)
-        except Exception as error:
+        except SteerServerError as caught:
+            error = caught
+        except Exception as caught:
             # Ends this job only: the thread goes on with the others, if the device does.
             log.exception("job failed")
-            job.end(EngineFailedError(f"{type(error).__name__}: {error}"))
-            if is_lost(error, self._loaded.device):
-                self._fail(error)
+            error = EngineFailedError(f"{type(caught).__name__}: {caught}")
+            if is_lost(caught, self._loaded.device):
+                self._fail(caught)
         seconds = time.monotonic() - began
         self._turns.charge(job, seconds)
         job.seconds += seconds
-        if job.has_ended:
+        if error is not None or job.has_ended:
             self._turns.remove(job)
             self._queue.end(job.queued, job.seconds)
             self._operators.trim()
+            job.queued.post(error)
 
     def _fail(self, error: BaseException) -> None:
         reason = f"{type(error).__name__}: {error}"

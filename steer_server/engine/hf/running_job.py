@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from steer_server.engine.hf.decode import Decoder
 from steer_server.engine.hf.queue import QueuedJob
-from steer_server.errors import SteerServerError
 from steer_server.types import RowFinished, TokenEvent
 
 
@@ -39,9 +38,3 @@ class RunningJob:
             self.queued.post(event)
         rows = len(self.queued.job.rows)
         return rows * (self._decoder.num_prompt_tokens_read - read), generated[0], generated[1]
-
-    def end(self, error: SteerServerError) -> None:
-        """Ends the job, with an error to its reader, and gives up its KV cache."""
-        self._num_rows = 0
-        self._turns.close()
-        self.queued.post(error)
