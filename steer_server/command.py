@@ -76,6 +76,10 @@ def serve(
     max_time: Annotated[
         float | None, typer.Option(help="Most seconds of a request, waiting included.", show_default="none")
     ] = None,
+    max_calls: Annotated[
+        int | None, typer.Option(help="Calls under way at once; more are refused at once.", show_default="1024")
+    ] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Connections of clients.", show_default="1024")] = None,
     max_dose: Annotated[
         float | None,
         typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),

@@ -11,7 +11,7 @@ class WorkDone:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.prompt_tokens = 0
-        """Of every text, as its prompt was read."""
+        """As they were read, once for all texts of a request."""
         self.plain_tokens = 0
         self.steered_tokens = 0
         """Generated, and those of plain texts before."""

@@ -36,5 +36,4 @@ class RunningJob:
                 generated[self.queued.job.rows[event.row].plan is not None] += 1
             self._num_rows -= isinstance(event, RowFinished)
             self.queued.post(event)
-        rows = len(self.queued.job.rows)
-        return rows * (self._decoder.num_prompt_tokens_read - read), generated[0], generated[1]
+        return self._decoder.num_prompt_tokens_read - read, generated[0], generated[1]

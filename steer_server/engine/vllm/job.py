@@ -84,7 +84,6 @@ class VLLMJob:
         def first_output(metrics: object) -> None:
             nonlocal decoding
             decoding = True
-            self._context.work.add(len(self._job.prompt_ids), 0, 0)
             self.waiting -= 1
             self.running += 1
             self._admit(metrics)
@@ -127,6 +126,7 @@ class VLLMJob:
         if self._admitted:
             return
         self._admitted = True
+        self._context.work.add(len(self._job.prompt_ids), 0, 0)
         # The engine core runs on this machine, on the same monotonic clock. Where vLLM keeps no statistics, the time of
         # the first token stands in.
         scheduled = getattr(metrics, "scheduled_ts", 0.0)
