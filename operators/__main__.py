@@ -15,8 +15,9 @@ from operators.commands.combine import combine
 from operators.commands.contrast import contrast
 from operators.commands.eval import evaluate
 from operators.commands.lens import lens
-from operators.commands.store import delete, list_operators, show, verify
+from operators.commands.store import delete, list_operators, show
 from operators.commands.vectors import export, import_vectors
+from operators.commands.verify import renew, verify
 from operators.core.version import __version__
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(build)
 app.command("list")(list_operators)
 app.command()(show)
 app.command()(verify)
+app.command()(renew)
 app.command()(delete)
 app.command()(calibrate)
 app.command()(combine)

@@ -103,6 +103,7 @@ async def _run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.core.errors import OperatorError
     from operators.core.store import Store
+    from operators.model.loading import local_files
     from operators.model.unembedding import find_unembedding
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
@@ -121,6 +122,7 @@ async def _run(config: ServerConfig) -> None:
         _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
+        files = local_files(config.model)
         engine = await ENGINES[config.engine](config, dtype, device)
     except OperatorError as error:
         raise StartupError(str(error)) from error
@@ -130,7 +132,7 @@ async def _run(config: ServerConfig) -> None:
             engine.model,
             max_bytes=config.max_artifact_bytes,
             max_dose=config.max_dose,
-            words=WordDirections(partial(find_unembedding, config.model), engine.tokenizer),
+            words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
         )
         for entry in registry.entries():
             if entry.problem:

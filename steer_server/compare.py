@@ -8,8 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from operators.core.statistics import percentile
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
-from steer_server.fed_positions import check_reachable
-from steer_server.generate import CompletionBuilder
+from steer_server.generate import CompletionBuilder, check_plan
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -40,13 +39,7 @@ async def compare(
     plans = await registry.plan_beside(operators)
     ids = await engine.encode(request.prompt)
     for field, plan in zip(operators, plans, strict=True):
-        check_reachable(
-            plan,
-            field,
-            prompt_tokens=len(ids),
-            max_tokens=request.sampling.max_tokens,
-            context_length=engine.model.context_length,
-        )
+        check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=request.sampling.max_tokens)
     names = (NORMAL, *(arm.name for arm in request.arms))
     # Scoring the plain row gives its own log-probabilities, and so its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))

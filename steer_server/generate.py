@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from steer_server.engine.base import Engine
 from steer_server.fed_positions import check_reachable, check_receipts
+from steer_server.net_pushes import check_net_pushes
 from steer_server.registry import Registry
 from steer_server.types import (
     Admitted,
@@ -17,6 +18,7 @@ from steer_server.types import (
     EngineEvent,
     GenerateEvent,
     GenerationRequest,
+    ModelInfo,
     Row,
     RowFinished,
     SamplingParams,
@@ -39,13 +41,7 @@ async def generate(
     """
     (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
-    check_reachable(
-        plan,
-        "operators",
-        prompt_tokens=len(ids),
-        max_tokens=request.sampling.max_tokens,
-        context_length=engine.model.context_length,
-    )
+    check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=request.sampling.max_tokens)
     builder = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:
@@ -55,6 +51,20 @@ async def generate(
                 yield result
     finally:
         stream.cancel()
+
+
+def check_plan(model: ModelInfo, plan: SteeringPlan | None, field: str, *, prompt_tokens: int, max_tokens: int) -> None:
+    """Raises :class:`InvalidRequestError` for operators that no text of a request can be steered with as asked.
+
+    ``field``: of the operators.
+    """
+    limits = {
+        "prompt_tokens": prompt_tokens,
+        "max_tokens": max_tokens,
+        "context_length": model.context_length,
+    }
+    check_reachable(plan, field, **limits)
+    check_net_pushes(plan, field, **limits, dtype=model.dtype)
 
 
 @dataclass

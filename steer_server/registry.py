@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import ArtifactError, StoreError
+from operators.core.model_fingerprint import renewal_hint
 from operators.core.store import Store
 from steer_server.applications import make_application, name_of
 from steer_server.errors import (
@@ -188,23 +189,25 @@ class Registry:
                     f"{size} bytes; at most {self._max_bytes} are read (STEER_MAX_ARTIFACT_BYTES sets it)"
                 )
             artifact = self._store.load(name, max_bytes=self._max_bytes)
-            self._check_fits(artifact)
+            self._check_fits(name, artifact)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
             # Cut, because a hostile file chooses parts of the message.
             return OperatorEntry(name, (str(error) or type(error).__name__)[:_MAX_PROBLEM], size, None)
         return OperatorEntry(name, "", size, artifact)
 
-    def _check_fits(self, artifact: OperatorArtifact) -> None:
+    def _check_fits(self, name: str, artifact: OperatorArtifact) -> None:
         header, model = artifact.header, self._model
         # By fingerprint, not by name: the same model may be served from a path or a mirror.
         for what, built_for, served in (
             ("hidden size", header.hidden_size, model.hidden_size),
             ("number of layers", header.num_layers, model.num_layers),
-            (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
             ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
+            # Last: of all the others, renewing mends none.
+            (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
         ):
             if built_for != served:
-                raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model})")
+                hint = renewal_hint(built_for, name) if built_for == header.model_fingerprint else ""
+                raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model}){hint}")
         highest = max((max(text.ids) for text in header.texts), default=0)
         if highest >= model.vocab_size:
             raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")

@@ -169,9 +169,10 @@ def tiny(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedModel]:
                     torch.nn.init.normal_(parameter, std=1.0)
                 else:
                     torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
-        model = model.to(_DTYPES[dtype]).eval().requires_grad_(False)
-        model.set_attn_implementation(attention)
-        return recognise(f"tiny-{family}", model, tiny_tokenizer)
+        loaded = recognise(f"tiny-{family}", model.eval().requires_grad_(False), tiny_tokenizer)
+        # As a checkpoint's: a dtype that it is loaded in, with rounding or not, leaves the fingerprint.
+        model.to(_DTYPES[dtype]).set_attn_implementation(attention)
+        return loaded
 
     cached = functools.cache(make)
 
@@ -217,7 +218,7 @@ def make_operator() -> Callable[..., OperatorArtifact]:
                 "concept_ids": tuple(range(n)),
                 "model": "some-model",
                 "architecture": "LlamaForCausalLM",
-                "model_fingerprint": f"sha256:{'1' * 64}",
+                "model_fingerprint": f"weights-sha256:{'1' * 64}",
                 "tokenizer_fingerprint": f"sha256:{'2' * 64}",
                 "profile": "residual",
                 "rule_set": "up-live/1",
@@ -261,7 +262,7 @@ def make_rank_0() -> Callable[..., OperatorArtifact]:
             "vector": source,
             "model": "some-model" if loaded is None else loaded.name,
             "architecture": "LlamaForCausalLM",
-            "model_fingerprint": f"sha256:{'1' * 64}" if loaded is None else loaded.fingerprint,
+            "model_fingerprint": f"weights-sha256:{'1' * 64}" if loaded is None else loaded.fingerprint,
             "tokenizer_fingerprint": f"sha256:{'2' * 64}" if loaded is None else loaded.tokenizer_fingerprint,
             "profile": "residual",
             "rule_set": "",

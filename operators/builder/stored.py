@@ -11,6 +11,7 @@ from operators.builder.neutral import tokenise_neutral
 from operators.builder.spec import BuildSpec
 from operators.core.errors import ArtifactError, StoreError
 from operators.core.header import NeutralTexts, OperatorHeader
+from operators.core.model_fingerprint import renewal_hint
 from operators.core.store import Store
 from operators.core.version import __version__
 from operators.maps.detach import RULE_SET
@@ -57,8 +58,9 @@ def find_up_to_date(
     except ArtifactError as error:
         problems = [str(error)]
     if problems and not replace:
+        hint = "" if existing is None else renewal_hint(existing.header.model_fingerprint, name)
         raise StoreError(
-            f"operator {name!r} in {store.path} is another one: {'; '.join(problems)} (--replace replaces it)"
+            f"operator {name!r} in {store.path} is another one: {'; '.join(problems)} (--replace replaces it){hint}"
         )
     return None if problems else existing
 

@@ -21,6 +21,7 @@ from operators.maps.detach import RULE_SET
 from operators.maps.jacobian import relative_error
 from operators.maps.replay import Replay
 from operators.maps.weighted_map import WeightedMap
+from operators.model.identity import check_fingerprints
 from operators.model.loading import LoadedModel
 
 _PROBES = 8
@@ -107,14 +108,13 @@ def check_compatible(header: OperatorHeader, loaded: LoadedModel) -> None:
     for name, expected, found in (
         ("number of layers", header.num_layers, loaded.num_layers),
         ("hidden size", header.hidden_size, loaded.hidden_size),
-        ("model fingerprint", header.model_fingerprint, loaded.fingerprint),
-        ("tokenizer fingerprint", header.tokenizer_fingerprint, loaded.tokenizer_fingerprint),
         ("rule set", header.rule_set, RULE_SET if header.vector is None else ""),
     ):
         if found != expected:
             raise IncompatibleOperatorError(
                 f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
             )
+    check_fingerprints(header, loaded)
     size = int(loaded.model.get_input_embeddings().weight.shape[0])
     largest = max((max(text.ids) for text in header.texts), default=0)
     if largest >= size:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +11,6 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._options import (
-    AttentionOption,
     JsonOption,
     NameArgument,
     StoreOption,
@@ -21,12 +19,10 @@ from operators.commands._options import (
 )
 from operators.core.errors import OperatorError, VectorError
 from operators.core.file_format import FileHeader
-from operators.core.header import AttentionName
 from operators.core.store import Store
 
 if TYPE_CHECKING:
     from operators.analyse.operator_reads import OperatorReads
-    from operators.core.artifact import OperatorArtifact
 
 _UNVERIFIED = "(as the file states; 'verify' checks it)"
 
@@ -102,110 +98,6 @@ def _read(name: str, model: str | None, store: Store) -> tuple[OperatorReads, li
     loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device())
     found = read_operator(artifact, loaded)
     return found, [term.text for term in found.texts[0]], artifact.digest
-
-
-def verify(
-    name: NameArgument,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model to check against (default: the one it was built on).", show_default=False),
-    ] = None,
-    positive: Annotated[
-        Path | None, typer.Option(help="Of a contrast: its texts, to compute it anew.", show_default=False)
-    ] = None,
-    negative: Annotated[Path | None, typer.Option(help="Likewise.", show_default=False)] = None,
-    texts: Annotated[
-        Path | None,
-        typer.Option(help="Of a lens: its neutral texts (default: those that ship).", show_default=False),
-    ] = None,
-    file_only: Annotated[bool, typer.Option("--file-only", help="Check the file; load no model.")] = False,
-    attention: AttentionOption = None,
-    store_path: StoreOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check an operator's file, then hold it against its model.
-
-    Of a vector, the model's fingerprints and sizes are compared; a contrast is computed anew where its texts are given.
-    """
-    with output.exit_on_error(as_json):
-        artifact = open_store(store_path).load(name)
-        answer: dict[str, Any] = {"name": name, "digest": artifact.digest, "file": "valid"}
-        line = f"{name}: the file is valid ({artifact.digest})"
-        if (positive is None) != (negative is None) or (file_only and positive is not None):
-            raise VectorError("--positive and --negative go together, and not with --file-only")
-        if not file_only and artifact.header.lens is not None:
-            found, said = _verify_lens(artifact, model, texts, attention)
-            answer, line = {**answer, **found}, line + said
-        elif not file_only and artifact.header.vector is not None:
-            found, said = _verify_vector(artifact, model, positive, negative, attention)
-            answer, line = {**answer, **found}, line + said
-        elif positive is not None:
-            raise VectorError(f"operator {name!r} is no contrast, so that no texts can be compared with it")
-        elif not file_only:
-            from operators.builder.verify import verify_operator
-            from operators.model.loading import load_model
-
-            header = artifact.header
-            loaded = load_model(
-                model or header.model, dtype=header.model_dtype, device=default_device(), attention=attention
-            )
-            error = verify_operator(artifact, loaded)
-            answer |= {
-                "model": loaded.name,
-                "reconstruction_error": error,
-                "reconstruction_error_at_build": header.reconstruction_error,
-            }
-            line += (
-                f" and fits {loaded.name}: |sum J x - y| / |y| = {error:.2e} "
-                f"({header.reconstruction_error:.2e} when it was built)"
-            )
-        output.print_answer(answer, [line], as_json=as_json)
-
-
-def _verify_lens(
-    artifact: OperatorArtifact, model: str | None, texts: Path | None, attention: AttentionName | None
-) -> tuple[dict[str, Any], str]:
-    """Products of a lens, computed anew: for JSON and for a person."""
-    from operators.core.neutral_texts import neutral_texts
-    from operators.lens.verify import verify_lens
-    from operators.model.loading import load_model
-    from operators.model.unembedding import find_unembedding
-    from operators.vectors.contrast import read_texts
-
-    header = artifact.header
-    assert header.lens is not None  # noqa: S101 - for the type checker
-    # The shipped texts, or the first of them, as the lens was built with --quick.
-    neutral = neutral_texts()[: header.lens.texts] if texts is None else read_texts(texts).texts
-    name = model or header.model
-    loaded = load_model(name, dtype=header.model_dtype, device=default_device(), attention=attention)
-    error = verify_lens(artifact, loaded, neutral, find_unembedding(name))
-    return {
-        "model": loaded.name,
-        "lens_error": error,
-    }, f" and fits {loaded.name}: computed anew, it is off by {error:.1e}"
-
-
-def _verify_vector(
-    artifact: OperatorArtifact,
-    model: str | None,
-    positive: Path | None,
-    negative: Path | None,
-    attention: AttentionName | None,
-) -> tuple[dict[str, Any], str]:
-    """What can be said of a vector beyond its file, for JSON and for a person."""
-    from operators.builder.verify import check_compatible
-    from operators.model.loading import load_model
-    from operators.vectors.contrast import check_contrast, read_texts
-
-    header = artifact.header
-    texts = None if positive is None or negative is None else (read_texts(positive), read_texts(negative))
-    loaded = load_model(model or header.model, dtype=header.model_dtype, device=default_device(), attention=attention)
-    check_compatible(header, loaded)
-    fits = f" and fits {loaded.name}: fingerprints, depth and width; "
-    if texts is None:
-        return {"model": loaded.name, "vector_error": None}, fits + "a vector's numbers are not computed anew"
-    error = check_contrast(artifact, *texts, loaded)
-    return {"model": loaded.name, "vector_error": error}, f"{fits}computed anew from its texts it is off by {error:.1e}"
 
 
 def delete(name: NameArgument, store_path: StoreOption = None, as_json: JsonOption = False) -> None:

@@ -25,11 +25,14 @@ from operators.core.file_format import (
     FORMAT,
     FORMAT_VERSION,
     MAX_BYTES,
+    MAX_JSON_BYTES,
     TensorInfo,
     check_layout,
+    checked_header,
     open_regular,
     parse_file_header,
     parse_header,
+    written_header,
 )
 from operators.core.header import OperatorHeader
 
@@ -124,8 +127,11 @@ def make_lens(header: OperatorHeader, lens: Lens) -> OperatorArtifact:
 
 
 def with_header(artifact: OperatorArtifact, **changes: object) -> OperatorArtifact:
-    """The same numbers under a changed header, signed again. Raises :class:`ArtifactError` where they do not fit."""
-    return _signed(artifact.header.model_copy(update=changes), tensors_of(artifact))
+    """The same numbers under a changed header, signed again.
+
+    Raises :class:`ArtifactError` where a field is unknown or not accepted, or the numbers do not fit.
+    """
+    return _signed(checked_header({**dict(artifact.header), **changes}, source="header"), tensors_of(artifact))
 
 
 def to_bytes(artifact: OperatorArtifact) -> bytes:
@@ -228,10 +234,13 @@ def _tensors(
 
 
 def _signed(header: OperatorHeader, tensors: Mapping[str, torch.Tensor]) -> OperatorArtifact:
-    header_json = header.model_dump_json(exclude=_unknown_to_earlier_versions(header))
-    return _from_parts(
+    header_json = written_header(header, exclude=_unknown_to_earlier_versions(header))
+    artifact = _from_parts(
         header, header_json, {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     )
+    if artifact.nbytes > MAX_BYTES - MAX_JSON_BYTES:
+        raise ArtifactError(f"its numbers take {artifact.nbytes} bytes; a file of at most {MAX_BYTES} is read")
+    return artifact
 
 
 def _unknown_to_earlier_versions(header: OperatorHeader) -> dict[str, Any]:

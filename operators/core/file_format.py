@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from pydantic import ValidationError
+from pydantic_core import PydanticSerializationError
 
 from operators.core.errors import ArtifactError
 from operators.core.header import OperatorHeader, injection_layer
@@ -163,8 +164,44 @@ def parse_file_header(file: BinaryIO, num_bytes: int, *, source: str) -> FileHea
 
 def parse_header(header_json: str, *, source: str) -> OperatorHeader:
     """Parses an operator's own header. Raises :class:`ArtifactError` naming the first field that is not accepted."""
-    try:
+    with _naming_the_field(source):
         return OperatorHeader.model_validate_json(header_json, strict=True)
+
+
+def checked_header(fields: Mapping[str, object], *, source: str) -> OperatorHeader:
+    """A header of these fields. Raises :class:`ArtifactError` naming the first one that is not accepted."""
+    with _naming_the_field(source):
+        return OperatorHeader.model_validate(fields)
+
+
+def written_header(header: OperatorHeader, *, exclude: Mapping[str, Any]) -> str:
+    """The JSON of a header, which reads back as the same header.
+
+    Args:
+        exclude: fields with their default values, which are not written.
+
+    Raises:
+        ArtifactError: a reader would refuse it, or read something else: a header that was changed after it was made
+            holds whatever it was given.
+    """
+    try:
+        header_json = header.model_dump_json(exclude=dict(exclude), warnings=False)
+    except (PydanticSerializationError, UnicodeError) as error:
+        raise ArtifactError(f"the header cannot be written: {error}") from error
+    read = parse_header(header_json, source="header")
+    if read != header:
+        mine, theirs = dict(header), dict(read)
+        field = next((name for name in mine if name not in theirs or mine[name] != theirs[name]), "extra")
+        raise ArtifactError(f"header field {field!r}: it would be read as another value than it has")
+    if len(json.dumps(header_json, ensure_ascii=False).encode()) > MAX_JSON_BYTES - _MAX_STRUCTURE:
+        raise ArtifactError(f"the header takes {len(header_json.encode())} bytes; at most {MAX_JSON_BYTES} are read")
+    return header_json
+
+
+@contextmanager
+def _naming_the_field(source: str) -> Iterator[None]:
+    try:
+        yield
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "header"

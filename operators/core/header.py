@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, Field, PlainSerializer, PlainVali
 from operators.core.errors import SettingError
 from operators.core.lens_source import PUSHED, LensSource
 from operators.core.measured import HeldOut, Sampling
+from operators.core.model_fingerprint import ModelFingerprint
 from operators.core.positions import ALL_POSITIONS, Positions
 from operators.core.vector_source import STRICT, Count, Fingerprint, VectorSource, Word
 
@@ -213,7 +214,7 @@ class OperatorHeader(BaseModel):
     """The operators of a mixture; their texts are this one's."""
     model: Word
     architecture: Word
-    model_fingerprint: Fingerprint
+    model_fingerprint: ModelFingerprint
     tokenizer_fingerprint: Fingerprint
     profile: Profile
     rule_set: Word

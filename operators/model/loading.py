@@ -19,9 +19,12 @@ from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import check_attention
+from operators.model.checkpoint_files import CheckpointFiles
+from operators.model.digest_cache import keep_digest
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
 from operators.model.preflight import ModelCheck, examine
+from operators.model.stored_weights import keep_in_memory, stored_weights_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +44,8 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     tokenizer_fingerprint: str
+    files: CheckpointFiles | None = None
+    """As they were when the model was loaded; None for a model that was made in memory."""
 
     @property
     def device(self) -> torch.device:
@@ -90,14 +95,16 @@ def load_model(
         check: raises an error for a model that the caller cannot use; called before the weights are read.
 
     Raises:
-        ModelError: it cannot be found or loaded; the message says what was tried.
+        ModelError: it cannot be found or loaded, or its files were changed meanwhile; the message says what was tried.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
+    # Before a byte is read: what is written meanwhile is noticed.
+    files = CheckpointFiles.of(Path(source)) if Path(source).is_dir() else None
     _check_not_adapter(name, source)
     transformers_logging.disable_progress_bar()
     # The hub's client logs each of its retries twice; the error after the last one says the same.
@@ -105,15 +112,15 @@ def load_model(
     try:
         checks = [decoder_layers, *([check] if check else [])]
         attention = examine(name, source, dtype=dtype, device=torch.device(device), attention=attention, checks=checks)
-        # False, not None: None asks on the terminal whether code that came with the model may run.
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=DTYPES[dtype],
-            attn_implementation=attention,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, report = _from_files(source, DTYPES[dtype], attention)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        _check_complete(name, report)
+        files = files or CheckpointFiles.of(_hub_directory(source))
+        if torch.device(device).type == "cpu":
+            keep_in_memory(model)
+        weights = stored_weights_digest(
+            files, model, DTYPES[dtype], lambda exact: _from_files(source, exact, attention)[0]
+        )
         model = model.to(device).eval().requires_grad_(False)
     except (
         *(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ImportError, EOFError),
@@ -121,8 +128,37 @@ def load_model(
     ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({ACCEPTED})") from error
-    _check_complete(name, report)
-    return recognise(name, model, tokenizer)
+    check_attention(name, model)
+    files.check_unchanged(name)
+    keep_digest(files, weights)
+    fingerprint = model_fingerprint(model, weights=weights)
+    return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files)
+
+
+def local_files(name: str) -> CheckpointFiles | None:
+    """The files of a model as they are now, in :func:`load_model`'s terms; None for a Hugging Face id.
+
+    Raises :class:`ModelError` as :func:`load_model` does for what cannot be found or read.
+    """
+    source = obtain(name)
+    return CheckpointFiles.of(source) if isinstance(source, Path) else None
+
+
+def _from_files(source: str, dtype: torch.dtype, attention: AttentionName) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    # False, not None: None asks on the terminal whether code that came with the model may run.
+    loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+    )
+    return loaded
+
+
+def _hub_directory(source: str) -> Path:
+    """Where the files of a Hugging Face id are, which have been loaded."""
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(source, "config.json"))).parent
 
 
 def _check_complete(name: str, report: Mapping[str, Iterable[Any]]) -> None:

@@ -17,10 +17,12 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
 from operators.core.errors import ModelError
+from operators.model.checkpoint_files import FileStamp, stamp_of
 from operators.model.gguf_conversion import convert_gguf, is_checked
 
 _LOG = logging.getLogger(__name__)
@@ -122,12 +124,18 @@ def _gguf_sha256(name: str, file: Path) -> str:
             magic = stream.read(4)
             if magic != b"GGUF":
                 raise ModelError(f"model {name!r}: {file.name} is no GGUF file: it begins with {magic!r}, not b'GGUF'")
-            stream.seek(0)
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _sha256(stamp_of(file))
     except FileNotFoundError:
         raise ModelError(f"model {name!r}: there is no such file ({ACCEPTED})") from None
     except OSError as error:
         raise ModelError(f"model {name!r}: {file} cannot be read: {error.strerror}") from error
+
+
+@lru_cache(maxsize=8)
+def _sha256(stamp: FileStamp) -> str:
+    """Of the file with this stamp; gigabytes, which one start of a server asks for several times."""
+    with open(stamp.path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cached(label: str, sha256: str, make: Callable[[Path], Path]) -> Path:

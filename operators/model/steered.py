@@ -18,9 +18,10 @@ from torch import nn
 
 from operators.core.apply import Setting, prepare, recommended_setting
 from operators.core.artifact import OperatorArtifact
-from operators.core.errors import IncompatibleOperatorError, SteeringError
+from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks, layer_push
 from operators.core.pushes import SequencePushes
+from operators.model.identity import check_fingerprints
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 
 
@@ -39,14 +40,7 @@ def steered(loaded: LoadedModel, operator: OperatorArtifact, setting: Setting | 
             positions are those of the prompt or of what is generated, and there is no KV cache to tell them apart.
     """
     header = operator.header
-    for name, expected, found in (
-        ("model fingerprint", header.model_fingerprint, loaded.fingerprint),
-        ("tokenizer fingerprint", header.tokenizer_fingerprint, loaded.tokenizer_fingerprint),
-    ):
-        if found != expected:
-            raise IncompatibleOperatorError(
-                f"{name} of {loaded.name!r} is {found}; the operator was built on {header.model!r} with {expected}"
-            )
+    check_fingerprints(header, loaded)
     if setting is None:
         setting = recommended_setting(header)
     if setting.strength == 0.0:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from operators.core.errors import ModelError
+from operators.model.checkpoint_files import CheckpointFiles, FileStamp, changed_error, stamp_of
 from operators.model.obtain import obtain
 
 if TYPE_CHECKING:
@@ -42,19 +43,23 @@ class Unembedding:
     vocabulary: int
     """V, its number of rows; a vocabulary that is padded has more than its tokenizer has tokens."""
     hidden_size: int
+    stamp: FileStamp
+    """Of the file, as it was when the rows were found."""
 
     def rows(self, ids: Sequence[int]) -> torch.Tensor:
         """The rows of ``ids``, (len(ids), d) float32 on the CPU.
 
         Raises:
-            ModelError: a token has no row, or the file cannot be read.
+            ModelError: a token has no row, or the file cannot be read or was changed.
         """
         for token in ids:
             if not 0 <= token < self.vocabulary:
                 raise ModelError(f"{self.model}: token {token} has no row; the unembedding has {self.vocabulary}")
         with _opened(self.model, self.file) as file:
             table = file.get_slice(self.tensor)
-            found = [table[token : token + 1].to(torch.float32) for token in ids]
+            # Copies: until its numbers are checked to be those that were there, the file is read.
+            found = [table[token : token + 1].to(torch.float32, copy=True) for token in ids]
+        self._check_unchanged()
         rows = torch.cat(found) if found else torch.empty(0, self.hidden_size)
         if not bool(torch.isfinite(rows).all()):
             raise ModelError(f"{self.model}: {self.tensor!r} has values that are not finite")
@@ -67,7 +72,13 @@ class Unembedding:
             table = file.get_slice(self.tensor)
             for first in range(0, self.vocabulary, _ROWS_PER_READ):
                 total += table[first : min(first + _ROWS_PER_READ, self.vocabulary)].double().sum(0)
+        self._check_unchanged()
         return (total / self.vocabulary).to(torch.float32)
+
+    def _check_unchanged(self) -> None:
+        """After reading: what was written meanwhile may have been read."""
+        if _stamp(self.model, self.file) != self.stamp:
+            raise changed_error(self.model, self.file)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,21 +123,24 @@ def loaded_unembedding(model: PreTrainedModel) -> LoadedUnembedding:
     return LoadedUnembedding(weight, tied=weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())
 
 
-def find_unembedding(name: str) -> Unembedding:
+def find_unembedding(name: str, files: CheckpointFiles | None = None) -> Unembedding:
     """Where the unembedding of a model is: a built-in name, directory, GGUF file or Hugging Face id in the cache.
+
+    Args:
+        files: of the model as it is being served; rows of changed ones would be another model's.
 
     Raises:
         ModelError: there is no checkpoint of safetensors files, its index or configuration is damaged, or W_U is not
-            there as a matrix of floating-point numbers (quantised): names what was found.
+            there as a matrix of floating-point numbers (quantised): names what was found. Or ``files`` were changed.
     """
     source = obtain(name)
     config = _read_json(name, _file_of(name, source, "config.json"))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     tied = _is_tied(config, text or {})
-    files = _tensor_files(name, source)
+    tensors = _tensor_files(name, source)
     # A tied model may have a head in its file too: what is computed with is the table.
     wanted = _TABLES if tied else _HEADS
-    found = [key for key in files if key in wanted or key.endswith(tuple(f".{end}" for end in wanted))]
+    found = [key for key in tensors if key in wanted or key.endswith(tuple(f".{end}" for end in wanted))]
     if not found and not tied:
         raise ModelError(
             f"{name}: its files have no {' or '.join(wanted)}, and its configuration does not tie the head to the "
@@ -134,7 +148,10 @@ def find_unembedding(name: str) -> Unembedding:
         )
     if len(found) != 1:
         raise ModelError(f"{name}: {sorted(found)} could be the unembedding; one {' or '.join(wanted)} is accepted")
-    return _located(name, files[found[0]], found[0], tied=tied)
+    located = _located(name, tensors[found[0]], found[0], tied=tied)
+    if files is not None:
+        files.check_unchanged(name)
+    return located
 
 
 def _is_tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
@@ -150,12 +167,20 @@ def _is_tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
 
 
 def _located(name: str, file: Path, tensor: str, *, tied: bool) -> Unembedding:
+    stamp = _stamp(name, file)
     with _opened(name, file) as opened:
         table = opened.get_slice(tensor)
         shape, dtype = tuple(table.get_shape()), table.get_dtype()
     if len(shape) != 2 or dtype not in _FLOATS:
         raise ModelError(f"{name}: {tensor!r} is {dtype} of shape {shape}; a matrix of {', '.join(_FLOATS)} is read")
-    return Unembedding(name, file, tensor, tied, *shape)
+    return Unembedding(name, file, tensor, tied, *shape, stamp)
+
+
+def _stamp(name: str, file: Path) -> FileStamp:
+    try:
+        return stamp_of(file)
+    except OSError as error:
+        raise ModelError(f"{name}: {file.name} cannot be read: {error.strerror}") from error
 
 
 def _tensor_files(name: str, source: Path | str) -> dict[str, Path]:

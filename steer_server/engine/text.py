@@ -84,33 +84,86 @@ class Piece:
 
 
 class StopStrings:
-    """Finds stop strings, and holds back text that could be the beginning of one."""
+    """Finds stop strings, and holds back text that could be the beginning of one.
+
+    Every character is looked at once, and of the stop strings only those that it continues or begins.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
         self._held = ""
+        self._begun: list[_Match] = []
+        """Of the stop strings, those whose beginning the text ends with."""
+        self._by_first: dict[str, list[_Match]] = {}
+        for stop in dict.fromkeys(stops):
+            self._by_first.setdefault(stop[0], []).append(_Match(stop))
 
     def push(self, text: str) -> Piece:
         """Adds text: what may be shown of all that is held, and the stop string that was found, if any."""
+        for place, character in enumerate(text, start=len(self._held) + 1):
+            # The match that ends first wins, so that the result does not depend on how the text is cut; of two, the
+            # longer.
+            complete = self._add(character)
+            if complete:
+                stop = max(complete, key=len)
+                shown = (self._held + text)[: place - len(stop)]
+                self._forget()
+                return Piece(shown, stop)
         self._held += text
-        # The match that ends first wins, so that the result does not depend on how the text is cut; of two, the longer.
-        starts = [(self._held.find(stop), stop) for stop in self._stops if stop in self._held]
-        if starts:
-            start, stop = min(starts, key=lambda found: (found[0] + len(found[1]), found[0]))
-            shown, self._held = self._held[:start], ""
-            return Piece(shown, stop)
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
+        cut = len(self._held) - max((match.length for match in self._begun), default=0)
         shown, self._held = self._held[:cut], self._held[cut:]
         return Piece(shown)
 
     def flush(self) -> str:
         """The text still held back, which turned out not to be a stop string."""
-        shown, self._held = self._held, ""
+        shown = self._held
+        self._forget()
         return shown
 
+    def _add(self, character: str) -> list[str]:
+        """The stop strings that end with this character."""
+        starting = [match for match in self._by_first.get(character, ()) if not match.length]
+        for match in self._begun:
+            match.add(character)
+        for match in starting:
+            match.length = 1
+        self._begun = [match for match in self._begun if match.length] + starting
+        return [match.stop for match in self._begun if match.length == len(match.stop)]
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that is a proper beginning of ``stop``."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if stop.startswith(text[-size:])), 0)
+    def _forget(self) -> None:
+        self._held = ""
+        for match in self._begun:
+            match.length = 0
+        self._begun = []
+
+
+class _Match:
+    """How much of one stop string a text ends with: the algorithm of Knuth, Morris and Pratt.
+
+    Its table is made as far as the text has come, so that a stop string costs nothing before it is begun.
+    """
+
+    def __init__(self, stop: str) -> None:
+        self.stop = stop
+        self.length = 0
+        """The text ends with so many of its first characters."""
+        self._next = [-1]
+        """By length: the longest shorter length that another character may continue; -1: none may."""
+        self._border = 0
+        """Of the first ``len(_next)`` characters, how many of the last are also the first."""
+
+    def add(self, character: str) -> None:
+        """The text goes on with this character."""
+        length = self.length
+        while length >= 0 and self.stop[length] != character:
+            length = self._shorter(length)
+        self.length = length + 1
+
+    def _shorter(self, length: int) -> int:
+        stop, shorter = self.stop, self._next
+        while len(shorter) <= length:
+            size, border = len(shorter), self._border
+            shorter.append(shorter[border] if stop[border] == stop[size] else border)
+            while border >= 0 and stop[border] != stop[size]:
+                border = shorter[border]
+            self._border = border + 1
+        return shorter[length]

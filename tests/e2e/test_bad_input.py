@@ -12,6 +12,8 @@ from pathlib import Path
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_status import rpc_status
 from steer_client import (
     Chat,
@@ -28,7 +30,7 @@ from steer_client import (
     UnknownOperatorError,
 )
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import generation_pb2_grpc
+from steering.v1 import generation_pb2_grpc, operators_pb2
 
 BIN = Path(sys.executable).parent
 GOLDEN = [OperatorUse("golden", 0.5)]
@@ -78,6 +80,18 @@ def serves_afterwards(server):
             "strength: is -inf",
         ),
         ({"operators": [OperatorUse("golden", blend=1.5)]}, InvalidRequestError, "operators[0].blend", "blend: is 1.5"),
+        (
+            {"operators": [OperatorUse("golden", 1e-8)]},
+            InvalidRequestError,
+            "operators[0].strength",
+            "lost in rounding",
+        ),
+        (
+            {"operators": [OperatorUse("golden", 0.5), OperatorUse("golden", -0.5, positions=Positions("generated"))]},
+            InvalidRequestError,
+            "operators[1].strength",
+            "cancels",
+        ),
         (
             {"operators": [OperatorUse("golden", blend=-0.1)]},
             InvalidRequestError,
@@ -203,6 +217,25 @@ def test_bytes_that_are_no_message_are_refused(server):
                 call(garbage, timeout=10)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "GenerateRequest" in caught.value.details()
+
+
+def test_malformed_bytes_are_refused_by_every_method_of_every_service(server):
+    services = [
+        module.DESCRIPTOR.services_by_name.values() for module in (pb, operators_pb2, health_pb2, reflection_pb2)
+    ]
+    lines = len(server.log)
+    with grpc.insecure_channel(server.target) as channel:
+        for method in (method for each in services for service in each for method in service.methods):
+            path = f"/{method.containing_service.full_name}/{method.name}"
+            for garbage in (b"\xff" * 40, b"\x0a\x05ab"):
+                # On the wire, one message is a stream of one.
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(channel.stream_stream(path)(iter([garbage]), timeout=10))
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, path
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/grpc.health.v1.Health/List")(b"", timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert "Traceback" not in "\n".join(server.log[lines:])
 
 
 def test_a_method_that_does_not_exist_is_unimplemented(server):

@@ -70,7 +70,8 @@ def bad_store(server, tiny_store, tmp_path_factory, golden, loaded, remake, trap
     """Puts one of every kind of bad artifact into the shared server's store; takes them away again."""
     good, ids = to_bytes(golden), golden.header.concept_ids
     contents = {
-        "other-model": to_bytes(remake(golden, model="somebody/else", model_fingerprint=OTHER)),
+        "other-model": to_bytes(remake(golden, model="somebody/else", model_fingerprint=f"weights-{OTHER}")),
+        "earlier": to_bytes(remake(golden, model_fingerprint=OTHER)),
         "other-tokenizer": to_bytes(remake(golden, tokenizer_fingerprint=OTHER)),
         "other-depth": to_bytes(remake(golden, num_layers=9)),
         "other-shape": to_bytes(remake(golden, hidden_size=16)),
@@ -109,6 +110,7 @@ def bad_store(server, tiny_store, tmp_path_factory, golden, loaded, remake, trap
     ("name", "words"),
     [
         ("other-model", "built for model somebody/else"),
+        ("earlier", "'steer-operators renew earlier' holds it against its model"),
         ("other-tokenizer", "built for tokenizer"),
         ("other-depth", "built for number of layers 9; this server has 4"),
         ("other-shape", "built for hidden size 16; this server has 32"),

@@ -22,7 +22,8 @@ from steer_server.registry import Registry
 from steer_server.types import OperatorUse
 
 _MAX_BYTES = 1 << 20
-_OTHER = f"sha256:{'0' * 64}"
+_OTHER = f"weights-sha256:{'0' * 64}"
+_OTHER_TOKENIZER = f"sha256:{'0' * 64}"
 
 
 class _Bomb:
@@ -57,7 +58,7 @@ def _narrow(artifact, remake):
 
 BAD = {
     "foreign model": ("model", lambda a, remake: to_bytes(remake(a, model="other", model_fingerprint=_OTHER))),
-    "foreign tokenizer": ("tokenizer", lambda a, remake: to_bytes(remake(a, tokenizer_fingerprint=_OTHER))),
+    "foreign tokenizer": ("tokenizer", lambda a, remake: to_bytes(remake(a, tokenizer_fingerprint=_OTHER_TOKENIZER))),
     "more layers": ("number of layers 9", lambda a, remake: to_bytes(remake(a, num_layers=9))),
     "another hidden size": ("hidden size 20", lambda a, remake: to_bytes(_narrow(a, remake))),
     "truncated": ("not a whole safetensors file", lambda a, _: to_bytes(a)[:-7]),
@@ -95,6 +96,15 @@ def test_what_was_served_is_named_beside_what_was_found(registry, tmp_path, arti
     problem = registry().entry("bad").problem
     for part in ("gpt-9", _OTHER, model_info.model, model_info.model_fingerprint):
         assert part in problem
+
+
+def test_an_operator_of_an_earlier_version_is_told_how_to_be_renewed(registry, tmp_path, artifact, remake):
+    Store(tmp_path).save("old", remake(artifact, model_fingerprint=f"sha256:{'0' * 64}"))
+    Store(tmp_path).save("other", remake(artifact, model_fingerprint=_OTHER))
+    made = registry()
+    with pytest.raises(OperatorUnusableError, match="'steer-operators renew old' holds it against its model"):
+        made.plan((OperatorUse("old"),))
+    assert "renew" not in made.entry("other").problem
 
 
 def test_a_model_under_another_name_is_known_by_its_fingerprint(tmp_path, artifact, with_name):

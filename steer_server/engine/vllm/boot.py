@@ -11,6 +11,7 @@ import structlog
 import torch
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from operators.core.errors import ModelError
 from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from operators.model.text_ids import text_ids
@@ -45,7 +46,7 @@ async def boot_vllm(
     """A running vLLM that has passed its self-test.
 
     Args:
-        loaded: the same model in transformers, for what it makes of the self-test's prompt; not kept.
+        loaded: the same model in transformers, for its files and what it makes of the self-test's prompt; not kept.
         model: its description.
         source: directory or Hugging Face id of the model.
 
@@ -72,11 +73,25 @@ async def boot_vllm(
     began = time.monotonic()
     try:
         await _self_test(client, prompt, model.num_layers, expected, tolerance)
+        check_same_files(loaded)
     except BaseException:
         await client.shutdown()
         raise
     log.info("self-test passed", layers=model.num_layers, seconds=round(time.monotonic() - began, 1))
     return client
+
+
+def check_same_files(loaded: LoadedModel) -> None:
+    """Raises :class:`StartupError` where vLLM may have read other weights than those that were fingerprinted.
+
+    The self-test would not notice a few numbers that changed.
+    """
+    if loaded.files is None:
+        return
+    try:
+        loaded.files.check_unchanged(loaded.name)
+    except ModelError as error:
+        raise StartupError(str(error)) from error
 
 
 async def _self_test(

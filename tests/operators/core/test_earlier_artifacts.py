@@ -21,6 +21,7 @@ from operators.core.artifact import read_artifact, to_bytes
 from operators.core.file_format import read_file_header
 from operators.core.header import Recommended
 from operators.core.store import Store
+from operators.model.earlier_fingerprint import earlier_fingerprint
 
 DATA = Path(__file__).parents[2] / "data"
 DIGESTS = {
@@ -72,7 +73,16 @@ def test_building_it_again_gives_the_same_map(tiny, name):
         new = build_operator(
             BuildSpec(texts, "golden", layer=3, rank=4, words=("golden",), recommended=recommended), loaded
         )
-    measured = {"created", "reconstruction_error", "low_rank", "builder_version", "neutral", "recommended"}
+    assert earlier_fingerprint(loaded.model) == old.header.model_fingerprint
+    measured = {
+        "model_fingerprint",
+        "created",
+        "reconstruction_error",
+        "low_rank",
+        "builder_version",
+        "neutral",
+        "recommended",
+    }
     assert new.header.model_dump(exclude=measured) == old.header.model_dump(exclude=measured)
     for found, expected in ((new.jacobian(), old.jacobian()), (new.anchor, old.anchor)):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -19,70 +19,8 @@ from operators.model.loading import (
     default_model,
     embed,
     load_model,
-    model_fingerprint,
     tokenizer_fingerprint,
 )
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_a_model_has_one_fingerprint_in_every_dtype_and_attention(tiny, family):
-    kinds = [tiny(family, "sdpa", dtype) for dtype in ("float64", "float32", "bfloat16")]
-    kinds.append(tiny(family, "eager", "float32"))
-    assert len({loaded.fingerprint for loaded in kinds}) == 1
-
-
-def test_every_model_has_its_own_fingerprint(tiny):
-    assert len({tiny(family).fingerprint for family in ("llama", "qwen3", "gemma3")}) == 3
-
-
-def test_the_first_weight_of_any_parameter_changes_the_fingerprint(tiny):
-    model = tiny("llama", fresh=True).model
-    seen = {model_fingerprint(model)}
-    parameters = list(model.parameters())
-    for parameter in parameters:
-        parameter.view(-1)[0] += 0.5
-        seen.add(model_fingerprint(model))
-    assert len(seen) == 1 + len(parameters)
-
-
-@pytest.mark.parametrize(
-    ("setting", "value"),
-    [
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 777.0}),
-        ("rope_parameters", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
-        ("rms_norm_eps", 1e-3),
-        ("num_attention_heads", 2),
-        ("hidden_act", "gelu"),
-    ],
-)
-def test_equal_weights_under_another_setting_of_the_forward_pass_have_another_fingerprint(tiny, setting, value):
-    found = set()
-    for dtype in ("float64", "float32", "bfloat16"):
-        model = tiny("llama", "sdpa", dtype, fresh=True).model
-        assert model_fingerprint(model) == tiny("llama").fingerprint
-        assert getattr(model.config, setting) != value
-        setattr(model.config, setting, value)
-        found.add(model_fingerprint(model))
-    assert len(found) == 1
-    assert tiny("llama").fingerprint not in found
-
-
-def test_a_setting_that_leaves_the_map_as_it_is_leaves_the_fingerprint_too(tiny):
-    model = tiny("llama", fresh=True).model
-    model.config.use_cache = not model.config.use_cache
-    model.config.transformers_version = "1.2.3"
-    assert model_fingerprint(model) == tiny("llama").fingerprint
-
-
-def test_a_fingerprint_is_that_of_the_map_and_not_of_the_object(tiny):
-    assert tiny("llama", fresh=True).fingerprint == tiny("llama").fingerprint
-
-
-def test_a_saved_model_comes_back_with_the_same_fingerprints(tiny, tiny_directory):
-    for family in ("llama", "qwen3", "gemma3"):
-        loaded = load_model(str(tiny_directory(family)), dtype="bfloat16")
-        assert loaded.fingerprint == tiny(family).fingerprint
-        assert loaded.tokenizer_fingerprint == tiny(family).tokenizer_fingerprint
 
 
 def test_a_tokenizer_that_adds_a_token_has_another_fingerprint(tiny_tokenizer):

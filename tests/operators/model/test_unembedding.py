@@ -1,12 +1,14 @@
 """Rows of the unembedding from the files of a model, without the model."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from operators.core.errors import ModelError
+from operators.model.loading import local_files
 from operators.model.unembedding import find_unembedding, loaded_unembedding
 
 
@@ -81,3 +83,31 @@ def test_an_index_cannot_name_files_elsewhere(tiny, tmp_path, part):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="which is not beside it"):
         find_unembedding(str(tmp_path))
+
+
+def _write_again(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes())
+
+
+def test_rows_of_a_file_that_was_changed_are_refused(tiny_directory, tmp_path):
+    directory = shutil.copytree(tiny_directory("llama"), tmp_path / "model")
+    found = find_unembedding(str(directory))
+    found.rows([7])
+    _write_again(directory)
+    for read in (lambda: found.rows([7]), found.mean):
+        with pytest.raises(ModelError, match=r"model\.safetensors was changed after the model began to load"):
+            read()
+    assert torch.equal(find_unembedding(str(directory)).rows([7]), find_unembedding(str(directory)).rows([7]))
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        found.rows([7])
+
+
+def test_a_model_whose_files_are_no_longer_those_that_are_served_has_no_rows(tiny_directory, tmp_path):
+    directory = shutil.copytree(tiny_directory("llama"), tmp_path / "model")
+    files = local_files(str(directory))
+    assert find_unembedding(str(directory), files).vocabulary == 320
+    _write_again(directory)
+    with pytest.raises(ModelError, match="was changed after the model began to load"):
+        find_unembedding(str(directory), files)

@@ -124,7 +124,7 @@ ONE = '[[concept]]\nname = "a"\ntext = "golden gate"\nrank = 5\n'
         (ONE.replace("5", '"full"'), [], "its rank is 5, not full"),
         (ONE.replace("rank = 5", "tolerance = 0.5"), [], "its rank is 5, not what tolerance 0.5 takes"),
         (ONE, ["--dtype", "float64"], "its model dtype is float32, not float64"),
-        (ONE, ["--model", "other"], "its model is sha256:"),
+        (ONE, ["--model", "other"], "its model is weights-sha256:"),
     ],
 )
 def test_a_name_that_holds_something_else_is_told_before_anything_is_built(

@@ -1,5 +1,7 @@
+import time
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer_server.engine.text import Detokenizer, StopStrings
@@ -132,6 +134,44 @@ def test_nothing_is_shown_that_a_stop_string_could_still_take_back_and_nothing_e
     assert _naive(text + rest, stops)[0].startswith(shown)
     held = text[len(shown) :]
     assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+@settings(deadline=None)
+@given(data=st.data(), alphabet=st.sampled_from(["a", "ab", "abc"]))
+def test_long_stop_strings_that_repeat_themselves_are_found_where_they_are(data, alphabet):
+    stops = data.draw(st.lists(st.text(alphabet=alphabet, min_size=1, max_size=20), max_size=4))
+    parts = st.sampled_from([stop[:size] for stop in stops for size in range(1, len(stop) + 1)] or ["a"])
+    text = "".join(data.draw(st.lists(parts | st.text(alphabet=alphabet, max_size=2), max_size=12)))
+    holder, shown = StopStrings(stops), ""
+    for character in text:
+        piece = holder.push(character)
+        shown += piece.text
+        if piece.stop_string:
+            assert (shown, piece.stop_string) == _naive(text, stops)
+            return
+    assert (shown + holder.flush(), "") == _naive(text, stops)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        ["a" * (1023 - n) + "b" * (n + 1) for n in range(64)],
+        [("ab" * 512)[n:] + "c" for n in range(64)],
+        [f"{'a' * 1020}{n:02}" for n in range(64)],
+        ["a" * 1023 + "b"] + [f"b{n:02}{'a' * 1020}" for n in range(63)],
+    ],
+    ids=["almost one letter", "almost two letters", "but for the last", "one that holds text for all"],
+)
+def test_many_long_stop_strings_that_almost_match_cost_little(stops):
+    holder, tokens = StopStrings(stops), ["aaaa", "abab", "aaaac"]
+    began, longest = time.process_time(), 0.0
+    for number in range(3000):
+        before = time.process_time()
+        assert not holder.push(tokens[number % 37 == 0] if number % 500 else tokens[2]).stop_string
+        longest = max(longest, time.process_time() - before)
+    # 30 ms a token where each looks at all that is held.
+    assert (time.process_time() - began) / 3000 < 0.003
+    assert longest < 0.03
 
 
 def test_a_stop_string_in_pieces_is_found():

@@ -1,0 +1,121 @@
+"""The files of a checkpoint: when each was last changed, and in which dtypes its numbers are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from operators.core.errors import ModelError
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+_READ = (*_WEIGHTS, ".json", ".jinja", ".model", ".txt")
+"""Ends of the names of what a model and a tokenizer are loaded from."""
+_MAX_INDEX = 64 << 20
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What changes when a file is written to or replaced. Filled by :meth:`CheckpointFiles.of`."""
+
+    path: str
+    size: int
+    modified_ns: int
+    changed_ns: int
+    """Of the file's entry: unlike the time of modification, no program can set it back."""
+    inode: int
+    device: int
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files of a checkpoint as they were at one moment."""
+
+    directory: Path
+    stamps: tuple[FileStamp, ...]
+
+    @classmethod
+    def of(cls, directory: Path) -> CheckpointFiles:
+        """The files that a model or a tokenizer may be read from. Raises :class:`ModelError` where they cannot be."""
+        try:
+            top = [path for path in directory.iterdir() if path.suffix.lower() in _READ]
+            paths = {path.absolute() for path in (*top, *_named_elsewhere(top)) if path.is_file()}
+            return cls(directory, tuple(stamp_of(path) for path in sorted(paths)))
+        except OSError as error:
+            raise ModelError(f"{error.filename or directory} cannot be read: {error.strerror or error}") from error
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """Those that may hold tensors."""
+        return tuple(path for stamp in self.stamps if (path := Path(stamp.path)).suffix.lower() in _WEIGHTS)
+
+    def check_unchanged(self, name: str) -> None:
+        """Raises :class:`ModelError` naming the first file that was written, replaced, added or removed since."""
+        now = CheckpointFiles.of(self.directory).stamps
+        if now != self.stamps:
+            # Of two stamps of one file, either names it.
+            changed = min(stamp.path for stamp in set(now) ^ set(self.stamps))
+            raise changed_error(name, changed)
+
+
+def changed_error(name: str, file: Path | str) -> ModelError:
+    """What is said of the model ``name`` whose file is another than it was."""
+    return ModelError(
+        f"model {name!r}: {file} was changed after the model began to load; start again when its files are complete, "
+        "and write new weights to another directory"
+    )
+
+
+def stored_dtypes(files: Iterable[Path]) -> frozenset[torch.dtype]:
+    """The floating-point dtypes of all tensors in these files; those of a file that is no checkpoint do not count."""
+    found: set[torch.dtype] = set()
+    for file in files:
+        with suppress(OSError, SafetensorError):
+            found |= _of_safetensors(file) if file.suffix.lower() == ".safetensors" else _of_pickle(file)
+    return frozenset(found)
+
+
+def _of_safetensors(file: Path) -> set[torch.dtype]:
+    with safe_open(file, framework="pt") as opened:
+        names = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118 - it is no mapping
+    return {_FLOATS[name] for name in names if name in _FLOATS}
+
+
+def _of_pickle(file: Path) -> set[torch.dtype]:
+    try:
+        # On the device "meta" no number is read; "weights_only" runs no code of the file.
+        loaded = torch.load(file, map_location="meta", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, UnpicklingError):
+        return set()
+    tensors = loaded.values() if isinstance(loaded, dict) else ()
+    return {value.dtype for value in tensors if isinstance(value, torch.Tensor) and value.is_floating_point()}
+
+
+def _named_elsewhere(top: Iterable[Path]) -> Iterable[Path]:
+    """What the indices and the configuration beside them name, which may lie in a folder below."""
+    for path in top:
+        if path.suffix.lower() == ".json" and path.stat().st_size <= _MAX_INDEX:
+            with suppress(OSError, ValueError, RecursionError):
+                yield from (path.parent / name for name in _file_names(json.loads(path.read_bytes())))
+
+
+def _file_names(content: Any) -> set[str]:
+    if not isinstance(content, dict):
+        return set()
+    weights = content.get("weight_map")
+    named = [*weights.values()] if isinstance(weights, dict) else []
+    return {name for name in (*named, content.get("transformers_weights")) if isinstance(name, str)}
+
+
+def stamp_of(path: Path) -> FileStamp:
+    """The stamp of a file that is there. Raises :class:`OSError`."""
+    found = path.stat()
+    return FileStamp(str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
