@@ -65,6 +65,10 @@ def serve(
     metrics_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus over HTTP; 0 is off.", show_default="0")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", show_default="32")] = None,
+    max_calls: Annotated[
+        int | None, typer.Option(help="Calls under way at once; more are refused at once.", show_default="1024")
+    ] = None,
+    max_connections: Annotated[int | None, typer.Option(help="Connections of clients.", show_default="1024")] = None,
     max_dose: Annotated[
         float | None,
         typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),

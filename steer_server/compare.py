@@ -22,7 +22,6 @@ from steer_server.types import (
     DecodeJob,
     Row,
     Score,
-    Started,
 )
 
 
@@ -47,8 +46,8 @@ async def compare(
     completions: dict[str, Completion] = {}
     stream = engine.submit(DecodeJob(ids, request.sampling, rows))
     try:
-        for name in names:
-            yield ArmEvent(name, Started(request.request_id, ids))
+        for name, builder in zip(names, builders, strict=True):
+            yield ArmEvent(name, builder.started(ids))
         async for event in stream:
             places = range(len(rows)) if isinstance(event, Admitted) else (event.row,)
             for place in places:

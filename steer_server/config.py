@@ -58,6 +58,18 @@ class ServerConfig(BaseSettings):
     """Prometheus over HTTP; 0 is off."""
     max_queue: int = Field(default=32, ge=1)
     """Requests that may wait while another is decoded."""
+    max_calls: int = Field(default=1024, ge=1)
+    """Calls under way at once, whatever they wait for; more are refused at once, with a hint when to try again."""
+    max_calls_per_connection: int = Field(default=1024, ge=1)
+    """More calls of one client wait on its side."""
+    max_connections: int = Field(default=1024, ge=1)
+    """Of clients. More are not let in, nor are more than the limit of open files has room for."""
+    connection_idle: float = Field(default=300.0, gt=0, le=1e6)
+    """Seconds after which a connection without a call is closed; clients connect again by themselves."""
+    connection_age: float = Field(default=3600.0, gt=0, le=1e6)
+    """Seconds after which a connection takes no more calls, so that clients spread over servers that were added."""
+    client_patience: float = Field(default=30.0, gt=0, le=1e6)
+    """Seconds that a client may take to send a request, or to take the next piece of its answer."""
     max_arms: int = Field(default=16, ge=1)
     """Steered arms of one comparison: they share a batch."""
     max_dose: float = Field(default=1.0, gt=0, allow_inf_nan=False)

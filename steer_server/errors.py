@@ -11,6 +11,8 @@ SteerServerError
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
 ├── EngineFailedError           the engine broke while it worked on this request
+├── RequestIncompleteError      the client took too long to send its request
+├── SlowReaderError             the client took too long to read its answer
 ├── ShuttingDownError           the server is stopping
 └── UnimplementedError          a method that this server does not offer
 
@@ -101,6 +103,20 @@ class StoreUnreadableError(SteerServerError):
 
 class EngineFailedError(SteerServerError):
     """The engine failed on this request."""
+
+
+class RequestIncompleteError(SteerServerError):
+    """The client opened a call and did not send its request in time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the request did not arrive within {seconds:g} s of the call's beginning")
+
+
+class SlowReaderError(SteerServerError):
+    """The client does not take its answer, which waits in the server's memory; the rest is not decoded."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no more of the answer could be sent for {seconds:g} s, because the client did not read it")
 
 
 class ShuttingDownError(SteerServerError):

@@ -45,7 +45,7 @@ async def generate(
     builder = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
     stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
     try:
-        yield Started(request.request_id, ids)
+        yield builder.started(ids)
         async for event in stream:
             for result in builder.add(event):
                 yield result
@@ -78,10 +78,15 @@ class CompletionBuilder:
     _began: float = field(default_factory=time.monotonic)
     _admitted: float | None = None
     _first_token: float | None = None
+    _last_token: float | None = None
     _text: list[str] = field(default_factory=list)
     _ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _scores: list[Score] = field(default_factory=list)
+
+    def started(self, prompt_ids: tuple[int, ...]) -> Started:
+        """The first event."""
+        return Started(self.request_id, prompt_ids, () if self.plan is None else self.plan.digests)
 
     def add(self, event: EngineEvent) -> tuple[Delta | Completion, ...]:
         """What the client gets at this event."""
@@ -96,13 +101,15 @@ class CompletionBuilder:
     def _token(self, event: TokenEvent, elapsed: float) -> Delta:
         if self._first_token is None:
             self._first_token = elapsed
+        since = None if self._last_token is None else elapsed - self._last_token
+        self._last_token = elapsed
         self._text.append(event.text)
         self._ids.append(event.token_id)
         if event.logprob is not None:
             self._logprobs.append(event.logprob)
         if event.score is not None:
             self._scores.append(event.score)
-        return Delta(event.text, (event.token_id,), () if event.logprob is None else (event.logprob,))
+        return Delta(event.text, (event.token_id,), () if event.logprob is None else (event.logprob,), since)
 
     def _finish(self, event: RowFinished, elapsed: float) -> tuple[Delta | Completion, ...]:
         check_receipts(

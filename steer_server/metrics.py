@@ -6,83 +6,218 @@ Each server has a registry of its own, so several in one process do not mix.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+)
 
+from operators.core.version import __version__
 from steer_server.engine.base import Engine
 from steer_server.registry import Registry
-from steer_server.types import Completion
+from steer_server.types import ArmEvent, CompareEvent, Completion, Delta, GenerateEvent, Started
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _DOSES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
+_MAX_NAMES = 100
+"""Operators with a series of their own; the others, should a store ever hold more, share one."""
+_OTHER = "other"
 
 
 class Metrics:
     """Counters of one server."""
 
-    def __init__(self, engine: Engine, operators: Registry) -> None:
+    def __init__(self, engine: Engine, operators: Registry, limits: Mapping[str, float] | None = None) -> None:
+        """``limits``: what the server admits at most, by name."""
         registry = self.registry = CollectorRegistry()
         self.in_flight: dict[str, int] = defaultdict(int)
-        """Running calls by service."""
+        """Calls by service whose request has arrived and whose answer is not complete."""
+        self._names: set[str] = set()
+        self._add_calls(registry)
+        self._add_texts(registry)
+        for name, text, read in _gauges(engine, operators, self.in_flight):
+            Gauge(name, text, registry=registry).set_function(read)
+        text = "What the server admits at most, by the name of the setting"
+        limit = Gauge("steer_limit", text, ("name",), registry=registry)
+        for name, value in (limits or {}).items():
+            limit.labels(name).set(value)
+        for collector in engine.collectors:
+            registry.register(collector)
+        if REGISTRY not in engine.collectors:
+            ProcessCollector(registry=registry)
+            PlatformCollector(registry=registry)
+            GCCollector(registry=registry)
+        model = engine.model
+        Info("steer_model", "The model being served", registry=registry).info(
+            {
+                "model": model.model,
+                "engine": model.engine,
+                "dtype": model.dtype,
+                "fingerprint": model.model_fingerprint,
+                "version": __version__,
+            }
+        )
+
+    def _add_calls(self, registry: CollectorRegistry) -> None:
         self.started = Counter("grpc_server_started", "RPCs started", _CALL, registry=registry)
         self.handled = Counter("grpc_server_handled", "RPCs ended, by status", (*_CALL, "grpc_code"), registry=registry)
         self.handling = Histogram(
             "grpc_server_handling_seconds", "Duration of RPCs", _CALL, buckets=_SECONDS, registry=registry
         )
         self.sent = Counter("grpc_server_msg_sent", "Messages sent on streams", _CALL, registry=registry)
-        self._prompt_tokens = Counter("steer_prompt_tokens", "Prompt tokens decoded", registry=registry)
+        self.errors = Counter(
+            "steer_errors",
+            "RPCs that failed, by the reason in their status",
+            ("grpc_method", "reason"),
+            registry=registry,
+        )
+
+    def _add_texts(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter("steer_requests", "Requests whose decoding began", registry=registry)
+        self._prompt_tokens = Counter("steer_prompt_tokens", "Prompt tokens, once for each request", registry=registry)
         self._generated = Counter("steer_generated_tokens", "Tokens generated", ("steered",), registry=registry)
         self._finished = Counter(
-            "steer_completions", "Continuations finished, by reason", ("reason", "steered"), registry=registry
+            "steer_completions",
+            "Texts finished, by reason: one of a generation, of a comparison one for each arm and the plain one",
+            ("reason", "steered"),
+            registry=registry,
         )
         self._applied = Counter(
             "steer_positions_steered", "Hidden states pushed, by operator", ("operator",), registry=registry
         )
         self._dose = Histogram(
-            "steer_mean_dose", "Mean relative dose of an operator", buckets=_DOSES, registry=registry
+            "steer_dose_ratio",
+            "Mean over a text of |change| / |hidden state|, half the strength, by operator",
+            ("operator",),
+            buckets=_DOSES,
+            registry=registry,
         )
         self._first_token = Histogram(
             "steer_time_to_first_token_seconds",
-            "Entering the queue to first token",
+            "Entering the queue to first token of a request",
             buckets=_SECONDS,
             registry=registry,
         )
-        self._queued = Histogram("steer_queue_seconds", "Time in the queue", buckets=_SECONDS, registry=registry)
-        gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("steer_jobs_running", "Jobs being decoded", lambda: engine.running),
-            ("steer_jobs_waiting", "Jobs in the queue", lambda: engine.waiting),
-            ("steer_operators", "Usable operators", lambda: _count(operators, usable=True)),
-            ("steer_operators_unusable", "Operators with a problem", lambda: _count(operators, usable=False)),
+        self._between_tokens = Histogram(
+            "steer_inter_token_seconds",
+            "From a token of a text to its next",
+            buckets=_TOKEN_SECONDS,
+            registry=registry,
         )
-        for name, text, read in gauges:
-            Gauge(name, text, registry=registry).set_function(read)
-        for collector in engine.collectors:
-            registry.register(collector)
-        model = engine.model
-        Info("steer_model", "The model being served", registry=registry).info(
-            {"model": model.model, "engine": model.engine, "dtype": model.dtype, "fingerprint": model.model_fingerprint}
+        self._queued = Histogram(
+            "steer_queue_seconds", "Time of a request in the queue", buckets=_SECONDS, registry=registry
         )
 
-    def completed(self, completion: Completion) -> None:
-        """Counts a finished continuation."""
-        steered = str(bool(completion.receipts)).lower()
-        self._prompt_tokens.inc(completion.usage.prompt_tokens)
-        self._generated.labels(steered).inc(len(completion.token_ids))
-        self._finished.labels(completion.finish_reason.value, steered).inc()
+    @contextmanager
+    def call_in_flight(self, service: str) -> Iterator[None]:
+        """Counts a call while the block runs."""
+        self.in_flight[service] += 1
+        try:
+            yield
+        finally:
+            self.in_flight[service] -= 1
+
+    def follow(self) -> RequestMetrics:
+        """What counts one request, from its events."""
+        return RequestMetrics(self)
+
+    def name_of(self, operator: str) -> str:
+        """The label of an operator."""
+        if operator in self._names or len(self._names) < _MAX_NAMES:
+            self._names.add(operator)
+            return operator
+        return _OTHER
+
+    def prompt_read(self, tokens: int) -> None:
+        """Counts a request whose prompt has been read by the model."""
+        self._requests.inc()
+        self._prompt_tokens.inc(tokens)
+
+    def token(self, delta: Delta, *, steered: bool) -> None:
+        """Counts what a text grew by."""
+        self._generated.labels(_flag(steered)).inc(len(delta.token_ids))
+        if delta.seconds is not None:
+            self._between_tokens.observe(delta.seconds)
+
+    def text_finished(self, completion: Completion, *, steered: bool) -> None:
+        """Counts a text."""
+        self._finished.labels(completion.finish_reason.value, _flag(steered)).inc()
+        for receipt in completion.receipts:
+            operator = self.name_of(receipt.operator)
+            positions = receipt.prompt_tokens_steered + receipt.generated_tokens_steered
+            self._applied.labels(operator).inc(positions)
+            if positions:
+                self._dose.labels(operator).observe(receipt.mean_dose)
+
+    def waited(self, completion: Completion) -> None:
+        """Counts what a request waited, by one of its texts."""
         self._queued.observe(completion.timings.queued)
         if completion.timings.time_to_first_token is not None:
             self._first_token.observe(completion.timings.time_to_first_token)
-        for receipt in completion.receipts:
-            positions = receipt.prompt_tokens_steered + receipt.generated_tokens_steered
-            self._applied.labels(receipt.operator).inc(positions)
-            if positions:
-                self._dose.observe(receipt.mean_dose)
 
-    def serve(self, host: str, port: int) -> None:
-        """Exposes the metrics over HTTP. Raises :class:`OSError` when the port is taken."""
-        start_http_server(port, addr=host, registry=self.registry)
+
+class RequestMetrics:
+    """Counts one request, whose texts share a prompt and a place in the queue."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._steered: dict[str, bool] = {}
+        self._prompt_tokens = 0
+        self._has_begun = self._has_waited = False
+
+    def see(self, event: GenerateEvent | CompareEvent) -> None:
+        """Takes the next event of the request."""
+        arm = ""
+        if isinstance(event, ArmEvent):
+            arm, event = event.arm, event.event
+        if isinstance(event, Started):
+            self._steered[arm] = bool(event.operators)
+            self._prompt_tokens = len(event.prompt_token_ids)
+        elif isinstance(event, Delta):
+            self._begin()
+            self._metrics.token(event, steered=self._steered[arm])
+        elif isinstance(event, Completion):
+            self._begin()
+            self._metrics.text_finished(event, steered=self._steered[arm])
+            if not self._has_waited:
+                self._has_waited = True
+                self._metrics.waited(event)
+
+    def _begin(self) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            self._metrics.prompt_read(self._prompt_tokens)
+
+
+def _flag(value: bool) -> str:
+    return str(value).lower()
+
+
+def _gauges(
+    engine: Engine, operators: Registry, in_flight: Mapping[str, int]
+) -> tuple[tuple[str, str, Callable[[], float]], ...]:
+    return (
+        ("steer_jobs_running", "Jobs being decoded", lambda: engine.running),
+        ("steer_jobs_waiting", "Jobs in the queue", lambda: engine.waiting),
+        (
+            "steer_calls",
+            "Calls whose request has arrived and whose answer is not complete",
+            lambda: sum(in_flight.values()),
+        ),
+        ("steer_operators", "Usable operators", lambda: _count(operators, usable=True)),
+        ("steer_operators_unusable", "Operators with a problem", lambda: _count(operators, usable=False)),
+    )
 
 
 def _count(operators: Registry, *, usable: bool) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from operators.builder.checks import (
     check_basis,
+    check_gradients,
     check_reconstruction,
     check_replay,
     dtype_name,
@@ -77,6 +78,7 @@ def build_operator(
     ]
     for text, replay in zip(spec.texts, replays, strict=True):
         check_replay(text, replay, loaded, layer=layer, profile=spec.profile)
+    check_gradients(spec.texts[0], loaded, layer=layer, profile=spec.profile)
     weighted_map = WeightedMap(replays, spec.shares)
     low_rank_map = _approximate(spec, weighted_map, loaded, layer, rank, root, max_memory)
     if low_rank_map is None:

@@ -11,6 +11,7 @@ from operators.builder.concept import Concept
 from operators.core.dtypes import DTYPES
 from operators.core.errors import BuildError, ReconstructionError
 from operators.core.header import DTypeName, Profile
+from operators.maps.detach import detached
 from operators.maps.jacobian import relative_error
 from operators.maps.replay import Replay, target_hidden_state
 from operators.model.loading import LoadedModel, embed
@@ -21,6 +22,11 @@ far below what a wrong rule gives."""
 _FORWARD_TOLERANCE = MappingProxyType({"float64": 1e-5, "float32": 1e-5, "bfloat16": 5e-2})
 """Bounds of the relative change of the forward pass. transformers' own norms compute in float32 even in a float64
 model."""
+
+
+_GRADIENT_TOLERANCE = MappingProxyType({"float64": 1e-5, "float32": 1e-3, "bfloat16": 0.2})
+"""Bounds of their relative difference. A bfloat16 model's gradients are rounded at every step, its replay's are not."""
+_GRADIENT_TOKENS = 8
 
 
 def check_replay(text: Concept, replay: Replay, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
@@ -36,6 +42,29 @@ def check_replay(text: Concept, replay: Replay, loaded: LoadedModel, *, layer: i
         )
     _check_forward(text.ids, replay.y, loaded, layer=layer, profile=profile)
     check_reconstruction(relative_error(replay.reconstruction(), replay.y), layer, dtype)
+
+
+def check_gradients(text: Concept, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
+    """Holds the replay to the gradients of the detached model, for the first tokens of a text and a random cotangent.
+
+    Two ways to the same J: what one of them leaves live that the other froze shows here, and in no reconstruction.
+
+    Raises:
+        ReconstructionError: they differ.
+    """
+    ids = text.ids[:_GRADIENT_TOKENS]
+    replay = Replay(loaded.model, ids, layer=layer, profile=profile)
+    x = embed(loaded.model, torch.tensor(ids, device=loaded.device)).clone().requires_grad_(True)
+    with detached(loaded.model), torch.enable_grad():
+        y = target_hidden_state(loaded.model, x[None], layer=layer, profile=profile)[0]
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+    (gradient,) = torch.autograd.grad(y, x, cotangent)
+    error, dtype = relative_error(gradient, replay.vjp(cotangent.to(replay.y)[None])[0]), dtype_name(loaded.dtype)
+    if not error <= _GRADIENT_TOLERANCE[dtype]:
+        raise ReconstructionError(
+            f"the gradients of the detached model differ from its replay's by {error:.1e} at layer {layer}; at most "
+            f"{_GRADIENT_TOLERANCE[dtype]:.0e} is accepted in {dtype}: something is live that the table freezes"
+        )
 
 
 def check_basis(basis: torch.Tensor, point: torch.Tensor, dtype: DTypeName) -> None:

@@ -1,26 +1,26 @@
-"""Around every RPC: typed errors become gRPC statuses, and each call is counted and logged once."""
+"""Around every RPC: its request is received, its answer sent, both in bounded time, and its end is booked.
+
+A handler that takes one request is registered with gRPC as one that takes a stream, so that it is called as soon as
+the call begins: only then can a call whose request never comes be counted, limited and ended.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
 import grpc
-import structlog
 
 from steer_server.caller import CALLER, host_of
-from steer_server.errors import EngineFailedError, SteerServerError, UnimplementedError
+from steer_server.errors import InvalidRequestError, RequestIncompleteError, SlowReaderError
 from steer_server.metrics import Metrics
 from steer_server.rpc.admission import Admission
-from steer_server.rpc.status import code_of, message_of, status_of
-
-log = structlog.get_logger(__name__)
+from steer_server.rpc.call_limit import CallLimit
+from steer_server.rpc.outcome import Context, Outcome
 
 _Behaviour = Callable[[Any, Any], Any]
-_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
 
@@ -31,8 +31,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     or yielded; both kinds are kept.
     """
 
-    def __init__(self, metrics: Metrics, admission: Admission) -> None:
-        self._metrics, self._admission = metrics, admission
+    def __init__(
+        self, metrics: Metrics, admission: Admission, limits: Mapping[str, CallLimit], *, patience: float
+    ) -> None:
+        """``limits``: by service. ``patience``: seconds for a request to arrive, and for each answer to be taken."""
+        self.metrics, self.admission, self.limits, self.patience = metrics, admission, limits, patience
 
     async def intercept_service(
         self,
@@ -43,12 +46,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None:
             return handler
-        call = _Call(self._metrics, self._admission, handler_call_details.method, handler)
-        kind, behaviour = _behaviour(handler)
-        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        call = _Call(self, handler_call_details.method, handler)
+        streams = handler.response_streaming
+        make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
         wrapped: _Handler = make(
-            call.stream(behaviour) if handler.response_streaming else call.unary(behaviour),
             # Requests are read inside, so that those that are not accepted meet the same errors and counters.
+            call.stream if streams else call.unary,
             request_deserializer=None,
             response_serializer=handler.response_serializer,
         )
@@ -56,48 +59,56 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Call:
-    def __init__(self, metrics: Metrics, admission: Admission, method: str, handler: _Handler) -> None:
+    def __init__(self, interceptor: CallInterceptor, method: str, handler: _Handler) -> None:
         _, service, name = method.split("/")
-        self._metrics, self._admission, self._method = metrics, admission, method
-        self._labels = (_behaviour(handler)[0], service, name)
+        kind, self._behaviour = _behaviour(handler)
+        self._labels = (kind, service, name)
+        self._method = method
+        self._metrics, self._admission = interceptor.metrics, interceptor.admission
+        self._limit, self._patience = interceptor.limits[service], interceptor.patience
         self._parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
         self._streams_requests = handler.request_streaming
 
-    def unary(self, behaviour: _Behaviour) -> _Behaviour:
-        async def run(request: Any, context: _Context) -> Any:
-            async with _Outcome(self._metrics, self._labels, context):
-                CALLER.set(host_of(context.peer()))
-                return await behaviour(self._read(request), context)
+    async def unary(self, requests: Any, context: Context) -> Any:
+        """Handles a call with one answer."""
+        async with Outcome(self._metrics, self._labels, context):
+            with self._limit.admitted():
+                request = await self._request(requests, context)
+                with self._metrics.call_in_flight(self._labels[1]):
+                    return await self._behaviour(request, context)
 
-        return run
+    async def stream(self, requests: Any, context: Context) -> None:
+        """Handles a call with many."""
+        async with Outcome(self._metrics, self._labels, context):
+            with self._limit.admitted():
+                request = await self._request(requests, context)
+                with self._metrics.call_in_flight(self._labels[1]):
+                    produced = self._behaviour(request, context)
+                    await (produced if inspect.isawaitable(produced) else self._forward(produced, context))
 
-    def stream(self, behaviour: _Behaviour) -> _Behaviour:
-        async def run(request: Any, context: _Context) -> None:
-            async with _Outcome(self._metrics, self._labels, context):
-                CALLER.set(host_of(context.peer()))
-                produced = behaviour(self._read(request), context)
-                if inspect.isawaitable(produced):
-                    await produced
-                    return
-                await self._forward(produced, context)
-
-        return run
-
-    def _read(self, request: Any) -> Any:
+    async def _request(self, requests: AsyncIterator[bytes], context: Context) -> Any:
         """The message, or the messages as they come."""
+        CALLER.set(host_of(context.peer()))
         if self._streams_requests:
-            return self._read_each(request)
-        return self._admission.read(self._method, request, self._parse)
+            return self._read_each(requests)
+        try:
+            async with asyncio.timeout(self._patience):
+                received: Any = await context.read()
+        except TimeoutError:
+            raise RequestIncompleteError(self._patience) from None
+        if received is grpc.aio.EOF:
+            raise InvalidRequestError("request", "is missing; one message is needed")
+        return self._admission.read(self._method, received, self._parse)
 
     async def _read_each(self, requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for each in requests:
             yield self._admission.read(self._method, each, self._parse)
 
-    async def _forward(self, messages: AsyncIterator[Any], context: _Context) -> None:
+    async def _forward(self, messages: AsyncIterator[Any], context: Context) -> None:
         sent = self._metrics.sent.labels(*self._labels)
         try:
             async for message in messages:
-                await context.write(message)
+                await self._write(message, context)
                 sent.inc()
         finally:
             # A client that has gone leaves the generator half-way: close it now, so that its work stops now.
@@ -105,51 +116,13 @@ class _Call:
             if close is not None:
                 await close()
 
-
-class _Outcome:
-    """Books how a call ended, and turns a typed error into its status."""
-
-    def __init__(self, metrics: Metrics, labels: tuple[str, str, str], context: _Context) -> None:
-        self._metrics, self._labels, self._context = metrics, labels, context
-
-    async def __aenter__(self) -> None:
-        self._began = time.monotonic()
-        self._metrics.started.labels(*self._labels).inc()
-        self._metrics.in_flight[self._labels[1]] += 1
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self._metrics.in_flight[self._labels[1]] -= 1
-        failure = error
-        if isinstance(error, NotImplementedError):
-            failure = UnimplementedError(f"{self._labels[1]}/{self._labels[2]}")
-        elif isinstance(error, Exception) and not isinstance(error, SteerServerError | grpc.aio.AbortError):
-            log.exception("call failed", service=self._labels[1], method=self._labels[2], exc_info=error)
-            failure = EngineFailedError(f"unexpected {type(error).__name__} in the server")
-        code = self._code(failure)
-        seconds = time.monotonic() - self._began
-        self._metrics.handled.labels(*self._labels, code.name).inc()
-        self._metrics.handling.labels(*self._labels).observe(seconds)
-        # A watch has no other end than the watcher's leaving, or the server's.
-        ordinary = code is grpc.StatusCode.OK or (code is grpc.StatusCode.CANCELLED and self._labels[2] == "Watch")
-        level = "warning" if not ordinary else "debug" if "Health" in self._labels[1] else "info"
-        text = message_of(failure) if isinstance(failure, SteerServerError) else None
-        getattr(log, level)(
-            self._labels[2], code=code.name, seconds=round(seconds, 3), **({"problem": text} if text else {})
-        )
-        if isinstance(failure, SteerServerError):
-            await self._context.abort_with_status(status_of(failure))
-
-    def _code(self, error: BaseException | None) -> grpc.StatusCode:
-        if error is None:
-            return grpc.StatusCode.OK
-        if isinstance(error, SteerServerError):
-            return code_of(error)
-        if isinstance(error, asyncio.CancelledError):
-            left = self._context.time_remaining()
-            late = left is not None and left <= 0
-            return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-        number = self._context.code()
-        return next((code for code in grpc.StatusCode if number in (code, code.value[0])), grpc.StatusCode.UNKNOWN)
+    async def _write(self, message: Any, context: Context) -> None:
+        """Returns when gRPC has room for more; by its own flow control, that of a client that reads."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await context.write(message)
+        except TimeoutError:
+            raise SlowReaderError(self._patience) from None
 
 
 def _behaviour(handler: _Handler) -> tuple[str, _Behaviour]:

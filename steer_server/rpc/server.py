@@ -6,7 +6,9 @@ import asyncio
 import os
 import signal
 import time
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import partial
 
 import grpc
 import structlog
@@ -20,10 +22,14 @@ from steer_server.engine.base import Engine
 from steer_server.engine.prompts import max_prompt_bytes
 from steer_server.errors import EngineDiedError, StartupError
 from steer_server.metrics import Metrics
+from steer_server.metrics_http import MetricsServer
 from steer_server.registry import Registry
 from steer_server.rpc.admission import Admission
+from steer_server.rpc.call_limit import CallLimit
+from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
 from steer_server.rpc.services import GenerationService, OperatorService
+from steer_server.rpc.transport import channel_options
 
 log = structlog.get_logger(__name__)
 
@@ -42,10 +48,13 @@ class SteerServer:
     engine: Engine
     registry: Registry
     config: ServerConfig
+    _is_serving: bool = field(default=False, init=False)
+    _http: MetricsServer | None = field(default=None, init=False)
 
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
-        metrics = self._metrics = Metrics(self.engine, self.registry)
+        most = room_for_connections(self.config.max_connections)
+        metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (*SERVICES, health_service, reflection.SERVICE_NAME)
         admission = Admission(
@@ -55,16 +64,12 @@ class SteerServer:
             max_prompt_bytes=max_prompt_bytes(self.engine.tokenizer, self.engine.model.context_length),
             max_arms=self.config.max_arms,
         )
+        calls, others = CallLimit(self.config.max_calls), CallLimit(most)
+        # Watching the health must not take places from texts, nor the other way round.
+        limits = defaultdict(lambda: others, dict.fromkeys(SERVICES, calls))
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, admission)],
-            options=[
-                # Two servers on one port would share it silently; the second must fail.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", admission.max_received_bytes),
-                # A client that vanished without a word is noticed, and its work stops.
-                ("grpc.keepalive_time_ms", 30_000),
-                ("grpc.keepalive_timeout_ms", 10_000),
-            ],
+            interceptors=[CallInterceptor(metrics, admission, limits, patience=self.config.client_patience)],
+            options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
@@ -79,19 +84,26 @@ class SteerServer:
                 f"cannot listen on {self.config.listen}: the port is in use, or this is no HOST:PORT of this machine"
             ) from error
         if self.config.metrics_port:
-            try:
-                metrics.serve(self.config.metrics_host, self.config.metrics_port)
-            except OSError as error:
-                raise StartupError(
-                    f"cannot serve metrics on {self.config.metrics_host}:{self.config.metrics_port}: {error.strerror}"
-                ) from error
+            await self._serve_metrics()
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._is_serving = True
+        self._watching = asyncio.ensure_future(watch_connections(partial(count_connections, port), most))
         return int(port)
+
+    async def _serve_metrics(self) -> None:
+        host, port = self.config.metrics_host, self.config.metrics_port
+        self._http = MetricsServer(self._metrics.registry, lambda: self._is_serving)
+        try:
+            await self._http.start(host, port)
+        except OSError as error:
+            raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
 
     async def stop(self) -> None:
         """Reports NOT_SERVING, lets running calls finish within the grace period, then ends them."""
+        self._is_serving = False
+        self._watching.cancel()
         await self._health.enter_graceful_shutdown()
         stopping = asyncio.ensure_future(self._server.stop(self.config.grace))
         deadline = time.monotonic() + self.config.grace
@@ -103,6 +115,8 @@ class SteerServer:
         await asyncio.wait({stopping}, timeout=_LAST_WRITES)
         await self._server.stop(0)
         await stopping
+        if self._http is not None:
+            self._http.close()
         log.info("stopped")
 
     async def _idle_until(self, deadline: float) -> None:
@@ -131,6 +145,11 @@ class SteerServer:
         failed.cancel()
         log.info("stopping", grace=self.config.grace)
         await self.stop()
+
+
+def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
+    names = ("max_queue", "max_calls", "max_calls_per_connection", "max_arms", "max_dose", "operator_memory")
+    return {name: getattr(config, name) for name in names} | {"max_connections": max_connections}
 
 
 def _on_signal(number: signal.Signals, stopped: asyncio.Event) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from steering.v1 import generation_pb2 as pb
@@ -21,11 +21,13 @@ from steer_server.generate import generate
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc import codec
+from steer_server.rpc.call_record import current_call
 from steer_server.rpc.operator_codec import operator, store_changes
 from steer_server.rpc.shared_run import SharedRun
-from steer_server.types import ArmEvent, Completion, RequestLimits, Tokenization
+from steer_server.types import CompareEvent, Completion, GenerateEvent, RequestLimits, Tokenization
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Event = TypeVar("_Event", bound=GenerateEvent | CompareEvent)
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -39,31 +41,37 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         """One answer."""
-        events = generate(self._engine, self._registry, codec.generation_request(request))
-        async with aclosing(events):
+        asked = codec.generation_request(request)
+        async with aclosing(self._observed(asked.request_id, generate(self._engine, self._registry, asked))) as events:
             async for event in events:
                 if isinstance(event, Completion):
-                    self._metrics.completed(event)
                     return codec.completion(event)
         raise EngineFailedError("the engine ended without a result")
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateEvent]:
         """Token by token."""
-        events = generate(self._engine, self._registry, codec.generation_request(request))
-        async with aclosing(events):
+        asked = codec.generation_request(request)
+        async with aclosing(self._observed(asked.request_id, generate(self._engine, self._registry, asked))) as events:
             async for event in events:
-                if isinstance(event, Completion):
-                    self._metrics.completed(event)
                 yield codec.generate_event(event)
 
     async def Compare(self, request: pb.CompareRequest, context: _Context) -> AsyncIterator[pb.CompareEvent]:
         """Arm by arm, token by token."""
-        events = compare(self._engine, self._registry, codec.compare_request(request), max_arms=self._config.max_arms)
+        asked = codec.compare_request(request)
+        compared = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms)
+        async with aclosing(self._observed(asked.request_id, compared)) as events:
+            async for event in events:
+                yield codec.compare_event(event)
+
+    async def _observed(self, request_id: str, events: AsyncGenerator[_Event, None]) -> AsyncGenerator[_Event, None]:
+        """The events, as metrics and the log see them too."""
+        record, counted = current_call(), self._metrics.follow()
+        record.request_id = request_id
         async with aclosing(events):
             async for event in events:
-                if isinstance(event, ArmEvent) and isinstance(event.event, Completion):
-                    self._metrics.completed(event.event)
-                yield codec.compare_event(event)
+                record.see(event)
+                counted.see(event)
+                yield event
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""

@@ -10,6 +10,8 @@ QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL             RetryInfo 
 SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
 StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
 EngineFailedError         INTERNAL             ENGINE_FAILED
+RequestIncompleteError    DEADLINE_EXCEEDED    REQUEST_INCOMPLETE
+SlowReaderError           DEADLINE_EXCEEDED    SLOW_READER
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
 UnimplementedError        UNIMPLEMENTED        UNIMPLEMENTED
 """
@@ -31,7 +33,9 @@ from steer_server.errors import (
     OperatorUnusableError,
     PromptTooLongError,
     QueueFullError,
+    RequestIncompleteError,
     ShuttingDownError,
+    SlowReaderError,
     SteeringNotAppliedError,
     SteerServerError,
     StoreUnreadableError,
@@ -55,6 +59,8 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     SteeringNotAppliedError: (grpc.StatusCode.INTERNAL, "STEERING_NOT_APPLIED"),
     StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
+    RequestIncompleteError: (grpc.StatusCode.DEADLINE_EXCEEDED, "REQUEST_INCOMPLETE"),
+    SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_READER"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     UnimplementedError: (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
 }
@@ -63,6 +69,11 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
 def code_of(error: SteerServerError) -> grpc.StatusCode:
     """The gRPC status of an error."""
     return TABLE[type(error)][0]
+
+
+def reason_of(error: SteerServerError) -> str:
+    """The stable name of an error's cause."""
+    return TABLE[type(error)][1]
 
 
 def message_of(error: SteerServerError) -> str:

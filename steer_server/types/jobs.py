@@ -40,6 +40,11 @@ class SteeringPlan:
 
     applications: tuple[Application, ...]
 
+    @property
+    def digests(self) -> tuple[tuple[str, str], ...]:
+        """Name and digest of each operator."""
+        return tuple((use.name, use.artifact.digest) for use in self.applications)
+
     def dose_bound(self, layer: int) -> float:
         """Sum of |lambda|/2 over the operators at ``layer``: what the dose there cannot pass, but for rounding."""
         return sum(abs(use.setting.strength) / 2.0 for use in self.applications if use.layer == layer)

@@ -49,6 +49,8 @@ class Started:
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
+    operators: tuple[tuple[str, str], ...] = ()
+    """Name and digest of each that is applied. Not sent."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
+    seconds: float | None = None
+    """Since the token before; None at the first. Not sent."""
 
 
 GenerateEvent = Started | Delta | Completion

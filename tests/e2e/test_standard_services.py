@@ -254,15 +254,17 @@ def test_calls_are_counted_by_their_status(server):
 
 def test_what_steering_did_adds_up(server):
     names = {
+        "requests": ("steer_requests_total", {}),
         "prompt": ("steer_prompt_tokens_total", {}),
+        "between tokens": ("steer_inter_token_seconds_count", {}),
         "plain": ("steer_generated_tokens_total", {"steered": "false"}),
         "steered": ("steer_generated_tokens_total", {"steered": "true"}),
         "plain texts": ("steer_completions_total", {"steered": "false", "reason": "MAX_TOKENS"}),
         "steered texts": ("steer_completions_total", {"steered": "true", "reason": "MAX_TOKENS"}),
         "golden": ("steer_positions_steered_total", {"operator": "golden"}),
         "dress": ("steer_positions_steered_total", {"operator": "dress"}),
-        "doses": ("steer_mean_dose_count", {}),
-        "dose": ("steer_mean_dose_sum", {}),
+        "doses": ("steer_dose_ratio_count", {}),
+        "dose": ("steer_dose_ratio_sum", {}),
         "first tokens": ("steer_time_to_first_token_seconds_count", {}),
         "queued": ("steer_queue_seconds_count", {}),
     }
@@ -282,7 +284,9 @@ def test_what_steering_did_adds_up(server):
     steered = prompt + 4
     assert found.pop("dose") == pytest.approx(0.25 + 0.5 + 0.25, abs=1e-4)
     assert found == {
-        "prompt": 5 * prompt,
+        # A comparison is one request with one prompt, however many texts it has.
+        "requests": 4,
+        "prompt": 4 * prompt,
         "plain": 10,
         "steered": 15,
         "plain texts": 2,
@@ -290,8 +294,9 @@ def test_what_steering_did_adds_up(server):
         "golden": 2 * steered,
         "dress": steered,
         "doses": 3,
-        "first tokens": 5,
-        "queued": 5,
+        "first tokens": 4,
+        "queued": 4,
+        "between tokens": 5 * 4,
     }
     assert server.sample("steer_operators") == 2
     assert server.sample("steer_operators_unusable") == 0

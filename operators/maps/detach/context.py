@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from operators.core.errors import UnsupportedModelError
 from operators.maps.detach.families import Attention, Family, GatedMLP, family_of
 from operators.maps.detach.rules import (
+    FROZEN_NOW,
     AttentionOutput,
     FrozenGate,
     FrozenSlope,
@@ -52,7 +53,7 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
 
     Raises:
         UnsupportedModelError: a module is in no table, or the attention implementation is neither sdpa nor
-            eager. The model is untouched.
+            eager. The model is untouched. Inside the block: an attention module computes its weights itself.
     """
     with _frozen(model, Tape("live", {}), "detached"):
         yield
@@ -124,6 +125,12 @@ def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "re
         )
     with ExitStack() as undo:
         _freeze_norms_and_gates(model, family, tape, undo)
+        frozen: list[nn.Module] = []
+        undo.callback(FROZEN_NOW.reset, FROZEN_NOW.set(frozen))
+        for name, module in model.named_modules():
+            if type(module) in family.attentions:
+                check = partial(_check_frozen, name, frozen)
+                undo.callback(module.register_forward_hook(check).remove)
         undo.callback(model.set_attn_implementation, implementation)
         model.set_attn_implementation(f"{variant}_{implementation}")
         yield family
@@ -161,9 +168,23 @@ def _swap(module: nn.Module, attribute: str, value: object, undo: ExitStack) -> 
     setattr(module, attribute, value)
 
 
+def _check_frozen(name: str, frozen: list[nn.Module], module: nn.Module, _args: object, _output: object) -> None:
+    """Refuses an attention module that has just computed its weights otherwise: they are on the linear path then."""
+    if module not in frozen:
+        raise UnsupportedModelError(
+            f"module {name!r} of class {type(module).__name__} computes its attention itself, and not by the attention "
+            "interface of transformers: its weights cannot be frozen"
+        )
+    frozen.clear()
+
+
 def _keep_weights(tape: Tape, module: nn.Module, _args: object, output: AttentionOutput) -> None:
-    weights = output[1]
-    assert weights is not None  # noqa: S101 - for the type checker; with_weights returns them
+    weights = output[1] if isinstance(output, tuple) else None
+    if weights is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not return the attention weights that the interface gave it; they cannot be "
+            "recorded"
+        )
     tape.keep(module, weights)
 
 

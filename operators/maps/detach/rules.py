@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from operators.core.errors import UnsupportedModelError
 
 AttentionOutput = tuple[torch.Tensor, torch.Tensor | None]
 """The output (b, n, H, e), and the weights (b, H, n, n) where they were computed."""
@@ -148,12 +151,23 @@ class FrozenSlope(nn.Module):
         return ratio
 
 
+FROZEN_NOW: ContextVar[list[nn.Module]] = ContextVar("frozen_now")
+"""While a model is detached: its attention modules, each as often as a frozen attention has computed it."""
+
+
+def _note(module: nn.Module) -> None:
+    frozen = FROZEN_NOW.get(None)
+    if frozen is not None:
+        frozen.append(module)
+
+
 def frozen_sdpa(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> AttentionOutput:
     """Scaled dot product attention whose softmax weights are constants for autograd."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    _note(module)
     attention: Callable[..., AttentionOutput] = ALL_ATTENTION_FUNCTIONS["sdpa"]
     return attention(module, query.detach(), key.detach(), value, *args, **kwargs)
 
@@ -162,7 +176,13 @@ def frozen_eager(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: object, **kwargs: object
 ) -> AttentionOutput:
     """The eager attention of the model's own file, soft-caps included, with weights that are constants for autograd."""
-    attention: Callable[..., AttentionOutput] = sys.modules[type(module).__module__].eager_attention_forward
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__}: its file {type(module).__module__} has no eager_attention_forward to detach"
+        )
+    _note(module)
+    attention: Callable[..., AttentionOutput] = own
     return attention(module, query.detach(), key.detach(), value, *args, **kwargs)
 
 

@@ -18,6 +18,8 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   INTERNAL             STEERING_NOT_APPLIED  a plan was not applied at every position, so there is no result
   FAILED_PRECONDITION  STORE_UNREADABLE      the operators of the last reading stay
   INTERNAL             ENGINE_FAILED
+  DEADLINE_EXCEEDED    REQUEST_INCOMPLETE    the client took too long to send the request
+  DEADLINE_EXCEEDED    SLOW_READER           the client took too long to read the answer
   UNAVAILABLE          SHUTTING_DOWN
   UNIMPLEMENTED        UNIMPLEMENTED         a method of a standard service that is not offered
 """
@@ -227,7 +229,9 @@ class SamplingParams(_message.Message):
     logprobs: _builtins.int
     """How many alternatives to report beside each token's own log-probability (0 to 20). Unset: none at all."""
     @_builtins.property
-    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A special token such as "<|im_end|>" is one too, alone; with other text beside it, it is refused."""
+
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property

@@ -43,6 +43,8 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     # Nothing is wrong with the operator that a caller named, if any.
     errors.StoreUnreadableError("store x is not a directory"): (steer_client.ServerError, {}),
     errors.EngineFailedError("out of memory"): (steer_client.EngineFailedError, {}),
+    errors.RequestIncompleteError(30.0): (steer_client.DeadlineExceededError, {}),
+    errors.SlowReaderError(30.0): (steer_client.DeadlineExceededError, {}),
     errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
     errors.UnimplementedError("grpc.health.v1.Health/List"): (steer_client.ServerError, {}),
 }

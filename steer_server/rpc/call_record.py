@@ -1,0 +1,70 @@
+"""What the log says of one call. Who serves it fills this in: never with a prompt or a text."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from steer_server.types import ArmEvent, CompareEvent, Completion, Delta, GenerateEvent, Started
+
+_MAX_OPERATORS = 16
+
+
+@dataclass
+class CallRecord:
+    """Filled by the services, as far as their call has come."""
+
+    is_refused: bool = False
+    """Refused before anything of it was read: such calls are logged together, by their limit."""
+    request_id: str = ""
+    prompt_tokens: int | None = None
+    generated_tokens: int = 0
+    texts: int = 0
+    """Of a comparison more than one."""
+    operators: dict[str, str] = field(default_factory=dict)
+    """Digests by name."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the text that ended last."""
+
+    def see(self, event: GenerateEvent | CompareEvent) -> None:
+        """Takes note of what the client is about to get."""
+        if isinstance(event, ArmEvent):
+            event = event.event
+        if isinstance(event, Started):
+            self.texts += 1
+            self.prompt_tokens = len(event.prompt_token_ids)
+            self.operators.update(event.operators)
+        elif isinstance(event, Delta):
+            self.generated_tokens += len(event.token_ids)
+        elif isinstance(event, Completion):
+            self._finish(event)
+
+    def _finish(self, completion: Completion) -> None:
+        timings = completion.timings
+        self.seconds = {"queued": timings.queued, "total": timings.total}
+        if timings.time_to_first_token is not None:
+            self.seconds["first_token"] = timings.time_to_first_token
+
+    def fields(self) -> dict[str, str | int | float]:
+        """What is known, by the names in the log."""
+        found: dict[str, str | int | float] = {}
+        if self.request_id:
+            found["request_id"] = self.request_id
+        if self.operators:
+            named = [f"{name}@{digest}" for name, digest in self.operators.items()]
+            more = len(named) - _MAX_OPERATORS
+            found["operators"] = " ".join(named[:_MAX_OPERATORS]) + (f" and {more} more" if more > 0 else "")
+        if self.prompt_tokens is not None:
+            found |= {"texts": self.texts, "prompt_tokens": self.prompt_tokens}
+            found["generated_tokens"] = self.generated_tokens
+        return found | {name: round(value, 3) for name, value in self.seconds.items()}
+
+
+CURRENT: ContextVar[CallRecord] = ContextVar("call record")
+"""Of the call that this task serves."""
+
+
+def current_call() -> CallRecord:
+    """The record of the call that is being served; outside of one, a record that nobody reads."""
+    found = CURRENT.get(None)
+    return CallRecord() if found is None else found

@@ -1,0 +1,91 @@
+"""What is answered over HTTP, and to how many at once."""
+
+import asyncio
+import threading
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.parser import text_string_to_metric_families
+
+from steer_server import metrics_http
+from steer_server.metrics_http import MetricsServer
+
+
+@pytest.fixture
+async def ask():
+    """``await ask(bytes)``: the answer; ``ask.open()``: a connection; ``ask.serving``: whether the server serves."""
+    registry = CollectorRegistry()
+    Gauge("depth", "Of a thing", registry=registry).set(7)
+
+    class Asking:
+        serving = True
+
+        async def open(self):
+            return await asyncio.open_connection("127.0.0.1", self.port)
+
+        async def __call__(self, request):
+            reader, writer = await self.open()
+            writer.write(request)
+            answer = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            return answer
+
+    asking = Asking()
+    server = MetricsServer(registry, lambda: asking.serving)
+    asking.port = await server.start("127.0.0.1", 0)
+    yield asking
+    server.close()
+
+
+async def test_metrics_are_at_their_path(ask):
+    head, _, body = (await ask(b"GET /metrics?x=1 HTTP/1.1\r\nHost: x\r\n\r\n")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    [family] = text_string_to_metric_families(body.decode())
+    assert (family.name, family.samples[0].value) == ("depth", 7)
+    assert f"Content-Length: {len(body)}".encode() in head
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET / HTTP/1.1", 404),
+        ("GET /metricsx HTTP/1.1", 404),
+        ("GET /metrics/ HTTP/1.1", 404),
+        ("", 404),
+        ("POST /metrics HTTP/1.1", 405),
+        ("HEAD /metrics HTTP/1.1", 200),
+    ],
+)
+async def test_anything_else_is_refused(ask, request_line, status):
+    answer = await ask(f"{request_line}\r\n\r\n".encode())
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"depth" not in answer
+
+
+async def test_health_is_an_answer_of_its_own(ask):
+    request = b"GET /healthz HTTP/1.1\r\n\r\n"
+    answer = await ask(request)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert answer.endswith(b"\r\n\r\nok\n")
+    ask.serving = False
+    assert (await ask(request)).startswith(b"HTTP/1.1 503 ")
+
+
+async def test_requests_that_are_never_finished_neither_pile_up_nor_last(ask, monkeypatch):
+    monkeypatch.setattr(metrics_http, "_SECONDS", 0.5)
+    threads = threading.active_count()
+    opened = [await ask.open() for _ in range(300)]
+    for _, writer in opened:
+        writer.write(b"GET /metrics HTTP/1.1\r\n")
+    ended = await asyncio.wait_for(asyncio.gather(*(reader.read() for reader, _ in opened), return_exceptions=True), 10)
+    assert all(answer == b"" or isinstance(answer, ConnectionError) for answer in ended)
+    assert threading.active_count() <= threads
+    assert b"depth 7" in await ask(b"GET /metrics HTTP/1.1\r\n\r\n")
+
+
+async def test_a_head_without_an_end_is_cut_off(ask):
+    reader, writer = await ask.open()
+    writer.write(b"x" * 100_000)
+    [ended] = await asyncio.wait_for(asyncio.gather(reader.read(), return_exceptions=True), 5)
+    assert ended == b"" or isinstance(ended, ConnectionError)
+    assert b"depth 7" in await ask(b"GET /metrics HTTP/1.1\r\n\r\n")
