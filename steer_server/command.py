@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import socket
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import structlog
 import typer
@@ -20,10 +21,14 @@ from operators.core.version import __version__
 from steer_server.config import ServerConfig
 from steer_server.engine.vllm.options import read_engine_args
 from steer_server.errors import EngineDiedError, StartupError, StoreUnreadableError
+from steer_server.log_relay import drain_output, relay_output
 
 if TYPE_CHECKING:
     from operators.core.header import DTypeName
     from steer_server.engine.base import Engine
+
+_drain: Callable[[], object] = sys.stdout.flush
+"""Hands on what has been printed; :func:`serve` puts the relays in its place."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -88,11 +93,15 @@ def serve(
     if version:
         print(f"steer-server {__version__}")
         return
+    has_colors = sys.stderr is not None and sys.stderr.isatty()
+    global _drain
+    _drain = partial(drain_output, relay_output())
+    atexit.register(_drain)
     try:
         if engine_args is not None:
             options["engine_args"] = read_engine_args(engine_args)
         config = ServerConfig(**options)
-        _configure_logging(config)
+        _configure_logging(config, has_colors=has_colors)
         asyncio.run(_run(config))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
@@ -199,9 +208,7 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
         )
     except asyncio.CancelledError:
         # Ctrl-C. The thread in which vLLM loads a model cannot be stopped; vLLM's processes end when this one does.
-        sys.stderr.write("steer-server: interrupted\n")
-        sys.stderr.flush()
-        os._exit(130)
+        _fail("interrupted", code=130)
 
 
 ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Engine]]] = {
@@ -230,11 +237,11 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _configure_logging(config: ServerConfig) -> None:
+def _configure_logging(config: ServerConfig, *, has_colors: bool) -> None:
     renderer = (
         structlog.processors.JSONRenderer()
         if config.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        else structlog.dev.ConsoleRenderer(colors=has_colors)
     )
     structlog.configure(
         processors=[
@@ -250,8 +257,8 @@ def _configure_logging(config: ServerConfig) -> None:
     logging.getLogger("operators").setLevel(logging.INFO)
 
 
-def _fail(message: str, *, code: int) -> None:
+def _fail(message: str, *, code: int) -> NoReturn:
     print(f"steer-server: {message}", file=sys.stderr)
     # Not sys.exit, which waits for the decoding thread; that has no state to save.
-    sys.stderr.flush()
+    _drain()
     os._exit(code)

@@ -201,12 +201,13 @@ class Registry:
         for what, built_for, served in (
             ("hidden size", header.hidden_size, model.hidden_size),
             ("number of layers", header.num_layers, model.num_layers),
-            ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
-            # Last: of all the others, renewing mends none.
             (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
+            ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
         ):
             if built_for != served:
-                hint = renewal_hint(built_for, name) if built_for == header.model_fingerprint else ""
+                only_the_model = header.tokenizer_fingerprint == model.tokenizer_fingerprint
+                renewable = only_the_model and built_for == header.model_fingerprint
+                hint = renewal_hint(header.model_fingerprint, name) if renewable else ""
                 raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model}){hint}")
         highest = max((max(text.ids) for text in header.texts), default=0)
         if highest >= model.vocab_size:

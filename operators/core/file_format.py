@@ -271,8 +271,12 @@ def _read_json(file: BinaryIO, first: bytes, num_bytes: int) -> bytes:
     if not _STRINGS_END.fullmatch(text):
         # Also what keeps the next line linear: a string without an end would be looked for from each of its quotes.
         raise ValueError("its header has a string that does not end")
-    if len(_STRING.sub(b"", text)) > _MAX_STRUCTURE:
+    structure = _STRING.sub(b"", text)
+    if len(structure) > _MAX_STRUCTURE:
         raise ValueError("its header has more entries than an operator's")
+    if any(other in structure for other in b"\t\n\r"):
+        # Nothing of a file is left out of its check, be it a byte that means the same as another.
+        raise ValueError("its header has white space other than spaces")
     return text
 
 

@@ -25,6 +25,8 @@ class SharedRun(Generic[_T]):
         """What a run of the function that begins after this call returns, or raises."""
         if self._next is None:
             self._next = asyncio.ensure_future(self._run_after(self._running))
+            # Retrieves the exception, of which asyncio complains where all who asked have left.
+            self._next.add_done_callback(lambda run: run.cancelled() or run.exception())
         return await asyncio.shield(self._next)
 
     async def _run_after(self, running: asyncio.Future[_T] | None) -> _T:

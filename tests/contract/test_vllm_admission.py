@@ -20,6 +20,7 @@ from operators.core.store import Store
 from operators.model.obtain import obtain
 from steer_server.config import ServerConfig
 from steer_server.engine.vllm import transfer
+from steer_server.engine.vllm.job_memory import StepSizes
 from steer_server.errors import EngineFailedError, InvalidRequestError, OperatorUnusableError, QueueFullError
 from steer_server.registry import Registry
 from steer_server.rpc.server import SteerServer
@@ -30,6 +31,10 @@ LONG = SamplingParams(max_tokens=8000, ignore_eos=True)
 """Longer than any test looks at it: all of them cancel it."""
 SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 RUNNING, WAITING = 2, 2
+TOKENS = 2048
+SMALL = 4096
+"""More than the running sums of any of these jobs."""
+PUSHES = StepSizes(tokens=TOKENS, width=576, itemsize=4).pushes(1) + SMALL
 
 
 pytestmark = [pytest.mark.model, pytest.mark.vllm]
@@ -64,13 +69,18 @@ async def engine(smollm, made):
     """
     from steer_server.engine.vllm.engine import VLLMEngine
 
-    options = {"enforce_eager": True, "max_model_len": 8192, "max_num_seqs": RUNNING}
+    options = {
+        "enforce_eager": True,
+        "max_model_len": 8192,
+        "max_num_seqs": RUNNING,
+        "max_num_batched_tokens": TOKENS,
+    }
     engine = await VLLMEngine.start(
         smollm(),
         str(obtain("smollm2-135m")),
         dtype="float32",
         max_queue=WAITING,
-        operator_memory=sum(sorted(map(prepared_bytes, made))[-2:]),
+        operator_memory=PUSHES + sum(sorted(map(prepared_bytes, made))[-2:]),
         engine_args=options,
     )
     yield engine

@@ -28,6 +28,7 @@ from operators.core.apply import prepared_bytes
 from operators.core.artifact import with_header
 from operators.core.defaults import PUBLISHED
 from operators.core.store import Store
+from steer_server.engine.vllm.job_memory import StepSizes
 
 pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
@@ -89,7 +90,9 @@ def directory(artifacts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(artifacts, directory, start_server):
-    room = ROOM * max(map(prepared_bytes, artifacts.values()))
+    # Beside the operators, the pushes of a step as large as vLLM's default is, and some running sums.
+    pushes = StepSizes(tokens=2048, width=576, itemsize=4).pushes(1) + (1 << 20)
+    room = pushes + ROOM * max(map(prepared_bytes, artifacts.values()))
     options = (
         "--store",
         str(directory),

@@ -15,7 +15,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.measurements import merge_measurements
-from steer_server.engine.vllm.worker_protocol import POSITIONS_PER_CALL, OperatorSetting, SteeringArgs
+from steer_server.engine.vllm.worker_protocol import OperatorSetting, SteeringArgs, positions_per_call
 from steer_server.errors import EngineFailedError
 
 _POLL_SECONDS = 0.5
@@ -87,9 +87,10 @@ class VLLMClient:
             ``kl`` and ``logprobs``, one number per token of ``ids`` each; see :func:`.scoring.score_states`.
         """
         scores: dict[str, list[float]] = {"kl": [], "logprobs": []}
-        for start in range(0, len(ids), POSITIONS_PER_CALL):
+        size = positions_per_call(int(self._llm.model_config.get_vocab_size()))
+        for start in range(0, len(ids), size):
             # In pieces: vLLM runs no step during a call.
-            chunk = list(ids[start : start + POSITIONS_PER_CALL])
+            chunk = list(ids[start : start + size])
             # Every rank computes the logits, rank 0 returns them.
             kl, logprobs = (await self.call("steering_score", steered_key, plain_key, chunk, start))[0]
             scores["kl"].extend(kl)

@@ -25,8 +25,10 @@ from steer_server.engine.special_stops import special_stops
 from steer_server.engine.vllm.boot import boot_vllm
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
+from steer_server.engine.vllm.engine_config import step_sizes
 from steer_server.engine.vllm.errors import translate_error
 from steer_server.engine.vllm.job import VLLMJob
+from steer_server.engine.vllm.job_memory import JobMemory, job_memory
 from steer_server.engine.vllm.measurements import MeasurementCollector
 from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
 from steer_server.engine.vllm.row_decoder import DecodeContext
@@ -94,8 +96,12 @@ class VLLMEngine:
         self._max_rows = int(config.scheduler_config.max_num_seqs) + max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
         self._operator_memory = int(config.additional_config[STEERING_MEMORY])
+        self._step_sizes = step_sizes(config)
         self._operator_cache = OperatorCache(
-            OperatorSender(client.call).send, client.unload, budget=self._operator_memory
+            OperatorSender(client.call).send,
+            client.unload,
+            budget=self._operator_memory,
+            pushes=self._step_sizes.pushes,
         )
         self._context = DecodeContext(
             client=client,
@@ -107,7 +113,7 @@ class VLLMEngine:
             dtype=config.model_config.dtype,
             translate_error=self._translate_error,
         )
-        self._jobs: set[VLLMJob] = set()
+        self._jobs: dict[VLLMJob, JobMemory] = {}
         self._closed = False
         self._seconds_per_job = 1.0
 
@@ -154,10 +160,12 @@ class VLLMEngine:
         if admitted + len(job.rows) > self._max_rows:
             problem = f"{admitted} texts run and wait already, and {self._max_rows} is the most admitted"
             raise QueueFullError(problem, self._retry_after())
-        operators = required_operators(job, budget=self._operator_memory)
-        self._operator_cache.reserve(operators, retry_after=self._retry_after())
+        budget, sizes = self._operator_memory, self._step_sizes
+        memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
+        operators = required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)
+        self._operator_cache.reserve(operators, memory, retry_after=self._retry_after())
         running = VLLMJob(self._context, job, operators, self._end_job)
-        self._jobs.add(running)
+        self._jobs[running] = memory
         return running
 
     async def num_held_requests(self) -> int:
@@ -181,8 +189,7 @@ class VLLMEngine:
 
     def _end_job(self, job: VLLMJob, seconds: float) -> None:
         """Called by a job, once, when its last row has ended."""
-        self._jobs.discard(job)
-        self._operator_cache.release(job.operators)
+        self._operator_cache.release(job.operators, self._jobs.pop(job))
         self._seconds_per_job += _SMOOTHING * (seconds - self._seconds_per_job)
 
     def _retry_after(self) -> float:

@@ -12,10 +12,12 @@ from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
+from operators.core.capacity import format_bytes
 from operators.core.dtypes import DTYPES
 from operators.core.header import DTypeName
 from operators.core.version import __version__
 from steer_server.engine.vllm.free_memory import free_share
+from steer_server.engine.vllm.job_memory import StepSizes
 from steer_server.engine.vllm.limits import check_supported
 from steer_server.engine.vllm.memory import default_steering_memory
 from steer_server.engine.vllm.options import check_engine_args
@@ -83,9 +85,26 @@ def _divide_memory(config: Any, has_share: bool, operator_memory: int | None) ->
     if current_platform.is_cpu() and cache.kv_cache_memory_bytes is None and not has_share:
         share_of_free_memory = True
         share = min(share, free_share(config))
+    least = step_sizes(config).pushes(1)
     if operator_memory is None:
-        operator_memory = default_steering_memory(round(total * share))
+        operator_memory = max(default_steering_memory(round(total * share)), 2 * least)
+    if operator_memory < least:
+        raise ValueError(
+            f"--operator-memory is {format_bytes(operator_memory)}, and the pushes of a step of "
+            f"{config.scheduler_config.max_num_batched_tokens} tokens (max_num_batched_tokens) at one layer take "
+            f"{format_bytes(least)}"
+        )
     config.additional_config |= {STEERING_MEMORY: operator_memory, SHARE_OF_FREE: share_of_free_memory}
+
+
+def step_sizes(config: Any) -> StepSizes:
+    """What the memory for pushes depends on, from vLLM's configuration."""
+    model = config.model_config
+    return StepSizes(
+        tokens=int(config.scheduler_config.max_num_batched_tokens),
+        width=int(model.get_hidden_size()),
+        itemsize=int(model.dtype.itemsize),
+    )
 
 
 def set_process_defaults(*, on_cpu: bool) -> None:

@@ -13,6 +13,8 @@ _KEPT_FREE = 0.08
 """Of all memory: what vLLM leaves by default where nothing else is in use."""
 CHUNK_BYTES = 4 << 20
 """Of each tensor with which pushes are worked out and applied, whatever the step: what is larger goes in parts."""
+SCORE_BYTES = 12 << 20
+"""Of the logits, in float32, of the positions that are scored at once."""
 _STEERING_PART = 8
 """Steering gets this part of vLLM's share at most, where the user has not said how much."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from operators.core.header import Anchor, FirstToken, Rule
+from steer_server.engine.vllm.memory import SCORE_BYTES
 from steer_server.types import SteeringPlan
 
 EXTRA_ARGS_KEY = "steering"
@@ -17,8 +18,16 @@ STEERING_MEMORY, SHARE_OF_FREE = "steering_memory", "steering_share_of_free"
 """Keys of vLLM's ``additional_config``: bytes that steering may take of a worker's share of memory, and whether that
 share is what is free when the worker starts."""
 
-POSITIONS_PER_CALL = 64
-"""Positions of a text that one call scores: bounds the logits, (positions, vocabulary), that a worker holds at once."""
+_MAX_POSITIONS = 64
+
+
+def positions_per_call(vocab_size: int) -> int:
+    """Positions of a text that one call scores.
+
+    It bounds the logits (positions, vocabulary) that a worker holds at once, and how long the engine's next step waits.
+    """
+    return max(1, min(_MAX_POSITIONS, SCORE_BYTES // (4 * vocab_size)))
+
 
 WorkerCall = Callable[..., Awaitable[Sequence[Any]]]
 """``await call(method, *args)``: the answers of all workers, in order of their ranks."""

@@ -1,6 +1,7 @@
 """Runs are shared, one at a time, and go on without those who asked."""
 
 import asyncio
+import gc
 import threading
 
 import pytest
@@ -72,3 +73,29 @@ async def test_an_error_reaches_those_who_asked_and_not_the_next():
     with pytest.raises(OSError, match="no disk"):
         await runs.run()
     assert await runs.run() == "fine"
+
+
+async def test_a_failure_that_nobody_waits_for_is_no_complaint():
+    complaints = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context["message"]))
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def fail():
+        begun.set()
+        goes_on.wait(10)
+        raise OSError("the disk is gone")
+
+    shared = SharedRun(fail)
+    asked = asyncio.ensure_future(shared.run())
+    await asyncio.to_thread(begun.wait, 10)
+    asked.cancel()
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    # Runs after the one that failed, and tells its own caller.
+    with pytest.raises(OSError, match="the disk is gone"):
+        await shared.run()
+    del shared
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []

@@ -1,6 +1,6 @@
 """Scores: the last hidden states that a worker keeps of two requests, and the divergence of their distributions.
 
-A long text is scored a few positions at a time (``worker_protocol.POSITIONS_PER_CALL``), so that the tokens of other
+A long text is scored a few positions at a time (``worker_protocol.positions_per_call``), so that the tokens of other
 requests are decoded in between.
 """
 

@@ -190,3 +190,9 @@ def test_an_accelerator_is_used_from_spawned_processes_unless_the_user_says_othe
         monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
     engine_config.set_process_defaults(on_cpu=on_cpu)
     assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == method
+
+
+def test_less_than_the_pushes_of_a_step_is_refused_with_both_figures(configure):
+    with pytest.raises(StartupError, match=r"^engine_args: .*--operator-memory is 1\.0 MiB.*max_num_batched_tokens"):
+        configure(1 << 20, max_num_batched_tokens=2048)
+    configure(GIB, max_num_batched_tokens=2048)
