@@ -31,12 +31,21 @@ def operator_json(name: str, path: Path, found: FileHeader) -> dict[str, Any]:
         "name": name,
         "digest": found.digest,
         "path": str(path),
-        "bytes": found.num_bytes,
+        "size_bytes": found.num_bytes,
         "affine": found.affine,
         "calibrated": point_json(point),
         "default": _is_default(found.header),
-        **found.header.model_dump(mode="json"),
+        **_header_json(found.header),
     }
+
+
+def _header_json(header: OperatorHeader) -> dict[str, Any]:
+    """The header, its token ids under the name that they have on the wire and in `steer operators --json`."""
+    found = header.model_dump(mode="json")
+    found["concept_token_ids"] = found.pop("concept_ids")
+    for text in found["more_texts"]:
+        text["token_ids"] = text.pop("ids")
+    return found
 
 
 def _is_default(header: OperatorHeader) -> bool:
@@ -49,7 +58,7 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         return lens_lines(operator, **further)
     if operator["vector"] is not None:
         return _vector_lines(operator, **further)
-    tokens = operator.get("concept_tokens", operator["concept_ids"])
+    tokens = operator.get("concept_tokens", operator["concept_token_ids"])
     more = [repr(text["text"]) for text in operator["more_texts"]]
     fields: dict[str, object] = {
         "name": operator["name"],
@@ -70,7 +79,7 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         "neutral": _neutral(operator["neutral"]),
         "recommended": _recommended(operator),
         **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
-        "file": f"{operator['path']} ({file_size(operator['bytes'])})",
+        "file": f"{operator['path']} ({file_size(operator['size_bytes'])})",
         **further,
     }
     return align([(f"{key}:", str(value)) for key, value in fields.items()])
@@ -98,7 +107,7 @@ def _vector_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         f"{2 * operator['vector']['norm']:.4g} c / |h|, another at each token",
         "recommended": _recommended(operator),
         **({"calibration": _calibration(operator)} if operator["calibration"] else {}),
-        "file": f"{operator['path']} ({file_size(operator['bytes'])})",
+        "file": f"{operator['path']} ({file_size(operator['size_bytes'])})",
         **further,
     }
     return align([(f"{key}:", str(value)) for key, value in fields.items()])

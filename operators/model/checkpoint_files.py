@@ -20,6 +20,8 @@ _READ = (*_WEIGHTS, ".json", ".jinja", ".model", ".txt")
 """Ends of the names of what a model and a tokenizer are loaded from."""
 _MAX_INDEX = 64 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _FLOATS.items()}
+_PICKLE_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError)
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,31 @@ def changed_error(name: str, file: Path | str) -> ModelError:
 
 def stored_dtypes(files: Iterable[Path]) -> frozenset[torch.dtype]:
     """The floating-point dtypes of all tensors in these files; those of a file that is no checkpoint do not count."""
-    found: set[torch.dtype] = set()
-    for file in files:
-        with suppress(OSError, SafetensorError):
-            found |= _of_safetensors(file) if file.suffix.lower() == ".safetensors" else _of_pickle(file)
-    return frozenset(found)
+    return frozenset(_FLOATS[dtype] for file in files for dtype in _tensors(file).values() if dtype in _FLOATS)
 
 
-def _of_safetensors(file: Path) -> set[torch.dtype]:
-    with safe_open(file, framework="pt") as opened:
-        names = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118 - it is no mapping
-    return {_FLOATS[name] for name in names if name in _FLOATS}
+def packed_weights(files: Iterable[Path]) -> list[str]:
+    """Weights in these files that are no floating-point numbers of 16 bits or more, but quantised: "NAME (DTYPE)"."""
+    found = (item for file in files for item in _tensors(file).items())
+    return sorted(f"{name} ({dtype})" for name, dtype in found if name.endswith(".weight") and dtype not in _FLOATS)
 
 
-def _of_pickle(file: Path) -> set[torch.dtype]:
-    try:
+def _tensors(file: Path) -> dict[str, str]:
+    """Name -> dtype, as safetensors names it or as torch does; of a file that is no checkpoint, none."""
+    with suppress(OSError, SafetensorError, UnpicklingError, *_PICKLE_ERRORS):
+        if file.suffix.lower() == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+                return {name: opened.get_slice(name).get_dtype() for name in names}
         # On the device "meta" no number is read; "weights_only" runs no code of the file.
         loaded = torch.load(file, map_location="meta", weights_only=True)
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, UnpicklingError):
-        return set()
-    tensors = loaded.values() if isinstance(loaded, dict) else ()
-    return {value.dtype for value in tensors if isinstance(value, torch.Tensor) and value.is_floating_point()}
+        entries = loaded.items() if isinstance(loaded, dict) else ()
+        return {
+            str(name): _NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
+            for name, value in entries
+            if isinstance(value, torch.Tensor)
+        }
+    return {}
 
 
 def _named_elsewhere(top: Iterable[Path]) -> Iterable[Path]:

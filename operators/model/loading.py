@@ -8,18 +8,16 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from operators.core.dtypes import DTYPES
-from operators.core.errors import ModelError
+from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import check_attention
-from operators.model.checkpoint_files import CheckpointFiles
+from operators.model.checkpoint_files import CheckpointFiles, packed_weights
 from operators.model.digest_cache import keep_digest
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
@@ -116,16 +114,17 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         _check_complete(name, report)
         files = files or CheckpointFiles.of(_hub_directory(source))
+        _check_not_packed(name, model, files)
         if torch.device(device).type == "cpu":
             keep_in_memory(model)
         weights = stored_weights_digest(
             files, model, DTYPES[dtype], lambda exact: _from_files(source, exact, attention)[0]
         )
         model = model.to(device).eval().requires_grad_(False)
-    except (
-        *(OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, ImportError, EOFError),
-        *(SafetensorError, UnpicklingError),
-    ) as error:
+    except (OperatorError, MemoryError):
+        raise
+    except Exception as error:
+        # transformers and what it loads with raise errors of any class for files that are damaged.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({ACCEPTED})") from error
     check_attention(name, model)
@@ -174,13 +173,23 @@ def _check_complete(name: str, report: Mapping[str, Iterable[Any]]) -> None:
             )
 
 
+def _check_not_packed(name: str, model: PreTrainedModel, files: CheckpointFiles) -> None:
+    """Refuses quantised weights that nothing says how to read: transformers takes their codes for numbers."""
+    if getattr(model.config, "quantization_config", None) is None and (packed := packed_weights(files.weights)):
+        raise ModelError(
+            f"model {name!r}: its checkpoint has {packed[0]} and {len(packed) - 1} more quantised weights, and its "
+            "configuration no quantization_config that says how; weights in F64, F32, F16 or BF16 are needed"
+        )
+
+
 def _check_not_adapter(name: str, source: str) -> None:
     """Refuses the directory of an adapter, with or without base weights, which would be served without it."""
-    if Path(source, "adapter_config.json").exists():
-        raise ModelError(
-            f"model {name!r}: the directory holds an adapter (adapter_config.json), which is not applied; merge it "
-            "into its base model first (in peft, merge_and_unload), and remove that file"
-        )
+    for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if Path(source, file).exists():
+            raise ModelError(
+                f"model {name!r}: the directory holds an adapter ({file}), which is not applied; merge it into its "
+                "base model first (in peft, merge_and_unload), and remove that file"
+            )
 
 
 def _hint(name: str) -> str:

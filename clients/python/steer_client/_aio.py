@@ -13,6 +13,7 @@ from steer_client._calls import Unary
 from steer_client._channel import Stubs, channel_options
 from steer_client._defaults import Timeout
 from steer_client._dual_method import Asynchronous
+from steer_client._errors import SteerError
 from steer_client._methods import Methods
 from steer_client._streams import StartedCall
 from steer_client._translate import cancelled, translate_error
@@ -22,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class AsyncSteerClient(Methods, Asynchronous):
-    """An asyncio client for one event loop; close it, or use it as an async context manager.
+    """An asyncio client for one event loop at a time; close it, or use it as an async context manager.
 
     Parameters and errors are those of SteerClient. `stream` and `compare_stream` are not awaited: they
     start the call at once and return a stream to iterate.
@@ -42,9 +43,17 @@ class AsyncSteerClient(Methods, Asynchronous):
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._open_stubs: Stubs | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def _stubs(self) -> Stubs:
+        running = asyncio.get_running_loop()
+        if self._open_stubs is not None and self._loop is not running:
+            if self._loop is not None and not self._loop.is_closed():
+                raise SteerError("this client is in use on another event loop; make one for each")
+            # Of an earlier asyncio.run: what it opened has ended with its loop.
+            self._open_stubs = self._channel = None
         if self._open_stubs is None:
+            self._loop = running
             options = channel_options(self.target)
             if self._credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.target, options=options)
@@ -54,7 +63,7 @@ class AsyncSteerClient(Methods, Asynchronous):
         return self._open_stubs
 
     async def _disconnect(self) -> None:
-        if self._channel is not None:
+        if self._channel is not None and self._loop is asyncio.get_running_loop():
             await self._channel.close()
 
     async def _answer(self, call: Unary[Result], timeout: Timeout) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import re
@@ -22,6 +23,8 @@ _MANY_SCHEME: Final = re.compile(r"(dns|ipv4|ipv6):")
 
 # Log-probabilities make an answer longer than the 4 MiB that gRPC accepts by default.
 _ANY_LENGTH: Final = ("grpc.max_receive_message_length", -1)
+# A proxy named by http_proxy is asked for this machine too unless no_proxy says otherwise, and cannot reach it.
+_NO_PROXY: Final = ("grpc.enable_http_proxy", 0)
 # gRPC does not retry a request longer than this, by default 256 KiB. Here: the 16 MiB that a server accepts at most,
 # and 1 MiB for headers.
 _RETRIED_LENGTH: Final = ("grpc.per_rpc_retry_buffer_size", 17 << 20)
@@ -74,6 +77,23 @@ def target_or_default(target: str | None) -> str:
     return found
 
 
+def _is_local(target: str) -> bool:
+    """Whether the target is on this machine, all of it."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in ("unix", "unix-abstract", "vsock"):
+        return True
+    addresses = rest.lstrip("/") if _MANY_SCHEME.match(target) else target
+    hosts = {each.strip().rpartition(":")[0].strip("[]").lower() for each in addresses.split(",")}
+    return all(host == "localhost" or _is_loopback(host) for host in hosts)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def is_many(target: str) -> bool:
     """Whether the target may stand for several servers: dns:///NAME:PORT, ipv4:HOST:PORT,HOST:PORT, or ipv6:."""
     return _MANY_SCHEME.match(target) is not None
@@ -81,6 +101,7 @@ def is_many(target: str) -> bool:
 
 def channel_options(target: str) -> tuple[tuple[str, Any], ...]:
     """gRPC's options for a channel to the target; several servers get requests in turn."""
+    common = (_ANY_LENGTH, *((_NO_PROXY,) if _is_local(target) else ()))
     if not is_many(target):
-        return (_ANY_LENGTH,)
-    return (_ANY_LENGTH, _RETRIED_LENGTH, ("grpc.service_config", json.dumps(_ROUND_ROBIN)))
+        return common
+    return (*common, _RETRIED_LENGTH, ("grpc.service_config", json.dumps(_ROUND_ROBIN)))

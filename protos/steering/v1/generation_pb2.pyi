@@ -566,7 +566,10 @@ class GenerateEvent(_message.Message):
     def delta(self) -> Global___Delta: ...
     @_builtins.property
     def finished(self) -> Global___GenerateResponse:
-        """The whole result; `text` and `token_ids` equal the concatenated deltas."""
+        """The whole result; `text` and `token_ids` equal the concatenated deltas. It repeats the log-probabilities too, so
+        that a long text with many alternatives passes the 4 MiB that gRPC clients receive in one message by default:
+        about 500 bytes for each token with 20. A client that asks for them sets "grpc.max_receive_message_length".
+        """
 
     def __init__(
         self,

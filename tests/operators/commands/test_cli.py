@@ -65,10 +65,10 @@ def test_build_stores_an_operator_and_describes_it(run, store_path, tiny_directo
     stored = Store(store_path).load("golden-gate")
     assert answer["digest"] == stored.digest
     assert answer["path"] == str(store_path / "golden-gate.safetensors")
-    assert answer["bytes"] == (store_path / "golden-gate.safetensors").stat().st_size
+    assert answer["size_bytes"] == (store_path / "golden-gate.safetensors").stat().st_size
     assert answer["concept"] == TEXT
     assert "".join(answer["concept_tokens"]) == TEXT
-    assert len(answer["concept_tokens"]) == len(answer["concept_ids"]) == stored.positions
+    assert len(answer["concept_tokens"]) == len(answer["concept_token_ids"]) == stored.positions
     assert answer["model"] == str(tiny_directory("llama"))
     assert (answer["profile"], answer["layer"], answer["injection_layer"]) == ("residual", 2, 2)
     assert answer["recommended"] == NEW_OPERATORS.model_dump(mode="json")
@@ -293,6 +293,8 @@ def test_show_gives_the_whole_header(run, store_path, make_operator):
     Store(store_path).save("a", make_operator(affine=True))
     answer = _json(run("show", "a", "--json"))
     header = make_operator(affine=True).header.model_dump(mode="json")
+    # Under the name that it has on the wire.
+    header["concept_token_ids"] = header.pop("concept_ids")
     assert {name: answer[name] for name in header} == header
     assert answer["affine"] is True
     text = run("show", "a").stdout

@@ -165,6 +165,64 @@ def test_no_parameter_is_ever_random(damage, tiny_directory, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
+def _retyped(directory, dtype, kept_as="model.safetensors"):
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] = (16 * weights["lm_head.weight"]).to(dtype)
+    if kept_as.endswith(".bin"):
+        (directory / "model.safetensors").unlink()
+        torch.save(weights, directory / kept_as)
+    else:
+        save_file(weights, directory / kept_as, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kept_as", ["model.safetensors", "pytorch_model.bin"])
+def test_codes_of_a_quantisation_are_not_taken_for_numbers(dtype, kept_as, tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    _retyped(directory, dtype, kept_as)
+    with pytest.raises(ModelError, match=r"has lm_head\.weight \(\w+\) and 0 more quantised weights"):
+        load_model(str(directory), dtype="float32")
+
+
+def _setting(name, value):
+    def change(directory):
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, name: value}))
+
+    return change
+
+
+def _pointer(file):
+    return lambda directory: (directory / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _setting("num_hidden_layers", "x"),
+        _setting("num_attention_heads", 0),
+        _setting("transformers_weights", "../elsewhere.safetensors"),
+        _pointer("model.safetensors"),
+        _pointer("tokenizer.json"),
+        _pointer("config.json"),
+    ],
+)
+def test_whatever_transformers_raises_is_a_refusal_in_one_line(damage, tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    damage(directory)
+    with pytest.raises(ModelError, match=r"cannot be loaded: .+") as refusal:
+        load_model(str(directory), dtype="float32")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_the_weights_of_an_adapter_are_not_ignored(file, tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    (directory / file).write_bytes(b"")
+    with pytest.raises(ModelError, match=rf"holds an adapter \({file}\), which is not applied"):
+        load_model(str(directory), dtype="float32")
+
+
 @pytest.mark.parametrize("with_base", [True, False])
 def test_an_adapter_is_not_ignored(with_base, tiny_directory, tmp_path):
     directory = _copy(tiny_directory("llama"), tmp_path)

@@ -61,6 +61,7 @@ def generate(
             json_output.print_json(json_output.generation(result, logprobs=sampling.logprobs is not None))
         else:
             show_streams.show_generation(stream)
+        _exit_if_cut(stream.result)
 
 
 @app.command()
@@ -90,6 +91,7 @@ def ab(
             json_output.print_json(json_output.comparison(result, STEERED, logprobs=sampling.logprobs is not None))
         else:
             show_streams.show_comparison(stream, scored=not no_score)
+        _exit_if_cut(stream.result.normal, *(arm.generation for arm in stream.result.steered.values()))
 
 
 @app.command()
@@ -156,6 +158,13 @@ def tokenize(
             return
         for token_id, token in zip(tokens.token_ids, tokens.tokens, strict=True):
             print(f"{token_id:>8}  {token!r}")
+
+
+def _exit_if_cut(*texts: steer_client.Generation) -> None:
+    """A text that the server's stop cut short is no success, whatever of it has been shown."""
+    if any(text.finish_reason is steer_client.FinishReason.CANCELLED for text in texts):
+        print("steer: the server stopped before the text was finished", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _prompt(text: str, *, chat: bool) -> steer_client.Prompt:

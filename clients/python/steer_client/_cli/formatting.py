@@ -42,3 +42,8 @@ def short_digest(digest: str) -> str:
     """The digest's algorithm and first eight digits."""
     algorithm, colon, value = digest.partition(":")
     return f"{algorithm}:{value[:8]}…" if colon and len(value) > 8 else digest
+
+
+def layer_part(layer: int, pushed: int) -> str:
+    """An operator's layer, as `steer-operators list` counts it, and the block that is pushed where it is another."""
+    return str(layer) if layer == pushed else f"{layer}, pushes {pushed}"

@@ -8,7 +8,14 @@ from rich.text import Text
 
 import steer_client
 from steer_client._cli.console import field_table, wide_console
-from steer_client._cli.formatting import anchor_part, escape_controls, format_count, format_number, positions_part
+from steer_client._cli.formatting import (
+    anchor_part,
+    escape_controls,
+    format_count,
+    format_number,
+    layer_part,
+    positions_part,
+)
 
 
 def show_operator(info: steer_client.OperatorInfo) -> None:
@@ -27,7 +34,7 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
     yield from _texts(info)
     for member in info.members:
         yield "member", f"{member.name}, weight {format_number(member.weight)}, {member.digest}"
-    yield "layer", f"{info.injection_layer}, profile {info.profile}"
+    yield "layer", f"{layer_part(info.layer, info.injection_layer)}, profile {info.profile}"
     yield "rank", _rank(info)
     yield (
         "recommended",

@@ -11,7 +11,14 @@ from rich.text import Text
 
 import steer_client
 from steer_client._cli.console import wide_console
-from steer_client._cli.formatting import anchor_part, escape_controls, format_number, positions_part, short_digest
+from steer_client._cli.formatting import (
+    anchor_part,
+    escape_controls,
+    format_number,
+    layer_part,
+    positions_part,
+    short_digest,
+)
 
 
 def show_operators(infos: Sequence[steer_client.OperatorInfo]) -> None:
@@ -53,7 +60,7 @@ def _table(infos: Sequence[steer_client.OperatorInfo]) -> Table:
                 Text(escape_controls(info.name), style="bold"),
                 Text(escape_controls(info.concept).strip() + (f" (and {further} more)" if further else "")),
                 info.profile,
-                str(info.injection_layer),
+                layer_part(info.layer, info.injection_layer),
                 _kind(info),
                 # A lens may recommend none.
                 format_number(info.recommended_strength if info.lens is None or info.curve else None),
