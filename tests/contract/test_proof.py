@@ -9,7 +9,6 @@ import torch
 
 from operators.core import hooks
 from operators.core.apply import steer
-from operators.model.obtain import obtain
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import DecodeJob, Prompt, RowFinished, SamplingParams
@@ -85,16 +84,3 @@ async def test_no_request_passes_on_an_hf_engine_that_steers_otherwise(smollm, r
     engine = HFEngine(smollm(), max_queue=4)
     await _check(engine, rows, mutated.choose)
     await engine.close()
-
-
-@pytest.mark.model
-@pytest.mark.vllm
-async def test_no_request_passes_on_a_vllm_engine_that_steers_otherwise(
-    smollm, vllm_engine, rows, mutated, monkeypatch
-):
-    from steer_server.engine.vllm.worker import layer_hooks
-
-    # vLLM's processes are forked from this one.
-    monkeypatch.setattr(layer_hooks, "steer", mutated)
-    engine = await vllm_engine(source=str(obtain("smollm2-135m")), max_num_seqs=8)
-    await _check(engine, rows, mutated.choose)
