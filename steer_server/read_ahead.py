@@ -42,6 +42,8 @@ async def read_ahead(
                 if held > max_bytes and not waits and time.monotonic() - taken > patience:
                     cancel()
                     raise SlowReaderError(patience)
+                # The reader's turn, and that of everybody else.
+                await asyncio.sleep(0)
         except Exception as error:  # noqa: BLE001 - handed on to the reader
             if isinstance(error, SlowReaderError):
                 while not queue.empty():

@@ -35,6 +35,7 @@ from steer_server.engine.vllm.row_decoder import DecodeContext
 from steer_server.engine.vllm.sampling import check_sampling
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.engine.vllm.worker_protocol import STEERING_MEMORY
+from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteerServerError
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
@@ -136,6 +137,11 @@ class VLLMEngine:
     def waiting(self) -> int:
         """Rows without a token yet."""
         return sum(job.waiting for job in self._jobs)
+
+    @property
+    def work(self) -> WorkDone:
+        """See :meth:`steer_server.engine.base.Engine.work`."""
+        return self._context.work
 
     @property
     def collectors(self) -> Sequence[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from steer_server.engine.vllm.measurements import MeasurementCollector, measured
 from steer_server.engine.vllm.operator_cache import OperatorCache
 from steer_server.engine.vllm.sampling import vllm_sampling
 from steer_server.engine.vllm.worker_protocol import operator_settings
+from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError, SteerServerError
 from steer_server.types import (
     DecodeJob,
@@ -54,6 +55,7 @@ class DecodeContext:
     """Of the hidden states."""
     translate_error: Callable[[Exception], SteerServerError]
     """What a request is told of an exception that vLLM raised."""
+    work: WorkDone = field(default_factory=WorkDone)
 
 
 @dataclass(frozen=True)
