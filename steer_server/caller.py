@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
+from dataclasses import dataclass
 
-CALLER: ContextVar[str] = ContextVar("caller", default="")
-"""Set for each call, by what receives it; read where callers take turns. A host, with all its connections, is one."""
+
+@dataclass(frozen=True)
+class Caller:
+    """Who waits for an answer. Filled by ``rpc``.
+
+    Hosts take turns, and of each host its connections: neither many connections nor many requests get more than one.
+    Behind a proxy all callers are one host that shares the proxy's connections; a Unix socket tells nobody apart.
+    """
+
+    host: str = ""
+    connection: str = ""
+    deadline: float | None = None
+    """When the call ends whatever happens, in seconds of the monotonic clock."""
+
+    @property
+    def client(self) -> tuple[str, str]:
+        """What is told from other clients."""
+        return self.host, self.connection
+
+
+CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - frozen
+"""Set for each call, by what receives it; read where callers take turns."""
 
 
 def host_of(peer: str) -> str:

@@ -70,17 +70,33 @@ def serve(
     metrics_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus over HTTP; 0 is off.", show_default="0")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", show_default="32")] = None,
+    max_running: Annotated[
+        int | None, typer.Option(help="Requests that engine hf decodes at once, in turns.", show_default="16")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a text.", show_default="the context")] = None,
+    max_total_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of all texts of a request.", show_default="none")
+    ] = None,
+    max_time: Annotated[
+        float | None, typer.Option(help="Most seconds of a request, waiting included.", show_default="none")
+    ] = None,
     max_calls: Annotated[
         int | None, typer.Option(help="Calls under way at once; more are refused at once.", show_default="1024")
     ] = None,
     max_connections: Annotated[int | None, typer.Option(help="Connections of clients.", show_default="1024")] = None,
     max_dose: Annotated[
         float | None,
-        typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),
+        typer.Option(help="Most that |λ|/2 of a request's operators adds up to at a layer.", show_default="1"),
     ] = None,
     operator_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="For operators beside the model, such as 4GiB.", show_default="4GiB"),
+    ] = None,
+    decode_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="For what requests in progress take on engine hf.", show_default="half of what is free"
+        ),
     ] = None,
     grace: Annotated[
         float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
@@ -102,14 +118,24 @@ def serve(
             options["engine_args"] = read_engine_args(engine_args)
         config = ServerConfig(**options)
         _configure_logging(config, has_colors=has_colors)
-        asyncio.run(_run(config))
+        asyncio.run(_run_and_leave(config))
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         _fail(problems, code=2)
     except StartupError as error:
         _fail(str(error), code=1)
+
+
+async def _run_and_leave(config: ServerConfig) -> None:
+    try:
+        await _run(config)
+    except StartupError as error:
+        _fail(str(error), code=1)
     except EngineDiedError as error:
         _fail(str(error), code=3)
+    # From here, within the event loop: leaving it waits for threads, and the interpreter's end aborts the process where
+    # one of them is in a forward pass. None has state to save.
+    _leave(0)
 
 
 async def _run(config: ServerConfig) -> None:
@@ -165,13 +191,18 @@ async def _run(config: ServerConfig) -> None:
 async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engine:
     from operators.model.loading import load_model
     from steer_server.engine.hf.engine import HFEngine
+    from steer_server.engine.hf.self_test import check_steering
 
     if config.engine_args:
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
+    loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+    check_steering(loaded)
     return HFEngine(
-        load_model(config.model, dtype=dtype, device=device, attention=config.attention),
+        loaded,
         max_queue=config.max_queue,
+        max_running=config.max_running,
         operator_memory=config.operator_memory,
+        decode_memory=config.decode_memory,
     )
 
 
@@ -259,6 +290,10 @@ def _configure_logging(config: ServerConfig, *, has_colors: bool) -> None:
 
 def _fail(message: str, *, code: int) -> NoReturn:
     print(f"steer-server: {message}", file=sys.stderr)
-    # Not sys.exit, which waits for the decoding thread; that has no state to save.
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process now, whatever its threads do, with what has been printed handed on."""
     _drain()
     os._exit(code)

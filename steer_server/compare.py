@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 
 from operators.core.statistics import percentile
+from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
 from steer_server.generate import CompletionBuilder, check_plan
+from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -26,7 +29,12 @@ from steer_server.types import (
 
 
 async def compare(
-    engine: Engine, registry: Registry, request: CompareRequest, *, max_arms: int
+    engine: Engine,
+    registry: Registry,
+    request: CompareRequest,
+    *,
+    max_arms: int,
+    caps: Caps = NO_CAPS,
 ) -> AsyncGenerator[CompareEvent, None]:
     """Events of every arm as they come, the plain arm's under the name "normal"; at the end the comparisons.
 
@@ -34,27 +42,29 @@ async def compare(
     """
     if len(request.arms) > max_arms:
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
+    sampling = caps.apply(request.sampling, num_texts=1 + len(request.arms))
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators)
     ids = await engine.encode(request.prompt)
     for field, plan in zip(operators, plans, strict=True):
-        check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=request.sampling.max_tokens)
+        check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=sampling.max_tokens)
     names = (NORMAL, *(arm.name for arm in request.arms))
     # Scoring the plain row gives its own log-probabilities, and so its perplexity.
     rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))
-    builders = [CompletionBuilder(request.request_id, len(ids), request.sampling, row.plan) for row in rows]
+    builders = [CompletionBuilder(request.request_id, len(ids), sampling, row.plan) for row in rows]
     completions: dict[str, Completion] = {}
-    stream = engine.submit(DecodeJob(ids, request.sampling, rows))
+    stream = engine.submit(DecodeJob(ids, sampling, rows))
     try:
         for name, builder in zip(names, builders, strict=True):
             yield ArmEvent(name, builder.started(ids))
-        async for event in stream:
-            places = range(len(rows)) if isinstance(event, Admitted) else (event.row,)
-            for place in places:
-                for result in builders[place].add(event):
-                    if isinstance(result, Completion):
-                        completions[names[place]] = result
-                    yield ArmEvent(names[place], result)
+        async with aclosing(read_ahead(stream, stream.cancel)) as events:
+            async for event in events:
+                places = range(len(rows)) if isinstance(event, Admitted) else (event.row,)
+                for place in places:
+                    for result in builders[place].add(event):
+                        if isinstance(result, Completion):
+                            completions[names[place]] = result
+                        yield ArmEvent(names[place], result)
         normal = completions[NORMAL]
         yield Compared(tuple(compare_completions(normal, completions[arm.name], arm.name) for arm in request.arms))
     finally:

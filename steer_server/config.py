@@ -14,6 +14,8 @@ from operators.core.errors import BuildError
 
 OPERATOR_MEMORY = 4 << 30
 """Default of the memory for operators, in bytes."""
+MAX_RUNNING = 16
+"""Default of the requests that are decoded at once."""
 MAX_PORT = 65535
 
 
@@ -57,7 +59,15 @@ class ServerConfig(BaseSettings):
     metrics_port: int = Field(default=0, ge=0, le=MAX_PORT)
     """Prometheus over HTTP; 0 is off."""
     max_queue: int = Field(default=32, ge=1)
-    """Requests that may wait while another is decoded."""
+    """Requests that may wait while others are decoded; a quarter as many more from clients that have none waiting."""
+    max_running: int = Field(default=MAX_RUNNING, ge=1)
+    """hf: requests that are decoded at once, in turns; a quarter of them, but one at least, may be one client's."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Most that a request may ask for in a text; None: what the context holds."""
+    max_total_tokens: int | None = Field(default=None, ge=1)
+    """Most that a request may ask for in all of its texts together."""
+    max_time: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds that a request may take, waiting included: a time limit may not be longer, and without one it is that."""
     max_calls: int = Field(default=1024, ge=1)
     """Calls under way at once, whatever they wait for; more are refused at once, with a hint when to try again."""
     max_calls_per_connection: int = Field(default=1024, ge=1)
@@ -79,6 +89,9 @@ class ServerConfig(BaseSettings):
     operator_memory: Annotated[int, BeforeValidator(_parse_size)] = Field(default=OPERATOR_MEMORY, ge=1 << 20)
     """Bytes, or a size such as 4GiB. vllm: upper bound of what operators take in each worker, beside vLLM's own memory;
     a request that needs more than is left is refused. hf: what is kept between requests."""
+    decode_memory: Annotated[int | None, BeforeValidator(_parse_size)] = Field(default=None, ge=1 << 20)
+    """hf: bytes, or a size such as 4GiB, that the KV caches and logits of running requests may take; a request waits
+    until there is room, and one that needs more is refused. None: half of what is free when the model is loaded."""
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running requests get when the server is stopped."""
     log_format: Literal["console", "json"] = "console"

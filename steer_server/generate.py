@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.fed_positions import check_reachable, check_receipts
 from steer_server.net_pushes import check_net_pushes
+from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     Admitted,
@@ -33,22 +36,28 @@ from steer_server.types import (
 
 
 async def generate(
-    engine: Engine, registry: Registry, request: GenerationRequest
+    engine: Engine,
+    registry: Registry,
+    request: GenerationRequest,
+    *,
+    caps: Caps = NO_CAPS,
 ) -> AsyncGenerator[GenerateEvent, None]:
     """Started, then a delta per token, then the completion.
 
     Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
     """
+    sampling = caps.apply(request.sampling, num_texts=1)
     (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
-    check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=request.sampling.max_tokens)
-    builder = CompletionBuilder(request.request_id, len(ids), request.sampling, plan)
-    stream = engine.submit(DecodeJob(ids, request.sampling, (Row(plan),)))
+    check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=sampling.max_tokens)
+    builder = CompletionBuilder(request.request_id, len(ids), sampling, plan)
+    stream = engine.submit(DecodeJob(ids, sampling, (Row(plan),)))
     try:
         yield builder.started(ids)
-        async for event in stream:
-            for result in builder.add(event):
-                yield result
+        async with aclosing(read_ahead(stream, stream.cancel)) as events:
+            async for event in events:
+                for result in builder.add(event):
+                    yield result
     finally:
         stream.cancel()
 

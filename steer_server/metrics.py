@@ -6,7 +6,7 @@ Each server has a registry of its own, so several in one process do not mix.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import (
@@ -20,9 +20,12 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from operators.core.version import __version__
 from steer_server.engine.base import Engine
+from steer_server.engine.work import WorkDone
 from steer_server.registry import Registry
 from steer_server.types import ArmEvent, CompareEvent, Completion, Delta, GenerateEvent, Started
 
@@ -85,8 +88,6 @@ class Metrics:
 
     def _add_texts(self, registry: CollectorRegistry) -> None:
         self._requests = Counter("steer_requests", "Requests whose decoding began", registry=registry)
-        self._prompt_tokens = Counter("steer_prompt_tokens", "Prompt tokens, once for each request", registry=registry)
-        self._generated = Counter("steer_generated_tokens", "Tokens generated", ("steered",), registry=registry)
         self._finished = Counter(
             "steer_completions",
             "Texts finished, by reason: one of a generation, of a comparison one for each arm and the plain one",
@@ -139,14 +140,12 @@ class Metrics:
             return operator
         return _OTHER
 
-    def prompt_read(self, tokens: int) -> None:
+    def prompt_read(self) -> None:
         """Counts a request whose prompt has been read by the model."""
         self._requests.inc()
-        self._prompt_tokens.inc(tokens)
 
-    def token(self, delta: Delta, *, steered: bool) -> None:
-        """Counts what a text grew by."""
-        self._generated.labels(_flag(steered)).inc(len(delta.token_ids))
+    def token(self, delta: Delta) -> None:
+        """Counts the time of a piece of a text."""
         if delta.seconds is not None:
             self._between_tokens.observe(delta.seconds)
 
@@ -173,7 +172,6 @@ class RequestMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._steered: dict[str, bool] = {}
-        self._prompt_tokens = 0
         self._has_begun = self._has_waited = False
 
     def see(self, event: GenerateEvent | CompareEvent) -> None:
@@ -183,10 +181,9 @@ class RequestMetrics:
             arm, event = event.arm, event.event
         if isinstance(event, Started):
             self._steered[arm] = bool(event.operators)
-            self._prompt_tokens = len(event.prompt_token_ids)
         elif isinstance(event, Delta):
             self._begin()
-            self._metrics.token(event, steered=self._steered[arm])
+            self._metrics.token(event)
         elif isinstance(event, Completion):
             self._begin()
             self._metrics.text_finished(event, steered=self._steered[arm])
@@ -197,7 +194,7 @@ class RequestMetrics:
     def _begin(self) -> None:
         if not self._has_begun:
             self._has_begun = True
-            self._metrics.prompt_read(self._prompt_tokens)
+            self._metrics.prompt_read()
 
 
 def _flag(value: bool) -> str:
@@ -218,6 +215,23 @@ def _gauges(
         ("steer_operators", "Usable operators", lambda: _count(operators, usable=True)),
         ("steer_operators_unusable", "Operators with a problem", lambda: _count(operators, usable=False)),
     )
+
+
+class _WorkCollector(Collector):
+    """Tokens as they are computed, whether or not somebody is there to get them."""
+
+    def __init__(self, work: WorkDone) -> None:
+        self._work = work
+
+    def collect(self) -> Iterable[Metric]:
+        """Read when the metrics are."""
+        yield CounterMetricFamily(
+            "steer_prompt_tokens", "Prompt tokens read, once for each request", self._work.prompt_tokens
+        )
+        generated = CounterMetricFamily("steer_generated_tokens", "Tokens generated", labels=["steered"])
+        generated.add_metric(["false"], self._work.plain_tokens)
+        generated.add_metric(["true"], self._work.steered_tokens)
+        yield generated
 
 
 def _count(operators: Registry, *, usable: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Protocol
 
+from steer_server.engine.work import WorkDone
 from steer_server.types import DecodeJob, EngineEvent, ModelInfo, Prompt
 
 
@@ -62,7 +63,18 @@ class Engine(Protocol):
         ...
 
     def submit(self, job: DecodeJob) -> JobStream:
-        """Queues a job. Raises :class:`QueueFullError` or :class:`ShuttingDownError` at once."""
+        """Queues a job.
+
+        Raises, at once:
+            InvalidRequestError: it asks for more than this engine can do.
+            QueueFullError: there is no place now.
+            ShuttingDownError: the engine is closed.
+        """
+        ...
+
+    @property
+    def work(self) -> WorkDone:
+        """What has been computed so far."""
         ...
 
     @property

@@ -58,7 +58,7 @@ class FairThreads:
 
     async def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.setdefault(CALLER.get(), deque()).append(turn)
+        self._waiting.setdefault(CALLER.get().host, deque()).append(turn)
         try:
             await turn
         except asyncio.CancelledError:

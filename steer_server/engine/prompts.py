@@ -54,7 +54,7 @@ class PromptReader:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         if self._closed:
             raise ShuttingDownError
-        caller = CALLER.get()
+        caller = CALLER.get().host
         self._check_room(caller)
         self._reading[caller] += 1
         try:

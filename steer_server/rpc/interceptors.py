@@ -13,11 +13,12 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from steer_server.caller import CALLER, host_of
+from steer_server.caller import CALLER
 from steer_server.errors import InvalidRequestError, RequestIncompleteError, SlowReaderError
 from steer_server.metrics import Metrics
 from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
+from steer_server.rpc.caller import caller_of
 from steer_server.rpc.outcome import Context, Outcome
 
 _Behaviour = Callable[[Any, Any], Any]
@@ -88,7 +89,7 @@ class _Call:
 
     async def _request(self, requests: AsyncIterator[bytes], context: Context) -> Any:
         """The message, or the messages as they come."""
-        CALLER.set(host_of(context.peer()))
+        CALLER.set(caller_of(context))
         if self._streams_requests:
             return self._read_each(requests)
         try:

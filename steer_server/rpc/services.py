@@ -13,6 +13,7 @@ from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
 
 from operators.core.version import __version__
+from steer_server.caps import Caps
 from steer_server.compare import compare
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
@@ -37,12 +38,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig, limits: RequestLimits
     ) -> None:
         self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
+        self._caps = Caps(config.max_tokens, config.max_total_tokens, config.max_time)
         self._limits = limits
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         """One answer."""
         asked = codec.generation_request(request)
-        async with aclosing(self._observed(asked.request_id, generate(self._engine, self._registry, asked))) as events:
+        async with aclosing(
+            self._observed(asked.request_id, generate(self._engine, self._registry, asked, caps=self._caps))
+        ) as events:
             async for event in events:
                 if isinstance(event, Completion):
                     return codec.completion(event)
@@ -51,14 +55,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateStream(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateEvent]:
         """Token by token."""
         asked = codec.generation_request(request)
-        async with aclosing(self._observed(asked.request_id, generate(self._engine, self._registry, asked))) as events:
+        async with aclosing(
+            self._observed(asked.request_id, generate(self._engine, self._registry, asked, caps=self._caps))
+        ) as events:
             async for event in events:
                 yield codec.generate_event(event)
 
     async def Compare(self, request: pb.CompareRequest, context: _Context) -> AsyncIterator[pb.CompareEvent]:
         """Arm by arm, token by token."""
         asked = codec.compare_request(request)
-        compared = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms)
+        compared = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms, caps=self._caps)
         async with aclosing(self._observed(asked.request_id, compared)) as events:
             async for event in events:
                 yield codec.compare_event(event)

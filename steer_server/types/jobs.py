@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
+from steer_server.caller import CALLER, Caller
 from steer_server.types.events import SteeredWord
 from steer_server.types.requests import SamplingParams
 
@@ -65,3 +66,5 @@ class DecodeJob:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     rows: tuple[Row, ...]
+    caller: Caller = field(default_factory=CALLER.get)
+    """For whom: who called where this was made."""

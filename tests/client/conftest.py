@@ -56,10 +56,13 @@ def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> p
         values |= {
             "prompt_tokens_steered": 6,
             "generated_tokens_steered": 2,
-            "mean_dose": bound / 2,
+            "mean_dose": bound,
             "max_dose": bound,
         }
-    return pb.Receipt(**(values | changes))
+    values |= changes
+    if values["strength"] != 0 and values.get("prompt_tokens_steered", 0) + values.get("generated_tokens_steered", 0):
+        values = {"positions_checked": 1, "worst_cosine": 0.99997} | values
+    return pb.Receipt(**values)
 
 
 def make_response(
@@ -160,6 +163,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.target = ""
         self.fault: Fault | None = None
+        #: Of the next calls, one each, before they are answered.
+        self.refusals: list[Fault] = []
         self.response = make_response()
         #: What every text with operators is, where it is not to be the truth or `response`.
         self.steered: pb.GenerateResponse | None = None
@@ -198,6 +203,8 @@ class FakeServer:
         if not context.add_callback(self.left.set):
             self.left.set()
         self.requests.append(request)
+        if self.refusals:
+            self.refusals.pop(0).abort(context)
 
 
 class _Generation(generation_pb2_grpc.GenerationServiceServicer):
@@ -308,7 +315,7 @@ def _compared(options: dict) -> dict:
 
 
 def _sync(target: str, way: str, prompt, options: dict):
-    with SteerClient(target, timeout=20) as each:
+    with SteerClient(target, timeout=20, retry=False) as each:
         if way == "unary":
             return each.generate(prompt, **options)
         if way == "compare":
@@ -320,7 +327,7 @@ def _sync(target: str, way: str, prompt, options: dict):
 
 
 async def _async(target: str, way: str, prompt, options: dict):
-    async with AsyncSteerClient(target, timeout=20) as each:
+    async with AsyncSteerClient(target, timeout=20, retry=False) as each:
         if way == "unary":
             return await each.generate(prompt, **options)
         if way == "compare":

@@ -23,7 +23,12 @@ LONG = SamplingParams(max_tokens=4000, ignore_eos=True)
 def pair(start_tiny):
     """Started at the same time. The first one, when it is stopped, does not wait long for requests under way."""
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
-        yield list(pool.map(lambda options: stack.enter_context(start_tiny(*options)), [("--grace", "0.5"), ()]))
+        yield list(
+            pool.map(
+                lambda options: stack.enter_context(start_tiny(*options)),
+                [("--grace", "0.5", "--max-running", "1"), ()],
+            )
+        )
 
 
 @pytest.fixture(scope="module")

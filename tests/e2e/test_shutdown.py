@@ -100,7 +100,7 @@ def test_a_second_signal_ends_the_server_at_once(start_tiny, second, code):
 
 def test_what_outlasts_the_grace_is_cut_short_with_its_receipts_and_what_waits_is_refused(start_tiny):
     sampling = SamplingParams(max_tokens=4000, ignore_eos=True)
-    with start_tiny("--grace", "1.5") as server, SteerClient(server.target, timeout=60) as client:
+    with start_tiny("--grace", "1.5", "--max-running", "1") as server, SteerClient(server.target, timeout=60) as client:
         running = client.stream("the bay", operators=GOLDEN, sampling=sampling)
         items = iter(running)
         next(items)

@@ -15,6 +15,7 @@ from steer_client._defaults import Timeout
 from steer_client._dual_method import Asynchronous
 from steer_client._errors import SteerError
 from steer_client._methods import Methods
+from steer_client._retry import Retries
 from steer_client._streams import StartedCall
 from steer_client._translate import cancelled, translate_error
 
@@ -68,15 +69,22 @@ class AsyncSteerClient(Methods, Asynchronous):
 
     async def _answer(self, call: Unary[Result], timeout: Timeout) -> Result:
         seconds = self._seconds(timeout)
-        try:
-            answer = await self._stubs().method(call.service, call.method)(call.request, timeout=seconds)
-        except grpc.RpcError as error:
-            raise translate_error(error, target=self.target, timeout=seconds) from error
-        except asyncio.CancelledError:
-            if task_is_cancelled():
-                raise
-            raise cancelled() from None
-        return call.decode(answer)
+        send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
+        while True:
+            try:
+                answer = await send(call.request, timeout=retries.timeout)
+            except grpc.RpcError as error:
+                failure = translate_error(error, target=self.target, timeout=seconds)
+                pause = retries.pause_after(failure)
+                if pause is None:
+                    raise failure from error
+                await asyncio.sleep(pause)
+                continue
+            except asyncio.CancelledError:
+                if task_is_cancelled():
+                    raise
+                raise cancelled() from None
+            return call.decode(answer)
 
     async def _read_to_end(self, call: StartedCall[Item, Result]) -> Result:
         stream = AsyncStream(call)

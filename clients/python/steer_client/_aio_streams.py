@@ -66,6 +66,9 @@ class AsyncStream(Stream[Item, Result]):
             raise cancelled() from None
         return None if event is grpc.aio.EOF else event
 
+    async def _pause(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
 
 class _AsyncItems(AsyncIterator[Item]):
     # As _sync_streams._Items: grpc.aio leaves a call running when its loop is left.

@@ -133,9 +133,16 @@ class EngineFailedError(SteerError):
 
 
 class ServerUnavailableError(SteerError):
-    """Nobody answers at the target, or the server is going away."""
+    """Nobody answers at the target, or the server is going away.
+
+    `is_unsent`: the request has reached no server, or the server has refused it, so that it can be sent again.
+    """
 
     default_code = grpc.StatusCode.UNAVAILABLE
+
+    def __init__(self, message: str, *, is_unsent: bool = False, **status: Unpack[Status]) -> None:
+        super().__init__(message, **status)
+        self.is_unsent = is_unsent
 
 
 class DeadlineExceededError(SteerError):

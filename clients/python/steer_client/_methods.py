@@ -21,6 +21,7 @@ from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
 from steer_client._requests import SERVER_DEFAULTS, OperatorUse, Prompt, SamplingParams
 from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, Tokenization
+from steer_client._retry import Retries
 from steer_client._store import OperatorInfo, ReloadReport
 from steer_client._streams import StartedCall
 from steer_client._sync_streams import ComparisonStream, GenerationStream
@@ -38,10 +39,12 @@ class Methods(ABC):
         target: str | None = None,
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
+        retry: bool = True,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.target = target_or_default(target)
         self._timeout = encode.seconds(timeout)
+        self._retry = retry
         self._is_closed = False
         self._connect(credentials)
 
@@ -169,8 +172,9 @@ class Methods(ABC):
 
     def _start(self, call: calls.Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
         seconds = self._seconds(timeout)
-        rpc = self._stubs().method("generation", call.method)(call.request, timeout=seconds)
-        return StartedCall(rpc, call.reducer, partial(translate_error, target=self.target, timeout=seconds))
+        send = partial(self._stubs().method("generation", call.method), call.request)
+        translate = partial(translate_error, target=self.target, timeout=seconds)
+        return StartedCall(send, call.reducer, translate, Retries(seconds, enabled=self._retry))
 
     def _seconds(self, timeout: Timeout) -> float | None:
         if self._is_closed:

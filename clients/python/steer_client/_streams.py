@@ -11,6 +11,7 @@ import grpc
 
 from steer_client._errors import SteerError
 from steer_client._events import Reducer
+from steer_client._retry import Retries
 from steer_client._translate import cancelled
 
 Item = TypeVar("Item")
@@ -19,18 +20,22 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class StartedCall(Generic[Item, Result]):
-    """One streaming RPC under way, how its events are read, and how its failure is raised."""
+    """One streaming RPC: how it is sent, how its events are read, and how its failure is met."""
 
-    rpc: Any
+    #: Sends it, within `timeout=` seconds.
+    send: Callable[..., Any]
     reducer: Reducer[Item, Result]
     translate_error: Callable[[grpc.RpcError], SteerError]
+    retries: Retries
 
 
 class Stream(ABC, Generic[Item, Result]):
     """One RPC whose events become items, and whose end becomes a result."""
 
     def __init__(self, call: StartedCall[Item, Result]) -> None:
-        self._rpc = call.rpc
+        self._send, self._retries = call.send, call.retries
+        self._rpc = call.send(timeout=call.retries.timeout)
+        self._has_begun = False
         self._reducer = call.reducer
         self._translate_error = call.translate_error
         self._is_iterated = False
@@ -68,7 +73,7 @@ class Stream(ABC, Generic[Item, Result]):
         if self._is_closed:
             raise StopAsyncIteration
         try:
-            while (event := await self._read_event()) is not None:
+            while (event := await self._next_event()) is not None:
                 item = self._reducer.feed(event)
                 if item is not None:
                     return item
@@ -80,6 +85,27 @@ class Stream(ABC, Generic[Item, Result]):
             self._abandon()
             raise
         raise StopAsyncIteration
+
+    async def _next_event(self) -> Any:
+        """The next event; where the server refuses the call before its first one, that of the call sent again."""
+        while True:
+            try:
+                event = await self._read_event()
+            except grpc.RpcError as error:
+                pause = None if self._has_begun else self._retries.pause_after(self._translate_error(error))
+                if pause is None:
+                    raise
+                await self._pause(pause)
+                if self._is_cancelled:
+                    raise cancelled() from None
+                self._rpc = self._send(timeout=self._retries.timeout)
+                continue
+            self._has_begun = True
+            return event
+
+    @abstractmethod
+    async def _pause(self, seconds: float) -> None:
+        """Waits. On a blocking stream it never suspends."""
 
     def _begin_iteration(self) -> None:
         if self._is_iterated:

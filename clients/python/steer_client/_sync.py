@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -12,6 +13,7 @@ from steer_client._channel import Stubs, channel_options
 from steer_client._defaults import Timeout
 from steer_client._dual_method import Blocking
 from steer_client._methods import Methods
+from steer_client._retry import Retries
 from steer_client._streams import StartedCall
 from steer_client._sync_streams import SyncStream
 from steer_client._translate import translate_error
@@ -28,6 +30,9 @@ class SteerClient(Methods, Blocking):
     a request that fails before a server began to answer goes to the next one, once. `timeout` is in seconds, for
     a whole call with its stream; None is no limit; every method has a `timeout` of its own. The channel is
     plaintext unless `credentials` are given.
+
+    A call that a busy server refuses is sent again when the server says so, and one that reached no server twice more,
+    soon; all within `timeout`, and not after the first piece of a stream. `retry=False` raises the error instead.
 
     Every method raises a SteerError: InvalidRequestError before anything is sent when a value does not fit
     the contract, SteeringNotAppliedError when an answer lacks the receipts of its operators, else the error that
@@ -60,11 +65,18 @@ class SteerClient(Methods, Blocking):
 
     async def _answer(self, call: Unary[Result], timeout: Timeout) -> Result:
         seconds = self._seconds(timeout)
-        try:
-            answer = self._stubs().method(call.service, call.method)(call.request, timeout=seconds)
-        except grpc.RpcError as error:
-            raise translate_error(error, target=self.target, timeout=seconds) from error
-        return call.decode(answer)
+        send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
+        while True:
+            try:
+                answer = send(call.request, timeout=retries.timeout)
+            except grpc.RpcError as error:
+                failure = translate_error(error, target=self.target, timeout=seconds)
+                pause = retries.pause_after(failure)
+                if pause is None:
+                    raise failure from error
+                time.sleep(pause)
+                continue
+            return call.decode(answer)
 
     async def _read_to_end(self, call: StartedCall[Item, Result]) -> Result:
         stream = SyncStream(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -34,6 +35,9 @@ class SyncStream(Stream[Item, Result]):
 
     async def _read_event(self) -> Any:
         return next(self._rpc, None)
+
+    async def _pause(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class _Items(Iterator[Item]):

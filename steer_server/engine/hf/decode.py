@@ -94,6 +94,7 @@ class Decoder:
     eos_ids: frozenset[int]
     prove_every_position: bool = False
     """Hold all that is added against the reference, in place of some of it."""
+    num_prompt_tokens_read: int = field(default=0, init=False)
     _cache: DynamicCache = field(init=False)
     _hooks: PushHooks = field(init=False)
     _rope: RopeOfLength = field(init=False)
@@ -108,7 +109,7 @@ class Decoder:
             yield from events
 
     @torch.inference_mode()
-    def turns(self) -> Iterator[list[EngineEvent]]:
+    def turns(self) -> Generator[list[EngineEvent], None, None]:
         """Decodes in turns of one forward pass: a part of the prompt, then a token of each row.
 
         Between two turns the model may serve other jobs: this one keeps its KV cache and its ids, and nothing else.
@@ -200,10 +201,12 @@ class Decoder:
             if interruption := self.check_interruption():
                 return interruption
             self._forward(unique, chunk.expand(len(unique), -1), prompt=True)
+            self.num_prompt_tokens_read += len(chunk)
             yield []
         if interruption := self.check_interruption():
             return interruption
         logits = self._forward(unique, last.expand(len(unique), -1), prompt=True)
+        self.num_prompt_tokens_read += len(last)
         if len(unique) < len(slots):
             self._cache.batch_select_indices(rows)
         return logits[rows]

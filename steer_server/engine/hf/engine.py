@@ -1,7 +1,8 @@
-"""The embedded engine: a transformers model in this process, one decoding thread, one job at a time.
+"""The embedded engine: a transformers model in this process, one decoding thread, and jobs that take turns.
 
-The readable reference: the rows of a job share a batch, and jobs run one after the other. For many concurrent users
-there is the vLLM engine.
+The readable reference: the rows of a job share a batch, and several jobs take turns, one forward pass each, so that a
+short one need not wait for the end of a long one. For many concurrent users there is the vLLM engine, which decodes
+them together.
 """
 
 from __future__ import annotations
@@ -14,15 +15,20 @@ from typing import Any
 import structlog
 
 from operators.model.loading import LoadedModel
-from steer_server.config import OPERATOR_MEMORY
+from steer_server.config import MAX_RUNNING, OPERATOR_MEMORY
 from steer_server.engine.describe import describe_model
 from steer_server.engine.hf.decode import Decoder
+from steer_server.engine.hf.failure import Failure, is_lost
+from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.queue import JobQueue, QueuedJob
 from steer_server.engine.hf.rope_limit import check_rope
+from steer_server.engine.hf.running_job import RunningJob
+from steer_server.engine.hf.turns import FairTurns
 from steer_server.engine.prompts import PromptReader, check_ids
 from steer_server.engine.special_stops import special_stops
-from steer_server.errors import EngineFailedError, SteerServerError
+from steer_server.engine.work import WorkDone
+from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError
 from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -34,15 +40,27 @@ _CLOSE_SECONDS = 5.0
 class HFEngine:
     """Implements :class:`steer_server.engine.base.Engine`. :meth:`submit` needs a running event loop."""
 
-    def __init__(self, loaded: LoadedModel, *, max_queue: int, operator_memory: int = OPERATOR_MEMORY) -> None:
-        """``operator_memory``: bytes of operators kept on the device between jobs."""
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        max_queue: int,
+        max_running: int = MAX_RUNNING,
+        operator_memory: int = OPERATOR_MEMORY,
+        decode_memory: int | None = None,
+    ) -> None:
+        """Bytes: ``operator_memory`` of operators kept on the device between jobs; ``decode_memory`` of the KV caches
+        and logits of the jobs that are decoded at once, None for half of what is free.
+        """
+        self._model = describe_model(loaded, engine="hf")
         self._loaded = loaded
         self._operators = PreparedOperatorCache(loaded.device, budget=operator_memory)
-        self._queue = JobQueue(max_queue)
-        self._model = describe_model(loaded, engine="hf")
+        self._queue = JobQueue(max_queue, max_running=max_running, memory=DecodeMemory.of(loaded, decode_memory))
+        self._turns: FairTurns[RunningJob] = FairTurns(lambda job: (*job.queued.job.caller.client, job))
+        self._work, self._failure = WorkDone(), Failure()
         # Encoding a prompt is quick compared to decoding a job: the queue of jobs should fill first.
         self._prompts = PromptReader(loaded.tokenizer, self._model, max_waiting=4 * max_queue)
-        self._thread = threading.Thread(target=self._work, name="hf-engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="hf-engine", daemon=True)
         self._thread.start()
 
     @property
@@ -57,7 +75,7 @@ class HFEngine:
 
     @property
     def running(self) -> int:
-        """1 while a job is being decoded."""
+        """Jobs that are being decoded."""
         return self._queue.running
 
     @property
@@ -85,42 +103,77 @@ class HFEngine:
         """None: the server's own metrics cover this engine."""
         return ()
 
+    @property
+    def work(self) -> WorkDone:
+        """See :meth:`steer_server.engine.base.Engine.work`."""
+        return self._work
+
     async def failed(self) -> str:
-        """Never returns: a failure ends one job, and never the engine."""
-        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        return await never
+        """Returns, with the reason, when the device or the decoding thread has failed for good; not before."""
+        return await self._failure.wait()
 
     async def close(self) -> None:
-        """Ends the running job as CANCELLED, refuses waiting ones and joins the thread."""
+        """Ends running jobs as CANCELLED, refuses waiting ones and joins the thread."""
         self._queue.close()
         self._prompts.close()
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
+        # Those of a forward pass that takes longer still.
+        self._queue.abandon(ShuttingDownError())
 
-    def _work(self) -> None:
-        while (queued := self._queue.take()) is not None:
-            started = time.monotonic()
-            try:
-                self._decode(queued)
-                queued.post(None)
-            except SteerServerError as error:
-                queued.post(error)
-            except Exception as error:
-                # Ends this job only: the thread goes on with the others.
-                log.exception("job failed")
-                queued.post(EngineFailedError(f"{type(error).__name__}: {error}"))
-            self._queue.record_duration(time.monotonic() - started)
-
-    def _decode(self, queued: QueuedJob) -> None:
-        queued.post(Admitted())
-        decoder = Decoder(
-            loaded=self._loaded,
-            job=queued.job,
-            operators=self._operators,
-            check_interruption=queued.interruption,
-            eos_ids=frozenset(self._model.eos_token_ids),
-        )
+    def _run(self) -> None:
+        """The decoding thread."""
         try:
-            for event in decoder.run():
-                queued.post(event)
-        finally:
+            while (job := self._next()) is not None:
+                self._take_turn(job)
+                # While nothing runs, no KV cache is kept.
+                del job
+        except BaseException as error:
+            # Nobody decodes any more.
+            log.exception("decoding ended")
+            self._fail(error)
+
+    def _next(self) -> RunningJob | None:
+        """The job whose turn it is; None once the queue is closed and nothing runs."""
+        while (queued := self._queue.take(wait=not len(self._turns))) is not None:
+            queued.post(Admitted())
+            decoder = Decoder(
+                loaded=self._loaded,
+                job=queued.job,
+                operators=self._operators,
+                check_interruption=queued.interruption,
+                eos_ids=frozenset(self._model.eos_token_ids),
+            )
+            self._turns.add(RunningJob(queued, decoder))
+        if not len(self._turns):
+            return None
+        interrupted = (job for job in self._turns if job.queued.interruption() is not None)
+        # Its end takes no time, and gives its memory back.
+        return next(interrupted, None) or self._turns.next()
+
+    def _take_turn(self, job: RunningJob) -> None:
+        began = time.monotonic()
+        error: SteerServerError | None = None
+        try:
+            self._work.add(*job.take_turn())
+        except SteerServerError as caught:
+            error = caught
+        except Exception as caught:
+            # Ends this job only: the thread goes on with the others, if the device does.
+            log.exception("job failed")
+            error = EngineFailedError(f"{type(caught).__name__}: {caught}")
+            if is_lost(caught, self._loaded.device):
+                self._fail(caught)
+        seconds = time.monotonic() - began
+        self._turns.charge(job, seconds)
+        job.seconds += seconds
+        if error is not None or job.has_ended:
+            self._turns.remove(job)
+            self._queue.end(job.queued, job.seconds)
             self._operators.trim()
+            job.queued.post(error)
+
+    def _fail(self, error: BaseException) -> None:
+        reason = f"{type(error).__name__}: {error}"
+        self._queue.close(lambda: EngineFailedError(reason))
+        self._queue.abandon(EngineFailedError(reason))
+        self._failure.set(reason)

@@ -1,17 +1,22 @@
-"""A bounded queue of jobs between the event loop and the decoding thread."""
+"""Jobs between the event loop and the decoding thread: those that wait, within bounds, and those that are decoded."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
 
+from steer_server.config import MAX_RUNNING
+from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.engine.receipts import empty_receipts
-from steer_server.errors import QueueFullError, ShuttingDownError, SteerServerError
+from steer_server.engine.waiting_room import WaitingRoom
+from steer_server.errors import ShuttingDownError, SteerServerError
 from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished
 
+_PATIENCE = 30.0
+"""Seconds after which a job that waits for memory is not passed by smaller ones any more."""
 _Message = EngineEvent | SteerServerError | None
 """An event, the job's error, or None for the end."""
 
@@ -19,8 +24,9 @@ _Message = EngineEvent | SteerServerError | None
 class QueuedJob:
     """One job: the event loop iterates over it, the decoding thread calls ``post`` and ``interruption``."""
 
-    def __init__(self, job: DecodeJob, queue: JobQueue) -> None:
-        self.job = job
+    def __init__(self, job: DecodeJob, queue: JobQueue, need: int) -> None:
+        """``need``: bytes that decoding it takes."""
+        self.job, self.need, self.since = job, need, time.monotonic()
         self._queue = queue
         self._loop = asyncio.get_running_loop()
         self._messages: asyncio.Queue[_Message] = asyncio.Queue()
@@ -77,71 +83,110 @@ class QueuedJob:
 
 
 class JobQueue:
-    """First in, first out; at most ``limit`` jobs wait."""
+    """The jobs that wait, and those that are decoded at once: few enough for the memory, fair between clients."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._waiting: deque[QueuedJob] = deque()
+    def __init__(self, limit: int, *, max_running: int = MAX_RUNNING, memory: DecodeMemory | None = None) -> None:
+        """``limit``: see :class:`WaitingRoom`. ``max_running``: a quarter of them, but one, may be one client's."""
+        self._room = WaitingRoom(limit)
+        self._max_running, self._memory = max_running, memory
+        self._waiting: list[QueuedJob] = []
+        self._running: list[QueuedJob] = []
         self._changed = threading.Condition()
-        self._running: QueuedJob | None = None
-        self._closed = False
-        self._seconds_per_job = 1.0
+        self._refusal: Callable[[], SteerServerError] | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """1 while a job is being decoded."""
-        return int(self._running is not None)
+        """Jobs that are being decoded."""
+        return len(self._running)
 
     def put(self, job: DecodeJob) -> QueuedJob:
         """Adds a job.
 
         Raises:
-            QueueFullError: ``limit`` jobs wait; with an estimate of when there is room.
+            InvalidRequestError: it does not fit into memory, were it alone.
+            QueueFullError: there is no place to wait; with an estimate of when there is.
             ShuttingDownError: the queue is closed.
+            EngineFailedError: the engine has failed.
         """
-        queued = QueuedJob(job, self)
+        need = self._memory.needed(job) if self._memory else 0
+        queued = QueuedJob(job, self, need)
         with self._changed:
-            if self._closed:
-                raise ShuttingDownError
-            if len(self._waiting) >= self._limit:
-                problem = f"{self._limit} requests wait already, the most admitted"
-                raise QueueFullError(problem, retry_after=max(1.0, self._seconds_per_job))
+            if self._refusal is not None:
+                raise self._refusal()
+            self._room.enter(job.caller)
             self._waiting.append(queued)
             self._changed.notify()
         return queued
 
-    def take(self) -> QueuedJob | None:
-        """Waits for the next job; None once the queue is closed. Called by the decoding thread."""
-        with self._changed:
-            self._running = None
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            if self._closed:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+    def take(self, *, wait: bool) -> QueuedJob | None:
+        """The next job that can begin, if there is one; ``wait`` until there is, or the queue is closed.
 
-    def record_duration(self, seconds: float) -> None:
-        """Updates the moving average of a job's duration, which ``retry_after`` is estimated from."""
-        self._seconds_per_job += 0.2 * (seconds - self._seconds_per_job)
+        Called by the decoding thread.
+        """
+        with self._changed:
+            while (queued := self._next()) is None and wait and self._refusal is None:
+                self._changed.wait()
+            if queued is not None:
+                self._leave(queued)
+                self._running.append(queued)
+            return queued
+
+    def end(self, queued: QueuedJob, seconds: float) -> None:
+        """A job has ended, for which the engine worked so long. Called by the decoding thread."""
+        with self._changed:
+            self._running.remove(queued)
+            self._room.record(seconds)
 
     def discard(self, queued: QueuedJob) -> bool:
         """Removes a waiting job; false when it is not waiting any more."""
         with self._changed:
             is_waiting = queued in self._waiting
             if is_waiting:
-                self._waiting.remove(queued)
+                self._leave(queued)
             return is_waiting
 
-    def close(self) -> None:
-        """Refuses the waiting jobs and stops the running one."""
+    def close(self, refusal: Callable[[], SteerServerError] = ShuttingDownError) -> None:
+        """Refuses the jobs that wait and those that come, and stops those that run."""
         with self._changed:
-            self._closed = True
-            for queued in self._waiting:
-                queued.post(ShuttingDownError())
-            self._waiting.clear()
-            if self._running is not None:
-                self._running.stop()
+            self._refusal = self._refusal or refusal
+            for queued in list(self._waiting):
+                queued.post(self._refusal())
+                self._leave(queued)
+            for queued in self._running:
+                queued.stop()
             self._changed.notify()
+
+    def abandon(self, error: SteerServerError) -> None:
+        """Ends the streams of the jobs that run: nothing more will come of them."""
+        with self._changed:
+            for queued in self._running:
+                queued.post(error)
+
+    def _leave(self, queued: QueuedJob) -> None:
+        self._waiting.remove(queued)
+        self._room.leave(queued.job.caller)
+
+    def _next(self) -> QueuedJob | None:
+        """The waiting job to begin now: of the host, and the connection, that has the fewest running."""
+        if len(self._running) >= self._max_running:
+            return None
+        taken = sum(queued.need for queued in self._running)
+        hosts = Counter(queued.job.caller.host for queued in self._running)
+        clients = Counter(queued.job.caller.client for queued in self._running)
+        each = max(1, self._max_running // 4)
+        # The sort is stable: among equals first come, first served.
+        for queued in sorted(
+            self._waiting, key=lambda each: (hosts[each.job.caller.host], clients[each.job.caller.client])
+        ):
+            mine = clients[queued.job.caller.client]
+            if mine >= each:
+                continue
+            if self._memory is None or self._memory.fits(queued.need, taken, has_others=mine > 0):
+                return queued
+            if time.monotonic() - queued.since > _PATIENCE:
+                # Nobody passes any more, or it might wait for ever.
+                return None
+        return None

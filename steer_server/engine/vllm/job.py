@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from operators.core.artifact import OperatorArtifact
 from steer_server.engine.vllm.row_decoder import DecodeContext, RowDecoder
 from steer_server.errors import ShuttingDownError, SteerServerError
-from steer_server.types import Admitted, DecodeJob, EngineEvent, RowFinished
+from steer_server.types import Admitted, DecodeJob, EngineEvent, RowFinished, TokenEvent
 
 
 class VLLMJob:
@@ -93,7 +93,7 @@ class VLLMJob:
             self._job,
             index,
             deadline=self._deadline,
-            emit=self._messages.put_nowait,
+            emit=self._emit,
             on_first_output=first_output,
             is_stopping=lambda: self._stopping,
         )
@@ -115,11 +115,18 @@ class VLLMJob:
             else:
                 self.waiting -= 1
 
+    def _emit(self, event: EngineEvent) -> None:
+        if isinstance(event, TokenEvent):
+            is_steered = self._job.rows[event.row].plan is not None
+            self._context.work.add(0, not is_steered, is_steered)
+        self._messages.put_nowait(event)
+
     def _admit(self, metrics: object) -> None:
         """Posts, once per job, when vLLM scheduled the first of its rows."""
         if self._admitted:
             return
         self._admitted = True
+        self._context.work.add(len(self._job.prompt_ids), 0, 0)
         # The engine core runs on this machine, on the same monotonic clock. Where vLLM keeps no statistics, the time of
         # the first token stands in.
         scheduled = getattr(metrics, "scheduled_ts", 0.0)

@@ -9,7 +9,7 @@ import pytest
 from transformers import BertConfig, BertLMHeadModel
 
 from operators.model.loading import recognise
-from steer_server.caller import CALLER
+from steer_server.caller import CALLER, Caller
 from steer_server.engine import prompts
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.errors import PromptTooLongError, QueueFullError, ShuttingDownError, StartupError
@@ -105,7 +105,7 @@ async def test_a_short_prompt_is_read_beside_a_long_one(engine, slow, monkeypatc
 
 def ask(engine, caller, text="x"):
     async def encode():
-        CALLER.set(caller)
+        CALLER.set(Caller(caller))
         return await engine.encode(Prompt(text=text))
 
     return asyncio.ensure_future(encode())

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from steer_server.caller import CALLER, host_of
+from steer_server.caller import CALLER, Caller, host_of
 from steer_server.engine.fair_threads import FairThreads
 from steer_server.errors import ShuttingDownError
 
@@ -23,7 +23,7 @@ class Work:
 
     def ask(self, caller, name):
         async def run():
-            CALLER.set(caller)
+            CALLER.set(Caller(caller))
             return await self.threads.run(lambda: self._work(name))
 
         return asyncio.ensure_future(run())

@@ -15,6 +15,7 @@ from steer_client import AsyncSteerClient, OperatorUse, SteerClient
 
 from steer_server import errors
 from steer_server.config import ServerConfig
+from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineDiedError, SteerServerError
 from steer_server.metrics import Metrics
 from steer_server.rpc.server import SteerServer
@@ -67,6 +68,7 @@ class _BrokenEngine:
     running: int = 0
     waiting: int = 0
     collectors: tuple[Collector, ...] = ()
+    work: WorkDone = field(default_factory=WorkDone)
     closed: list[bool] = field(default_factory=list)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -155,7 +157,7 @@ async def test_an_error_reaches_the_async_client_as_its_exception(broken, error)
     engine, target = broken
     engine.error = error
     use = [OperatorUse("g")]
-    async with AsyncSteerClient(target) as client:
+    async with AsyncSteerClient(target, retry=False) as client:
         for call in (client.generate("x"), client.compare("x", operators=use), client.tokenize("x")):
             with pytest.raises(steer_client.SteerError) as caught:
                 await call
@@ -172,7 +174,7 @@ async def test_an_error_reaches_the_blocking_client_as_its_exception(broken, err
     engine.error = error
 
     def calls():
-        with SteerClient(target) as client:
+        with SteerClient(target, retry=False) as client:
             for call in (
                 lambda: client.generate("x"),
                 lambda: list(client.stream("x")),
@@ -189,7 +191,7 @@ async def test_an_error_reaches_the_blocking_client_as_its_exception(broken, err
 async def test_a_bug_in_the_server_arrives_as_a_failed_engine_without_its_details(broken):
     engine, target = broken
     engine.error = ZeroDivisionError("a secret")
-    async with AsyncSteerClient(target) as client:
+    async with AsyncSteerClient(target, retry=False) as client:
         with pytest.raises(steer_client.EngineFailedError) as caught:
             await client.generate("x")
     assert "ZeroDivisionError" in str(caught.value)
@@ -209,7 +211,7 @@ _LONG = {
 async def test_a_message_of_any_length_and_alphabet_crosses(broken, error):
     engine, target = broken
     engine.error = error
-    async with AsyncSteerClient(target) as client:
+    async with AsyncSteerClient(target, retry=False) as client:
         # Between its soft and its hard limit gRPC refuses large metadata by chance, so once proves nothing.
         for _ in range(20):
             with pytest.raises(steer_client.SteerError) as caught:
@@ -250,7 +252,7 @@ async def test_a_server_whose_engine_died_stops_and_says_why(model_info, tiny_to
     server = SteerServer(engine, _EmptyRegistry(), ServerConfig(listen="127.0.0.1:0", grace=0.0))
     target = f"127.0.0.1:{await server.start()}"
     serving = asyncio.ensure_future(server.serve_until_signalled())
-    async with AsyncSteerClient(target) as client:
+    async with AsyncSteerClient(target, retry=False) as client:
         assert await client.health()
         with pytest.raises(steer_client.EngineFailedError):
             await client.generate("x")
@@ -259,7 +261,7 @@ async def test_a_server_whose_engine_died_stops_and_says_why(model_info, tiny_to
     with pytest.raises(EngineDiedError, match="all of it broke"):
         await asyncio.wait_for(serving, 10)
     assert engine.closed == [True]
-    async with AsyncSteerClient(target) as client:
+    async with AsyncSteerClient(target, retry=False) as client:
         with pytest.raises(steer_client.ServerUnavailableError):
             await client.generate("x")
 

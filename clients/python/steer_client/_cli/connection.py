@@ -20,7 +20,9 @@ def connect(connection: ConnectionOptions, *, as_json: bool) -> Iterator[steer_c
     `as_json` also prints the error as an object on stdout.
     """
     try:
-        with steer_client.SteerClient(connection.target, timeout=connection.timeout) as client:
+        with steer_client.SteerClient(
+            connection.target, timeout=connection.timeout, retry=not connection.no_retry
+        ) as client:
             yield client
     except steer_client.SteerError as error:
         if as_json:

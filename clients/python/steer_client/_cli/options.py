@@ -139,6 +139,14 @@ TimeoutOption = Annotated[
     float,
     typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after so long.", rich_help_panel=_CONNECTION),
 ]
+NoRetryOption = Annotated[
+    bool,
+    typer.Option(
+        "--no-retry",
+        help="Fail at once where the server is busy, in place of trying again when it says.",
+        rich_help_panel=_CONNECTION,
+    ),
+]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_CONNECTION)
 ]
@@ -224,3 +232,4 @@ class ConnectionOptions:
 
     target: TargetOption = DEFAULT_TARGET
     timeout: TimeoutOption = DEFAULT_TIMEOUT
+    no_retry: NoRetryOption = False

@@ -4,13 +4,28 @@ import time
 
 import pytest
 
+from steer_server.caller import Caller
+from steer_server.engine.hf import queue as queue_module
+from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.engine.hf.queue import JobQueue
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError
 from steer_server.types import Admitted, DecodeJob, FinishReason, Row, SamplingParams
 
 
-def _job(**sampling):
-    return DecodeJob((1, 2), SamplingParams(**sampling), (Row(),))
+def make_queue(limit, **options):
+    """That decodes one job at once, if not otherwise."""
+    return JobQueue(limit, **{"max_running": 1, **options})
+
+
+def _job(client="a", *, host="h", **sampling):
+    return DecodeJob((1, 2), SamplingParams(**sampling), (Row(),), Caller(host, client))
+
+
+def _take(queue):
+    """The next job, once the one before has ended."""
+    for running in list(queue._running):
+        queue.end(running, 1.0)
+    return queue.take(wait=False)
 
 
 async def _drain(stream):
@@ -18,55 +33,55 @@ async def _drain(stream):
 
 
 async def test_jobs_leave_in_the_order_in_which_they_came():
-    queue = JobQueue(3)
+    queue = make_queue(3)
     put = [queue.put(_job()) for _ in range(3)]
-    assert [queue.take() for _ in range(3)] == put
+    assert [_take(queue) for _ in range(3)] == put
 
 
 async def test_no_more_jobs_wait_than_are_admitted():
-    queue = JobQueue(2)
+    queue = make_queue(2)
     queue.put(_job())
     queue.put(_job())
     with pytest.raises(QueueFullError) as caught:
         queue.put(_job())
-    assert caught.value.retry_after >= 1.0
+    assert caught.value.retry_after >= 0.5
     assert "2 requests wait" in str(caught.value)
     assert len(queue) == 2
 
 
 async def test_the_running_job_does_not_count_as_waiting():
-    queue = JobQueue(1)
+    queue = make_queue(1)
     queue.put(_job())
     assert (queue.running, len(queue)) == (0, 1)
-    queue.take()
+    queue.take(wait=False)
     assert (queue.running, len(queue)) == (1, 0)
     queue.put(_job())
     assert (queue.running, len(queue)) == (1, 1)
 
 
 async def test_the_retry_hint_follows_how_long_jobs_take():
-    queue = JobQueue(1)
+    queue = make_queue(1)
     queue.put(_job())
-    for _ in range(50):
-        queue.record_duration(30.0)
+    queue.end(queue.take(wait=False), 30.0)
+    queue.put(_job())
     with pytest.raises(QueueFullError) as caught:
         queue.put(_job())
-    assert caught.value.retry_after == pytest.approx(30.0, rel=0.01)
+    assert 18.0 <= caught.value.retry_after <= 30.0
 
 
 async def test_a_waiting_job_that_is_cancelled_frees_its_place():
-    queue = JobQueue(2)
+    queue = make_queue(2)
     first, second = queue.put(_job()), queue.put(_job())
     first.cancel()
     assert len(queue) == 1
     third = queue.put(_job())
-    assert [queue.take(), queue.take()] == [second, third]
+    assert [_take(queue), _take(queue)] == [second, third]
 
 
 async def test_cancelling_twice_or_after_the_end_does_nothing():
-    queue = JobQueue(1)
+    queue = make_queue(1)
     queued = queue.put(_job())
-    assert queue.take() is queued
+    assert queue.take(wait=False) is queued
     queued.cancel()
     queued.cancel()
     assert queued.interruption() is FinishReason.CANCELLED
@@ -74,11 +89,11 @@ async def test_cancelling_twice_or_after_the_end_does_nothing():
 
 
 async def test_a_job_that_nobody_cancelled_is_not_interrupted():
-    assert JobQueue(1).put(_job()).interruption() is None
+    assert make_queue(1).put(_job()).interruption() is None
 
 
 async def test_a_time_limit_runs_out_from_the_moment_of_admission():
-    queue = JobQueue(1)
+    queue = make_queue(1)
     queued = queue.put(_job(time_limit=0.05))
     assert queued.interruption() is None
     await asyncio.sleep(0.06)
@@ -86,14 +101,14 @@ async def test_a_time_limit_runs_out_from_the_moment_of_admission():
 
 
 async def test_being_cancelled_comes_before_running_out_of_time():
-    queued = JobQueue(1).put(_job(time_limit=1e-9))
+    queued = make_queue(1).put(_job(time_limit=1e-9))
     await asyncio.sleep(0.001)
     queued.cancel()
     assert queued.interruption() is FinishReason.CANCELLED
 
 
 async def test_events_come_in_order_and_the_stream_ends():
-    queued = JobQueue(1).put(_job())
+    queued = make_queue(1).put(_job())
 
     def work():
         queued.post(Admitted())
@@ -105,29 +120,29 @@ async def test_events_come_in_order_and_the_stream_ends():
 
 
 async def test_a_jobs_error_is_raised_to_its_reader():
-    queued = JobQueue(1).put(_job())
+    queued = make_queue(1).put(_job())
     queued.post(EngineFailedError("it broke"))
     with pytest.raises(EngineFailedError, match="it broke"):
         await _drain(queued)
 
 
 async def test_closing_refuses_those_who_wait_and_stops_the_one_who_runs():
-    queue = JobQueue(2)
+    queue = make_queue(2)
     running, waiting = queue.put(_job()), queue.put(_job())
-    assert queue.take() is running
+    assert queue.take(wait=False) is running
     queue.close()
     assert running.interruption() is FinishReason.CANCELLED
     with pytest.raises(ShuttingDownError):
         await _drain(waiting)
     assert len(queue) == 0
-    assert queue.take() is None
+    assert queue.take(wait=True) is None
     with pytest.raises(ShuttingDownError):
         queue.put(_job())
 
 
 async def test_closing_wakes_a_thread_that_waits_for_work():
-    queue = JobQueue(1)
-    taken = asyncio.ensure_future(asyncio.to_thread(queue.take))
+    queue = make_queue(1)
+    taken = asyncio.ensure_future(asyncio.to_thread(queue.take, wait=True))
     await asyncio.sleep(0.02)
     assert not taken.done()
     queue.close()
@@ -135,8 +150,8 @@ async def test_closing_wakes_a_thread_that_waits_for_work():
 
 
 async def test_a_thread_that_waits_for_work_gets_it_at_once():
-    queue = JobQueue(1)
-    taken = asyncio.ensure_future(asyncio.to_thread(queue.take))
+    queue = make_queue(1)
+    taken = asyncio.ensure_future(asyncio.to_thread(queue.take, wait=True))
     await asyncio.sleep(0.02)
     began = time.monotonic()
     queued = queue.put(_job())
@@ -146,7 +161,7 @@ async def test_a_thread_that_waits_for_work_gets_it_at_once():
 
 def test_posting_after_the_loop_has_ended_stops_the_job():
     async def put():
-        return JobQueue(1).put(_job())
+        return make_queue(1).put(_job())
 
     queued = asyncio.run(put())
     queued.post(Admitted())
@@ -154,9 +169,9 @@ def test_posting_after_the_loop_has_ended_stops_the_job():
 
 
 async def test_a_job_whose_time_runs_out_while_it_waits_ends_without_the_engine_and_frees_its_place():
-    queue = JobQueue(2)
+    queue = make_queue(2)
     queue.put(_job())
-    queue.take()
+    queue.take(wait=False)
     queued = queue.put(_job(time_limit=0.05))
     [end] = await asyncio.wait_for(_drain(queued), 2)
     assert (end.row, end.reason, end.text, end.receipts) == (0, FinishReason.TIME_LIMIT, "", ())
@@ -164,11 +179,63 @@ async def test_a_job_whose_time_runs_out_while_it_waits_ends_without_the_engine_
 
 
 async def test_a_job_taken_just_before_its_time_runs_out_is_the_engines_to_end():
-    queue = JobQueue(1)
+    queue = make_queue(1)
     queued = queue.put(_job(time_limit=0.05))
-    queue.take()
+    queue.take(wait=False)
     drained = asyncio.ensure_future(_drain(queued))
     await asyncio.sleep(0.1)
     queued.post(Admitted())
     queued.post(None)
     assert await asyncio.wait_for(drained, 2) == [Admitted()]
+
+
+async def test_a_job_that_runs_is_given_up_by_its_reader_when_the_engine_fails():
+    queue = make_queue(2)
+    running = queue.put(_job())
+    assert queue.take(wait=False) is running
+    queue.close(lambda: EngineFailedError("no device"))
+    queue.abandon(EngineFailedError("no device"))
+    with pytest.raises(EngineFailedError):
+        await _drain(running)
+    with pytest.raises(EngineFailedError, match="no device"):
+        queue.put(_job())
+
+
+async def test_the_client_with_the_fewest_running_is_next():
+    queue = make_queue(16, max_running=8)
+    many = [queue.put(_job("many")) for _ in range(8)]
+    assert [queue.take(wait=False) for _ in range(3)] == [*many[:2], None]
+    few = queue.put(_job("few"))
+    assert [queue.take(wait=False) for _ in range(2)] == [few, None]
+    queue.end(many[0], 1.0)
+    other_host = queue.put(_job("other", host="other"))
+    another = queue.put(_job("another"))
+    assert [queue.take(wait=False) for _ in range(3)] == [other_host, another, many[2]]
+    assert (queue.running, len(queue)) == (5, 5)
+
+
+def _memory(budget):
+    return DecodeMemory(budget=budget, per_token=1, per_row=0, context_length=100)
+
+
+async def test_a_job_waits_until_there_is_memory_and_smaller_ones_pass_it_for_a_while(monkeypatch):
+    queue = make_queue(8, max_running=8, memory=_memory(50))
+    first, large, small = (
+        queue.put(_job(name, max_tokens=tokens)) for name, tokens in (("a", 28), ("b", 38), ("c", 8))
+    )
+    assert [queue.take(wait=False) for _ in range(3)] == [first, small, None]
+    small_again = queue.put(_job("d", max_tokens=8))
+    monkeypatch.setattr(queue_module, "_PATIENCE", 0.0)
+    assert queue.take(wait=False) is None
+    queue.end(first, 1.0)
+    assert [queue.take(wait=False) for _ in range(2)] == [large, None]
+    queue.end(small, 1.0)
+    assert queue.take(wait=False) is small_again
+
+
+async def test_one_client_leaves_memory_to_the_others():
+    queue = make_queue(8, max_running=8, memory=_memory(40))
+    mine = [queue.put(_job("a", max_tokens=18)) for _ in range(2)]
+    assert [queue.take(wait=False) for _ in range(2)] == [mine[0], None]
+    others = queue.put(_job("b", max_tokens=18))
+    assert queue.take(wait=False) is others

@@ -1,0 +1,59 @@
+"""Turns: by host, by connection, by job."""
+
+from collections import Counter
+
+import pytest
+
+from steer_server.engine.hf.turns import FairTurns
+
+
+def _run(turns, count, seconds=lambda job: 1.0):
+    taken = []
+    for _ in range(count):
+        job = turns.next()
+        turns.charge(job, seconds(job))
+        taken.append(job)
+    return taken
+
+
+@pytest.fixture
+def turns():
+    """Jobs are their own paths: host, connection, number."""
+    return FairTurns(lambda job: job)
+
+
+def test_jobs_of_one_client_take_turns(turns):
+    for job in (("h", "a", 1), ("h", "a", 2), ("h", "a", 3)):
+        turns.add(job)
+    assert Counter(_run(turns, 9)) == dict.fromkeys([("h", "a", 1), ("h", "a", 2), ("h", "a", 3)], 3)
+
+
+def test_many_jobs_and_many_connections_get_what_one_gets(turns):
+    for place in range(5):
+        turns.add(("h", "many", place))
+    turns.add(("h", "one", 0))
+    for place in range(7):
+        turns.add(("other", f"c{place}", 0))
+    taken = _run(turns, 400)
+    assert Counter(host for host, _, _ in taken) == {"h": 200, "other": 200}
+    assert Counter(taken)["h", "one", 0] == 100
+
+
+def test_time_counts_and_not_the_number_of_turns(turns):
+    large, small = ("h", "a", 0), ("h", "b", 0)
+    turns.add(large)
+    turns.add(small)
+    taken = Counter(_run(turns, 110, seconds=lambda job: 10.0 if job == large else 1.0))
+    assert taken == {large: 10, small: 100}
+
+
+def test_who_joins_is_next_but_one_and_catches_nothing_up(turns):
+    old, new = ("h", "a", 0), ("h", "b", 0)
+    turns.add(old)
+    _run(turns, 100)
+    turns.add(new)
+    assert Counter(_run(turns, 10)) == {old: 5, new: 5}
+    turns.remove(new)
+    assert _run(turns, 3) == [old] * 3
+    turns.add(new)
+    assert new in _run(turns, 2)
