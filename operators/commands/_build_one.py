@@ -35,6 +35,10 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
             held.enter_context(claim(store, entry.name, WORK))
         memory = parse_memory(options.max_memory)
         from operators.builder.neutral import read_neutral_texts, tokenise_neutral
+        from operators.builder.spec import check_first_token
+        from operators.recipes.tasks import build_spec, recommended_of
+
+        check_first_token(recommended_of(entry))
 
         neutral_texts = None if neutral is None else read_neutral_texts(neutral)
 
@@ -42,7 +46,6 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
             from operators.builder.build import build_operator
             from operators.maps.detach import family_of
             from operators.model.loading import default_model, load_model
-            from operators.recipes.tasks import build_spec
 
             device = options.device or default_device()
             loaded = load_model(

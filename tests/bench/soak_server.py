@@ -69,7 +69,7 @@ class Server:
             *(f"--engine-args={key}={value}" for key, value in options.items()),
             *("--listen", "127.0.0.1:0", "--metrics-port", self._metrics.rpartition(":")[2]),
             # Room for the operators of a minute or two of replacements, and of all requests under way.
-            *("--max-queue", "1024", "--operator-memory", "128MiB", "--log-format", "json"),
+            *("--max-queue", "1024", "--operator-memory", "320MiB", "--log-format", "json"),
             # vLLM logs to the one, the server to the other.
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,

@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 import steer_client
-from steer_client import Arm, OperatorUse, SamplingParams, SteerClient
+from steer_client import OperatorUse, SamplingParams, SteerClient
 
 BIN = Path(sys.executable).parent
 VLLM = ("--engine-args", "enforce_eager=true", "--engine-args", "max_model_len=2048")
@@ -124,7 +124,7 @@ def stream(client: SteerClient, begin: Callable[[], None]) -> str:
 
 def compare(client: SteerClient, begin: Callable[[], None]) -> str:
     """A comparison of 16 arms behind a long prompt."""
-    arms = [Arm(f"a{index}", [OperatorUse("bridge", 0.02 * (index + 1))]) for index in range(16)]
+    arms = {f"a{index}": [OperatorUse("bridge", 0.02 * (index + 1))] for index in range(16)}
     begin()
     found = client.compare(PROMPT * 150, arms=arms, sampling=SamplingParams(max_tokens=200, ignore_eos=True))
     return "text" if len(found.normal.token_ids) == 200 else "cut short"

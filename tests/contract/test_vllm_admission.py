@@ -20,7 +20,7 @@ from operators.core.store import Store
 from operators.model.obtain import obtain
 from steer_server.config import ServerConfig
 from steer_server.engine.vllm import transfer
-from steer_server.engine.vllm.job_memory import StepSizes
+from steer_server.engine.vllm.job_memory import JobMemory, StepSizes
 from steer_server.errors import EngineFailedError, InvalidRequestError, OperatorUnusableError, QueueFullError
 from steer_server.registry import Registry
 from steer_server.rpc.server import SteerServer
@@ -184,9 +184,10 @@ async def test_an_operator_that_does_not_arrive_whole_leaves_nothing_in_the_work
 async def test_a_time_limit_that_runs_out_while_an_operator_arrives_ends_the_text_without_tokens(
     engine, rows, made, monkeypatch
 ):
-    engine._operator_cache.reserve(made[1:], retry_after=1.0)
+    # As a job does: with the pushes of a step beside them there is room for no third operator.
+    engine._operator_cache.reserve(made[1:], JobMemory(layers=1), retry_after=1.0)
     await engine._operator_cache.load(made[1:])
-    engine._operator_cache.release(made[1:])
+    engine._operator_cache.release(made[1:], JobMemory(layers=1))
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 64)
     limited = replace(SHORT, time_limit=0.05)
     *_, end = [event async for event in engine.submit(DecodeJob(PROMPT, limited, (rows[0],)))]

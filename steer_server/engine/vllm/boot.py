@@ -59,10 +59,7 @@ async def boot_vllm(
     expected = None if tolerance is None else await asyncio.to_thread(transformers_logprobs, loaded, prompt)
     with problem_file() as problem:
         try:
-            with engine_core_in_its_own_session():
-                llm = await asyncio.to_thread(
-                    AsyncLLM.from_vllm_config, config, usage_context=USAGE, **constructor_options
-                )
+            llm = await asyncio.to_thread(start_processes, config, constructor_options)
         except Exception as error:
             # vLLM's parts raise exceptions of any class; its own log has the details.
             why = read_problem(problem) or f"{type(error).__name__}: {error}"
@@ -79,6 +76,12 @@ async def boot_vllm(
         raise
     log.info("self-test passed", layers=model.num_layers, seconds=round(time.monotonic() - began, 1))
     return client
+
+
+def start_processes(config: Any, options: Mapping[str, bool]) -> AsyncLLM:
+    """vLLM with its processes. To be run in a thread: it starts them even where nobody waits for it any more."""
+    with engine_core_in_its_own_session():
+        return AsyncLLM.from_vllm_config(config, usage_context=USAGE, **options)
 
 
 def check_same_files(loaded: LoadedModel) -> None:

@@ -205,6 +205,12 @@ def test_what_is_only_recommended_is_written_anew_without_a_build(build_file, sh
         assert torch.equal(new.basis, old.basis)
 
 
+def test_an_anchor_at_a_first_token_that_is_left_out_is_told_with_its_line(build_file):
+    result = build_file(ONE + 'first_token = "anchor"\npositions = "generated"\n')
+    assert result.exit_code == 1
+    assert "c.toml: line 5: concept 'a': first_token is 'anchor', and positions generated leave" in result.stderr
+
+
 POINT = CalibrationPoint(layer=2, rule="substitute", blend=0.5, strength=0.3, texts=20, kl_p95=0.9, hit_rate=0.4,
                          perplexity_ratio=1.2, distinct_2=0.8)  # fmt: skip
 CALIBRATION = Calibration(words=("gate",), kl_budget=1.0, max_perplexity_ratio=2.0, prompts=20, tokens=28,
