@@ -223,8 +223,9 @@ class SamplingParams(_message.Message):
     seed: _builtins.int
     """Sampling with the same seed repeats itself. Default: drawn by the server and reported."""
     max_tokens: _builtins.int
-    """At least 1. Default 128. INVALID_ARGUMENT where it is more than the server is set to accept (in one text, or in all
-    of a request's), or where keys and values of so many tokens would not fit into its memory.
+    """More than the server is set to accept, in one text or in all of a request's, is INVALID_ARGUMENT, and so is what
+    would not fit into its memory as keys and values.
+    At least 1. Default 128.
     """
     ignore_eos: _builtins.bool
     """Decode through end-of-sequence tokens. Default false."""
@@ -238,8 +239,8 @@ class SamplingParams(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
-        """Wall-clock budget, waiting included; the text so far (perhaps none) is returned when it runs out. Default:
-        none, or the most that the server is set to accept.
+        """A server may be set to accept no longer one; then a request without one ends as if it had asked for that.
+        Wall-clock budget, waiting included; the text so far (perhaps none) is returned when it runs out. Default: none.
         """
 
     def __init__(
