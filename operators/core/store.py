@@ -134,12 +134,15 @@ class Store:
         """Writes an operator atomically and returns its path.
 
         Raises:
+            ArtifactError: it is not what was signed, so that no reader would accept its file.
             StoreError: the name is not allowed, or taken and ``replace`` is false, or the file cannot be written.
                 The store is then unchanged.
         """
-        from operators.core.artifact import to_bytes
+        from operators.core.artifact import assemble, tensors_of, to_bytes
 
         path = self.check_free(name, replace=replace)
+        # A reader's own check: a part of it may have been replaced since.
+        assemble(artifact.header_json, tensors_of(artifact), digest=artifact.digest, source=name)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.path)

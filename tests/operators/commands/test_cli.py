@@ -149,11 +149,6 @@ REFUSED_EARLY = [
     (["a", "--text", TEXT, "--blend", "nan"], "SettingError", "blend is nan"),
     (["a", "--text", TEXT, "--positions", "last"], "SettingError", "positions is 'last'; accepted: all, first, prompt"),
     (["a", "--text", TEXT, "--positions", "4..4"], "SettingError", "positions.end is 4; a number above the start 4"),
-    (
-        ["a", "--text", TEXT, "--first-token", "anchor", "--positions", "1.."],
-        "BuildError",
-        "first_token is 'anchor', and positions 1.. leave the first token out",
-    ),
     (["a", "--text", ""], "ConceptError", "concept '' has no tokens"),
     (["a", "--text", "caf\udce9"], "ConceptError", "is not Unicode text"),
     (["a", "--text", "x" * 65537], "ConceptError", "concept has 65537 characters; at most 65536 are accepted"),

@@ -1,5 +1,6 @@
 """Whatever can be signed can be read, as the same operator."""
 
+import dataclasses
 import io
 from datetime import UTC, datetime, timedelta, timezone
 
@@ -23,6 +24,7 @@ from operators.core.header import (
     Recommended,
 )
 from operators.core.positions import Positions
+from operators.core.store import Store
 from operators.core.vector_source import ContrastVector, TextFile, VectorMixture
 
 # Values that a header's fields accept, and others that they do not.
@@ -180,3 +182,23 @@ def test_more_numbers_than_are_read_are_not_signed(make_operator, monkeypatch):
 
 def test_every_field_is_tried():
     assert set(OperatorHeader.model_fields) - set(_FIELDS) == {"embedding", "lens"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda artifact: {"anchor": artifact.anchor + 1},
+        lambda artifact: {"anchor": artifact.anchor * float("nan")},
+        lambda artifact: {"factors": artifact.factors[:1]},
+        lambda artifact: {"digest": f"sha256:{'0' * 64}"},
+        lambda artifact: {"header_json": artifact.header_json.replace("a concept", "another")},
+        lambda artifact: {"header_json": artifact.header_json.replace("true", "1").replace(":2,", ":-2,")},
+    ],
+)
+def test_what_was_changed_after_it_was_signed_is_not_saved(make_operator, tmp_path, change):
+    signed = make_operator()
+    with pytest.raises(ArtifactError, match=r"^a: "):
+        Store(tmp_path).save("a", dataclasses.replace(signed, **change(signed)))
+    assert list(tmp_path.iterdir()) == []
+    Store(tmp_path).save("a", signed)
+    assert Store(tmp_path).load("a").digest == signed.digest
