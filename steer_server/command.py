@@ -86,7 +86,7 @@ def serve(
     max_connections: Annotated[int | None, typer.Option(help="Connections of clients.", show_default="1024")] = None,
     max_dose: Annotated[
         float | None,
-        typer.Option(help="Most that the doses |strength|/2 of a request add up to at a layer.", show_default="1"),
+        typer.Option(help="Most that |λ|/2 of a request's operators adds up to at a layer.", show_default="1"),
     ] = None,
     operator_memory: Annotated[
         str | None,
@@ -191,11 +191,14 @@ async def _run(config: ServerConfig) -> None:
 async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engine:
     from operators.model.loading import load_model
     from steer_server.engine.hf.engine import HFEngine
+    from steer_server.engine.hf.self_test import check_steering
 
     if config.engine_args:
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
+    loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+    check_steering(loaded)
     return HFEngine(
-        load_model(config.model, dtype=dtype, device=device, attention=config.attention),
+        loaded,
         max_queue=config.max_queue,
         max_running=config.max_running,
         operator_memory=config.operator_memory,

@@ -47,11 +47,11 @@ class DoseTooHighError(InvalidRequestError):
     """The doses |strength|/2 of the operators at one layer add up to more than the server admits."""
 
     def __init__(self, field: str, *, layer: int, dose: float, max_dose: float, parts: tuple[str, ...]) -> None:
-        """``parts``: each operator of that layer with its dose, in words."""
+        """``parts``: each operator of that layer with its strength, in words: the message speaks of strengths."""
         super().__init__(
             field,
-            f"the doses at layer {layer} add up to {dose:.12g}; at most {max_dose:.12g} is accepted, strength "
-            f"{2.0 * max_dose:.12g} alone ({', '.join(parts)})",
+            f"the strengths at layer {layer} add up to {2.0 * dose:.12g}; at most {2.0 * max_dose:.12g} is accepted "
+            f"({', '.join(parts)})",
         )
         self.layer, self.dose, self.max_dose = layer, dose, max_dose
 

@@ -216,7 +216,7 @@ class Registry:
 
 def _describe_dose(use: Application) -> str:
     recommended = ", the recommended strength" if "strength" in use.defaulted else ""
-    return f"{use.name} {abs(use.setting.strength) / 2.0:.12g}{recommended}"
+    return f"{use.name} {abs(use.setting.strength):.12g}{recommended}"
 
 
 def _find(entries: Mapping[str, OperatorEntry], name: str) -> OperatorEntry:

@@ -27,10 +27,8 @@ from operators.maps.jacobian import exact_jacobian
 from operators.maps.replay import Replay
 from operators.maps.sketch import (
     OVERSAMPLE,
-    POWER_ITERATIONS,
     LowRankMap,
     embedding_root,
-    num_products,
     sketch,
     sketch_within,
 )
@@ -64,7 +62,7 @@ def build_operator(
     """
     parameters = resolve_spec(spec, loaded, max_memory=max_memory)
     layer, rank, d = parameters.layer, parameters.rank, loaded.hidden_size
-    products = _ProductProgress(progress, (d if rank is None else num_products(rank, d)) * len(spec.texts))
+    products = _ProductProgress(progress, (d if rank is None else spec.num_products(rank, d)) * len(spec.texts))
     replays = [
         Replay(
             loaded.model,
@@ -146,7 +144,7 @@ def _header(
             residuals=low_rank_map.residuals,
             weighting=spec.weighting,
             oversample=OVERSAMPLE,
-            power_iterations=POWER_ITERATIONS,
+            power_iterations=spec.power_iterations,
             seed=spec.seed,
         )
     return OperatorHeader(

@@ -15,7 +15,14 @@ from operators.core.errors import BuildError
 from operators.core.file_format import MAX_BYTES
 from operators.core.header import Member, NeutralTexts, Profile, Recommended
 from operators.maps.replay import VECTORS_PER_PASS
-from operators.maps.sketch import FIRST_RANK, num_products
+from operators.maps.sketch import (
+    FIRST_RANK,
+    POWER_ITERATIONS,
+    PROBES,
+    TOLERANCE_POWER_ITERATIONS,
+    TOLERANCE_PROBES,
+    num_products,
+)
 from operators.model.loading import LoadedModel
 
 DEFAULT_RANK = 64
@@ -57,6 +64,20 @@ class BuildSpec:
     def setting(self) -> Recommended:
         """What the operator recommends."""
         return self.recommended or default_recommended(self.profile)
+
+    @property
+    def num_probes(self) -> int:
+        """Random cotangents of the sketch's certificate."""
+        return PROBES if self.tolerance is None else TOLERANCE_PROBES
+
+    @property
+    def power_iterations(self) -> int:
+        """q of the sketch."""
+        return POWER_ITERATIONS if self.tolerance is None else TOLERANCE_POWER_ITERATIONS
+
+    def num_products(self, rank: int, d: int) -> int:
+        """JVPs and VJPs of a sketch of this rank."""
+        return num_products(rank, d, power_iterations=self.power_iterations, probes=self.num_probes)
 
     @property
     def num_positions(self) -> int:
@@ -130,7 +151,8 @@ def vectors_per_pass(
         estimate = memory.estimate_exact(loaded, n, layer, len(spec.texts))
     else:
         # The widest product is the last one: the basis and the probes.
-        estimate = memory.estimate_sketch(loaded, n, layer, num_products(rank, d, power_iterations=0), len(spec.texts))
+        width = num_products(rank, d, power_iterations=0, probes=spec.num_probes)
+        estimate = memory.estimate_sketch(loaded, n, layer, width, len(spec.texts))
     budget = capacity.free_memory(loaded.device) if max_memory is None else max_memory
     subject = f"the operator of {n} tokens of {loaded.name} at layer {layer}"
     return memory.rows_within(budget, estimate, VECTORS_PER_PASS, subject)

@@ -15,7 +15,7 @@ from operators.core.model_fingerprint import renewal_hint
 from operators.core.store import Store
 from operators.core.version import __version__
 from operators.maps.detach import RULE_SET
-from operators.maps.sketch import OVERSAMPLE, POWER_ITERATIONS
+from operators.maps.sketch import OVERSAMPLE
 from operators.model.loading import LoadedModel
 
 
@@ -90,7 +90,7 @@ def differences(header: OperatorHeader, spec: BuildSpec, loaded: LoadedModel) ->
     ]
     if low_rank is not None:
         sketch = (low_rank.weighting, low_rank.oversample, low_rank.power_iterations, low_rank.seed)
-        properties.append(("sketch", sketch, (spec.weighting, OVERSAMPLE, POWER_ITERATIONS, spec.seed)))
+        properties.append(("sketch", sketch, (spec.weighting, OVERSAMPLE, spec.power_iterations, spec.seed)))
     found = [
         f"its {name} is {stored}, not {requested}" for name, stored, requested in properties if stored != requested
     ]

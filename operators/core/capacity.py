@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from operators.core.cgroup import memory_left
 from operators.core.errors import BuildError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def free_memory(device: torch.device) -> int:
         import torch
 
         return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
-    return int(_SHARE_OF_FREE * _available())
+    left = memory_left()
+    return int(_SHARE_OF_FREE * (_available() if left is None else min(left, _available())))
 
 
 @contextmanager

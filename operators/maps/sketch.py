@@ -20,6 +20,8 @@ U sum_i B_i x_i + c = y up to rounding.
 
 Certificate. PROBES of the cotangents of the last VJP are Gaussian and orthogonal to the basis Q: for such g,
 E |J_i^T g|^2 = |(1 - Q Q^T) J_i|_F^2. The residual is thus sampled itself, and is no difference of two large numbers.
+Where a tolerance is asked for, there are TOLERANCE_PROBES of them, MARGIN standard errors of their mean are added, and
+the basis is ordered by what its vectors hold of J, which is what the tolerance measures.
 
 When it is good: the error is near the least possible where the singular values of J C^{1/2} decay beyond r; where they
 are flat, no rank-r matrix is close, and the residual says so.
@@ -44,6 +46,13 @@ POWER_ITERATIONS = 1
 """q. With one, the error is at most 1.2 times the least of any matrix of that rank (the tests hold it to that)."""
 PROBES = 8
 """Random cotangents of the certificate: its relative error is about sqrt(2/PROBES) over the residual's rank."""
+
+TOLERANCE_POWER_ITERATIONS = 2
+"""q where a tolerance is asked for: with one, the rank would be some percent above what it takes."""
+TOLERANCE_PROBES = 64
+"""Those of a certificate that a tolerance is held against."""
+MARGIN = 2.5
+"""Standard errors of the probes' mean that a tolerance leaves room for."""
 
 FIRST_RANK = 32
 """The first rank that is tried for a tolerance; each further one is twice the last."""
@@ -73,9 +82,9 @@ class LowRankMap:
     singular_values: torch.Tensor
 
 
-def num_products(rank: int, d: int, *, power_iterations: int = POWER_ITERATIONS) -> int:
-    """l (1 + 2q) + PROBES: the JVPs and VJPs of a sketch of this rank, certificate included."""
-    return _num_columns(rank, d) * (1 + 2 * power_iterations) + PROBES
+def num_products(rank: int, d: int, *, power_iterations: int = POWER_ITERATIONS, probes: int = PROBES) -> int:
+    """l (1 + 2q) + probes: the JVPs and VJPs of a sketch of this rank, certificate included."""
+    return _num_columns(rank, d) * (1 + 2 * power_iterations) + probes
 
 
 def sketch(
@@ -127,9 +136,11 @@ def sketch_within(
     while True:
         if check_rank is not None:
             check_rank(rank)
-        sketched = _sketch(affine_map, rank, root, POWER_ITERATIONS, seed)
+        sketched = _sketch(
+            affine_map, rank, root, TOLERANCE_POWER_ITERATIONS, seed, probes=TOLERANCE_PROBES, by_weight=False
+        )
         for sufficient in range(1, rank + 1):
-            if sketched.residual(sufficient) <= tolerance:
+            if sketched.residual(sufficient, margin=MARGIN) <= tolerance:
                 return _truncate(sketched, sufficient) if sufficient * (n + 1) < n * d else None
         if rank == d:
             # The full rank leaves nothing out, so that this is reached only where its residual is not a number.
@@ -160,26 +171,41 @@ class _Sketch:
     """Q^T and Q^T J before truncation, rows by descending importance.
 
     ``basis`` (l, d); ``factors`` (l, n, d); ``squares`` (l, n), the squared norm of each row of ``factors``;
-    ``outside`` (n,), |(1 - Q Q^T) J_i|_F^2.
+    ``outside`` (n,), |(1 - Q Q^T) J_i|_F^2; ``outside_error``, the standard error of its sum.
     """
 
     basis: torch.Tensor
     factors: torch.Tensor
     squares: torch.Tensor
     outside: torch.Tensor
+    outside_error: float
     singular_values: torch.Tensor
 
     def squared_errors(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """|J_i - U B_i|_F^2 and |J_i|_F^2 per position, (n,) each, for the first ``rank`` rows."""
         return self.outside + self.squares[rank:].sum(0), self.outside + self.squares.sum(0)
 
-    def residual(self, rank: int) -> float:
-        """|J - U B|_F / |J|_F of all positions together, for the first ``rank`` rows."""
+    def residual(self, rank: int, *, margin: float = 0.0) -> float:
+        """|J - U B|_F / |J|_F of all positions together, for the first ``rank`` rows.
+
+        ``margin``: standard errors by which what is outside may be larger than the probes say.
+        """
         errors, totals = self.squared_errors(rank)
-        return math.sqrt(float(errors.sum() / totals.sum()))
+        more = margin * self.outside_error
+        return math.sqrt((float(errors.sum()) + more) / (float(totals.sum()) + more))
 
 
-def _sketch(affine_map: AffineMap, rank: int, root: torch.Tensor | None, power_iterations: int, seed: int) -> _Sketch:
+def _sketch(
+    affine_map: AffineMap,
+    rank: int,
+    root: torch.Tensor | None,
+    power_iterations: int,
+    seed: int,
+    *,
+    probes: int = PROBES,
+    by_weight: bool = True,
+) -> _Sketch:
+    """``by_weight``: order the basis by what its vectors hold of J C^{1/2}, in place of J."""
     d = affine_map.shape[1]
     columns = _num_columns(rank, d)
     generator = torch.Generator(affine_map.y.device).manual_seed(seed)
@@ -197,15 +223,15 @@ def _sketch(affine_map: AffineMap, rank: int, root: torch.Tensor | None, power_i
     anchor = (affine_map.y - affine_map.offset)[None]
     leading = torch.linalg.svd(samples.T, full_matrices=False).U.T
     basis = _orthonormal_rows(torch.cat([anchor, leading]))[:columns]
-    probes = gaussian(PROBES, d)
+    cotangents = gaussian(probes, d)
     for _ in range(2):
         # Projecting once leaves a rounding error inside the basis that can be as large as the residual itself.
-        probes = probes - (probes @ basis.T) @ basis
-    products = affine_map.vjp(torch.cat([basis, probes]))
+        cotangents = cotangents - (cotangents @ basis.T) @ basis
+    products = affine_map.vjp(torch.cat([basis, cotangents]))
     factors, probed = products[: len(basis)], products[len(basis) :].double().pow(2).sum(-1)
     # A basis of the whole space leaves nothing outside; its probes are rounding.
-    outside = torch.zeros_like(probed[0]) if len(basis) == d else probed.mean(0)
-    return _ordered(basis, factors, outside, weight)
+    probed = torch.zeros_like(probed) if len(basis) == d else probed
+    return _ordered(basis, factors, probed, weight if by_weight else _weighting(None))
 
 
 def _num_columns(rank: int, d: int) -> int:
@@ -213,7 +239,7 @@ def _num_columns(rank: int, d: int) -> int:
     return min(rank + OVERSAMPLE, d)
 
 
-def _ordered(basis: torch.Tensor, factors: torch.Tensor, outside: torch.Tensor, weight: _Transform) -> _Sketch:
+def _ordered(basis: torch.Tensor, factors: torch.Tensor, probed: torch.Tensor, weight: _Transform) -> _Sketch:
     """The anchor's row first, then the others rotated to the left singular vectors of Q^T J C^{1/2}, descending."""
     weighted = weight(factors).flatten(1).double()
     singular_values = torch.linalg.eigvalsh(weighted @ weighted.T).clamp_min(0).sqrt().flip(0)
@@ -223,7 +249,9 @@ def _ordered(basis: torch.Tensor, factors: torch.Tensor, outside: torch.Tensor, 
     rotation[1:, 1:] = vectors.T.flip(0)
     rotation = rotation.to(basis.dtype)
     factors = torch.tensordot(rotation, factors, 1)
-    return _Sketch(rotation @ basis, factors, factors.double().pow(2).sum(-1), outside, singular_values)
+    squares = factors.double().pow(2).sum(-1)
+    outside_error = float(probed.sum(-1).std()) / math.sqrt(len(probed))
+    return _Sketch(rotation @ basis, factors, squares, probed.mean(0), outside_error, singular_values)
 
 
 def _truncate(sketched: _Sketch, rank: int) -> LowRankMap:

@@ -56,10 +56,13 @@ def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> p
         values |= {
             "prompt_tokens_steered": 6,
             "generated_tokens_steered": 2,
-            "mean_dose": bound / 2,
+            "mean_dose": bound,
             "max_dose": bound,
         }
-    return pb.Receipt(**(values | changes))
+    values |= changes
+    if values["strength"] != 0 and values.get("prompt_tokens_steered", 0) + values.get("generated_tokens_steered", 0):
+        values = {"positions_checked": 1, "worst_cosine": 0.99997} | values
+    return pb.Receipt(**values)
 
 
 def make_response(

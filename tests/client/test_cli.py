@@ -153,7 +153,8 @@ def test_down_a_pipe_goes_the_text_alone(steer, fake, make):
     assert "MAX_TOKENS · 6 prompt + 3 generated tokens · 1.50 s · 2.0 tok/s" in result.stderr
     assert (
         "✓ golden-gate sha256:1a2b3c4d… layer 20, strength 0.55, blend 0, cumulative (recommended): "
-        "6 prompt + 2 generated tokens steered, dose mean 0.138, max 0.275 of 0.275"
+        "6 prompt + 2 generated tokens steered, measured λ mean 0.55, max 0.55 of 0.55, direction checked at 1 token: "
+        "cosine ≥ 0.9999"
     ) in result.stderr
 
 
@@ -161,7 +162,7 @@ def test_cached_prompt_tokens_are_part_of_the_proof_where_there_are_some(steer, 
     cached = make.receipt(prompt_tokens_steered=1, prompt_tokens_cached=5)
     fake.response = make.response(receipts=[cached])
     shown = steer("generate", "hello", "--operator", "golden-gate")
-    assert "1 prompt + 2 generated tokens steered, 5 prompt tokens cached, dose mean 0.138" in shown.stderr
+    assert "1 prompt + 2 generated tokens steered, 5 prompt tokens cached, measured λ mean 0.55" in shown.stderr
     (receipt,) = read(steer("generate", "hello", "--operator", "golden-gate", "--json"))["receipts"]
     assert (receipt["prompt_tokens_steered"], receipt["prompt_tokens_cached"]) == (1, 5)
     fake.response = make.response(operators=("golden-gate",))

@@ -76,11 +76,30 @@ FORGED = {
     "mean dose zero": (SET, {"mean_dose": 0}, "says dose mean 0.0, max 0.2 "),
     "a negative dose": (SET, {"mean_dose": -0.1}, "says dose mean -0.1, max 0.2 "),
     "mean dose nan": (SET, {"mean_dose": nan}, "says dose mean nan, max 0.2 "),
-    "max dose nan": (OPEN, {"max_dose": nan}, "says dose mean 0.1375, max nan"),
-    "max dose inf": (SET, {"max_dose": inf}, "says dose mean 0.1, max inf"),
+    "max dose nan": (OPEN, {"max_dose": nan}, "says dose mean 0.275, max nan"),
+    "max dose inf": (SET, {"max_dose": inf}, "says dose mean 0.2, max inf"),
     "both doses inf": (SET, {"mean_dose": inf, "max_dose": inf}, "says dose mean inf, max inf"),
     "mean above max": (SET, {"mean_dose": 0.3}, "says dose mean 0.3, max 0.2 "),
-    "a dose above its bound": (SET, {"max_dose": 0.23}, "says dose mean 0.1, max 0.23 .* mean <= max <= 0.2$"),
+    "a dose above its bound": (
+        SET,
+        {"max_dose": 0.23},
+        "says dose mean 0.2, max 0.23 .* expected was 0.2 but for rounding$",
+    ),
+    "one hundredth of the dose": (SET, {"mean_dose": 0.002, "max_dose": 0.002}, "says dose mean 0.002, max 0.002 "),
+    "nine tenths of the dose": (SET, {"mean_dose": 0.18, "max_dose": 0.18}, "says dose mean 0.18, .* was 0.2 but for"),
+    "no direction checked": (
+        SET,
+        {"positions_checked": 0, "worst_cosine": None},
+        "says that 0 directions were checked, with cosine None; expected were 1 to 8, with a cosine of 0.9995 to 1",
+    ),
+    "more directions than tokens": (FIRST, ONE | {"positions_checked": 2}, "says that 2 directions .* were 1 to 1, "),
+    "directions below 0": (SET, {"positions_checked": -1}, "says that -1 directions were checked"),
+    "no cosine": (SET, {"worst_cosine": None}, "says that 1 directions were checked, with cosine None"),
+    "another direction": (SET, {"worst_cosine": 0.9}, "says that 1 directions were checked, with cosine 0.9; "),
+    "the opposite direction": (SET, {"worst_cosine": -1}, "says that 1 directions were checked, with cosine -1.0; "),
+    "cosine nan": (SET, {"worst_cosine": nan}, "says that 1 directions were checked, with cosine nan; "),
+    "cosine above 1": (SET, {"worst_cosine": 1.1}, "says that 1 directions were checked, with cosine 1.1; "),
+    "a direction at 0": (ZERO, {"positions_checked": 1, "worst_cosine": 1}, "says that 1 directions .* were none$"),
     "no bound": (SET, {"dose_bound": 0}, "says dose bound 0.0, the strengths at layer 20 give 0.2$"),
     "a higher bound": (SET, {"dose_bound": 0.3}, "says dose bound 0.3, the strengths at layer 20 give 0.2$"),
     "bound nan": (OPEN, {"dose_bound": nan}, "says dose bound nan, the strengths at layer 20 give 0.275$"),
@@ -108,7 +127,7 @@ FORGED = {
     "a dose where no token was measured": (
         FIRST,
         ONE | cached(0, 1),
-        r"says dose mean 0\.1, max 0\.2 .* expected was 0",
+        r"says dose mean 0\.2, max 0\.2 .* expected was 0",
     ),
     "a max dose at 0": (ZERO, {"max_dose": nan}, "says dose mean 0.0, max nan at strength 0.0, expected was 0"),
 }
@@ -138,6 +157,8 @@ TRUE = {
     "recommended positions": (OPEN, ONE | {"positions": pb.Positions(end=1)}),
     "the same dose everywhere": (SET, {"mean_dose": 0.2}),
     "a dose rounded up in bfloat16": (SET, {"max_dose": 0.205}),
+    "a dose rounded down in bfloat16": (SET, {"mean_dose": 0.195}),
+    "every direction checked": (SET, {"positions_checked": 8, "worst_cosine": 1}),
 }
 
 NO_TOKEN = {"text": "", "token_ids": [], "usage": pb.Usage(prompt_tokens=6, completion_tokens=0)}

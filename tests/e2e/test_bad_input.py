@@ -311,7 +311,7 @@ def test_doses_that_add_up_to_more_than_is_accepted_are_refused_by_name(client):
         (lambda: client.compare("x", arms={"a": GOLDEN, "b": together}, sampling=SHORT), "arms[1].operators"),
         (lambda: client.generate("x", operators=[OperatorUse("dress", 2.7)], sampling=SHORT), "operators[0].strength"),
     ):
-        with pytest.raises(DoseTooHighError, match=r"add up to 1\.35; at most 1 is accepted") as caught:
+        with pytest.raises(DoseTooHighError, match=r"add up to 2\.7; at most 2 is accepted") as caught:
             call()
         assert caught.value.field == field
         assert caught.value.metadata["dose"] == "1.35"

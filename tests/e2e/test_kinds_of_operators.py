@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from steer_client import DoseTooHighError, OperatorUse, SamplingParams, SteerClient, SteeringNotAppliedError
+from steer_client import DoseTooHighError, InvalidRequestError, OperatorUse, SamplingParams, SteerClient
 
 from operators import __version__
 from operators.builder.build import build_operator
@@ -85,7 +85,7 @@ def test_the_recommended_setting_is_applied_and_said_to_be_calibrated(several, c
     done = _run("steer", *words, STEER_TARGET=server.target)
     assert "layer 2, strength 0.7, blend 0.25, substitute (recommended, calibrated): " in done.stderr
     assert "layer 2, strength 0.6, blend 0, cumulative (recommended): " in done.stderr
-    assert " of 0.65\n" in done.stderr
+    assert " of 1.3, direction checked at " in done.stderr
     shown = _run("steer", "operators", "several", STEER_TARGET=server.target).stdout
     assert "hit rate 0.5 (plain 0.25), KL p95 0.5 nats of 1" in shown
 
@@ -100,7 +100,7 @@ def test_signed_strengths_at_two_layers_are_bounded_layer_by_layer(several, clie
 
 
 def test_an_operator_against_itself_is_an_error_by_name(client):
-    with pytest.raises(SteeringNotAppliedError, match=r"golden=0\.5, golden=-0\.5 at layer 2"):
+    with pytest.raises(InvalidRequestError, match=r"cancels .* at position 0 of layer 2 \(golden 0\.5, golden -0\.5\)"):
         client.generate("x", operators=[OperatorUse("golden", 0.5), OperatorUse("golden", -0.5)], sampling=SHORT)
 
 
@@ -109,7 +109,7 @@ def test_a_server_has_its_own_limit_and_says_so(start_tiny, client):
     with start_tiny("--max-dose", "0.2") as strict, SteerClient(strict.target, timeout=20) as other:
         assert other.model_info().max_dose == 0.2
         assert other.generate("x", operators=[OperatorUse("golden", 0.4)], sampling=SHORT).receipts
-        with pytest.raises(DoseTooHighError, match=r"golden 0\.3, the recommended strength") as caught:
+        with pytest.raises(DoseTooHighError, match=r"golden 0\.6, the recommended strength") as caught:
             other.generate("x", operators=[OperatorUse("golden")], sampling=SHORT)
         assert caught.value.metadata == {"layer": "2", "dose": "0.3", "max_dose": "0.2"}
 

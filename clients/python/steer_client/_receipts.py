@@ -19,6 +19,8 @@ _SETTINGS: Final = ("strength", "rule", "blend", "positions", "anchor", "first_t
 _SUM_TOLERANCE: Final = 1e-9
 # Twice the resolution of bfloat16, the coarsest dtype of hidden states.
 _ROUNDING: Final = 2.0**-6
+# What a server lets pass in that dtype.
+_MIN_COSINE: Final = 0.9995
 
 
 def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Generation:
@@ -33,7 +35,10 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
     - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt that are
       among its positions, whose steered generated tokens are not those of its positions that were fed to the model, or
-      whose doses are not positive and in order (0 < mean <= max <= bound, but for rounding to the model's dtype),
+      whose doses are not positive and in order (0 < mean <= max <= bound, but for rounding to the model's dtype), or
+      not the bound where no other operator pushes at its layer,
+    - of a strength other than 0 that has steered tokens, of none of which the direction was checked, of more than there
+      are, or with a cosine below 0.9995,
     - of a strength other than 0 none of whose positions the text reached, unless it was interrupted,
     - of strength 0 that reports a change, or a cached token.
 
@@ -50,7 +55,11 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     for use, receipt in zip(uses, generation.receipts, strict=True):
         problem = _setting_problem(use, receipt) or _bound_problem(receipt, generation.receipts)
         if problem is None and _has_tokens(generation):
-            problem = _count_problem(receipt, generation) or _dose_problem(receipt)
+            problem = (
+                _count_problem(receipt, generation)
+                or _dose_problem(receipt, generation.receipts)
+                or _direction_problem(receipt)
+            )
         if problem is not None:
             raise _not_applied(f"{use.name}: {problem}", generation)
     return generation
@@ -141,12 +150,15 @@ def _steered_tokens(positions: Positions, generation: Generation) -> tuple[int, 
     )
 
 
-def _dose_problem(receipt: Receipt) -> str | None:
+def _dose_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:
     bound = receipt.dose_bound
     # A token whose measurement an earlier request had gives none here.
     if receipt.prompt_tokens_steered or receipt.generated_tokens_steered:
-        fits = 0 < receipt.mean_dose <= receipt.max_dose <= bound + (1 + bound) * _ROUNDING < math.inf
-        expected = f"0 < mean <= max <= {bound}"
+        slack = (1 + bound) * _ROUNDING
+        alone = sum(other.layer == receipt.layer and other.strength != 0 for other in receipts) == 1
+        least = bound - slack if alone else 0.0
+        fits = 0 < receipt.mean_dose <= receipt.max_dose <= bound + slack < math.inf and receipt.mean_dose >= least
+        expected = f"{bound} but for rounding" if alone else f"0 < mean <= max <= {bound}"
     else:
         fits, expected = receipt.mean_dose == receipt.max_dose == 0, "0"
     if fits:
@@ -155,6 +167,19 @@ def _dose_problem(receipt: Receipt) -> str | None:
         f"the receipt says dose mean {receipt.mean_dose}, max {receipt.max_dose} at strength {receipt.strength}, "
         f"expected was {expected}"
     )
+
+
+def _direction_problem(receipt: Receipt) -> str | None:
+    steered = receipt.prompt_tokens_steered + receipt.generated_tokens_steered
+    checked, cosine = receipt.positions_checked, receipt.worst_cosine
+    if steered and receipt.strength != 0:
+        fits = 1 <= checked <= steered and cosine is not None and _MIN_COSINE <= cosine <= 1
+        expected = f"1 to {steered}, with a cosine of {_MIN_COSINE} to 1"
+    else:
+        fits, expected = checked == 0 and cosine is None, "none"
+    if fits:
+        return None
+    return f"the receipt says that {checked} directions were checked, with cosine {cosine}; expected were {expected}"
 
 
 def _names(names: Sequence[str], none: str = "no operator") -> str:

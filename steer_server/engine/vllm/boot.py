@@ -11,19 +11,31 @@ import structlog
 import torch
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from operators.core.apply import Setting
 from operators.core.errors import ModelError
 from operators.core.header import DTypeName
+from operators.core.positions import Positions
 from operators.model.loading import LoadedModel
 from operators.model.text_ids import text_ids
+from steer_server.engine.proof import Proof
+from steer_server.engine.random_operators import random_operators
+from steer_server.engine.reference import EmbeddingRows, EmbedIds
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
 from steer_server.engine.vllm.engine_config import USAGE, logprob_tolerance, make_engine_config
+from steer_server.engine.vllm.measurements import prove
 from steer_server.engine.vllm.processes import engine_core_in_its_own_session
-from steer_server.engine.vllm.self_test import TOKENS, SelfTestOutput, check_same_model, check_steering
+from steer_server.engine.vllm.self_test import (
+    TOKENS,
+    SelfTestOutput,
+    check_same_model,
+    check_steering,
+)
 from steer_server.engine.vllm.start_problem import problem_file, read_problem
+from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.errors import StartupError
-from steer_server.types import ModelInfo
+from steer_server.types import Application, ModelInfo, SteeringPlan
 
 log = structlog.get_logger(__name__)
 
@@ -69,7 +81,7 @@ async def boot_vllm(
     log.info("memory taken", **memory)
     began = time.monotonic()
     try:
-        await _self_test(client, prompt, model.num_layers, expected, tolerance)
+        await _self_test(client, prompt, model, EmbeddingRows(loaded.model), expected, tolerance)
         check_same_files(loaded)
     except BaseException:
         await client.shutdown()
@@ -100,23 +112,39 @@ def check_same_files(loaded: LoadedModel) -> None:
 async def _self_test(
     client: VLLMClient,
     prompt: Sequence[int],
-    num_layers: int,
+    model: ModelInfo,
+    embed: EmbedIds,
     expected: Sequence[float] | None,
     tolerance: float | None,
 ) -> None:
     params = {"temperature": 0.0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": 5}
 
+    dtype = client.config.model_config.dtype
+    operators = random_operators(model)
+    by_digest, proofs = {one.digest: one for one in operators}, dict[str, Proof]()
+
+    def prove_one(key: str, measurement: Mapping[str, Any], output: SelfTestOutput) -> None:
+        prove(proofs[key], measurement, ids=(*prompt, *output.ids), dtype=dtype)
+
     async def run(setting: OperatorSetting | None, key: str) -> SelfTestOutput:
         ids: list[int] = []
         first: dict[int, float] = {}
-        async for output in client.generate(prompt, params, [setting] if setting else [], key):
+        looks_at: Mapping[int, Sequence[int]] = {}
+        if setting is not None:
+            applied = Setting(setting.strength, setting.rule, setting.blend, Positions(end=setting.end))
+            plan = SteeringPlan((Application("self-test", by_digest[setting.digest], applied, ()),))
+            proofs[key] = Proof(plan, embed, prompt_ids=prompt, max_tokens=TOKENS, every_position=True)
+            looks_at = proofs[key].positions
+        async for output in client.generate(prompt, params, [setting] if setting else [], key, looks_at=looks_at):
             choice = output.outputs[0]
             ids.extend(choice.token_ids)
             first = first or {token: entry.logprob for token, entry in choice.logprobs[0].items()}
         return SelfTestOutput(tuple(ids), first)
 
     try:
-        plain = await check_steering(run, client.call, prompt_tokens=len(prompt), num_layers=num_layers)
+        plain = await check_steering(
+            run, client.call, operators, OperatorSender(client.call).send, prove_one, prompt_tokens=len(prompt)
+        )
         if expected is not None and tolerance is not None:
             check_same_model(plain.logprobs, expected, tolerance=tolerance)
     except StartupError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vllm import SamplingParams as VLLMSamplingParams
@@ -21,7 +22,7 @@ from steer_server.errors import EngineFailedError
 _POLL_SECONDS = 0.5
 _CALL_SECONDS = 600.0
 """Time limit of a call to the workers: longer than the longest step, compiling the model included."""
-_STATES_OF_REQUESTS = ("requests", "keys", "kept_states", "steered")
+_STATES_OF_REQUESTS = ("requests", "keys", "kept_states", "steered", "watched")
 """Entries of ``steering_state`` that count what a worker holds for requests."""
 
 
@@ -58,6 +59,7 @@ class VLLMClient:
         *,
         keep_from: int | None = None,
         private_cache: bool = False,
+        looks_at: Mapping[int, Sequence[int]] = MappingProxyType({}),
     ) -> Any:
         """vLLM's stream of outputs for one request.
 
@@ -66,6 +68,7 @@ class VLLMClient:
             params: arguments of vLLM's ``SamplingParams``.
             key: names the request in calls to the workers.
             keep_from: position from which on the workers keep the hidden states that a score is made of.
+            looks_at: by layer, the positions at which the workers look at what was added.
             private_cache: share no keys and values with any other request, so that every token is computed.
         """
         prompt = TokensPrompt(prompt_token_ids=list(ids))
@@ -74,7 +77,7 @@ class VLLMClient:
             prompt["cache_salt"] = salt = key if private_cache else self._salts.of(settings)
         extra_args = None
         if settings or keep_from is not None:
-            extra_args = SteeringArgs(key, salt, tuple(settings), keep_from).to_extra_args()
+            extra_args = SteeringArgs(key, salt, tuple(settings), keep_from, looks_at).to_extra_args()
         sampling = VLLMSamplingParams(
             detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra_args, **params
         )

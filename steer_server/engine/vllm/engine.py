@@ -21,6 +21,7 @@ from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from steer_server.engine.describe import describe_model
 from steer_server.engine.prompts import PromptReader
+from steer_server.engine.reference import EmbeddingRows, EmbedIds
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.vllm.boot import boot_vllm
 from steer_server.engine.vllm.cache_salts import CacheSalts
@@ -64,7 +65,8 @@ class VLLMEngine:
         """Boots vLLM on the model at ``source`` and tests it.
 
         Args:
-            loaded: the same model in transformers, for its names, its fingerprints and the self-test; not kept.
+            loaded: the same model in transformers, for its names, its fingerprints and the self-test. Its embedding
+                table is kept: what the workers add is held against what the token ids give.
             operator_memory: bytes in each worker that steering may take of vLLM's share of the memory; None: 4 GiB, but
                 at most an eighth of that share.
 
@@ -75,7 +77,7 @@ class VLLMEngine:
         client = await boot_vllm(
             loaded, model, source, dtype=dtype, engine_args=engine_args, operator_memory=operator_memory, salts=salts
         )
-        return cls(client, salts, model, loaded.tokenizer, max_queue=max_queue)
+        return cls(client, salts, model, loaded.tokenizer, EmbeddingRows(loaded.model), max_queue=max_queue)
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class VLLMEngine:
         salts: CacheSalts,
         model: ModelInfo,
         tokenizer: Any,
+        embed: EmbedIds,
         *,
         max_queue: int,
     ) -> None:
@@ -112,6 +115,7 @@ class VLLMEngine:
             model=self._model,
             tokenizer=tokenizer,
             dtype=config.model_config.dtype,
+            embed=embed,
             translate_error=self._translate_error,
         )
         self._jobs: dict[VLLMJob, JobMemory] = {}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from math import isclose
 from typing import Any
 
 import structlog
+import torch
 
 from steer_server.engine.dose import DoseStatistics
+from steer_server.engine.proof import Proof, Sample
 from steer_server.engine.receipts import make_receipts
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
@@ -24,8 +27,9 @@ log = structlog.get_logger(__name__)
 TakeMeasurements = Callable[[list[str]], Awaitable[Sequence[Mapping[str, Any] | None]]]
 """Measurements of requests by key, which the workers then forget; None for one that never reached a worker.
 
-A measurement holds ``cached``, ``layers`` (by layer, as text, the position ``first`` and ``doses`` from there on) and
-``failure``; see :class:`.request_state.RequestMeasurement`.
+A measurement holds ``cached``, ``layers`` (by layer, as text, the position ``first`` and ``doses`` from there on),
+``failure`` (see :class:`.request_state.RequestMeasurement`) and, by layer, as text, the states that were ``seen``
+(:data:`.worker_protocol.SeenState`).
 """
 
 
@@ -111,8 +115,19 @@ def merge_measurements(workers: Sequence[Sequence[Mapping[str, Any] | None]]) ->
             first = {**first, "failure": failures[0]}
         elif first is not None and not all(_agree(first, other) for other in measurements[1:]):
             first = {**first, "failure": "the workers do not agree on what was steered"}
+        if first is not None:
+            # What any of them saw is held against the reference.
+            first = {**first, "seen": _all_seen(measurements)}
         merged.append(first if all(one is not None for one in measurements) else None)
     return merged
+
+
+def _all_seen(measurements: Sequence[Mapping[str, Any] | None]) -> dict[str, list[Any]]:
+    seen: dict[str, list[Any]] = defaultdict(list)
+    for one in measurements:
+        for layer, states in one["seen"].items() if one is not None else ():
+            seen[layer].extend(states)
+    return dict(seen)
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
@@ -127,12 +142,47 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any] | None) -> bool:
     )
 
 
+def prove(proof: Proof, measurement: Mapping[str, Any] | None, *, ids: Sequence[int], dtype: torch.dtype) -> None:
+    """Holds what the workers saw of a text against the reference.
+
+    Does nothing for a measurement that :func:`measured_receipts` refuses anyway.
+
+    Args:
+        ids: of the prompt and the text, whose last token is never fed.
+        dtype: of the hidden states.
+
+    Raises:
+        SteeringNotAppliedError: what was added is not what the plan adds, or was not seen where it is due.
+    """
+    if measurement is None or measurement["failure"]:
+        return
+
+    def state(data: bytes) -> torch.Tensor:
+        return torch.frombuffer(bytearray(data), dtype=dtype)
+
+    fed = len(ids) - 1
+    for layer, seen in measurement["seen"].items():
+        samples = [
+            Sample(position, token, norm, state(before), state(after))
+            for position, token, norm, before, after in seen
+            if position < fed
+        ]
+        proof.check(int(layer), samples, ids)
+    proof.require(int(measurement["cached"]), fed)
+
+
 def measured_receipts(
-    plan: SteeringPlan, measurement: Mapping[str, Any] | None, *, prompt_tokens: int, fed: int
+    plan: SteeringPlan,
+    measurement: Mapping[str, Any] | None,
+    proof: Proof | None = None,
+    *,
+    prompt_tokens: int,
+    fed: int,
 ) -> tuple[Receipt, ...]:
     """One receipt per operator of the plan, each of the operator's own positions.
 
     Args:
+        proof: of what was held against the reference, for the receipts.
         fed: number of tokens, the prompt's first to the last one fed to the model, that the text depends on. Measured
             tokens beyond them are ignored: the engine may have run ahead of a text that had ended.
 
@@ -163,7 +213,7 @@ def measured_receipts(
                     )
                 statistics.add(steered, prompt=prompt)
         doses.append(statistics)
-    return make_receipts(plan, doses)
+    return make_receipts(plan, doses, proof)
 
 
 def _doses_at(measured: Mapping[str, Any] | None, first: int, end: int) -> list[float]:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from steer_server.engine.dose import check_strengths
+from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import empty_receipts
+from steer_server.engine.reference import EmbedIds
 from steer_server.engine.row_text import RowText
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
 from steer_server.engine.vllm.cache_salts import CacheSalts
-from steer_server.engine.vllm.measurements import MeasurementCollector, measured_receipts
+from steer_server.engine.vllm.measurements import MeasurementCollector, measured_receipts, prove
 from steer_server.engine.vllm.operator_cache import OperatorCache
 from steer_server.engine.vllm.sampling import vllm_sampling
 from steer_server.engine.vllm.worker_protocol import operator_settings
@@ -53,6 +55,8 @@ class DecodeContext:
     tokenizer: Any
     dtype: torch.dtype
     """Of the hidden states."""
+    embed: EmbedIds
+    """The model's embeddings, in this process: what a worker pushed is judged without the worker."""
     translate_error: Callable[[Exception], SteerServerError]
     """What a request is told of an exception that vLLM raised."""
     work: WorkDone = field(default_factory=WorkDone)
@@ -117,19 +121,27 @@ class RowDecoder:
         settings = () if plan is None else operator_settings(plan, len(prompt))
         # The text's first token is chosen from the hidden state of the prompt's last one.
         keep_from = len(prompt) - 1 if self._row.score and plan is not None else None
+        proof = None if plan is None else self._proof(plan)
         collect = self._context.measurements.collect
         # Whether the workers hold something for this request that nobody has collected yet.
         uncollected = False
         try:
-            stream = self._context.client.generate(prompt, self._params(), settings, self._key, keep_from=keep_from)
+            stream = self._context.client.generate(
+                prompt,
+                self._params(),
+                settings,
+                self._key,
+                keep_from=keep_from,
+                looks_at={} if proof is None else proof.positions,
+            )
             uncollected = bool(settings) or keep_from is not None
             decoded = await self._decode(stream, text)
             scores = await self._scores(text.ids, decoded.logprobs) if self._row.score else ()
             receipts = empty_receipts(plan)
-            if settings and text.ids and plan is not None:
+            if settings and text.ids and plan is not None and proof is not None:
                 uncollected = False
                 measurement = await asyncio.shield(collect(self._key, settings, begun=True))
-                receipts = self._receipts(plan, measurement, fed=len(prompt) + len(text.ids) - 1)
+                receipts = await self._receipts(plan, proof, measurement, text.ids)
             shown = "" if decoded.stop_string else text.flush()
             return RowFinished(self._index, decoded.reason, shown, decoded.stop_string, receipts, scores)
         finally:
@@ -227,10 +239,18 @@ class RowDecoder:
             self._context.measurements.collect(plain_key, ())
         return tuple(Score(kl, logprob) for kl, logprob in zip(scores["kl"], scores["logprobs"], strict=True))
 
-    def _receipts(self, plan: SteeringPlan, measurement: Mapping[str, Any] | None, *, fed: int) -> tuple[Receipt, ...]:
-        prompt_tokens = len(self._job.prompt_ids)
+    def _proof(self, plan: SteeringPlan) -> Proof:
+        prompt, max_tokens = self._job.prompt_ids, self._job.sampling.max_tokens
+        return Proof(plan, self._context.embed, prompt_ids=prompt, max_tokens=max_tokens)
+
+    async def _receipts(
+        self, plan: SteeringPlan, proof: Proof, measurement: Mapping[str, Any] | None, generated: Sequence[int]
+    ) -> tuple[Receipt, ...]:
+        prompt_tokens, ids = len(self._job.prompt_ids), (*self._job.prompt_ids, *generated)
         try:
-            return measured_receipts(plan, measurement, prompt_tokens=prompt_tokens, fed=fed)
+            # In a thread: the reference of a wide exact operator takes a while.
+            await asyncio.to_thread(prove, proof, measurement, ids=ids, dtype=self._context.dtype)
+            return measured_receipts(plan, measurement, proof, prompt_tokens=prompt_tokens, fed=len(ids) - 1)
         except SteeringNotAppliedError:
             # Also where the workers noticed no failure: what is cached under the salt is not of this steering.
             self._context.salts.renew(operator_settings(plan, prompt_tokens))

@@ -2,8 +2,8 @@
 
 One plain request runs alone. Then it runs again beside one steered request per layer, in one batch. The plain request
 must give what it gave alone. Each steered one must give something else, and its measurement must show every token
-pushed at its layer by what its strength gives. One more is steered at its first token only, and must be pushed
-there and nowhere else. An engine that fails is not served.
+pushed at its layer by what its strength gives, and in the direction that its operator gives there. One more is steered
+at its first token only, and must be pushed there and nowhere else. An engine that fails is not served.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from operators.core.artifact import OperatorArtifact
 from steer_server.engine.vllm.measurements import merge_measurements
 from steer_server.engine.vllm.worker_protocol import OperatorSetting, WorkerCall
-from steer_server.errors import StartupError
+from steer_server.errors import StartupError, SteeringNotAppliedError
 
 STRENGTH = 1.0
 TOKENS = 2
@@ -57,31 +58,50 @@ def check_same_model(logprobs: Mapping[int, float], expected: Sequence[float], *
         )
 
 
-async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int, num_layers: int) -> SelfTestOutput:
+Load = Callable[[OperatorArtifact], Awaitable[None]]
+"""Loads an operator into all workers."""
+Prove = Callable[[str, Mapping[str, Any], SelfTestOutput], None]
+"""``prove(key, measurement, output)``: raises :class:`SteeringNotAppliedError` where a request was not steered as its
+operator does at every position of it."""
+
+
+async def check_steering(
+    run: RunPrompt,
+    call: WorkerCall,
+    operators: Sequence[OperatorArtifact],
+    load: Load,
+    prove: Prove,
+    *,
+    prompt_tokens: int,
+) -> SelfTestOutput:
     """Steers every layer of the live engine and returns the plain request's continuation.
+
+    Args:
+        operators: one for each layer of the model.
 
     Raises :class:`StartupError` with what went wrong.
     """
+    num_layers = len(operators)
     for layers in await call("steering_layers"):
         if layers != num_layers:
             raise StartupError(f"self-test: a worker has {layers} decoder layers, the model {num_layers}")
-    settings = [OperatorSetting(f"self-test-{layer}", "cumulative", STRENGTH, 0.0) for layer in range(num_layers)]
-    digests = [setting.digest for setting in settings]
+    settings = [OperatorSetting(one.digest, "cumulative", STRENGTH, 0.0) for one in operators]
+    keys = [f"self-test-{layer}" for layer in range(num_layers)]
     first_token = replace(settings[0], end=1)
-    for layer, digest in enumerate(digests):
-        await call("steering_load_random", digest, layer)
     try:
+        for operator in operators:
+            await load(operator)
         await call("steering_check_inputs", True)
         alone = await run(None, "self-test-alone")
-        beside, _, *steered = await asyncio.gather(
+        beside, at_first, *steered = await asyncio.gather(
             run(None, "self-test-beside"),
             run(first_token, _FIRST_KEY),
-            *(run(setting, setting.digest) for setting in settings),
+            *(run(setting, key) for setting, key in zip(settings, keys, strict=True)),
         )
         input_error = max(await call("steering_check_inputs", False))
-        first_measurement, *measurements = merge_measurements(await call("steering_take", [_FIRST_KEY, *digests]))
+        first_measurement, *measurements = merge_measurements(await call("steering_take", [_FIRST_KEY, *keys]))
     finally:
-        await call("steering_unload", digests)
+        await call("steering_unload", [one.digest for one in operators])
     if input_error > 0.0:
         raise StartupError(
             f"self-test: the first layer's input differs from the token embeddings by {input_error:.2g} of their size"
@@ -89,12 +109,16 @@ async def check_steering(run: RunPrompt, call: WorkerCall, *, prompt_tokens: int
     if not _equal(alone, beside):
         raise StartupError("self-test: a plain request is changed by the steered requests beside it")
     for layer, (output, measurement) in enumerate(zip(steered, measurements, strict=True)):
-        problem = _problem(layer, measurement, prompt_tokens + TOKENS - 1)
+        problem = _problem(layer, measurement, prompt_tokens + TOKENS - 1) or _disproof(
+            prove, keys[layer], measurement, output
+        )
         if not problem and _equal(alone, output):
             problem = "its text is that of the plain one"
         if problem:
             raise StartupError(f"self-test: a request steered at layer {layer} failed: {problem}")
-    if problem := _problem(0, first_measurement, 1, exactly=True):
+    if problem := _problem(0, first_measurement, 1, exactly=True) or _disproof(
+        prove, _FIRST_KEY, first_measurement, at_first
+    ):
         raise StartupError(f"self-test: a request steered at its first token only failed: {problem}")
     return alone
 
@@ -103,6 +127,17 @@ def _equal(one: SelfTestOutput, other: SelfTestOutput) -> bool:
     shared = one.logprobs.keys() & other.logprobs.keys()
     close = all(abs(one.logprobs[token] - other.logprobs[token]) <= _LOGPROB_TOLERANCE for token in shared)
     return bool(shared) and close and one.ids[0] == other.ids[0]
+
+
+def _disproof(prove: Prove, key: str, measurement: Mapping[str, Any] | None, output: SelfTestOutput) -> str:
+    """Why the directions of a request are not those of its operator; empty where they are."""
+    if measurement is None:
+        return "no worker knows of it"
+    try:
+        prove(key, measurement, output)
+    except SteeringNotAppliedError as error:
+        return str(error)
+    return ""
 
 
 def _problem(layer: int, measurement: Mapping[str, Any] | None, num_tokens: int, *, exactly: bool = False) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from operators.core.header import Anchor, FirstToken, Rule
@@ -28,6 +28,10 @@ def positions_per_call(vocab_size: int) -> int:
     """
     return max(1, min(_MAX_POSITIONS, SCORE_BYTES // (4 * vocab_size)))
 
+
+SeenState = tuple[int, int, float, bytes, bytes]
+"""One hidden state that a worker looked at: its position and token id, |h|, and the state before and after its push,
+as the bytes of its numbers."""
 
 WorkerCall = Callable[..., Awaitable[Sequence[Any]]]
 """``await call(method, *args)``: the answers of all workers, in order of their ranks."""
@@ -77,12 +81,20 @@ class SteeringArgs:
     settings: tuple[OperatorSetting, ...]
     keep_from: int | None
     """Position from which on the last hidden states are kept, for a score; None keeps none."""
+    looks_at: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """By layer, the positions at which hidden states are looked at before and after their pushes."""
 
     def to_extra_args(self) -> dict[str, Any]:
         """Plain lists and scalars, which vLLM serialises."""
         operators = [list(dataclasses.astuple(setting)) for setting in self.settings]
         return {
-            EXTRA_ARGS_KEY: {"key": self.key, "salt": self.salt, "operators": operators, "keep_from": self.keep_from}
+            EXTRA_ARGS_KEY: {
+                "key": self.key,
+                "salt": self.salt,
+                "operators": operators,
+                "keep_from": self.keep_from,
+                "looks_at": [[layer, list(positions)] for layer, positions in self.looks_at.items()],
+            }
         }
 
     @classmethod
@@ -92,4 +104,5 @@ class SteeringArgs:
         if fields is None:
             return None
         settings = tuple(OperatorSetting(*values) for values in fields["operators"])
-        return cls(fields["key"], fields["salt"], settings, fields["keep_from"])
+        looks_at = {layer: tuple(positions) for layer, positions in fields["looks_at"]}
+        return cls(fields["key"], fields["salt"], settings, fields["keep_from"], looks_at)

@@ -15,7 +15,7 @@ from operators.core.capacity import parse_bytes
 from operators.core.errors import BuildError, ReconstructionError
 from operators.maps import sketch as sketching
 from operators.maps.jacobian import detached_jacobian
-from operators.maps.sketch import num_products
+from operators.maps.sketch import TOLERANCE_PROBES, num_products
 from operators.model.loading import block_input, embed
 
 SOME_FAMILIES = ["llama", "qwen2", "gemma3", "gpt2"]
@@ -62,7 +62,7 @@ def test_a_tolerance_gives_the_smallest_rank_that_keeps_it(tiny):
     exact = detached_jacobian(loaded.model, concept.ids, layer=2, profile="residual").jacobian
     artifact = build_operator(BuildSpec((concept,), layer=2, tolerance=0.3), loaded)
     found = float((artifact.jacobian() - exact).norm() / exact.norm())
-    assert 0.2 < found <= 0.3 * 1.05
+    assert 0.2 < found <= 0.3
     smaller = build_operator(BuildSpec((concept,), layer=2, rank=artifact.header.low_rank.rank - 1), loaded)
     assert float((smaller.jacobian() - exact).norm() / exact.norm()) > 0.3 * 0.95
 
@@ -138,7 +138,7 @@ def test_little_memory_gives_the_same_operator_in_more_passes(tiny, size):
     loaded = tiny("llama")
     concepts = _concepts(loaded, TEXTS)
     n = max(len(concept.ids) for concept in concepts)
-    need = estimate_exact(loaded, n, 2) if size.get("rank") == "full" else estimate_sketch(loaded, n, 2, 60)
+    need = estimate_exact(loaded, n, 2) if size.get("rank") == "full" else estimate_sketch(loaded, n, 2, 104)
     plenty = build_operator(BuildSpec(concepts, layer=2, **size), loaded)
     little = build_operator(BuildSpec(concepts, layer=2, **size), loaded, max_memory=need.fixed + 3 * need.per_row)
     torch.testing.assert_close(little.jacobian(), plenty.jacobian(), rtol=1e-9, atol=1e-11)
@@ -206,7 +206,9 @@ def test_a_search_for_a_tolerance_stays_within_the_memory_too(tiny, monkeypatch)
     loaded = tiny("llama")
     monkeypatch.setattr(sketching, "FIRST_RANK", 4)
     monkeypatch.setattr(build_spec, "FIRST_RANK", 4)
-    need = estimate_sketch(loaded, len(_concepts(loaded)[0].ids), 2, num_products(4, 40, power_iterations=0))
+    need = estimate_sketch(
+        loaded, len(_concepts(loaded)[0].ids), 2, num_products(4, 40, power_iterations=0, probes=TOLERANCE_PROBES)
+    )
     spec = BuildSpec(_concepts(loaded), layer=2, tolerance=1e-9)
     with pytest.raises(BuildError, match=r"needs about .* of memory"):
         build_operator(spec, loaded, max_memory=need.fixed + need.per_row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import steer_client
@@ -35,8 +36,7 @@ def receipt_line(receipt: steer_client.Receipt) -> str:
         mark = "✓"
         effect = (
             f"{receipt.prompt_tokens_steered} prompt + {receipt.generated_tokens_steered} generated tokens "
-            f"steered{cached}, dose mean {format_number(receipt.mean_dose)}, max {format_number(receipt.max_dose)} "
-            f"of {format_number(receipt.dose_bound)}"
+            f"steered{cached}, {_measured(receipt)}"
         )
     else:
         mark, effect = "○", f"no token steered{cached}"
@@ -47,6 +47,20 @@ def receipt_line(receipt: steer_client.Receipt) -> str:
         f"{receipt.rule}{anchor_part(receipt.blend, receipt.anchor, receipt.first_token)}"
         f"{positions_part(receipt.positions)}{_origin(receipt)}: {effect}"
     )
+
+
+def _measured(receipt: steer_client.Receipt) -> str:
+    """What was measured, in strengths, of which a dose is half; and how well it kept to the direction."""
+    # Only rounding to the model's dtype can pass the bound: the receipt was checked.
+    mean, most = (min(dose, receipt.dose_bound) for dose in (receipt.mean_dose, receipt.max_dose))
+    bound = format_number(2 * receipt.dose_bound)
+    measured = f"measured λ mean {format_number(2 * mean)}, max {format_number(2 * most)} of {bound}"
+    if receipt.worst_cosine is None:
+        return measured
+    # Rounded down, so that it is true as it stands.
+    cosine = math.floor(1e4 * receipt.worst_cosine) / 1e4
+    checked = format_count(receipt.positions_checked, "token")
+    return f"{measured}, direction checked at {checked}: cosine ≥ {cosine:g}"
 
 
 def steering_title(receipts: Sequence[steer_client.Receipt]) -> str:

@@ -21,6 +21,7 @@ from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.scoring import KeptStates
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.version_check import require_names
+from steer_server.engine.vllm.worker.witness import LayerSight
 
 PUSH_OP = "steering::push"
 
@@ -37,6 +38,8 @@ class ForwardPass:
         """No later pass, of whatever kind, may find the pushes of this one."""
         self.pushes: Mapping[int, StepPush] = {}
         """By layer."""
+        self.sights: Mapping[int, LayerSight] = {}
+        """By layer, what is looked at before and after the push."""
         self.kept: Sequence[tuple[KeptStates, TokenSpan]] = ()
         """Requests whose last hidden states are kept, with their tokens of this pass."""
         self.expected_inputs: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -50,10 +53,15 @@ forward_pass = ForwardPass()
 def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> None:
     if layer == 0 and forward_pass.expected_inputs is not None:
         _check_inputs(hidden, *forward_pass.expected_inputs)
-    step_push = forward_pass.pushes.get(layer)
+    step_push, sight = forward_pass.pushes.get(layer), forward_pass.sights.get(layer)
+    width = hidden.shape[-1]
+    rows, residual_rows = hidden.view(-1, width), None if residual is None else residual.view(-1, width)
+    if sight is not None:
+        sight.see_before(rows, residual_rows)
     if step_push is not None:
-        width = hidden.shape[-1]
-        push_rows(step_push, hidden.view(-1, width), None if residual is None else residual.view(-1, width))
+        push_rows(step_push, rows, residual_rows)
+    if sight is not None:
+        sight.see_after(rows)
 
 
 def push_rows(step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None) -> None:
@@ -89,7 +97,11 @@ def install_hooks(model: nn.Module) -> int:
     Raises :class:`RuntimeError` for a model whose layers are not found, or have no ``hidden_states``.
     """
     layers = _decoder_layers(model)
+    names = {id(module): name for name, module in model.named_modules()}
     for layer, module in enumerate(layers):
+        # Whatever found them: a push is measured by the hook that makes it, and so cannot tell where that is.
+        if names[id(module)].rpartition(".")[2] != str(layer):
+            raise RuntimeError(f"{type(model).__name__}: {names[id(module)]} was taken for its decoder layer {layer}")
         module.register_forward_pre_hook(_push_hook(module, layer), with_kwargs=True)
     model.register_forward_hook(_keep_states)
     return len(layers)
@@ -120,6 +132,7 @@ def _push_hook(module: nn.Module, layer: int) -> Callable[..., None]:
         if (
             not torch.compiler.is_compiling()
             and layer not in forward_pass.pushes
+            and layer not in forward_pass.sights
             and forward_pass.expected_inputs is None
         ):
             return

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from operators.core.apply import PreparedOperator
 from steer_server.engine.vllm.limits import check_supported
 from steer_server.engine.vllm.start_problem import reports_problems
 from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
@@ -27,6 +26,7 @@ from steer_server.engine.vllm.worker.scoring import KeptStates, score_states
 from steer_server.engine.vllm.worker.sized_worker import SizedWorker
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
+from steer_server.engine.vllm.worker.witness import Witness
 from steer_server.engine.vllm.worker_protocol import SteeringArgs
 
 _MAX_UNRECORDED_STEPS = 64
@@ -46,6 +46,7 @@ class SteeringWorker(SizedWorker):
         super().load_model(*args, **kwargs)
         model = self.model_runner.get_model()
         self._steering = StepSteering()
+        self._witness = Witness()
         self._embed = make_embedder(model)
         self._keys: dict[str, str] = {}
         """Keys of running requests, by vLLM's request id."""
@@ -70,11 +71,11 @@ class SteeringWorker(SizedWorker):
         # The V2 runner announces a preempted request that comes back as a new one.
         for new in scheduler_output.scheduled_new_reqs:
             self._add_request(new)
-            self._steering.start_at(new.req_id, new.num_computed_tokens)
+            self._start_at(new.req_id, new.num_computed_tokens)
         known = scheduler_output.scheduled_cached_reqs
         for request, computed in zip(known.req_ids, known.num_computed_tokens, strict=True):
             if request in known.resumed_req_ids:
-                self._steering.start_at(request, computed)
+                self._start_at(request, computed)
         self._prepared_requests.clear()
         try:
             return super().execute_model(scheduler_output, *args, **kwargs)
@@ -109,23 +110,6 @@ class SteeringWorker(SizedWorker):
             self._steering.load(digest, LoadedOperator(operator.to(self.device), layer))
         return received is not None
 
-    def steering_load_random(self, digest: str, layer: int) -> None:
-        """Loads a random operator for the self-test, of rank 2 and two positions."""
-        d = self.model_config.get_hidden_size()
-        generator = torch.Generator().manual_seed(layer)
-        basis = torch.linalg.qr(torch.randn(d, 2, generator=generator)).Q
-        factors = torch.randn(2, 2, d, generator=generator)
-        vectors = torch.randn(2, d, generator=generator)
-        to_device = partial(torch.Tensor.to, device=self.device, dtype=torch.float32)
-        operator = PreparedOperator(
-            to_device(factors),
-            to_device(basis),
-            None,
-            to_device(vectors[0]),
-            to_device(vectors[1] / vectors[1].norm()),
-        )
-        self._steering.load(digest, LoadedOperator(operator, layer))
-
     def steering_unload(self, digests: Sequence[str]) -> None:
         """Forgets operators, and what has been received of them."""
         for digest in digests:
@@ -158,6 +142,7 @@ class SteeringWorker(SizedWorker):
             "keys": len(self._keys),
             "kept_states": len(self._kept_states),
             "steered": len(self._steering),
+            "watched": len(self._witness),
         }
 
     def steering_layers(self) -> int:
@@ -176,6 +161,10 @@ class SteeringWorker(SizedWorker):
 
     # What happens in a step.
 
+    def _start_at(self, request: str, position: int) -> None:
+        self._steering.start_at(request, position)
+        self._witness.start_at(request, position)
+
     def _add_request(self, new: Any) -> None:
         steering = SteeringArgs.from_extra_args(new.sampling_params.extra_args) if new.sampling_params else None
         if steering is None or new.req_id in self._keys:
@@ -184,6 +173,7 @@ class SteeringWorker(SizedWorker):
         self._requests[steering.key] = new.req_id
         if steering.settings:
             self._steering.add_request(new.req_id, steering.settings, steering.salt)
+            self._witness.add(new.req_id, steering.looks_at)
         if steering.keep_from is not None:
             self._kept_states[steering.key] = KeptStates(steering.keep_from)
 
@@ -194,6 +184,7 @@ class SteeringWorker(SizedWorker):
             return None
         # vLLM has ended it, but names it as finished only in its next step.
         self._keys.pop(request, None)
+        seen = self._witness.take(request)
         if request not in self._steering:
             return None
         measurement = self._steering.measurement(request)
@@ -204,6 +195,7 @@ class SteeringWorker(SizedWorker):
                 str(measured.layer): {"first": measured.first, "doses": list(measured.doses)}
                 for measured in measurement.layers
             },
+            "seen": {str(layer): states for layer, states in seen.items()},
             "failure": measurement.failure,
         }
 
@@ -211,7 +203,7 @@ class SteeringWorker(SizedWorker):
         self, requests: Sequence[str], starts: np.ndarray[Any, Any], computed: np.ndarray[Any, Any], ids: torch.Tensor
     ) -> None:
         """Computes the pushes of the step that is about to run; see :data:`.runner_hooks.BeforeStep`."""
-        forward_pass.pushes, forward_pass.kept = {}, ()
+        forward_pass.pushes, forward_pass.sights, forward_pass.kept = {}, {}, ()
         if not self._keys:
             return
         spans = [
@@ -226,17 +218,15 @@ class SteeringWorker(SizedWorker):
         self._prepared_requests.update(span.request for span in spans)
         if not spans:
             return
+        if len(self._unrecorded) >= _MAX_UNRECORDED_STEPS:
+            self._record_steps()
         with torch.inference_mode():
+            forward_pass.sights = self._witness.watch(spans, ids)
             pushes = self._steering.prepare(spans, partial(self._embed_spans, ids), self._embed_prefix)
         if not pushes:
             return
         forward_pass.pushes = pushes
         self._unrecorded.append(pushes)
-        if len(self._unrecorded) > _MAX_UNRECORDED_STEPS:
-            # All but the coming step, which has measured nothing yet.
-            coming = self._unrecorded.pop()
-            self._record_steps()
-            self._unrecorded.append(coming)
 
     def _embed_spans(self, ids: torch.Tensor, spans: Sequence[TokenSpan]) -> torch.Tensor:
         """Embeddings of tokens of the step whose ids (T,) these are; see :data:`.step_steering.EmbedSpans`."""
@@ -254,6 +244,7 @@ class SteeringWorker(SizedWorker):
         for pushes in self._unrecorded:
             self._steering.record(pushes)
         self._unrecorded.clear()
+        self._witness.read()
 
     def _embed_prefix(self, request: str, start: int, end: int) -> torch.Tensor:
         """Embeddings (end - start, d) of tokens of a request; see :data:`.step_steering.EmbedPrefix`."""

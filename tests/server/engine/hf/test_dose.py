@@ -41,21 +41,20 @@ def test_doses_at_one_layer_that_pass_the_limit_are_refused_by_name(registry):
     with pytest.raises(DoseTooHighError) as caught:
         registry().plan(_uses(a=1.8, b=-0.9, high=0.5), field="arms[1].operators")
     assert str(caught.value) == (
-        "arms[1].operators: the doses at layer 2 add up to 1.35; at most 1 is accepted, strength 2 alone "
-        "(a 0.9, b 0.45)"
+        "arms[1].operators: the strengths at layer 2 add up to 2.7; at most 2 is accepted (a 1.8, b 0.9)"
     )
     error = caught.value
     assert (error.field, error.layer, error.dose, error.max_dose) == ("arms[1].operators", 2, 1.35, 1.0)
 
 
 def test_one_operator_that_passes_the_limit_is_refused_at_its_strength(registry):
-    with pytest.raises(DoseTooHighError, match=r"add up to 1\.5; .* \(high 1\.5\)") as caught:
+    with pytest.raises(DoseTooHighError, match=r"add up to 3; .* \(high 3\)") as caught:
         registry().plan(_uses(a=2.0, high=-3.0))
     assert caught.value.field == "operators[1].strength"
 
 
 def test_a_recommended_strength_that_passes_the_limit_is_named_as_such(registry):
-    with pytest.raises(DoseTooHighError, match=r"\(loud 1\.5, the recommended strength\)"):
+    with pytest.raises(DoseTooHighError, match=r"\(loud 3, the recommended strength\)"):
         registry().plan((OperatorUse("loud"),))
 
 
@@ -68,7 +67,7 @@ def test_each_layer_has_the_whole_limit(registry):
 
 def test_the_limit_is_the_servers_to_set(registry):
     assert registry(4.0).plan(_uses(a=8.0)) is not None
-    with pytest.raises(DoseTooHighError, match=r"at most 0\.25 is accepted, strength 0\.5 alone"):
+    with pytest.raises(DoseTooHighError, match=r"add up to 0\.51; at most 0\.5 is accepted"):
         registry(0.25).plan(_uses(a=0.51))
 
 
@@ -79,7 +78,7 @@ def test_a_strength_without_measure_is_refused(registry, strength):
 
 
 def test_as_many_operators_as_are_accepted_are_refused_in_a_message_that_begins_with_the_limit(registry):
-    with pytest.raises(DoseTooHighError, match="at most 1 is accepted"):
+    with pytest.raises(DoseTooHighError, match="at most 2 is accepted"):
         registry().plan((OperatorUse("a", 0.5),) * 16)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from operators.core.apply import Setting, prepared_bytes
+from steer_server.engine.reference import EmbeddingRows, ReferencePushes
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.job import VLLMJob
 from steer_server.engine.vllm.measurements import MeasurementCollector
@@ -42,6 +43,7 @@ class Engine:
         self.gates = {}
         self.failed = {}
         self.count = None
+        self.looks_at, self.sign = {}, 1.0
 
     async def _wait(self, what):
         if what in self.gates:
@@ -52,7 +54,8 @@ class Engine:
         await self._wait("load")
         self.loaded += artifacts
 
-    async def generate(self, ids, params, settings, key, *, keep_from=None, private_cache=False):
+    async def generate(self, ids, params, settings, key, *, keep_from=None, private_cache=False, looks_at=()):
+        self.looks_at[key] = looks_at
         self.streams.append((key, tuple(ids), tuple(settings), keep_from, private_cache))
         try:
             tokens = (0,) if private_cache else IDS
@@ -82,7 +85,25 @@ class Engine:
             "cached": 0,
             "failure": self.failed.get("all", ""),
             "layers": {"2": {"first": 0, "doses": [0.2] * count}},
+            "seen": self._seen(self.looks_at[key]),
         }
+
+    def _seen(self, looks_at):
+        """States of 0s but for one 3, pushed as they should be: by 0.2 of their norm, towards the plan's direction."""
+        reference = ReferencePushes(self.plan, self.embed, prompt_tokens=len(PROMPT))
+        ids = (*PROMPT, *IDS)
+        seen = {}
+        for layer, positions in looks_at.items():
+            seen[str(layer)] = []
+            for position in positions:
+                if position < len(ids):
+                    before = torch.zeros(40)
+                    before[0] = 3.0
+                    push = reference.at(layer, position, ids).float()
+                    after = before + self.sign * 3.0 * push
+                    states = (state.numpy().tobytes() for state in (before, after))
+                    seen[str(layer)].append((position, ids[position], 3.0, *states))
+        return seen
 
     def translate_error(self, error):
         return EngineFailedError(str(error))
@@ -97,8 +118,10 @@ async def engine(with_name):
 
 
 @pytest.fixture
-def steered(artifact):
-    return Row(SteeringPlan((Application("gate", artifact, Setting(0.4, "cumulative", 0.0), ()),)))
+def steered(artifact, engine, llama):
+    engine.plan = SteeringPlan((Application("gate", artifact, Setting(0.4, "cumulative", 0.0), ()),))
+    engine.embed = EmbeddingRows(llama.model)
+    return Row(engine.plan)
 
 
 @pytest.fixture
@@ -113,6 +136,7 @@ def start(engine, llama):
             model=engine.model,
             tokenizer=llama.tokenizer,
             dtype=torch.float32,
+            embed=EmbeddingRows(llama.model),
             translate_error=engine.translate_error,
         )
         return VLLMJob(context, job, operators, engine.end_job)

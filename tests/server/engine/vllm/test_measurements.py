@@ -300,7 +300,7 @@ def make_plan():
 
 def _measured(failure="", cached=0, doses=3, last=0.2, layer="2", first=0):
     measured = {"first": first, "doses": [0.2] * (doses - 1) + [last]}
-    return {"cached": cached, "failure": failure, "layers": {layer: measured}}
+    return {"cached": cached, "failure": failure, "layers": {layer: measured}, "seen": {}}
 
 
 def test_workers_that_say_the_same_are_believed():

@@ -1,11 +1,19 @@
 """The start-up self-test, against an engine that does one thing wrong at a time."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
-from steer_server.engine.vllm.self_test import STRENGTH, TOKENS, SelfTestOutput, check_same_model, check_steering
-from steer_server.errors import StartupError
+from steer_server.engine.random_operators import random_operators
+from steer_server.engine.vllm.self_test import (
+    STRENGTH,
+    TOKENS,
+    SelfTestOutput,
+    check_same_model,
+    check_steering,
+)
+from steer_server.errors import StartupError, SteeringNotAppliedError
 
 LAYERS = 3
 PROMPT = 5
@@ -30,10 +38,12 @@ class Engine:
         self.input_errors = [0.0, 0.0]
         self.outputs = {}
         self.measurements = {
-            f"self-test-{layer}": {"cached": 0, "failure": "", "layers": doses({layer: FED})} for layer in range(LAYERS)
+            f"self-test-{layer}": {"cached": 0, "failure": "", "layers": doses({layer: FED}), "seen": {}}
+            for layer in range(LAYERS)
         }
-        self.measurements[FIRST_TOKEN] = {"cached": 0, "failure": "", "layers": doses({0: 1})}
+        self.measurements[FIRST_TOKEN] = {"cached": 0, "failure": "", "layers": doses({0: 1}), "seen": {}}
         self.error = None
+        self.proven, self.wrong = [], ()
         self.loaded, self.asked = {}, []
         self.checks_inputs, self.at_once = False, 0
         self.together = asyncio.Barrier(LAYERS + 2)
@@ -44,9 +54,8 @@ class Engine:
     async def steering_layers(self):
         return self.layers
 
-    async def steering_load_random(self, digest, layer):
-        self.loaded[digest] = layer
-        return [None, None]
+    async def load(self, operator):
+        self.loaded[operator.digest] = int(operator.digest.removeprefix("operator-"))
 
     async def steering_check_inputs(self, on):
         self.checks_inputs, before = on, self.checks_inputs
@@ -57,7 +66,7 @@ class Engine:
 
     async def steering_unload(self, digests):
         for digest in digests:
-            del self.loaded[digest]
+            self.loaded.pop(digest, None)
         return [None, None]
 
     async def run(self, setting, key):
@@ -73,7 +82,14 @@ class Engine:
         return self.outputs.get(key, STEERED if setting else PLAIN)
 
     async def check(self):
-        return await check_steering(self.run, self.call, prompt_tokens=PROMPT, num_layers=LAYERS)
+        operators = [SimpleNamespace(digest=f"operator-{layer}") for layer in range(LAYERS)]
+        return await check_steering(self.run, self.call, operators, self.load, self.prove, prompt_tokens=PROMPT)
+
+    def prove(self, key, measurement, output):
+        assert measurement is self.measurements[key] or measurement == self.measurements[key]
+        self.proven.append(key)
+        if key in self.wrong:
+            raise SteeringNotAppliedError("what was added has cosine -1")
 
 
 @pytest.fixture
@@ -87,6 +103,23 @@ async def test_an_engine_that_steers_every_layer_passes_and_keeps_nothing_of_the
     assert engine.asked[0] == ("self-test-alone", None)
     assert set(engine.asked[1:]) == beside
     assert (engine.loaded, engine.checks_inputs) == ({}, False)
+
+
+@pytest.mark.parametrize("key", ["self-test-0", "self-test-2", FIRST_TOKEN])
+async def test_an_engine_that_pushes_in_another_direction_is_refused(engine, key):
+    engine.wrong = (key,)
+    await _fails(engine, "failed: what was added has cosine -1")
+
+
+async def test_every_steered_request_is_proven(engine):
+    await engine.check()
+    assert engine.proven == [*(f"self-test-{layer}" for layer in range(LAYERS)), FIRST_TOKEN]
+
+
+def test_there_is_a_random_operator_for_every_layer(model_info):
+    made = random_operators(model_info)
+    assert [one.header.injection_layer for one in made] == list(range(model_info.num_layers))
+    assert len({one.digest for one in made}) == model_info.num_layers
 
 
 async def test_rounding_between_two_batches_is_no_change(engine):
