@@ -22,7 +22,7 @@ class FinishReason(StrEnum):
     CANCELLED = "CANCELLED"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TopLogprob:
     """One alternative at a position."""
 
@@ -31,7 +31,7 @@ class TopLogprob:
     logprob: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A chosen token under the row's own model, before temperature and truncation; in nats."""
 
@@ -41,7 +41,7 @@ class TokenLogprob:
     top: tuple[TopLogprob, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Score:
     """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats."""
 

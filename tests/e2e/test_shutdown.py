@@ -14,6 +14,7 @@ from steer_client import (
     SamplingParams,
     ServerUnavailableError,
     SteerClient,
+    SteerError,
 )
 
 GOLDEN = [OperatorUse("golden", 0.5)]
@@ -156,5 +157,55 @@ def test_ctrl_c_does_not_wait_for_a_model_that_vllm_loads(tiny_model):
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
         assert process.stderr.read() == "steer-server: interrupted\n"
+    finally:
+        process.kill()
+
+
+LONG_PASS = """
+import sys, torch
+from steer_server.engine.hf.decode import Decoder
+
+def forward(self, slots, ids, *, prompt):
+    print("a long pass begins", file=sys.stderr, flush=True)
+    numbers = torch.rand(7000, 7000)
+    for _ in range(20):
+        numbers = numbers @ numbers
+
+Decoder._forward = forward
+from steer_server.command import app
+app()
+"""
+"""A server whose first forward pass goes on in torch for minutes."""
+
+
+def test_a_forward_pass_that_outlasts_the_grace_does_not_abort_the_process(tiny_model, tiny_store):
+    options = ("--model", tiny_model, "--store", tiny_store, "--listen", "127.0.0.1:0", "--grace", "0.5")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG_PASS, *map(str, options)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    failures = []
+
+    def ask(target):
+        with SteerClient(target, timeout=60, retry=False) as client, pytest.raises(SteerError) as caught:
+            client.generate("x")
+        failures.append(caught.value)
+
+    try:
+        while "listen=" not in (line := process.stderr.readline()):
+            assert line, "it ended before"
+        client = threading.Thread(target=ask, args=(line.split("listen=")[1].split()[0],))
+        client.start()
+        while "a long pass begins" not in (line := process.stderr.readline()):
+            assert line, "it ended before"
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 15
+        client.join(10)
+        # Told, and not left to guess.
+        assert isinstance(failures[0], ServerUnavailableError)
     finally:
         process.kill()

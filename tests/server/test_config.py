@@ -113,7 +113,7 @@ def test_an_address_without_host_or_port_is_refused_by_name(listen):
 )
 def test_more_to_stop_at_than_is_accepted_is_refused_by_name(name, most, more):
     assert getattr(SamplingParams(**{name: most}), name) == most
-    with pytest.raises(InvalidRequestError, match="at most 64, of 1 to 1024 characters") as caught:
+    with pytest.raises(InvalidRequestError, match="at most 64") as caught:
         SamplingParams(**{name: more})
     assert caught.value.field == f"sampling.{name}"
     assert len(str(caught.value)) < 300

@@ -223,7 +223,10 @@ class SamplingParams(_message.Message):
     seed: _builtins.int
     """Sampling with the same seed repeats itself. Default: drawn by the server and reported."""
     max_tokens: _builtins.int
-    """At least 1. Default 128."""
+    """More than the server is set to accept, in one text or in all of a request's, is INVALID_ARGUMENT, and so is what
+    would not fit into its memory as keys and values.
+    At least 1. Default 128.
+    """
     ignore_eos: _builtins.bool
     """Decode through end-of-sequence tokens. Default false."""
     logprobs: _builtins.int
@@ -236,7 +239,9 @@ class SamplingParams(_message.Message):
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
-        """Wall-clock budget, waiting included; the text so far (perhaps none) is returned when it runs out. Default: none."""
+        """A server may be set to accept no longer one; then a request without one ends as if it had asked for that.
+        Wall-clock budget, waiting included; the text so far (perhaps none) is returned when it runs out. Default: none.
+        """
 
     def __init__(
         self,

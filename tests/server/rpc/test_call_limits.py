@@ -15,6 +15,7 @@ from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc
 
 from steer_server.config import ServerConfig
+from steer_server.engine.work import WorkDone
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.server import SteerServer
 from steer_server.rpc.transport import channel_options
@@ -46,7 +47,7 @@ class _Engine:
 
     def __init__(self, model: ModelInfo, tokenizer) -> None:
         self.model, self.running, self.waiting, self.collectors = model, 0, 0, ()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.work = tokenizer, WorkDone()
         self.tokens, self.cancelled = 2, 0
         self.may_go_on = asyncio.Event()
         self.may_go_on.set()

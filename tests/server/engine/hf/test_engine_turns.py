@@ -161,6 +161,7 @@ def test_what_is_no_error_of_the_device_loses_nothing(error):
 
 
 async def test_a_forward_pass_that_outlasts_the_close_ends_in_an_error_and_not_in_silence(llama, passes, monkeypatch):
+    monkeypatch.setattr("steer_server.engine.hf.engine._TELL_SECONDS", 0.05)
     monkeypatch.setattr("steer_server.engine.hf.engine._CLOSE_SECONDS", 0.1)
     engine = HFEngine(llama, max_queue=2)
     with llama.model.register_forward_pre_hook(lambda module, args: time.sleep(0.7)):
