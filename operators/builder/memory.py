@@ -83,12 +83,16 @@ def _estimate_passes(loaded: LoadedModel, n: int, layer: int, texts: int) -> Mem
     """The replays of ``texts`` texts: their tapes, and what is alive in one pass."""
     config = loaded.model.config.get_text_config()
     d, inner = loaded.hidden_size, _inner_size(loaded)
-    itemsize = _itemsize(loaded)
+    itemsize, heads = _itemsize(loaded), int(config.num_attention_heads)
     # The tape: attention weights, gates, the scales of two norms.
-    tape = texts * layer * n * (int(config.num_attention_heads) * n + inner + 2) * itemsize
+    tape = texts * layer * n * (heads * n + inner + 2) * itemsize
+    if loaded.dtype.itemsize < itemsize:
+        # Each text's graph keeps the attention weights as wide as its vectors, and a weight is widened as it is used.
+        tape += texts * layer * heads * n * n * itemsize + d * inner * itemsize
     # Alive at once in a block: the stream, what the norms make of it, values and what attention makes of them, and
     # the inner layer before and after its gate; as much again for gradients. Every text keeps the input of its graph.
-    return MemoryEstimate(fixed=tape, per_row=n * ((5 + texts) * d + 4 * inner) * itemsize)
+    # The backward pass of many cotangents copies a block's attention weights for each of them.
+    return MemoryEstimate(fixed=tape, per_row=n * ((5 + texts) * d + 4 * inner + heads * n) * itemsize)
 
 
 def _inner_size(loaded: LoadedModel) -> int:

@@ -244,12 +244,14 @@ def _ordered(basis: torch.Tensor, factors: torch.Tensor, probed: torch.Tensor, w
     weighted = weight(factors).flatten(1).double()
     singular_values = torch.linalg.eigvalsh(weighted @ weighted.T).clamp_min(0).sqrt().flip(0)
     _, vectors = torch.linalg.eigh(weighted[1:] @ weighted[1:].T)
+    del weighted
     rotation = torch.zeros(len(basis), len(basis), dtype=torch.float64, device=basis.device)
     rotation[0, 0] = 1.0
     rotation[1:, 1:] = vectors.T.flip(0)
     rotation = rotation.to(basis.dtype)
     factors = torch.tensordot(rotation, factors, 1)
-    squares = factors.double().pow(2).sum(-1)
+    # Row by row: all of them in float64 would be the largest array of a build.
+    squares = torch.stack([row.double().pow(2).sum(-1) for row in factors])
     outside_error = float(probed.sum(-1).std()) / math.sqrt(len(probed))
     return _Sketch(rotation @ basis, factors, squares, probed.mean(0), outside_error, singular_values)
 

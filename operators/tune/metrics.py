@@ -72,7 +72,8 @@ class WordList:
     """The words that show a concept: matched whole, in any case; any white space separates the words of one entry.
 
     Where a word begins or ends in a script without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) it is found
-    within a sentence, and characters of these end a word of another script. Composed and decomposed characters are one.
+    within a sentence, and characters of these end a word of another script. A Korean word may have particles behind it.
+    Composed and decomposed characters are one.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -92,13 +93,16 @@ class WordList:
 
 _LETTER = rf"[^\W{SPACELESS}]"
 """A character of a word, of a script with spaces."""
+_TAKES_PARTICLES = re.compile("[\uac00-\ud7af\u1100-\u11ff\u3130-\u318f]")
+"""Hangul: words are set apart by spaces, but particles are written onto their end."""
 _IS_SPACELESS = re.compile(f"[{SPACELESS}]")
 
 
 def _word_pattern(word: str) -> str:
     parts = word.split()
     before = "" if _IS_SPACELESS.match(parts[0][0]) else f"(?<!{_LETTER})"
-    after = "" if _IS_SPACELESS.match(parts[-1][-1]) else f"(?!{_LETTER})"
+    last = parts[-1][-1]
+    after = "" if _IS_SPACELESS.match(last) or _TAKES_PARTICLES.match(last) else f"(?!{_LETTER})"
     return before + r"\s+".join(map(re.escape, parts)) + after
 
 

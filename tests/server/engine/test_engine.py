@@ -181,6 +181,7 @@ def test_a_model_without_decoder_layers_cannot_be_served(tiny_tokenizer):
         num_attention_heads=2,
         max_position_embeddings=64,
         is_decoder=True,
+        attn_implementation="eager",
     )
     with pytest.raises(StartupError, match=r"BertLMHeadModel.* cannot be served: .*none of layers, h"):
         HFEngine(recognise("gpt-tiny", BertLMHeadModel(config), tiny_tokenizer), max_queue=1)

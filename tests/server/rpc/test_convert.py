@@ -33,6 +33,7 @@ class Use:
     first_token: Literal["operator", "anchor"] | None = None
     words: tuple[Word, ...] = ()
     kl: float | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def test_what_is_given_stands_beside_the_attributes_and_before_them():
         name: str
 
     write = writer(pb.OperatorUse, Named)
-    given = dict.fromkeys(("blend", "positions", "anchor", "first_token", "kl"))
+    given = dict.fromkeys(("blend", "positions", "anchor", "first_token", "kl", "digest"))
     given |= {"strength": 0.5, "rule": pb.RULE_SUBSTITUTE, "words": ()}
     assert write(Named("g"), **given) == pb.OperatorUse(name="g", strength=0.5, rule=pb.RULE_SUBSTITUTE)
     assert write(Named("g"), name="h", **given).name == "h"
