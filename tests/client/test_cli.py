@@ -158,6 +158,12 @@ def test_down_a_pipe_goes_the_text_alone(steer, fake, make):
     ) in result.stderr
 
 
+def test_a_dose_that_was_rounded_up_is_not_shown_above_its_bound(steer, fake, make):
+    fake.response = make.response(receipts=[make.receipt(mean_dose=0.2755, max_dose=0.2769)])
+    shown = steer("generate", "hello", "--operator", "golden-gate").stderr
+    assert "measured λ mean 0.55, max 0.55 of 0.55, direction checked" in shown
+
+
 def test_cached_prompt_tokens_are_part_of_the_proof_where_there_are_some(steer, fake, make):
     cached = make.receipt(prompt_tokens_steered=1, prompt_tokens_cached=5)
     fake.response = make.response(receipts=[cached])
