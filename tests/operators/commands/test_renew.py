@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
+from operators.commands import verify
 from operators.core.artifact import make_artifact, tensors_of, with_header
 from operators.core.store import Store
 from operators.model.earlier_fingerprint import earlier_fingerprint
@@ -125,3 +126,25 @@ def test_a_lens_is_renewed_from_its_neutral_texts(run, store, tiny, tmp_path):
     assert "other neutral texts" in _error(run("renew", "lens", "--json"))
     assert run("renew", "lens", "--texts", "neutral.txt").exit_code == 0
     assert store.load("lens").digest == made.digest
+
+
+def test_what_was_replaced_or_deleted_meanwhile_is_not_put_back(run, store, tiny_directory, monkeypatch):
+    other = with_header(store.load("low-rank"), concept="another")
+
+    def load_slowly(change):
+        def load(*arguments):
+            change()
+            return loading(*arguments)
+
+        return load
+
+    loading = verify._load
+    arguments = ("renew", "exact", "--model", str(tiny_directory("llama")), "--json")
+    monkeypatch.setattr(verify, "_load", load_slowly(lambda: store.save("exact", other, replace=True)))
+    old = store.load("exact")
+    assert f"it was made from {old.digest}, and {store.path} has {other.digest}" in _error(run(*arguments))
+    assert store.load("exact").digest == other.digest
+    store.save("exact", old, replace=True)
+    monkeypatch.setattr(verify, "_load", load_slowly(lambda: store.delete("exact")))
+    assert "no operator 'exact'" in _error(run(*arguments))
+    assert store.names() == ["low-rank"]
