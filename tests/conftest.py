@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -47,6 +48,10 @@ from operators.model.unembedding import loaded_unembedding
 
 # A shell that starts this in the background has interrupts ignored, here and in every process that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# On a machine that is shared, one example in a thousand takes a second.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 _VOCABULARY = 320
 _CORPUS = [

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from steer_server.errors import QueueFullError
+from steer_server.errors import QueueFullError, ShuttingDownError
 from steer_server.rpc.call_record import current_call
 
 log = structlog.get_logger(__name__)
@@ -27,6 +27,7 @@ class CallLimit:
         self._calls = 0
         self._refused = 0
         self._reporting = False
+        self._is_closed = False
 
     @property
     def calls(self) -> int:
@@ -35,7 +36,14 @@ class CallLimit:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Counts a call while the block runs. Raises :class:`QueueFullError` where it is one too many."""
+        """Counts a call while the block runs.
+
+        Raises:
+            QueueFullError: it is one too many.
+            ShuttingDownError: the limit was closed before.
+        """
+        if self._is_closed:
+            raise ShuttingDownError
         if self._calls >= self._most:
             self._refuse()
             problem = f"{self._most} calls are under way already, the most admitted"
@@ -45,6 +53,10 @@ class CallLimit:
             yield
         finally:
             self._calls -= 1
+
+    def close(self) -> None:
+        """Refuses all calls from here on; those under way go on."""
+        self._is_closed = True
 
     def _refuse(self) -> None:
         # A line for each of thousands would hold up those that are admitted.

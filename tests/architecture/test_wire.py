@@ -260,7 +260,7 @@ def assert_same(server, client):
 
 
 @pytest.mark.parametrize("message", RESULTS, ids=lambda message: message.DESCRIPTOR.name)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_an_answer_reaches_the_client_as_the_server_has_it(message, data):
     cls, _, send, receive = RESULTS[message]
@@ -286,7 +286,7 @@ def as_client(value, kind):
 
 
 @pytest.mark.parametrize("message", REQUESTS, ids=lambda message: message.DESCRIPTOR.name)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_request_reaches_the_server_as_the_client_has_it(message, data):
     cls, client, receive = REQUESTS[message]

@@ -363,7 +363,7 @@ def test_a_file_truncated_anywhere_is_refused(data):
                 read(data[:length], source="x")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(position=st.integers(min_value=0), bit=st.integers(0, 7))
 @example(position=0, bit=0)
 @example(position=8, bit=5)
@@ -382,7 +382,7 @@ def test_every_single_flipped_bit_of_the_header_is_refused(data):
             from_bytes(bytes(flipped), source="x")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(junk=st.binary(max_size=300))
 def test_noise_is_refused(junk):
     for read in (from_bytes, _header_of):

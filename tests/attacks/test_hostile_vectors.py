@@ -179,7 +179,7 @@ def test_the_good_file_is_read():
     assert parse_control_vector(_GOOD, source="g").directions[1].tolist() == [1.0] * 4
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(place=st.integers(0, len(_GOOD) - 1), value=st.integers(0, 255), end=st.integers(0, len(_GOOD)))
 @example(place=8, value=255, end=len(_GOOD))
 def test_any_damage_is_an_error_or_another_valid_file(place, value, end):
@@ -195,7 +195,7 @@ def test_any_damage_is_an_error_or_another_valid_file(place, value, end):
 _NPZ = _npz(v=np.arange(4.0), w=np.ones(3, dtype=np.float32))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(place=st.integers(0, len(_NPZ) - 1), value=st.integers(0, 255), end=st.integers(0, len(_NPZ)))
 def test_any_damage_of_an_npz_file_is_an_error_or_floats(place, value, end):
     data = bytearray(_NPZ)

@@ -52,7 +52,7 @@ SAMPLING = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SAMPLING)
 def test_a_sampling_value_is_on_the_wire_exactly_when_it_is_set_and_as_it_was_set(sampling):
     sent = pb.SamplingParams.FromString(encode.generate_request("hi", (), sampling, "").sampling.SerializeToString())
@@ -89,7 +89,7 @@ def test_zero_is_not_unset():
     }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.builds(
         OperatorUse,

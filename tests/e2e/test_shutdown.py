@@ -134,6 +134,34 @@ def test_what_outlasts_the_grace_is_cut_short_with_its_receipts_and_what_waits_i
         _clean(server)
 
 
+def test_every_call_that_comes_during_the_drain_is_told_that_the_server_stops(start_tiny):
+    sampling = SamplingParams(max_tokens=4000, ignore_eos=True)
+    heard = []
+
+    def ask(target):
+        with SteerClient(target, timeout=10, retry=False) as client:
+            for _ in range(20):
+                try:
+                    client.generate("x", sampling=SamplingParams(max_tokens=1))
+                except SteerError as error:
+                    heard.append(getattr(error, "reason", ""))
+
+    with start_tiny("--grace", "3") as server, SteerClient(server.target, timeout=60, retry=False) as client:
+        items = iter(client.stream("the bay", sampling=sampling))
+        next(items)
+        server.signal()
+        _refused(server.target)
+        askers = [threading.Thread(target=ask, args=(server.target,)) for _ in range(8)]
+        for asker in askers:
+            asker.start()
+        for asker in askers:
+            asker.join(20)
+        assert heard == ["SHUTTING_DOWN"] * 160
+        assert sum(1 for _ in items)
+        assert server.exit_code(10) == 0
+        _clean(server)
+
+
 LOADING = """
 import asyncio, sys, time, types
 

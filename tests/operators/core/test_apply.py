@@ -120,7 +120,7 @@ def test_an_anchor_that_does_not_exist_is_refused(field):
         Setting(0.5, "cumulative", 0.0, **field)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cuts=st.lists(st.integers(0, 12), max_size=6),
     rule=st.sampled_from(RULES),

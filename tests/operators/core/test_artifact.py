@@ -73,7 +73,7 @@ def test_one_changed_number_changes_the_digest(make_operator):
     assert changed.digest != artifact.digest
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(concept=st.text(max_size=400))
 def test_no_concept_makes_a_file_that_its_reader_refuses(make_operator, concept):
     artifact = make_operator(1, 2, concept=concept)

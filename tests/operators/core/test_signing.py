@@ -116,7 +116,7 @@ def _check_reads_back(artifact):
     assert to_bytes(read) == data
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(kind=st.integers(0, 3), data=st.data())
 def test_what_can_be_signed_reads_back_equal(operators, kind, data):
     names = data.draw(st.lists(st.sampled_from(sorted(_FIELDS)), min_size=1, max_size=2, unique=True))

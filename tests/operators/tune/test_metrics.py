@@ -28,7 +28,7 @@ def _search(kl, budget, limit=40):
     return tried
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(scale=st.floats(0.05, 500), power=st.floats(1.0, 4.0), budget=st.floats(0.1, 8))
 def test_a_growing_kl_is_brought_close_to_the_budget_in_a_few_steps(scale, power, budget):
     tried = _search(lambda strength: scale * strength**power, budget)
@@ -41,7 +41,7 @@ def test_a_growing_kl_is_brought_close_to_the_budget_in_a_few_steps(scale, power
     assert len(tried) <= 9
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(steps=st.lists(st.floats(0, 20), min_size=1, max_size=12), budget=st.floats(0.1, 8))
 def test_a_kl_that_jumps_is_searched_to_an_end(steps, budget):
     _search(lambda strength: steps[int(strength * 7) % len(steps)], budget, limit=200)

@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from steer_server.engine.text import Detokenizer, StopStrings
@@ -136,7 +136,6 @@ def test_nothing_is_shown_that_a_stop_string_could_still_take_back_and_nothing_e
     assert not held or any(stop.startswith(held) and stop != held for stop in stops)
 
 
-@settings(deadline=None)
 @given(data=st.data(), alphabet=st.sampled_from(["a", "ab", "abc"]))
 def test_long_stop_strings_that_repeat_themselves_are_found_where_they_are(data, alphabet):
     stops = data.draw(st.lists(st.text(alphabet=alphabet, min_size=1, max_size=20), max_size=4))

@@ -142,7 +142,7 @@ def test_unknown_fields_that_are_let_through_are_few():
     assert "at most" in problem(checked, b"\x7a\x00" * 513).problem
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=40) | st.binary(max_size=12).map(lambda more: WORDS.SerializeToString()[:60] + more))
 def test_whatever_passes_is_a_message_but_for_its_letters(data):
     try:
@@ -155,7 +155,7 @@ def test_whatever_passes_is_a_message_but_for_its_letters(data):
         assert "UTF-8" in str(error)  # noqa: PT017
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(cut=st.integers(0, 400), place=st.integers(0, 400), byte=st.integers(0, 255))
 def test_a_message_that_was_cut_or_changed_raises_nothing_else(cut, place, byte):
     data = bytearray(WORDS.SerializeToString()[:cut])

@@ -19,7 +19,7 @@ from steer_server.types import Application, OperatorUse, SteeringPlan
 
 _ROUNDING = {"float32": 1e-5, "bfloat16": 0.02}
 _SIGNED = st.floats(-1.5, 1.5).filter(lambda strength: abs(strength) > 0.05)
-_PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_PROPERTY = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
