@@ -25,7 +25,10 @@ from steer_server.log_relay import drain_output, relay_output
 
 if TYPE_CHECKING:
     from operators.core.header import DTypeName
+    from operators.model.checkpoint_files import CheckpointFiles
     from steer_server.engine.base import Engine
+
+    Started = tuple[Engine, CheckpointFiles | None]
 
 _drain: Callable[[], object] = sys.stdout.flush
 """Hands on what has been printed; :func:`serve` puts the relays in its place."""
@@ -142,7 +145,6 @@ async def _run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.core.errors import OperatorError
     from operators.core.store import Store
-    from operators.model.loading import local_files
     from operators.model.unembedding import find_unembedding
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
@@ -161,8 +163,7 @@ async def _run(config: ServerConfig) -> None:
         _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
-        files = local_files(config.model)
-        engine = await ENGINES[config.engine](config, dtype, device)
+        engine, files = await ENGINES[config.engine](config, dtype, device)
     except OperatorError as error:
         raise StartupError(str(error)) from error
     try:
@@ -188,7 +189,7 @@ async def _run(config: ServerConfig) -> None:
         await engine.close()
 
 
-async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engine:
+async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Started:
     from operators.model.loading import load_model
     from steer_server.engine.hf.engine import HFEngine
     from steer_server.engine.hf.self_test import check_steering
@@ -197,22 +198,22 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Engi
         raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
     loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
     check_steering(loaded)
-    return HFEngine(
+    engine = HFEngine(
         loaded,
         max_queue=config.max_queue,
         max_running=config.max_running,
         operator_memory=config.operator_memory,
         decode_memory=config.decode_memory,
     )
+    return engine, loaded.files
 
 
-async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Engine:
+async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Started:
     if config.attention:
         raise StartupError(
             "attention goes with --engine hf; vLLM's is chosen with --engine-args attention_backend=NAME"
         )
     from operators.model.loading import load_model
-    from operators.model.obtain import obtain
     from steer_server.engine.vllm.limits import check_device
 
     try:
@@ -228,21 +229,24 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> E
         raise StartupError(str(error)) from error
     # On the CPU, whatever vLLM runs on: only for its fingerprints and one short prompt of the self-test.
     loaded = load_model(config.model, dtype=dtype, device="cpu")
+    assert loaded.files is not None  # noqa: S101 - for the type checker; what was loaded by its name has files
     try:
-        return await VLLMEngine.start(
+        engine = await VLLMEngine.start(
             loaded,
-            str(obtain(config.model)),
+            # Not its name, which may mean another file or version by now.
+            str(loaded.files.directory),
             dtype=dtype,
             max_queue=config.max_queue,
             operator_memory=config.operator_memory if "operator_memory" in config.model_fields_set else None,
             engine_args=config.engine_args,
         )
+        return engine, loaded.files
     except asyncio.CancelledError:
         # Ctrl-C. The thread in which vLLM loads a model cannot be stopped; vLLM's processes end when this one does.
         _fail("interrupted", code=130)
 
 
-ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Engine]]] = {
+ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Started]]] = {
     "hf": _start_hf,
     "vllm": _start_vllm,
 }

@@ -44,6 +44,7 @@ class Metrics:
     def __init__(self, engine: Engine, operators: Registry, limits: Mapping[str, float] | None = None) -> None:
         """``limits``: what the server admits at most, by name."""
         registry = self.registry = CollectorRegistry()
+        self._work = engine.work
         self.in_flight: dict[str, int] = defaultdict(int)
         """Calls by service whose request has arrived and whose answer is not complete."""
         self._names: set[str] = set()
@@ -87,6 +88,7 @@ class Metrics:
         )
 
     def _add_texts(self, registry: CollectorRegistry) -> None:
+        registry.register(_WorkCollector(self._work))
         self._requests = Counter("steer_requests", "Requests whose decoding began", registry=registry)
         self._finished = Counter(
             "steer_completions",

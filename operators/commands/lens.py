@@ -121,7 +121,7 @@ def _run(task: LensTask) -> tuple[SearchResult, OperatorArtifact, float]:
 
     loaded = task.loaded
     # Servers read the words' rows from the files, so that a lens of a model whose files have none is refused here.
-    unembedding = find_unembedding(loaded.name)
+    unembedding = find_unembedding(loaded.name, loaded.files)
     check_unembedding(unembedding, loaded)
     mean = unembedding.mean()
     try:

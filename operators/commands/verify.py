@@ -161,7 +161,7 @@ def _hold_lens(artifact: OperatorArtifact, loaded: LoadedModel, texts: Path | No
     assert lens is not None  # noqa: S101 - for the type checker
     # The shipped texts, or the first of them, as the lens was built with --quick.
     neutral = neutral_texts()[: lens.texts] if texts is None else read_texts(texts).texts
-    error = verify_lens(artifact, loaded, neutral, find_unembedding(loaded.name))
+    error = verify_lens(artifact, loaded, neutral, find_unembedding(loaded.name, loaded.files))
     return {"model": loaded.name, "lens_error": error}, f": computed anew, it is off by {error:.1e}"
 
 

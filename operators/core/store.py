@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from operators.core.errors import StoreError
+from operators.core.errors import ArtifactError, StoreError
 from operators.core.file_format import MAX_BYTES, FileHeader, read_file_header
 
 if TYPE_CHECKING:
@@ -142,7 +142,9 @@ class Store:
 
         path = self.check_free(name, replace=replace)
         # A reader's own check: a part of it may have been replaced since.
-        assemble(artifact.header_json, tensors_of(artifact), digest=artifact.digest, source=name)
+        read = assemble(artifact.header_json, tensors_of(artifact), digest=artifact.digest, source=name)
+        if read.header != artifact.header:
+            raise ArtifactError(f"{name}: its header is not the one that was signed (with_header signs another)")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(self.path)

@@ -18,6 +18,10 @@ from operators.core.errors import ModelError
 _WEIGHTS = (".safetensors", ".bin", ".pt")
 _READ = (*_WEIGHTS, ".json", ".jinja", ".model", ".txt")
 """Ends of the names of what a model and a tokenizer are loaded from."""
+_NAMES_IN_ORDER = (
+    *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""Of the checkpoints in a directory, the first of these is loaded."""
 _MAX_INDEX = 64 << 20
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _FLOATS.items()}
@@ -74,6 +78,21 @@ def changed_error(name: str, file: Path | str) -> ModelError:
         f"model {name!r}: {file} was changed after the model began to load; start again when its files are complete, "
         "and write new weights to another directory"
     )
+
+
+def loaded_weights(directory: Path) -> frozenset[Path]:
+    """Of all weights in a directory, those that transformers loads. Raises :class:`ModelError` where it has none."""
+    try:
+        chosen = json.loads((directory / "config.json").read_bytes()).get("transformers_weights")
+        named = _NAMES_IN_ORDER if chosen is None else (str(chosen),)
+        first = next((directory / name for name in named if (directory / name).is_file()), None)
+        if first is None:
+            raise ModelError(f"{directory} has none of {', '.join(named)}")
+        if first.suffix.lower() != ".json":
+            return frozenset({first})
+        return frozenset(directory / str(name) for name in json.loads(first.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError) as error:
+        raise ModelError(f"{directory}: its list of weights cannot be read: {error}") from error
 
 
 def stored_dtypes(files: Iterable[Path]) -> frozenset[torch.dtype]:

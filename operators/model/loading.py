@@ -101,24 +101,31 @@ def load_model(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
     source = str(obtain(name))
+    local = Path(source).is_dir()
     # Before a byte is read: what is written meanwhile is noticed.
-    files = CheckpointFiles.of(Path(source)) if Path(source).is_dir() else None
+    files = CheckpointFiles.of(Path(source)) if local else None
     _check_not_adapter(name, source)
     transformers_logging.disable_progress_bar()
     # The hub's client logs each of its retries twice; the error after the last one says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
+        # One version of a Hugging Face id for all that follows: its newest one may be another at any moment.
+        directory = Path(source) if local else _hub_directory(source)
+        revision = "main" if local else directory.name
         checks = [decoder_layers, *([check] if check else [])]
-        attention = examine(name, source, dtype=dtype, device=torch.device(device), attention=attention, checks=checks)
-        model, report = _from_files(source, DTYPES[dtype], attention)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        attention = examine(
+            *(name, source, revision), dtype=dtype, device=torch.device(device), attention=attention, checks=checks
+        )
+        model, report = _from_files(source, revision, DTYPES[dtype], attention)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_complete(name, report)
-        files = files or CheckpointFiles.of(_hub_directory(source))
+        _check_tied(name, model)
+        files = files or CheckpointFiles.of(directory)
         _check_not_packed(name, model, files)
         if torch.device(device).type == "cpu":
             keep_in_memory(model)
         weights = stored_weights_digest(
-            files, model, DTYPES[dtype], lambda exact: _from_files(source, exact, attention)[0]
+            files, model, DTYPES[dtype], lambda exact: _from_files(source, revision, exact, attention)[0]
         )
         model = model.to(device).eval().requires_grad_(False)
     except (OperatorError, MemoryError):
@@ -134,27 +141,25 @@ def load_model(
     return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files)
 
 
-def local_files(name: str) -> CheckpointFiles | None:
-    """The files of a model as they are now, in :func:`load_model`'s terms; None for a Hugging Face id.
-
-    Raises :class:`ModelError` as :func:`load_model` does for what cannot be found or read.
-    """
-    source = obtain(name)
-    return CheckpointFiles.of(source) if isinstance(source, Path) else None
-
-
-def _from_files(source: str, dtype: torch.dtype, attention: AttentionName) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def _from_files(
+    source: str, revision: str, dtype: torch.dtype, attention: AttentionName
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     # False, not None: None asks on the terminal whether code that came with the model may run.
     loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+        source,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attention,
+        trust_remote_code=False,
+        output_loading_info=True,
     )
     return loaded
 
 
 def _hub_directory(source: str) -> Path:
-    """Where the files of a Hugging Face id are, which have been loaded."""
+    """Where the files of a Hugging Face id are or will be: its newest version's, of which its name is the commit."""
     from transformers.utils import cached_file
 
     return Path(str(cached_file(source, "config.json"))).parent
@@ -171,6 +176,20 @@ def _check_complete(name: str, report: Mapping[str, Iterable[Any]]) -> None:
                 f"model {name!r}: its checkpoint {problem} {', '.join(keys[:3])}{more}; weights for every parameter, "
                 "not quantised in a way that transformers cannot read, are needed"
             )
+
+
+def _check_tied(name: str, model: PreTrainedModel) -> None:
+    """Refuses a head that the configuration ties to the embedding table and that has other numbers in the files.
+
+    transformers computes with the head then, and vLLM with the table.
+    """
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    if tied and head is not None and head.weight is not table.weight:
+        raise ModelError(
+            f"model {name!r}: its configuration ties the head to the embedding table (tie_word_embeddings), and its "
+            "checkpoint has other numbers for the two; set it to false, or remove the head from the checkpoint"
+        )
 
 
 def _check_not_packed(name: str, model: PreTrainedModel, files: CheckpointFiles) -> None:

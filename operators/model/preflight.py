@@ -23,6 +23,7 @@ ModelCheck = Callable[["PreTrainedModel"], object]
 def examine(
     name: str,
     source: str,
+    revision: str,
     *,
     dtype: DTypeName,
     device: torch.device,
@@ -37,7 +38,7 @@ def examine(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     with torch.device("meta"):
         # Every model has eager attention.
         empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()

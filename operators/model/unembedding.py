@@ -127,18 +127,19 @@ def find_unembedding(name: str, files: CheckpointFiles | None = None) -> Unembed
     """Where the unembedding of a model is: a built-in name, directory, GGUF file or Hugging Face id in the cache.
 
     Args:
-        files: of the model as it is being served; rows of changed ones would be another model's.
+        files: of the model as it is being served, in whose directory it is then looked for: rows of changed files,
+            or of what ``name`` has come to mean since, would be another model's.
 
     Raises:
         ModelError: there is no checkpoint of safetensors files, its index or configuration is damaged, or W_U is not
             there as a matrix of floating-point numbers (quantised): names what was found. Or ``files`` were changed.
     """
-    source = obtain(name)
+    source = obtain(name) if files is None else files.directory
     config = _read_json(name, _file_of(name, source, "config.json"))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
     tied = _is_tied(config, text or {})
-    tensors = _tensor_files(name, source)
-    # A tied model may have a head in its file too: what is computed with is the table.
+    tensors = _tensor_files(name, source, config)
+    # A tied model may have a head in its file too: a model where that has other numbers is not loaded.
     wanted = _TABLES if tied else _HEADS
     found = [key for key in tensors if key in wanted or key.endswith(tuple(f".{end}" for end in wanted))]
     if not found and not tied:
@@ -183,21 +184,29 @@ def _stamp(name: str, file: Path) -> FileStamp:
         raise ModelError(f"{name}: {file.name} cannot be read: {error.strerror}") from error
 
 
-def _tensor_files(name: str, source: Path | str) -> dict[str, Path]:
-    """Tensor -> file of a checkpoint, sharded or not."""
-    index = _file_of(name, source, _INDEX, missing_is_none=True)
-    if index is None:
-        single = _file_of(name, source, _SINGLE)
-        with _opened(name, single) as file:
-            return dict.fromkeys(file.keys(), single)
-    weights = _read_json(name, index).get("weight_map")
+def _tensor_files(name: str, source: Path | str, config: dict[str, Any]) -> dict[str, Path]:
+    """Tensor -> file of a checkpoint, sharded or not: of those that transformers loads where there are several."""
+    chosen = config.get("transformers_weights")
+    named = (_SINGLE, _INDEX) if chosen is None else (_beside(name, "config.json", chosen),)
+    there = (_file_of(name, source, each, missing_is_none=True) for each in named)
+    # Where nothing is there, the error names the first.
+    found = next((path for path in there if path is not None), None) or _file_of(name, source, named[0])
+    if found.suffix != ".json":
+        with _opened(name, found) as file:
+            return dict.fromkeys(file.keys(), found)
+    weights = _read_json(name, found).get("weight_map")
     if not isinstance(weights, dict) or not all(isinstance(part, str) for part in weights.values()):
-        raise ModelError(f"{name}: {_INDEX} has no map of tensors to files")
-    wanted = {key: part for key, part in weights.items() if key.endswith((*_HEADS, *_TABLES))}
-    for part in wanted.values():
-        if Path(part).name != part:
-            raise ModelError(f"{name}: {_INDEX} names the file {part[:80]!r}, which is not beside it")
+        raise ModelError(f"{name}: {found.name} has no map of tensors to files")
+    wanted = {
+        key: _beside(name, found.name, part) for key, part in weights.items() if key.endswith((*_HEADS, *_TABLES))
+    }
     return {key: _file_of(name, source, part) for key, part in wanted.items()}
+
+
+def _beside(name: str, listing: str, part: Any) -> str:
+    if not isinstance(part, str) or Path(part).name != part:
+        raise ModelError(f"{name}: {listing} names the file {str(part)[:80]!r}, which is not beside it")
+    return part
 
 
 def _file_of(name: str, source: Path | str, file: str, *, missing_is_none: bool = False) -> Any:

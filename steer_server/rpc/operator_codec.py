@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from steering.convert import enum_numbers, writer
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 
 from operators.core.apply import Setting
 from operators.core.dose_curve import DosePoint
@@ -18,16 +19,16 @@ from steer_server.registry import OperatorEntry, StoreChanges
 
 _MAX_MORE_TEXTS = 64 << 10
 """Bytes: the header admits a thousand texts of 65536 tokens each."""
-_RULES = enum_numbers(pb.Rule.DESCRIPTOR)
-_ANCHORS = enum_numbers(pb.Anchor.DESCRIPTOR)
-_FIRST_TOKENS = enum_numbers(pb.FirstToken.DESCRIPTOR)
+_RULES = enum_numbers(sp.Rule.DESCRIPTOR)
+_ANCHORS = enum_numbers(sp.Anchor.DESCRIPTOR)
+_FIRST_TOKENS = enum_numbers(sp.FirstToken.DESCRIPTOR)
 
 _write_operator = writer(ops.Operator, OperatorHeader)
 _write_calibration = writer(ops.Calibration, Calibration)
 _write_point = writer(ops.CalibrationPoint, CalibrationPoint)
 _write_held_out = writer(ops.HeldOut, HeldOut)
 _write_dose = writer(ops.DosePoint, DosePoint)
-_write_positions = writer(pb.Positions, Positions)
+_write_positions = writer(sp.Positions, Positions)
 _write_store_changes = writer(ops.ReloadOperatorsResponse, StoreChanges)
 
 

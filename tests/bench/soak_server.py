@@ -183,7 +183,7 @@ def main() -> None:
     start = command.ENGINES["vllm"]
 
     async def started(*options: Any) -> Any:
-        engine = await start(*options)
+        engine, files = await start(*options)
         telling: set[asyncio.Task[None]] = set()
 
         async def tell() -> None:
@@ -192,7 +192,7 @@ def main() -> None:
         asyncio.get_running_loop().add_signal_handler(
             signal.SIGUSR1, lambda: telling.add(asyncio.get_running_loop().create_task(tell()))
         )
-        return engine
+        return engine, files
 
     command.ENGINES["vllm"] = started
     command.app()

@@ -21,28 +21,29 @@ from steer_client import _encode as encode
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 
 DIGEST = "sha256:" + "1a2b3c4d" * 8
 
 
 RECOMMENDED = {
     "strength": 0.55,
-    "rule": pb.RULE_CUMULATIVE,
+    "rule": sp.RULE_CUMULATIVE,
     "blend": 0.0,
-    "positions": pb.Positions(part=pb.Positions.PART_ALL),
-    "anchor": pb.ANCHOR_CONTRAST,
-    "first_token": pb.FIRST_TOKEN_OPERATOR,
+    "positions": sp.Positions(part=sp.Positions.PART_ALL),
+    "anchor": sp.ANCHOR_CONTRAST,
+    "first_token": sp.FIRST_TOKEN_OPERATOR,
 }
 
 
-def sent(use: OperatorUse) -> pb.OperatorUse:
+def sent(use: OperatorUse) -> sp.OperatorUse:
     """The use of an operator as the client sends it."""
     return encode.generate_request("", [use], SamplingParams(), "").operators[0]
 
 
-def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> pb.Receipt:
+def make_receipt(operator: str | sp.OperatorUse = "golden-gate", **changes) -> sp.Receipt:
     """The truth about one use of an operator alone at its layer in the text of make_response, but for `changes`."""
-    use = pb.OperatorUse(name=operator) if isinstance(operator, str) else operator
+    use = sp.OperatorUse(name=operator) if isinstance(operator, str) else operator
     asked = {field.name: value for field, value in use.ListFields() if field.name in RECOMMENDED}
     values = {
         "operator": use.name,
@@ -62,11 +63,11 @@ def make_receipt(operator: str | pb.OperatorUse = "golden-gate", **changes) -> p
     values |= changes
     if values["strength"] != 0 and values.get("prompt_tokens_steered", 0) + values.get("generated_tokens_steered", 0):
         values = {"positions_checked": 1, "worst_cosine": 0.99997} | values
-    return pb.Receipt(**values)
+    return sp.Receipt(**values)
 
 
 def make_response(
-    text: str = "one two", *, operators: Iterable[str | pb.OperatorUse] = (), **changes
+    text: str = "one two", *, operators: Iterable[str | sp.OperatorUse] = (), **changes
 ) -> pb.GenerateResponse:
     receipts = [make_receipt(use) for use in operators]
     # All at one layer, so they share its bound.
@@ -244,7 +245,7 @@ class _Operators(operators_pb2_grpc.OperatorServiceServicer):
 
     def GetOperator(self, request, context):  # noqa: N802
         self.fake.unary(request, context)
-        default = ops.Operator(name=request.name, recommended_rule=pb.RULE_CUMULATIVE)
+        default = ops.Operator(name=request.name, recommended_rule=sp.RULE_CUMULATIVE)
         return ops.GetOperatorResponse(operator=self.fake.operator or default)
 
     def ReloadOperators(self, request, context):  # noqa: N802

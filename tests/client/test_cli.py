@@ -15,6 +15,7 @@ from steer_client._cli.formatting import escape_controls, format_number, short_d
 from steer_client._cli.side_by_side import SideBySide
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -105,13 +106,13 @@ def test_what_json_cannot_say_is_null(steer, fake, make):
 
 def test_every_option_reaches_the_server(steer, fake, make):
     uses = [
-        pb.OperatorUse(name="a", strength=-0.5, rule=pb.RULE_SUBSTITUTE),
-        pb.OperatorUse(name="b", strength=0.25, blend=1.0, rule=pb.RULE_SUBSTITUTE),
-        pb.OperatorUse(
+        sp.OperatorUse(name="a", strength=-0.5, rule=sp.RULE_SUBSTITUTE),
+        sp.OperatorUse(name="b", strength=0.25, blend=1.0, rule=sp.RULE_SUBSTITUTE),
+        sp.OperatorUse(
             name="c",
             strength=0.5,
-            rule=pb.RULE_SUBSTITUTE,
-            positions=pb.Positions(part=pb.Positions.PART_ALL, start=0, end=8),
+            rule=sp.RULE_SUBSTITUTE,
+            positions=sp.Positions(part=sp.Positions.PART_ALL, start=0, end=8),
         ),
     ]
     fake.response = make.response(operators=uses)

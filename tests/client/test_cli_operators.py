@@ -11,6 +11,7 @@ from steer_client._cli.side_by_side import SideBySide
 from steer_client._results import ArmDelta, TextDelta
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 from typer.testing import CliRunner
 
 DIGEST = "sha256:" + "1a2b3c4d" * 8
@@ -47,7 +48,7 @@ def _operator(**fields):
         "recommended_strength": 0.4,
         "recommended_blend": 0.5,
         "recommended_rule": 1,
-        "recommended_positions": pb.Positions(part=pb.Positions.PART_GENERATED, end=4),
+        "recommended_positions": sp.Positions(part=sp.Positions.PART_GENERATED, end=4),
         "calibration": calibration,
         "model_dtype": "bfloat16",
         "digest": DIGEST,
@@ -145,12 +146,12 @@ def test_an_unusable_operator_is_shown_with_its_problem_alone(steer, fake):
         ),
         (
             "golden-gate",
-            ONE | {"positions": pb.Positions(end=1)},
+            ONE | {"positions": sp.Positions(end=1)},
             "strength 0.55, blend 0, cumulative, positions first (recommended): 1 prompt",
         ),
         (
             "golden-gate=0.3",
-            ONE | {"positions": pb.Positions(end=1)},
+            ONE | {"positions": sp.Positions(end=1)},
             "positions first (recommended rule and blend and positions): 1 prompt",
         ),
     ],

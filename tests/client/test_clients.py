@@ -19,12 +19,13 @@ from steer_client import (
 )
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 
 
 def test_a_request_arrives_as_it_was_asked(fake, make, generate):
     sent = [
-        pb.OperatorUse(name="golden-gate", strength=0.4, rule=pb.RULE_SUBSTITUTE, blend=0.5),
-        pb.OperatorUse(name="baseball"),
+        sp.OperatorUse(name="golden-gate", strength=0.4, rule=sp.RULE_SUBSTITUTE, blend=0.5),
+        sp.OperatorUse(name="baseball"),
     ]
     fake.response = make.response(operators=sent)
     result = generate(

@@ -24,6 +24,7 @@ from steer_client import _decode as decode
 from steer_client import _encode as encode
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
 NUMBERS = st.floats(allow_nan=False)
@@ -102,15 +103,15 @@ def test_zero_is_not_unset():
     )
 )
 def test_an_operators_value_is_on_the_wire_exactly_when_it_is_set(use):
-    sent = pb.OperatorUse.FromString(request(operators=[use]).operators[0].SerializeToString())
+    sent = sp.OperatorUse.FromString(request(operators=[use]).operators[0].SerializeToString())
     assert sent.name == use.name
     assert (sent.strength if sent.HasField("strength") else None) == use.strength
     assert (sent.blend if sent.HasField("blend") else None) == use.blend
     names = {None: "RULE_UNSPECIFIED", "cumulative": "RULE_CUMULATIVE", "substitute": "RULE_SUBSTITUTE"}
-    assert pb.Rule.Name(sent.rule) == names[use.rule]
+    assert sp.Rule.Name(sent.rule) == names[use.rule]
     assert sent.HasField("positions") == (use.positions is not None)
     if use.positions is not None:
-        part, end = pb.Positions.Part.Name(sent.positions.part), sent.positions.end
+        part, end = sp.Positions.Part.Name(sent.positions.part), sent.positions.end
         found = (
             part.removeprefix("PART_").lower(),
             sent.positions.start,
@@ -252,12 +253,12 @@ def told(message: Message, name: str):
     if name == "finish_reason":
         return FinishReason(pb.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
     if name == "part":
-        return pb.Positions.Part.Name(value).removeprefix("PART_").lower()
+        return sp.Positions.Part.Name(value).removeprefix("PART_").lower()
     if name.removeprefix("recommended_") in ("anchor", "first_token"):
-        enum = {"anchor": pb.Anchor, "first_token": pb.FirstToken}[name.removeprefix("recommended_")]
+        enum = {"anchor": sp.Anchor, "first_token": sp.FirstToken}[name.removeprefix("recommended_")]
         return enum.Name(value).removeprefix(f"{name.removeprefix('recommended_').upper()}_").lower()
     if name in ("rule", "recommended_rule"):
-        return pb.Rule.Name(value).removeprefix("RULE_").lower()
+        return sp.Rule.Name(value).removeprefix("RULE_").lower()
     if name == "created":
         return value.ToDatetime(UTC)
     if isinstance(value, Message) and value.DESCRIPTOR.full_name == "google.protobuf.Duration":

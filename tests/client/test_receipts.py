@@ -5,6 +5,7 @@ from math import inf, nan, nextafter
 import pytest
 from steer_client import ALL_POSITIONS, OperatorUse, Positions, SteeringNotAppliedError
 from steering.v1 import generation_pb2 as pb
+from steering.v1 import steering_pb2 as sp
 
 # Every choice made, every choice left open, and a plan that is to change nothing.
 SET = OperatorUse("golden-gate", 0.4, "substitute", 0.5, ALL_POSITIONS, "contrast", "anchor")
@@ -35,12 +36,12 @@ FORGED = {
     "strength nan": (SET, {"strength": nan}, "says strength nan, asked for was 0.4"),
     "strength 0 instead": (SET, {"strength": 0} | IDLE, "says strength 0.0, asked for was 0.4"),
     "a strength instead of 0": (ZERO, {"strength": 0.55}, "says strength 0.55, asked for was 0.0"),
-    "another rule": (SET, {"rule": pb.RULE_CUMULATIVE}, "says rule cumulative, asked for was substitute"),
+    "another rule": (SET, {"rule": sp.RULE_CUMULATIVE}, "says rule cumulative, asked for was substitute"),
     "another blend": (SET, {"blend": 0}, "says blend 0.0, asked for was 0.5"),
-    "another anchor": (SET, {"anchor": pb.ANCHOR_CONCEPT}, "says anchor concept, asked for was contrast"),
+    "another anchor": (SET, {"anchor": sp.ANCHOR_CONCEPT}, "says anchor concept, asked for was contrast"),
     "the operator at the first token": (
         SET,
-        {"first_token": pb.FIRST_TOKEN_OPERATOR},
+        {"first_token": sp.FIRST_TOKEN_OPERATOR},
         "says first_token operator, asked for was anchor",
     ),
     "blend recommended, but set": (SET, {"defaulted": ["blend"]}, "says that blend took .* unset was nothing"),
@@ -108,7 +109,11 @@ FORGED = {
     "a token steered at 0": (ZERO, {"generated_tokens_steered": 1}, r"says 0 prompt \+ 1 .* expected were 0 \+ 0"),
     "a cached token at 0": (ZERO, cached(0, 6), r"says 0 prompt \(6 more cached\) \+ 0 .* expected were 0 \+ 0"),
     "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says dose mean 0.1, max 0.0 at strength 0.0, expected was 0"),
-    "another range": (FIRST, ONE | {"positions": pb.Positions(end=2)}, r"says positions \.\.2, asked for was first"),
+    "another range": (
+        FIRST,
+        ONE | {"positions": sp.Positions(end=2)},
+        r"says positions \.\.2, asked for was first",
+    ),
     "every position": (FIRST, {"positions": None}, "says positions all, asked for was first"),
     "positions recommended, but set": (
         FIRST,
@@ -154,7 +159,7 @@ TRUE = {
     "the first token": (FIRST, ONE),
     "the first token cached": (FIRST, IDLE | cached(0, 1)),
     "what was generated": (LATE, {"prompt_tokens_steered": 0}),
-    "recommended positions": (OPEN, ONE | {"positions": pb.Positions(end=1)}),
+    "recommended positions": (OPEN, ONE | {"positions": sp.Positions(end=1)}),
     "the same dose everywhere": (SET, {"mean_dose": 0.2}),
     "a dose rounded up in bfloat16": (SET, {"max_dose": 0.205}),
     "a dose rounded down in bfloat16": (SET, {"mean_dose": 0.195}),
@@ -266,7 +271,7 @@ def test_operators_at_one_layer_share_a_bound_and_those_at_another_have_their_ow
 
 def test_the_operator_whose_receipt_is_forged_is_named(fake, make, any_call):
     uses = [OperatorUse("golden-gate"), OperatorUse("baseball", 0.2)]
-    fake.steered = make.response(operators=["golden-gate", pb.OperatorUse(name="baseball", strength=0.3)])
+    fake.steered = make.response(operators=["golden-gate", sp.OperatorUse(name="baseball", strength=0.3)])
     with pytest.raises(SteeringNotAppliedError, match=r"asked: baseball: the receipt says strength 0\.3"):
         any_call(fake.target, operators=uses)
 
@@ -299,7 +304,7 @@ def test_a_plain_text_that_comes_back_steered_is_refused(fake, make, any_call):
 
 def test_every_arm_of_a_comparison_owes_its_receipts(fake, make, compare):
     arms = {"weak": [OperatorUse("golden-gate", 0.1)], "strong": [OperatorUse("golden-gate", 0.9)]}
-    weak = make.response("one more", operators=[pb.OperatorUse(name="golden-gate", strength=0.1)])
+    weak = make.response("one more", operators=[sp.OperatorUse(name="golden-gate", strength=0.1)])
     fake.events = make.comparison(make.response(), {"weak": weak, "strong": weak})
     with pytest.raises(SteeringNotAppliedError, match=r"says strength 0\.1, asked for was 0\.9"):
         compare(fake.target, arms=arms)

@@ -16,11 +16,12 @@ from steer_client import _encode as encode
 from steer_client._cli.summaries import comparison_lines, receipt_line, steering_title
 from steer_client._receipts import check_receipts
 from steering.v1 import generation_pb2 as pb
+from steering.v1 import steering_pb2 as sp
 
 LENS_DIGEST = "sha256:" + "9" * 64
 
 
-def sent(use) -> pb.OperatorUse:
+def sent(use) -> sp.OperatorUse:
     """As the client sends it."""
     return encode.generate_request("", [use], SamplingParams(), "").operators[0]
 
@@ -42,7 +43,7 @@ def checked(make):
 
 
 def _receipt(make, use, **changes):
-    words = [pb.SteeredWord(text=word.text, weight=word.weight, token_ids=[7, 9]) for word in use.words]
+    words = [sp.SteeredWord(text=word.text, weight=word.weight, token_ids=[7, 9]) for word in use.words]
     values = {"words": words, "lens_digest": LENS_DIGEST, **changes}
     if use.kl is not None:
         values = {"kl": use.kl, "defaulted": ["rule", "blend", "positions", "anchor", "first_token"], **values}
@@ -50,7 +51,7 @@ def _receipt(make, use, **changes):
 
 
 def test_a_word_is_the_use_of_a_lens():
-    assert sent(Word("coffee")) == pb.OperatorUse(name="lens", words=[pb.WeightedWord(text="coffee", weight=1)])
+    assert sent(Word("coffee")) == sp.OperatorUse(name="lens", words=[sp.WeightedWord(text="coffee", weight=1)])
     use = Words({"ocean": 1, "storm": -0.5}, kl=0.75, positions=Positions(start=1), lens="other")
     assert (use.name, use.strength, use.kl, str(use.positions)) == ("other", None, 0.75, "1..")
     assert use.words == (WeightedWord("ocean", 1), WeightedWord("storm", -0.5))
@@ -98,7 +99,7 @@ def test_the_receipt_of_a_word_names_tokens_lens_and_budget(checked):
     receipt = checked(Word("coffee", kl=0.5))
     assert [(word.text, word.weight, word.token_ids) for word in receipt.words] == [("coffee", 1.0, (7, 9))]
     assert (receipt.lens_digest, receipt.kl) == (LENS_DIGEST, 0.5)
-    assert checked(Word(" coffee ", 0.5), words=[pb.SteeredWord(text="coffee", weight=1, token_ids=[7])]).kl is None
+    assert checked(Word(" coffee ", 0.5), words=[sp.SteeredWord(text="coffee", weight=1, token_ids=[7])]).kl is None
     # A lens has a budget of its own.
     assert checked(Word("coffee"), kl=0.5).kl == 0.5
     assert checked(Word("coffee")).kl is None
@@ -108,9 +109,17 @@ def test_the_receipt_of_a_word_names_tokens_lens_and_budget(checked):
     ("use", "changes", "problem"),
     [
         (Word("coffee"), {"words": []}, "words none, asked for were 'coffee' × 1"),
-        (Word("coffee"), {"words": [pb.SteeredWord(text="tea", weight=1, token_ids=[7])]}, "words 'tea' × 1"),
-        (Word("coffee"), {"words": [pb.SteeredWord(text="coffee", weight=-1, token_ids=[7])]}, "'coffee' × -1"),
-        (Word("coffee"), {"words": [pb.SteeredWord(text="coffee", weight=1)]}, "lacks the lens or the tokens"),
+        (Word("coffee"), {"words": [sp.SteeredWord(text="tea", weight=1, token_ids=[7])]}, "words 'tea' × 1"),
+        (
+            Word("coffee"),
+            {"words": [sp.SteeredWord(text="coffee", weight=-1, token_ids=[7])]},
+            "'coffee' × -1",
+        ),
+        (
+            Word("coffee"),
+            {"words": [sp.SteeredWord(text="coffee", weight=1)]},
+            "lacks the lens or the tokens",
+        ),
         (Word("coffee"), {"lens_digest": ""}, "lacks the lens or the tokens"),
         (Word("coffee", digest="sha256:0"), {}, f"says digest {LENS_DIGEST}, asked for was sha256:0"),
         (Word("coffee", kl=0.5), {"kl": 0.6}, "p95 KL of 0.6, asked for was 0.5"),

@@ -84,3 +84,17 @@ async def test_no_request_passes_on_an_hf_engine_that_steers_otherwise(smollm, r
     engine = HFEngine(smollm(), max_queue=4)
     await _check(engine, rows, mutated.choose)
     await engine.close()
+
+
+@pytest.mark.model
+@pytest.mark.vllm
+async def test_no_request_passes_on_a_vllm_engine_that_steers_otherwise(vllm_engine, rows, tmp_path, monkeypatch):
+    from steer_server.engine.vllm import engine_config
+    from tests.contract.mutated_worker import CHOSEN
+
+    # In a process of its own, which knows this one's environment.
+    chosen = tmp_path / "mutation"
+    chosen.write_text("")
+    monkeypatch.setenv(CHOSEN, str(chosen))
+    monkeypatch.setattr(engine_config, "WORKER", "tests.contract.mutated_worker.MutatedWorker")
+    await _check(await vllm_engine(max_num_seqs=8), rows, chosen.write_text)

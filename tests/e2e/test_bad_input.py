@@ -31,6 +31,7 @@ from steer_client import (
 )
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc, operators_pb2
+from steering.v1 import steering_pb2 as sp
 
 BIN = Path(sys.executable).parent
 GOLDEN = [OperatorUse("golden", 0.5)]
@@ -182,7 +183,7 @@ def test_an_unknown_operator_is_named_and_the_known_ones_are_listed(client, name
 def test_a_rule_of_a_later_contract_is_refused_by_its_number(server):
     with grpc.insecure_channel(server.target) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        use = pb.OperatorUse(name="golden", rule=9)
+        use = sp.OperatorUse(name="golden", rule=9)
         with pytest.raises(grpc.RpcError) as caught:
             stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="x"), operators=[use]), timeout=10)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

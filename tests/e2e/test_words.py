@@ -19,6 +19,7 @@ from steer_client import (
 )
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc
+from steering.v1 import steering_pb2 as sp
 
 from operators.core.dose_curve import DoseCurve, DosePoint
 from operators.core.header import Recommended
@@ -27,7 +28,7 @@ from operators.core.store import Store
 
 BIN = Path(sys.executable).parent
 SHORT = SamplingParams(max_tokens=6, ignore_eos=True)
-BRIDGE = pb.WeightedWord(text="bridge")
+BRIDGE = sp.WeightedWord(text="bridge")
 
 
 @pytest.fixture
@@ -136,22 +137,28 @@ def test_the_command_says_what_is_wrong(lens, steer, arguments, code, says):
 @pytest.mark.parametrize(
     ("use", "field"),
     [
-        (pb.OperatorUse(words=[pb.WeightedWord(text="x" * 65)]), "words[0].text"),
-        (pb.OperatorUse(words=[pb.WeightedWord(text="")]), "words[0].text"),
-        (pb.OperatorUse(words=[BRIDGE] * 17), "words"),
-        (pb.OperatorUse(words=[BRIDGE] * 2), "words"),
-        (pb.OperatorUse(words=[pb.WeightedWord(text="bridge", weight=float("nan"))]), "words[0].weight"),
-        (pb.OperatorUse(words=[pb.WeightedWord(text="bridge", weight=float("inf"))]), "words[0].weight"),
-        (pb.OperatorUse(words=[pb.WeightedWord(text="bridge", weight=0)]), "words"),
-        (pb.OperatorUse(words=[pb.WeightedWord(text="\x00\t")]), "words"),
-        (pb.OperatorUse(words=[BRIDGE], kl=0), "kl"),
-        (pb.OperatorUse(words=[BRIDGE], kl=float("nan")), "kl"),
-        (pb.OperatorUse(words=[BRIDGE], kl=-1), "kl"),
-        (pb.OperatorUse(words=[BRIDGE], kl=0.5, strength=0.5), "kl"),
-        (pb.OperatorUse(words=[BRIDGE], kl=1e-300), "kl"),
-        (pb.OperatorUse(name="golden", words=[BRIDGE]), "words"),
-        (pb.OperatorUse(name="lens"), "words"),
-        (pb.OperatorUse(words=[BRIDGE], positions=pb.Positions(start=3)), "strength"),
+        (sp.OperatorUse(words=[sp.WeightedWord(text="x" * 65)]), "words[0].text"),
+        (sp.OperatorUse(words=[sp.WeightedWord(text="")]), "words[0].text"),
+        (sp.OperatorUse(words=[BRIDGE] * 17), "words"),
+        (sp.OperatorUse(words=[BRIDGE] * 2), "words"),
+        (
+            sp.OperatorUse(words=[sp.WeightedWord(text="bridge", weight=float("nan"))]),
+            "words[0].weight",
+        ),
+        (
+            sp.OperatorUse(words=[sp.WeightedWord(text="bridge", weight=float("inf"))]),
+            "words[0].weight",
+        ),
+        (sp.OperatorUse(words=[sp.WeightedWord(text="bridge", weight=0)]), "words"),
+        (sp.OperatorUse(words=[sp.WeightedWord(text="\x00\t")]), "words"),
+        (sp.OperatorUse(words=[BRIDGE], kl=0), "kl"),
+        (sp.OperatorUse(words=[BRIDGE], kl=float("nan")), "kl"),
+        (sp.OperatorUse(words=[BRIDGE], kl=-1), "kl"),
+        (sp.OperatorUse(words=[BRIDGE], kl=0.5, strength=0.5), "kl"),
+        (sp.OperatorUse(words=[BRIDGE], kl=1e-300), "kl"),
+        (sp.OperatorUse(name="golden", words=[BRIDGE]), "words"),
+        (sp.OperatorUse(name="lens"), "words"),
+        (sp.OperatorUse(words=[BRIDGE], positions=sp.Positions(start=3)), "strength"),
     ],
 )
 def test_the_server_names_the_field_of_what_it_refuses(lens, server, use, field):

@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from steering.convert import FieldError, Reader, reader
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators
+from steering.v1 import steering_pb2 as sp
 
 from steer_client import _results as results
 from steer_client import _store as store
@@ -107,7 +108,7 @@ def _lacks(message: Message, field: str) -> ProtocolError:
 
 def _unknown(message: Message, field: str, number: int) -> ProtocolError:
     what = field.replace("_", " ")
-    if isinstance(message, pb.Receipt):
+    if isinstance(message, sp.Receipt):
         what += f" in the receipt of {message.operator!r}"
     elif isinstance(message, operators.Operator):
         what += f" of {message.name!r}"

@@ -135,7 +135,7 @@ class EngineFailedError(SteerError):
 class ServerUnavailableError(SteerError):
     """Nobody answers at the target, or the server is going away.
 
-    `is_unsent`: the request has reached no server, or the server has refused it, so that it can be sent again.
+    `is_unsent`: no connection could be made, so that the request has reached nobody.
     """
 
     default_code = grpc.StatusCode.UNAVAILABLE

@@ -72,7 +72,7 @@ def translate_error(error: grpc.RpcError, *, target: str, timeout: float | None 
     if issubclass(kind, errors.ServerBusyError):
         return kind(message, retry_after=details.retry_after, **status)
     if issubclass(kind, errors.ServerUnavailableError):
-        is_unsent = details.reason == "SHUTTING_DOWN" or "failed to connect to" in text.lower()
+        is_unsent = not details.reason and "failed to connect to" in text.lower()
         return kind(message, is_unsent=is_unsent, **status)
     return kind(message, **status)
 

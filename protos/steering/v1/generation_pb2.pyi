@@ -31,23 +31,6 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from steering.v1 import steering_pb2 as _steering_pb2
-from steering.v1.steering_pb2 import ANCHOR_CONCEPT as ANCHOR_CONCEPT
-from steering.v1.steering_pb2 import ANCHOR_CONTRAST as ANCHOR_CONTRAST
-from steering.v1.steering_pb2 import ANCHOR_UNSPECIFIED as ANCHOR_UNSPECIFIED
-from steering.v1.steering_pb2 import Anchor as Anchor
-from steering.v1.steering_pb2 import FIRST_TOKEN_ANCHOR as FIRST_TOKEN_ANCHOR
-from steering.v1.steering_pb2 import FIRST_TOKEN_OPERATOR as FIRST_TOKEN_OPERATOR
-from steering.v1.steering_pb2 import FIRST_TOKEN_UNSPECIFIED as FIRST_TOKEN_UNSPECIFIED
-from steering.v1.steering_pb2 import FirstToken as FirstToken
-from steering.v1.steering_pb2 import OperatorUse as OperatorUse
-from steering.v1.steering_pb2 import Positions as Positions
-from steering.v1.steering_pb2 import RULE_CUMULATIVE as RULE_CUMULATIVE
-from steering.v1.steering_pb2 import RULE_SUBSTITUTE as RULE_SUBSTITUTE
-from steering.v1.steering_pb2 import RULE_UNSPECIFIED as RULE_UNSPECIFIED
-from steering.v1.steering_pb2 import Receipt as Receipt
-from steering.v1.steering_pb2 import Rule as Rule
-from steering.v1.steering_pb2 import SteeredWord as SteeredWord
-from steering.v1.steering_pb2 import WeightedWord as WeightedWord
 import builtins as _builtins
 import sys
 import typing as _typing

@@ -24,10 +24,6 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from steering.v1 import generation_pb2 as steering_dot_v1_dot_generation__pb2
-try:
-  steering_dot_v1_dot_steering__pb2 = steering_dot_v1_dot_generation__pb2.steering_dot_v1_dot_steering__pb2
-except AttributeError:
-  steering_dot_v1_dot_steering__pb2 = steering_dot_v1_dot_generation__pb2.steering.v1.steering_pb2
 from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
 
 

@@ -33,6 +33,7 @@ from steer_server.engine.vllm.self_test import (
 )
 from steer_server.engine.vllm.start_problem import problem_file, read_problem
 from steer_server.engine.vllm.transfer import OperatorSender
+from steer_server.engine.vllm.weight_files import check_same_weights
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 from steer_server.errors import StartupError
 from steer_server.types import Application, ModelInfo, SteeringPlan
@@ -66,6 +67,7 @@ async def boot_vllm(
         StartupError: an option that is not accepted, an engine that does not come up, or one that does not steer.
     """
     config, constructor_options = make_engine_config(source, dtype, engine_args, operator_memory)
+    check_same_weights(source, config.load_config)
     prompt = text_ids(loaded.tokenizer, _PROMPT)[:_MAX_PROMPT]
     tolerance = logprob_tolerance(config)
     expected = None if tolerance is None else await asyncio.to_thread(transformers_logprobs, loaded, prompt)

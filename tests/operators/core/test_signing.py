@@ -192,6 +192,7 @@ def test_every_field_is_tried():
         lambda artifact: {"factors": artifact.factors[:1]},
         lambda artifact: {"digest": f"sha256:{'0' * 64}"},
         lambda artifact: {"header_json": artifact.header_json.replace("a concept", "another")},
+        lambda artifact: {"header": artifact.header.model_copy(update={"recommended": Recommended(strength=0.1)})},
         lambda artifact: {"header_json": artifact.header_json.replace("true", "1").replace(":2,", ":-2,")},
     ],
 )

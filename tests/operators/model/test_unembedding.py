@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from operators.core.errors import ModelError
-from operators.model.loading import local_files
+from operators.model.checkpoint_files import CheckpointFiles
+from operators.model.loading import load_model
 from operators.model.unembedding import find_unembedding, loaded_unembedding
 
 
@@ -81,6 +82,7 @@ def test_an_index_cannot_name_files_elsewhere(tiny, tmp_path, part):
     _save(tiny("llama", dtype="float32", fresh=True), tmp_path)
     index = {"weight_map": {"lm_head.weight": part}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="which is not beside it"):
         find_unembedding(str(tmp_path))
 
@@ -106,8 +108,34 @@ def test_rows_of_a_file_that_was_changed_are_refused(tiny_directory, tmp_path):
 
 def test_a_model_whose_files_are_no_longer_those_that_are_served_has_no_rows(tiny_directory, tmp_path):
     directory = shutil.copytree(tiny_directory("llama"), tmp_path / "model")
-    files = local_files(str(directory))
+    files = CheckpointFiles.of(directory)
     assert find_unembedding(str(directory), files).vocabulary == 320
     _write_again(directory)
     with pytest.raises(ModelError, match="was changed after the model began to load"):
         find_unembedding(str(directory), files)
+
+
+@pytest.mark.parametrize("how", ["an index beside it", "another file by the configuration"])
+def test_of_two_checkpoints_the_one_is_read_that_the_model_is_loaded_from(tiny, tmp_path, how):
+    loaded = tiny("llama", dtype="float32", fresh=True)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    _save(loaded, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    other = {name: tensor + 1.0 for name, tensor in tensors.items()}
+    save_file(other, tmp_path / "other.safetensors", {"format": "pt"})
+    if how == "an index beside it":
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "other.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    again = load_model(str(tmp_path))
+    assert torch.equal(find_unembedding(str(tmp_path)).rows([7]), again.model.lm_head.weight[[7]])
+
+
+def test_rows_are_those_of_the_files_whatever_the_name_means_now(tiny_directory, tmp_path):
+    served, newer = (shutil.copytree(tiny_directory("llama"), tmp_path / name) for name in ("served", "newer"))
+    files = CheckpointFiles.of(served)
+    tensors = load_file(newer / "model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, newer / "model.safetensors", {"format": "pt"})
+    assert find_unembedding(str(newer), files).file.parent == served

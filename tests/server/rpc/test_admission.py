@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 
 from steer_server import types
 from steer_server.errors import InvalidRequestError, PromptTooLongError
@@ -71,9 +72,13 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
     ("method", "message", "field"),
     [
         (GENERATE, request(request_id="x" * 10**6), "request_id"),
-        (GENERATE, request(operators=[pb.OperatorUse()] * 10**5), "operators"),
-        (GENERATE, request(operators=[pb.OperatorUse(name="x" * 10**6)]), "operators[0].name"),
-        (GENERATE, request(operators=[pb.OperatorUse(words=[pb.WeightedWord()] * 10**5)]), "operators[0].words"),
+        (GENERATE, request(operators=[sp.OperatorUse()] * 10**5), "operators"),
+        (GENERATE, request(operators=[sp.OperatorUse(name="x" * 10**6)]), "operators[0].name"),
+        (
+            GENERATE,
+            request(operators=[sp.OperatorUse(words=[sp.WeightedWord()] * 10**5)]),
+            "operators[0].words",
+        ),
         (GENERATE, request(sampling=pb.SamplingParams(stop_strings=["x"] * 10**5)), "sampling.stop_strings"),
         (GENERATE, request(sampling=pb.SamplingParams(stop_strings=["x" * 10**6])), "sampling.stop_strings[0]"),
         (GENERATE, request(sampling=pb.SamplingParams(stop_token_ids=[1] * 10**5)), "sampling.stop_token_ids"),
@@ -85,7 +90,11 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
         ),
         (COMPARE, pb.CompareRequest(arms=[pb.Arm()] * 10**5), "arms"),
         (COMPARE, pb.CompareRequest(arms=[pb.Arm(name="x" * 10**6)]), "arms[0].name"),
-        (COMPARE, pb.CompareRequest(arms=[pb.Arm(operators=[pb.OperatorUse()] * 10**5)]), "arms[0].operators"),
+        (
+            COMPARE,
+            pb.CompareRequest(arms=[pb.Arm(operators=[sp.OperatorUse()] * 10**5)]),
+            "arms[0].operators",
+        ),
         ("/steering.v1.OperatorService/GetOperator", ops.GetOperatorRequest(name="x" * 10**6), "name"),
         ("/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="x" * 10**6), "request"),
         (
@@ -125,7 +134,7 @@ def test_a_text_that_is_no_text_is_refused(admission):
 
 
 def test_a_field_of_a_later_contract_is_refused_and_not_left_out(admission):
-    use = pb.OperatorUse(name="golden").SerializeToString() + bytes((99 << 3 & 0x7F | 0x80, 99 >> 4, 1))
+    use = sp.OperatorUse(name="golden").SerializeToString() + bytes((99 << 3 & 0x7F | 0x80, 99 >> 4, 1))
     data = request().SerializeToString() + bytes((0x22, len(use))) + use
     with pytest.raises(InvalidRequestError, match="number 99, which OperatorUse does not have") as caught:
         admission.read(GENERATE, data, pb.GenerateRequest.FromString)

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from steering.v1 import generation_pb2 as pb
+from steering.v1 import steering_pb2 as sp
 
 from operators.core.apply import Setting
 from operators.core.positions import Positions
@@ -28,7 +29,7 @@ from steer_server.types import (
 )
 
 _TEXT = pb.Prompt(text="hello")
-_RULES = {pb.RULE_CUMULATIVE: "cumulative", pb.RULE_SUBSTITUTE: "substitute"}
+_RULES = {sp.RULE_CUMULATIVE: "cumulative", sp.RULE_SUBSTITUTE: "substitute"}
 
 
 def _request(**fields):
@@ -193,32 +194,32 @@ def test_a_request_id_is_kept_to_its_limit():
 
 
 def test_an_operator_of_which_only_the_name_is_set_leaves_the_rest_to_the_artifact():
-    (use,) = codec.generation_request(_request(operators=[pb.OperatorUse(name="g")])).operators
+    (use,) = codec.generation_request(_request(operators=[sp.OperatorUse(name="g")])).operators
     assert use == OperatorUse("g", None, None, None)
 
 
 def test_an_operators_explicit_zeros_survive():
-    (use,) = codec.generation_request(_request(operators=[pb.OperatorUse(name="g", strength=0, blend=0)])).operators
+    (use,) = codec.generation_request(_request(operators=[sp.OperatorUse(name="g", strength=0, blend=0)])).operators
     assert use == OperatorUse("g", 0.0, None, 0.0)
 
 
 @pytest.mark.parametrize(("number", "rule"), _RULES.items())
 def test_every_rule_maps_there_and_back(number, rule):
-    (use,) = codec.generation_request(_request(operators=[pb.OperatorUse(name="g", rule=number)])).operators
+    (use,) = codec.generation_request(_request(operators=[sp.OperatorUse(name="g", rule=number)])).operators
     assert use.rule == rule
     receipt = replace(_completion().receipts[0], rule=rule)
     assert codec.completion(_completion(receipts=(receipt,))).receipts[0].rule == number
 
 
 def test_no_rule_of_the_contract_is_forgotten():
-    assert set(pb.Rule.values()) == {pb.RULE_UNSPECIFIED, *_RULES}
+    assert set(sp.Rule.values()) == {sp.RULE_UNSPECIFIED, *_RULES}
 
 
 def test_an_unknown_rule_is_refused_by_its_name():
     with pytest.raises(InvalidRequestError, match="RULE_CUMULATIVE, RULE_SUBSTITUTE") as caught:
-        codec.generation_request(_request(operators=[pb.OperatorUse(name="a"), pb.OperatorUse(name="b", rule=7)]))
+        codec.generation_request(_request(operators=[sp.OperatorUse(name="a"), sp.OperatorUse(name="b", rule=7)]))
     assert caught.value.field == "operators[1].rule"
-    arms = [pb.Arm(name="x", operators=[pb.OperatorUse(name="a", rule=-3)])]
+    arms = [pb.Arm(name="x", operators=[sp.OperatorUse(name="a", rule=-3)])]
     with pytest.raises(InvalidRequestError) as caught:
         codec.compare_request(pb.CompareRequest(prompt=_TEXT, arms=arms))
     assert caught.value.field == "arms[0].operators[0].rule"
@@ -237,7 +238,7 @@ def test_an_operators_value_out_of_range_is_refused_by_the_registry(name, value,
     Store(tmp_path).save("g", artifact)
     registry = Registry(Store(tmp_path), model_info, max_bytes=1 << 20, max_dose=1.0)
     (_, use) = codec.generation_request(
-        _request(operators=[pb.OperatorUse(name="g"), pb.OperatorUse(name="g", **{name: value})])
+        _request(operators=[sp.OperatorUse(name="g"), sp.OperatorUse(name="g", **{name: value})])
     ).operators
     with pytest.raises(InvalidRequestError, match=f"{name}: is ") as caught:
         registry.plan((OperatorUse("g"), use))
@@ -245,12 +246,12 @@ def test_an_operators_value_out_of_range_is_refused_by_the_registry(name, value,
 
 
 def test_a_negative_strength_is_accepted():
-    (use,) = codec.generation_request(_request(operators=[pb.OperatorUse(name="g", strength=-0.5)])).operators
+    (use,) = codec.generation_request(_request(operators=[sp.OperatorUse(name="g", strength=-0.5)])).operators
     assert Setting(use.strength, "cumulative", 0.0).strength == -0.5
 
 
 def test_a_comparison_is_scored_unless_it_says_no():
-    arms = [pb.Arm(name="x", operators=[pb.OperatorUse(name="g")])]
+    arms = [pb.Arm(name="x", operators=[sp.OperatorUse(name="g")])]
     assert codec.compare_request(pb.CompareRequest(prompt=_TEXT, arms=arms)).score is True
     assert codec.compare_request(pb.CompareRequest(prompt=_TEXT, arms=arms, score=False)).score is False
 
@@ -272,16 +273,16 @@ def test_a_completion_crosses_whole():
     assert message.timings.time_to_first_token.ToTimedelta().total_seconds() == 0.5
     assert message.timings.total.ToTimedelta().total_seconds() == 1.75
     (receipt,) = message.receipts
-    assert receipt == pb.Receipt(
+    assert receipt == sp.Receipt(
         operator="g",
         digest="sha256:" + "0" * 64,
         layer=2,
-        rule=pb.RULE_SUBSTITUTE,
+        rule=sp.RULE_SUBSTITUTE,
         strength=-0.5,
         blend=0.25,
-        positions=pb.Positions(part=pb.Positions.PART_GENERATED, start=0, end=5),
-        anchor=pb.ANCHOR_CONTRAST,
-        first_token=pb.FIRST_TOKEN_ANCHOR,
+        positions=sp.Positions(part=sp.Positions.PART_GENERATED, start=0, end=5),
+        anchor=sp.ANCHOR_CONTRAST,
+        first_token=sp.FIRST_TOKEN_ANCHOR,
         prompt_tokens_steered=1,
         generated_tokens_steered=1,
         prompt_tokens_cached=2,

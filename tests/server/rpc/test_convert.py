@@ -7,6 +7,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from steering.convert import FieldError, enum_numbers, oneof_writer, reader, writer
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ class Started:
 
 
 def test_what_is_unset_is_none_or_the_default_or_what_the_field_says():
-    assert reader(pb.OperatorUse, Use)(pb.OperatorUse(name="g")) == Use("g", None, None, 0.25)
-    assert reader(pb.OperatorUse, Use)(pb.OperatorUse(strength=0, blend=0)) == Use("", 0.0, None, 0.0)
+    assert reader(sp.OperatorUse, Use)(sp.OperatorUse(name="g")) == Use("g", None, None, 0.25)
+    assert reader(sp.OperatorUse, Use)(sp.OperatorUse(strength=0, blend=0)) == Use("", 0.0, None, 0.0)
     assert reader(pb.Started, Started)(pb.Started()) == Started("drawn")
     assert reader(pb.Started, Started)(pb.Started(request_id="r")) == Started("r")
 
 
 def test_none_is_left_unset():
-    assert writer(pb.OperatorUse, Use)(Use("g", None, None, 0.0)) == pb.OperatorUse(name="g", blend=0.0)
+    assert writer(sp.OperatorUse, Use)(Use("g", None, None, 0.0)) == sp.OperatorUse(name="g", blend=0.0)
 
 
 def test_an_error_has_the_path_to_its_field_and_the_message_that_has_it():
@@ -113,10 +114,10 @@ def test_what_is_given_stands_beside_the_attributes_and_before_them():
     class Named:
         name: str
 
-    write = writer(pb.OperatorUse, Named)
+    write = writer(sp.OperatorUse, Named)
     given = dict.fromkeys(("blend", "positions", "anchor", "first_token", "kl", "digest"))
-    given |= {"strength": 0.5, "rule": pb.RULE_SUBSTITUTE, "words": ()}
-    assert write(Named("g"), **given) == pb.OperatorUse(name="g", strength=0.5, rule=pb.RULE_SUBSTITUTE)
+    given |= {"strength": 0.5, "rule": sp.RULE_SUBSTITUTE, "words": ()}
+    assert write(Named("g"), **given) == sp.OperatorUse(name="g", strength=0.5, rule=sp.RULE_SUBSTITUTE)
     assert write(Named("g"), name="h", **given).name == "h"
     with pytest.raises(TypeError, match=r"Named has no field for steering\.v1\.OperatorUse\.strength"):
         write(Named("g"))
@@ -145,5 +146,5 @@ def test_accept_sees_every_value_and_says_what_is_written():
 
 
 def test_the_names_of_an_enum_are_without_its_prefix():
-    assert enum_numbers(pb.Rule.DESCRIPTOR) == {"cumulative": 1, "substitute": 2}
+    assert enum_numbers(sp.Rule.DESCRIPTOR) == {"cumulative": 1, "substitute": 2}
     assert enum_numbers(pb.FinishReason.DESCRIPTOR)["stop_string"] == pb.FINISH_REASON_STOP_STRING

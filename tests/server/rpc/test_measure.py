@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from steering.convert import FieldError
 from steering.measure import Limit, LimitError, Measure
 from steering.v1 import generation_pb2 as pb
+from steering.v1 import steering_pb2 as sp
 
 ROOMY = Limit(size=1 << 16, count=1000)
 
@@ -49,7 +50,13 @@ WORDS = pb.CompareRequest(
     request_id="x",
     prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hé")] * 3)),
     sampling=pb.SamplingParams(seed=2**64 - 1, stop_strings=["a", ""], stop_token_ids=[1, 300, -1], temperature=0.5),
-    arms=[pb.Arm(name="a", operators=[pb.OperatorUse(name="b", words=[pb.WeightedWord(text="c", weight=2)] * 2)])] * 2,
+    arms=[
+        pb.Arm(
+            name="a",
+            operators=[sp.OperatorUse(name="b", words=[sp.WeightedWord(text="c", weight=2)] * 2)],
+        )
+    ]
+    * 2,
 )
 
 

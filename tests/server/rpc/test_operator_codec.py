@@ -6,8 +6,8 @@ from datetime import UTC
 import pytest
 from steer_client import SamplingParams
 from steer_client import _decode as decode
-from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
+from steering.v1 import steering_pb2 as sp
 
 from operators.core.dose_curve import DoseCurve, DosePoint
 from operators.core.header import ConceptText, Member, Recommended
@@ -43,7 +43,7 @@ def test_an_exact_operator_of_one_text_is_described_by_its_header(artifact):
     assert (message.layer, message.injection_layer, message.hidden_size) == (2, 2, header.hidden_size)
     assert (message.positions, message.size_bytes) == (len(header.concept_ids), 1234)
     assert (message.recommended_strength, message.recommended_blend) == (0.6, 0.25)
-    assert message.recommended_rule == pb.RULE_SUBSTITUTE
+    assert message.recommended_rule == sp.RULE_SUBSTITUTE
     assert message.created.ToDatetime(UTC) == header.created
     assert message.reconstruction_error == header.reconstruction_error
     assert (message.rank, message.HasField("low_rank")) == (header.hidden_size, False)

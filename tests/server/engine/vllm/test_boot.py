@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import shutil
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from operators.model.loading import load_model
@@ -24,3 +26,16 @@ def test_weights_that_were_replaced_before_vllm_had_read_them_are_noticed(tiny_d
         check_same_files(loaded)
     # A model that was made in memory has no files that could change.
     check_same_files(dataclasses.replace(loaded, files=None))
+
+
+def test_the_limit_of_an_inner_group_counts_for_what_is_free(monkeypatch):
+    from vllm.config import ParallelConfig
+
+    from steer_server.engine.vllm import free_memory
+
+    config = SimpleNamespace(parallel_config=ParallelConfig())
+    monkeypatch.setattr(free_memory, "memory_left", lambda: None)
+    without = free_memory.free_share(config)
+    monkeypatch.setattr(free_memory, "memory_left", lambda: 64 << 20)
+    assert 0.0 < free_memory.free_share(config) * psutil.virtual_memory().total <= 64 << 20
+    assert without * psutil.virtual_memory().total > 64 << 20
