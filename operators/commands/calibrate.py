@@ -157,7 +157,7 @@ def calibrate(
         assert curves is not None  # noqa: S101 - for the type checker
         # Where nothing was found, what is there stays untouched if an earlier calibration found something.
         untouched = curves.chosen is None and header.calibrated_point is not None and not replace
-        path = store.path_of(name) if untouched else store.save(name, result.artifact, replace=True)
+        path = store.path_of(name) if untouched else store.save(name, result.artifact, instead_of=artifact.digest)
         journal.delete()
         if plot is not None:
             _draw(curves, name, plot)

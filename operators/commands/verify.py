@@ -98,7 +98,7 @@ def renew(
                 found, said = _hold_against(renewed, loaded, contrast, texts)
             except ReconstructionError as error:
                 raise ReconstructionError(f"{name!r} is not renewed, and is to be built again: {error}") from error
-            store.save(name, renewed, replace=True)
+            store.save(name, renewed, instead_of=artifact.digest)
             answer |= {**found, "digest": renewed.digest, "renewed": True, "digest_before": artifact.digest}
             line = f"{name}: fits {loaded.name}{said}; signed anew as {renewed.digest}"
         output.print_answer(answer, [line], as_json=as_json)

@@ -130,17 +130,22 @@ class Store:
             raise self._taken(name)
         return path
 
-    def save(self, name: str, artifact: OperatorArtifact, *, replace: bool = False) -> Path:
+    def save(
+        self, name: str, artifact: OperatorArtifact, *, replace: bool = False, instead_of: str | None = None
+    ) -> Path:
         """Writes an operator atomically and returns its path.
+
+        Args:
+            instead_of: the digest of what this one was made from, the only one that it replaces; None for any.
 
         Raises:
             ArtifactError: it is not what was signed, so that no reader would accept its file.
-            StoreError: the name is not allowed, or taken and ``replace`` is false, or the file cannot be written.
-                The store is then unchanged.
+            StoreError: the name is not allowed, or taken and ``replace`` is false, or by another than ``instead_of``,
+                or the file cannot be written. The store is then unchanged.
         """
         from operators.core.artifact import assemble, tensors_of, to_bytes
 
-        path = self.check_free(name, replace=replace)
+        path = self.check_free(name, replace=replace or instead_of is not None)
         # A reader's own check: a part of it may have been replaced since.
         read = assemble(artifact.header_json, tensors_of(artifact), digest=artifact.digest, source=name)
         if read.header != artifact.header:
@@ -153,7 +158,12 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(file.name, 0o644)
-                _put(file.name, path, replace=replace)
+                if instead_of is not None and (now := self.read_header(name).digest) != instead_of:
+                    raise StoreError(
+                        f"operator {name!r} is not stored: it was made from {instead_of}, and {self.path} has {now} "
+                        "under this name by now"
+                    )
+                _put(file.name, path, replace=replace or instead_of is not None)
         except FileExistsError:
             # Another writer was faster.
             raise self._taken(name) from None

@@ -184,7 +184,8 @@ def _check_tied(name: str, model: PreTrainedModel) -> None:
     transformers computes with the head then, and vLLM with the table.
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    # That of the whole model, by which transformers ties; a part that is text only may say something else.
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if tied and head is not None and head.weight is not table.weight:
         raise ModelError(
             f"model {name!r}: its configuration ties the head to the embedding table (tie_word_embeddings), and its "

@@ -3,13 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from operators import __main__ as cli
+from operators.commands import calibrate, verify
 from operators.core.artifact import make_artifact, tensors_of, with_header
+from operators.core.header import Calibration
 from operators.core.store import Store
 from operators.model.earlier_fingerprint import earlier_fingerprint
 from operators.model.loading import load_model
@@ -125,3 +128,42 @@ def test_a_lens_is_renewed_from_its_neutral_texts(run, store, tiny, tmp_path):
     assert "other neutral texts" in _error(run("renew", "lens", "--json"))
     assert run("renew", "lens", "--texts", "neutral.txt").exit_code == 0
     assert store.load("lens").digest == made.digest
+
+
+def test_what_was_replaced_or_deleted_meanwhile_is_not_put_back(run, store, tiny_directory, monkeypatch):
+    other = with_header(store.load("low-rank"), concept="another")
+
+    def load_slowly(change):
+        def load(*arguments):
+            change()
+            return loading(*arguments)
+
+        return load
+
+    loading = verify._load
+    arguments = ("renew", "exact", "--model", str(tiny_directory("llama")), "--json")
+    monkeypatch.setattr(verify, "_load", load_slowly(lambda: store.save("exact", other, replace=True)))
+    old = store.load("exact")
+    assert f"it was made from {old.digest}, and {store.path} has {other.digest}" in _error(run(*arguments))
+    assert store.load("exact").digest == other.digest
+    store.save("exact", old, replace=True)
+    monkeypatch.setattr(verify, "_load", load_slowly(lambda: store.delete("exact")))
+    assert "no operator 'exact'" in _error(run(*arguments))
+    assert store.names() == ["low-rank"]
+
+
+def test_a_calibration_of_what_was_replaced_meanwhile_is_not_stored(run, store, tiny_directory, monkeypatch):
+    other = with_header(store.load("low-rank"), concept="another")
+
+    def calibrate_slowly(name, artifact, *_arguments, **_options):
+        store.save(name, other, replace=True)
+        calibration = Calibration(
+            words=("a",), kl_budget=1.0, max_perplexity_ratio=2.0, min_distinct_ratio=0.5, prompts=2, tokens=3,
+            plain_hit_rate=0.0, plain_perplexity=2.0, plain_distinct_2=0.5, points=(), chosen=None,
+        )  # fmt: skip
+        return SimpleNamespace(artifact=with_header(artifact, calibration=calibration)), None
+
+    monkeypatch.setattr(calibrate, "calibrate_in_store", calibrate_slowly)
+    found = run("calibrate", "exact", "--words", "a", "--model", str(tiny_directory("llama")), "--json")
+    assert f"and {store.path} has {other.digest}" in _error(found)
+    assert store.load("exact").digest == other.digest
