@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -65,9 +64,10 @@ class SteerServer:
             max_prompt_bytes=max_prompt_bytes(self.engine.tokenizer, self.engine.model.context_length),
             max_arms=self.config.max_arms,
         )
-        calls = CallLimit(self.config.max_calls)
-        # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
-        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
+        calls = self._calls = CallLimit(self.config.max_calls)
+        others = CallLimit(most)
+        # Watching the health must not take places from texts, nor the other way round.
+        limits = defaultdict(lambda: others, dict.fromkeys(SERVICES, calls))
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(metrics, admission, limits, patience=self.config.client_patience)],
             options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
@@ -102,20 +102,19 @@ class SteerServer:
             raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
 
     async def stop(self) -> None:
-        """Reports NOT_SERVING, lets running calls finish within the grace period, then ends them."""
+        """Reports NOT_SERVING, refuses new calls, lets running ones finish within the grace period, then ends them."""
         self._is_serving = False
         self._watching.cancel()
         await self._health.enter_graceful_shutdown()
-        stopping = asyncio.ensure_future(self._server.stop(self.config.grace))
+        # gRPC would cancel, without a reason, what comes in between the word to stop and a client's hearing of it.
+        self._calls.close()
         deadline = time.monotonic() + self.config.grace
         await self._idle_until(deadline - self.config.grace * 0.2)
         # Jobs that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
         await self.engine.close()
         await self._idle_until(deadline)
         # Calls without an end of their own (a health Watch) are not waited for.
-        await asyncio.wait({stopping}, timeout=_LAST_WRITES)
-        await self._server.stop(0)
-        await stopping
+        await self._server.stop(_LAST_WRITES)
         if self._http is not None:
             self._http.close()
         log.info("stopped")
@@ -146,12 +145,6 @@ class SteerServer:
         failed.cancel()
         log.info("stopping", grace=self.config.grace)
         await self.stop()
-
-
-def _methods(services: Iterable[str]) -> list[str]:
-    """As calls name them."""
-    pool = descriptor_pool.Default()
-    return [f"/{service}/{method.name}" for service in services for method in pool.FindServiceByName(service).methods]
 
 
 def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
