@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from urllib.parse import unquote
+
+_IPV6_NETWORK_BITS = 64
+"""Of an address of IPv6: the rest is chosen by whoever is in that network, as often as they like."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,20 @@ CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B03
 
 def host_of(peer: str) -> str:
     """Of a peer as gRPC names it ("ipv4:10.0.0.1:5123", "ipv6:[::1]:5123", "unix:"), what stays from one connection to
-    the next: all but the port.
+    the next: all but the port, and of IPv6 the network, which has addresses without number.
     """
     kind, _, address = peer.partition(":")
-    return f"{kind}:{address.rpartition(':')[0]}" if kind in ("ipv4", "ipv6") else peer
+    host = address.rpartition(":")[0]
+    if kind == "ipv6":
+        return f"ipv6:{_network(unquote(host).strip('[]'))}"
+    return f"ipv4:{host}" if kind == "ipv4" else peer
+
+
+def _network(host: str) -> str:
+    try:
+        address = ipaddress.IPv6Address(host)
+    except ValueError:
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.IPv6Network((address.packed, _IPV6_NETWORK_BITS), strict=False))

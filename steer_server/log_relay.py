@@ -103,7 +103,11 @@ def drain_output(relays: tuple[LogRelay, ...], seconds: float = 1.0) -> None:
 
 def _write_all(descriptor: int, data: bytes) -> None:
     while data:
-        data = data[os.write(descriptor, data) :]
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            # Whoever shares it has made it one that does not wait, and it is full: no line is lost for that.
+            select.select([], [descriptor], [])
 
 
 def _unread(descriptor: int) -> int:

@@ -62,7 +62,11 @@ class MetricsServer:
                 ("200 OK", _TEXT, b"ok\n") if self._is_serving() else ("503 Service Unavailable", _TEXT, b"stopping\n")
             )
         accepts = (line.partition(":")[2].strip() for line in headers if line.lower().startswith("accept:"))
-        encode, kind = choose_encoder(",".join(accepts))
+        try:
+            encode, kind = choose_encoder(",".join(accepts))
+        except (TypeError, ValueError):
+            # Of a version that is no number.
+            encode, kind = choose_encoder("")
         # Beside the event loop: the engine's own collectors may have much to write.
         return "200 OK", kind, await asyncio.to_thread(encode, self._registry)
 

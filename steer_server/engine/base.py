@@ -58,8 +58,8 @@ class Engine(Protocol):
         """
         ...
 
-    def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
-        """Each token decoded on its own."""
+    async def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+        """Each token decoded on its own, in another thread. Raises :class:`QueueFullError` as ``encode`` does."""
         ...
 
     def submit(self, job: DecodeJob) -> JobStream:

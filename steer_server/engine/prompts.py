@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from operators.model.text_ids import text_ids
 from steer_server.caller import CALLER
@@ -21,12 +21,16 @@ from steer_server.types import ModelInfo, Prompt
 _SHORT_THREADS, _LONG_THREADS = 2, 1
 _SHORT = 16 << 10
 """Characters: some 50 ms for a tokenizer."""
+_SHORT_IDS = 4 << 10
+"""Tokens to decode one by one: some 50 ms too."""
 _TRIED_PER_TOKEN = 8
 """Characters of a text, for each token of the context, that are read first: most texts have half as many."""
 _MARGIN = 64
 """Tokens by which the beginning of a text may have more when it is read alone: those at the cut."""
 _MAX_BYTES = 16 << 20
 """Of a prompt, whatever the context: some four million tokens."""
+
+_T = TypeVar("_T")
 
 
 def max_prompt_bytes(tokenizer: Any, context_length: int) -> int:
@@ -52,13 +56,21 @@ class PromptReader:
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
+        return self._checked(await self._in_turn(partial(self._ids, prompt)))
+
+    async def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """See :meth:`steer_server.engine.base.Engine.token_texts`."""
+        threads = self._short if len(ids) <= _SHORT_IDS else self._long
+        return await self._in_turn(partial(threads.run, partial(self._decode_each, ids)))
+
+    async def _in_turn(self, work: Callable[[], Awaitable[_T]]) -> _T:
         if self._closed:
             raise ShuttingDownError
         caller = CALLER.get().host
         self._check_room(caller)
         self._reading[caller] += 1
         try:
-            return self._checked(await self._ids(prompt))
+            return await work()
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and not (task and task.cancelling()):
@@ -69,8 +81,7 @@ class PromptReader:
             self._reading[caller] -= 1
             self._reading += Counter()  # without callers that have none
 
-    def texts(self, ids: Iterable[int]) -> tuple[str, ...]:
-        """Each token decoded on its own."""
+    def _decode_each(self, ids: Sequence[int]) -> tuple[str, ...]:
         return tuple(str(self._tokenizer.decode([token])) for token in ids)
 
     def close(self) -> None:

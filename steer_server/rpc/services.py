@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, TypeAlias, TypeVar
@@ -82,8 +81,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""
         ids = await self._engine.encode(codec.prompt(request.prompt))
-        texts = await asyncio.to_thread(self._engine.token_texts, ids)
-        return codec.tokenization(Tokenization(ids, tuple(texts)))
+        return codec.tokenization(Tokenization(ids, await self._engine.token_texts(ids)))
 
     async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _Context) -> pb.GetModelInfoResponse:
         """The model and the limits."""

@@ -8,7 +8,9 @@ import grpc
 import pytest
 from steer_client import (
     AsyncSteerClient,
+    DeadlineExceededError,
     OperatorUse,
+    RequestCancelledError,
     ServerBusyError,
     ServerUnavailableError,
     SteerClient,
@@ -143,3 +145,46 @@ def test_a_stream_that_is_cancelled_while_it_waits_is_not_sent_again(fake, busy)
         with pytest.raises(Exception, match="cancelled"):
             _read(stream)
     assert len(fake.requests) == 1
+
+
+@pytest.mark.parametrize("hint", [0.0, -1.0])
+def test_a_hint_of_nothing_is_no_reason_to_ask_without_a_pause(fake, call, busy, hint):
+    fake.refusals = [busy(hint)] * 1000
+    with pytest.raises((ServerBusyError, DeadlineExceededError)):
+        call(fake.target, timeout=1)
+    assert len(fake.requests) <= 21
+
+
+def test_a_hint_of_years_is_the_callers_to_judge(fake, call, busy):
+    fake.refusals = [busy(1e11)]
+    with pytest.raises(ServerBusyError) as caught:
+        call(fake.target, timeout=None)
+    assert caught.value.retry_after == 1e11
+
+
+def test_a_stream_that_is_cancelled_while_it_is_sent_again_ends_on_the_server(fake, busy):
+    fake.refusals = [busy(0.1)]
+    fake.hang_after = 1
+    with SteerClient(fake.target, timeout=20) as client:
+        stream = client.stream("x")
+        send = stream._send
+
+        def send_and_lose(**options):
+            # Another thread, just before the call is there to be cancelled.
+            fake.left.clear()
+            rpc = send(**options)
+            _until(lambda: len(fake.requests) == 2)
+            stream.cancel()
+            return rpc
+
+        stream._send = send_and_lose
+        with pytest.raises(RequestCancelledError):
+            _read(stream)
+        assert fake.left.wait(5)
+
+
+def _until(condition):
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -15,7 +15,7 @@ async def test_a_special_token_ends_a_text_as_a_stop_string(engine, decode, igno
     sampling = SamplingParams(max_tokens=40, stop_strings=("<|im_end|>",), ignore_eos=ignore_eos)
     ((ids, end),) = await decode(engine, _PROMPT, sampling, Row(None))
     assert (end.reason, end.stop_string) == (FinishReason.STOP_STRING, "<|im_end|>")
-    assert engine.token_texts((ids[-1],)) == ("<|im_end|>",)
+    assert (await engine.token_texts((ids[-1],))) == ("<|im_end|>",)
 
 
 async def test_beside_other_text_it_is_refused(engine):

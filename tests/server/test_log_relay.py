@@ -71,3 +71,16 @@ def test_a_reader_that_has_gone_is_no_reason_to_fail():
         process.stdin.write(b"\n")
         process.stdin.close()
         assert process.wait(20) == 7
+
+
+def test_a_pipe_that_was_made_not_to_wait_loses_nothing():
+    # As whoever shares it may do: a terminal, a supervisor.
+    code = (
+        "import os; os.set_blocking(2, False)"
+        + RELAYED
+        + "os.write(2, b'x' * 400_000 + b'y'); drain_output(relays, 20); os._exit(7)"
+    )
+    with _start(code) as process:
+        time.sleep(1.0)
+        assert process.stderr.read() == b"x" * 400_000 + b"y"
+        assert process.wait(20) == 7

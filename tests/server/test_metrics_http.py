@@ -89,3 +89,9 @@ async def test_a_head_without_an_end_is_cut_off(ask):
     [ended] = await asyncio.wait_for(asyncio.gather(reader.read(), return_exceptions=True), 5)
     assert ended == b"" or isinstance(ended, ConnectionError)
     assert b"depth 7" in await ask(b"GET /metrics HTTP/1.1\r\n\r\n")
+
+
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=abc", "text/plain;version=\xff", ";,=", ""])
+async def test_an_accept_header_that_makes_no_sense_gets_the_usual_format(ask, accept):
+    answer = await ask(f"GET /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode("latin-1"))
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4")

@@ -10,6 +10,8 @@ from steer_client._errors import ServerBusyError, ServerUnavailableError, SteerE
 #: Of a server that does not answer; a server that is busy says itself when to try again, as often as it takes.
 _MAX_UNAVAILABLE = 2
 _FIRST_PAUSE = 0.2
+#: Seconds: whatever a busy server says, it is not asked more often, and not waited for longer.
+_LEAST_PAUSE, _MOST_PAUSE = 0.05, 3600.0
 
 
 class Retries:
@@ -34,7 +36,8 @@ class Retries:
 
     def _pause(self, error: SteerError) -> float | None:
         if isinstance(error, ServerBusyError):
-            return error.retry_after
+            hint = error.retry_after
+            return None if hint is None or hint > _MOST_PAUSE else max(hint, _LEAST_PAUSE)
         if isinstance(error, ServerUnavailableError) and error.is_unsent and self._unavailable < _MAX_UNAVAILABLE:
             self._unavailable += 1
             return _FIRST_PAUSE * self._unavailable * random.uniform(0.5, 1.5)  # noqa: S311 - no secret

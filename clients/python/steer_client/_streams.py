@@ -96,9 +96,12 @@ class Stream(ABC, Generic[Item, Result]):
                 if pause is None:
                     raise
                 await self._pause(pause)
+                if not self._is_cancelled:
+                    self._rpc = self._send(timeout=self._retries.timeout)
                 if self._is_cancelled:
+                    # Perhaps by another thread while it was sent, which could cancel the earlier call only.
+                    self._rpc.cancel()
                     raise cancelled() from None
-                self._rpc = self._send(timeout=self._retries.timeout)
                 continue
             self._has_begun = True
             return event

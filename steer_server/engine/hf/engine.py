@@ -89,9 +89,9 @@ class HFEngine:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         return await self._prompts.encode(prompt)
 
-    def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+    async def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """Each token decoded on its own."""
-        return self._prompts.texts(ids)
+        return await self._prompts.texts(ids)
 
     def submit(self, job: DecodeJob) -> QueuedJob:
         """See :meth:`steer_server.engine.base.Engine.submit`."""

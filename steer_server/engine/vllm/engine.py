@@ -156,9 +156,9 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         return await self._prompts.encode(prompt)
 
-    def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
+    async def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """Each token on its own, as text."""
-        return self._prompts.texts(ids)
+        return await self._prompts.texts(ids)
 
     def submit(self, job: DecodeJob) -> VLLMJob:
         """See :meth:`steer_server.engine.base.Engine.submit`."""

@@ -117,8 +117,16 @@ async def test_closing_refuses_those_who_wait(threads):
     ("peer", "host"),
     [
         ("ipv4:10.0.0.1:5123", "ipv4:10.0.0.1"),
-        ("ipv6:[::1]:5123", "ipv6:[::1]"),
-        ("ipv6:%5B::1%5D:5123", "ipv6:%5B::1%5D"),
+        ("ipv6:[::1]:5123", "ipv6:::/64"),
+        ("ipv6:%5B::1%5D:5123", "ipv6:::/64"),
+        # One network has addresses without number.
+        ("ipv6:%5B2001:db8:1:2:3::4%5D:5123", "ipv6:2001:db8:1:2::/64"),
+        ("ipv6:[2001:db8:1:2:ffff::1]:1", "ipv6:2001:db8:1:2::/64"),
+        ("ipv6:[2001:db8:1:3::1]:1", "ipv6:2001:db8:1:3::/64"),
+        ("ipv6:[fe80::1%25eth0]:1", "ipv6:fe80::/64"),
+        ("ipv6:[::ffff:10.0.0.1]:1", "ipv6:10.0.0.1"),
+        ("ipv6:[::ffff:10.0.0.2]:1", "ipv6:10.0.0.2"),
+        ("ipv6:nonsense:1", "ipv6:nonsense"),
         ("unix:", "unix:"),
         ("unix:/run/x:1", "unix:/run/x:1"),
         ("", ""),

@@ -1,3 +1,4 @@
+import asyncio
 import copy
 
 import pytest
@@ -5,6 +6,7 @@ from tokenizers import processors
 
 from steer_server.engine.describe import describe_model
 from steer_server.engine.prompts import PromptReader
+from steer_server.errors import QueueFullError
 from steer_server.types import Prompt
 
 
@@ -19,5 +21,17 @@ async def test_no_prompt_ends_in_what_a_tokenizer_puts_behind_texts(tiny, text):
     try:
         own = loaded.tokenizer(text)["input_ids"]
         assert await reader.encode(Prompt(text=text)) == (0, *own)
+    finally:
+        reader.close()
+
+
+async def test_texts_of_tokens_wait_in_turn_and_within_bounds_as_prompts_do(tiny):
+    loaded = tiny("llama")
+    reader = PromptReader(loaded.tokenizer, describe_model(loaded, engine="hf"), max_waiting=4)
+    try:
+        found = await asyncio.gather(*(reader.texts((5, 6, 7)) for _ in range(9)), return_exceptions=True)
+        served = [texts for texts in found if not isinstance(texts, QueueFullError)]
+        assert served == [tuple(loaded.tokenizer.decode([token]) for token in (5, 6, 7))] * 3, "a quarter is for others"
+        assert await reader.texts((5,)) == (loaded.tokenizer.decode([5]),)
     finally:
         reader.close()

@@ -1,6 +1,7 @@
 """Places to wait, shared between clients, and the line of those who were refused."""
 
 import random
+from contextlib import suppress
 
 import pytest
 
@@ -21,8 +22,8 @@ def clock():
     return Clock()
 
 
-def _enter(room, client, **options):
-    room.enter(Caller("h", client, **options))
+def _enter(room, client, host="h", **options):
+    room.enter(Caller(host, client, **options))
 
 
 def _is_refused(room, client, **options):
@@ -130,3 +131,43 @@ def test_one_that_honours_hints_is_served_its_share_beside_forty_that_do_not(clo
     assert sum(served.values()) > 1990
     assert served[0] >= 2000 / 41
     assert min(served.values()) > 0.3 * 2000 / 41
+
+
+def test_a_host_of_many_connections_does_not_keep_other_hosts_out(clock):
+    room = WaitingRoom(8, clock=clock)
+    room.record(1.0)
+    for connection in range(400):
+        with suppress(QueueFullError):
+            room.enter(Caller("flood", str(connection)))
+    # All places that connections get are taken, and the line is full.
+    _is_refused(room, "new", host="flood")
+    _enter(room, "a", host="one", deadline=clock.now + 2)
+    _enter(room, "a", host="other")
+    told = _is_refused(room, "a", host="third")
+    assert told.retry_after <= 1, "its host is the first of those that wait"
+    clock.now += told.retry_after
+    room.leave(Caller("flood", "0"))
+    for connection in range(400, 800):
+        _is_refused(room, str(connection), host="flood")
+    _enter(room, "a", host="third")
+
+
+def test_of_places_that_are_free_a_host_gets_its_share_however_many_connections_another_has(clock):
+    room = WaitingRoom(8, clock=clock)
+    for connection in range(40):
+        with suppress(QueueFullError):
+            room.enter(Caller("flood", str(connection)))
+    _enter(room, "a", host="one")
+    for connection in range(8):
+        room.leave(Caller("flood", str(connection)))
+    # Two hosts: four places each.
+    for _ in range(3):
+        _enter(room, "a", host="one")
+    _is_refused(room, "a", host="one")
+
+
+def test_no_hint_is_none(clock):
+    room = WaitingRoom(8, clock=clock)
+    room.record(0.01)
+    _enter(room, "a")
+    assert _is_refused(room, "a", deadline=clock.now).retry_after >= 1
