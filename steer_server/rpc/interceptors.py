@@ -35,7 +35,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def __init__(
         self, metrics: Metrics, admission: Admission, limits: Mapping[str, CallLimit], *, patience: float
     ) -> None:
-        """``limits``: by service. ``patience``: seconds for a request to arrive, and for each answer to be taken."""
+        """``limits``: by method. ``patience``: seconds for a request to arrive, and for each answer to be taken."""
         self.metrics, self.admission, self.limits, self.patience = metrics, admission, limits, patience
 
     async def intercept_service(
@@ -66,7 +66,7 @@ class _Call:
         self._labels = (kind, service, name)
         self._method = method
         self._metrics, self._admission = interceptor.metrics, interceptor.admission
-        self._limit, self._patience = interceptor.limits[service], interceptor.patience
+        self._limit, self._patience = interceptor.limits[method], interceptor.patience
         self._parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
         self._streams_requests = handler.request_streaming
 

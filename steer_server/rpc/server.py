@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -65,9 +66,8 @@ class SteerServer:
             max_arms=self.config.max_arms,
         )
         calls = self._calls = CallLimit(self.config.max_calls)
-        others = CallLimit(most)
-        # Watching the health must not take places from texts, nor the other way round.
-        limits = defaultdict(lambda: others, dict.fromkeys(SERVICES, calls))
+        # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
+        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
         self._server = grpc.aio.server(
             interceptors=[CallInterceptor(metrics, admission, limits, patience=self.config.client_patience)],
             options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
@@ -145,6 +145,12 @@ class SteerServer:
         failed.cancel()
         log.info("stopping", grace=self.config.grace)
         await self.stop()
+
+
+def _methods(services: Iterable[str]) -> list[str]:
+    """As calls name them."""
+    pool = descriptor_pool.Default()
+    return [f"/{service}/{method.name}" for service in services for method in pool.FindServiceByName(service).methods]
 
 
 def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:

@@ -159,6 +159,17 @@ async def test_health_is_told_while_there_is_no_room_for_calls(start):
         assert await running is None
 
 
+async def test_who_asks_for_the_health_once_is_told_beside_any_number_of_watchers(start):
+    _, _, target = await start(max_connections=3)
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(5)]
+        codes = [await _outcome(each.read()) for each in watches]
+        assert codes.count(None) == 3, "the others are refused"
+        check = await stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+        assert check.status == health_pb2.HealthCheckResponse.SERVING
+
+
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream", "Compare", "Tokenize"])
 async def test_a_call_whose_request_never_comes_ends_and_frees_its_place(start, method):
     _, server, target = await start(client_patience=0.3, max_calls=1)
