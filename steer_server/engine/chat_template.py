@@ -86,7 +86,8 @@ class ChatTemplate:
         process = process or self._start()
         answer = process.ask(line)
         with self._lock:
-            if answer is None:
+            if answer is None or process.took_too_long:
+                # Also of one that was given up at the moment it answered.
                 self._all.discard(process)
             else:
                 self._idle.append(process)
@@ -131,6 +132,7 @@ class _Process:
             answer = self._exchange((self._setup + line).encode())
         finally:
             guard.cancel()
+            guard.join()
         self._setup = ""
         if not answer.endswith(b"\n"):
             self.end()

@@ -58,14 +58,25 @@ class FairThreads:
 
     async def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
         turn: asyncio.Future[None] = loop.create_future()
-        self._waiting.setdefault(CALLER.get().host, deque()).append(turn)
+        host = CALLER.get().host
+        self._waiting.setdefault(host, deque()).append(turn)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 # The turn came at the moment it was given up.
                 self._pass_on()
+            else:
+                self._forget(host, turn)
             raise
+
+    def _forget(self, host: str, turn: asyncio.Future[None]) -> None:
+        """Those who gave up do not cost the others of their host a turn."""
+        waiting = self._waiting.get(host)
+        if waiting is not None and turn in waiting:
+            waiting.remove(turn)
+            if not waiting:
+                del self._waiting[host]
 
     def _freed(self, loop: asyncio.AbstractEventLoop) -> None:
         with suppress(RuntimeError):  # a loop that has ended has nobody waiting

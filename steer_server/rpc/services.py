@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -38,7 +39,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
         self._caps = Caps(config.max_tokens, config.max_total_tokens, config.max_time)
-        self._limits = limits
+        caps = self._caps
+        self._limits = replace(
+            limits, max_tokens=caps.max_tokens, max_total_tokens=caps.max_total_tokens, max_time=caps.max_time
+        )
 
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
         """One answer."""

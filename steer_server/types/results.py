@@ -135,6 +135,12 @@ class RequestLimits:
     max_messages: int
     """Turns of a chat, arms, operators, positions and words together."""
     max_request_bytes: int
+    max_tokens: int | None = None
+    """Of one text. None: no cap of this server's."""
+    max_total_tokens: int | None = None
+    """Of all texts of a comparison together."""
+    max_time: float | None = None
+    """Seconds; also the limit of a request that sets none."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
 """What the operator of a server lets a request ask for."""
 
+from types import SimpleNamespace
+
 import pytest
+from steering.v1 import generation_pb2 as pb
 
 from steer_server.caps import Caps
+from steer_server.config import ServerConfig
 from steer_server.errors import InvalidRequestError
-from steer_server.types import SamplingParams
+from steer_server.rpc.services import GenerationService
+from steer_server.types import RequestLimits, SamplingParams
 
 
 def _sampling(**fields):
@@ -35,3 +40,14 @@ def test_what_is_within_the_caps_is_as_it_was_and_without_a_time_limit_the_serve
     caps = Caps(max_tokens=100, max_total_tokens=300, max_time=2.5)
     assert caps.apply(_sampling(max_tokens=100, time_limit=2.5), num_texts=3).time_limit == 2.5
     assert caps.apply(_sampling(max_tokens=100), num_texts=3) == _sampling(max_tokens=100, time_limit=2.5)
+
+
+async def test_clients_are_told_the_caps(model_info):
+    config = ServerConfig(max_tokens=7, max_total_tokens=21, max_time=2.5)
+    engine = SimpleNamespace(model=model_info)
+    service = GenerationService(engine, None, None, config, RequestLimits(*range(1, 10)))
+    limits = (await service.GetModelInfo(pb.GetModelInfoRequest(), None)).limits
+    assert (limits.max_tokens, limits.max_total_tokens, limits.max_time.ToTimedelta().total_seconds()) == (7, 21, 2.5)
+    service = GenerationService(engine, None, None, ServerConfig(), RequestLimits(*range(1, 10)))
+    limits = (await service.GetModelInfo(pb.GetModelInfoRequest(), None)).limits
+    assert not any(limits.HasField(name) for name in ("max_tokens", "max_total_tokens", "max_time"))

@@ -214,6 +214,12 @@ class RequestLimits:
     max_messages: int
     #: Of the largest request.
     max_request_bytes: int
+    #: Of one text; None: no cap of this server's.
+    max_tokens: int | None = None
+    #: Of all texts of a comparison together.
+    max_total_tokens: int | None = None
+    #: Seconds; also the limit of a request that sets none.
+    max_time: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -920,6 +920,9 @@ class RequestLimits(_message.Message):
     MAX_ARM_NAME_CHARACTERS_FIELD_NUMBER: _builtins.int
     MAX_MESSAGES_FIELD_NUMBER: _builtins.int
     MAX_REQUEST_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TIME_FIELD_NUMBER: _builtins.int
     max_prompt_bytes: _builtins.int
     """UTF-8 bytes of a text, or of the messages of a chat together. What fits into the context is less, as a rule."""
     max_chat_messages: _builtins.int
@@ -935,6 +938,13 @@ class RequestLimits(_message.Message):
     """Messages inside one request: turns of a chat, arms, operators, positions and words together."""
     max_request_bytes: _builtins.int
     """Bytes of the largest request."""
+    max_tokens: _builtins.int
+    """Caps of this server on `sampling.max_tokens`, on that times the texts of a comparison (the plain one included), and
+    on `sampling.time_limit`, which is also the limit of a request that sets none. Unset: no cap.
+    """
+    max_total_tokens: _builtins.int
+    @_builtins.property
+    def max_time(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
@@ -947,11 +957,21 @@ class RequestLimits(_message.Message):
         max_arm_name_characters: _builtins.int = ...,
         max_messages: _builtins.int = ...,
         max_request_bytes: _builtins.int = ...,
+        max_tokens: _builtins.int | None = ...,
+        max_total_tokens: _builtins.int | None = ...,
+        max_time: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_max_total_tokens", b"_max_total_tokens", "max_time", b"max_time", "max_tokens", b"max_tokens", "max_total_tokens", b"max_total_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_arm_name_characters", b"max_arm_name_characters", "max_chat_messages", b"max_chat_messages", "max_messages", b"max_messages", "max_operators", b"max_operators", "max_prompt_bytes", b"max_prompt_bytes", "max_request_bytes", b"max_request_bytes", "max_stop_characters", b"max_stop_characters", "max_stops", b"max_stops", "max_words", b"max_words"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_max_total_tokens", b"_max_total_tokens", "max_arm_name_characters", b"max_arm_name_characters", "max_chat_messages", b"max_chat_messages", "max_messages", b"max_messages", "max_operators", b"max_operators", "max_prompt_bytes", b"max_prompt_bytes", "max_request_bytes", b"max_request_bytes", "max_stop_characters", b"max_stop_characters", "max_stops", b"max_stops", "max_time", b"max_time", "max_tokens", b"max_tokens", "max_total_tokens", b"max_total_tokens", "max_words", b"max_words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__max_total_tokens: _TypeAlias = _typing.Literal["max_total_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_total_tokens: _TypeAlias = _typing.Literal["_max_total_tokens", b"_max_total_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_total_tokens) -> _WhichOneofReturnType__max_total_tokens | None: ...
 
 Global___RequestLimits: _TypeAlias = RequestLimits  # noqa: Y015

@@ -134,3 +134,17 @@ async def test_a_process_that_was_killed_is_replaced(make):
     child.wait()
     assert await chat.render(TURNS[1:]) == TURNS[1].content
     assert [each.pid for each in children()] != [child.pid]
+
+
+async def test_a_process_that_answers_as_it_is_given_up_is_not_asked_again(make, monkeypatch):
+    chat = make("{{ messages[0].content }}")
+    exchange = chat_template._Process._exchange
+
+    def late(process, lines):
+        answer = exchange(process, lines)
+        process._give_up()
+        return answer
+
+    monkeypatch.setattr(chat_template._Process, "_exchange", late)
+    assert await chat.render(TURNS[1:]) == TURNS[1].content
+    assert await chat.render(TURNS[1:]) == TURNS[1].content

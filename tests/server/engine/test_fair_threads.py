@@ -51,6 +51,17 @@ async def test_callers_take_turns_however_many_they_ask_for(threads):
     assert work.done == ["first", "a0", "b0", "c0", "a1", "b1", "a2", "a3"]
 
 
+async def test_who_gives_up_costs_the_others_of_the_same_caller_no_turn(threads):
+    work = Work(threads)
+    tasks = [work.ask("a", name) for name in ("first", "given up", "a1")] + [work.ask("b", "b0")]
+    await settle()
+    tasks.pop(1).cancel()
+    await settle()
+    work.gate.set()
+    await asyncio.gather(*tasks)
+    assert work.done == ["first", "a1", "b0"]
+
+
 async def test_no_more_run_at_once_than_there_are_threads():
     threads, running, most = FairThreads(2, "test"), [], []
 
