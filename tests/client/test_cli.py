@@ -207,6 +207,18 @@ def test_a_failed_request_is_one_line_and_exit_status_1(steer, fake, make, comma
     assert result.stderr == "steer: no operator of that name\n"
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_text_that_the_servers_stop_cut_short_is_shown_and_no_success(steer, fake, make, options):
+    cut = make.response("one", finish_reason=pb.FINISH_REASON_CANCELLED)
+    fake.events = make.events(cut)
+    result = steer("generate", "hello", *options)
+    assert "one" in result.stdout
+    assert result.exit_code == 1
+    steered = make.response("one more", operators=("golden-gate",))
+    fake.events = make.comparison(cut, {"steered": steered})
+    assert steer("ab", "hello", "--operator", "golden-gate", *options).exit_code == 1
+
+
 def test_a_failed_request_as_json_is_an_object_on_stdout(steer, fake, make):
     fake.fault = make.fault(
         C.INVALID_ARGUMENT, "top_p must be in (0, 1]", "INVALID_REQUEST", field_name="sampling.top_p"
