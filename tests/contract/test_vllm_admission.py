@@ -205,7 +205,7 @@ async def test_a_client_is_told_when_to_come_back_and_is_served_then(engine, mad
     target = f"127.0.0.1:{await server.start()}"
     sampling = ClientSamplingParams(max_tokens=4, ignore_eos=True)
     try:
-        async with AsyncSteerClient(target, timeout=60) as client:
+        async with AsyncSteerClient(target, timeout=60, retry=False) as client:
             streams = await begun(engine, (rows[0],), (rows[1],))
             with pytest.raises(ServerBusyError, match="operators") as caught:
                 await client.generate("the bay", operators=[OperatorUse("c", 0.5)], sampling=sampling)
