@@ -43,7 +43,10 @@ def examine(
         # Every model has eager attention.
         empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
     for check in checks:
-        check(empty)
+        try:
+            check(empty)
+        except ModelError as error:
+            raise type(error)(f"model {name!r}: {error}") from error
     chosen = choose_attention(empty, attention)
     need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
     have = free_memory(device)

@@ -127,7 +127,7 @@ def test_a_store_that_is_not_there_ends_the_server_before_it_loads_a_model(tmp_p
 def test_a_taken_port_for_metrics_ends_the_server_before_it_loads_a_model(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        options = ("--listen", "127.0.0.1:0", "--metrics-port", port, "--store", tmp_path)
+        options = ("--listen", "127.0.0.1:0", "--metrics-port", str(port), "--store", tmp_path)
         done, _ = _run("steer-server", "--model", "no-such-model-xyz", *options)
     assert done.returncode == 1
     line = _only_line(done, "steer-server")

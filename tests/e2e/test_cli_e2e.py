@@ -41,6 +41,8 @@ RECEIPT = {
     "words",
     "lens_digest",
     "kl",
+    "positions_checked",
+    "worst_cosine",
 }
 FEW = ("--max-tokens", "5", "--ignore-eos")
 

@@ -106,7 +106,7 @@ def test_a_model_that_the_caller_cannot_use_is_refused_before_its_weights_are_re
         raise ModelError("not this one")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_a, **_k: pytest.fail("read"))
-    with pytest.raises(ModelError, match=r"^not this one$"):
+    with pytest.raises(ModelError, match=r"^model '.*': not this one$"):
         load_model(str(tiny_directory("llama")), check=refuse)
     assert seen == [{"meta"}]
 
