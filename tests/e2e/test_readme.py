@@ -67,7 +67,7 @@ def test_the_output_that_is_shown_is_that_of_the_last_command(environment, targe
     [shown] = blocks("text")
     printed = run(command, {**environment, "STEER_TARGET": target}, stderr=subprocess.STDOUT)
     assert printed.split()[:8] == shown.split()[:8]
-    there, here = ([re.split("…|, dose", line) for line in text.splitlines()[-2:]] for text in (shown, printed))
+    there, here = ([re.split("…|, measured", line) for line in text.splitlines()[-2:]] for text in (shown, printed))
     assert there[0][0].split(" · ")[:2] == here[0][0].split(" · ")[:2]
     # The digest holds the time of the build, and the last digit of a dose depends on the processor.
     assert there[1][1] == here[1][1]
