@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from operators.core.errors import ModelError
+from operators.model import gguf_conversion
 from operators.model import obtain as obtaining
 from operators.model.obtain import BUILT_IN, obtain
 
@@ -62,6 +63,8 @@ def test_a_model_in_pieces_is_joined_in_their_order(monkeypatch, tmp_path):
 def test_a_model_that_is_there_is_not_made_again(name, empty_cache, monkeypatch):
     def convert(_gguf, scratch):
         (scratch / "model").mkdir()
+        # As conversions do whose tokenizer was looked at.
+        gguf_conversion._mark_checked(scratch / "model")
         return scratch / "model"
 
     monkeypatch.setattr(obtaining, "_download", lambda *_args: None)
