@@ -34,8 +34,15 @@ def make(tiny_tokenizer, monkeypatch):
         each.close()
 
 
-def children():
+def rendering():
     return [child for child in psutil.Process().children() if "render_chat" in " ".join(child.cmdline())]
+
+
+@pytest.fixture
+def children():
+    """The processes that came since the test began: engines of other tests may have theirs."""
+    others = rendering()
+    return lambda: [child for child in rendering() if child not in others]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +95,7 @@ async def test_the_default_models_template_renders_as_in_transformers(smollm):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses it: "),
     ],
 )
-async def test_a_template_that_fails_is_an_error_of_the_prompts_chat(make, template, words):
+async def test_a_template_that_fails_is_an_error_of_the_prompts_chat(make, template, words, children):
     chat = make(template)
     with pytest.raises(InvalidRequestError, match=words) as caught:
         await chat.render(TURNS)
@@ -99,7 +106,7 @@ async def test_a_template_that_fails_is_an_error_of_the_prompts_chat(make, templ
     assert len(children()) == 1
 
 
-async def test_a_template_without_an_end_is_ended_and_the_next_conversation_rendered(make, monkeypatch):
+async def test_a_template_without_an_end_is_ended_and_the_next_conversation_rendered(make, monkeypatch, children):
     monkeypatch.setattr(chat_template, "_MAX_SECONDS", 1)
     chat = make(ON_REQUEST)
     before = set(children())
@@ -113,7 +120,7 @@ async def test_a_template_without_an_end_is_ended_and_the_next_conversation_rend
     assert not before & set(children())
 
 
-async def test_closing_ends_what_has_no_end(make):
+async def test_closing_ends_what_has_no_end(make, children):
     chat = make(ON_REQUEST)
     tasks = [asyncio.ensure_future(chat.render((ChatMessage("slow", "x"),))) for _ in range(4)]
     await asyncio.sleep(0.2)
@@ -126,7 +133,7 @@ async def test_closing_ends_what_has_no_end(make):
         await chat.render((ChatMessage("user", "fine"),))
 
 
-async def test_a_process_that_was_killed_is_replaced(make):
+async def test_a_process_that_was_killed_is_replaced(make, children):
     chat = make("{{ messages[0].content }}")
     assert await chat.render(TURNS[1:]) == TURNS[1].content
     [child] = children()
