@@ -77,3 +77,5 @@ def check_receipts(
                 f"{use.name}: {steered[0]} prompt and {steered[1]} generated tokens were steered; {due[0]} and "
                 f"{due[1]} of those fed to the model are among its positions ({positions})"
             )
+        if receipt.prompt_tokens_steered + receipt.generated_tokens_steered and not receipt.positions_checked:
+            raise SteeringNotAppliedError(f"{use.name}: at none of its positions was the direction looked at")

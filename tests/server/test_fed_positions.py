@@ -61,11 +61,12 @@ def test_a_request_without_operators_has_nothing_to_reach():
     _check_reachable(None, 1)
 
 
-def _check(plan, counts, generated, reason=FinishReason.MAX_TOKENS):
-    """Of (prompt, generated, cached) tokens of each operator."""
-    receipts = make_receipts(
+def _check(plan, counts, generated, reason=FinishReason.MAX_TOKENS, looked_at=1):
+    """Of (prompt, generated, cached) tokens of each operator, ``looked_at`` of which had their direction checked."""
+    measured = make_receipts(
         plan, [DoseStatistics(prompt, later, cached, 0.2 * (prompt + later), 0.2) for prompt, later, cached in counts]
     )
+    receipts = tuple(replace(receipt, positions_checked=looked_at) for receipt in measured)
     check_receipts(plan, receipts, prompt_tokens=PROMPT, generated_tokens=generated, reason=reason)
 
 
@@ -85,6 +86,13 @@ def test_receipts_are_held_against_the_positions_that_were_fed(plan_at, position
             _check(plan, [(6, 3, 0), wrong], 4)
 
 
+def test_a_text_whose_directions_nobody_looked_at_is_an_error(plan_at):
+    with pytest.raises(SteeringNotAppliedError, match="golden: at none of its positions was the direction looked at"):
+        _check(plan_at("all"), [(6, 3, 0)], 4, looked_at=0)
+    # Nothing was computed that could be looked at.
+    _check(plan_at("prompt"), [(0, 0, 6)], 4, looked_at=0)
+
+
 def test_receipts_of_other_positions_are_not_those_of_the_plan(plan_at):
     plan, other = plan_at("first"), plan_at("..2")
     receipts = make_receipts(other, [DoseStatistics(1, 0, 0, 0.2, 0.2)])
@@ -92,7 +100,7 @@ def test_receipts_of_other_positions_are_not_those_of_the_plan(plan_at):
         check_receipts(plan, receipts, prompt_tokens=PROMPT, generated_tokens=4, reason=FinishReason.EOS)
     check_receipts(
         plan,
-        (replace(receipts[0], positions=Positions(end=1)),),
+        (replace(receipts[0], positions=Positions(end=1), positions_checked=1),),
         prompt_tokens=PROMPT,
         generated_tokens=4,
         reason=FinishReason.EOS,
