@@ -8,8 +8,8 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
-from steering.v1 import generation_pb2 as _generation_pb2
 from steering.v1 import steering_pb2 as _steering_pb2
+from steering.v1 import text_pb2 as _text_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -245,7 +245,7 @@ class Calibration(_message.Message):
         """The recommended setting itself. Unset where it is none of those that were measured: it was then chosen by hand."""
 
     @_builtins.property
-    def sampling(self) -> _generation_pb2.SamplingParams:
+    def sampling(self) -> _text_pb2.SamplingParams:
         """How its texts were drawn. It is never applied by itself: a request that wants it asks for it. Unset where an earlier
         version calibrated, greedily.
         """
@@ -263,7 +263,7 @@ class Calibration(_message.Message):
         max_perplexity_ratio: _builtins.float = ...,
         prompts: _builtins.int = ...,
         tokens: _builtins.int = ...,
-        sampling: _generation_pb2.SamplingParams | None = ...,
+        sampling: _text_pb2.SamplingParams | None = ...,
         held_out: Global___HeldOut | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["held_out", b"held_out", "recommended", b"recommended", "sampling", b"sampling"]  # noqa: Y015
