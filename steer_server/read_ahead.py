@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, Callable
+from typing import TypeVar
 
 from steer_server.errors import SlowReaderError
+from steer_server.job_run import JobEvent, Submitted
 from steer_server.types import EngineEvent, TokenEvent
+
+_E = TypeVar("_E", bound=EngineEvent | JobEvent)
 
 MAX_BYTES = 16 << 20
 """That a client may be behind; more only for as long as it goes on reading."""
@@ -19,18 +23,18 @@ _ALTERNATIVE_BYTES = 180
 
 
 async def read_ahead(
-    events: AsyncIterable[EngineEvent],
+    events: AsyncIterable[_E],
     cancel: Callable[[], None],
     *,
     max_bytes: int = MAX_BYTES,
     patience: float = PATIENCE,
-) -> AsyncGenerator[EngineEvent, None]:
-    """The events, taken from the engine as they come.
+) -> AsyncGenerator[_E, None]:
+    """The events, of one job or of several, taken from the engine as they come.
 
     Raises :class:`SlowReaderError`, after ``cancel``, for a reader that is more than ``max_bytes`` behind and has taken
     nothing for ``patience`` seconds; what it was to get is dropped at once.
     """
-    queue: asyncio.Queue[EngineEvent | Exception | None] = asyncio.Queue()
+    queue: asyncio.Queue[_E | Exception | None] = asyncio.Queue()
     held, waits, taken = 0, True, time.monotonic()
 
     async def fill() -> None:
@@ -65,7 +69,9 @@ async def read_ahead(
         filling.cancel()
 
 
-def _size(event: EngineEvent) -> int:
+def _size(event: EngineEvent | JobEvent | Submitted) -> int:
+    if isinstance(event, JobEvent):
+        return _size(event.event)
     if isinstance(event, TokenEvent) and event.logprob is not None:
         return _EVENT_BYTES + _ALTERNATIVE_BYTES * len(event.logprob.top)
     return _EVENT_BYTES

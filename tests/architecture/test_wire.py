@@ -98,11 +98,14 @@ SIDES = {
     "client": {message: row[1] for message, row in (RESULTS | REQUESTS).items() if row[1] is not None}
     | {ops.Operator: store.OperatorInfo, ops.GetOperatorRequest: requests.GetOperatorRequest},
 }
+INSIDE_ITSELF = "GenerateResponse.more"
+"""Other texts: the services put them together, the client's decoder takes them apart."""
 LACKS = {
     # The configuration's, not the model's.
-    "server": {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
+    "server": {INSIDE_ITSELF} | {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
     # Where ABResult has it, and what ArmResult.kl has in one.
-    "client": {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
+    "client": {INSIDE_ITSELF}
+    | {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
 }
 NO_DATACLASS = {
     # Events and lists, which the services put together and the client's reducers take apart.
@@ -192,7 +195,11 @@ def messages(message, cls):
     """Messages, as the keywords of their constructor, that ``cls`` accepts."""
     hints = get_type_hints(cls, include_extras=True)
     hints |= {name.partition(".")[2]: kind for name, kind in ELSEWHERE.items() if name.startswith(f"{message.name}.")}
-    values = {field.name: values_of(field, hints.get(field.name)) for field in message.fields}
+    values = {
+        field.name: values_of(field, hints.get(field.name))
+        for field in message.fields
+        if f"{message.name}.{field.name}" != INSIDE_ITSELF
+    }
     for oneof in message.oneofs:
         alternatives = [st.fixed_dictionaries({field.name: values[field.name]}) for field in oneof.fields]
         if len(alternatives) > 1:
@@ -246,6 +253,12 @@ def drawn(data, message, cls):
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
     if message is comparison_pb2.CompareRequest:
         made.normal = made.normal or not made.arms
+        if made.HasField("prompt"):
+            del made.prompts[:]
+        elif not made.prompts:
+            made.prompts.add().prompt.text = "x"
+        for index, prompt in enumerate(made.prompts):
+            prompt.id = f"prompt {index}"
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"
             if not arm.operators:

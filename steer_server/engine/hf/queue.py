@@ -101,6 +101,16 @@ class JobQueue:
         """Jobs that are being decoded."""
         return len(self._running)
 
+    @property
+    def share(self) -> int:
+        """Of the jobs that are decoded at once, how many may be one client's."""
+        return max(1, self._max_running // 4)
+
+    def check(self, job: DecodeJob) -> None:
+        """Raises :class:`InvalidRequestError` for a job that does not fit into memory, were it alone."""
+        if self._memory is not None:
+            self._memory.needed(job)
+
     def put(self, job: DecodeJob) -> QueuedJob:
         """Adds a job.
 
@@ -175,13 +185,12 @@ class JobQueue:
         taken = sum(queued.need for queued in self._running)
         hosts = Counter(queued.job.caller.host for queued in self._running)
         clients = Counter(queued.job.caller.client for queued in self._running)
-        each = max(1, self._max_running // 4)
         # The sort is stable: among equals first come, first served.
         for queued in sorted(
             self._waiting, key=lambda each: (hosts[each.job.caller.host], clients[each.job.caller.client])
         ):
             mine = clients[queued.job.caller.client]
-            if mine >= each:
+            if mine >= self.share:
                 continue
             if self._memory is None or self._memory.fits(queued.need, taken, has_others=mine > 0):
                 return queued

@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from operators.core.artifact import OperatorArtifact
 from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from steer_server.engine.describe import describe_model
@@ -44,6 +45,8 @@ log = structlog.get_logger(__name__)
 
 _CLOSE_SECONDS = 5.0
 """How long running rows get to end as CANCELLED."""
+_ONE_CALLS = 4
+"""One part in so many of the rows decoded together may be one call's, where it has several prompts."""
 _SMOOTHING = 0.2
 """Weight of the newest job in the moving average of a job's duration."""
 
@@ -98,7 +101,8 @@ class VLLMEngine:
             device=current_platform.device_name,
             attention=client.attention,
         )
-        self._max_rows = int(config.scheduler_config.max_num_seqs) + max_queue
+        self._max_seqs = int(config.scheduler_config.max_num_seqs)
+        self._max_rows = self._max_seqs + max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
         self._operator_memory = int(config.additional_config[STEERING_MEMORY])
         self._step_sizes = step_sizes(config)
@@ -161,25 +165,38 @@ class VLLMEngine:
         """Each token on its own, as text."""
         return await self._prompts.texts(ids)
 
-    def submit(self, job: DecodeJob) -> VLLMJob:
-        """See :meth:`steer_server.engine.base.Engine.submit`."""
-        if self._closed:
-            raise ShuttingDownError
+    def check(self, job: DecodeJob) -> None:
+        """See :meth:`steer_server.engine.base.Engine.check`."""
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
                 check_sampling(sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
                 special_stops(sampling.stop_strings, self._context.tokenizer)
+        self._needs(job)
+
+    def jobs_at_once(self, job: DecodeJob) -> int:
+        """As many as fill a quarter of the rows that vLLM decodes together."""
+        return max(1, self._max_seqs // _ONE_CALLS // len(job.rows))
+
+    def submit(self, job: DecodeJob) -> VLLMJob:
+        """See :meth:`steer_server.engine.base.Engine.submit`."""
+        if self._closed:
+            raise ShuttingDownError
+        self.check(job)
         admitted = self.running + self.waiting
         if admitted + len(job.rows) > self._max_rows:
             problem = f"{admitted} texts run and wait already, and {self._max_rows} is the most admitted"
             raise QueueFullError(problem, self._retry_after())
-        budget, sizes = self._operator_memory, self._step_sizes
-        memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
-        operators = required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)
+        memory, operators = self._needs(job)
         self._operator_cache.reserve(operators, memory, retry_after=self._retry_after())
         running = VLLMJob(self._context, job, operators, self._end_job)
         self._jobs[running] = memory
         return running
+
+    def _needs(self, job: DecodeJob) -> tuple[JobMemory, list[OperatorArtifact]]:
+        """Memory and operators. Raises :class:`InvalidRequestError` where that is more than there is."""
+        budget, sizes = self._operator_memory, self._step_sizes
+        memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
+        return memory, required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)
 
     async def num_held_requests(self) -> int:
         """The most requests for which a worker holds anything; 0 once all have ended and been measured."""
