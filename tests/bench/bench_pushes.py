@@ -1,6 +1,6 @@
-"""Where the time of a steered step goes, without a model: milliseconds per decoding step that steering takes.
+"""Where the time of a steered step goes, without a model: the CPU time per decoding step that steering takes.
 
-    python tests/bench/bench_pushes.py [--width 576] [--layers 4] [--steps 100] [--threads 1] [--json]
+    python tests/bench/bench_pushes.py [--width 576] [--layers 4] [--steps 100] [--json]
 
 For batches of one-token spans and 1, 16 and 64 operators of rank 64 spread over ``--layers`` layers: computing
 the pushes, writing them into the hidden states (bfloat16), measuring these, looking at some of them as the server asks,
@@ -65,10 +65,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; vLLM's CPU worker on two cores has one")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    # As vLLM's worker has it on two cores.
+    torch.set_num_threads(1)
     with torch.inference_mode():
         rows = [
             measure(batch, count, positions, options.width, options.layers, options.steps)
@@ -77,7 +77,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    print(f"width {options.width}, rank {RANK}, {options.layers} layers, {options.threads} thread(s); ms per step")
+    print(f"width {options.width}, rank {RANK}, {options.layers} layers; CPU ms per step")
     print("batch operators positions" + "".join(f"{part:>9}" for part in (*PARTS, "in all")) + "  operations of each")
     for row in rows:
         spent = [row["ms"][part] for part in PARTS]
@@ -117,14 +117,14 @@ def measure(batch: int, count: int, positions: Positions, width: int, layers: in
 
 
 class Milliseconds:
-    """Counts those of a ``with`` block."""
+    """Counts those of this thread in a ``with`` block, whatever else the machine does."""
 
     def __enter__(self) -> Self:
-        self._begun = time.perf_counter()
+        self._begun = time.thread_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.count = 1e3 * (time.perf_counter() - self._begun)
+        self.count = 1e3 * (time.thread_time() - self._begun)
 
 
 class Decoding:

@@ -48,7 +48,7 @@ def read_movements(step_pushes: Sequence[StepPush]) -> Iterator[tuple[list[list[
     if measured:
         columns = [joined([getattr(moved, name) for _, moved in measured]) for name in ("dose", "due", "rounding")]
         directions = joined([one.usable for one, _ in measured])
-        rows = torch.stack((*columns, directions.to(columns[0].dtype)), dim=-1).cpu()
+        rows = torch.stack((*columns, directions.to(columns[0].dtype)), dim=-1).cpu().numpy()
         moved, usable = rows[:, :3].tolist(), rows[:, 3].tolist()
     start = 0
     for one in step_pushes:
