@@ -178,9 +178,9 @@ def _summary(seen: list[tuple[float, float]]) -> dict[str, float]:
 
 def main() -> None:
     """``steer-server``, with an ear for SIGUSR1."""
-    from steer_server import command
+    from steer_server import command, engines
 
-    start = command.ENGINES["vllm"]
+    start = engines.ENGINES["vllm"]
 
     async def started(*options: Any) -> Any:
         engine, files = await start(*options)
@@ -194,7 +194,7 @@ def main() -> None:
         )
         return engine, files
 
-    command.ENGINES["vllm"] = started
+    engines.ENGINES["vllm"] = started
     command.app()
 
 

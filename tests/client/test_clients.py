@@ -20,6 +20,7 @@ from steer_client import (
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
+from steering.v1 import text_pb2
 
 
 def test_a_request_arrives_as_it_was_asked(fake, make, generate):
@@ -38,8 +39,8 @@ def test_a_request_arrives_as_it_was_asked(fake, make, generate):
     assert fake.requests == [
         pb.GenerateRequest(
             request_id="mine",
-            prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])),
-            sampling=pb.SamplingParams(max_tokens=8, seed=0),
+            prompt=text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage(role="user", content="hi")])),
+            sampling=text_pb2.SamplingParams(max_tokens=8, seed=0),
             operators=sent,
         )
     ]

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from steering.convert import FieldError, Writer, writer
+from steering.v1 import comparison_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators_pb
 
@@ -30,7 +31,7 @@ from steer_client._requests import (
 _M = TypeVar("_M", bound=Message)
 
 _write_generate_request = writer(pb.GenerateRequest, GenerateRequest, accept)
-_write_compare_request = writer(pb.CompareRequest, CompareRequest, accept)
+_write_compare_request = writer(comparison_pb2.CompareRequest, CompareRequest, accept)
 _write_tokenize_request = writer(pb.TokenizeRequest, TokenizeRequest, accept)
 _write_get_operator_request = writer(operators_pb.GetOperatorRequest, GetOperatorRequest, accept)
 
@@ -49,7 +50,7 @@ def compare_request(
     sampling: SamplingParams,
     request_id: str,
     score: bool,
-) -> pb.CompareRequest:
+) -> comparison_pb2.CompareRequest:
     """One arm per name, in the mapping's order."""
     steered = tuple(Arm(name, operators) for name, operators in arms.items())
     request = CompareRequest(request_id, prompt_input(prompt), sampling, steered, score)
@@ -87,7 +88,7 @@ def seconds(timeout: float | None) -> float | None:
         if math.isnan(value):
             raise refused("a number of seconds", timeout)
     except FieldError as error:
-        raise _invalid(error.under("timeout")) from None
+        raise _invalid(error.prepend("timeout")) from None
     return None if value == math.inf else value
 
 
@@ -100,7 +101,7 @@ def _items(values: Any, field: str, wanted: str) -> list[Any]:
     try:
         return items(values, wanted)
     except FieldError as error:
-        raise _invalid(error.under(field)) from None
+        raise _invalid(error.prepend(field)) from None
 
 
 def _write(write: Writer[_M], request: object) -> _M:

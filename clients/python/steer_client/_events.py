@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from steering.v1 import comparison_pb2
 from steering.v1 import generation_pb2 as pb
 
 from steer_client import _decode as decode
@@ -43,7 +44,7 @@ class GenerationReducer:
         self._result: Generation | None = None
         self.prompt_token_ids: tuple[int, ...] | None = None
 
-    def feed(self, event: pb.GenerateEvent | pb.CompareEvent) -> TextDelta | None:
+    def feed(self, event: pb.GenerateEvent | comparison_pb2.CompareEvent) -> TextDelta | None:
         """Raises ProtocolError for an event out of order, or a result other than what was streamed.
 
         Raises SteeringNotAppliedError for missing proof.
@@ -84,7 +85,7 @@ class ComparisonReducer:
     def __init__(self, arms: Mapping[str, Sequence[OperatorUse]]) -> None:
         self._arms = {NORMAL: GenerationReducer((), NORMAL)}
         self._arms |= {name: GenerationReducer(uses, name) for name, uses in arms.items()}
-        self._compared: pb.CompareFinished | None = None
+        self._compared: comparison_pb2.CompareFinished | None = None
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...] | None:
@@ -92,7 +93,7 @@ class ComparisonReducer:
         ids = (arm.prompt_token_ids for arm in self._arms.values())
         return next((each for each in ids if each is not None), None)
 
-    def feed(self, event: pb.CompareEvent) -> ArmDelta | None:
+    def feed(self, event: comparison_pb2.CompareEvent) -> ArmDelta | None:
         """Raises like GenerationReducer.feed, and ProtocolError for an arm that was not requested."""
         if self._compared is not None:
             raise ProtocolError("the server sent events after `compared`")

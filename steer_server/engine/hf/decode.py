@@ -17,27 +17,24 @@ from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 from operators.model.rope import RopeOfLength
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
+from steer_server.engine.hf.rows import BatchSlot, RowState, check_finite, end_all, end_row, score_token, token_logprob
 from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering, load_pushes, record_doses
 from steer_server.engine.hf.witness import Witness, WitnessedPass
 from steer_server.engine.proof import Proof
-from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.reference import EmbeddingRows
 from steer_server.engine.row_text import RowText
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
-from steer_server.errors import EngineFailedError, SteeringNotAppliedError
+from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import (
     DecodeJob,
     EngineEvent,
     FinishReason,
-    Receipt,
     RowFinished,
-    Score,
     SteeringPlan,
     TokenEvent,
     TokenLogprob,
-    TopLogprob,
 )
 
 InterruptionCheck = Callable[[], FinishReason | None]
@@ -51,36 +48,6 @@ _PREFILL_POSITIONS_ELSEWHERE = 4096
 def prefill_positions(device: torch.device) -> int:
     """Rows x tokens of a prompt in one turn: on a CPU about a second of a small model, and few megabytes of states."""
     return _PREFILL_POSITIONS.get(device.type, _PREFILL_POSITIONS_ELSEWHERE)
-
-
-@dataclass(eq=False)
-class _RowState:
-    """One row of the job while it is being decoded. ``sequence``: prompt and generated tokens, (T,)."""
-
-    index: int
-    steering: RowSteering | None
-    proof: Proof | None
-    """Of the steering; None where there is none."""
-    scored: bool
-    sampler: Sampler
-    text: RowText
-    sequence: torch.Tensor
-
-    @property
-    def num_generated(self) -> int:
-        return len(self.text.ids)
-
-
-@dataclass(frozen=True, eq=False)
-class _BatchSlot:
-    """One row of the batch: a row of the job, or its plain reference."""
-
-    state: _RowState
-    reference: bool = False
-
-    @property
-    def steering(self) -> RowSteering | None:
-        return None if self.reference else self.state.steering
 
 
 @dataclass(eq=False)
@@ -122,22 +89,22 @@ class Decoder:
             EngineFailedError: the plain model itself gives logits that are not finite.
         """
         states = [self._row_state(index) for index in range(len(self.job.rows))]
-        slots = [_BatchSlot(state) for state in states]
+        slots = [BatchSlot(state) for state in states]
         # A plain row is its own reference.
-        slots += [_BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
+        slots += [BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
         layers = {layer for state in states if state.steering for layer in state.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
         self._hooks = PushHooks(decoder_layers(self.loaded.model), layers)
         self._witness = Witness(self.loaded.model, layers)
         after_prompt = yield from self._prefill(slots)
         if isinstance(after_prompt, FinishReason):
-            yield list(_end_all(slots, after_prompt))
+            yield list(end_all(slots, after_prompt))
             return
         logits: torch.Tensor | None = after_prompt
         del after_prompt
         while slots:
             if interruption := self.check_interruption():
-                yield list(_end_all(slots, interruption))
+                yield list(end_all(slots, interruption))
                 return
             if logits is None:
                 # A token is fed back only to choose another: the last one of a text never is, however it ends.
@@ -148,9 +115,9 @@ class Decoder:
             slots = self._drop_ended(slots, {event.row for event in events if isinstance(event, RowFinished)})
             yield events
 
-    def _row_state(self, index: int) -> _RowState:
+    def _row_state(self, index: int) -> RowState:
         row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
-        return _RowState(
+        return RowState(
             index=index,
             steering=self._steering(row.plan) if row.plan else None,
             proof=self._proof(row.plan) if row.plan else None,
@@ -179,7 +146,7 @@ class Decoder:
             every_position=self.prove_every_position,
         )
 
-    def _prefill(self, slots: list[_BatchSlot]) -> Generator[list[EngineEvent], None, torch.Tensor | FinishReason]:
+    def _prefill(self, slots: list[BatchSlot]) -> Generator[list[EngineEvent], None, torch.Tensor | FinishReason]:
         """Reads the prompt in turns of at most :func:`prefill_positions` rows x tokens.
 
         Plain rows are one row here and are copied afterwards.
@@ -187,7 +154,7 @@ class Decoder:
         Returns:
             Logits (B, V) after the prompt, or what interrupted the prefill.
         """
-        unique: list[_BatchSlot] = []
+        unique: list[BatchSlot] = []
         source: list[int] = []
         for slot in slots:
             plain = next((i for i, other in enumerate(unique) if not (slot.steering or other.steering)), None)
@@ -211,7 +178,7 @@ class Decoder:
             self._cache.batch_select_indices(rows)
         return logits[rows]
 
-    def _forward(self, slots: list[_BatchSlot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
+    def _forward(self, slots: list[BatchSlot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
         """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
         model, start = self.loaded.model, self._cache.get_seq_length()
         steered = {row: slot.steering for row, slot in enumerate(slots) if slot.steering is not None}
@@ -232,19 +199,19 @@ class Decoder:
             # A hook that met another shape than its pushes have, or was called twice.
             raise SteeringNotAppliedError(str(error)) from error
         logits: torch.Tensor = output.logits[:, -1].float()
-        _check_finite(slots, logits)
+        check_finite(slots, logits)
         record_doses(self._hooks, steered, prompt=prompt)
         witnessed.check({row: slots[row].state.sequence for row in steered})
         return logits
 
-    def _drop_ended(self, slots: list[_BatchSlot], ended: set[int]) -> list[_BatchSlot]:
+    def _drop_ended(self, slots: list[BatchSlot], ended: set[int]) -> list[BatchSlot]:
         """The slots whose rows go on; the KV cache keeps only theirs."""
         live = [place for place, slot in enumerate(slots) if slot.state.index not in ended]
         if 0 < len(live) < len(slots):
             self._cache.batch_select_indices(torch.tensor(live, device=self.loaded.device))
         return [slots[place] for place in live]
 
-    def _choose_tokens(self, slots: list[_BatchSlot], logits: torch.Tensor) -> Iterator[EngineEvent]:
+    def _choose_tokens(self, slots: list[BatchSlot], logits: torch.Tensor) -> Iterator[EngineEvent]:
         """The next token of every row of the job, from its logits in (B, V); and the end of those that it ends."""
         plain = {slot.state.index: logits[row] for row, slot in enumerate(slots) if slot.reference}
         for row, slot in enumerate(slots):
@@ -259,64 +226,11 @@ class Decoder:
                 token_id=token,
                 text=piece.text,
                 logprob=self._logprob(token, logits[row]),
-                score=_score(token, logits[row], plain.get(state.index, logits[row])) if state.scored else None,
+                score=score_token(token, logits[row], plain.get(state.index, logits[row])) if state.scored else None,
             )
             if reason is not None:
-                yield _end(state, reason, piece.stop_string)
+                yield end_row(state, reason, piece.stop_string)
 
     def _logprob(self, token: int, logits: torch.Tensor) -> TokenLogprob | None:
         count = self.job.sampling.logprobs
-        if count is None:
-            return None
-        logprobs = logits.log_softmax(-1)
-        values, ids = logprobs.topk(count)
-        top = tuple(
-            TopLogprob(other, self._text(other), value)
-            for value, other in zip(values.tolist(), ids.tolist(), strict=True)
-        )
-        return TokenLogprob(token, self._text(token), float(logprobs[token]), top)
-
-    def _text(self, token: int) -> str:
-        return str(self.loaded.tokenizer.decode([token]))
-
-
-def _check_finite(slots: list[_BatchSlot], logits: torch.Tensor) -> None:
-    finite = torch.isfinite(logits).all(-1).tolist()
-    for slot, row_is_finite in zip(slots, finite, strict=True):
-        if row_is_finite:
-            continue
-        if slot.steering is None:
-            raise EngineFailedError(f"the model's logits of token {slot.state.num_generated} are not finite")
-        raise SteeringNotAppliedError(
-            f"{slot.steering.describe()} makes the logits of token {slot.state.num_generated} not finite; "
-            "a smaller strength is needed"
-        )
-
-
-def _end(state: _RowState, reason: FinishReason, stop_string: str) -> RowFinished:
-    text = "" if stop_string else state.text.flush()
-    steering, proof = state.steering, state.proof
-    if steering is None or proof is None:
-        receipts: tuple[Receipt, ...] = ()
-    elif state.num_generated:
-        # The last token of a text is never fed.
-        proof.require(0, len(state.sequence) - 1)
-        receipts = steering.receipts(proof)
-    else:
-        # Interrupted before its first token, perhaps amid the prompt: no text came of what was steered.
-        receipts = empty_receipts(steering.plan)
-    return RowFinished(state.index, reason, text, stop_string, receipts)
-
-
-def _end_all(slots: list[_BatchSlot], reason: FinishReason) -> Iterator[EngineEvent]:
-    for slot in slots:
-        if not slot.reference:
-            yield _end(slot.state, reason, "")
-
-
-def _score(token: int, logits: torch.Tensor, plain: torch.Tensor) -> Score:
-    """KL(plain || this row) in nats, and the token's log-probability under the plain model."""
-    p, q = plain.log_softmax(-1), logits.log_softmax(-1)
-    # Rounding can leave a tiny negative sum where the two are the same.
-    kl = float((p.exp() * (p - q)).sum().clamp_min(0.0))
-    return Score(kl, float(p[token]))
+        return None if count is None else token_logprob(token, logits, count, self.loaded.tokenizer)

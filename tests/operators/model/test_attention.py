@@ -8,8 +8,8 @@ from operators.core.errors import ModelError
 from operators.model import loading as models
 from operators.model.attention import check_attention
 from operators.model.loading import load_model, recognise
-from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
+from steer_server.engines import ENGINES
 from steer_server.errors import StartupError
 
 _SIZES = {

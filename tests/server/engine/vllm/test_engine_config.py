@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
-from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.worker_protocol import SHARE_OF_FREE, STEERING_MEMORY
+from steer_server.engines import ENGINES
 from steer_server.errors import EngineFailedError, StartupError
 
 pytestmark = pytest.mark.vllm

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 
-from steer_server.command import ENGINES
 from steer_server.config import ServerConfig
 from steer_server.engine.vllm.options import (
     LOAD_FORMATS,
@@ -13,6 +12,7 @@ from steer_server.engine.vllm.options import (
     check_engine_args,
     read_engine_args,
 )
+from steer_server.engines import ENGINES
 from steer_server.errors import StartupError
 
 KNOWN = (
