@@ -21,6 +21,7 @@ from steer_client import (
     GenerationStream,
     ModelInfo,
     OperatorInfo,
+    Operators,
     OperatorUse,
     PromptResult,
     ReloadReport,
@@ -39,7 +40,7 @@ def blocking(client: SteerClient) -> None:
     assert_type(client.compare([1, 2], arms={"a": USES}, score=False, timeout=2.5), ABResult)
     assert_type(client.compare_stream("x", operators=USES), ComparisonStream)
     assert_type(client.samples("x", 2, operators={"a": 0.4}), tuple[Generation, ...])
-    arms = {"a": "tea=0.2", "b": Arm(USES, SamplingParams(top_k=1)), "c": {"tea": 1}}
+    arms: Mapping[str, Operators | Arm] = {"a": "tea=0.2", "b": Arm(USES, SamplingParams(top_k=1)), "c": {"tea": 1}}
     assert_type(client.compare_many({"p": "x", "q": [1]}, arms=arms, n=2), Mapping[str, ABResult])
     for item in assert_type(client.compare_many_stream(["x"], operators="tea"), ComparisonsStream):
         assert_type(item, ArmDelta | PromptResult)
