@@ -4,12 +4,12 @@ import asyncio
 
 import pytest
 from steer_client import OperatorUse as ClientUse
-from steer_client import _encode
+from steering.convert import reader
 from steering.v1 import steering_pb2 as sp
 
 from steer_server.errors import InvalidRequestError, SteeringNotAppliedError
 from steer_server.http.openai.steering import operators_of, read_operator
-from steer_server.types import FinishReason, SamplingParams
+from steer_server.types import FinishReason, OperatorUse, SamplingParams
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TURNS = [{"role": "user", "content": "x"}]
@@ -227,7 +227,7 @@ async def test_a_stream_that_fails_midway_says_so_and_is_not_done(door, ask):
         ({"steering": {"operators": ["a:some"]}}, "steering.operators[0]"),
         ({"steering": {"operators": [{"name": "a", "positions": "some"}]}}, "steering.operators[0].positions"),
         ({"steering": {"operators": [{"name": "a", "rule": "thumb"}]}}, "steering.operators[0].rule"),
-        ({"steering": {"operators": [{"name": "a", "strength": "much"}]}}, "steering.operators.strength"),
+        ({"steering": {"operators": [{"name": "a", "strength": "much"}]}}, "steering.operators[0].strength"),
         ({"steering": {"operators": ["a"] * 17}}, "steering.operators"),
     ],
 )
@@ -311,8 +311,10 @@ SPECS = [
 
 @pytest.mark.parametrize("text", SPECS)
 def test_an_operator_as_a_text_is_what_the_command_line_makes_of_it(text):
-    expected = _encode.generate_request("x", None, SERVER_DEFAULTS, [ClientUse.parse(text)]).operators[0]
-    assert read_operator(text, "model") == expected
+    expected, found = ClientUse.parse(text), reader(sp.OperatorUse, OperatorUse)(read_operator(text, "model"))
+    for name in ("name", "strength", "blend", "rule", "anchor", "first_token", "digest", "kl"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert str(found.positions) == str(expected.positions)
 
 
 @pytest.mark.parametrize(
