@@ -66,5 +66,11 @@ class DecodeJob:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     rows: tuple[Row, ...]
+    forced_ids: tuple[int, ...] = ()
+    """A text that every row reads in place of choosing tokens: as many as ``sampling.max_tokens``, with which the
+    prompt fits into the context. The first row is then the plain one, and every row is scored.
+    """
+    length_field: str = "sampling.max_tokens"
+    """The field of the request that says how long its texts may become, for errors."""
     caller: Caller = field(default_factory=CALLER.get)
     """For whom: who called where this was made."""

@@ -71,23 +71,23 @@ def test_percentiles_are_those_of_numpy(values, share):
 
 @given(logprobs=st.lists(st.floats(-20.0, 0.0), min_size=1, max_size=30))
 def test_perplexity_is_the_inverse_of_the_mean_probability_of_a_token(logprobs):
-    found = perplexity([Score(0.0, value) for value in logprobs])
+    found = perplexity([Score(0.0, value, 0.0) for value in logprobs])
     assert found == pytest.approx(math.prod(math.exp(value) for value in logprobs) ** (-1 / len(logprobs)), rel=1e-6)
 
 
 def test_a_fair_coin_has_perplexity_two():
-    assert perplexity([Score(0.0, math.log(0.5))] * 5) == pytest.approx(2.0)
+    assert perplexity([Score(0.0, math.log(0.5), 0.0)] * 5) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("logprob", [-1e4, -1e300, -math.inf])
 def test_a_text_that_is_impossible_to_the_model_has_an_infinite_perplexity(logprob):
-    assert perplexity([Score(0.0, logprob)] * 3) == math.inf
-    found = compare_completions(_completion([1]), _completion([1], [Score(0.0, logprob)]), "loud")
+    assert perplexity([Score(0.0, logprob, 0.0)] * 3) == math.inf
+    found = compare_completions(_completion([1]), _completion([1], [Score(0.0, logprob, 0.0)]), "loud")
     assert found.steered_perplexity == math.inf
 
 
 def test_the_largest_perplexity_is_still_a_number():
-    assert perplexity([Score(0.0, -690.0)]) == pytest.approx(math.exp(690.0))
+    assert perplexity([Score(0.0, -690.0, 0.0)]) == pytest.approx(math.exp(690.0))
 
 
 def test_what_was_not_scored_has_no_perplexity():
@@ -95,8 +95,8 @@ def test_what_was_not_scored_has_no_perplexity():
 
 
 def test_two_texts_are_held_against_each_other():
-    normal = _completion([1, 2, 3], [Score(0.0, math.log(0.5))] * 3)
-    steered = _completion([1, 9, 3], [Score(kl, math.log(0.25)) for kl in (0.0, 3.0, 1.5)])
+    normal = _completion([1, 2, 3], [Score(0.0, math.log(0.5), 0.0)] * 3)
+    steered = _completion([1, 9, 3], [Score(kl, math.log(0.25), 0.0) for kl in (0.0, 3.0, 1.5)])
     found = compare_completions(normal, steered, "loud")
     assert found.arm == "loud"
     assert found.first_divergence == 1

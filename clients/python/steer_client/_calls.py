@@ -19,7 +19,7 @@ from steer_client._channel import is_many
 from steer_client._defaults import STEERED
 from steer_client._errors import InvalidRequestError
 from steer_client._events import ComparisonReducer, GenerationReducer, Reducer
-from steer_client._receipts import check_receipts
+from steer_client._receipts import check_receipts, check_score
 from steer_client._requests import OperatorUse, Prompt, SamplingParams
 
 Item = TypeVar("Item")
@@ -72,22 +72,43 @@ def compare(
     score: bool,
 ) -> Streaming[results.ArmDelta, results.ABResult]:
     """Texts of one prompt, the plain one and one per arm. `operators` make a single arm named "steered"."""
+    every = _arms(operators, arms)
+    if not every and arms is None:
+        raise InvalidRequestError(
+            "operators: a comparison needs at least one OperatorUse, or `arms` with some in each; a plain text "
+            "alone is what `generate` gives",
+            field="operators",
+        )
+    request = encode.compare_request(prompt, every, sampling, request_id, score)
+    return Streaming("Compare", request, ComparisonReducer(every))
+
+
+def score(
+    text: str | Sequence[int],
+    prompt: Prompt | None,
+    operators: Sequence[OperatorUse],
+    arms: Mapping[str, Sequence[OperatorUse]] | None,
+    request_id: str,
+    time_limit: float | None,
+) -> Unary[results.TextScore]:
+    """A text under the plain model and one arm per name, checked against the operators that were requested."""
+    every = _arms(operators, arms)
+    request = encode.score_request(text, prompt, every, request_id, time_limit)
+    return Unary("generation", "Score", request, lambda answer: check_score(every, decode.text_score(answer)))
+
+
+def _arms(
+    operators: Sequence[OperatorUse], arms: Mapping[str, Sequence[OperatorUse]] | None
+) -> dict[str, tuple[OperatorUse, ...]]:
+    """The steered arms by name: those of `arms`, or a single one named "steered", or none at all."""
     if arms is None:
-        operators = encode.uses(operators, "operators")
-        if not operators:
-            raise InvalidRequestError(
-                "operators: a comparison needs at least one OperatorUse, or `arms` with some in each; a plain text "
-                "alone is what `generate` gives",
-                field="operators",
-            )
-        arms = {STEERED: operators}
-    elif operators:
+        uses = encode.uses(operators, "operators")
+        return {STEERED: uses} if uses else {}
+    if operators:
         raise InvalidRequestError("give `operators` for one steered arm, or `arms`, not both", field="arms")
     if not isinstance(arms, Mapping):
         raise InvalidRequestError("arms: a mapping from names to operators is needed", field="arms")
-    every = {name: encode.uses(uses, f"arms[{i}].operators") for i, (name, uses) in enumerate(arms.items())}
-    request = encode.compare_request(prompt, every, sampling, request_id, score)
-    return Streaming("Compare", request, ComparisonReducer(every))
+    return {name: encode.uses(uses, f"arms[{i}].operators") for i, (name, uses) in enumerate(arms.items())}
 
 
 def list_operators() -> Unary[tuple[store.OperatorInfo, ...]]:

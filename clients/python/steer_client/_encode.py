@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from steering.convert import FieldError, Writer, writer
-from steering.v1 import comparison_pb2
+from steering.v1 import comparison_pb2, score_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators_pb
 
@@ -25,6 +25,7 @@ from steer_client._requests import (
     Prompt,
     PromptInput,
     SamplingParams,
+    ScoreRequest,
     TokenizeRequest,
 )
 
@@ -32,6 +33,7 @@ _M = TypeVar("_M", bound=Message)
 
 _write_generate_request = writer(pb.GenerateRequest, GenerateRequest, accept)
 _write_compare_request = writer(comparison_pb2.CompareRequest, CompareRequest, accept)
+_write_score_request = writer(score_pb2.ScoreRequest, ScoreRequest, accept)
 _write_tokenize_request = writer(pb.TokenizeRequest, TokenizeRequest, accept)
 _write_get_operator_request = writer(operators_pb.GetOperatorRequest, GetOperatorRequest, accept)
 
@@ -55,6 +57,20 @@ def compare_request(
     steered = tuple(Arm(name, operators) for name, operators in arms.items())
     request = CompareRequest(request_id, prompt_input(prompt), sampling, steered, score)
     return _write(_write_compare_request, request)
+
+
+def score_request(
+    text: str | Sequence[int],
+    prompt: Prompt | None,
+    arms: Mapping[str, Sequence[OperatorUse]],
+    request_id: str,
+    time_limit: float | None,
+) -> score_pb2.ScoreRequest:
+    """One arm per name, in the mapping's order; none: the plain model alone."""
+    given, ids = (text, None) if isinstance(text, str) else (None, _items(text, "text", "text or token ids"))
+    before = None if prompt is None else prompt_input(prompt)
+    steered = tuple(Arm(name, operators) for name, operators in arms.items())
+    return _write(_write_score_request, ScoreRequest(request_id, before, given, ids, steered, time_limit))
 
 
 def tokenize_request(prompt: Prompt) -> pb.TokenizeRequest:

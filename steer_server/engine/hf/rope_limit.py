@@ -21,6 +21,7 @@ def check_rope(job: DecodeJob, config: Any, context_length: int) -> None:
     change = rope_change_within(config, prompt, longest)
     if change is None:
         return
+    unit = " tokens" if job.forced_ids else ""
     room = change.length + 1 - prompt
     accepted = [f"1 to {room}"] if room > 0 else []
     if not change.again:
@@ -28,8 +29,8 @@ def check_rope(job: DecodeJob, config: Any, context_length: int) -> None:
     elif room <= 0:
         accepted.append(f"a prompt of at most {change.length} tokens")
     raise InvalidRequestError(
-        "sampling.max_tokens",
-        f"is {job.sampling.max_tokens} after a prompt of {prompt} tokens; the model's rotary factors "
+        job.length_field,
+        f"is {job.sampling.max_tokens}{unit} after a prompt of {prompt} tokens; the model's rotary factors "
         f"({change.rope_type}) change beyond {change.length} tokens, and no text has two sets of them: "
         f"{', or '.join(accepted)}, is accepted",
     )
