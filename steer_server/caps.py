@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from steer_server.errors import InvalidRequestError
-from steer_server.types import SamplingParams
+from steer_server.types import Row, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -17,37 +18,40 @@ class Caps:
     max_time: float | None = None
     """Seconds."""
 
-    def apply(self, sampling: SamplingParams, *, num_texts: int) -> SamplingParams:
-        """The parameters of a request of so many texts, with the time limit that it did not set.
+    def apply(self, sampling: SamplingParams) -> SamplingParams:
+        """The parameters of a request, with the time limit that it did not set.
 
-        Raises :class:`InvalidRequestError` for one that asks for more than is accepted.
+        Raises :class:`InvalidRequestError` for a longer one than is accepted.
         """
-        self.check_tokens(sampling.max_tokens, "sampling.max_tokens", num_texts=num_texts)
-        limit = self.limit_time(sampling.time_limit, "sampling.time_limit")
-        return sampling if limit == sampling.time_limit else replace(sampling, time_limit=limit)
-
-    def check_tokens(self, tokens: int, field: str, *, num_texts: int) -> None:
-        """Raises :class:`InvalidRequestError`, at ``field``, for so many texts of up to ``tokens`` tokens each."""
-        if self.max_tokens is not None and tokens > self.max_tokens:
-            raise InvalidRequestError(field, f"is {tokens}{_unit(field)}; this server accepts {self.max_tokens}")
-        if self.max_total_tokens is not None and num_texts * tokens > self.max_total_tokens:
+        if self.max_time is None:
+            return sampling
+        if sampling.time_limit is None:
+            return replace(sampling, time_limit=self.max_time)
+        if sampling.time_limit > self.max_time:
             raise InvalidRequestError(
-                field,
-                f"is {tokens}{_unit(field)}, in {num_texts} texts {num_texts * tokens}; this server accepts "
+                "sampling.time_limit", f"is {sampling.time_limit:g} s; this server accepts {self.max_time:g} s"
+            )
+        return sampling
+
+    def check_tokens(self, rows: Sequence[Row], *, num_prompts: int = 1) -> None:
+        """Raises :class:`InvalidRequestError` for rows that ask for more tokens than is accepted.
+
+        ``num_prompts``: each of which has these rows.
+        """
+        for row in rows:
+            tokens = row.sampling.max_tokens
+            if self.max_tokens is not None and tokens > self.max_tokens:
+                raise InvalidRequestError(
+                    f"{row.sampling_field}.max_tokens", f"is {tokens} tokens; this server accepts {self.max_tokens}"
+                )
+        total = num_prompts * sum(row.sampling.max_tokens for row in rows)
+        if self.max_total_tokens is not None and total > self.max_total_tokens:
+            counts = "/".join(str(count) for count in sorted({row.sampling.max_tokens for row in rows}))
+            raise InvalidRequestError(
+                "sampling.max_tokens",
+                f"is {counts} tokens, in {num_prompts * len(rows)} texts {total}; this server accepts "
                 f"{self.max_total_tokens} in all texts of a request",
             )
-
-    def limit_time(self, seconds: float | None, field: str) -> float | None:
-        """A time limit, that of the server where there is none. Raises :class:`InvalidRequestError` at ``field``."""
-        if self.max_time is None or seconds is None:
-            return self.max_time if seconds is None else seconds
-        if seconds > self.max_time:
-            raise InvalidRequestError(field, f"is {seconds:g} s; this server accepts {self.max_time:g} s")
-        return seconds
-
-
-def _unit(field: str) -> str:
-    return "" if field.endswith("max_tokens") else " tokens"
 
 
 NO_CAPS = Caps()

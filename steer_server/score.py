@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.engine.prompts import check_ids
-from steer_server.errors import EngineFailedError, InvalidRequestError, ShuttingDownError, TimeLimitError
+from steer_server.errors import EngineFailedError, InvalidRequestError, ShuttingDownError, TimeLimitError, errors_of
 from steer_server.generate import CompletionBuilder, check_plan
 from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
@@ -42,20 +43,23 @@ async def score(
     """The start of every arm, then the score. Raises any :class:`~steer_server.errors.SteerServerError`."""
     if len(request.arms) > max_arms:
         raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
-    time_limit = caps.limit_time(request.time_limit, "time_limit")
+    with errors_of("sampling.time_limit", at="time_limit"):
+        limited = caps.apply(SamplingParams(ignore_eos=True, time_limit=request.time_limit))
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators) if operators else ()
     prompt_ids, text_ids = await _read(engine, request)
-    caps.check_tokens(len(text_ids), request.field, num_texts=1 + len(request.arms))
+    sampling = replace(limited, max_tokens=len(text_ids))
+    rows = tuple(Row(plan, True, sampling) for plan in (None, *plans))
+    with errors_of("sampling.max_tokens", at=request.text_field):
+        caps.check_tokens(rows)
     for field, plan in zip(operators, plans, strict=True):
         check_plan(engine.model, plan, field, prompt_tokens=len(prompt_ids), max_tokens=len(text_ids))
     texts = await engine.token_texts(text_ids)
-    sampling = SamplingParams(max_tokens=len(text_ids), ignore_eos=True, time_limit=time_limit)
-    rows = (Row(None, score=True), *(Row(plan, score=True) for plan in plans))
     names = (NORMAL, *(arm.name for arm in request.arms))
     builders = [CompletionBuilder(request.request_id, len(prompt_ids), sampling, row.plan) for row in rows]
     done: dict[int, Completion] = {}
-    stream = engine.submit(DecodeJob(prompt_ids, sampling, rows, text_ids, request.field))
+    with errors_of("sampling.max_tokens", at=request.text_field):
+        stream = engine.submit(DecodeJob(prompt_ids, rows, sampling.time_limit, text_ids))
     try:
         for name, builder in zip(names, builders, strict=True):
             yield ArmEvent(name, builder.started(prompt_ids))
@@ -66,7 +70,7 @@ async def score(
                         if isinstance(each, Completion):
                             done[place] = each
         for place in range(len(rows)):
-            _check(done[place], text_ids, time_limit)
+            _check(done[place], text_ids, sampling.time_limit)
         arms = tuple(arm_score(name, done[place], texts) for place, name in enumerate(names))
         yield TextScore(request.request_id, prompt_ids, text_ids, arms, done[0].timings)
     finally:
@@ -91,7 +95,7 @@ def arm_score(arm: str, read: Completion, texts: Sequence[str]) -> ArmScore:
 
 async def _read(engine: Engine, request: ScoreRequest) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The ids of prompt and text. Raises :class:`InvalidRequestError` for a text that cannot be read behind it."""
-    model, field = engine.model, request.field
+    model, field = engine.model, request.text_field
     prompt = () if request.prompt is None else await engine.encode(request.prompt)
     if request.token_ids is not None:
         text = request.token_ids

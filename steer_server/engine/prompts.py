@@ -15,7 +15,7 @@ from operators.model.text_ids import following_ids, text_ids
 from steer_server.caller import CALLER
 from steer_server.engine.chat_template import ChatTemplate
 from steer_server.engine.fair_threads import FairThreads
-from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError
+from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError, errors_of
 from steer_server.types import ModelInfo, Prompt
 
 _SHORT_THREADS, _LONG_THREADS = 2, 1
@@ -60,10 +60,8 @@ class PromptReader:
 
     async def encode_text(self, text: str, *, follows: bool) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode_text`."""
-        try:
+        with errors_of("prompt", at="text"):
             ids = await self._in_turn(partial(self._tokenise, text, special_tokens=not follows, follows=follows))
-        except PromptTooLongError as error:
-            raise InvalidRequestError("text", error.problem) from None
         if not ids:
             raise InvalidRequestError("text", "has no tokens; at least one is needed")
         check_ids("text", ids, self._model.vocab_size)

@@ -109,8 +109,8 @@ SIDES = {
 LACKS = {
     # The configuration's, not the model's.
     "server": {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
-    # The key of ABResult.steered, and what ArmResult.kl has in one.
-    "client": {f"Comparison.{name}" for name in ("arm", "kl_mean", "kl_p95", "kl_per_token")},
+    # Where ABResult has it, and what ArmResult.kl has in one.
+    "client": {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
 }
 NO_DATACLASS = {
     # Events and lists, which the services put together and the client's reducers take apart.
@@ -253,8 +253,17 @@ def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
     if message in (comparison_pb2.CompareRequest, score_pb2.ScoreRequest):
+        if message is comparison_pb2.CompareRequest:
+            made.normal = made.normal or not made.arms
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"
+            if message is score_pb2.ScoreRequest:
+                arm.ClearField("sampling")
+                arm.operators.add(name="ocean")
+            else:
+                if not arm.operators:
+                    arm.sampling.SetInParent()
+                arm.sampling.ClearField("time_limit")
     if message is comparison_pb2.Comparison and made.kl_per_token:
         made.kl_mean = max(made.kl_per_token)
     if message is score_pb2.ScoreResponse:

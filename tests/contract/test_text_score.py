@@ -19,6 +19,7 @@ from steer_server.registry import Registry
 from steer_server.score import score
 from steer_server.types import (
     Arm,
+    ArmSampling,
     Compared,
     CompareRequest,
     Completion,
@@ -154,6 +155,12 @@ async def test_a_text_without_a_prompt_begins_with_its_first_token(smollm, engin
         ({"token_ids": (5,) * (1 << 14)}, "token_ids", "has 16384 tokens behind 6 of the prompt; the context"),
         ({"text": "word " * (1 << 14)}, "text", "at most|context"),
         ({"text": "a", "time_limit": 0.0}, "time_limit", "above 0"),
+        ({"text": "a", "arms": (Arm("a", ()),)}, "arms[0].operators", "reads the text anyway"),
+        (
+            {"text": "a", "arms": (Arm("a", ARMS[0].operators, ArmSampling()),)},
+            "arms[0].sampling",
+            "nothing is decoded",
+        ),
         ({"text": "a", "arms": ARMS + ARMS[:2]}, "arms[0].name", "a name of its own"),
         (
             {"text": "a", "arms": tuple(Arm(f"{i}", ARMS[0].operators) for i in range(9))},

@@ -22,9 +22,11 @@ from steer_client._errors import (
 from steer_client._positions import ALL_POSITIONS, Positions
 from steer_client._requests import (
     Anchor,
+    Arm,
     Chat,
     ChatMessage,
     FirstToken,
+    Operators,
     OperatorUse,
     Prompt,
     Rule,
@@ -73,6 +75,7 @@ __all__ = [
     "KL",
     "ABResult",
     "Anchor",
+    "Arm",
     "ArmDelta",
     "ArmResult",
     "ArmScore",
@@ -104,6 +107,7 @@ __all__ = [
     "OperatorInfo",
     "OperatorUnusableError",
     "OperatorUse",
+    "Operators",
     "Positions",
     "Prompt",
     "PromptTooLongError",

@@ -68,20 +68,23 @@ class DecodeMemory:
 
         Raises :class:`InvalidRequestError`, with the figures, for one that does not fit alone.
         """
-        rows, positions = len(job.rows), 1
+        # A row that is scored has a plain reference of its length. A given text has one for all rows: the first.
+        lengths = [
+            min(len(job.prompt_ids) + row.sampling.max_tokens, self.context_length)
+            for row in job.rows
+            for _ in range(1 + (row.score and row.plan is not None and not job.forced_ids))
+        ]
+        rows, tokens, positions = len(lengths), max(lengths), 1
         if job.forced_ids:
             positions = min(scored_positions(rows, self.per_row // (4 * _LOGITS_COPIES)), len(job.forced_ids))
-        else:
-            rows += sum(row.score and row.plan is not None for row in job.rows)
-        tokens = min(len(job.prompt_ids) + job.sampling.max_tokens, self.context_length)
-        need = rows * (tokens * self.per_token + positions * self.per_row)
+        need = sum(lengths) * self.per_token + rows * positions * self.per_row
         if need > self.budget:
             most = max(0, (self.budget // rows - positions * self.per_row) // self.per_token - len(job.prompt_ids))
             raise InvalidRequestError(
-                job.length_field,
-                f"{rows} rows (with those that score) of {tokens} tokens take {format_bytes(need)} for keys, values "
-                f"and logits; this server has {format_bytes(self.budget)} for them (--decode-memory), enough for "
-                f"{most} tokens after this prompt, or for fewer arms",
+                "sampling.max_tokens",
+                f"{rows} rows (with those that score) of up to {tokens} tokens take {format_bytes(need)} for keys, "
+                f"values and logits; this server has {format_bytes(self.budget)} for them (--decode-memory), enough "
+                f"for {most} tokens after this prompt, or for fewer arms",
             )
         return need
 

@@ -37,7 +37,7 @@ from steer_server.engine.vllm.sampling import check_sampling
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.engine.vllm.worker_protocol import STEERING_MEMORY
 from steer_server.engine.work import WorkDone
-from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteerServerError
+from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteerServerError, errors_of
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -96,6 +96,7 @@ class VLLMEngine:
             context_length=int(config.model_config.max_model_len),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device=current_platform.device_name,
+            attention=client.attention,
         )
         self._max_rows = int(config.scheduler_config.max_num_seqs) + max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
@@ -168,8 +169,10 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         if self._closed:
             raise ShuttingDownError
-        check_sampling(job.sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
-        special_stops(job.sampling.stop_strings, self._context.tokenizer)
+        for field, sampling in job.samplings.items():
+            with errors_of("sampling", at=field):
+                check_sampling(sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
+                special_stops(sampling.stop_strings, self._context.tokenizer)
         admitted = self.running + self.waiting
         if admitted + len(job.rows) > self._max_rows:
             problem = f"{admitted} texts run and wait already, and {self._max_rows} is the most admitted"

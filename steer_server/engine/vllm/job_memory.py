@@ -64,13 +64,17 @@ def job_memory(job: DecodeJob, sizes: StepSizes, *, budget: int, context_length:
     Raises :class:`InvalidRequestError` where that alone is more than ``budget`` bytes.
     """
     layers = max((len(_layers(row)) for row in job.rows), default=0)
-    tokens = min(job.sampling.max_tokens, context_length - len(job.prompt_ids))
     if job.forced_ids:
         # Every row reads the same text, the plain one for all. Logits are made of it where nothing is pushed, too.
-        num_scored, states = len(job.rows), sizes.states(tokens, len(job.rows)) + (0 if layers else SCORING_BYTES)
+        lengths = [len(job.forced_ids)] * len(job.rows)
+        states = sizes.states(len(job.forced_ids), len(job.rows)) + (0 if layers else SCORING_BYTES)
     else:
-        num_scored = sum(row.score and row.plan is not None for row in job.rows)
-        states = num_scored * sizes.states(tokens)
+        lengths = [
+            min(row.sampling.max_tokens, context_length - len(job.prompt_ids))
+            for row in job.rows
+            if row.score and row.plan is not None
+        ]
+        states = sum(map(sizes.states, lengths))
     memory = JobMemory(layers, states + _running_sums(job.rows))
     pushes = sizes.pushes(layers)
     if pushes + memory.held <= budget:
@@ -81,9 +85,9 @@ def job_memory(job: DecodeJob, sizes: StepSizes, *, budget: int, context_length:
             "operators", f"push at {layers} layers, which takes {format_bytes(pushes)} in a step; {kept}"
         )
     raise InvalidRequestError(
-        job.length_field,
-        f"lets the scores of {num_scored} texts of up to {tokens} tokens keep {format_bytes(states)} of hidden states, "
-        f"beside {format_bytes(pushes)} for pushes; {kept}",
+        "sampling.max_tokens",
+        f"lets the scores of {len(lengths)} texts of up to {max(lengths, default=0)} tokens keep "
+        f"{format_bytes(states)} of hidden states, beside {format_bytes(pushes)} for pushes; {kept}",
     )
 
 

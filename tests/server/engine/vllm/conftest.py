@@ -126,7 +126,7 @@ def steered(artifact, engine, llama):
 @pytest.fixture
 def start(engine, llama):
     def run(*rows, operators=(), text=(), **sampling):
-        job = DecodeJob(PROMPT, SamplingParams(**sampling), rows, text)
+        job = DecodeJob.of(PROMPT, SamplingParams(**sampling), rows, forced_ids=text)
         context = DecodeContext(
             client=engine,
             operator_cache=engine.operator_cache,
