@@ -66,14 +66,14 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class DoseTooHighError(InvalidRequestError):
-    """The doses |strength|/2 of the operators at one layer add up to more than the server admits."""
+    """The strengths of the operators at one layer add up to more than the server admits: twice its largest dose."""
 
     def __init__(self, field: str, *, layer: int, dose: float, max_dose: float, parts: tuple[str, ...]) -> None:
         """``parts``: each operator of that layer with its strength, in words: the message speaks of strengths."""
         super().__init__(
             field,
             f"the strengths at layer {layer} add up to {2.0 * dose:.12g}; at most {2.0 * max_dose:.12g} is accepted "
-            f"({', '.join(parts)})",
+            f"({', '.join(parts)}): their sizes count, and the bound is twice the server's --max-dose {max_dose:.12g}",
         )
         self.layer, self.dose, self.max_dose = layer, dose, max_dose
 

@@ -33,7 +33,7 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     - whose strength, rule, blend, positions, anchor or first token are not the request's, or whose `defaulted` is not
       what the request left unset,
     - whose words, weights or KL budget are not the request's, or that names no lens, or no tokens, for its words,
-    - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
+    - whose dose bound is not the sum of |λ|/2 over the receipts of its layer (λ is the strength, a dose half of it),
     - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt that are
       among its positions, whose steered generated tokens are not those of its positions that were fed to the model, or
       whose doses are not positive and in order (0 < mean <= max <= bound, but for rounding to the model's dtype), or
@@ -134,7 +134,10 @@ def _bound_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:
     bound = sum(abs(other.strength) / 2 for other in receipts if other.layer == receipt.layer)
     if math.isclose(receipt.dose_bound, bound, rel_tol=_SUM_TOLERANCE):
         return None
-    return f"the receipt says dose bound {receipt.dose_bound}, the strengths at layer {receipt.layer} give {bound}"
+    return (
+        f"the receipt says that λ adds up to {2 * receipt.dose_bound:g} at layer {receipt.layer}, the strengths there "
+        f"give {2 * bound:g}"
+    )
 
 
 def _has_tokens(generation: Generation) -> bool:
@@ -153,8 +156,8 @@ def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
         return None
     cached_too = f" ({cached} more cached)" if cached else ""
     return (
-        f"the receipt says {prompt} prompt{cached_too} + {reported[1]} generated tokens steered at strength "
-        f"{receipt.strength}, expected were {expected[0]} + {expected[1]}"
+        f"the receipt says {prompt} prompt{cached_too} + {reported[1]} generated tokens steered at "
+        f"λ {receipt.strength:g}, expected were {expected[0]} + {expected[1]}"
     )
 
 
@@ -177,14 +180,14 @@ def _dose_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:
         alone = sum(other.layer == receipt.layer and other.strength != 0 for other in receipts) == 1
         least = bound - slack if alone else 0.0
         fits = 0 < receipt.mean_dose <= receipt.max_dose <= bound + slack < math.inf and receipt.mean_dose >= least
-        expected = f"{bound} but for rounding" if alone else f"0 < mean <= max <= {bound}"
+        expected = f"{2 * bound:g} but for rounding" if alone else f"0 < mean <= max <= {2 * bound:g}"
     else:
         fits, expected = receipt.mean_dose == receipt.max_dose == 0, "0"
     if fits:
         return None
     return (
-        f"the receipt says dose mean {receipt.mean_dose}, max {receipt.max_dose} at strength {receipt.strength}, "
-        f"expected was {expected}"
+        f"the receipt says λ mean {receipt.mean_strength:g}, max {receipt.max_strength:g} measured at λ "
+        f"{receipt.strength:g}, expected was {expected}"
     )
 
 
