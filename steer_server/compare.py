@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 
 from operators.core.statistics import percentile
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
 from steer_server.generate import CompletionBuilder, check_plan
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -57,14 +55,13 @@ async def compare(
     try:
         for name, builder in zip(names, builders, strict=True):
             yield ArmEvent(name, builder.started(ids))
-        async with aclosing(read_ahead(stream, stream.cancel)) as events:
-            async for event in events:
-                places = range(len(rows)) if isinstance(event, Admitted) else (event.row,)
-                for place in places:
-                    for result in builders[place].add(event):
-                        if isinstance(result, Completion):
-                            completions[names[place]] = result
-                        yield ArmEvent(names[place], result)
+        async for event in stream:
+            places = range(len(rows)) if isinstance(event, Admitted) else (event.row,)
+            for place in places:
+                for result in builders[place].add(event):
+                    if isinstance(result, Completion):
+                        completions[names[place]] = result
+                    yield ArmEvent(names[place], result)
         normal = completions[NORMAL]
         yield Compared(tuple(compare_completions(normal, completions[arm.name], arm.name) for arm in request.arms))
     finally:

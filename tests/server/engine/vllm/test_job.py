@@ -13,8 +13,9 @@ from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.job import VLLMJob
 from steer_server.engine.vllm.measurements import MeasurementCollector
 from steer_server.engine.vllm.operator_cache import OperatorCache
+from steer_server.engine.vllm.operator_room import OperatorRoom
 from steer_server.engine.vllm.row_decoder import DecodeContext
-from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteeringNotAppliedError
+from steer_server.errors import EngineFailedError, ShuttingDownError, SlowReaderError, SteeringNotAppliedError
 from steer_server.types import (
     Application,
     DecodeJob,
@@ -111,6 +112,10 @@ class Engine:
     def end_job(self, job, seconds):
         self.over.append(job)
 
+    def leave(self, job):
+        """Whether it has not begun."""
+        return not job._tasks
+
 
 @pytest.fixture
 async def engine(with_name):
@@ -126,7 +131,7 @@ def steered(artifact, engine, llama):
 
 @pytest.fixture
 def start(engine, llama):
-    def run(*rows, operators=(), **sampling):
+    def run(*rows, operators=(), begin=True, **sampling):
         job = DecodeJob(PROMPT, SamplingParams(**sampling), rows)
         context = DecodeContext(
             client=engine,
@@ -139,7 +144,10 @@ def start(engine, llama):
             embed=EmbeddingRows(llama.model),
             translate_error=engine.translate_error,
         )
-        return VLLMJob(context, job, operators, engine.end_job)
+        made = VLLMJob(context, job, operators, on_end=engine.end_job, on_leave=engine.leave)
+        if begin:
+            made.begin()
+        return made
 
     return run
 
@@ -222,18 +230,18 @@ async def test_a_job_of_many_rows_that_ends_leaves_the_operators_to_another_one(
         for digest in digests:
             there.remove(digest)
 
-    operator_cache = OperatorCache(load, unload, budget=prepared_bytes(artifact))
+    operator_cache = OperatorCache(load, unload, OperatorRoom(prepared_bytes(artifact)))
 
     def end_job(job, seconds):
         engine.over.append(job)
-        operator_cache.release(job.operators)
+        operator_cache.room.remove(job.operators)
 
     monkeypatch.setattr(engine, "operator_cache", operator_cache)
     monkeypatch.setattr(engine, "end_job", end_job)
     engine.gates[2] = asyncio.Event()
     jobs = []
     for rows in (3, 1):
-        operator_cache.reserve([artifact], retry_after=1.0)
+        operator_cache.room.add([artifact])
         jobs.append(start(*[steered] * rows, operators=[artifact]))
     async with asyncio.timeout(5):
         while sum(job.running for job in jobs) < 4:
@@ -241,12 +249,11 @@ async def test_a_job_of_many_rows_that_ends_leaves_the_operators_to_another_one(
     jobs[0].cancel()
     await _over(engine, jobs[0])
     other = replace(artifact, digest="another")
-    with pytest.raises(QueueFullError):
-        operator_cache.reserve([other], retry_after=1.0)
+    assert not operator_cache.room.fits([other])
     jobs[1].cancel()
     await _over(engine, jobs[1])
     assert engine.over == jobs
-    operator_cache.reserve([other], retry_after=1.0)
+    assert operator_cache.room.fits([other])
 
 
 # Time limits.
@@ -298,7 +305,35 @@ async def test_a_text_that_the_time_limit_cut_is_not_scored_beyond_it(engine, st
     await _settled(engine)
 
 
+async def test_a_job_whose_time_runs_out_before_it_begins_ends_without_vllm(engine, start, steered):
+    tokens, ends = await _ends(start(steered, Row(), begin=False, time_limit=0.05))
+    assert [(end.row, end.reason, end.text) for end in ends] == [
+        (0, FinishReason.TIME_LIMIT, ""),
+        (1, FinishReason.TIME_LIMIT, ""),
+    ]
+    assert (ends[0].receipts[0].prompt_tokens_steered, ends[1].receipts) == (0, ())
+    assert (tokens, engine.streams) == ([], [])
+
+
 # Failures, and who learns of them.
+
+
+async def test_a_job_that_is_stopped_before_it_begins_says_so(engine, start):
+    job = start(Row(), begin=False)
+    job.stop()
+    with pytest.raises(ShuttingDownError):
+        await _events(job)
+    assert (engine.streams, job.waiting) == ([], 0)
+
+
+async def test_a_reader_that_does_not_read_is_given_up_and_its_rows_are_aborted(engine, start):
+    engine.gates[3] = asyncio.Event()
+    job = start(Row(), Row())
+    job._outbox._max_bytes, job._outbox._patience = 1500, 0.05
+    await _over(engine, job)
+    assert engine.over == [job]
+    with pytest.raises(SlowReaderError):
+        await _events(job)
 
 
 @pytest.mark.parametrize(
