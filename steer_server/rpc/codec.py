@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 from steering.convert import FieldError, Reader, oneof_writer, reader, writer
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 
 from steer_server.errors import InvalidRequestError
@@ -29,11 +30,11 @@ _T = TypeVar("_T")
 _GENERATE_EVENTS = {Started: "started", Delta: "delta", Completion: "finished"}
 
 _read_generation_request = reader(pb.GenerateRequest, GenerationRequest)
-_read_compare_request = reader(pb.CompareRequest, CompareRequest)
+_read_compare_request = reader(comparison_pb2.CompareRequest, CompareRequest)
 _read_tokenize_request = reader(pb.TokenizeRequest, TokenizeRequest)
 _write_generate_event = oneof_writer(pb.GenerateEvent, _GENERATE_EVENTS)
-_write_compare_event = oneof_writer(pb.CompareEvent, _GENERATE_EVENTS | {Compared: "compared"})
-_write_completion = writer(pb.GenerateResponse, Completion)
+_write_compare_event = oneof_writer(comparison_pb2.CompareEvent, _GENERATE_EVENTS | {Compared: "compared"})
+_write_completion = writer(text_pb2.GenerateResponse, Completion)
 _write_tokenization = writer(pb.TokenizeResponse, Tokenization)
 _write_limits = writer(pb.RequestLimits, RequestLimits)
 _write_model_info = writer(pb.GetModelInfoResponse, ModelInfo)
@@ -44,12 +45,12 @@ def generation_request(message: pb.GenerateRequest) -> GenerationRequest:
     return _decode(_read_generation_request, message)
 
 
-def compare_request(message: pb.CompareRequest) -> CompareRequest:
+def compare_request(message: comparison_pb2.CompareRequest) -> CompareRequest:
     """See :func:`generation_request`."""
     return _decode(_read_compare_request, message)
 
 
-def prompt(message: pb.Prompt) -> Prompt:
+def prompt(message: text_pb2.Prompt) -> Prompt:
     """See :func:`generation_request`."""
     return _decode(_read_tokenize_request, pb.TokenizeRequest(prompt=message)).prompt
 
@@ -59,14 +60,14 @@ def generate_event(event: GenerateEvent) -> pb.GenerateEvent:
     return _write_generate_event(event)
 
 
-def compare_event(event: CompareEvent) -> pb.CompareEvent:
+def compare_event(event: CompareEvent) -> comparison_pb2.CompareEvent:
     """One event of a comparison."""
     if isinstance(event, Compared):
         return _write_compare_event(event)
-    return _write_compare_event(event.event, arm=event.arm)
+    return _write_compare_event(event.event, arm=event.arm, sample=event.event.sample)
 
 
-def completion(result: Completion) -> pb.GenerateResponse:
+def completion(result: Completion) -> text_pb2.GenerateResponse:
     """A finished continuation."""
     return _write_completion(result)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from steering.convert import enum_numbers, writer
-from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
+from steering.v1 import text_pb2
 
 from operators.core.apply import Setting
 from operators.core.dose_curve import DosePoint
@@ -115,6 +115,6 @@ def _calibration(header: OperatorHeader, calibration: Calibration) -> ops.Calibr
     )
 
 
-def _sampling(sampling: Sampling) -> pb.SamplingParams:
+def _sampling(sampling: Sampling) -> text_pb2.SamplingParams:
     given = sampling.model_dump(exclude=set() if sampling.temperature else {"top_p", "seed"})
-    return pb.SamplingParams(**given)
+    return text_pb2.SamplingParams(**given)

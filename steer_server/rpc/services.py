@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
+from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, text_pb2
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
 
 from operators.core.version import __version__
@@ -44,7 +44,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             limits, max_tokens=caps.max_tokens, max_total_tokens=caps.max_total_tokens, max_time=caps.max_time
         )
 
-    async def Generate(self, request: pb.GenerateRequest, context: _Context) -> pb.GenerateResponse:
+    async def Generate(self, request: pb.GenerateRequest, context: _Context) -> text_pb2.GenerateResponse:
         """One answer."""
         asked = codec.generation_request(request)
         async with aclosing(
@@ -64,7 +64,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             async for event in events:
                 yield codec.generate_event(event)
 
-    async def Compare(self, request: pb.CompareRequest, context: _Context) -> AsyncIterator[pb.CompareEvent]:
+    async def Compare(
+        self, request: comparison_pb2.CompareRequest, context: _Context
+    ) -> AsyncIterator[comparison_pb2.CompareEvent]:
         """Arm by arm, token by token."""
         asked = codec.compare_request(request)
         compared = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms, caps=self._caps)

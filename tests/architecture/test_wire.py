@@ -22,9 +22,9 @@ from steer_client import _store as store
 from steer_client._accept import accept
 from steering.convert import enum_numbers, reader, writer
 from steering.convert.fields import is_sequence, without_none
+from steering.v1 import comparison_pb2, steering_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
-from steering.v1 import steering_pb2
 
 from steer_server import types
 from steer_server.registry import StoreChanges
@@ -32,7 +32,13 @@ from steer_server.rpc import codec
 from steer_server.rpc.operator_codec import store_changes
 from steer_server.types.limits import Bounded, Digest, NotEmpty, Range
 
-FILES = (pb.DESCRIPTOR, steering_pb2.DESCRIPTOR, ops.DESCRIPTOR)
+FILES = (
+    pb.DESCRIPTOR,
+    text_pb2.DESCRIPTOR,
+    comparison_pb2.DESCRIPTOR,
+    steering_pb2.DESCRIPTOR,
+    ops.DESCRIPTOR,
+)
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = results.Generation("", "", (), results.FinishReason.EOS, None, None, None, (), (), 0)
 LIMITS = ("server_version", "max_queue", "max_arms", "max_dose")
@@ -48,10 +54,15 @@ def model_info(model, message):
 
 # message: the server's dataclass, the client's, how the server sends it, how the client reads it.
 RESULTS = {
-    pb.Started: (types.Started, None, lambda it, _: codec.generate_event(it).started, None),
-    pb.Delta: (types.Delta, results.TextDelta, lambda it, _: codec.generate_event(it).delta, decode.delta),
-    pb.GenerateResponse: (types.Completion, results.Generation, lambda it, _: codec.completion(it), decode.generation),
-    pb.Comparison: (
+    text_pb2.Started: (types.Started, None, lambda it, _: codec.generate_event(it).started, None),
+    text_pb2.Delta: (types.Delta, results.TextDelta, lambda it, _: codec.generate_event(it).delta, decode.delta),
+    text_pb2.GenerateResponse: (
+        types.Completion,
+        results.Generation,
+        lambda it, _: codec.completion(it),
+        decode.generation,
+    ),
+    comparison_pb2.Comparison: (
         types.Comparison,
         results.ArmResult,
         lambda it, _: codec.compare_event(types.Compared((it,))).compared.comparisons[0],
@@ -74,7 +85,7 @@ RESULTS = {
 # message: the server's dataclass, the client's, how the server reads it.
 REQUESTS = {
     pb.GenerateRequest: (types.GenerationRequest, requests.GenerateRequest, codec.generation_request),
-    pb.CompareRequest: (types.CompareRequest, requests.CompareRequest, codec.compare_request),
+    comparison_pb2.CompareRequest: (types.CompareRequest, requests.CompareRequest, codec.compare_request),
     pb.TokenizeRequest: (
         types.TokenizeRequest,
         requests.TokenizeRequest,
@@ -90,8 +101,8 @@ SIDES = {
 LACKS = {
     # The configuration's, not the model's.
     "server": {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
-    # The key of ABResult.steered, and what ArmResult.kl has in one.
-    "client": {f"Comparison.{name}" for name in ("arm", "kl_mean", "kl_p95", "kl_per_token")},
+    # Where ABResult has it, and what ArmResult.kl has in one.
+    "client": {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
 }
 NO_DATACLASS = {
     # Events and lists, which the services put together and the client's reducers take apart.
@@ -157,7 +168,7 @@ def test_every_value_of_an_enum_has_its_name(side):
 
 
 def test_the_servers_defaults_are_those_that_the_contract_documents():
-    source = (ROOT / "protos/steering/v1/generation.proto").read_text(encoding="utf-8")
+    source = (ROOT / "protos/steering/v1/text.proto").read_text(encoding="utf-8")
     [body] = re.findall(r"^message SamplingParams \{(.*?)^\}", source, re.MULTILINE | re.DOTALL)
     # A comment that ends with, say, "Default 1 (off).", and the field below it.
     field = r"Default:? ([\w.]+?)[ .].*\n *(?:optional )?[\w.]+ (\w+) ="
@@ -233,10 +244,14 @@ def one_value(field, kind, limits):
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
-    if message is pb.CompareRequest:
+    if message is comparison_pb2.CompareRequest:
+        made.normal = made.normal or not made.arms
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"
-    if message is pb.Comparison and made.kl_per_token:
+            if not arm.operators:
+                arm.sampling.SetInParent()
+            arm.sampling.ClearField("time_limit")
+    if message is comparison_pb2.Comparison and made.kl_per_token:
         made.kl_mean = max(made.kl_per_token)
     if message is pb.TokenizeResponse:
         made.tokens[:] = map(str, made.token_ids)

@@ -23,12 +23,12 @@ import grpc
 import psutil
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from steering.v1 import generation_pb2, generation_pb2_grpc
+from steering.v1 import generation_pb2, generation_pb2_grpc, text_pb2
 
 _OPTIONS = (("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0))
 _REQUEST = generation_pb2.GenerateRequest(
-    prompt=generation_pb2.Prompt(text="The bay"),
-    sampling=generation_pb2.SamplingParams(max_tokens=4, ignore_eos=True),
+    prompt=text_pb2.Prompt(text="The bay"),
+    sampling=text_pb2.SamplingParams(max_tokens=4, ignore_eos=True),
 )
 
 

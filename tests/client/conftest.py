@@ -18,8 +18,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from steer_client import AsyncSteerClient, OperatorUse, SamplingParams, SteerClient
 from steer_client import _encode as encode
+from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, text_pb2
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
 
@@ -68,7 +68,7 @@ def make_receipt(operator: str | sp.OperatorUse = "golden-gate", **changes) -> s
 
 def make_response(
     text: str = "one two", *, operators: Iterable[str | sp.OperatorUse] = (), **changes
-) -> pb.GenerateResponse:
+) -> text_pb2.GenerateResponse:
     receipts = [make_receipt(use) for use in operators]
     # All at one layer, so they share its bound.
     bound = sum(receipt.dose_bound for receipt in receipts)
@@ -77,9 +77,9 @@ def make_response(
     values = {
         "request_id": "r1",
         "token_ids": [11, 12, 13],
-        "finish_reason": pb.FINISH_REASON_MAX_TOKENS,
-        "usage": pb.Usage(prompt_tokens=6, completion_tokens=3),
-        "timings": pb.Timings(
+        "finish_reason": text_pb2.FINISH_REASON_MAX_TOKENS,
+        "usage": text_pb2.Usage(prompt_tokens=6, completion_tokens=3),
+        "timings": text_pb2.Timings(
             queued=Duration(nanos=1000),
             time_to_first_token=Duration(nanos=250_000_000),
             total=Duration(seconds=1, nanos=500_000_000),
@@ -87,34 +87,35 @@ def make_response(
         "receipts": receipts,
         "seed": 7,
     }
-    return pb.GenerateResponse(text=text, **(values | changes))
+    return text_pb2.GenerateResponse(text=text, **(values | changes))
 
 
-def make_events(response: pb.GenerateResponse) -> list[pb.GenerateEvent]:
+def make_events(response: text_pb2.GenerateResponse) -> list[pb.GenerateEvent]:
     words = response.text.partition(" ")
     return [
-        pb.GenerateEvent(started=pb.Started(request_id="r1", prompt_token_ids=[1, 2, 3])),
-        pb.GenerateEvent(delta=pb.Delta(text=words[0], token_ids=response.token_ids[:1])),
-        pb.GenerateEvent(delta=pb.Delta(text=words[1] + words[2], token_ids=response.token_ids[1:])),
+        pb.GenerateEvent(started=text_pb2.Started(request_id="r1", prompt_token_ids=[1, 2, 3])),
+        pb.GenerateEvent(delta=text_pb2.Delta(text=words[0], token_ids=response.token_ids[:1])),
+        pb.GenerateEvent(delta=text_pb2.Delta(text=words[1] + words[2], token_ids=response.token_ids[1:])),
         pb.GenerateEvent(finished=response),
     ]
 
 
 def make_comparison(
-    normal: pb.GenerateResponse,
-    arms: dict[str, pb.GenerateResponse],
+    normal: text_pb2.GenerateResponse | None,
+    arms: dict[str, text_pb2.GenerateResponse],
     *,
     scored: bool = True,
     mean: float = 0.5,
-) -> list[pb.CompareEvent]:
-    texts = {"normal": normal} | arms
-    scripts = {name: make_events(response) for name, response in texts.items()}
+    n: int = 1,
+) -> list[comparison_pb2.CompareEvent]:
+    texts = ({} if normal is None else {"normal": normal}) | arms
+    scripts = {(name, sample): make_events(_sample(texts[name], sample)) for name in texts for sample in range(n)}
     events = []
     for step in range(4):
-        for name, script in scripts.items():
+        for (name, sample), script in scripts.items():
             event = script[step]
             kind = event.WhichOneof("event")
-            events.append(pb.CompareEvent(arm=name, **{kind: getattr(event, kind)}))
+            events.append(comparison_pb2.CompareEvent(arm=name, sample=sample, **{kind: getattr(event, kind)}))
     score = {
         "kl_per_token": [0.25, 0.75, 0.5],
         "kl_mean": mean,
@@ -122,8 +123,19 @@ def make_comparison(
         "normal_perplexity": 3.0,
         "steered_perplexity": 9.0,
     }
-    compared = [pb.Comparison(arm=name, first_divergence=1, **(score if scored else {})) for name in arms]
-    return [*events, pb.CompareEvent(compared=pb.CompareFinished(comparisons=compared))]
+    compared = [
+        comparison_pb2.Comparison(arm=name, sample=sample, first_divergence=1, **(score if scored else {}))
+        for name in arms
+        for sample in range(n)
+    ]
+    return [*events, comparison_pb2.CompareEvent(compared=comparison_pb2.CompareFinished(comparisons=compared))]
+
+
+def _sample(response: text_pb2.GenerateResponse, sample: int) -> text_pb2.GenerateResponse:
+    made = text_pb2.GenerateResponse()
+    made.CopyFrom(response)
+    made.sample, made.seed = sample, response.seed + sample
+    return made
 
 
 @dataclass
@@ -168,7 +180,7 @@ class FakeServer:
         self.refusals: list[Fault] = []
         self.response = make_response()
         #: What every text with operators is, where it is not to be the truth or `response`.
-        self.steered: pb.GenerateResponse | None = None
+        self.steered: text_pb2.GenerateResponse | None = None
         self.events: list | None = None
         #: How many events to send before waiting for the caller to leave; None sends them all.
         self.hang_after: int | None = None
@@ -178,7 +190,7 @@ class FakeServer:
         self.left = threading.Event()
         self.health = health.HealthServicer()
 
-    def text(self, request) -> pb.GenerateResponse:
+    def text(self, request) -> text_pb2.GenerateResponse:
         return self.steered if self.steered is not None and request.operators else self.response
 
     def unary(self, request, context):
@@ -223,7 +235,8 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         arms = {
             arm.name: self.fake.steered or make_response("one more", operators=arm.operators) for arm in request.arms
         }
-        default = make_comparison(self.fake.response, arms, scored=request.score)
+        normal = None if request.HasField("normal") and not request.normal else self.fake.response
+        default = make_comparison(normal, arms, scored=request.score, n=request.n or 1)
         yield from self.fake.stream(request, context, default)
 
     def Tokenize(self, request, context):  # noqa: N802

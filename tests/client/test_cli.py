@@ -16,6 +16,7 @@ from steer_client._cli.side_by_side import SideBySide
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
+from steering.v1 import text_pb2
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,7 @@ GENERATION_KEYS = {
     "usage",
     "receipts",
     "request_id",
+    "sample",
     "seed",
     "stop_string",
     "timings",
@@ -125,9 +127,9 @@ def test_every_option_reaches_the_server(steer, fake, make):
     )
     assert result.exit_code == 0, result.stderr
     (sent,) = fake.requests
-    assert sent.prompt.chat.messages[0] == pb.ChatMessage(role="user", content="hello")
+    assert sent.prompt.chat.messages[0] == text_pb2.ChatMessage(role="user", content="hello")
     assert list(sent.operators) == uses
-    expected = pb.SamplingParams(
+    expected = text_pb2.SamplingParams(
         temperature=0.7,
         top_p=0.9,
         top_k=5,
@@ -144,7 +146,9 @@ def test_every_option_reaches_the_server(steer, fake, make):
 
 def test_options_that_are_not_given_are_not_sent(steer, fake):
     steer("generate", "hello")
-    assert fake.requests == [pb.GenerateRequest(prompt=pb.Prompt(text="hello"), sampling=pb.SamplingParams())]
+    assert fake.requests == [
+        pb.GenerateRequest(prompt=text_pb2.Prompt(text="hello"), sampling=text_pb2.SamplingParams())
+    ]
 
 
 def test_down_a_pipe_goes_the_text_alone(steer, fake, make):
@@ -209,7 +213,7 @@ def test_a_failed_request_is_one_line_and_exit_status_1(steer, fake, make, comma
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_a_text_that_the_servers_stop_cut_short_is_shown_and_no_success(steer, fake, make, options):
-    cut = make.response("one", finish_reason=pb.FINISH_REASON_CANCELLED)
+    cut = make.response("one", finish_reason=text_pb2.FINISH_REASON_CANCELLED)
     fake.events = make.events(cut)
     result = steer("generate", "hello", *options)
     assert "one" in result.stdout

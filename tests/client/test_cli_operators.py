@@ -9,9 +9,9 @@ from steer_client._cli import show_streams
 from steer_client._cli.app import app
 from steer_client._cli.side_by_side import SideBySide
 from steer_client._results import ArmDelta, TextDelta
-from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
+from steering.v1 import text_pb2
 from typer.testing import CliRunner
 
 DIGEST = "sha256:" + "1a2b3c4d" * 8
@@ -95,7 +95,7 @@ def test_all_about_one_operator_is_shown(steer, fake):
 
 
 def test_the_sampling_of_a_calibration_is_shown_as_options_of_a_request(steer, fake):
-    sampling = pb.SamplingParams(temperature=0.75, top_p=0.9375, repetition_penalty=1.25, seed=12345678901234567)
+    sampling = text_pb2.SamplingParams(temperature=0.75, top_p=0.9375, repetition_penalty=1.25, seed=12345678901234567)
     held_out = ops.HeldOut(
         prompts=50, useful_rate=0.5, useful_low=0.375, useful_high=0.625, kl_p95=0.75, kl_mean=0.25, plain_useful_rate=0
     )

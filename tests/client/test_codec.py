@@ -22,6 +22,7 @@ from steer_client import (
 )
 from steer_client import _decode as decode
 from steer_client import _encode as encode
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
@@ -55,7 +56,9 @@ SAMPLING = st.builds(
 @settings(max_examples=60)
 @given(SAMPLING)
 def test_a_sampling_value_is_on_the_wire_exactly_when_it_is_set_and_as_it_was_set(sampling):
-    sent = pb.SamplingParams.FromString(encode.generate_request("hi", (), sampling, "").sampling.SerializeToString())
+    sent = text_pb2.SamplingParams.FromString(
+        encode.generate_request("hi", (), sampling, "").sampling.SerializeToString()
+    )
     for each in fields(SamplingParams):
         value = getattr(sampling, each.name)
         if each.name in ("stop_strings", "stop_token_ids"):
@@ -251,7 +254,7 @@ def told(message: Message, name: str):
     """What a message says in a field, in the client's terms."""
     value = getattr(message, name)
     if name == "finish_reason":
-        return FinishReason(pb.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
+        return FinishReason(text_pb2.FinishReason.Name(value).removeprefix("FINISH_REASON_"))
     if name == "part":
         return sp.Positions.Part.Name(value).removeprefix("PART_").lower()
     if name.removeprefix("recommended_") in ("anchor", "first_token"):
@@ -286,8 +289,8 @@ def assert_same(result, message: Message) -> None:
 @pytest.mark.parametrize(
     ("message", "read"),
     [
-        (pb.GenerateResponse(), decode.generation),
-        (pb.Delta(), decode.delta),
+        (text_pb2.GenerateResponse(), decode.generation),
+        (text_pb2.Delta(), decode.delta),
         (pb.GetModelInfoResponse(), decode.model_info),
         (pb.TokenizeResponse(), decode.tokenization),
         (ops.Operator(), decode.operator_info),
@@ -304,7 +307,7 @@ def test_every_field_of_an_answer_reaches_the_caller(message, read):
 
 def test_every_field_of_a_comparison_reaches_the_caller(make):
     text = decode.generation(make.response())
-    message = fill(pb.Comparison(), [0])
+    message = fill(comparison_pb2.Comparison(), [0])
     result = decode.arm_result(message, text)
     assert result.generation is text
     assert result.first_divergence == message.first_divergence
@@ -316,7 +319,7 @@ def test_every_field_of_a_comparison_reaches_the_caller(make):
 
 
 def test_a_comparison_that_was_not_scored_has_no_scores(make):
-    result = decode.arm_result(pb.Comparison(arm="steered"), decode.generation(make.response()))
+    result = decode.arm_result(comparison_pb2.Comparison(arm="steered"), decode.generation(make.response()))
     assert result.first_divergence is None
     assert result.kl is None
     assert result.normal_perplexity is None
@@ -324,18 +327,18 @@ def test_a_comparison_that_was_not_scored_has_no_scores(make):
 
 
 def test_a_divergence_at_the_first_token_is_not_the_absence_of_one(make):
-    result = decode.arm_result(pb.Comparison(first_divergence=0), decode.generation(make.response()))
+    result = decode.arm_result(comparison_pb2.Comparison(first_divergence=0), decode.generation(make.response()))
     assert result.first_divergence == 0
 
 
 @pytest.mark.parametrize("reason", list(FinishReason))
 def test_every_finish_reason_has_its_name(make, reason):
-    number = pb.FinishReason.Value(f"FINISH_REASON_{reason}")
+    number = text_pb2.FinishReason.Value(f"FINISH_REASON_{reason}")
     assert decode.generation(make.response(finish_reason=number)).finish_reason is reason
 
 
 def test_the_clients_finish_reasons_are_the_contracts():
-    assert len(FinishReason) == len(pb.FinishReason.keys()) - 1
+    assert len(FinishReason) == len(text_pb2.FinishReason.keys()) - 1
 
 
 @pytest.mark.parametrize(
@@ -345,7 +348,7 @@ def test_the_clients_finish_reasons_are_the_contracts():
         ({"finish_reason": 99}, "update the client"),
         ({"usage": None}, "lacks `usage`"),
         ({"timings": None}, "lacks `timings`"),
-        ({"timings": pb.Timings()}, "lacks `queued`"),
+        ({"timings": text_pb2.Timings()}, "lacks `queued`"),
     ],
 )
 def test_an_answer_that_breaks_the_contract_is_a_protocol_error(make, changes, says):
@@ -384,4 +387,4 @@ def test_results_are_frozen_and_plain(make):
     with pytest.raises(AttributeError):
         result.text = "other"
     assert asdict(result)["receipts"][0]["operator"] == "golden-gate"
-    assert decode.delta(pb.Delta(text="x")) == TextDelta("x")
+    assert decode.delta(text_pb2.Delta(text="x")) == TextDelta("x")

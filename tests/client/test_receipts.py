@@ -4,8 +4,8 @@ from math import inf, nan, nextafter
 
 import pytest
 from steer_client import ALL_POSITIONS, OperatorUse, Positions, SteeringNotAppliedError
-from steering.v1 import generation_pb2 as pb
 from steering.v1 import steering_pb2 as sp
+from steering.v1 import text_pb2
 
 # Every choice made, every choice left open, and a plan that is to change nothing.
 SET = OperatorUse("golden-gate", 0.4, "substitute", 0.5, ALL_POSITIONS, "contrast", "anchor")
@@ -166,7 +166,7 @@ TRUE = {
     "every direction checked": (SET, {"positions_checked": 8, "worst_cosine": 1}),
 }
 
-NO_TOKEN = {"text": "", "token_ids": [], "usage": pb.Usage(prompt_tokens=6, completion_tokens=0)}
+NO_TOKEN = {"text": "", "token_ids": [], "usage": text_pb2.Usage(prompt_tokens=6, completion_tokens=0)}
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def text_of(result):
 
 @pytest.mark.parametrize("ended", ["EOS", "STOP_STRING", "STOP_TOKEN", "MAX_TOKENS", "CONTEXT_LIMIT"])
 def test_a_text_that_ended_before_the_first_of_its_positions_is_refused(answer, any_call, ended):
-    reason = pb.FinishReason.Value(f"FINISH_REASON_{ended}")
+    reason = text_pb2.FinishReason.Value(f"FINISH_REASON_{ended}")
     with pytest.raises(
         SteeringNotAppliedError, match=r"golden-gate: the text ended before .* positions 8\.\.: nothing"
     ):
@@ -197,7 +197,7 @@ def test_a_text_that_ended_before_the_first_of_its_positions_is_refused(answer, 
 
 @pytest.mark.parametrize("ended", ["TIME_LIMIT", "CANCELLED"])
 def test_a_text_that_was_interrupted_before_the_first_of_its_positions_is_a_result(answer, any_call, ended):
-    reason = pb.FinishReason.Value(f"FINISH_REASON_{ended}")
+    reason = text_pb2.FinishReason.Value(f"FINISH_REASON_{ended}")
     (receipt,) = text_of(any_call(answer(BEHIND, IDLE, finish_reason=reason), operators=[BEHIND])).receipts
     assert (receipt.positions, receipt.generated_tokens_steered) == (BEHIND.positions, 0)
 
@@ -219,7 +219,7 @@ def test_a_true_receipt_is_taken_by_every_call(answer, any_call, true):
 
 
 def test_a_text_of_one_token_has_only_its_prompt_steered(answer, any_call):
-    one = {"token_ids": [11], "usage": pb.Usage(prompt_tokens=6, completion_tokens=1)}
+    one = {"token_ids": [11], "usage": text_pb2.Usage(prompt_tokens=6, completion_tokens=1)}
     result = any_call(answer(SET, {"generated_tokens_steered": 0}, **one), operators=[SET])
     assert text_of(result).receipts[0].prompt_tokens_steered == 6
 
@@ -242,7 +242,7 @@ def test_a_text_counted_as_no_token_owes_its_measurement(answer, any_call, left)
 
 
 def test_a_usage_below_the_tokens_that_came_does_not_lower_what_is_owed(answer, any_call):
-    usage = pb.Usage(prompt_tokens=6, completion_tokens=1)
+    usage = text_pb2.Usage(prompt_tokens=6, completion_tokens=1)
     with pytest.raises(SteeringNotAppliedError, match=r"says 6 prompt \+ 0 .* were 6 \+ 2"):
         any_call(answer(SET, {"generated_tokens_steered": 0}, usage=usage), operators=[SET])
 

@@ -12,6 +12,7 @@ from steer_client import (
     RequestCancelledError,
     TextDelta,
 )
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 
 
@@ -291,11 +292,11 @@ async def test_closing_the_async_client_ends_its_calls_with_an_ordinary_error(as
 
 
 def started() -> pb.GenerateEvent:
-    return pb.GenerateEvent(started=pb.Started(prompt_token_ids=[1]))
+    return pb.GenerateEvent(started=text_pb2.Started(prompt_token_ids=[1]))
 
 
 def delta(text: str = "one two", token_ids: tuple[int, ...] = (11, 12, 13)) -> pb.GenerateEvent:
-    return pb.GenerateEvent(delta=pb.Delta(text=text, token_ids=token_ids))
+    return pb.GenerateEvent(delta=text_pb2.Delta(text=text, token_ids=token_ids))
 
 
 BROKEN = {
@@ -330,7 +331,7 @@ def test_a_broken_stream_is_cancelled_on_the_server(client, fake):
     assert fake.left.wait(5)
 
 
-def changed_token(event: pb.CompareEvent) -> pb.CompareEvent:
+def changed_token(event: comparison_pb2.CompareEvent) -> comparison_pb2.CompareEvent:
     if event.arm == "steered" and list(event.delta.token_ids) == [11]:
         event.delta.token_ids[0] = 14
     return event
@@ -344,9 +345,9 @@ BROKEN_COMPARISONS = {
         lambda events: [changed_token(event) for event in events],
         "token ids of arm 'steered' .* differ",
     ),
-    "an unknown arm": (lambda events: [pb.CompareEvent(arm="other"), *events], "'other', which was not"),
+    "an unknown arm": (lambda events: [comparison_pb2.CompareEvent(arm="other"), *events], "'other', which was not"),
     "no comparison": (
-        lambda events: [*events[:-1], pb.CompareEvent(compared=pb.CompareFinished())],
+        lambda events: [*events[:-1], comparison_pb2.CompareEvent(compared=comparison_pb2.CompareFinished())],
         "asked for were",
     ),
 }

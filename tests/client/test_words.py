@@ -15,7 +15,7 @@ from steer_client import _decode as decode
 from steer_client import _encode as encode
 from steer_client._cli.summaries import comparison_lines, receipt_line, steering_title
 from steer_client._receipts import check_receipts
-from steering.v1 import generation_pb2 as pb
+from steering.v1 import comparison_pb2
 from steering.v1 import steering_pb2 as sp
 
 LENS_DIGEST = "sha256:" + "9" * 64
@@ -140,7 +140,7 @@ def test_the_summary_names_words_strength_and_both_budgets(make, checked, receip
     line = receipt_line(receipt)
     assert "lens 'ocean' (tokens 7 9) + '-0.5 × storm' (tokens 7 9) sha256:1a2b3c4d… layer 20, " in line
     assert "strength 0.55 for p95 KL 0.5, blend" in line
-    message = pb.Comparison(arm="a", kl_per_token=[0.25], kl_mean=0.25, kl_p95=0.375)
+    message = comparison_pb2.Comparison(arm="a", kl_per_token=[0.25], kl_mean=0.25, kl_p95=0.375)
     arm = decode.arm_result(message, decode.generation(make.response(receipts=[receipt_of(use, strength=0.55)])))
     lines = comparison_lines(arm, scored=True)
     asked = "asked for: p95 0.5 for ocean + -0.5 × storm"

@@ -99,7 +99,7 @@ async def ids_of(stream):
 
 async def begun(engine, *jobs):
     """Streams of jobs of which every row has a token."""
-    streams = [engine.submit(DecodeJob(PROMPT, LONG, rows)) for rows in jobs]
+    streams = [engine.submit(DecodeJob.of(PROMPT, LONG, rows)) for rows in jobs]
     async with asyncio.timeout(30):
         for stream in streams:
             # A job that fails says why here.
@@ -121,18 +121,18 @@ async def at_rest(engine, streams=()):
 
 
 async def test_more_than_run_and_wait_are_refused_with_a_hint_and_leave_nothing_behind(engine, rows):
-    expected = await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],))))
+    expected = await ids_of(engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[0],))))
     before = await at_rest(engine)
     streams = await begun(engine, (rows[0],) * 2)
-    streams += [engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[1]))) for _ in range(WAITING)]
+    streams += [engine.submit(DecodeJob.of(PROMPT, SHORT, (Row(), rows[1]))) for _ in range(WAITING)]
     assert (engine.running, engine.waiting) == (2, 4)
     for _ in range(3):
         with pytest.raises(QueueFullError, match="2 requests wait") as caught:
-            engine.submit(DecodeJob(PROMPT, SHORT, (rows[1],)))
+            engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[1],)))
         assert caught.value.retry_after > 0
     # The operator of those that waited and were refused was never sent.
     assert await at_rest(engine, streams) == before
-    assert await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],)))) == expected
+    assert await ids_of(engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[0],)))) == expected
 
 
 async def test_the_next_to_be_decoded_is_a_client_that_has_nothing_running_yet(engine):
@@ -146,11 +146,11 @@ async def test_the_next_to_be_decoded_is_a_client_that_has_nothing_running_yet(e
 
     tasks = []
     for number in range(2):
-        job = DecodeJob(PROMPT, replace(SHORT, max_tokens=40), (Row(),), many)
+        job = DecodeJob.of(PROMPT, replace(SHORT, max_tokens=40), (Row(),), caller=many)
         tasks.append(asyncio.create_task(read(f"many {number}", engine.submit(job))))
-    more = DecodeJob(PROMPT, SHORT, (Row(),), many)
+    more = DecodeJob.of(PROMPT, SHORT, (Row(),), caller=many)
     tasks.append(asyncio.create_task(read("many 2", engine.submit(more))))
-    tasks.append(asyncio.create_task(read("few", engine.submit(DecodeJob(PROMPT, SHORT, (Row(),), few)))))
+    tasks.append(asyncio.create_task(read("few", engine.submit(DecodeJob.of(PROMPT, SHORT, (Row(),), caller=few)))))
     await asyncio.gather(*tasks)
     # Of the two places the long text has one, and the first of the others came before "few".
     assert ended == ["many 0", "few", "many 1", "many 2"]
@@ -161,7 +161,7 @@ async def test_a_job_whose_operators_find_no_room_waits_until_others_are_done(en
     streams = await begun(engine, (rows[0],), (rows[1],))
     [held] = await engine._client.call("steering_state")
     assert held["operators"] == 2
-    waiting = engine.submit(DecodeJob(PROMPT, SHORT, (rows[2],)))
+    waiting = engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[2],)))
     streams[1].cancel()
     async with asyncio.timeout(30):
         while engine.running > 1:
@@ -174,9 +174,9 @@ async def test_a_job_whose_operators_find_no_room_waits_until_others_are_done(en
 async def test_operators_that_would_never_fit_are_refused_for_good(engine, rows, large, steered_row):
     before = await at_rest(engine)
     with pytest.raises(OperatorUnusableError, match="--operator-memory"):
-        engine.submit(DecodeJob(PROMPT, SHORT, (Row(), steered_row(large, 0.5))))
+        engine.submit(DecodeJob.of(PROMPT, SHORT, (Row(), steered_row(large, 0.5))))
     with pytest.raises(InvalidRequestError, match=r"^operators: take .* in a worker; this server keeps"):
-        engine.submit(DecodeJob(PROMPT, SHORT, tuple(rows)))
+        engine.submit(DecodeJob.of(PROMPT, SHORT, tuple(rows)))
     assert await at_rest(engine) == before
 
 
@@ -206,10 +206,10 @@ async def test_a_time_limit_that_runs_out_while_an_operator_arrives_ends_the_tex
     engine._operator_cache.room.remove(made[1:], JobMemory(layers=1))
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 64)
     limited = replace(SHORT, time_limit=0.05)
-    *_, end = [event async for event in engine.submit(DecodeJob(PROMPT, limited, (rows[0],)))]
+    *_, end = [event async for event in engine.submit(DecodeJob.of(PROMPT, limited, (rows[0],)))]
     assert isinstance(end, RowFinished)
     assert (end.reason, end.text, end.receipts[0].prompt_tokens_steered) == (FinishReason.TIME_LIMIT, "", 0)
-    assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],))))) == 4
+    assert len(await ids_of(engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[0],))))) == 4
     assert (await at_rest(engine))["incoming"] == 0
 
 
@@ -223,10 +223,11 @@ async def test_a_client_is_told_when_to_come_back_and_is_served_then(engine, mad
     try:
         async with AsyncSteerClient(target, timeout=60, retry=False) as client:
             streams = await begun(engine, (rows[0],), (rows[1],))
-            streams += [engine.submit(DecodeJob(PROMPT, LONG, (Row(),))) for _ in range(WAITING)]
-            # One of another client may wait beside them.
-            streams += [engine.submit(DecodeJob(PROMPT, LONG, (Row(),), Caller("h", "other")))]
-            with pytest.raises(ServerBusyError, match="3 requests wait") as caught:
+            streams += [engine.submit(DecodeJob.of(PROMPT, LONG, (Row(),))) for _ in range(WAITING)]
+            # Two of other hosts may wait beside them.
+            for host in "ab":
+                streams += [engine.submit(DecodeJob.of(PROMPT, LONG, (Row(),), caller=Caller(host)))]
+            with pytest.raises(ServerBusyError, match="4 requests wait") as caught:
                 await client.generate("the bay", operators=[OperatorUse("c", 0.5)], sampling=sampling)
             assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert caught.value.retry_after > 0

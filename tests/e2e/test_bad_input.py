@@ -30,7 +30,7 @@ from steer_client import (
     UnknownOperatorError,
 )
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import generation_pb2_grpc, operators_pb2
+from steering.v1 import generation_pb2_grpc, operators_pb2, text_pb2
 from steering.v1 import steering_pb2 as sp
 
 BIN = Path(sys.executable).parent
@@ -185,7 +185,7 @@ def test_a_rule_of_a_later_contract_is_refused_by_its_number(server):
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         use = sp.OperatorUse(name="golden", rule=9)
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="x"), operators=[use]), timeout=10)
+            stub.Generate(pb.GenerateRequest(prompt=text_pb2.Prompt(text="x"), operators=[use]), timeout=10)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert "is 9" in caught.value.details()
     bad = error_details_pb2.BadRequest()

@@ -18,7 +18,7 @@ from steer_client import (
     Words,
 )
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import generation_pb2_grpc
+from steering.v1 import generation_pb2_grpc, text_pb2
 from steering.v1 import steering_pb2 as sp
 
 from operators.core.dose_curve import DoseCurve, DosePoint
@@ -165,7 +165,7 @@ def test_the_server_names_the_field_of_what_it_refuses(lens, server, use, field)
     with grpc.insecure_channel(server.target) as channel:
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
-            stub.Generate(pb.GenerateRequest(prompt=pb.Prompt(text="the"), operators=[use]))
+            stub.Generate(pb.GenerateRequest(prompt=text_pb2.Prompt(text="the"), operators=[use]))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details().startswith(f"operators[0].{field}: ")
 

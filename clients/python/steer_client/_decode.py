@@ -11,6 +11,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from steering.convert import FieldError, Reader, reader
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators
 from steering.v1 import steering_pb2 as sp
@@ -21,26 +22,26 @@ from steer_client._errors import ProtocolError
 
 _T = TypeVar("_T")
 
-_read_generation = reader(pb.GenerateResponse, results.Generation, strict=True)
-_read_delta = reader(pb.Delta, results.TextDelta, strict=True)
-_read_arm_result = reader(pb.Comparison, results.ArmResult, strict=True)
+_read_generation = reader(text_pb2.GenerateResponse, results.Generation, strict=True)
+_read_delta = reader(text_pb2.Delta, results.TextDelta, strict=True)
+_read_arm_result = reader(comparison_pb2.Comparison, results.ArmResult, strict=True)
 _read_tokenization = reader(pb.TokenizeResponse, results.Tokenization, strict=True)
 _read_model_info = reader(pb.GetModelInfoResponse, results.ModelInfo, strict=True)
 _read_operator = reader(operators.Operator, store.OperatorInfo, strict=True)
 _read_reload_report = reader(operators.ReloadOperatorsResponse, store.ReloadReport, strict=True)
 
 
-def generation(message: pb.GenerateResponse) -> results.Generation:
+def generation(message: text_pb2.GenerateResponse) -> results.Generation:
     """A finished text."""
     return _decode(_read_generation, message)
 
 
-def delta(message: pb.Delta) -> results.TextDelta:
+def delta(message: text_pb2.Delta) -> results.TextDelta:
     """The next piece of a text."""
     return _decode(_read_delta, message)
 
 
-def arm_result(message: pb.Comparison, steered: results.Generation) -> results.ArmResult:
+def arm_result(message: comparison_pb2.Comparison, steered: results.Generation) -> results.ArmResult:
     """One comparison; `steered` is the text that its arm finished with."""
     kl = None
     if message.HasField("kl_mean"):

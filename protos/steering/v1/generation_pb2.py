@@ -23,66 +23,32 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from steering.v1 import comparison_pb2 as steering_dot_v1_dot_comparison__pb2
 from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
+from steering.v1 import text_pb2 as steering_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteering/v1/generation.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1asteering/v1/steering.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.steering.v1.ChatMessage\"p\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.steering.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.steering.v1.ChatH\x00\x42\x07\n\x05input\"\xb9\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12-\n\ntime_limit\x18\x0c \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xa6\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12+\n\toperators\x18\x04 \x03(\x0b\x32\x18.steering.v1.OperatorUse\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x96\x01\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.steering.v1.TopLogprob\"\xbb\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.steering.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.steering.v1.Usage\x12%\n\x07timings\x18\x07 \x01(\x0b\x32\x14.steering.v1.Timings\x12&\n\x08receipts\x18\x08 \x03(\x0b\x32\x14.steering.v1.Receipt\x12+\n\x08logprobs\x18\t \x03(\x0b\x32\x19.steering.v1.TokenLogprob\x12\x0c\n\x04seed\x18\n \x01(\x04\"7\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\"U\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.steering.v1.TokenLogprob\"\x99\x01\n\rGenerateEvent\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.steering.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.steering.v1.DeltaH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.steering.v1.GenerateResponseH\x00\x42\x07\n\x05\x65vent\"@\n\x03\x41rm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\toperators\x18\x02 \x03(\x0b\x32\x18.steering.v1.OperatorUse\"\xb6\x01\n\x0e\x43ompareRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12\x1e\n\x04\x61rms\x18\x04 \x03(\x0b\x32\x10.steering.v1.Arm\x12\x12\n\x05score\x18\x05 \x01(\x08H\x00\x88\x01\x01\x42\x08\n\x06_score\"\x93\x02\n\nComparison\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\x1d\n\x10\x66irst_divergence\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0ckl_per_token\x18\x03 \x03(\x01\x12\x14\n\x07kl_mean\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06kl_p95\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11normal_perplexity\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12steered_perplexity\x18\x07 \x01(\x01H\x04\x88\x01\x01\x42\x13\n\x11_first_divergenceB\n\n\x08_kl_meanB\t\n\x07_kl_p95B\x14\n\x12_normal_perplexityB\x15\n\x13_steered_perplexity\"?\n\x0f\x43ompareFinished\x12,\n\x0b\x63omparisons\x18\x01 \x03(\x0b\x32\x17.steering.v1.Comparison\"\xd7\x01\n\x0c\x43ompareEvent\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.steering.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.steering.v1.DeltaH\x00\x12\x31\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1d.steering.v1.GenerateResponseH\x00\x12\x30\n\x08\x63ompared\x18\x05 \x01(\x0b\x32\x1c.steering.v1.CompareFinishedH\x00\x42\x07\n\x05\x65vent\"6\n\x0fTokenizeRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.steering.v1.Prompt\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xa6\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\x05\x12\x15\n\reos_token_ids\x18\t \x03(\x05\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x11\n\tmax_queue\x18\x0f \x01(\x05\x12\x10\n\x08max_arms\x18\x10 \x01(\x05\x12\x10\n\x08max_dose\x18\x11 \x01(\x01\x12*\n\x06limits\x18\x1e \x01(\x0b\x32\x1a.steering.v1.RequestLimits\"\xf9\x02\n\rRequestLimits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\x05\x12\x19\n\x11max_chat_messages\x18\x02 \x01(\x05\x12\x15\n\rmax_operators\x18\x03 \x01(\x05\x12\x11\n\tmax_words\x18\x04 \x01(\x05\x12\x11\n\tmax_stops\x18\x05 \x01(\x05\x12\x1b\n\x13max_stop_characters\x18\x06 \x01(\x05\x12\x1f\n\x17max_arm_name_characters\x18\x07 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x08 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\t \x01(\x05\x12\x17\n\nmax_tokens\x18\n \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10max_total_tokens\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12+\n\x08max_time\x18\x0c \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_max_tokensB\x13\n\x11_max_total_tokens*\xfb\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12\x1f\n\x1b\x46INISH_REASON_CONTEXT_LIMIT\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x07\x32\x8d\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.steering.v1.GenerateRequest\x1a\x1d.steering.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.steering.v1.GenerateRequest\x1a\x1a.steering.v1.GenerateEvent0\x01\x12\x43\n\x07\x43ompare\x12\x1b.steering.v1.CompareRequest\x1a\x19.steering.v1.CompareEvent0\x01\x12G\n\x08Tokenize\x12\x1c.steering.v1.TokenizeRequest\x1a\x1d.steering.v1.TokenizeResponse\x12S\n\x0cGetModelInfo\x12 .steering.v1.GetModelInfoRequest\x1a!.steering.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteering/v1/generation.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1csteering/v1/comparison.proto\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\"\xa6\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12+\n\toperators\x18\x04 \x03(\x0b\x32\x18.steering.v1.OperatorUse\"\x99\x01\n\rGenerateEvent\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.steering.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.steering.v1.DeltaH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.steering.v1.GenerateResponseH\x00\x42\x07\n\x05\x65vent\"6\n\x0fTokenizeRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.steering.v1.Prompt\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xb9\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\x05\x12\x15\n\reos_token_ids\x18\t \x03(\x05\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x11\n\tmax_queue\x18\x0f \x01(\x05\x12\x10\n\x08max_arms\x18\x10 \x01(\x05\x12\x10\n\x08max_dose\x18\x11 \x01(\x01\x12\x11\n\tattention\x18\x12 \x01(\t\x12*\n\x06limits\x18\x1e \x01(\x0b\x32\x1a.steering.v1.RequestLimits\"\xf9\x02\n\rRequestLimits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\x05\x12\x19\n\x11max_chat_messages\x18\x02 \x01(\x05\x12\x15\n\rmax_operators\x18\x03 \x01(\x05\x12\x11\n\tmax_words\x18\x04 \x01(\x05\x12\x11\n\tmax_stops\x18\x05 \x01(\x05\x12\x1b\n\x13max_stop_characters\x18\x06 \x01(\x05\x12\x1f\n\x17max_arm_name_characters\x18\x07 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x08 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\t \x01(\x05\x12\x17\n\nmax_tokens\x18\n \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10max_total_tokens\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12+\n\x08max_time\x18\x0c \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_max_tokensB\x13\n\x11_max_total_tokens2\x8d\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.steering.v1.GenerateRequest\x1a\x1d.steering.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.steering.v1.GenerateRequest\x1a\x1a.steering.v1.GenerateEvent0\x01\x12\x43\n\x07\x43ompare\x12\x1b.steering.v1.CompareRequest\x1a\x19.steering.v1.CompareEvent0\x01\x12G\n\x08Tokenize\x12\x1c.steering.v1.TokenizeRequest\x1a\x1d.steering.v1.TokenizeResponse\x12S\n\x0cGetModelInfo\x12 .steering.v1.GetModelInfoRequest\x1a!.steering.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=3705
-  _globals['_FINISHREASON']._serialized_end=3956
-  _globals['_TOKENIDS']._serialized_start=105
-  _globals['_TOKENIDS']._serialized_end=128
-  _globals['_CHATMESSAGE']._serialized_start=130
-  _globals['_CHATMESSAGE']._serialized_end=174
-  _globals['_CHAT']._serialized_start=176
-  _globals['_CHAT']._serialized_end=226
-  _globals['_PROMPT']._serialized_start=228
-  _globals['_PROMPT']._serialized_end=340
-  _globals['_SAMPLINGPARAMS']._serialized_start=343
-  _globals['_SAMPLINGPARAMS']._serialized_end=784
-  _globals['_GENERATEREQUEST']._serialized_start=787
-  _globals['_GENERATEREQUEST']._serialized_end=953
-  _globals['_USAGE']._serialized_start=955
-  _globals['_USAGE']._serialized_end=1012
-  _globals['_TIMINGS']._serialized_start=1015
-  _globals['_TIMINGS']._serialized_end=1165
-  _globals['_TOPLOGPROB']._serialized_start=1167
-  _globals['_TOPLOGPROB']._serialized_end=1229
-  _globals['_TOKENLOGPROB']._serialized_start=1231
-  _globals['_TOKENLOGPROB']._serialized_end=1333
-  _globals['_GENERATERESPONSE']._serialized_start=1336
-  _globals['_GENERATERESPONSE']._serialized_end=1651
-  _globals['_STARTED']._serialized_start=1653
-  _globals['_STARTED']._serialized_end=1708
-  _globals['_DELTA']._serialized_start=1710
-  _globals['_DELTA']._serialized_end=1795
-  _globals['_GENERATEEVENT']._serialized_start=1798
-  _globals['_GENERATEEVENT']._serialized_end=1951
-  _globals['_ARM']._serialized_start=1953
-  _globals['_ARM']._serialized_end=2017
-  _globals['_COMPAREREQUEST']._serialized_start=2020
-  _globals['_COMPAREREQUEST']._serialized_end=2202
-  _globals['_COMPARISON']._serialized_start=2205
-  _globals['_COMPARISON']._serialized_end=2480
-  _globals['_COMPAREFINISHED']._serialized_start=2482
-  _globals['_COMPAREFINISHED']._serialized_end=2545
-  _globals['_COMPAREEVENT']._serialized_start=2548
-  _globals['_COMPAREEVENT']._serialized_end=2763
-  _globals['_TOKENIZEREQUEST']._serialized_start=2765
-  _globals['_TOKENIZEREQUEST']._serialized_end=2819
-  _globals['_TOKENIZERESPONSE']._serialized_start=2821
-  _globals['_TOKENIZERESPONSE']._serialized_end=2874
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2876
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2897
-  _globals['_GETMODELINFORESPONSE']._serialized_start=2900
-  _globals['_GETMODELINFORESPONSE']._serialized_end=3322
-  _globals['_REQUESTLIMITS']._serialized_start=3325
-  _globals['_REQUESTLIMITS']._serialized_end=3702
-  _globals['_GENERATIONSERVICE']._serialized_start=3959
-  _globals['_GENERATIONSERVICE']._serialized_end=4356
+  _globals['_GENERATEREQUEST']._serialized_start=160
+  _globals['_GENERATEREQUEST']._serialized_end=326
+  _globals['_GENERATEEVENT']._serialized_start=329
+  _globals['_GENERATEEVENT']._serialized_end=482
+  _globals['_TOKENIZEREQUEST']._serialized_start=484
+  _globals['_TOKENIZEREQUEST']._serialized_end=538
+  _globals['_TOKENIZERESPONSE']._serialized_start=540
+  _globals['_TOKENIZERESPONSE']._serialized_end=593
+  _globals['_GETMODELINFOREQUEST']._serialized_start=595
+  _globals['_GETMODELINFOREQUEST']._serialized_end=616
+  _globals['_GETMODELINFORESPONSE']._serialized_start=619
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1060
+  _globals['_REQUESTLIMITS']._serialized_start=1063
+  _globals['_REQUESTLIMITS']._serialized_end=1440
+  _globals['_GENERATIONSERVICE']._serialized_start=1443
+  _globals['_GENERATIONSERVICE']._serialized_end=1840
 # @@protoc_insertion_point(module_scope)

@@ -29,8 +29,8 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from steering.v1 import steering_pb2 as _steering_pb2
+from steering.v1 import text_pb2 as _text_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -41,249 +41,6 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
-
-class _FinishReason:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
-    FINISH_REASON_EOS: _FinishReason.ValueType  # 1
-    """The model produced an end-of-sequence token."""
-    FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 2
-    """The text reached one of `stop_strings`; the text ends before it."""
-    FINISH_REASON_STOP_TOKEN: _FinishReason.ValueType  # 3
-    """The model produced one of `stop_token_ids`."""
-    FINISH_REASON_MAX_TOKENS: _FinishReason.ValueType  # 4
-    FINISH_REASON_CONTEXT_LIMIT: _FinishReason.ValueType  # 5
-    """Prompt and completion fill the model's context."""
-    FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 6
-    """`time_limit` ran out; the text so far is returned."""
-    FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 7
-    """The server stopped the request (for example while shutting down)."""
-
-class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
-
-FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
-FINISH_REASON_EOS: FinishReason.ValueType  # 1
-"""The model produced an end-of-sequence token."""
-FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 2
-"""The text reached one of `stop_strings`; the text ends before it."""
-FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 3
-"""The model produced one of `stop_token_ids`."""
-FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 4
-FINISH_REASON_CONTEXT_LIMIT: FinishReason.ValueType  # 5
-"""Prompt and completion fill the model's context."""
-FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 6
-"""`time_limit` ran out; the text so far is returned."""
-FINISH_REASON_CANCELLED: FinishReason.ValueType  # 7
-"""The server stopped the request (for example while shutting down)."""
-Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
-
-@_typing.final
-class TokenIds(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    IDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    def __init__(
-        self,
-        *,
-        ids: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
-
-@_typing.final
-class ChatMessage(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ROLE_FIELD_NUMBER: _builtins.int
-    CONTENT_FIELD_NUMBER: _builtins.int
-    role: _builtins.str
-    """As the model's template knows it: "system", "user", "assistant", ..."""
-    content: _builtins.str
-    def __init__(
-        self,
-        *,
-        role: _builtins.str = ...,
-        content: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
-
-@_typing.final
-class Chat(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MESSAGES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
-        """Rendered with the model's own chat template, generation prompt appended."""
-
-    def __init__(
-        self,
-        *,
-        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Chat: _TypeAlias = Chat  # noqa: Y015
-
-@_typing.final
-class Prompt(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    CHAT_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    @_builtins.property
-    def token_ids(self) -> Global___TokenIds:
-        """Used as they are; nothing is added."""
-
-    @_builtins.property
-    def chat(self) -> Global___Chat: ...
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        token_ids: Global___TokenIds | None = ...,
-        chat: Global___Chat | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
-    _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
-
-Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
-
-@_typing.final
-class SamplingParams(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEMPERATURE_FIELD_NUMBER: _builtins.int
-    TOP_P_FIELD_NUMBER: _builtins.int
-    TOP_K_FIELD_NUMBER: _builtins.int
-    MIN_P_FIELD_NUMBER: _builtins.int
-    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    MAX_TOKENS_FIELD_NUMBER: _builtins.int
-    STOP_STRINGS_FIELD_NUMBER: _builtins.int
-    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    IGNORE_EOS_FIELD_NUMBER: _builtins.int
-    LOGPROBS_FIELD_NUMBER: _builtins.int
-    TIME_LIMIT_FIELD_NUMBER: _builtins.int
-    temperature: _builtins.float
-    """0 is greedy. Default 0."""
-    top_p: _builtins.float
-    """In (0, 1]. Default 1 (off)."""
-    top_k: _builtins.int
-    """0 is off. Default 0."""
-    min_p: _builtins.float
-    """In [0, 1]. Default 0 (off). Applied first; then `top_k`, then `top_p`, to what is left."""
-    repetition_penalty: _builtins.float
-    """0.01 to 100; 1 is off. Default 1."""
-    seed: _builtins.int
-    """Sampling with the same seed repeats itself. Default: drawn by the server and reported."""
-    max_tokens: _builtins.int
-    """More than the server is set to accept, in one text or in all of a request's, is INVALID_ARGUMENT, and so is what
-    would not fit into its memory as keys and values.
-    At least 1. Default 128.
-    """
-    ignore_eos: _builtins.bool
-    """Decode through end-of-sequence tokens. Default false."""
-    logprobs: _builtins.int
-    """How many alternatives to report beside each token's own log-probability (0 to 20). Unset: none at all."""
-    @_builtins.property
-    def stop_strings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """A special token such as "<|im_end|>" is one too, alone; with other text beside it, it is refused."""
-
-    @_builtins.property
-    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def time_limit(self) -> _duration_pb2.Duration:
-        """A server may be set to accept no longer one; then a request without one ends as if it had asked for that.
-        Wall-clock budget, waiting included; the text so far (perhaps none) is returned when it runs out. Default: none.
-        """
-
-    def __init__(
-        self,
-        *,
-        temperature: _builtins.float | None = ...,
-        top_p: _builtins.float | None = ...,
-        top_k: _builtins.int | None = ...,
-        min_p: _builtins.float | None = ...,
-        repetition_penalty: _builtins.float | None = ...,
-        seed: _builtins.int | None = ...,
-        max_tokens: _builtins.int | None = ...,
-        stop_strings: _abc.Iterable[_builtins.str] | None = ...,
-        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        ignore_eos: _builtins.bool | None = ...,
-        logprobs: _builtins.int | None = ...,
-        time_limit: _duration_pb2.Duration | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "time_limit", b"time_limit", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ignore_eos", b"_ignore_eos", "_logprobs", b"_logprobs", "_max_tokens", b"_max_tokens", "_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_strings", b"stop_strings", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "time_limit", b"time_limit", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__ignore_eos: _TypeAlias = _typing.Literal["ignore_eos"]  # noqa: Y015
-    _WhichOneofArgType__ignore_eos: _TypeAlias = _typing.Literal["_ignore_eos", b"_ignore_eos"]  # noqa: Y015
-    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
-    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
-    _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
-    _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
-    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
-    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
-    _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
-    _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
-    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
-    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
-    _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
-    _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
-    _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
-    _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
-    _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
-    _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__ignore_eos) -> _WhichOneofReturnType__ignore_eos | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
-
-Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
@@ -296,9 +53,9 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """Echoed; drawn by the server when empty. At most 128 characters."""
     @_builtins.property
-    def prompt(self) -> Global___Prompt: ...
+    def prompt(self) -> _text_pb2.Prompt: ...
     @_builtins.property
-    def sampling(self) -> Global___SamplingParams: ...
+    def sampling(self) -> _text_pb2.SamplingParams: ...
     @_builtins.property
     def operators(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.OperatorUse]:
         """Several operators add up, each at its own layer. Empty: plain generation. At each layer the sum of |strength|/2
@@ -309,8 +66,8 @@ class GenerateRequest(_message.Message):
         self,
         *,
         request_id: _builtins.str = ...,
-        prompt: Global___Prompt | None = ...,
-        sampling: Global___SamplingParams | None = ...,
+        prompt: _text_pb2.Prompt | None = ...,
+        sampling: _text_pb2.SamplingParams | None = ...,
         operators: _abc.Iterable[_steering_pb2.OperatorUse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
@@ -322,226 +79,6 @@ class GenerateRequest(_message.Message):
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
-class Usage(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
-    COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
-    prompt_tokens: _builtins.int
-    completion_tokens: _builtins.int
-    """Includes the token that ended the text (end of sequence, stop token)."""
-    def __init__(
-        self,
-        *,
-        prompt_tokens: _builtins.int = ...,
-        completion_tokens: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Usage: _TypeAlias = Usage  # noqa: Y015
-
-@_typing.final
-class Timings(_message.Message):
-    """From the moment the request entered the queue. Always set, but for time_to_first_token where there was no token."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    QUEUED_FIELD_NUMBER: _builtins.int
-    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
-    TOTAL_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def queued(self) -> _duration_pb2.Duration:
-        """Until decoding began."""
-
-    @_builtins.property
-    def time_to_first_token(self) -> _duration_pb2.Duration:
-        """Until the first token."""
-
-    @_builtins.property
-    def total(self) -> _duration_pb2.Duration:
-        """Until the end."""
-
-    def __init__(
-        self,
-        *,
-        queued: _duration_pb2.Duration | None = ...,
-        time_to_first_token: _duration_pb2.Duration | None = ...,
-        total: _duration_pb2.Duration | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["queued", b"queued", "time_to_first_token", b"time_to_first_token", "total", b"total"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["queued", b"queued", "time_to_first_token", b"time_to_first_token", "total", b"total"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Timings: _TypeAlias = Timings  # noqa: Y015
-
-@_typing.final
-class TopLogprob(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TOKEN_ID_FIELD_NUMBER: _builtins.int
-    TOKEN_FIELD_NUMBER: _builtins.int
-    LOGPROB_FIELD_NUMBER: _builtins.int
-    token_id: _builtins.int
-    token: _builtins.str
-    logprob: _builtins.float
-    def __init__(
-        self,
-        *,
-        token_id: _builtins.int = ...,
-        token: _builtins.str = ...,
-        logprob: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
-
-@_typing.final
-class TokenLogprob(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TOKEN_ID_FIELD_NUMBER: _builtins.int
-    TOKEN_FIELD_NUMBER: _builtins.int
-    LOGPROB_FIELD_NUMBER: _builtins.int
-    TOP_FIELD_NUMBER: _builtins.int
-    token_id: _builtins.int
-    token: _builtins.str
-    logprob: _builtins.float
-    """Natural logarithm, of the model's own distribution before temperature and truncation."""
-    @_builtins.property
-    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]: ...
-    def __init__(
-        self,
-        *,
-        token_id: _builtins.int = ...,
-        token: _builtins.str = ...,
-        logprob: _builtins.float = ...,
-        top: _abc.Iterable[Global___TopLogprob] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token", b"token", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
-
-@_typing.final
-class GenerateResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
-    STOP_STRING_FIELD_NUMBER: _builtins.int
-    USAGE_FIELD_NUMBER: _builtins.int
-    TIMINGS_FIELD_NUMBER: _builtins.int
-    RECEIPTS_FIELD_NUMBER: _builtins.int
-    LOGPROBS_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    text: _builtins.str
-    finish_reason: Global___FinishReason.ValueType
-    stop_string: _builtins.str
-    """The stop string that ended the text, where one did."""
-    seed: _builtins.int
-    """The seed that was used."""
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def usage(self) -> Global___Usage: ...
-    @_builtins.property
-    def timings(self) -> Global___Timings: ...
-    @_builtins.property
-    def receipts(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.Receipt]:
-        """One per operator of the request, in its order."""
-
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        text: _builtins.str = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        finish_reason: Global___FinishReason.ValueType = ...,
-        stop_string: _builtins.str = ...,
-        usage: Global___Usage | None = ...,
-        timings: Global___Timings | None = ...,
-        receipts: _abc.Iterable[_steering_pb2.Receipt] | None = ...,
-        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
-        seed: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "receipts", b"receipts", "request_id", b"request_id", "seed", b"seed", "stop_string", b"stop_string", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
-
-@_typing.final
-class Started(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    @_builtins.property
-    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Started: _TypeAlias = Started  # noqa: Y015
-
-@_typing.final
-class Delta(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    TEXT_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    LOGPROBS_FIELD_NUMBER: _builtins.int
-    text: _builtins.str
-    """May be empty: a token can hold part of a character, or text held back as the start of a stop string."""
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
-    def __init__(
-        self,
-        *,
-        text: _builtins.str = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Delta: _TypeAlias = Delta  # noqa: Y015
-
-@_typing.final
 class GenerateEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -549,11 +86,11 @@ class GenerateEvent(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def started(self) -> Global___Started: ...
+    def started(self) -> _text_pb2.Started: ...
     @_builtins.property
-    def delta(self) -> Global___Delta: ...
+    def delta(self) -> _text_pb2.Delta: ...
     @_builtins.property
-    def finished(self) -> Global___GenerateResponse:
+    def finished(self) -> _text_pb2.GenerateResponse:
         """The whole result; `text` and `token_ids` equal the concatenated deltas. It repeats the log-probabilities too, so
         that a long text with many alternatives passes the 4 MiB that gRPC clients receive in one message by default:
         about 500 bytes for each token with 20. A client that asks for them sets "grpc.max_receive_message_length".
@@ -562,9 +99,9 @@ class GenerateEvent(_message.Message):
     def __init__(
         self,
         *,
-        started: Global___Started | None = ...,
-        delta: Global___Delta | None = ...,
-        finished: Global___GenerateResponse | None = ...,
+        started: _text_pb2.Started | None = ...,
+        delta: _text_pb2.Delta | None = ...,
+        finished: _text_pb2.GenerateResponse | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -577,208 +114,16 @@ class GenerateEvent(_message.Message):
 Global___GenerateEvent: _TypeAlias = GenerateEvent  # noqa: Y015
 
 @_typing.final
-class Arm(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    NAME_FIELD_NUMBER: _builtins.int
-    OPERATORS_FIELD_NUMBER: _builtins.int
-    name: _builtins.str
-    """Unique in the request, at most 128 characters; "normal" is taken by the plain arm, which always runs."""
-    @_builtins.property
-    def operators(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.OperatorUse]:
-        """At least one."""
-
-    def __init__(
-        self,
-        *,
-        name: _builtins.str = ...,
-        operators: _abc.Iterable[_steering_pb2.OperatorUse] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "operators", b"operators"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Arm: _TypeAlias = Arm  # noqa: Y015
-
-@_typing.final
-class CompareRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
-    PROMPT_FIELD_NUMBER: _builtins.int
-    SAMPLING_FIELD_NUMBER: _builtins.int
-    ARMS_FIELD_NUMBER: _builtins.int
-    SCORE_FIELD_NUMBER: _builtins.int
-    request_id: _builtins.str
-    score: _builtins.bool
-    """Score each steered text under the plain model (KL and perplexity), as one more row of the batch. Default true."""
-    @_builtins.property
-    def prompt(self) -> Global___Prompt: ...
-    @_builtins.property
-    def sampling(self) -> Global___SamplingParams:
-        """Shared by every arm; with a seed, every arm draws the same random numbers."""
-
-    @_builtins.property
-    def arms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arm]:
-        """The steered arms, at least one. Several make a sweep."""
-
-    def __init__(
-        self,
-        *,
-        request_id: _builtins.str = ...,
-        prompt: Global___Prompt | None = ...,
-        sampling: Global___SamplingParams | None = ...,
-        arms: _abc.Iterable[Global___Arm] | None = ...,
-        score: _builtins.bool | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "prompt", b"prompt", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "arms", b"arms", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
-    _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
-
-Global___CompareRequest: _TypeAlias = CompareRequest  # noqa: Y015
-
-@_typing.final
-class Comparison(_message.Message):
-    """One steered arm held against the normal arm."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ARM_FIELD_NUMBER: _builtins.int
-    FIRST_DIVERGENCE_FIELD_NUMBER: _builtins.int
-    KL_PER_TOKEN_FIELD_NUMBER: _builtins.int
-    KL_MEAN_FIELD_NUMBER: _builtins.int
-    KL_P95_FIELD_NUMBER: _builtins.int
-    NORMAL_PERPLEXITY_FIELD_NUMBER: _builtins.int
-    STEERED_PERPLEXITY_FIELD_NUMBER: _builtins.int
-    arm: _builtins.str
-    first_divergence: _builtins.int
-    """Index of the first differing token; unset when the token ids are the same."""
-    kl_mean: _builtins.float
-    kl_p95: _builtins.float
-    normal_perplexity: _builtins.float
-    """Of each text under the plain model. Unset when not scored."""
-    steered_perplexity: _builtins.float
-    @_builtins.property
-    def kl_per_token(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """KL(plain || steered) in nats at each position of the steered text. Empty when not scored."""
-
-    def __init__(
-        self,
-        *,
-        arm: _builtins.str = ...,
-        first_divergence: _builtins.int | None = ...,
-        kl_per_token: _abc.Iterable[_builtins.float] | None = ...,
-        kl_mean: _builtins.float | None = ...,
-        kl_p95: _builtins.float | None = ...,
-        normal_perplexity: _builtins.float | None = ...,
-        steered_perplexity: _builtins.float | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__first_divergence: _TypeAlias = _typing.Literal["first_divergence"]  # noqa: Y015
-    _WhichOneofArgType__first_divergence: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence"]  # noqa: Y015
-    _WhichOneofReturnType__kl_mean: _TypeAlias = _typing.Literal["kl_mean"]  # noqa: Y015
-    _WhichOneofArgType__kl_mean: _TypeAlias = _typing.Literal["_kl_mean", b"_kl_mean"]  # noqa: Y015
-    _WhichOneofReturnType__kl_p95: _TypeAlias = _typing.Literal["kl_p95"]  # noqa: Y015
-    _WhichOneofArgType__kl_p95: _TypeAlias = _typing.Literal["_kl_p95", b"_kl_p95"]  # noqa: Y015
-    _WhichOneofReturnType__normal_perplexity: _TypeAlias = _typing.Literal["normal_perplexity"]  # noqa: Y015
-    _WhichOneofArgType__normal_perplexity: _TypeAlias = _typing.Literal["_normal_perplexity", b"_normal_perplexity"]  # noqa: Y015
-    _WhichOneofReturnType__steered_perplexity: _TypeAlias = _typing.Literal["steered_perplexity"]  # noqa: Y015
-    _WhichOneofArgType__steered_perplexity: _TypeAlias = _typing.Literal["_steered_perplexity", b"_steered_perplexity"]  # noqa: Y015
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_divergence) -> _WhichOneofReturnType__first_divergence | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_mean) -> _WhichOneofReturnType__kl_mean | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_p95) -> _WhichOneofReturnType__kl_p95 | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__normal_perplexity) -> _WhichOneofReturnType__normal_perplexity | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__steered_perplexity) -> _WhichOneofReturnType__steered_perplexity | None: ...
-
-Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
-
-@_typing.final
-class CompareFinished(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    COMPARISONS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]:
-        """One per steered arm, in the request's order."""
-
-    def __init__(
-        self,
-        *,
-        comparisons: _abc.Iterable[Global___Comparison] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparisons", b"comparisons"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___CompareFinished: _TypeAlias = CompareFinished  # noqa: Y015
-
-@_typing.final
-class CompareEvent(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ARM_FIELD_NUMBER: _builtins.int
-    STARTED_FIELD_NUMBER: _builtins.int
-    DELTA_FIELD_NUMBER: _builtins.int
-    FINISHED_FIELD_NUMBER: _builtins.int
-    COMPARED_FIELD_NUMBER: _builtins.int
-    arm: _builtins.str
-    """The arm that this event belongs to; empty for `compared`."""
-    @_builtins.property
-    def started(self) -> Global___Started: ...
-    @_builtins.property
-    def delta(self) -> Global___Delta: ...
-    @_builtins.property
-    def finished(self) -> Global___GenerateResponse: ...
-    @_builtins.property
-    def compared(self) -> Global___CompareFinished:
-        """Last event of the stream."""
-
-    def __init__(
-        self,
-        *,
-        arm: _builtins.str = ...,
-        started: Global___Started | None = ...,
-        delta: Global___Delta | None = ...,
-        finished: Global___GenerateResponse | None = ...,
-        compared: Global___CompareFinished | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "compared"]  # noqa: Y015
-    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
-
-Global___CompareEvent: _TypeAlias = CompareEvent  # noqa: Y015
-
-@_typing.final
 class TokenizeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def prompt(self) -> Global___Prompt: ...
+    def prompt(self) -> _text_pb2.Prompt: ...
     def __init__(
         self,
         *,
-        prompt: Global___Prompt | None = ...,
+        prompt: _text_pb2.Prompt | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -848,6 +193,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_QUEUE_FIELD_NUMBER: _builtins.int
     MAX_ARMS_FIELD_NUMBER: _builtins.int
     MAX_DOSE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As given to the server: a built-in name, a hub id or a directory."""
@@ -869,6 +215,10 @@ class GetModelInfoResponse(_message.Message):
     max_arms: _builtins.int
     max_dose: _builtins.float
     """Most that the doses at one layer may add up to: the sum of |strength|/2 over the operators pushed there."""
+    attention: _builtins.str
+    """What computes attention: "sdpa" or "eager" of the engine hf; the name of vLLM's backend, such as "CPU_ATTN", and
+    where layers have different ones, all of them.
+    """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -893,11 +243,12 @@ class GetModelInfoResponse(_message.Message):
         max_queue: _builtins.int = ...,
         max_arms: _builtins.int = ...,
         max_dose: _builtins.float = ...,
+        attention: _builtins.str = ...,
         limits: Global___RequestLimits | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "limits", b"limits", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "limits", b"limits", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

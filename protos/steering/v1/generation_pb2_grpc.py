@@ -3,7 +3,9 @@
 import grpc
 import warnings
 
+from steering.v1 import comparison_pb2 as steering_dot_v1_dot_comparison__pb2
 from steering.v1 import generation_pb2 as steering_dot_v1_dot_generation__pb2
+from steering.v1 import text_pb2 as steering_dot_v1_dot_text__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
 GRPC_VERSION = grpc.__version__
@@ -37,7 +39,7 @@ class GenerationServiceStub:
         self.Generate = channel.unary_unary(
                 '/steering.v1.GenerationService/Generate',
                 request_serializer=steering_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
-                response_deserializer=steering_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+                response_deserializer=steering_dot_v1_dot_text__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.GenerateStream = channel.unary_stream(
                 '/steering.v1.GenerationService/GenerateStream',
@@ -46,8 +48,8 @@ class GenerationServiceStub:
                 _registered_method=True)
         self.Compare = channel.unary_stream(
                 '/steering.v1.GenerationService/Compare',
-                request_serializer=steering_dot_v1_dot_generation__pb2.CompareRequest.SerializeToString,
-                response_deserializer=steering_dot_v1_dot_generation__pb2.CompareEvent.FromString,
+                request_serializer=steering_dot_v1_dot_comparison__pb2.CompareRequest.SerializeToString,
+                response_deserializer=steering_dot_v1_dot_comparison__pb2.CompareEvent.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/steering.v1.GenerationService/Tokenize',
@@ -105,7 +107,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
             'Generate': grpc.unary_unary_rpc_method_handler(
                     servicer.Generate,
                     request_deserializer=steering_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
-                    response_serializer=steering_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
+                    response_serializer=steering_dot_v1_dot_text__pb2.GenerateResponse.SerializeToString,
             ),
             'GenerateStream': grpc.unary_stream_rpc_method_handler(
                     servicer.GenerateStream,
@@ -114,8 +116,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
             ),
             'Compare': grpc.unary_stream_rpc_method_handler(
                     servicer.Compare,
-                    request_deserializer=steering_dot_v1_dot_generation__pb2.CompareRequest.FromString,
-                    response_serializer=steering_dot_v1_dot_generation__pb2.CompareEvent.SerializeToString,
+                    request_deserializer=steering_dot_v1_dot_comparison__pb2.CompareRequest.FromString,
+                    response_serializer=steering_dot_v1_dot_comparison__pb2.CompareEvent.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -154,7 +156,7 @@ class GenerationService:
             target,
             '/steering.v1.GenerationService/Generate',
             steering_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
-            steering_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
+            steering_dot_v1_dot_text__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -207,8 +209,8 @@ class GenerationService:
             request,
             target,
             '/steering.v1.GenerationService/Compare',
-            steering_dot_v1_dot_generation__pb2.CompareRequest.SerializeToString,
-            steering_dot_v1_dot_generation__pb2.CompareEvent.FromString,
+            steering_dot_v1_dot_comparison__pb2.CompareRequest.SerializeToString,
+            steering_dot_v1_dot_comparison__pb2.CompareEvent.FromString,
             options,
             channel_credentials,
             insecure,

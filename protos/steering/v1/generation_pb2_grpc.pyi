@@ -26,7 +26,9 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from steering.v1 import comparison_pb2 as _comparison_pb2
 from steering.v1 import generation_pb2 as _generation_pb2
+from steering.v1 import text_pb2 as _text_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys
@@ -52,11 +54,11 @@ class GenerationServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
-    Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
+    Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _text_pb2.GenerateResponse]
     """Decodes one prompt and answers when it is finished."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateEvent]
     """The same, token by token: one `started`, any number of `delta`, one `finished`."""
-    Compare: _grpc.UnaryStreamMultiCallable[_generation_pb2.CompareRequest, _generation_pb2.CompareEvent]
+    Compare: _grpc.UnaryStreamMultiCallable[_comparison_pb2.CompareRequest, _comparison_pb2.CompareEvent]
     """Decodes one prompt under several arms (plain and steered) in one batch."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Shows how a prompt reaches the model, as token ids."""
@@ -66,11 +68,11 @@ class GenerationServiceStub:
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
-    Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
+    Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _text_pb2.GenerateResponse]  # type: ignore[assignment]
     """Decodes one prompt and answers when it is finished."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateEvent]  # type: ignore[assignment]
     """The same, token by token: one `started`, any number of `delta`, one `finished`."""
-    Compare: _aio.UnaryStreamMultiCallable[_generation_pb2.CompareRequest, _generation_pb2.CompareEvent]  # type: ignore[assignment]
+    Compare: _aio.UnaryStreamMultiCallable[_comparison_pb2.CompareRequest, _comparison_pb2.CompareEvent]  # type: ignore[assignment]
     """Decodes one prompt under several arms (plain and steered) in one batch."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Shows how a prompt reaches the model, as token ids."""
@@ -83,7 +85,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
+    ) -> _typing.Union[_text_pb2.GenerateResponse, _abc.Awaitable[_text_pb2.GenerateResponse]]:
         """Decodes one prompt and answers when it is finished."""
 
     @_abc_1.abstractmethod
@@ -97,9 +99,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
     def Compare(
         self,
-        request: _generation_pb2.CompareRequest,
+        request: _comparison_pb2.CompareRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_generation_pb2.CompareEvent], _abc.AsyncIterator[_generation_pb2.CompareEvent]]:
+    ) -> _typing.Union[_abc.Iterator[_comparison_pb2.CompareEvent], _abc.AsyncIterator[_comparison_pb2.CompareEvent]]:
         """Decodes one prompt under several arms (plain and steered) in one batch."""
 
     @_abc_1.abstractmethod

@@ -23,49 +23,49 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
-from steering.v1 import generation_pb2 as steering_dot_v1_dot_generation__pb2
 from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
+from steering.v1 import text_pb2 as steering_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsteering/v1/operators.proto\x12\x0bsteering.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1csteering/v1/generation.proto\x1a\x1asteering/v1/steering.proto\">\n\x0b\x43onceptText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"6\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"H\n\x07LowRank\x12\x14\n\x0cmin_residual\x18\x01 \x01(\x01\x12\x14\n\x0cmax_residual\x18\x02 \x01(\x01\x12\x11\n\tweighting\x18\x03 \x01(\t\"b\n\x10\x43\x61librationPoint\x12\x0e\n\x06kl_p95\x18\x01 \x01(\x01\x12\x10\n\x08hit_rate\x18\x02 \x01(\x01\x12\x18\n\x10perplexity_ratio\x18\x03 \x01(\x01\x12\x12\n\ndistinct_2\x18\x04 \x01(\x01\"-\n\x0cNeutralTexts\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x01(\x05\"\xd4\x01\n\x07HeldOut\x12\x0f\n\x07prompts\x18\x01 \x01(\x05\x12\x10\n\x08hit_rate\x18\x02 \x01(\x01\x12\x13\n\x0buseful_rate\x18\x03 \x01(\x01\x12\x12\n\nuseful_low\x18\x04 \x01(\x01\x12\x13\n\x0buseful_high\x18\x05 \x01(\x01\x12\x0e\n\x06kl_p95\x18\x06 \x01(\x01\x12\x0f\n\x07kl_mean\x18\x07 \x01(\x01\x12\x18\n\x10perplexity_ratio\x18\x08 \x01(\x01\x12\x12\n\ndistinct_2\x18\t \x01(\x01\x12\x19\n\x11plain_useful_rate\x18\n \x01(\x01\"\x82\x02\n\x0b\x43\x61libration\x12\x32\n\x0brecommended\x18\x01 \x01(\x0b\x32\x1d.steering.v1.CalibrationPoint\x12\x16\n\x0eplain_hit_rate\x18\x02 \x01(\x01\x12\x11\n\tkl_budget\x18\x03 \x01(\x01\x12\x1c\n\x14max_perplexity_ratio\x18\x04 \x01(\x01\x12\x0f\n\x07prompts\x18\x05 \x01(\x05\x12\x0e\n\x06tokens\x18\x06 \x01(\x05\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12&\n\x08held_out\x18\x08 \x01(\x0b\x32\x14.steering.v1.HeldOut\"\x8b\x01\n\tDosePoint\x12\x10\n\x08strength\x18\x01 \x01(\x01\x12\x0e\n\x06kl_p95\x18\x02 \x01(\x01\x12\x14\n\x07kl_mean\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08hit_rate\x18\x04 \x01(\x01\x12\x18\n\x0buseful_rate\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_kl_meanB\x0e\n\x0c_useful_rate\"(\n\x04Lens\x12\x11\n\tread_from\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x01(\x05\"\xfe\x07\n\x08Operator\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07\x63oncept\x18\x04 \x01(\t\x12\x19\n\x11\x63oncept_token_ids\x18\x05 \x03(\x05\x12\r\n\x05model\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12\x10\n\x08rule_set\x18\t \x01(\t\x12\r\n\x05layer\x18\n \x01(\x05\x12\x17\n\x0finjection_layer\x18\x0b \x01(\x05\x12\x13\n\x0bhidden_size\x18\x0c \x01(\x05\x12\x11\n\tpositions\x18\r \x01(\x05\x12\r\n\x05\x64type\x18\x0e \x01(\t\x12\x1c\n\x14recommended_strength\x18\x0f \x01(\x01\x12+\n\x10recommended_rule\x18\x10 \x01(\x0e\x32\x11.steering.v1.Rule\x12\x19\n\x11recommended_blend\x18\x11 \x01(\x01\x12\x1c\n\x14reconstruction_error\x18\x12 \x01(\x01\x12+\n\x07\x63reated\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x14 \x01(\x03\x12\x17\n\x0f\x62uilder_version\x18\x15 \x01(\t\x12\x0c\n\x04rank\x18\x16 \x01(\x05\x12&\n\x08low_rank\x18\x17 \x01(\x0b\x32\x14.steering.v1.LowRank\x12\x13\n\x0bmodel_dtype\x18\x18 \x01(\t\x12\x11\n\tnum_texts\x18\x19 \x01(\x05\x12,\n\nmore_texts\x18\x1a \x03(\x0b\x32\x18.steering.v1.ConceptText\x12\x16\n\x0e\x63oncept_weight\x18\x1b \x01(\x01\x12$\n\x07members\x18\x1c \x03(\x0b\x32\x13.steering.v1.Member\x12-\n\x0b\x63\x61libration\x18\x1d \x01(\x0b\x32\x18.steering.v1.Calibration\x12\x35\n\x15recommended_positions\x18\x1e \x01(\x0b\x32\x16.steering.v1.Positions\x12/\n\x12recommended_anchor\x18\x1f \x01(\x0e\x32\x13.steering.v1.Anchor\x12\x38\n\x17recommended_first_token\x18  \x01(\x0e\x32\x17.steering.v1.FirstToken\x12*\n\x07neutral\x18! \x01(\x0b\x32\x19.steering.v1.NeutralTexts\x12\x1f\n\x04lens\x18( \x01(\x0b\x32\x11.steering.v1.Lens\x12%\n\x05\x63urve\x18) \x03(\x0b\x32\x16.steering.v1.DosePoint\"\x16\n\x14ListOperatorsRequest\"A\n\x15ListOperatorsResponse\x12(\n\toperators\x18\x01 \x03(\x0b\x32\x15.steering.v1.Operator\"\"\n\x12GetOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x13GetOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"\x18\n\x16ReloadOperatorsRequest\"\\\n\x17ReloadOperatorsResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\t\x12\x0f\n\x07\x63hanged\x18\x02 \x03(\t\x12\x0f\n\x07removed\x18\x03 \x03(\t\x12\x10\n\x08unusable\x18\x04 \x03(\t2\x99\x02\n\x0fOperatorService\x12V\n\rListOperators\x12!.steering.v1.ListOperatorsRequest\x1a\".steering.v1.ListOperatorsResponse\x12P\n\x0bGetOperator\x12\x1f.steering.v1.GetOperatorRequest\x1a .steering.v1.GetOperatorResponse\x12\\\n\x0fReloadOperators\x12#.steering.v1.ReloadOperatorsRequest\x1a$.steering.v1.ReloadOperatorsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bsteering/v1/operators.proto\x12\x0bsteering.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\">\n\x0b\x43onceptText\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"6\n\x06Member\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\"H\n\x07LowRank\x12\x14\n\x0cmin_residual\x18\x01 \x01(\x01\x12\x14\n\x0cmax_residual\x18\x02 \x01(\x01\x12\x11\n\tweighting\x18\x03 \x01(\t\"b\n\x10\x43\x61librationPoint\x12\x0e\n\x06kl_p95\x18\x01 \x01(\x01\x12\x10\n\x08hit_rate\x18\x02 \x01(\x01\x12\x18\n\x10perplexity_ratio\x18\x03 \x01(\x01\x12\x12\n\ndistinct_2\x18\x04 \x01(\x01\"-\n\x0cNeutralTexts\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x01(\x05\"\xd4\x01\n\x07HeldOut\x12\x0f\n\x07prompts\x18\x01 \x01(\x05\x12\x10\n\x08hit_rate\x18\x02 \x01(\x01\x12\x13\n\x0buseful_rate\x18\x03 \x01(\x01\x12\x12\n\nuseful_low\x18\x04 \x01(\x01\x12\x13\n\x0buseful_high\x18\x05 \x01(\x01\x12\x0e\n\x06kl_p95\x18\x06 \x01(\x01\x12\x0f\n\x07kl_mean\x18\x07 \x01(\x01\x12\x18\n\x10perplexity_ratio\x18\x08 \x01(\x01\x12\x12\n\ndistinct_2\x18\t \x01(\x01\x12\x19\n\x11plain_useful_rate\x18\n \x01(\x01\"\x82\x02\n\x0b\x43\x61libration\x12\x32\n\x0brecommended\x18\x01 \x01(\x0b\x32\x1d.steering.v1.CalibrationPoint\x12\x16\n\x0eplain_hit_rate\x18\x02 \x01(\x01\x12\x11\n\tkl_budget\x18\x03 \x01(\x01\x12\x1c\n\x14max_perplexity_ratio\x18\x04 \x01(\x01\x12\x0f\n\x07prompts\x18\x05 \x01(\x05\x12\x0e\n\x06tokens\x18\x06 \x01(\x05\x12-\n\x08sampling\x18\x07 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12&\n\x08held_out\x18\x08 \x01(\x0b\x32\x14.steering.v1.HeldOut\"\x8b\x01\n\tDosePoint\x12\x10\n\x08strength\x18\x01 \x01(\x01\x12\x0e\n\x06kl_p95\x18\x02 \x01(\x01\x12\x14\n\x07kl_mean\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08hit_rate\x18\x04 \x01(\x01\x12\x18\n\x0buseful_rate\x18\x05 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_kl_meanB\x0e\n\x0c_useful_rate\"(\n\x04Lens\x12\x11\n\tread_from\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x01(\x05\"\x91\x08\n\x08Operator\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0f\n\x07\x63oncept\x18\x04 \x01(\t\x12\x19\n\x11\x63oncept_token_ids\x18\x05 \x03(\x05\x12\r\n\x05model\x18\x06 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x0f\n\x07profile\x18\x08 \x01(\t\x12\x10\n\x08rule_set\x18\t \x01(\t\x12\r\n\x05layer\x18\n \x01(\x05\x12\x17\n\x0finjection_layer\x18\x0b \x01(\x05\x12\x13\n\x0bhidden_size\x18\x0c \x01(\x05\x12\x11\n\tpositions\x18\r \x01(\x05\x12\r\n\x05\x64type\x18\x0e \x01(\t\x12\x1c\n\x14recommended_strength\x18\x0f \x01(\x01\x12+\n\x10recommended_rule\x18\x10 \x01(\x0e\x32\x11.steering.v1.Rule\x12\x19\n\x11recommended_blend\x18\x11 \x01(\x01\x12\x1c\n\x14reconstruction_error\x18\x12 \x01(\x01\x12+\n\x07\x63reated\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsize_bytes\x18\x14 \x01(\x03\x12\x17\n\x0f\x62uilder_version\x18\x15 \x01(\t\x12\x0c\n\x04rank\x18\x16 \x01(\x05\x12&\n\x08low_rank\x18\x17 \x01(\x0b\x32\x14.steering.v1.LowRank\x12\x13\n\x0bmodel_dtype\x18\x18 \x01(\t\x12\x11\n\tnum_texts\x18\x19 \x01(\x05\x12,\n\nmore_texts\x18\x1a \x03(\x0b\x32\x18.steering.v1.ConceptText\x12\x16\n\x0e\x63oncept_weight\x18\x1b \x01(\x01\x12$\n\x07members\x18\x1c \x03(\x0b\x32\x13.steering.v1.Member\x12-\n\x0b\x63\x61libration\x18\x1d \x01(\x0b\x32\x18.steering.v1.Calibration\x12\x35\n\x15recommended_positions\x18\x1e \x01(\x0b\x32\x16.steering.v1.Positions\x12/\n\x12recommended_anchor\x18\x1f \x01(\x0e\x32\x13.steering.v1.Anchor\x12\x38\n\x17recommended_first_token\x18  \x01(\x0e\x32\x17.steering.v1.FirstToken\x12*\n\x07neutral\x18! \x01(\x0b\x32\x19.steering.v1.NeutralTexts\x12\x1f\n\x04lens\x18( \x01(\x0b\x32\x11.steering.v1.Lens\x12%\n\x05\x63urve\x18) \x03(\x0b\x32\x16.steering.v1.DosePoint\x12\x11\n\tattention\x18* \x01(\t\"\x16\n\x14ListOperatorsRequest\"A\n\x15ListOperatorsResponse\x12(\n\toperators\x18\x01 \x03(\x0b\x32\x15.steering.v1.Operator\"\"\n\x12GetOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\">\n\x13GetOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"\x18\n\x16ReloadOperatorsRequest\"\\\n\x17ReloadOperatorsResponse\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x01 \x03(\t\x12\x0f\n\x07\x63hanged\x18\x02 \x03(\t\x12\x0f\n\x07removed\x18\x03 \x03(\t\x12\x10\n\x08unusable\x18\x04 \x03(\t2\x99\x02\n\x0fOperatorService\x12V\n\rListOperators\x12!.steering.v1.ListOperatorsRequest\x1a\".steering.v1.ListOperatorsResponse\x12P\n\x0bGetOperator\x12\x1f.steering.v1.GetOperatorRequest\x1a .steering.v1.GetOperatorResponse\x12\\\n\x0fReloadOperators\x12#.steering.v1.ReloadOperatorsRequest\x1a$.steering.v1.ReloadOperatorsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering.v1.operators_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CONCEPTTEXT']._serialized_start=135
-  _globals['_CONCEPTTEXT']._serialized_end=197
-  _globals['_MEMBER']._serialized_start=199
-  _globals['_MEMBER']._serialized_end=253
-  _globals['_LOWRANK']._serialized_start=255
-  _globals['_LOWRANK']._serialized_end=327
-  _globals['_CALIBRATIONPOINT']._serialized_start=329
-  _globals['_CALIBRATIONPOINT']._serialized_end=427
-  _globals['_NEUTRALTEXTS']._serialized_start=429
-  _globals['_NEUTRALTEXTS']._serialized_end=474
-  _globals['_HELDOUT']._serialized_start=477
-  _globals['_HELDOUT']._serialized_end=689
-  _globals['_CALIBRATION']._serialized_start=692
-  _globals['_CALIBRATION']._serialized_end=950
-  _globals['_DOSEPOINT']._serialized_start=953
-  _globals['_DOSEPOINT']._serialized_end=1092
-  _globals['_LENS']._serialized_start=1094
-  _globals['_LENS']._serialized_end=1134
-  _globals['_OPERATOR']._serialized_start=1137
-  _globals['_OPERATOR']._serialized_end=2159
-  _globals['_LISTOPERATORSREQUEST']._serialized_start=2161
-  _globals['_LISTOPERATORSREQUEST']._serialized_end=2183
-  _globals['_LISTOPERATORSRESPONSE']._serialized_start=2185
-  _globals['_LISTOPERATORSRESPONSE']._serialized_end=2250
-  _globals['_GETOPERATORREQUEST']._serialized_start=2252
-  _globals['_GETOPERATORREQUEST']._serialized_end=2286
-  _globals['_GETOPERATORRESPONSE']._serialized_start=2288
-  _globals['_GETOPERATORRESPONSE']._serialized_end=2350
-  _globals['_RELOADOPERATORSREQUEST']._serialized_start=2352
-  _globals['_RELOADOPERATORSREQUEST']._serialized_end=2376
-  _globals['_RELOADOPERATORSRESPONSE']._serialized_start=2378
-  _globals['_RELOADOPERATORSRESPONSE']._serialized_end=2470
-  _globals['_OPERATORSERVICE']._serialized_start=2473
-  _globals['_OPERATORSERVICE']._serialized_end=2754
+  _globals['_CONCEPTTEXT']._serialized_start=129
+  _globals['_CONCEPTTEXT']._serialized_end=191
+  _globals['_MEMBER']._serialized_start=193
+  _globals['_MEMBER']._serialized_end=247
+  _globals['_LOWRANK']._serialized_start=249
+  _globals['_LOWRANK']._serialized_end=321
+  _globals['_CALIBRATIONPOINT']._serialized_start=323
+  _globals['_CALIBRATIONPOINT']._serialized_end=421
+  _globals['_NEUTRALTEXTS']._serialized_start=423
+  _globals['_NEUTRALTEXTS']._serialized_end=468
+  _globals['_HELDOUT']._serialized_start=471
+  _globals['_HELDOUT']._serialized_end=683
+  _globals['_CALIBRATION']._serialized_start=686
+  _globals['_CALIBRATION']._serialized_end=944
+  _globals['_DOSEPOINT']._serialized_start=947
+  _globals['_DOSEPOINT']._serialized_end=1086
+  _globals['_LENS']._serialized_start=1088
+  _globals['_LENS']._serialized_end=1128
+  _globals['_OPERATOR']._serialized_start=1131
+  _globals['_OPERATOR']._serialized_end=2172
+  _globals['_LISTOPERATORSREQUEST']._serialized_start=2174
+  _globals['_LISTOPERATORSREQUEST']._serialized_end=2196
+  _globals['_LISTOPERATORSRESPONSE']._serialized_start=2198
+  _globals['_LISTOPERATORSRESPONSE']._serialized_end=2263
+  _globals['_GETOPERATORREQUEST']._serialized_start=2265
+  _globals['_GETOPERATORREQUEST']._serialized_end=2299
+  _globals['_GETOPERATORRESPONSE']._serialized_start=2301
+  _globals['_GETOPERATORRESPONSE']._serialized_end=2363
+  _globals['_RELOADOPERATORSREQUEST']._serialized_start=2365
+  _globals['_RELOADOPERATORSREQUEST']._serialized_end=2389
+  _globals['_RELOADOPERATORSRESPONSE']._serialized_start=2391
+  _globals['_RELOADOPERATORSRESPONSE']._serialized_end=2483
+  _globals['_OPERATORSERVICE']._serialized_start=2486
+  _globals['_OPERATORSERVICE']._serialized_end=2767
 # @@protoc_insertion_point(module_scope)

@@ -35,8 +35,7 @@ class QueuedJob:
         self._outbox = Outbox(self.stop, queue.wake)
         self._taken = asyncio.Event()
         self._cancelled = threading.Event()
-        limit = job.sampling.time_limit
-        self._deadline = None if limit is None else time.monotonic() + limit
+        self._deadline = None if job.time_limit is None else time.monotonic() + job.time_limit
 
     @property
     def caller(self) -> Caller:

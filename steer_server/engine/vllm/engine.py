@@ -40,7 +40,7 @@ from steer_server.engine.vllm.seats import Seats
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.engine.vllm.worker_protocol import STEERING_MEMORY
 from steer_server.engine.work import WorkDone
-from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError
+from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError, errors_of
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -97,6 +97,7 @@ class VLLMEngine:
             context_length=int(config.model_config.max_model_len),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device=current_platform.device_name,
+            attention=client.attention,
         )
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
         self._operator_memory = int(config.additional_config[STEERING_MEMORY])
@@ -164,8 +165,10 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         if self._closed:
             raise ShuttingDownError
-        check_sampling(job.sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
-        special_stops(job.sampling.stop_strings, self._context.tokenizer)
+        for field, sampling in job.samplings.items():
+            with errors_of("sampling", at=field):
+                check_sampling(sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
+                special_stops(sampling.stop_strings, self._context.tokenizer)
         budget, sizes = self._operator_memory, self._step_sizes
         memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
         operators = required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)

@@ -45,7 +45,7 @@ class VLLMJob:
         self.operators, self.memory, self.size = operators, memory, len(job.rows)
         self._context, self._job, self._on_end, self._on_leave = context, job, on_end, on_leave
         self._began = time.monotonic()
-        loop, limit = asyncio.get_running_loop(), job.sampling.time_limit
+        loop, limit = asyncio.get_running_loop(), job.time_limit
         self._deadline = None if limit is None else loop.time() + limit
         self._expiry = None if self._deadline is None else loop.call_at(self._deadline, self._expire)
         self._outbox = Outbox(self._abort)

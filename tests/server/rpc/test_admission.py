@@ -8,6 +8,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
@@ -37,7 +38,7 @@ def read(admission, method, message):
 
 
 def request(**fields):
-    return pb.GenerateRequest(**{"prompt": pb.Prompt(text="x"), **fields})
+    return pb.GenerateRequest(**{"prompt": text_pb2.Prompt(text="x"), **fields})
 
 
 def test_every_limit_is_of_a_field_that_exists(model_info):
@@ -79,20 +80,24 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
             request(operators=[sp.OperatorUse(words=[sp.WeightedWord()] * 10**5)]),
             "operators[0].words",
         ),
-        (GENERATE, request(sampling=pb.SamplingParams(stop_strings=["x"] * 10**5)), "sampling.stop_strings"),
-        (GENERATE, request(sampling=pb.SamplingParams(stop_strings=["x" * 10**6])), "sampling.stop_strings[0]"),
-        (GENERATE, request(sampling=pb.SamplingParams(stop_token_ids=[1] * 10**5)), "sampling.stop_token_ids"),
-        (GENERATE, request(prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage()] * 1025))), "prompt.chat"),
+        (GENERATE, request(sampling=text_pb2.SamplingParams(stop_strings=["x"] * 10**5)), "sampling.stop_strings"),
+        (GENERATE, request(sampling=text_pb2.SamplingParams(stop_strings=["x" * 10**6])), "sampling.stop_strings[0]"),
+        (GENERATE, request(sampling=text_pb2.SamplingParams(stop_token_ids=[1] * 10**5)), "sampling.stop_token_ids"),
         (
             GENERATE,
-            request(prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="x" * 300)]))),
+            request(prompt=text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage()] * 1025))),
+            "prompt.chat",
+        ),
+        (
+            GENERATE,
+            request(prompt=text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage(role="x" * 300)]))),
             "prompt.chat[0].role",
         ),
-        (COMPARE, pb.CompareRequest(arms=[pb.Arm()] * 10**5), "arms"),
-        (COMPARE, pb.CompareRequest(arms=[pb.Arm(name="x" * 10**6)]), "arms[0].name"),
+        (COMPARE, comparison_pb2.CompareRequest(arms=[comparison_pb2.Arm()] * 10**5), "arms"),
+        (COMPARE, comparison_pb2.CompareRequest(arms=[comparison_pb2.Arm(name="x" * 10**6)]), "arms[0].name"),
         (
             COMPARE,
-            pb.CompareRequest(arms=[pb.Arm(operators=[sp.OperatorUse()] * 10**5)]),
+            comparison_pb2.CompareRequest(arms=[comparison_pb2.Arm(operators=[sp.OperatorUse()] * 10**5)]),
             "arms[0].operators",
         ),
         ("/steering.v1.OperatorService/GetOperator", ops.GetOperatorRequest(name="x" * 10**6), "name"),
@@ -114,10 +119,10 @@ def test_too_much_of_a_field_is_refused_by_its_name(admission, method, message, 
 @pytest.mark.parametrize(
     ("prompt", "found"),
     [
-        (pb.Prompt(text="x" * (MAX_PROMPT + 1)), "2001 bytes"),
-        (pb.Prompt(token_ids=pb.TokenIds(ids=[5] * 65)), "65 tokens"),
-        (pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(content="x" * 2001)])), "2001 bytes"),
-        (pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(content="x" * 1999)] * 1000)), "bytes"),
+        (text_pb2.Prompt(text="x" * (MAX_PROMPT + 1)), "2001 bytes"),
+        (text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=[5] * 65)), "65 tokens"),
+        (text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage(content="x" * 2001)])), "2001 bytes"),
+        (text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage(content="x" * 1999)] * 1000)), "bytes"),
     ],
     ids=["text", "ids", "content", "conversation"],
 )
@@ -154,6 +159,7 @@ def test_what_is_accepted_is_told(admission):
 
 
 def test_the_contract_says_how_long_a_name_may_be():
-    source = Path(__file__).parents[3].joinpath("protos/steering/v1/generation.proto").read_text(encoding="utf-8")
+    folder = Path(__file__).parents[3] / "protos/steering/v1"
+    source = "".join((folder / name).read_text(encoding="utf-8") for name in ("generation.proto", "comparison.proto"))
     documented = [int(number) for number in re.findall(r"at most (\d+) characters", source, re.IGNORECASE)]
     assert documented == [types.MAX_REQUEST_ID, types.MAX_ARM_NAME]

@@ -12,7 +12,7 @@ import structlog
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import generation_pb2_grpc
+from steering.v1 import generation_pb2_grpc, text_pb2
 
 from steer_server.config import ServerConfig
 from steer_server.engine.work import WorkDone
@@ -22,7 +22,7 @@ from steer_server.rpc.transport import channel_options
 from steer_server.types import FinishReason, ModelInfo, RowFinished, TokenEvent, TokenLogprob, TopLogprob
 
 OWN_CONNECTION = (("grpc.use_local_subchannel_pool", 1),)
-REQUEST = pb.GenerateRequest(prompt=pb.Prompt(text="x"), request_id="mine")
+REQUEST = pb.GenerateRequest(prompt=text_pb2.Prompt(text="x"), request_id="mine")
 WORDY = TokenLogprob(1, "x", -1.0, tuple(TopLogprob(n, "y" * 50, -2.0) for n in range(20)))
 
 

@@ -3,6 +3,7 @@ from dataclasses import fields, replace
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import steering_pb2 as sp
 
@@ -28,7 +29,7 @@ from steer_server.types import (
     Usage,
 )
 
-_TEXT = pb.Prompt(text="hello")
+_TEXT = text_pb2.Prompt(text="hello")
 _RULES = {sp.RULE_CUMULATIVE: "cumulative", sp.RULE_SUBSTITUTE: "substitute"}
 
 
@@ -37,7 +38,7 @@ def _request(**fields):
 
 
 def _sampling(**fields):
-    return codec.generation_request(_request(sampling=pb.SamplingParams(**fields))).sampling
+    return codec.generation_request(_request(sampling=text_pb2.SamplingParams(**fields))).sampling
 
 
 def _completion(**changes):
@@ -157,15 +158,15 @@ def test_a_sampling_value_out_of_range_is_refused_by_its_name(name, value):
 @pytest.mark.parametrize(
     ("prompt", "field"),
     [
-        (pb.Prompt(), "prompt"),
-        (pb.Prompt(text=""), "prompt.text"),
-        (pb.Prompt(token_ids=pb.TokenIds()), "prompt.token_ids"),
-        (pb.Prompt(chat=pb.Chat()), "prompt.chat"),
+        (text_pb2.Prompt(), "prompt"),
+        (text_pb2.Prompt(text=""), "prompt.text"),
+        (text_pb2.Prompt(token_ids=text_pb2.TokenIds()), "prompt.token_ids"),
+        (text_pb2.Prompt(chat=text_pb2.Chat()), "prompt.chat"),
     ],
 )
 def test_a_prompt_of_nothing_is_refused_by_its_name(prompt, field):
     for decode in (codec.generation_request, codec.compare_request):
-        kind = pb.GenerateRequest if decode is codec.generation_request else pb.CompareRequest
+        kind = pb.GenerateRequest if decode is codec.generation_request else comparison_pb2.CompareRequest
         with pytest.raises(InvalidRequestError) as caught:
             decode(kind(prompt=prompt))
         assert caught.value.field == field
@@ -176,9 +177,9 @@ def test_a_prompt_of_nothing_is_refused_by_its_name(prompt, field):
 
 def test_each_kind_of_prompt_arrives_as_it_was():
     assert codec.prompt(_TEXT).text == "hello"
-    assert codec.prompt(pb.Prompt(token_ids=pb.TokenIds(ids=[3, 0]))).token_ids == (3, 0)
-    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content="hi")])
-    (turn,) = codec.prompt(pb.Prompt(chat=chat)).chat
+    assert codec.prompt(text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=[3, 0]))).token_ids == (3, 0)
+    chat = text_pb2.Chat(messages=[text_pb2.ChatMessage(role="user", content="hi")])
+    (turn,) = codec.prompt(text_pb2.Prompt(chat=chat)).chat
     assert (turn.role, turn.content) == ("user", "hi")
 
 
@@ -186,7 +187,7 @@ def test_a_request_id_is_kept_to_its_limit():
     assert codec.generation_request(_request(request_id="x" * 128)).request_id == "x" * 128
     for decode, message in (
         (codec.generation_request, _request(request_id="x" * 129)),
-        (codec.compare_request, pb.CompareRequest(request_id="x" * 129, prompt=_TEXT)),
+        (codec.compare_request, comparison_pb2.CompareRequest(request_id="x" * 129, prompt=_TEXT)),
     ):
         with pytest.raises(InvalidRequestError) as caught:
             decode(message)
@@ -219,9 +220,9 @@ def test_an_unknown_rule_is_refused_by_its_name():
     with pytest.raises(InvalidRequestError, match="RULE_CUMULATIVE, RULE_SUBSTITUTE") as caught:
         codec.generation_request(_request(operators=[sp.OperatorUse(name="a"), sp.OperatorUse(name="b", rule=7)]))
     assert caught.value.field == "operators[1].rule"
-    arms = [pb.Arm(name="x", operators=[sp.OperatorUse(name="a", rule=-3)])]
+    arms = [comparison_pb2.Arm(name="x", operators=[sp.OperatorUse(name="a", rule=-3)])]
     with pytest.raises(InvalidRequestError) as caught:
-        codec.compare_request(pb.CompareRequest(prompt=_TEXT, arms=arms))
+        codec.compare_request(comparison_pb2.CompareRequest(prompt=_TEXT, arms=arms))
     assert caught.value.field == "arms[0].operators[0].rule"
 
 
@@ -251,17 +252,17 @@ def test_a_negative_strength_is_accepted():
 
 
 def test_a_comparison_is_scored_unless_it_says_no():
-    arms = [pb.Arm(name="x", operators=[sp.OperatorUse(name="g")])]
-    assert codec.compare_request(pb.CompareRequest(prompt=_TEXT, arms=arms)).score is True
-    assert codec.compare_request(pb.CompareRequest(prompt=_TEXT, arms=arms, score=False)).score is False
+    arms = [comparison_pb2.Arm(name="x", operators=[sp.OperatorUse(name="g")])]
+    assert codec.compare_request(comparison_pb2.CompareRequest(prompt=_TEXT, arms=arms)).score is True
+    assert codec.compare_request(comparison_pb2.CompareRequest(prompt=_TEXT, arms=arms, score=False)).score is False
 
 
 def test_every_finish_reason_has_its_number_and_every_number_its_reason():
     numbers = {codec.completion(_completion(finish_reason=reason)).finish_reason for reason in FinishReason}
-    assert numbers == set(pb.FinishReason.values()) - {pb.FINISH_REASON_UNSPECIFIED}
+    assert numbers == set(text_pb2.FinishReason.values()) - {text_pb2.FINISH_REASON_UNSPECIFIED}
     for reason in FinishReason:
         number = codec.completion(_completion(finish_reason=reason)).finish_reason
-        assert pb.FinishReason.Name(number) == f"FINISH_REASON_{reason.value}"
+        assert text_pb2.FinishReason.Name(number) == f"FINISH_REASON_{reason.value}"
 
 
 def test_a_completion_crosses_whole():

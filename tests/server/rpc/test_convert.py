@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from steering.convert import FieldError, enum_numbers, oneof_writer, reader, writer
-from steering.v1 import generation_pb2 as pb
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
 
@@ -59,8 +59,8 @@ class Started:
 def test_what_is_unset_is_none_or_the_default_or_what_the_field_says():
     assert reader(sp.OperatorUse, Use)(sp.OperatorUse(name="g")) == Use("g", None, None, 0.25)
     assert reader(sp.OperatorUse, Use)(sp.OperatorUse(strength=0, blend=0)) == Use("", 0.0, None, 0.0)
-    assert reader(pb.Started, Started)(pb.Started()) == Started("drawn")
-    assert reader(pb.Started, Started)(pb.Started(request_id="r")) == Started("r")
+    assert reader(text_pb2.Started, Started)(text_pb2.Started()) == Started("drawn")
+    assert reader(text_pb2.Started, Started)(text_pb2.Started(request_id="r")) == Started("r")
 
 
 def test_none_is_left_unset():
@@ -69,32 +69,32 @@ def test_none_is_left_unset():
 
 def test_an_error_has_the_path_to_its_field_and_the_message_that_has_it():
     uses = [{"name": "a"}, {"name": "b", "rule": 9}]
-    message = pb.CompareRequest(arms=[{"name": "x"}, {"name": "y", "operators": uses}])
+    message = comparison_pb2.CompareRequest(arms=[{"name": "x"}, {"name": "y", "operators": uses}])
 
     @dataclass(frozen=True)
     class Request:
         arms: tuple[Arm, ...]
 
     with pytest.raises(FieldError) as caught:
-        reader(pb.CompareRequest, Request)(message)
+        reader(comparison_pb2.CompareRequest, Request)(message)
     assert caught.value.path == "arms[1].operators[1].rule"
     assert caught.value.problem == "is 9; accepted: RULE_CUMULATIVE, RULE_SUBSTITUTE"
     assert (caught.value.number, caught.value.message) == (9, message.arms[1].operators[1])
 
 
 def test_a_strict_reader_wants_every_message_that_nothing_can_stand_for():
-    assert reader(pb.Timings, Timings)(pb.Timings()) == Timings(0.0, None, 0.0)
+    assert reader(text_pb2.Timings, Timings)(text_pb2.Timings()) == Timings(0.0, None, 0.0)
     with pytest.raises(FieldError, match="`queued` is not set") as caught:
-        reader(pb.Timings, Timings, strict=True)(pb.Timings())
+        reader(text_pb2.Timings, Timings, strict=True)(text_pb2.Timings())
     assert (caught.value.path, caught.value.number) == ("queued", None)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.000001, 0.25, 1.0, 59.999999, 1e6, -0.25, -1.5])
 def test_seconds_cross_as_a_duration_whose_parts_have_one_sign(seconds):
-    message = writer(pb.Timings, Timings)(Timings(seconds, None, 0.0))
+    message = writer(text_pb2.Timings, Timings)(Timings(seconds, None, 0.0))
     assert message.queued.ToTimedelta().total_seconds() == seconds
     assert message.queued.seconds * message.queued.nanos >= 0
-    assert reader(pb.Timings, Timings)(message).queued == pytest.approx(seconds, rel=1e-12)
+    assert reader(text_pb2.Timings, Timings)(message).queued == pytest.approx(seconds, rel=1e-12)
 
 
 def test_a_time_crosses_in_utc():
@@ -124,10 +124,10 @@ def test_what_is_given_stands_beside_the_attributes_and_before_them():
 
 
 def test_an_event_stands_in_the_field_of_its_kind():
-    write = oneof_writer(pb.CompareEvent, {Started: "started"})
+    write = oneof_writer(comparison_pb2.CompareEvent, {Started: "started"})
     event = write(Started("r", (1, 2)), arm="x")
     assert (event.arm, event.WhichOneof("event")) == ("x", "started")
-    assert event.started == pb.Started(request_id="r", prompt_token_ids=[1, 2])
+    assert event.started == text_pb2.Started(request_id="r", prompt_token_ids=[1, 2])
 
 
 def test_accept_sees_every_value_and_says_what_is_written():
@@ -138,7 +138,7 @@ def test_accept_sees_every_value_and_says_what_is_written():
         return f"<{value}>" if field.name == "name" else value
 
     use = Use("g", 0.5, None)
-    message = writer(pb.Arm, Arm, accept)(Arm("x", (use, replace(use, name="h"))))
+    message = writer(comparison_pb2.Arm, Arm, accept)(Arm("x", (use, replace(use, name="h"))), sampling=None)
     assert [message.name, *(each.name for each in message.operators)] == ["<x>", "<g>", "<h>"]
     assert ("operators", list, (use, replace(use, name="h"))) in seen
     assert ("operators", Use, use) in seen
@@ -147,4 +147,4 @@ def test_accept_sees_every_value_and_says_what_is_written():
 
 def test_the_names_of_an_enum_are_without_its_prefix():
     assert enum_numbers(sp.Rule.DESCRIPTOR) == {"cumulative": 1, "substitute": 2}
-    assert enum_numbers(pb.FinishReason.DESCRIPTOR)["stop_string"] == pb.FINISH_REASON_STOP_STRING
+    assert enum_numbers(text_pb2.FinishReason.DESCRIPTOR)["stop_string"] == text_pb2.FINISH_REASON_STOP_STRING

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from steering.convert import FieldError
 from steering.measure import Limit, LimitError, Measure
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import steering_pb2 as sp
 
@@ -46,12 +47,14 @@ def problem(checked, data):
     return caught.value
 
 
-WORDS = pb.CompareRequest(
+WORDS = comparison_pb2.CompareRequest(
     request_id="x",
-    prompt=pb.Prompt(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="hé")] * 3)),
-    sampling=pb.SamplingParams(seed=2**64 - 1, stop_strings=["a", ""], stop_token_ids=[1, 300, -1], temperature=0.5),
+    prompt=text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage(role="user", content="hé")] * 3)),
+    sampling=text_pb2.SamplingParams(
+        seed=2**64 - 1, stop_strings=["a", ""], stop_token_ids=[1, 300, -1], temperature=0.5
+    ),
     arms=[
-        pb.Arm(
+        comparison_pb2.Arm(
             name="a",
             operators=[sp.OperatorUse(name="b", words=[sp.WeightedWord(text="c", weight=2)] * 2)],
         )
@@ -61,8 +64,8 @@ WORDS = pb.CompareRequest(
 
 
 def test_a_message_within_the_limits_passes_whatever_is_in_it():
-    measure(pb.CompareRequest).check(WORDS.SerializeToString())
-    measure(pb.CompareRequest).check(b"")
+    measure(comparison_pb2.CompareRequest).check(WORDS.SerializeToString())
+    measure(comparison_pb2.CompareRequest).check(b"")
     measure(pb.GetModelInfoRequest).check(b"")
 
 
@@ -83,7 +86,7 @@ def test_a_message_within_the_limits_passes_whatever_is_in_it():
     ],
 )
 def test_the_field_that_has_too_much_is_named_with_what_it_has(own, path, words):
-    found = problem(measure(pb.CompareRequest, own), WORDS.SerializeToString())
+    found = problem(measure(comparison_pb2.CompareRequest, own), WORDS.SerializeToString())
     assert isinstance(found, LimitError)
     assert found.path == path
     assert words in found.problem
@@ -91,9 +94,12 @@ def test_the_field_that_has_too_much_is_named_with_what_it_has(own, path, words)
 
 def test_messages_are_counted_at_all_depths_together():
     # chat and its 3 messages, prompt, sampling; two arms, each with an operator of two words.
-    checked = measure(pb.CompareRequest, max_messages=14)
+    checked = measure(comparison_pb2.CompareRequest, max_messages=14)
     checked.check(WORDS.SerializeToString())
-    assert "more than 13" in problem(measure(pb.CompareRequest, max_messages=13), WORDS.SerializeToString()).problem
+    assert (
+        "more than 13"
+        in problem(measure(comparison_pb2.CompareRequest, max_messages=13), WORDS.SerializeToString()).problem
+    )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -110,9 +116,9 @@ def test_numbers_are_counted_packed_or_not_whatever_their_size(packed, number):
 
 def test_numbers_that_come_packed_and_one_by_one_are_counted_together():
     data = block(1, b"\x05" * 4) + b"\x08\x05" * 4 + block(1, b"\x05")
-    assert len(pb.TokenIds.FromString(data).ids) == 9
-    measure(pb.TokenIds, {"TokenIds.ids": Limit(count=9)}).check(data)
-    assert problem(measure(pb.TokenIds, {"TokenIds.ids": Limit(count=8)}), data).found == 9
+    assert len(text_pb2.TokenIds.FromString(data).ids) == 9
+    measure(text_pb2.TokenIds, {"TokenIds.ids": Limit(count=9)}).check(data)
+    assert problem(measure(text_pb2.TokenIds, {"TokenIds.ids": Limit(count=8)}), data).found == 9
 
 
 @pytest.mark.parametrize(
@@ -146,11 +152,11 @@ def test_unknown_fields_that_are_let_through_are_few():
 @given(data=st.binary(max_size=40) | st.binary(max_size=12).map(lambda more: WORDS.SerializeToString()[:60] + more))
 def test_whatever_passes_is_a_message_but_for_its_letters(data):
     try:
-        measure(pb.CompareRequest).check(data)
+        measure(comparison_pb2.CompareRequest).check(data)
     except FieldError:
         return
     try:
-        pb.CompareRequest.FromString(data)
+        comparison_pb2.CompareRequest.FromString(data)
     except DecodeError as error:
         assert "UTF-8" in str(error)  # noqa: PT017
 
@@ -162,7 +168,7 @@ def test_a_message_that_was_cut_or_changed_raises_nothing_else(cut, place, byte)
     if place < len(data):
         data[place] = byte
     with suppress(FieldError):
-        measure(pb.CompareRequest).check(bytes(data))
+        measure(comparison_pb2.CompareRequest).check(bytes(data))
 
 
 @pytest.mark.parametrize(
@@ -183,16 +189,16 @@ def test_a_message_that_was_cut_or_changed_raises_nothing_else(cut, place, byte)
 )
 def test_sixteen_megabytes_of_anything_are_refused_before_they_are_walked(data):
     began = time.process_time()
-    problem(measure(pb.CompareRequest), data)
+    problem(measure(comparison_pb2.CompareRequest), data)
     # Parsing them takes seconds; counting numbers one by one, some tenths.
     assert time.process_time() - began < 1.0
 
 
 def test_every_list_and_every_text_needs_a_limit():
     with pytest.raises(ValueError, match=r"TokenIds\.ids is repeated and has no limit"):
-        Measure(pb.TokenIds.DESCRIPTOR, {}, max_messages=1, is_strict=lambda _: True)
+        Measure(text_pb2.TokenIds.DESCRIPTOR, {}, max_messages=1, is_strict=lambda _: True)
     with pytest.raises(ValueError, match=r"Prompt\.text has a length and no limit"):
-        Measure(pb.Prompt.DESCRIPTOR, {}, max_messages=1, is_strict=lambda _: True)
+        Measure(text_pb2.Prompt.DESCRIPTOR, {}, max_messages=1, is_strict=lambda _: True)
 
 
 def test_the_largest_message_within_the_limits_is_within_the_largest_size():
@@ -204,8 +210,8 @@ def test_the_largest_message_within_the_limits_is_within_the_largest_size():
         "ChatMessage.content": Limit(size=100),
     }
     limits = {f"steering.v1.{name}": limit for name, limit in limits.items()}
-    checked = Measure(pb.Prompt.DESCRIPTOR, limits, max_messages=9, is_strict=lambda _: True)
-    for message in (pb.Prompt(text="x" * 500), pb.Prompt(token_ids=pb.TokenIds(ids=[-1] * 50))):
+    checked = Measure(text_pb2.Prompt.DESCRIPTOR, limits, max_messages=9, is_strict=lambda _: True)
+    for message in (text_pb2.Prompt(text="x" * 500), text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=[-1] * 50))):
         data = message.SerializeToString()
         checked.check(data)
         assert len(data) <= checked.max_bytes

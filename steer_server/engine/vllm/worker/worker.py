@@ -82,6 +82,8 @@ class SteeringWorker(SizedWorker):
         finally:
             for request in scheduler_output.num_scheduled_tokens.keys() - self._prepared_requests:
                 self._steering.fail_unprepared(request)
+            with torch.inference_mode():
+                forward_pass.movements.measure()
             for step_push in forward_pass.pushes.values():
                 step_push.release()
             forward_pass.clear()
