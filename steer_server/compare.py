@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from operators.core.statistics import percentile
+from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError, errors_of
 from steer_server.generate import CompletionBuilder, check_plan
 from steer_server.job_run import JobRun, Submitted
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -77,18 +76,17 @@ async def compare(
     comparisons: dict[int, _Comparison] = {}
     run = JobRun(engine, jobs)
     try:
-        async with aclosing(read_ahead(run, run.cancel)) as events:
-            async for event in events:
-                if isinstance(event.event, Submitted):
-                    job = jobs[event.job]
-                    comparisons[event.job] = _Comparison(request, prompts[event.job].id, texts, job.prompt_ids)
-                    results = comparisons[event.job].started()
-                else:
-                    results = comparisons[event.job].add(event.event)
-                for result in results:
-                    yield result
-                    if isinstance(result, Compared):
-                        del comparisons[event.job]
+        async for event in run:
+            if isinstance(event.event, Submitted):
+                job = jobs[event.job]
+                comparisons[event.job] = _Comparison(request, prompts[event.job].id, texts, job.prompt_ids)
+                results = comparisons[event.job].started()
+            else:
+                results = comparisons[event.job].add(event.event)
+            for result in results:
+                yield result
+                if isinstance(result, Compared):
+                    del comparisons[event.job]
     finally:
         run.cancel()
 
@@ -200,8 +198,4 @@ def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 def perplexity(scores: Sequence[Score]) -> float | None:
     """exp(-mean log p) under the plain model; None where nothing was scored."""
-    if not scores:
-        return None
-    mean = math.fsum(score.plain_logprob for score in scores) / len(scores)
-    # Infinite beyond the range of a float, where exp would raise.
-    return math.exp(-mean) if mean > -700.0 else math.inf
+    return perplexity_of([score.plain_logprob for score in scores]) if scores else None

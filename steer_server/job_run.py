@@ -44,17 +44,23 @@ class JobRun:
 
     async def __aiter__(self) -> AsyncIterator[JobEvent]:
         """The events of all jobs as they come, each job's in their order. Raises the first error of any."""
+        if len(self._jobs) == 1:
+            # Without a task and a queue in between.
+            yield JobEvent(0, Submitted())
+            async for event in self._streams[0]:
+                yield JobEvent(0, event)
+            return
         num_workers = min(self._engine.jobs_at_once(self._jobs[0]), len(self._jobs))
         self._workers = [asyncio.ensure_future(self._work()) for _ in range(num_workers)]
         try:
             while num_workers:
-                event = await self._events.get()
-                if isinstance(event, Exception):
-                    raise event
-                if event is None:
+                message = await self._events.get()
+                if isinstance(message, Exception):
+                    raise message
+                if message is None:
                     num_workers -= 1
                 else:
-                    yield event
+                    yield message
         finally:
             self.cancel()
 

@@ -80,7 +80,7 @@ class Admission:
             return parse(data)
         except LimitError as error:
             unit = _OF_PROMPTS.get(error.field.full_name)
-            if unit is not None:
+            if unit is not None and error.path.startswith("prompt"):
                 problem = PromptTooLongError(error.found, self._context_length, unit=unit)
                 problem.move(_of_prompt(error.path))
                 raise problem from None

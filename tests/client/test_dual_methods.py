@@ -31,7 +31,16 @@ BLOCKING, ASYNC = public_methods(SteerClient), public_methods(AsyncSteerClient)
 
 def test_both_clients_have_the_same_methods():
     assert set(BLOCKING) == set(ASYNC)
-    texts = {"generate", "stream", "samples", "compare", "compare_stream", "compare_many", "compare_many_stream"}
+    texts = {
+        "generate",
+        "stream",
+        "samples",
+        "compare",
+        "compare_stream",
+        "compare_many",
+        "compare_many_stream",
+        "score",
+    }
     store = {"operators", "operator", "reload_operators"}
     assert set(BLOCKING) == texts | store | {"model_info", "tokenize", "health", "close"}
 

@@ -98,7 +98,7 @@ def test_the_python_runs_and_prints_a_line_per_strength(environment, target):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("plain: ")
-    assert re.findall(r"^λ = (\S+):.*dose 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
+    assert re.findall(r"^λ = (\S+):.*, λ 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
 
 
 def test_the_library_builds_keeps_and_steers_in_twelve_lines(environment, tmp_path):
@@ -127,6 +127,18 @@ def test_the_commands_over_http_answer(environment, http):
     assert printed.count('"receipts":[{"operator":"ocean"') == 2
     assert '"compared":{"comparisons":[{"arm":"steered"' in printed
     assert '"model":"smollm2-135m"' in printed
+
+
+def test_the_openai_client_of_the_page_is_steered(environment, http):
+    [program] = blocks("python", HTTP)
+    assert ADDRESS_HTTP in program
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace(ADDRESS_HTTP, http)],
+        env={**environment, "NO_PROXY": "127.0.0.1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^0\.(19|20)\d*$", done.stdout, flags=re.MULTILINE), done.stdout
 
 
 def test_the_server_command_names_options_that_exist(environment):

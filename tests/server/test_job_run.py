@@ -64,7 +64,9 @@ async def _events(run):
 @pytest.mark.parametrize(("share", "count"), [(1, 4), (2, 5), (3, 2), (2, 1)])
 async def test_every_job_is_decoded_and_no_more_are_in_the_engine_than_a_calls_share(share, count):
     engine = _Engine(share)
-    events = await _events(JobRun(engine, _jobs(count)))
+    run = JobRun(engine, _jobs(count))
+    events = await _events(run)
+    run.cancel()
     assert engine.most == min(share, count)
     assert engine.inside == 0
     for job in range(count):

@@ -7,7 +7,7 @@ await them any number of times. `_dual_method` says how one coroutine serves the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from steer_client._results import (
     ModelInfo,
     PromptResult,
     TextDelta,
+    TextScore,
     Tokenization,
 )
 from steer_client._retry import Retries
@@ -182,6 +183,26 @@ class Methods(ABC):
         """As `compare_many`, piece by piece: ArmDeltas as they come, and a PromptResult when a prompt is finished."""
         call = calls.compare_many(prompts, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
         return self._start(call, timeout)
+
+    @method
+    async def score(
+        self,
+        text: str | Sequence[int],
+        *,
+        prompt: Prompt | None = None,
+        operators: Operators = (),
+        arms: Mapping[str, Operators | Arm] | None = None,
+        time_limit: float | None = None,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> TextScore:
+        """Reads a text, or its token ids, under the plain model and steered; nothing is decoded.
+
+        `operators` make one arm named "steered"; `arms` names several; without both the plain model reads it alone.
+        Without a prompt the text's first token is the prompt. `time_limit` is the server's, in seconds: when it runs
+        out, that is a DeadlineExceededError.
+        """
+        return await self._answer(calls.score(text, prompt, operators, arms, request_id, time_limit), timeout)
 
     @method
     async def operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorInfo, ...]:

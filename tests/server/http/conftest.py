@@ -30,7 +30,8 @@ class Stream:
 
     async def __aiter__(self):
         rows = range(len(self.job.rows))
-        texts, sampling = self.engine.texts * self.engine.repeat, self.job.rows[0].sampling
+        sampling = self.job.rows[0].sampling
+        texts = self.engine.texts * self.engine.repeat
         for place, text in enumerate(texts[: sampling.max_tokens]):
             await self.engine.may_go_on.wait()
             for row in rows:
