@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from operators.core.statistics import percentile
+from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
@@ -146,8 +146,4 @@ def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 def perplexity(scores: Sequence[Score]) -> float | None:
     """exp(-mean log p) under the plain model; None where nothing was scored."""
-    if not scores:
-        return None
-    mean = math.fsum(score.plain_logprob for score in scores) / len(scores)
-    # Infinite beyond the range of a float, where exp would raise.
-    return math.exp(-mean) if mean > -700.0 else math.inf
+    return perplexity_of([score.plain_logprob for score in scores]) if scores else None

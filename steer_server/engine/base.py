@@ -58,6 +58,15 @@ class Engine(Protocol):
         """
         ...
 
+    async def encode_text(self, text: str, *, follows: bool) -> tuple[int, ...]:
+        """Token ids of a text that is to be read, in another thread: behind a prompt where it ``follows`` one.
+
+        Raises:
+            InvalidRequestError: no tokens, an id outside of the vocabulary, more than the context has room for.
+            QueueFullError: as ``encode`` does.
+        """
+        ...
+
     async def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """Each token decoded on its own, in another thread. Raises :class:`QueueFullError` as ``encode`` does."""
         ...

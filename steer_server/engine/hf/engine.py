@@ -89,6 +89,10 @@ class HFEngine:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         return await self._prompts.encode(prompt)
 
+    async def encode_text(self, text: str, *, follows: bool) -> tuple[int, ...]:
+        """See :meth:`steer_server.engine.base.Engine.encode_text`."""
+        return await self._prompts.encode_text(text, follows=follows)
+
     async def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """Each token decoded on its own."""
         return await self._prompts.texts(ids)

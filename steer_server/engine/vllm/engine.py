@@ -26,13 +26,13 @@ from steer_server.engine.special_stops import special_stops
 from steer_server.engine.vllm.boot import boot_vllm
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.client import VLLMClient
+from steer_server.engine.vllm.decode_context import DecodeContext
 from steer_server.engine.vllm.engine_config import step_sizes
 from steer_server.engine.vllm.errors import translate_error
 from steer_server.engine.vllm.job import VLLMJob
 from steer_server.engine.vllm.job_memory import JobMemory, job_memory
 from steer_server.engine.vllm.measurements import MeasurementCollector
 from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
-from steer_server.engine.vllm.row_decoder import DecodeContext
 from steer_server.engine.vllm.sampling import check_sampling
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.engine.vllm.worker_protocol import STEERING_MEMORY
@@ -156,6 +156,10 @@ class VLLMEngine:
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         return await self._prompts.encode(prompt)
+
+    async def encode_text(self, text: str, *, follows: bool) -> tuple[int, ...]:
+        """See :meth:`steer_server.engine.base.Engine.encode_text`."""
+        return await self._prompts.encode_text(text, follows=follows)
 
     async def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """Each token on its own, as text."""

@@ -1,13 +1,16 @@
-"""One job on vLLM: a task per row, their events in one stream."""
+"""One job on vLLM: a task per row, or one for a text that all rows read, and their events in one stream."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 from operators.core.artifact import OperatorArtifact
-from steer_server.engine.vllm.row_decoder import DecodeContext, RowDecoder
+from steer_server.engine.vllm.decode_context import DecodeContext
+from steer_server.engine.vllm.row_decoder import RowDecoder
+from steer_server.engine.vllm.text_reader import TextReader
 from steer_server.errors import ShuttingDownError, SteerServerError
 from steer_server.types import Admitted, DecodeJob, EngineEvent, RowFinished, TokenEvent
 
@@ -38,14 +41,17 @@ class VLLMJob:
         self._stopping = False
         self.running = 0
         self.waiting = len(job.rows)
-        self._tasks = [asyncio.create_task(self._run_row(index)) for index in range(len(job.rows))]
+        every = range(len(job.rows))
+        # A text that is given is read by all rows together, any other decoded by each alone.
+        together = [every] if job.forced_ids else [(index,) for index in every]
+        self._tasks = [asyncio.create_task(self._run(rows)) for rows in together]
         self._num_unfinished = len(self._tasks)
         for task in self._tasks:
             task.add_done_callback(self._row_done)
 
     async def __aiter__(self) -> AsyncIterator[EngineEvent]:
         """Events of all rows as they come; raises the job's first error."""
-        unfinished = len(self._tasks)
+        unfinished = len(self._job.rows)
         while unfinished:
             message = await self._messages.get()
             if isinstance(message, SteerServerError):
@@ -78,27 +84,23 @@ class VLLMJob:
         if not self._num_unfinished:
             self._on_end(self, time.monotonic() - self._began)
 
-    async def _run_row(self, index: int) -> None:
+    async def _run(self, rows: Sequence[int]) -> None:
         decoding = False
 
         def first_output(metrics: object) -> None:
             nonlocal decoding
             decoding = True
-            self.waiting -= 1
-            self.running += 1
+            self.waiting -= len(rows)
+            self.running += len(rows)
             self._admit(metrics)
 
-        decoder = RowDecoder(
-            self._context,
-            self._job,
-            index,
-            deadline=self._deadline,
-            emit=self._emit,
-            on_first_output=first_output,
-            is_stopping=lambda: self._stopping,
-        )
+        common: dict[str, Any] = {"deadline": self._deadline, "emit": self._emit, "on_first_output": first_output}
         try:
-            self._messages.put_nowait(await decoder.run())
+            if self._job.forced_ids:
+                await TextReader(self._context, self._job, **common).run()
+            else:
+                decoder = RowDecoder(self._context, self._job, rows[0], is_stopping=lambda: self._stopping, **common)
+                self._messages.put_nowait(await decoder.run())
         except SteerServerError as error:
             self._messages.put_nowait(error)
         except asyncio.CancelledError:
@@ -111,12 +113,12 @@ class VLLMJob:
             self._messages.put_nowait(self._context.translate_error(error))
         finally:
             if decoding:
-                self.running -= 1
+                self.running -= len(rows)
             else:
-                self.waiting -= 1
+                self.waiting -= len(rows)
 
     def _emit(self, event: EngineEvent) -> None:
-        if isinstance(event, TokenEvent):
+        if isinstance(event, TokenEvent) and not self._job.forced_ids:
             is_steered = self._job.rows[event.row].plan is not None
             self._context.work.add(0, not is_steered, is_steered)
         self._messages.put_nowait(event)
@@ -126,7 +128,8 @@ class VLLMJob:
         if self._admitted:
             return
         self._admitted = True
-        self._context.work.add(len(self._job.prompt_ids), 0, 0)
+        # The last token of a text is never fed.
+        self._context.work.add(len(self._job.prompt_ids) + max(0, len(self._job.forced_ids) - 1), 0, 0)
         # The engine core runs on this machine, on the same monotonic clock. Where vLLM keeps no statistics, the time of
         # the first token stands in.
         scheduled = getattr(metrics, "scheduled_ts", 0.0)

@@ -44,6 +44,7 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     # Nothing is wrong with the operator that a caller named, if any.
     errors.StoreUnreadableError("store x is not a directory"): (steer_client.ServerError, {}),
     errors.EngineFailedError("out of memory"): (steer_client.EngineFailedError, {}),
+    errors.TimeLimitError(2.5): (steer_client.DeadlineExceededError, {}),
     errors.RequestIncompleteError(30.0): (steer_client.DeadlineExceededError, {}),
     errors.SlowReaderError(30.0): (steer_client.DeadlineExceededError, {}),
     errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
