@@ -82,5 +82,7 @@ def test_a_model_without_reads_is_refused_and_without_either_none_is_loaded(shel
     answer = json.loads(CliRunner().invoke(app, ["show", "a", "--json"]).stdout)
     assert "reads" not in answer
     # As the build wrote them into the header.
-    told = next(line for line in CliRunner().invoke(app, ["show", "a"]).stdout.splitlines() if line.startswith("tokens:"))
+    told = next(
+        line for line in CliRunner().invoke(app, ["show", "a"]).stdout.splitlines() if line.startswith("tokens:")
+    )
     assert told.endswith(" ".join(map(repr, answer["concept_tokens"])))
