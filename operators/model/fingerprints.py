@@ -76,7 +76,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over the vocabulary and over what the tokenizer makes of a probe text.
 
     An operator holds token ids, and the vocabulary says what each of them stands for. How texts are cut into tokens
-    shows in the probe alone: tokenizers of one vocabulary that cut only other texts in another way have one fingerprint.
+    shows in the probe alone: tokenizers of one vocabulary that cut only other texts otherwise have one fingerprint.
     They give prompts other ids, for which the operators are right all the same.
 
     Not over the serialised tokenizer, which its library may write in other words in its next version; and to read every
