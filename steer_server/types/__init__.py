@@ -26,6 +26,7 @@ from steer_server.types.jobs import (
 from steer_server.types.requests import (
     DEFAULT_MAX_TOKENS,
     MAX_ARM_NAME,
+    MAX_BIASES,
     MAX_LOGPROBS,
     MAX_OPERATORS,
     MAX_REQUEST_ID,
@@ -39,6 +40,7 @@ from steer_server.types.requests import (
     OperatorUse,
     Prompt,
     SamplingParams,
+    TokenBias,
     TokenizeRequest,
     WeightedWord,
 )
@@ -61,6 +63,7 @@ from steer_server.types.results import (
 __all__ = [
     "DEFAULT_MAX_TOKENS",
     "MAX_ARM_NAME",
+    "MAX_BIASES",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
     "MAX_REQUEST_ID",
@@ -96,6 +99,7 @@ __all__ = [
     "SteeredWord",
     "SteeringPlan",
     "Timings",
+    "TokenBias",
     "TokenEvent",
     "TokenLogprob",
     "Tokenization",

@@ -19,6 +19,7 @@ from steer_client import (
     ProtocolError,
     SamplingParams,
     TextDelta,
+    TokenBias,
 )
 from steer_client import _decode as decode
 from steer_client import _encode as encode
@@ -50,6 +51,11 @@ SAMPLING = st.builds(
     ignore_eos=maybe(st.booleans()),
     logprobs=maybe(INT32),
     time_limit=maybe(st.integers(-(10**12), 10**12).map(lambda ms: ms / 1000)),
+    presence_penalty=maybe(NUMBERS),
+    frequency_penalty=maybe(NUMBERS),
+    logit_bias=st.dictionaries(INT32, NUMBERS, max_size=3),
+    min_tokens=maybe(INT32),
+    skip_special_tokens=maybe(st.booleans()),
 )
 
 
@@ -64,6 +70,9 @@ def test_a_sampling_value_is_on_the_wire_exactly_when_it_is_set_and_as_it_was_se
         if each.name in ("stop_strings", "stop_token_ids"):
             assert list(getattr(sent, each.name)) == list(value)
             continue
+        if each.name == "logit_bias":
+            assert {bias.token_id: bias.bias for bias in sent.logit_bias} == value
+            continue
         assert sent.HasField(each.name) == (value is not None), each.name
         if value is None:
             continue
@@ -77,7 +86,18 @@ def test_a_sampling_value_is_on_the_wire_exactly_when_it_is_set_and_as_it_was_se
 
 def test_zero_is_not_unset():
     zeros = SamplingParams(
-        temperature=0, top_k=0, min_p=0, seed=0, max_tokens=0, ignore_eos=False, logprobs=0, time_limit=0
+        temperature=0,
+        top_k=0,
+        min_p=0,
+        seed=0,
+        max_tokens=0,
+        ignore_eos=False,
+        logprobs=0,
+        time_limit=0,
+        presence_penalty=0,
+        frequency_penalty=0,
+        min_tokens=0,
+        skip_special_tokens=False,
     )
     sent = encode.generate_request("hi", (), zeros, "").sampling
     assert {each.name for each, _ in sent.ListFields()} == {
@@ -89,7 +109,17 @@ def test_zero_is_not_unset():
         "ignore_eos",
         "logprobs",
         "time_limit",
+        "presence_penalty",
+        "frequency_penalty",
+        "min_tokens",
+        "skip_special_tokens",
     }
+
+
+def test_biases_may_be_a_sequence_too_and_the_server_judges_it():
+    biases = [TokenBias(5, 1.0), TokenBias(5, -1.0)]
+    sent = request(logit_bias=biases).sampling.logit_bias
+    assert [(each.token_id, each.bias) for each in sent] == [(5, 1.0), (5, -1.0)]
 
 
 @settings(max_examples=40)
@@ -186,6 +216,11 @@ def request(prompt="hi", operators=(), request_id="", **sampling):
         ("sampling.stop_strings", {"stop_strings": "stop"}),
         ("sampling.stop_strings[0]", {"stop_strings": [1]}),
         ("sampling.stop_token_ids[0]", {"stop_token_ids": [2**40]}),
+        ("sampling.logit_bias", {"logit_bias": 5}),
+        ("sampling.logit_bias", {"logit_bias": "5=1"}),
+        ("sampling.logit_bias[0]", {"logit_bias": [(5, 1.0)]}),
+        ("sampling.logit_bias[1].token_id", {"logit_bias": {5: 1.0, "6": 1.0}}),
+        ("sampling.logit_bias[0].bias", {"logit_bias": {5: "1"}}),
         ("sampling.time_limit", {"time_limit": float("nan")}),
         ("sampling.time_limit", {"time_limit": float("inf")}),
     ],

@@ -29,6 +29,7 @@ from steer_client._requests import (
     Prompt,
     Rule,
     SamplingParams,
+    TokenBias,
     WeightedWord,
 )
 from steer_client._results import (
@@ -118,6 +119,7 @@ __all__ = [
     "SteeringNotAppliedError",
     "TextDelta",
     "Timings",
+    "TokenBias",
     "TokenLogprob",
     "Tokenization",
     "TopLogprob",

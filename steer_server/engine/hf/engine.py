@@ -25,7 +25,7 @@ from steer_server.engine.hf.queue import JobQueue, QueuedJob
 from steer_server.engine.hf.rope_limit import check_rope
 from steer_server.engine.hf.running_job import RunningJob
 from steer_server.engine.hf.turns import FairTurns
-from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.prompts import PromptReader, check_sampled_ids
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError
@@ -95,8 +95,8 @@ class HFEngine:
 
     def submit(self, job: DecodeJob) -> QueuedJob:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
-        check_ids("sampling.stop_token_ids", job.sampling.stop_token_ids, self._model.vocab_size)
-        special_stops(job.sampling.stop_strings, self._loaded.tokenizer)
+        check_sampled_ids(job.sampling, self._model.vocab_size)
+        special_stops(job.sampling, self._loaded.tokenizer)
         check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
         return self._queue.put(job)
 

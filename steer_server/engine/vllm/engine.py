@@ -164,8 +164,13 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         if self._closed:
             raise ShuttingDownError
-        check_sampling(job.sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
-        special_stops(job.sampling.stop_strings, self._context.tokenizer)
+        check_sampling(
+            job.sampling,
+            vocab_size=self._model.vocab_size,
+            max_logprobs=self._client.max_logprobs,
+            num_eos=len(self._model.eos_token_ids),
+        )
+        special_stops(job.sampling, self._context.tokenizer)
         admitted = self.running + self.waiting
         if admitted + len(job.rows) > self._max_rows:
             problem = f"{admitted} texts run and wait already, and {self._max_rows} is the most admitted"
