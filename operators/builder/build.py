@@ -165,6 +165,7 @@ def _header(
         hidden_size=loaded.hidden_size,
         dtype=dtype_name(dtype),
         model_dtype=dtype_name(loaded.dtype),
+        attention=loaded.attention,
         low_rank=low_rank,
         neutral=neutral,
         tolerance=spec.tolerance,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from operators.commands._lens_lines import lens_lines
-from operators.commands._output import align
+from operators.commands._output import align, model_line
 from operators.core.defaults import is_default
 from operators.core.header import Recommended
 from operators.core.measured import Sampling
@@ -70,7 +70,7 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         **({"more texts": "; ".join(more)} if more else {}),
         **({"last token": _last_tokens(operator["last_tokens"])} if "last_tokens" in operator else {}),
         **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),
-        "model": f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']})",
+        "model": model_line(operator),
         "profile": operator["profile"],
         "layer": f"{operator['layer']} of {operator['num_layers']}, "
         f"added to the input of block {operator['injection_layer']}",
@@ -99,7 +99,7 @@ def _vector_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         "digest": operator["digest"],
         "about": repr(operator["concept"]),
         **({"words": ", ".join(map(repr, operator["words"]))} if operator["words"] else {}),
-        "model": f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']})",
+        "model": model_line(operator),
         "layer": f"{operator['layer']} of {operator['num_layers']}, added to its input",
         "rank": "0: a vector, which pushes every token the same way (blend is always 1)",
         "source": _source(operator),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from operators.commands._output import align
+from operators.commands._output import align, model_line
 
 _TAKEN_FROM = {"first": "the first position", "others": "all positions but the first", "all": "all positions"}
 
@@ -17,7 +17,7 @@ def lens_lines(lens: Mapping[str, Any], **further: object) -> list[str]:
         "name": lens["name"],
         "digest": lens["digest"],
         "about": repr(lens["concept"]),
-        "model": f"{lens['model']} ({lens['architecture']}, {lens['model_dtype']})",
+        "model": model_line(lens),
         "layer": f"{lens['layer']} of {lens['num_layers']}, added to its input",
         "lens": f"from {_TAKEN_FROM[source['positions']]} of {source['texts']} neutral texts, {source['certificate']}; "
         "any word is a push",

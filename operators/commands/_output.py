@@ -88,3 +88,9 @@ def align(rows: Iterable[tuple[str, ...]]) -> list[str]:
     return [
         "  ".join([*(cell.ljust(widths[column]) for column, cell in enumerate(row[:-1])), row[-1]]) for row in table
     ]
+
+
+def model_line(operator: Mapping[str, Any]) -> str:
+    """The model that it was built on, and how that was computed then."""
+    attention = f", attention {operator['attention']}" if operator["attention"] else ""
+    return f"{operator['model']} ({operator['architecture']}, {operator['model_dtype']}{attention})"

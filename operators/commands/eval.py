@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from operators.model.loading import LoadedModel
 
+_Number = TypeVar("_Number", int, float)
 UNFINISHED = 75
 """Exit status of a run that has to be gone on with."""
 
@@ -45,6 +47,34 @@ def evaluate(
     development_prompts: Annotated[
         Path | None,
         typer.Option(help="Prompts to find strengths on, one per line (default: 24).", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this concept; repeatable (default: all).", show_default=False),
+    ] = None,
+    num_prompts: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N held-out prompts.", show_default=False)
+    ] = None,
+    num_development_prompts: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N development prompts.", show_default=False)
+    ] = None,
+    regimes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of greedy, penalised, sampled, sampled-penalised, greedy-away, with commas (default: all).",
+            show_default=False,
+        ),
+    ] = None,
+    doses: Annotated[
+        str | None,
+        typer.Option(help="p95 KL in nats, with commas (default: those of the regimes).", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the texts, with commas (default: 24,64).", show_default=False)
+    ] = None,
+    strengths: Annotated[
+        str | None,
+        typer.Option(help="λ that a search begins with, with commas (default: six, 0.03 to 1).", show_default=False),
     ] = None,
     vector: Annotated[
         list[str] | None,
@@ -79,7 +109,7 @@ def evaluate(
     start = time.monotonic()
     with output.exit_on_error(as_json):
         from operators.core.errors import TrialError
-        from operators.evaluate.concepts import packaged_concepts, read_concepts
+        from operators.evaluate.concepts import choose_concepts, packaged_concepts, read_concepts
         from operators.evaluate.form import all_forms, choose_forms
         from operators.evaluate.protocol import make_protocol
         from operators.evaluate.report import TABLE, write_report
@@ -94,9 +124,11 @@ def evaluate(
             output.print_answer(figures, [f"{report / TABLE}"], as_json=as_json)
             return
         # Everything that can be refused without the model is refused before it is loaded.
-        chosen = choose_forms(None if forms is None else [name.strip() for name in forms.split(",")], quick=quick)
+        chosen = choose_forms(_names(forms), quick=quick)
         subjects = packaged_concepts() if concepts is None else read_concepts(concepts)
-        if quick:
+        if only:
+            subjects = choose_concepts(subjects, only)
+        elif quick:
             # One that development used, and one that it did not, where the file has both.
             subjects = tuple({concept.fresh: concept for concept in reversed(subjects)}.values())
         files = _vector_files(vector or [], [concept.name for concept in subjects])
@@ -104,6 +136,12 @@ def evaluate(
             quick=quick,
             development=None if development_prompts is None else read_prompts(development_prompts),
             held_out=None if prompts is None else read_prompts(prompts),
+            num_development=num_development_prompts,
+            num_held_out=num_prompts,
+            regimes=_names(regimes),
+            doses=_numbers("doses", doses, float),
+            lengths=_numbers("tokens", tokens, int),
+            strengths=_numbers("strengths", strengths, float),
         )
         if minutes is not None and not minutes > 0:
             raise TrialError(f"minutes is {minutes:g}; a positive number is accepted")
@@ -151,6 +189,20 @@ def evaluate(
         output.print_answer(answer, [f"{said} ({answer['seconds']:.0f} s)"], as_json=as_json)
         if not finished:
             raise typer.Exit(UNFINISHED)
+
+
+def _names(option: str | None) -> list[str] | None:
+    return None if option is None else [name.strip() for name in option.split(",")]
+
+
+def _numbers(name: str, option: str | None, kind: Callable[[str], _Number]) -> list[_Number] | None:
+    """Numbers with commas. Raises :class:`TrialError`."""
+    from operators.core.errors import TrialError
+
+    try:
+        return None if option is None else [kind(value) for value in option.split(",")]
+    except ValueError as error:
+        raise TrialError(f"{name} are {option!r}; numbers with commas are accepted") from error
 
 
 def _vector_files(options: list[str], names: list[str]) -> dict[str, Path]:

@@ -227,6 +227,8 @@ class OperatorHeader(BaseModel):
     """Of the tensors."""
     model_dtype: DTypeName
     """Of the model whose map this is: its rounding bounds the reconstruction error."""
+    attention: Word | None = None
+    """What computed the model's attention, by transformers' name; None of an earlier version."""
     embedding: Literal["block-input"] = "block-input"
     """x_i is what the first block receives: after any scaling of the embedding table."""
     low_rank: LowRank | None = None

@@ -2,7 +2,8 @@
 
     h_k <- h_k + |h_k| push_k        for the rows and tokens of the batch that have a push; the others keep their bits
 
-One forward pass is :meth:`PushHooks.load`, the pass, :meth:`PushHooks.doses`. A push that was not added is an error.
+One forward pass is :meth:`PushHooks.load`, the pass, :meth:`PushHooks.take_doses`. A push that was not added is an
+error.
 """
 
 from __future__ import annotations
@@ -78,11 +79,11 @@ class PushHooks:
         """Sets the pushes of the next forward pass, by layer; a layer without an entry is left alone."""
         self._pushes, self._movements = pushes, {}
 
-    def doses(self) -> dict[int, torch.Tensor]:
-        """The relative doses |h' - h|/|h| of :meth:`movements`, by layer, (R, T) each."""
-        return {layer: moved.dose for layer, moved in self.movements().items()}
+    def take_doses(self) -> dict[int, torch.Tensor]:
+        """The relative doses |h' - h|/|h| of :meth:`take_movements`, by layer, (R, T) each."""
+        return {layer: moved.dose for layer, moved in self.take_movements().items()}
 
-    def movements(self) -> dict[int, Movement]:
+    def take_movements(self) -> dict[int, Movement]:
         """What the last forward pass did to the rows that were to be pushed, and the end of its pushes.
 
         Returns:

@@ -100,7 +100,7 @@ class BatchPushes:
 
     def collect(self) -> None:
         """After a pass: notes which rows were not moved where they should have been."""
-        doses = self._hooks.doses()
+        doses = self._hooks.take_doses()
         if self._pushed is not None:
             rows, where = self._pushed
             dose = doses[self._layer]

@@ -11,7 +11,7 @@ fresh = true                       # never used while the forms were developed
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -51,6 +51,19 @@ def read_concepts(path: Path) -> tuple[EvalConcept, ...]:
     except (ArtifactError, UnicodeDecodeError) as error:
         raise TrialError(f"concepts {path}: cannot be read: {error}") from error
     return parse_concepts(text, str(path))
+
+
+def choose_concepts(concepts: Sequence[EvalConcept], names: Sequence[str]) -> tuple[EvalConcept, ...]:
+    """The concepts of these names, in the order of the file.
+
+    Raises:
+        TrialError: there is none of that name; lists those that there are.
+    """
+    there = [concept.name for concept in concepts]
+    unknown = next((name for name in names if name not in there), None)
+    if unknown is not None:
+        raise TrialError(f"concept {unknown!r} does not exist; there are: {', '.join(there)}")
+    return tuple(concept for concept in concepts if concept.name in names)
 
 
 def parse_concepts(text: str, source: str) -> tuple[EvalConcept, ...]:

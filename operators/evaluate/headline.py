@@ -37,9 +37,9 @@ def headline(summary: Summary, concepts: Sequence[str]) -> Iterator[str]:
 
 
 def interval(value: Estimate, sign: str = "") -> str:
-    """``0.43 [0.35, 0.52] [0.20, 0.66]``: the mean, and its intervals over prompts and over both."""
-    first, second = (f"[{low:{sign}.2f}, {high:{sign}.2f}]" for low, high in (value.prompts, value.both))
-    return f"{value.mean:{sign}.2f} {first} {second}"
+    """``0.43 [0.35, 0.52] [0.20, 0.66]``: the mean, its intervals over prompts and, if any, over both."""
+    found = (one for one in (value.prompts, value.both) if one is not None)
+    return " ".join([f"{value.mean:{sign}.2f}", *(f"[{low:{sign}.2f}, {high:{sign}.2f}]" for low, high in found)])
 
 
 def mark(figures: Figures) -> str:

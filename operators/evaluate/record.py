@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -55,7 +55,7 @@ def describe_run(
 
 
 def write_record(folder: Path, run: dict[str, Any]) -> None:
-    """Writes ``run.json`` whole or not at all; forms of the same run that were there stay named.
+    """Writes ``run.json`` whole or not at all; forms, regimes and doses of the same run that were there stay named.
 
     Raises:
         TrialError: it cannot be written.
@@ -65,7 +65,17 @@ def write_record(folder: Path, run: dict[str, Any]) -> None:
         before = read_record(folder)
         if before["digest"] == run["digest"] and before["concept_digests"] == run["concept_digests"]:
             run["forms"] = list(dict.fromkeys([*before["forms"], *run["forms"]]))
+            run["protocol"]["regimes"] = _joined(before["protocol"]["regimes"], run["protocol"]["regimes"])
     write_whole(path, (json.dumps(run, indent=1) + "\n").encode())
+
+
+def _joined(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The regimes of both, each with the doses of both."""
+    found: dict[str, dict[str, Any]] = {}
+    for regime in (*before, *now):
+        known = found.setdefault(regime["name"], {**regime, "budgets": []})
+        known["budgets"] = list(dict.fromkeys([*known["budgets"], *regime["budgets"]]))
+    return list(found.values())
 
 
 def read_record(folder: Path) -> dict[str, Any]:

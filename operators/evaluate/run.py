@@ -16,7 +16,7 @@ from operators.evaluate.material import Material
 from operators.evaluate.measures import WordMatcher, decoded, text_values
 from operators.evaluate.protocol import VERSION, Protocol, Regime, concept_digest, digest
 from operators.evaluate.sampling import SAMPLINGS
-from operators.evaluate.strengths import GRID, ROUNDS, Trial, closest, next_strengths
+from operators.evaluate.strengths import ROUNDS, Trial, closest, next_strengths
 from operators.evaluate.writing import Written
 
 SHOWN_TEXTS = 4
@@ -29,8 +29,9 @@ def run_digest(material: Material, protocol: Protocol) -> str:
     """What every row of a run depends on, beside its arm and its regime."""
     loaded = material.loaded
     described = protocol.describe()
-    # More of them may be added to a run: its rows stay.
-    described.pop("regimes")
+    # More regimes may be added to a run, and a search may begin elsewhere: rows say their regime and their strength.
+    for name in ("regimes", "strengths"):
+        described.pop(name)
     fingerprints = [loaded.fingerprint, loaded.tokenizer_fingerprint]
     settings = [*map(str, SAMPLINGS), list(neutral_texts())]
     return digest([VERSION, *fingerprints, str(loaded.dtype), loaded.device.type, material.layer, settings, described])
@@ -157,7 +158,7 @@ class Evaluation:
         """The strengths that a search begins with."""
         greedy = [one for one in self._protocol.regimes if one.sampling.name == "greedy" and one.sign == regime.sign]
         if not greedy or regime in greedy:
-            return GRID
+            return self._protocol.strengths
         tried = self._tried(arm, greedy[0])
         return sorted({closest(tried, budget)[0].strength for budget in regime.budgets})
 

@@ -26,15 +26,18 @@ class Sampling:
     penalty: float = 1.0
 
     def __str__(self) -> str:
+        penalty = "" if self.penalty == 1.0 else f"repetition penalty {self.penalty:g}"
         if self.temperature:
-            return f"{self.name} (temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {TOP_K})"
-        return self.name if self.penalty == 1.0 else f"{self.name} (greedy, repetition penalty {self.penalty:g})"
+            chosen = f"temperature {self.temperature:g}, top-p {self.top_p:g}, top-k {TOP_K}"
+            return f"{self.name} ({', '.join(filter(None, (chosen, penalty)))})"
+        return f"{self.name} (greedy, {penalty})" if penalty else self.name
 
 
 GREEDY = Sampling("greedy")
 PENALISED = Sampling("penalised", penalty=1.2)
 SAMPLED = Sampling("sampled", temperature=0.8, top_p=0.95)
-SAMPLINGS = (GREEDY, PENALISED, SAMPLED)
+SAMPLED_PENALISED = Sampling("sampled-penalised", temperature=0.8, top_p=0.95, penalty=1.2)
+SAMPLINGS = (GREEDY, PENALISED, SAMPLED, SAMPLED_PENALISED)
 
 
 def uniforms(prompts: int, steps: int, seed: int) -> torch.Tensor:

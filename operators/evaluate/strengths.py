@@ -10,11 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from operators.evaluate.protocol import Budget
+from operators.evaluate.protocol import LEAST, MOST, Budget
 from operators.tune.strength_search import round_strength
 
-GRID = (0.03, 0.06, 0.12, 0.25, 0.5, 1.0)
-LEAST, MOST = 0.003, 4.0
 _CLOSE = 0.08
 """A KL within this share of its budget ends the search for it."""
 _REACHED = 0.3

@@ -11,7 +11,7 @@ import numpy as np
 
 from operators.core.errors import TrialError
 from operators.evaluate.arms import PLAIN
-from operators.evaluate.form import CONTRAST, PREFIX
+from operators.evaluate.form import CONTRAST, IMPORTED, PREFIX
 from operators.evaluate.intervals import Estimate, estimate
 from operators.evaluate.journal import Journal, Row
 from operators.evaluate.measures import flags, is_useful
@@ -23,8 +23,8 @@ class Figures:
 
     ``concepts`` of the ``asked`` ones have rows. ``useful`` are hits worth reading; away from a concept, texts that
     avoid its words and are. ``difference``: useful minus that of the contrast anchor, prompt by prompt. ``kl_p95`` and
-    ``kl_mean`` are means over the concepts of what was measured. ``band``: least and most hits of a direction.
-    ``reached``: how many concepts are near the dose.
+    ``kl_mean`` are means over the concepts of what was measured. ``band``: least and most hits of one of its
+    ``directions``. ``reached``: how many concepts are near the dose.
     """
 
     form: str
@@ -46,6 +46,7 @@ class Figures:
     strength: tuple[float, float]
     reached: int
     band: tuple[float, float] | None
+    directions: int
 
 
 _Cell = tuple[str, str, str | None]
@@ -96,7 +97,11 @@ class Summary:
     def _figures(
         self, form: str, regime: str, budget: str | None, tokens: int, concepts: Sequence[str]
     ) -> Figures | None:
-        there = [name for name in concepts if self._find(form, regime, budget, name)]
+        there = [
+            name
+            for name in concepts
+            if self._find(form, regime, budget, name) and self._find(PLAIN, regime, None, name)
+        ]
         if not there:
             return None
         away, reference = regime.endswith("-away"), (CONTRAST, regime, budget)
@@ -121,7 +126,21 @@ class Summary:
             (min(strengths), max(strengths)),
             sum(all(row["reached"] for row in self._find(form, regime, budget, name)) for name in there),
             (float(bands.min()), float(bands.max())) if len(bands) > 1 else None,
+            len(bands),
         )  # fmt: skip
+
+    def missing(self, regime: Mapping[str, Any]) -> tuple[int, int]:
+        """How many of a regime's rows (form, dose, concept) there are not, of how many that were asked for."""
+        vectors, concepts = self.run["vectors"], [concept["name"] for concept in self.run["concepts"]]
+        asked = [
+            (form, regime["name"], budget, concept)
+            for form in self.run["forms"]
+            if form != PREFIX or not regime["name"].endswith("-away")
+            for budget in ([None] if form == PREFIX else regime["budgets"])
+            for concept in concepts
+            if form != IMPORTED or concept in vectors
+        ]
+        return sum(not self._find(*one) for one in asked), len(asked)
 
     def shown(self, form: str, regime: str, budget: str | None, concept: str) -> list[str]:
         """The first texts of a cell."""

@@ -24,7 +24,15 @@ def report_markdown(summary: Summary) -> str:
     run = summary.run
     # A run that was stopped has not come to all of them.
     regimes = [regime for regime in run["protocol"]["regimes"] if summary.cells(regime["name"])]
-    lines = [f"# Evaluation of {run['model']}, block {run['layer']}", "", *_about(run), "", _NOTES, ""]
+    lines = [
+        f"# Evaluation of {run['model']}, block {run['layer']}",
+        "",
+        *_about(run),
+        *_missing(summary),
+        "",
+        _NOTES,
+        "",
+    ]
     for title, concepts in concept_sets(run).items():
         lines += [f"## {title}: useful texts in short", "", *headline(summary, concepts), ""]
     for title, concepts in concept_sets(run).items():
@@ -54,6 +62,18 @@ def _about(run: Mapping[str, Any]) -> Iterator[str]:
         f"prompts, {len(run['concepts'])} concepts. Fresh: {', '.join(fresh) or 'none'}; used in development: "
         f"{', '.join(used) or 'none'}. Run {run['digest']}."
     )
+
+
+def _missing(summary: Summary) -> Iterator[str]:
+    """What a run that was stopped has not come to."""
+    counts = {regime["name"]: summary.missing(regime) for regime in summary.run["protocol"]["regimes"]}
+    said = [f"{name} {gone} of {asked}" for name, (gone, asked) in counts.items() if gone]
+    if said:
+        yield ""
+        yield (
+            f"**Not whole.** Rows (a form, dose and concept each) that are not there: {'; '.join(said)}. A form that "
+            "lacks concepts says how many it has: it is not to be compared with one that has all."
+        )
 
 
 def _overview(summary: Summary, regime: Mapping[str, Any], tokens: int, concepts: Sequence[str]) -> Iterator[str]:
@@ -107,7 +127,11 @@ def _short(figures: Figures | None) -> str:
 
 def _details(figures: Figures) -> tuple[str, ...]:
     low, high = figures.strength
-    band = "" if figures.band is None else f" (band {figures.band[0]:.2f}–{figures.band[1]:.2f})"
+    band = (
+        ""
+        if figures.band is None
+        else f" (band {figures.band[0]:.2f}–{figures.band[1]:.2f} of {figures.directions} directions)"
+    )
     return (
         interval(figures.hits) + band,
         interval(figures.useful),

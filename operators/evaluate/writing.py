@@ -154,13 +154,15 @@ def _logprobs(
     positions = torch.cat([batch.positions, following], 1)
     real = torch.cat([batch.mask[:, 1:], torch.ones_like(following, dtype=torch.bool)], 1)
     pushes.load(fed, positions, real, np.ones(len(jobs), dtype=int))
+    width = fed.shape[1]
     output = loaded.model(
         input_ids=fed,
         attention_mask=torch.cat([batch.mask[:, :1], real], 1).long(),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=count,
+        # Indices, not a number: of a slice, the product with the unembedding takes nearly twice as long on a CPU.
+        logits_to_keep=torch.arange(width - count, width, device=fed.device),
     )
     pushes.collect()
     pushes.check()

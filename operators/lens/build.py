@@ -89,6 +89,7 @@ def lens_artifact(
         hidden_size=loaded.hidden_size,
         dtype="float32",
         model_dtype=dtype_name(loaded.dtype),
+        attention=loaded.attention,
         recommended=Recommended(strength=strength or 0.0, blend=1.0, positions=PUSHED[positions]),
         builder_version=__version__,
         created=datetime.now(UTC).replace(microsecond=0),

@@ -58,6 +58,11 @@ class LoadedModel:
         return dtype
 
     @property
+    def attention(self) -> str:
+        """What computes its attention, by transformers' name: sdpa or eager, where :func:`load_model` has loaded it."""
+        return str(self.model.config._attn_implementation)
+
+    @property
     def num_layers(self) -> int:
         """L, the number of decoder blocks."""
         return len(decoder_layers(self.model))

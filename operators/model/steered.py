@@ -106,7 +106,7 @@ class _SequenceSteering:
         self._num_fed = 0
 
     def after_pass(self, _decoder: nn.Module, _args: Any, output: Any) -> None:
-        for doses in self._hooks.doses().values():
+        for doses in self._hooks.take_doses().values():
             pushed = doses[:, self._at]
             if not bool(((pushed > 0) & torch.isfinite(pushed)).all()):
                 raise SteeringError(

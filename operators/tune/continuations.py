@@ -256,7 +256,7 @@ class _BatchPushes:
 
     def check(self) -> None:
         """Raises :class:`SteeringError` where the last forward pass did not push a row at a token."""
-        for layer, doses in self._hooks.doses().items():
+        for layer, doses in self._hooks.take_doses().items():
             for place, (row, [(at, _)]) in enumerate(self._loaded_pieces[layer].items()):
                 pushed = doses[place, at]
                 if not bool(((pushed > 0) & torch.isfinite(pushed)).all()):

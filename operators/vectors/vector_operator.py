@@ -101,6 +101,7 @@ def vector_operator(
         hidden_size=loaded.hidden_size,
         dtype=dtype_name(vector.dtype),
         model_dtype=dtype_name(loaded.dtype),
+        attention=loaded.attention,
         recommended=recommended,
         builder_version=__version__,
         created=datetime.now(UTC).replace(microsecond=0),

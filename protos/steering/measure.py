@@ -196,7 +196,7 @@ class _Walk:
         part = part if kind.is_list else field.name + part
         if field.size is not None and end - at > field.size:
             problem = f"has {end - at} bytes; at most {field.size} are accepted"
-            raise LimitError(problem, field.descriptor, end - at).under(part)
+            raise LimitError(problem, field.descriptor, end - at).prepend(part)
         if field.inside is not None and index < field.count:
             self._left -= 1
             if self._left < 0:
@@ -204,7 +204,7 @@ class _Walk:
             try:
                 self.message(field.inside, at, end)
             except FieldError as error:
-                raise error.under(part) from None
+                raise error.prepend(part) from None
         return 1
 
     def _too_many(self, kind: _Kind, field: _Field, found: int) -> FieldError:
@@ -216,7 +216,7 @@ class _Walk:
             error = FieldError("is there beside another of its kind; one is accepted")
         else:
             error = FieldError("is there twice; once is accepted")
-        return error.under(part) if part else error
+        return error.prepend(part) if part else error
 
     def _unknown(self, kind: _Kind, tag: int, at: int, end: int) -> int:
         number = tag >> 3

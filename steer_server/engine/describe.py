@@ -40,6 +40,7 @@ def describe_model(loaded: LoadedModel, *, engine: str) -> ModelInfo:
         engine=engine,
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=str(loaded.device if loaded.device.type == "cpu" else torch.cuda.get_device_name(loaded.device)),
+        attention=loaded.attention,
     )
 
 

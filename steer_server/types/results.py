@@ -115,6 +115,8 @@ class ModelInfo:
     engine: str
     dtype: str
     device: str
+    attention: str
+    """What computes it: transformers' name of it, or of vLLM's backends."""
 
 
 @dataclass(frozen=True)

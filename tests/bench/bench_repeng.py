@@ -143,7 +143,7 @@ def _differences(theirs: object, loaded: LoadedModel, operator: object, argument
         with PushHooks(decoder_layers(loaded.model), [arguments.layer]) as hooks:
             hooks.load({arguments.layer: LayerPush(torch.tensor([0]), push)})
             steered = _states(loaded, ids)
-            hooks.doses()
+            hooks.take_doses()
         for kind, ours, other in (
             ("steered", steered, torch.from_numpy(theirs[f"steered{index}"])),
             ("plain", plain, torch.from_numpy(theirs[f"plain{index}"])),

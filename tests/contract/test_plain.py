@@ -82,3 +82,8 @@ async def test_eos_ends_a_row_and_is_among_its_ids_unless_it_is_ignored(smollm, 
     assert end.reason is FinishReason.MAX_TOKENS
     assert len(longer) == 20
     assert longer[: len(ids)] == ids
+
+
+async def test_the_model_is_described_with_what_computes_its_attention(engine):
+    of_vllm = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
+    assert engine.model.attention == {"hf": "sdpa", "vllm": of_vllm}[engine.model.engine]

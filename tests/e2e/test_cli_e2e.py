@@ -181,6 +181,7 @@ def test_info_describes_the_model(steer, loaded, server):
     assert value["model_fingerprint"] == loaded.fingerprint
     assert value["tokenizer_fingerprint"] == loaded.tokenizer_fingerprint
     assert (value["engine"], value["dtype"], value["device"]) == ("hf", "float32", "cpu")
+    assert value["attention"] == loaded.attention == "sdpa"
     assert value["max_queue"] == 8
     assert value["has_chat_template"] is True
 

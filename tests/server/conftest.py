@@ -167,6 +167,7 @@ def model_info(llama: LoadedModel) -> ModelInfo:
         engine="hf",
         dtype="float32",
         device="cpu",
+        attention=llama.attention,
     )
 
 

@@ -60,7 +60,7 @@ def test_every_token_is_pushed_and_the_receipt_says_so(llama, vector, registry, 
         for _ in range(6):
             hooks.load({2: LayerPush(torch.tensor([0]), push.expand(1, len(text), -1))})
             text.append(int(llama.model(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
-            hooks.doses()
+            hooks.take_doses()
     assert ids[0] == text[len(prompt_ids) :]
     assert ids[0] != ids[1]
 

@@ -88,7 +88,7 @@ def seconds(timeout: float | None) -> float | None:
         if math.isnan(value):
             raise refused("a number of seconds", timeout)
     except FieldError as error:
-        raise _invalid(error.under("timeout")) from None
+        raise _invalid(error.prepend("timeout")) from None
     return None if value == math.inf else value
 
 
@@ -101,7 +101,7 @@ def _items(values: Any, field: str, wanted: str) -> list[Any]:
     try:
         return items(values, wanted)
     except FieldError as error:
-        raise _invalid(error.under(field)) from None
+        raise _invalid(error.prepend(field)) from None
 
 
 def _write(write: Writer[_M], request: object) -> _M:

@@ -240,6 +240,8 @@ class ModelInfo:
     engine: str
     dtype: str
     device: str
+    #: What computes attention: sdpa or eager on the engine hf, else vLLM's backends. Empty from an older server.
+    attention: str
     server_version: str
     max_queue: int
     max_arms: int

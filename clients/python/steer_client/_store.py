@@ -144,6 +144,8 @@ class OperatorInfo:
     model_fingerprint: str
     #: Of the model that it was built on: "float32", "float64" or "bfloat16".
     model_dtype: str
+    #: What computed its attention then: "sdpa" or "eager". Empty where an earlier version built it.
+    attention: str
     #: "golden" or "residual".
     profile: str
     rule_set: str

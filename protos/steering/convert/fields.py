@@ -26,7 +26,7 @@ class FieldError(ValueError):
         self.message: Message | None = None
         """The message that has the field, where one was read."""
 
-    def under(self, part: str, message: Message | None = None) -> FieldError:
+    def prepend(self, part: str, message: Message | None = None) -> FieldError:
         """This error, ``part`` put before its path: nested messages complete it on the way out."""
         self.path = part + ("." if self.path and not self.path.startswith("[") else "") + self.path
         self.message = message if self.message is None else self.message
@@ -66,7 +66,7 @@ def items(convert: Convert) -> Callable[[Collection[Any]], list[Any]]:
             # What was converted before an error stays in the list.
             done.extend(map(convert, values))
         except FieldError as error:
-            raise error.under(f"[{len(done)}]") from None
+            raise error.prepend(f"[{len(done)}]") from None
         return done
 
     return converted

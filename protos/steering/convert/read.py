@@ -64,7 +64,7 @@ def _reader(descriptor: Descriptor, cls: type[_T], strict: bool) -> Reader[_T]:
             for step in steps:
                 values.append(step(message))  # noqa: PERF401 - after an error, the length tells whose it is
         except FieldError as error:
-            raise error.under(names[len(values)], message) from None
+            raise error.prepend(names[len(values)], message) from None
         return cls(*values, **given) if in_order else cls(**dict(zip(names, values, strict=True)), **given)
 
     return read_message

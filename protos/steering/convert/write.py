@@ -95,7 +95,7 @@ def _keywords(
             try:
                 values[name] = write(value)
             except FieldError as error:
-                raise error.under(name) from None
+                raise error.prepend(name) from None
         return values
 
     return keywords
@@ -108,13 +108,13 @@ def _write_field(field: FieldDescriptor, kind: Any, accept: Accept | None) -> Co
     convert = _write_one(field, item_type(kind), accept)
     if convert is None:
         return None
-    return items(convert) if accept is None else _after(partial(accept, field, list), items(convert))
+    return items(convert) if accept is None else _compose(partial(accept, field, list), items(convert))
 
 
 def _write_one(field: FieldDescriptor, kind: Any, accept: Accept | None) -> Convert | None:
     """What converts one value; None for a scalar that nobody checks."""
     convert = _write_trusted(field, kind, accept)
-    return convert if accept is None else _after(partial(accept, field, kind), convert)
+    return convert if accept is None else _compose(partial(accept, field, kind), convert)
 
 
 def _write_trusted(field: FieldDescriptor, kind: Any, accept: Accept | None) -> Convert | None:
@@ -130,7 +130,7 @@ def _write_trusted(field: FieldDescriptor, kind: Any, accept: Accept | None) -> 
     return _WELL_KNOWN.get(field.message_type.full_name) or _keywords(field.message_type, kind, accept)
 
 
-def _after(first: Convert, then: Convert | None) -> Convert:
+def _compose(first: Convert, then: Convert | None) -> Convert:
     return first if then is None else lambda value: then(first(value))
 
 

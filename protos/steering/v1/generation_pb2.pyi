@@ -193,6 +193,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_QUEUE_FIELD_NUMBER: _builtins.int
     MAX_ARMS_FIELD_NUMBER: _builtins.int
     MAX_DOSE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As given to the server: a built-in name, a hub id or a directory."""
@@ -214,6 +215,10 @@ class GetModelInfoResponse(_message.Message):
     max_arms: _builtins.int
     max_dose: _builtins.float
     """Most that the doses at one layer may add up to: the sum of |strength|/2 over the operators pushed there."""
+    attention: _builtins.str
+    """What computes attention: "sdpa" or "eager" of the engine hf; the name of vLLM's backend, such as "CPU_ATTN", and
+    where layers have different ones, all of them.
+    """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -238,11 +243,12 @@ class GetModelInfoResponse(_message.Message):
         max_queue: _builtins.int = ...,
         max_arms: _builtins.int = ...,
         max_dose: _builtins.float = ...,
+        attention: _builtins.str = ...,
         limits: Global___RequestLimits | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "limits", b"limits", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "limits", b"limits", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

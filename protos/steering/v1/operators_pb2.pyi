@@ -386,6 +386,7 @@ class Operator(_message.Message):
     NEUTRAL_FIELD_NUMBER: _builtins.int
     LENS_FIELD_NUMBER: _builtins.int
     CURVE_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     problem: _builtins.str
     """Empty when the operator can be used; else why it cannot. Fields that could not be read are then unset."""
@@ -425,6 +426,8 @@ class Operator(_message.Message):
     """Share of the first text's map in the operator's; 1 where it is the only text."""
     recommended_anchor: _steering_pb2.Anchor.ValueType
     recommended_first_token: _steering_pb2.FirstToken.ValueType
+    attention: _builtins.str
+    """What computed the model's attention when it was built, "sdpa" or "eager". Empty where an earlier version built it."""
     @_builtins.property
     def concept_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -501,10 +504,11 @@ class Operator(_message.Message):
         neutral: Global___NeutralTexts | None = ...,
         lens: Global___Lens | None = ...,
         curve: _abc.Iterable[Global___DosePoint] | None = ...,
+        attention: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["calibration", b"calibration", "created", b"created", "lens", b"lens", "low_rank", b"low_rank", "neutral", b"neutral", "recommended_positions", b"recommended_positions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "curve", b"curve", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "lens", b"lens", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "neutral", b"neutral", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_anchor", b"recommended_anchor", "recommended_blend", b"recommended_blend", "recommended_first_token", b"recommended_first_token", "recommended_positions", b"recommended_positions", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "builder_version", b"builder_version", "calibration", b"calibration", "concept", b"concept", "concept_token_ids", b"concept_token_ids", "concept_weight", b"concept_weight", "created", b"created", "curve", b"curve", "digest", b"digest", "dtype", b"dtype", "hidden_size", b"hidden_size", "injection_layer", b"injection_layer", "layer", b"layer", "lens", b"lens", "low_rank", b"low_rank", "members", b"members", "model", b"model", "model_dtype", b"model_dtype", "model_fingerprint", b"model_fingerprint", "more_texts", b"more_texts", "name", b"name", "neutral", b"neutral", "num_texts", b"num_texts", "positions", b"positions", "problem", b"problem", "profile", b"profile", "rank", b"rank", "recommended_anchor", b"recommended_anchor", "recommended_blend", b"recommended_blend", "recommended_first_token", b"recommended_first_token", "recommended_positions", b"recommended_positions", "recommended_rule", b"recommended_rule", "recommended_strength", b"recommended_strength", "reconstruction_error", b"reconstruction_error", "rule_set", b"rule_set", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -159,7 +159,7 @@ def record_doses(hooks: PushHooks, steered: Mapping[int, RowSteering], *, prompt
         SteeringNotAppliedError: a hook did not run, or a dose is not what the strengths give.
     """
     try:
-        measured = hooks.movements()
+        measured = hooks.take_movements()
     except SteeringError as error:
         raise SteeringNotAppliedError(str(error)) from error
     for layer, moved in measured.items():

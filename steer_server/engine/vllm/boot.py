@@ -79,10 +79,11 @@ async def boot_vllm(
             why = read_problem(problem) or f"{type(error).__name__}: {error}"
             raise StartupError(f"vLLM did not start: {why}") from error
     client = VLLMClient(llm, salts)
-    [memory, *_] = await client.call("steering_memory")
-    log.info("memory taken", **memory)
     began = time.monotonic()
     try:
+        [memory, *_] = await client.call("steering_memory")
+        log.info("memory taken", **memory)
+        [client.attention, *_] = await client.call("steering_attention")
         await _self_test(client, prompt, model, EmbeddingRows(loaded.model), expected, tolerance)
         check_same_files(loaded)
     except BaseException:

@@ -40,6 +40,8 @@ class VLLMClient:
     def __init__(self, llm: AsyncLLM, salts: CacheSalts) -> None:
         self._llm = llm
         self._salts = salts
+        self.attention = ""
+        """What computes attention in the workers. Filled when they have started."""
         self._unanswered = ""
         """Why the workers are given up: the call that they left without an answer. Empty while they answer."""
 

@@ -96,6 +96,7 @@ class VLLMEngine:
             context_length=int(config.model_config.max_model_len),
             dtype=str(config.model_config.dtype).removeprefix("torch."),
             device=current_platform.device_name,
+            attention=client.attention,
         )
         self._max_rows = int(config.scheduler_config.max_num_seqs) + max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)

@@ -98,6 +98,15 @@ def test_a_run_out_of_time_says_so_and_keeps_its_rows(run_eval):
         ({}, ["--vector", "church=v.gguf"], "CONCEPT=FILE is accepted, once for each of the concepts"),
         ({"v.gguf": "nothing"}, ["--vector", "bride=v.gguf"], "v.gguf"),
         ({}, ["--layer", "9"], "layer 9"),
+        ({}, ["--only", "church"], "concept 'church' does not exist; there are: bridge, bride"),
+        ({}, ["--num-prompts", "4"], "4 held-out prompts; there are 3, and 1 to 3 are accepted"),
+        ({}, ["--num-development-prompts", "0"], "0 development prompts; there are 2, and 1 to 2 are accepted"),
+        ({}, ["--regimes", "hot"], "regime 'hot' does not exist; there are: greedy, penalised, sampled,"),
+        ({}, ["--doses", "0.5,x"], "doses are '0.5,x'; numbers with commas are accepted"),
+        ({}, ["--doses", "0"], "doses are 0; more than 0 and at most 100 nats are accepted"),
+        ({}, ["--doses", "nan"], "doses are nan; more than 0"),
+        ({}, ["--tokens", "24,12"], "tokens are 24, 12; 2 to 4096, ascending, are accepted"),
+        ({}, ["--strengths", "0.1,5"], "strengths are 0.1, 5; 0.003 to 4, ascending, are accepted"),
         ({}, ["--report", "nowhere"], "nowhere/run.json: cannot be read"),
     ],
 )
@@ -107,6 +116,42 @@ def test_what_cannot_be_run_is_refused_by_name(run_eval, tmp_path, files, argume
     refused = run_eval("--quick", *arguments)
     assert refused.exit_code == 1
     assert message in refused.output
+
+
+SMALL = ("--quick", "--forms", CONTRAST, "--out", "small", "--json", "--num-prompts", "2", "--tokens", "6")
+SMALL += ("--num-development-prompts", "1", "--strengths", "0.1,0.4", "--doses", "0.2")
+
+
+def test_a_smaller_run_is_stated_and_another_regime_joins_it(run_eval, tmp_path):
+    assert run_eval(*SMALL, "--regimes", "greedy").exit_code == 0
+    first = (tmp_path / "small" / "rows.jsonl").read_text()
+    trials = [json.loads(line)["of"] for line in first.splitlines() if '"kind":"trial"' in line]
+    for subject in ("bridge", "bride"):
+        assert [of["strength"] for of in trials if of["subject"] == subject][:2] == [0.1, 0.4]
+    arguments = (*SMALL, "--regimes", "sampled-penalised,greedy-away", "--forms", f"{CONTRAST},mean-anchor")
+    assert run_eval(*arguments).exit_code == 0
+    assert (tmp_path / "small" / "rows.jsonl").read_text().startswith(first)
+    run = json.loads((tmp_path / "small" / "run.json").read_text())
+    protocol = run["protocol"]
+    assert [len(protocol[name]) for name in ("development_prompts", "held_out_prompts")] == [1, 2]
+    assert protocol["lengths"] == [6]
+    assert {one["name"]: one["budgets"] for one in protocol["regimes"]} == {
+        name: ["p95 KL 0.2"] for name in ("greedy", "sampled-penalised", "greedy-away")
+    }
+    # The other form was not asked for where the texts are greedy.
+    assert (
+        "**Not whole.** Rows (a form, dose and concept each) that are not there: greedy 2 of 4."
+        in (tmp_path / "small" / "table.md").read_text()
+    )
+    assert run_eval(*SMALL, "--forms", f"{CONTRAST},mean-anchor", "--regimes", "greedy").exit_code == 0
+    assert "Not whole" not in (tmp_path / "small" / "table.md").read_text()
+
+
+def test_one_concept_has_no_interval_over_concepts(run_eval, tmp_path):
+    assert run_eval(*SMALL, "--only", "bride").exit_code == 0
+    figures = json.loads((tmp_path / "small" / "figures.json").read_text())["figures"]
+    assert {one["asked"] for one in figures} == {1}
+    assert all(one["useful"]["both"] is None and len(one["useful"]["prompts"]) == 2 for one in figures)
 
 
 def test_ctrl_c_keeps_what_was_done(run_eval, tmp_path, monkeypatch):

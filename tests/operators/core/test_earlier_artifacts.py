@@ -80,6 +80,7 @@ def test_building_it_again_gives_the_same_map(tiny, name):
         "reconstruction_error",
         "low_rank",
         "builder_version",
+        "attention",
         "neutral",
         "recommended",
     }

@@ -44,7 +44,7 @@ def _inputs(loaded, pushes, layers=(LAYER,)):
     with torch.no_grad(), PushHooks(decoder_layers(loaded.model), layers) as hooks, _Recorded(loaded) as recorded:
         hooks.load(pushes)
         loaded.model(input_ids=IDS, use_cache=False)
-        return recorded.inputs, hooks.doses()
+        return recorded.inputs, hooks.take_doses()
 
 
 def _push(loaded, *rows, tokens=IDS.shape[1], seed=0, scale=0.1):
@@ -97,10 +97,10 @@ def test_a_pass_that_nothing_was_loaded_for_is_plain(tiny):
         plain = loaded.model(input_ids=IDS, use_cache=False).logits
         hooks.load({LAYER: _push(loaded, 0, 1, 2)})
         assert not torch.equal(loaded.model(input_ids=IDS, use_cache=False).logits, plain)
-        hooks.doses()
+        hooks.take_doses()
         # Reading the doses is the end of these pushes.
         assert torch.equal(loaded.model(input_ids=IDS, use_cache=False).logits, plain)
-        assert hooks.doses() == {}
+        assert hooks.take_doses() == {}
 
 
 def test_a_hook_that_did_not_run_is_an_error(tiny):
@@ -109,7 +109,7 @@ def test_a_hook_that_did_not_run_is_an_error(tiny):
         hooks.load({LAYER: _push(loaded, 0)})
         loaded.model(input_ids=IDS, use_cache=False)
         with pytest.raises(SteeringError, match=f"layer {LAYER} was not reached"):
-            hooks.doses()
+            hooks.take_doses()
 
 
 def test_a_pass_that_was_not_made_and_a_layer_without_a_hook_are_errors(tiny):
@@ -117,11 +117,11 @@ def test_a_pass_that_was_not_made_and_a_layer_without_a_hook_are_errors(tiny):
     with torch.no_grad(), PushHooks(decoder_layers(loaded.model), [LAYER]) as hooks:
         hooks.load({LAYER: _push(loaded, 0)})
         with pytest.raises(SteeringError, match=f"layer {LAYER} was not reached"):
-            hooks.doses()
+            hooks.take_doses()
         hooks.load({1: _push(loaded, 0)})
         loaded.model(input_ids=IDS, use_cache=False)
         with pytest.raises(SteeringError, match="layer 1 was not reached"):
-            hooks.doses()
+            hooks.take_doses()
 
 
 def test_a_second_pass_with_the_same_pushes_is_an_error(tiny):
@@ -168,4 +168,4 @@ def test_a_hidden_state_is_found_by_its_place_or_by_its_name():
         for call in (lambda: block(hidden, 2.0), lambda: block(hidden_states=hidden, scale=2.0)):
             hooks.load({0: push})
             assert torch.equal(call(), expected)
-            assert hooks.doses()[0].tolist() == [[0.5]]
+            assert hooks.take_doses()[0].tolist() == [[0.5]]

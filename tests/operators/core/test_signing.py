@@ -77,6 +77,7 @@ _FIELDS = {
     "hidden_size": st.integers(4, 6),
     "dtype": st.sampled_from(["float32", "float64", "int8"]),
     "model_dtype": st.sampled_from(["float32", "bfloat16", "float16"]),
+    "attention": st.none() | _TEXT,
     "tolerance": _NUMBER,
     "reconstruction_error": _NUMBER,
     "recommended": _RECOMMENDED,

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from operators.evaluate.protocol import Budget
-from operators.evaluate.strengths import GRID, MOST, Trial, closest, next_strengths
+from operators.evaluate.protocol import GRID, MOST, Budget
+from operators.evaluate.strengths import Trial, closest, next_strengths
 
 BUDGETS = (Budget("p95", 0.5), Budget("p95", 2.0), Budget("mean", 0.25))
 

@@ -23,6 +23,7 @@ def full(low_artifact, remake, calibration_of):
     """A mixture of three texts, of rank 5, calibrated: everything that a header can say."""
     return remake(
         low_artifact,
+        attention="eager",
         weights=(0.5, 0.75, -0.25),
         members=(Member(name="first", digest=_DIGEST, weight=1.0), Member(name="second", digest=_DIGEST, weight=-0.5)),
         calibration=calibration_of(low_artifact.header),
@@ -50,6 +51,7 @@ def test_an_exact_operator_of_one_text_is_described_by_its_header(artifact):
     assert (message.num_texts, message.concept_weight, list(message.more_texts)) == (1, 1.0, [])
     assert (message.model_dtype, message.dtype) == ("float32", "float32")
     assert not message.HasField("calibration")
+    assert message.attention == header.attention == "sdpa"
     info = _told(artifact)
     assert (info.exact, info.calibrated, info.rank) == (True, False, header.hidden_size)
 
@@ -68,6 +70,7 @@ def test_no_field_of_the_contract_is_forgotten(full):
 
 def test_a_calibrated_mixture_of_low_rank_arrives_whole(full):
     info, header = _told(full), full.header
+    assert info.attention == "eager"
     assert (info.rank, info.exact, info.calibrated) == (5, False, True)
     residuals = header.low_rank.residuals
     assert asdict(info.low_rank) == {

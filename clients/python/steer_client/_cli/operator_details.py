@@ -59,7 +59,8 @@ def _lines(info: steer_client.OperatorInfo) -> Iterator[tuple[str, str]]:
     if info.rank:
         yield (
             "reconstruction",
-            f"relative error {format_number(info.reconstruction_error)}, model in {info.model_dtype}",
+            f"relative error {format_number(info.reconstruction_error)}, model in {info.model_dtype}"
+            f"{f', attention {info.attention}' if info.attention else ''}",
         )
     yield "model", f"{info.model}, {info.model_fingerprint}"
     yield "digest", info.digest

@@ -1,9 +1,11 @@
-"""The platform's worker, which leaves room for steering beside the KV cache and says why it cannot start."""
+"""The platform's worker, which leaves room for steering beside the KV cache; says how it started, or why it cannot."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
 
 from operators.core.capacity import format_bytes
@@ -66,3 +68,8 @@ class SizedWorker(_Worker):  # type: ignore[misc]
             "kv_cache": format_bytes(self._cache_memory),
             "steering": format_bytes(self._steering_memory),
         }
+
+    def steering_attention(self) -> str:
+        """The names of what computes attention, in all of the layers together."""
+        layers: Any = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        return ", ".join(sorted({layer.get_attn_backend().get_name() for layer in layers.values()}))

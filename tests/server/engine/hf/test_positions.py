@@ -120,7 +120,7 @@ def test_a_token_beside_a_pushed_one_keeps_every_bit_the_sign_of_a_zero_too(dtyp
     with hooks_module.PushHooks([block], [0]) as hooks:
         hooks.load({0: push})
         after = block(hidden)
-        assert hooks.doses()[0][0, 1] == 0.5
+        assert hooks.take_doses()[0][0, 1] == 0.5
     assert torch.equal(after[0, 1], torch.tensor([5.5, 4.0], dtype=dtype))
     for token in (0, 2):
         assert torch.equal(after[0, token], hidden[0, token])
