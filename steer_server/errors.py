@@ -20,6 +20,11 @@ StartupError                    the server cannot start (never on the wire)
 EngineDiedError                 the server cannot go on (never on the wire; running requests meet EngineFailedError)
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SteerServerError(Exception):
     """Base of every error that a request can meet."""
@@ -30,7 +35,23 @@ class InvalidRequestError(SteerServerError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
-        self.field = field
+        self.field, self._problem = field, problem
+
+    def move(self, field: str) -> None:
+        """Names another field: the one that has the value in the request as it was sent."""
+        self.field, self.args = field, (f"{field}: {self._problem}",)
+
+
+@contextmanager
+def errors_of(field: str, *, at: str) -> Iterator[None]:
+    """An :class:`InvalidRequestError` of ``field``, or of a part of it, names ``at`` in its place."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        rest = error.field.removeprefix(field)
+        if error.field.startswith(field) and rest[:1] in ("", ".", "["):
+            error.move(at + rest)
+        raise
 
 
 class PromptTooLongError(InvalidRequestError):

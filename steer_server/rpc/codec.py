@@ -64,7 +64,7 @@ def compare_event(event: CompareEvent) -> comparison_pb2.CompareEvent:
     """One event of a comparison."""
     if isinstance(event, Compared):
         return _write_compare_event(event)
-    return _write_compare_event(event.event, arm=event.arm)
+    return _write_compare_event(event.event, arm=event.arm, sample=event.event.sample)
 
 
 def completion(result: Completion) -> text_pb2.GenerateResponse:

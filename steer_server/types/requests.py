@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated
 
 from operators.core.header import Anchor, FirstToken, Rule
@@ -50,10 +50,10 @@ class Prompt:
     token_ids: Annotated[tuple[int, ...] | None, NotEmpty("at least one token is needed")] = None
     chat: Annotated[tuple[ChatMessage, ...] | None, NotEmpty("at least one message is needed")] = None
 
-    def __post_init__(self) -> None:
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
         if sum(part is not None for part in (self.text, self.token_ids, self.chat)) != 1:
-            raise InvalidRequestError("prompt", "is missing; exactly one of text, token_ids and chat is accepted")
-        check_fields(self, "prompt")
+            raise InvalidRequestError(path, "is missing; exactly one of text, token_ids and chat is accepted")
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ class TokenBias:
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen. Defaults are those of the contract."""
+class ArmSampling:
+    """How the tokens of one arm are chosen. Defaults are those of the contract."""
 
     temperature: Annotated[float, Range(0.0)] = 0.0
     top_p: Annotated[float, Range(above=0.0, maximum=1.0)] = 1.0
     top_k: Annotated[int, Range(0, accepted="0 (off) or more")] = 0
     min_p: Annotated[float, Range(0.0, 1.0)] = 0.0
     repetition_penalty: Annotated[float, Range(0.01, 100.0)] = 1.0
-    # Drawn where a request names none, so that the response can report what was used.
-    seed: int = field(default=0, metadata={"when_unset": _draw_seed})
+    seed: int | None = None
+    """None: that of the request, so that arms draw the same numbers."""
     max_tokens: Annotated[int, Range(1)] = DEFAULT_MAX_TOKENS
     stop_strings: Annotated[
         tuple[str, ...],
@@ -93,12 +93,32 @@ class SamplingParams:
     """Before so many, neither a token nor a stop string ends the text."""
     skip_special_tokens: bool = True
 
-    def __post_init__(self) -> None:
-        check_fields(self, "sampling")
-        check_unique((bias.token_id for bias in self.logit_bias), "sampling.logit_bias", "token_id")
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
+        check_unique((bias.token_id for bias in self.logit_bias), f"{path}.logit_bias", "token_id")
         if self.min_tokens > self.max_tokens:
             problem = f"is {self.min_tokens}; accepted: 0 to {self.max_tokens}, which is max_tokens"
-            raise InvalidRequestError("sampling.min_tokens", problem)
+            raise InvalidRequestError(f"{path}.min_tokens", problem)
+
+    def within(self, whole: SamplingParams) -> SamplingParams:
+        """As they are used in a request whose own are ``whole``."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return SamplingParams(**own | {"seed": whole.seed if self.seed is None else self.seed})
+
+
+@dataclass(frozen=True)
+class SamplingParams(ArmSampling):
+    """How the tokens of a request's texts are chosen, or those of one text."""
+
+    # Drawn where a request names none, so that the response can report what was used.
+    seed: int = field(default=0, metadata={"when_unset": _draw_seed})
+
+    def __post_init__(self) -> None:
+        check_fields(self, "sampling")
+
+    def of_sample(self, number: int) -> SamplingParams:
+        """Those of one of several samples of a text: each has a seed of its own."""
+        return replace(self, seed=(self.seed + number) % 2**64) if number else self
 
 
 @dataclass(frozen=True)
@@ -130,10 +150,23 @@ class OperatorUse:
 
 @dataclass(frozen=True)
 class Arm:
-    """One steered arm of a comparison."""
+    """One arm of a comparison beside the plain one: steered, or sampled otherwise, or both."""
 
     name: Annotated[str, Bounded(max_characters=MAX_ARM_NAME)]
-    operators: Annotated[tuple[OperatorUse, ...], NotEmpty("the plain arm runs anyway")]
+    operators: tuple[OperatorUse, ...]
+    sampling: ArmSampling | None = None
+    """In place of the request's; None: that one."""
+
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
+        if not self.operators and self.sampling is None:
+            raise InvalidRequestError(
+                f"{path}.operators", "is empty; an arm without operators needs a sampling of its own"
+            )
+        if self.sampling is not None and self.sampling.time_limit is not None:
+            raise InvalidRequestError(
+                f"{path}.sampling.time_limit", "is set; that of the request is accepted, which bounds all arms"
+            )
 
 
 _RequestId = Annotated[str, Bounded(max_characters=MAX_REQUEST_ID)]
@@ -154,16 +187,21 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """One prompt, a plain continuation and one per arm."""
+    """One prompt, a plain continuation and one per arm; of each, ``n`` samples."""
 
     request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
     prompt: Prompt
     sampling: SamplingParams
-    arms: Annotated[tuple[Arm, ...], NotEmpty("at least one steered arm is needed")]
+    arms: tuple[Arm, ...]
     score: bool = True
+    n: Annotated[int, Range(1)] = 1
+    normal: bool = True
+    """Whether the plain arm runs."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not self.arms and not self.normal:
+            raise InvalidRequestError("arms", "is empty; without the plain arm (`normal`) at least one is needed")
         counts = Counter(arm.name for arm in self.arms)
         for index, arm in enumerate(self.arms):
             if not arm.name or arm.name == NORMAL or counts[arm.name] > 1:
@@ -178,3 +216,6 @@ class TokenizeRequest:
     """A prompt whose token ids the caller wants to see."""
 
     prompt: Prompt
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -41,6 +41,7 @@ class Completion:
     seed: int
     scores: tuple[Score, ...] = ()
     """Of its tokens, where they were asked for. Not sent: a comparison is made of them."""
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Started:
     prompt_token_ids: tuple[int, ...]
     operators: tuple[tuple[str, str], ...] = ()
     """Name and digest of each that is applied. Not sent."""
+    sample: int = 0
+    """Of its arm, here and in every event of a text. Sent with the event."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...]
     seconds: float | None = None
     """Since the token before; None at the first. Not sent."""
+    sample: int = 0
 
 
 GenerateEvent = Started | Delta | Completion
@@ -77,7 +81,10 @@ class ArmEvent:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One steered arm held against the plain one. KL in nats; None and empty where not scored."""
+    """A text of one arm held against the plain one of the same sample. KL in nats; None and empty where not scored.
+
+    Without a plain arm, what needs it is None.
+    """
 
     arm: str
     first_divergence: int | None
@@ -86,11 +93,12 @@ class Comparison:
     kl_p95: float | None
     normal_perplexity: float | None
     steered_perplexity: float | None
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Last event of a comparison: one entry per steered arm."""
+    """Last event of a comparison: one entry per arm and sample, the plain one apart."""
 
     comparisons: tuple[Comparison, ...]
 

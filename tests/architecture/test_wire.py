@@ -101,8 +101,8 @@ SIDES = {
 LACKS = {
     # The configuration's, not the model's.
     "server": {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
-    # The key of ABResult.steered, and what ArmResult.kl has in one.
-    "client": {f"Comparison.{name}" for name in ("arm", "kl_mean", "kl_p95", "kl_per_token")},
+    # Where ABResult has it, and what ArmResult.kl has in one.
+    "client": {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
 }
 NO_DATACLASS = {
     # Events and lists, which the services put together and the client's reducers take apart.
@@ -245,13 +245,21 @@ def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
     if message in (pb.GenerateRequest, comparison_pb2.CompareRequest):
-        for index, bias in enumerate(made.sampling.logit_bias):
-            bias.token_id = index
-        if made.sampling.HasField("min_tokens"):
-            made.sampling.max_tokens = max(made.sampling.min_tokens, made.sampling.max_tokens, 1)
+        for sampling in (
+            made.sampling,
+            *(arm.sampling for arm in getattr(made, "arms", ()) if arm.HasField("sampling")),
+        ):
+            for index, bias in enumerate(sampling.logit_bias):
+                bias.token_id = index
+            if sampling.min_tokens:
+                sampling.max_tokens = max(sampling.min_tokens, sampling.max_tokens)
     if message is comparison_pb2.CompareRequest:
+        made.normal = made.normal or not made.arms
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"
+            if not arm.operators:
+                arm.sampling.SetInParent()
+            arm.sampling.ClearField("time_limit")
     if message is comparison_pb2.Comparison and made.kl_per_token:
         made.kl_mean = max(made.kl_per_token)
     if message is pb.TokenizeResponse:

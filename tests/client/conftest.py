@@ -101,20 +101,21 @@ def make_events(response: text_pb2.GenerateResponse) -> list[pb.GenerateEvent]:
 
 
 def make_comparison(
-    normal: text_pb2.GenerateResponse,
+    normal: text_pb2.GenerateResponse | None,
     arms: dict[str, text_pb2.GenerateResponse],
     *,
     scored: bool = True,
     mean: float = 0.5,
+    n: int = 1,
 ) -> list[comparison_pb2.CompareEvent]:
-    texts = {"normal": normal} | arms
-    scripts = {name: make_events(response) for name, response in texts.items()}
+    texts = ({} if normal is None else {"normal": normal}) | arms
+    scripts = {(name, sample): make_events(_sample(texts[name], sample)) for name in texts for sample in range(n)}
     events = []
     for step in range(4):
-        for name, script in scripts.items():
+        for (name, sample), script in scripts.items():
             event = script[step]
             kind = event.WhichOneof("event")
-            events.append(comparison_pb2.CompareEvent(arm=name, **{kind: getattr(event, kind)}))
+            events.append(comparison_pb2.CompareEvent(arm=name, sample=sample, **{kind: getattr(event, kind)}))
     score = {
         "kl_per_token": [0.25, 0.75, 0.5],
         "kl_mean": mean,
@@ -122,8 +123,19 @@ def make_comparison(
         "normal_perplexity": 3.0,
         "steered_perplexity": 9.0,
     }
-    compared = [comparison_pb2.Comparison(arm=name, first_divergence=1, **(score if scored else {})) for name in arms]
+    compared = [
+        comparison_pb2.Comparison(arm=name, sample=sample, first_divergence=1, **(score if scored else {}))
+        for name in arms
+        for sample in range(n)
+    ]
     return [*events, comparison_pb2.CompareEvent(compared=comparison_pb2.CompareFinished(comparisons=compared))]
+
+
+def _sample(response: text_pb2.GenerateResponse, sample: int) -> text_pb2.GenerateResponse:
+    made = text_pb2.GenerateResponse()
+    made.CopyFrom(response)
+    made.sample, made.seed = sample, response.seed + sample
+    return made
 
 
 @dataclass
@@ -223,7 +235,8 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         arms = {
             arm.name: self.fake.steered or make_response("one more", operators=arm.operators) for arm in request.arms
         }
-        default = make_comparison(self.fake.response, arms, scored=request.score)
+        normal = None if request.HasField("normal") and not request.normal else self.fake.response
+        default = make_comparison(normal, arms, scored=request.score, n=request.n or 1)
         yield from self.fake.stream(request, context, default)
 
     def Tokenize(self, request, context):  # noqa: N802

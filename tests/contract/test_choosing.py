@@ -34,7 +34,7 @@ async def _answer(engine, sampling, *rows, prompt=_PROMPT):
     rows = rows or (Row(),)
     found = [([], [], []) for _ in rows]
     ends = {}
-    async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), sampling, rows)):
+    async for event in engine.submit(DecodeJob.of(await engine.encode(Prompt(text=prompt)), sampling, rows)):
         if isinstance(event, TokenEvent):
             ids, texts, logprobs = found[event.row]
             ids.append(event.token_id)
@@ -169,7 +169,7 @@ async def test_a_least_length_beyond_the_context_ends_with_it(vllm_engine):
     prompt = (5,) * (engine.model.context_length - room)
     found = [0, None]
     sampling = SamplingParams(max_tokens=8, min_tokens=6)
-    async for event in engine.submit(DecodeJob(prompt, sampling, (Row(),))):
+    async for event in engine.submit(DecodeJob.of(prompt, sampling, (Row(),))):
         found[0] += isinstance(event, TokenEvent)
         found[1] = event
     assert (found[0], found[1].reason) == (room, FinishReason.CONTEXT_LIMIT)
@@ -220,5 +220,5 @@ async def test_a_bias_for_what_is_no_token_is_refused_before_it_waits(engine):
         with pytest.raises(
             InvalidRequestError, match=rf"sampling\.logit_bias\[1\]\.token_id: is {wrong}; 0 to {size - 1}"
         ):
-            engine.submit(DecodeJob((1, 2), sampling, (Row(),)))
+            engine.submit(DecodeJob.of((1, 2), sampling, (Row(),)))
     assert engine.running + engine.waiting == 0

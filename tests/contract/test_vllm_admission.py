@@ -98,7 +98,7 @@ async def ids_of(stream):
 
 async def begun(engine, *jobs):
     """Streams of jobs of which every row that can run has a token."""
-    streams = [engine.submit(DecodeJob(PROMPT, LONG, rows)) for rows in jobs]
+    streams = [engine.submit(DecodeJob.of(PROMPT, LONG, rows)) for rows in jobs]
     async with asyncio.timeout(30):
         for stream in streams:
             # A job that fails says why here.
@@ -120,20 +120,20 @@ async def at_rest(engine, streams=()):
 
 
 async def test_more_texts_than_run_and_wait_are_refused_with_a_hint_and_leave_nothing_behind(engine, rows):
-    expected = await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],))))
+    expected = await ids_of(engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[0],))))
     before = await at_rest(engine)
     streams = await begun(engine, (rows[0],) * 3)
     with pytest.raises(QueueFullError) as caught:
-        engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[1])))
+        engine.submit(DecodeJob.of(PROMPT, SHORT, (Row(), rows[1])))
     assert caught.value.retry_after >= 1
     assert (engine.running, engine.waiting) == (2, 1)
-    streams += [engine.submit(DecodeJob(PROMPT, SHORT, (Row(),)))]
+    streams += [engine.submit(DecodeJob.of(PROMPT, SHORT, (Row(),)))]
     for _ in range(3):
         with pytest.raises(QueueFullError, match="4 texts run and wait already"):
-            engine.submit(DecodeJob(PROMPT, SHORT, (rows[1],)))
+            engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[1],)))
     # The operator of those that were refused was never sent.
     assert await at_rest(engine, streams) == before
-    assert await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],)))) == expected
+    assert await ids_of(engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[0],)))) == expected
 
 
 async def test_operators_that_find_no_room_are_refused_with_a_hint_until_others_are_done(engine, made, rows):
@@ -142,25 +142,25 @@ async def test_operators_that_find_no_room_are_refused_with_a_hint_until_others_
     assert held["operators"] == 2
     for _ in range(3):
         with pytest.raises(QueueFullError, match="the operators of running requests take") as caught:
-            engine.submit(DecodeJob(PROMPT, SHORT, (rows[2],)))
+            engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[2],)))
     assert caught.value.retry_after >= 1
     assert (await engine._client.call("steering_state"))[0] == held
     # What runs already is there for others too.
-    another = engine.submit(DecodeJob(PROMPT, SHORT, (Row(), rows[0])))
+    another = engine.submit(DecodeJob.of(PROMPT, SHORT, (Row(), rows[0])))
     for stream in streams:
         stream.cancel()
     assert len(await ids_of(another)) == 8
     await at_rest(engine)
-    assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[2],))))) == 4
+    assert len(await ids_of(engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[2],))))) == 4
     assert (await at_rest(engine))["bytes"] <= sum(sorted(map(prepared_bytes, made))[-2:])
 
 
 async def test_operators_that_would_never_fit_are_refused_for_good(engine, rows, large, steered_row):
     before = await at_rest(engine)
     with pytest.raises(OperatorUnusableError, match="--operator-memory"):
-        engine.submit(DecodeJob(PROMPT, SHORT, (Row(), steered_row(large, 0.5))))
+        engine.submit(DecodeJob.of(PROMPT, SHORT, (Row(), steered_row(large, 0.5))))
     with pytest.raises(InvalidRequestError, match=r"^operators: take .* in a worker; this server keeps"):
-        engine.submit(DecodeJob(PROMPT, SHORT, tuple(rows)))
+        engine.submit(DecodeJob.of(PROMPT, SHORT, tuple(rows)))
     assert await at_rest(engine) == before
 
 
@@ -190,10 +190,10 @@ async def test_a_time_limit_that_runs_out_while_an_operator_arrives_ends_the_tex
     engine._operator_cache.release(made[1:], JobMemory(layers=1))
     monkeypatch.setattr(transfer, "CHUNK_BYTES", 64)
     limited = replace(SHORT, time_limit=0.05)
-    *_, end = [event async for event in engine.submit(DecodeJob(PROMPT, limited, (rows[0],)))]
+    *_, end = [event async for event in engine.submit(DecodeJob.of(PROMPT, limited, (rows[0],)))]
     assert isinstance(end, RowFinished)
     assert (end.reason, end.text, end.receipts[0].prompt_tokens_steered) == (FinishReason.TIME_LIMIT, "", 0)
-    assert len(await ids_of(engine.submit(DecodeJob(PROMPT, SHORT, (rows[0],))))) == 4
+    assert len(await ids_of(engine.submit(DecodeJob.of(PROMPT, SHORT, (rows[0],))))) == 4
     assert (await at_rest(engine))["incoming"] == 0
 
 
@@ -211,7 +211,7 @@ async def test_a_client_is_told_when_to_come_back_and_is_served_then(engine, mad
                 await client.generate("the bay", operators=[OperatorUse("c", 0.5)], sampling=sampling)
             assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert caught.value.retry_after >= 1
-            streams += [engine.submit(DecodeJob(PROMPT, LONG, (Row(), Row())))]
+            streams += [engine.submit(DecodeJob.of(PROMPT, LONG, (Row(), Row())))]
             with pytest.raises(ServerBusyError, match="texts") as caught:
                 await client.generate("the bay", sampling=sampling)
             assert caught.value.retry_after >= 1

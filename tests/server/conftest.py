@@ -199,7 +199,7 @@ def make_decoder(prompt_ids: tuple[int, ...]) -> Callable[..., Decoder]:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
         return Decoder(
             loaded=loaded,
-            job=DecodeJob(ids, params, tuple(rows)),
+            job=DecodeJob.of(ids, params, tuple(rows)),
             operators=PreparedOperatorCache(loaded.device, budget=1 << 30),
             check_interruption=check_interruption,
             eos_ids=frozenset(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -21,6 +21,8 @@ from steer_client._requests import (
     CompareRequest,
     GenerateRequest,
     GetOperatorRequest,
+    NamedArm,
+    Operators,
     OperatorUse,
     Prompt,
     PromptInput,
@@ -46,14 +48,17 @@ def generate_request(
 
 def compare_request(
     prompt: Prompt,
-    arms: Mapping[str, Sequence[OperatorUse]],
+    arms: Sequence[NamedArm],
     sampling: SamplingParams,
     request_id: str,
+    *,
     score: bool,
+    n: int = 1,
+    normal: bool = True,
 ) -> comparison_pb2.CompareRequest:
-    """One arm per name, in the mapping's order."""
-    steered = tuple(Arm(name, operators) for name, operators in arms.items())
-    request = CompareRequest(request_id, prompt_input(prompt), sampling, steered, score)
+    """What a comparison is asked for with. What is as the contract has it by default is not sent."""
+    asked = (None if n == 1 else n, None if normal is True else normal)
+    request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked)
     return _write(_write_compare_request, request)
 
 
@@ -92,9 +97,36 @@ def seconds(timeout: float | None) -> float | None:
     return None if value == math.inf else value
 
 
-def uses(operators: Iterable[OperatorUse], field: str) -> tuple[OperatorUse, ...]:
+def uses(operators: Operators, field: str) -> tuple[OperatorUse, ...]:
     """The operators as a tuple, so that an iterator can be both sent and checked."""
-    return tuple(_items(operators, field, "a sequence of OperatorUse"))
+    if isinstance(operators, Mapping):
+        return tuple(OperatorUse(name, strength) for name, strength in operators.items())
+    if isinstance(operators, (str, OperatorUse)):
+        return (_use(operators, field),)
+    parts = _items(operators, field, 'a sequence of OperatorUse or of texts such as "ocean=0.4"')
+    return tuple(_use(part, f"{field}[{index}]") for index, part in enumerate(parts))
+
+
+def _use(part: str | OperatorUse, field: str) -> OperatorUse:
+    if not isinstance(part, str):
+        return part
+    try:
+        return OperatorUse.parse(part)
+    except ValueError as error:
+        raise InvalidRequestError(f"{field}: {error}", field=field) from None
+
+
+def named_arms(arms: Mapping[str, Operators | Arm]) -> tuple[NamedArm, ...]:
+    """One arm per name, in the mapping's order."""
+    if not isinstance(arms, Mapping):
+        raise InvalidRequestError("arms: a mapping from names to operators is needed", field="arms")
+    return tuple(_named_arm(name, arm, f"arms[{index}].operators") for index, (name, arm) in enumerate(arms.items()))
+
+
+def _named_arm(name: str, arm: Operators | Arm, field: str) -> NamedArm:
+    if isinstance(arm, Arm):
+        return NamedArm(name, uses(arm.operators, field), arm.sampling)
+    return NamedArm(name, uses(arm, field))
 
 
 def _items(values: Any, field: str, wanted: str) -> list[Any]:

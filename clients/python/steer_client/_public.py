@@ -22,9 +22,11 @@ from steer_client._errors import (
 from steer_client._positions import ALL_POSITIONS, Positions
 from steer_client._requests import (
     Anchor,
+    Arm,
     Chat,
     ChatMessage,
     FirstToken,
+    Operators,
     OperatorUse,
     Prompt,
     Rule,
@@ -71,6 +73,7 @@ __all__ = [
     "KL",
     "ABResult",
     "Anchor",
+    "Arm",
     "ArmDelta",
     "ArmResult",
     "AsyncComparisonStream",
@@ -101,6 +104,7 @@ __all__ = [
     "OperatorInfo",
     "OperatorUnusableError",
     "OperatorUse",
+    "Operators",
     "Positions",
     "Prompt",
     "PromptTooLongError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from steer_client._positions import ALL_POSITIONS, Positions
@@ -137,6 +137,8 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...]
     #: The seed that was used.
     seed: int
+    #: Which of several samples it is, from 0.
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,8 @@ class ArmDelta:
 
     arm: str
     delta: TextDelta
+    #: Which of the arm's texts, from 0.
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,7 @@ class KL:
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One steered arm held against the normal one. What was not scored is None."""
+    """One arm held against the normal one. What was not scored is None, and without the normal arm what needs it."""
 
     generation: Generation
     #: Index of the first differing token; None when the token ids are the same.
@@ -181,10 +185,29 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True)
 class ABResult:
-    """The plain text and every steered one, by the name of its arm, in the request's order."""
+    """The plain text and every steered one, by the name of its arm, in the request's order.
 
-    normal: Generation
+    Of several samples these are the first; `samples` has them all.
+    """
+
+    #: The plain text, or None where the plain arm was not asked for; `normal` is the same for those who know.
+    plain: Generation | None
+    #: Every arm but the plain one.
     steered: Mapping[str, ArmResult]
+    #: The samples behind the first one, each as a result of its own.
+    others: tuple[ABResult, ...] = ()
+
+    @property
+    def normal(self) -> Generation:
+        """The plain text. Raises RuntimeError where the plain arm was not asked for."""
+        if self.plain is None:
+            raise RuntimeError("there is no plain text: the comparison was asked for with normal=False")
+        return self.plain
+
+    @property
+    def samples(self) -> tuple[ABResult, ...]:
+        """Each sample as a result of its own, this one first: as many as were asked for with `n`."""
+        return (replace(self, others=()), *self.others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,8 +116,8 @@ class Decoder:
             yield events
 
     def _row_state(self, index: int) -> RowState:
-        row, sampling, device = self.job.rows[index], self.job.sampling, self.loaded.device
-        prompt, tokenizer = self.job.prompt_ids, self.loaded.tokenizer
+        row, device = self.job.rows[index], self.loaded.device
+        sampling, prompt, tokenizer = row.sampling, self.job.prompt_ids, self.loaded.tokenizer
         text = RowText(
             Detokenizer(tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens),
             sampling,
@@ -129,7 +129,7 @@ class Decoder:
         return RowState(
             index=index,
             steering=self._steering(row.plan) if row.plan else None,
-            proof=self._proof(row.plan) if row.plan else None,
+            proof=self._proof(row.plan, sampling.max_tokens) if row.plan else None,
             scored=row.score,
             sampler=Sampler(sampling, device, prompt_tokens=len(prompt), ending_ids=text.ending_ids),
             text=text,
@@ -139,12 +139,12 @@ class Decoder:
     def _steering(self, plan: SteeringPlan) -> RowSteering:
         return RowSteering(plan, self.operators, self.loaded.dtype, prompt_tokens=len(self.job.prompt_ids))
 
-    def _proof(self, plan: SteeringPlan) -> Proof:
+    def _proof(self, plan: SteeringPlan, max_tokens: int) -> Proof:
         return Proof(
             plan,
             EmbeddingRows(self.loaded.model),
             prompt_ids=self.job.prompt_ids,
-            max_tokens=self.job.sampling.max_tokens,
+            max_tokens=max_tokens,
             every_position=self.prove_every_position,
         )
 
@@ -227,12 +227,11 @@ class Decoder:
                 row=state.index,
                 token_id=token,
                 text=piece.text,
-                logprob=self._logprob(token, logits[row]),
+                logprob=self._logprob(token, logits[row], state.text.sampling.logprobs),
                 score=score_token(token, logits[row], plain.get(state.index, logits[row])) if state.scored else None,
             )
             if reason is not None:
                 yield end_row(state, reason, piece.stop_string)
 
-    def _logprob(self, token: int, logits: torch.Tensor) -> TokenLogprob | None:
-        count = self.job.sampling.logprobs
+    def _logprob(self, token: int, logits: torch.Tensor, count: int | None) -> TokenLogprob | None:
         return None if count is None else token_logprob(token, logits, count, self.loaded.tokenizer)

@@ -28,7 +28,7 @@ from steer_server.engine.hf.turns import FairTurns
 from steer_server.engine.prompts import PromptReader, check_sampled_ids
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.work import WorkDone
-from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError
+from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError, errors_of
 from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -95,8 +95,10 @@ class HFEngine:
 
     def submit(self, job: DecodeJob) -> QueuedJob:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
-        check_sampled_ids(job.sampling, self._model.vocab_size)
-        special_stops(job.sampling, self._loaded.tokenizer)
+        for field, sampling in job.samplings.items():
+            with errors_of("sampling", at=field):
+                check_sampled_ids(sampling, self._model.vocab_size)
+                special_stops(sampling, self._loaded.tokenizer)
         check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
         return self._queue.put(job)
 

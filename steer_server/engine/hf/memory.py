@@ -50,16 +50,21 @@ class DecodeMemory:
 
         Raises :class:`InvalidRequestError`, with the figures, for one that does not fit alone.
         """
-        rows = len(job.rows) + sum(row.score and row.plan is not None for row in job.rows)
-        tokens = min(len(job.prompt_ids) + job.sampling.max_tokens, self.context_length)
-        need = rows * (tokens * self.per_token + self.per_row)
+        # A row that is scored has a plain reference of its length.
+        lengths = [
+            min(len(job.prompt_ids) + row.sampling.max_tokens, self.context_length)
+            for row in job.rows
+            for _ in range(1 + (row.score and row.plan is not None))
+        ]
+        rows, tokens = len(lengths), max(lengths)
+        need = sum(lengths) * self.per_token + rows * self.per_row
         if need > self.budget:
             most = max(0, (self.budget // rows - self.per_row) // self.per_token - len(job.prompt_ids))
             raise InvalidRequestError(
                 "sampling.max_tokens",
-                f"{rows} rows (with those that score) of {tokens} tokens take {format_bytes(need)} for keys, values "
-                f"and logits; this server has {format_bytes(self.budget)} for them (--decode-memory), enough for "
-                f"{most} tokens after this prompt, or for fewer arms",
+                f"{rows} rows (with those that score) of up to {tokens} tokens take {format_bytes(need)} for keys, "
+                f"values and logits; this server has {format_bytes(self.budget)} for them (--decode-memory), enough "
+                f"for {most} tokens after this prompt, or for fewer arms",
             )
         return need
 

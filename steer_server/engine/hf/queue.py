@@ -32,8 +32,7 @@ class QueuedJob:
         self._messages: asyncio.Queue[_Message] = asyncio.Queue()
         self._taken = asyncio.Event()
         self._cancelled = threading.Event()
-        limit = job.sampling.time_limit
-        self._deadline = None if limit is None else time.monotonic() + limit
+        self._deadline = None if job.time_limit is None else time.monotonic() + job.time_limit
 
     async def __aiter__(self) -> AsyncIterator[EngineEvent]:
         """The events of the job; raises its error."""

@@ -37,7 +37,7 @@ from steer_server.engine.vllm.sampling import check_sampling
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.engine.vllm.worker_protocol import STEERING_MEMORY
 from steer_server.engine.work import WorkDone
-from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteerServerError
+from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteerServerError, errors_of
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -165,13 +165,11 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         if self._closed:
             raise ShuttingDownError
-        check_sampling(
-            job.sampling,
-            vocab_size=self._model.vocab_size,
-            max_logprobs=self._client.max_logprobs,
-            num_eos=len(self._model.eos_token_ids),
-        )
-        special_stops(job.sampling, self._context.tokenizer)
+        size, most = self._model.vocab_size, self._client.max_logprobs
+        for field, sampling in job.samplings.items():
+            with errors_of("sampling", at=field):
+                check_sampling(sampling, vocab_size=size, max_logprobs=most, num_eos=len(self._model.eos_token_ids))
+                special_stops(sampling, self._context.tokenizer)
         admitted = self.running + self.waiting
         if admitted + len(job.rows) > self._max_rows:
             problem = f"{admitted} texts run and wait already, and {self._max_rows} is the most admitted"

@@ -31,7 +31,7 @@ class VLLMJob:
         self.operators = operators
         self._context, self._job, self._on_end = context, job, on_end
         self._began = time.monotonic()
-        limit = job.sampling.time_limit
+        limit = job.time_limit
         self._deadline = None if limit is None else asyncio.get_running_loop().time() + limit
         self._messages: asyncio.Queue[EngineEvent | SteerServerError] = asyncio.Queue()
         self._admitted = False

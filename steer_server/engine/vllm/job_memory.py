@@ -64,9 +64,12 @@ def job_memory(job: DecodeJob, sizes: StepSizes, *, budget: int, context_length:
     Raises :class:`InvalidRequestError` where that alone is more than ``budget`` bytes.
     """
     layers = max((len(_layers(row)) for row in job.rows), default=0)
-    tokens = min(job.sampling.max_tokens, context_length - len(job.prompt_ids))
-    num_scored = sum(row.score and row.plan is not None for row in job.rows)
-    states = num_scored * sizes.states(tokens)
+    lengths = [
+        min(row.sampling.max_tokens, context_length - len(job.prompt_ids))
+        for row in job.rows
+        if row.score and row.plan is not None
+    ]
+    states = sum(map(sizes.states, lengths))
     memory = JobMemory(layers, states + _running_sums(job.rows))
     pushes = sizes.pushes(layers)
     if pushes + memory.held <= budget:
@@ -78,8 +81,8 @@ def job_memory(job: DecodeJob, sizes: StepSizes, *, budget: int, context_length:
         )
     raise InvalidRequestError(
         "sampling.max_tokens",
-        f"lets the scores of {num_scored} texts of up to {tokens} tokens keep {format_bytes(states)} of hidden states, "
-        f"beside {format_bytes(pushes)} for pushes; {kept}",
+        f"lets the scores of {len(lengths)} texts of up to {max(lengths, default=0)} tokens keep "
+        f"{format_bytes(states)} of hidden states, beside {format_bytes(pushes)} for pushes; {kept}",
     )
 
 

@@ -111,12 +111,12 @@ class RowDecoder:
             if not await self._load_operators(plan):
                 return RowFinished(self._index, FinishReason.TIME_LIMIT, "", "", empty_receipts(plan))
         text = RowText(
-            Detokenizer(self._context.tokenizer, prompt, skip_special_tokens=self._job.sampling.skip_special_tokens),
-            self._job.sampling,
+            Detokenizer(self._context.tokenizer, prompt, skip_special_tokens=self._row.sampling.skip_special_tokens),
+            self._row.sampling,
             prompt_tokens=len(prompt),
             context_length=self._context.model.context_length,
             eos_ids=frozenset(self._context.model.eos_token_ids),
-            special_stops=special_stops(self._job.sampling, self._context.tokenizer),
+            special_stops=special_stops(self._row.sampling, self._context.tokenizer),
         )
         settings = () if plan is None else operator_settings(plan, len(prompt))
         # The text's first token is chosen from the hidden state of the prompt's last one.
@@ -161,7 +161,7 @@ class RowDecoder:
         return True
 
     def _params(self, ending_ids: Collection[int]) -> dict[str, Any]:
-        sampling = self._job.sampling
+        sampling = self._row.sampling
         max_tokens = min(sampling.max_tokens, self._context.model.context_length - len(self._job.prompt_ids))
         # A plain row is its own plain model: the log-probabilities of its tokens are its score.
         own_logprobs = sampling.logprobs is None and self._row.score and self._row.plan is None
@@ -172,7 +172,7 @@ class RowDecoder:
     async def _decode(self, stream: Any, text: RowText) -> _DecodedText:
         """Reads vLLM's outputs and posts their tokens, until one of them ends the text."""
         own_logprobs: list[float] = []
-        num_top = self._job.sampling.logprobs
+        num_top = self._row.sampling.logprobs
         begun = False
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -241,7 +241,7 @@ class RowDecoder:
         return tuple(Score(kl, logprob) for kl, logprob in zip(scores["kl"], scores["logprobs"], strict=True))
 
     def _proof(self, plan: SteeringPlan) -> Proof:
-        prompt, max_tokens = self._job.prompt_ids, self._job.sampling.max_tokens
+        prompt, max_tokens = self._job.prompt_ids, self._row.sampling.max_tokens
         return Proof(plan, self._context.embed, prompt_ids=prompt, max_tokens=max_tokens)
 
     async def _receipts(

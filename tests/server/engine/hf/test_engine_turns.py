@@ -44,7 +44,7 @@ def passes(llama):
 
 def _job(*rows, client="a", prompt=(1, 2), tokens=4, **sampling):
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, **sampling)
-    return DecodeJob(prompt, params, rows or (Row(),), Caller("h", client))
+    return DecodeJob.of(prompt, params, rows or (Row(),), caller=Caller("h", client))
 
 
 async def _events(stream):
@@ -87,7 +87,7 @@ async def test_what_a_job_needs_is_refused_with_the_figures_where_it_does_not_fi
     try:
         scored = Row(plan_of((artifact, 0.5)), score=True)
         with pytest.raises(
-            InvalidRequestError, match=r"3 rows .* of 51 tokens take .*, enough for 40 tokens"
+            InvalidRequestError, match=r"3 rows .* of up to 51 tokens take .*, enough for 40 tokens"
         ) as caught:
             engine.submit(_job(Row(), scored, prompt=(1,) * 10, tokens=41))
         assert caught.value.field == "sampling.max_tokens"

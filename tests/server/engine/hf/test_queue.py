@@ -18,7 +18,7 @@ def make_queue(limit, **options):
 
 
 def _job(client="a", *, host="h", **sampling):
-    return DecodeJob((1, 2), SamplingParams(**sampling), (Row(),), Caller(host, client))
+    return DecodeJob.of((1, 2), SamplingParams(**sampling), (Row(),), caller=Caller(host, client))
 
 
 def _take(queue):

@@ -127,7 +127,7 @@ def steered(artifact, engine, llama):
 @pytest.fixture
 def start(engine, llama):
     def run(*rows, operators=(), **sampling):
-        job = DecodeJob(PROMPT, SamplingParams(**sampling), rows)
+        job = DecodeJob.of(PROMPT, SamplingParams(**sampling), rows)
         context = DecodeContext(
             client=engine,
             operator_cache=engine.operator_cache,

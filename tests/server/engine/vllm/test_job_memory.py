@@ -18,7 +18,7 @@ CHUNKS = 12 * CHUNK_BYTES + 8 * SCORE_BYTES
 
 
 def job(*rows, max_tokens=100, prompt=10):
-    return DecodeJob(tuple(range(prompt)), SamplingParams(max_tokens=max_tokens), rows)
+    return DecodeJob.of(tuple(range(prompt)), SamplingParams(max_tokens=max_tokens), rows)
 
 
 def test_pushes_grow_with_layers_and_not_with_operators():

@@ -335,7 +335,7 @@ async def test_a_holder_that_ends_while_room_is_made_holds_nothing(cache_of, wor
 
 
 def _job(*plans):
-    return DecodeJob((1, 2), SamplingParams(), tuple(Row(plan) for plan in plans))
+    return DecodeJob.of((1, 2), SamplingParams(), tuple(Row(plan) for plan in plans))
 
 
 def test_a_job_needs_each_operator_of_its_rows_once_and_none_without_strength(made, plan_of):
