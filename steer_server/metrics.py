@@ -1,4 +1,4 @@
-"""Prometheus metrics: what gRPC saw (``grpc_server_*``) and what steering did (``steer_*``).
+"""Prometheus metrics: what gRPC saw (``grpc_server_*``), and HTTP (``steer_http_*``), and what steering did.
 
 Each server has a registry of its own, so several in one process do not mix.
 """
@@ -82,9 +82,13 @@ class Metrics:
         self.sent = Counter("grpc_server_msg_sent", "Messages sent on streams", _CALL, registry=registry)
         self.errors = Counter(
             "steer_errors",
-            "RPCs that failed, by the reason in their status",
+            "RPCs that failed, by the reason in their status; over HTTP the method is the path",
             ("grpc_method", "reason"),
             registry=registry,
+        )
+        self.http_requests = Counter("steer_http_requests", "Requests ended", ("path", "status"), registry=registry)
+        self.http_seconds = Histogram(
+            "steer_http_request_seconds", "Duration of requests", ("path",), buckets=_SECONDS, registry=registry
         )
 
     def _add_texts(self, registry: CollectorRegistry) -> None:

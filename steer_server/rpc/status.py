@@ -83,8 +83,15 @@ def message_of(error: SteerServerError) -> str:
 
 def status_of(error: SteerServerError) -> grpc.Status:
     """Status, message and details, ready for ``abort_with_status``."""
-    code, reason = TABLE[type(error)]
+    wire = status_pb2.Status(code=code_of(error).value[0], message=message_of(error), details=details_of(error))
+    status: grpc.Status = rpc_status.to_status(wire)
+    return status
+
+
+def details_of(error: SteerServerError) -> list[AnyMessage]:
+    """What a client can act upon without reading the message."""
     message = message_of(error)
+    reason = reason_of(error)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_metadata(error))]
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
@@ -104,8 +111,7 @@ def status_of(error: SteerServerError) -> grpc.Status:
     for detail in details:
         packed.append(AnyMessage())
         packed[-1].Pack(detail)
-    status: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
-    return status
+    return packed
 
 
 def _metadata(error: SteerServerError) -> dict[str, str]:
