@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from dataclasses import replace
 
@@ -29,12 +28,12 @@ _GREEDY = SamplingParams(max_tokens=12)
 _THE, _EOS, _SPECIAL = " the", "<|im_end|>", "<|endoftext|>"
 
 
-async def _answer(engine, sampling, *rows, prompt=_PROMPT):
-    """Of each row: ids, text, end, and log-probabilities where they were asked for."""
-    rows = rows or (Row(),)
+async def _answer(engine, sampling, *rows):
+    """Of each row: ids, text, end, and log-probabilities where they were asked for. ``sampling``: None: their own."""
+    rows = [replace(row, sampling=sampling) for row in rows or (Row(),)] if sampling else rows
     found = [([], [], []) for _ in rows]
     ends = {}
-    async for event in engine.submit(DecodeJob.of(await engine.encode(Prompt(text=prompt)), sampling, rows)):
+    async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=_PROMPT)), tuple(rows))):
         if isinstance(event, TokenEvent):
             ids, texts, logprobs = found[event.row]
             ids.append(event.token_id)
@@ -114,10 +113,10 @@ async def test_the_tokens_are_those_of_a_loop_that_computes_everything_again(eng
         assert ids != greedily(_GREEDY), "nothing was changed"
 
 
-async def test_requests_that_are_decoded_together_are_chosen_each_by_its_own(engine, greedily, token_of):
+async def test_texts_that_are_decoded_together_are_chosen_each_by_its_own(engine, greedily, token_of):
     wanted = [_sampling(name, token_of) for name in _CHOSEN]
-    answers = await asyncio.gather(*(_answer(engine, sampling) for sampling in wanted))
-    assert [ids for [(ids, *_)] in answers] == [greedily(sampling) for sampling in wanted]
+    answers = await _answer(engine, None, *(Row(sampling=sampling) for sampling in wanted))
+    assert [ids for ids, *_ in answers] == [greedily(sampling) for sampling in wanted]
 
 
 async def test_a_huge_bias_chooses_its_token(engine, token_of):

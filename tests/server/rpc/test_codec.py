@@ -184,6 +184,24 @@ def test_biases_that_are_not_accepted_are_refused_by_their_place(biases, field, 
 
 
 @pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"logit_bias": [text_pb2.TokenBias(token_id=1), text_pb2.TokenBias(token_id=1)]}, "logit_bias[1].token_id"),
+        ({"logit_bias": [text_pb2.TokenBias(bias=101)]}, "logit_bias[0].bias"),
+    ],
+)
+def test_what_an_arm_asks_for_is_refused_by_its_own_place(sampling, field):
+    arms = [
+        comparison_pb2.Arm(name=name, sampling=text_pb2.SamplingParams(**own))
+        for name, own in (("a", {}), ("b", sampling))
+    ]
+    with pytest.raises(InvalidRequestError) as caught:
+        codec.compare_request(comparison_pb2.CompareRequest(prompt=text_pb2.Prompt(text="x"), arms=arms))
+    assert caught.value.field == f"arms[1].sampling.{field}"
+
+
+@pytest.mark.parametrize(
     ("prompt", "field"),
     [
         (text_pb2.Prompt(), "prompt"),
