@@ -98,7 +98,7 @@ def test_the_python_runs_and_prints_a_line_per_strength(environment, target):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("plain: ")
-    assert re.findall(r"^λ = (\S+):.*dose 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
+    assert re.findall(r"^λ = (\S+):.*, λ 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
 
 
 def test_the_library_builds_keeps_and_steers_in_twelve_lines(environment, tmp_path):

@@ -72,11 +72,12 @@ class Receipt:
     #: Of `positions`, those whose keys and values an earlier request with the very same steering left in the server's
     #: prefix cache: not computed again, so measured for that request and not for this one. Always 0 on the engine "hf".
     prompt_tokens_cached: int
-    #: Norm of the change over the norm of the hidden state at this layer, after rounding, over the tokens steered here.
+    #: Norm of the change over the norm of the hidden state at this layer, after rounding, over the tokens steered here:
+    #: half of the strength that was measured, which `mean_strength` and `max_strength` are.
     mean_dose: float
     max_dose: float
     #: Sum of |strength|/2 over the request's operators at this layer, wherever they push: what its dose cannot pass,
-    #: but for rounding.
+    #: but for rounding. Of one operator, what its dose is.
     dose_bound: float
     #: Which of "strength", "rule", "blend", "positions", "anchor" and "first_token" came from the operator's
     #: recommendation.
@@ -98,6 +99,16 @@ class Receipt:
     #: once more from the token ids, and the smallest cosine found there; None where no position was checked.
     positions_checked: int = 0
     worst_cosine: float | None = None
+
+    @property
+    def mean_strength(self) -> float:
+        """What was measured in the unit of `strength`: twice the mean dose."""
+        return 2 * self.mean_dose
+
+    @property
+    def max_strength(self) -> float:
+        """The largest that was measured, in the unit of `strength`."""
+        return 2 * self.max_dose
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +222,56 @@ class ABResult:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenComparison:
+    """A token of a text under an arm and under the plain model; log-probabilities are natural logarithms."""
+
+    token_id: int
+    token: str
+    logprob: float
+    normal_logprob: float
+    #: KL(plain ‖ arm) in nats, of the distributions that the token was chosen from.
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmScore:
+    """A text under one arm."""
+
+    arm: str
+    tokens: tuple[TokenComparison, ...]
+    #: Of KL(plain ‖ arm) over the tokens; 0 for the plain model.
+    kl_mean: float | None
+    kl_p95: float | None
+    #: exp(-mean log-probability) of the text under this arm.
+    perplexity: float
+    #: One per operator of the arm, in its order.
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """A text under the plain model and under every arm."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    #: Of the text, without the prompt.
+    token_ids: tuple[int, ...]
+    #: The plain model's, named "normal", and then the request's in their order.
+    arms: tuple[ArmScore, ...]
+    timings: Timings
+
+    @property
+    def normal(self) -> ArmScore:
+        """The text under the plain model."""
+        return self.arms[0]
+
+    @property
+    def steered(self) -> Mapping[str, ArmScore]:
+        """The text under every other arm, by its name."""
+        return {each.arm: each for each in self.arms[1:]}
+
+
+@dataclass(frozen=True, slots=True)
 class Tokenization:
     """A prompt as it reaches the model."""
 
@@ -268,7 +329,7 @@ class ModelInfo:
     server_version: str
     max_queue: int
     max_arms: int
-    #: Most that the doses |strength|/2 of a request's operators at one layer may add up to.
+    #: Most that |strength|/2 of a request's operators at one layer may add up to.
     max_dose: float
     #: How much a request may hold. None from a server that does not say.
     limits: RequestLimits | None = None
