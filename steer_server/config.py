@@ -60,7 +60,7 @@ class ServerConfig(BaseSettings):
     """Prometheus over HTTP; 0 is off."""
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=0, ge=0, le=MAX_PORT)
-    """The contract as JSON over HTTP; 0 is off."""
+    """OpenAI's API and the contract as JSON, over HTTP; 0 is off."""
     http_names: tuple[str, ...] = ()
     """Of this machine, under which HTTP may be asked beside its addresses and localhost; in the environment as JSON."""
     max_queue: int = Field(default=32, ge=1)
