@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from steer_server.errors import InvalidRequestError
-from steer_server.types import SamplingParams
+from steer_server.types import Row, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,11 @@ class Caps:
     max_time: float | None = None
     """Seconds."""
 
-    def apply(self, sampling: SamplingParams, *, num_texts: int) -> SamplingParams:
-        """The parameters of a request of so many texts, with the time limit that it did not set.
+    def apply(self, sampling: SamplingParams) -> SamplingParams:
+        """The parameters of a request, with the time limit that it did not set.
 
-        Raises :class:`InvalidRequestError` for one that asks for more than is accepted.
+        Raises :class:`InvalidRequestError` for a longer one than is accepted.
         """
-        tokens = sampling.max_tokens
-        if self.max_tokens is not None and tokens > self.max_tokens:
-            raise InvalidRequestError("sampling.max_tokens", f"is {tokens}; this server accepts {self.max_tokens}")
-        if self.max_total_tokens is not None and num_texts * tokens > self.max_total_tokens:
-            raise InvalidRequestError(
-                "sampling.max_tokens",
-                f"is {tokens}, in {num_texts} texts {num_texts * tokens}; this server accepts {self.max_total_tokens} "
-                "in all texts of a request",
-            )
         if self.max_time is None:
             return sampling
         if sampling.time_limit is None:
@@ -40,6 +32,26 @@ class Caps:
                 "sampling.time_limit", f"is {sampling.time_limit:g} s; this server accepts {self.max_time:g} s"
             )
         return sampling
+
+    def check_tokens(self, rows: Sequence[Row], *, num_prompts: int = 1) -> None:
+        """Raises :class:`InvalidRequestError` for rows that ask for more tokens than is accepted.
+
+        ``num_prompts``: each of which has these rows.
+        """
+        for row in rows:
+            tokens = row.sampling.max_tokens
+            if self.max_tokens is not None and tokens > self.max_tokens:
+                raise InvalidRequestError(
+                    f"{row.sampling_field}.max_tokens", f"is {tokens} tokens; this server accepts {self.max_tokens}"
+                )
+        total = num_prompts * sum(row.sampling.max_tokens for row in rows)
+        if self.max_total_tokens is not None and total > self.max_total_tokens:
+            counts = "/".join(str(count) for count in sorted({row.sampling.max_tokens for row in rows}))
+            raise InvalidRequestError(
+                "sampling.max_tokens",
+                f"is {counts} tokens, in {num_prompts * len(rows)} texts {total}; this server accepts "
+                f"{self.max_total_tokens} in all texts of a request",
+            )
 
 
 NO_CAPS = Caps()

@@ -65,6 +65,19 @@ def serve(
     ] = None,
     metrics_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus over HTTP; 0 is off.", show_default="0")] = None,
+    http_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="OpenAI's API and the contract as JSON, over HTTP; 0 is off.", show_default="0")
+    ] = None,
+    http_names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--http-name",
+            metavar="NAME",
+            help="A name of this machine under which HTTP may be asked; may be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", show_default="32")] = None,
     max_running: Annotated[
         int | None, typer.Option(help="Requests that engine hf decodes at once, in turns.", show_default="16")

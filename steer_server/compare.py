@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from operators.core.statistics import percentile
+from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
 from steer_server.generate import CompletionBuilder, check_plan
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -24,8 +23,19 @@ from steer_server.types import (
     Completion,
     DecodeJob,
     Row,
+    SamplingParams,
     Score,
+    SteeringPlan,
 )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """One text of a comparison."""
+
+    arm: str
+    sample: int
+    row: Row
 
 
 async def compare(
@@ -40,48 +50,87 @@ async def compare(
 
     Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
     """
-    if len(request.arms) > max_arms:
-        raise InvalidRequestError("arms", f"has {len(request.arms)} arms; at most {max_arms} are accepted")
-    sampling = caps.apply(request.sampling, num_texts=1 + len(request.arms))
+    check_size(request, max_arms)
+    sampling = caps.apply(request.sampling)
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators)
+    texts = tuple(_texts(request, sampling, plans))
+    caps.check_tokens([text.row for text in texts])
     ids = await engine.encode(request.prompt)
-    for field, plan in zip(operators, plans, strict=True):
-        check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=sampling.max_tokens)
-    names = (NORMAL, *(arm.name for arm in request.arms))
-    # Scoring the plain row gives its own log-probabilities, and so its perplexity.
-    rows = (Row(None, score=request.score), *(Row(plan, score=request.score) for plan in plans))
-    builders = [CompletionBuilder(request.request_id, len(ids), sampling, row.plan) for row in rows]
-    completions: dict[str, Completion] = {}
-    stream = engine.submit(DecodeJob(ids, sampling, rows))
+    for field, plan, arm in zip(operators, plans, request.arms, strict=True):
+        max_tokens = (arm.sampling or sampling).max_tokens
+        check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=max_tokens)
+    builders = [
+        CompletionBuilder(request.request_id, len(ids), text.row.sampling, text.row.plan, sample=text.sample)
+        for text in texts
+    ]
+    completions: dict[tuple[str, int], Completion] = {}
+    stream = engine.submit(DecodeJob(ids, tuple(text.row for text in texts), sampling.time_limit))
     try:
-        for name, builder in zip(names, builders, strict=True):
-            yield ArmEvent(name, builder.started(ids))
-        async with aclosing(read_ahead(stream, stream.cancel)) as events:
-            async for event in events:
-                places = range(len(rows)) if isinstance(event, Admitted) else (event.row,)
-                for place in places:
-                    for result in builders[place].add(event):
-                        if isinstance(result, Completion):
-                            completions[names[place]] = result
-                        yield ArmEvent(names[place], result)
-        normal = completions[NORMAL]
-        yield Compared(tuple(compare_completions(normal, completions[arm.name], arm.name) for arm in request.arms))
+        for text, builder in zip(texts, builders, strict=True):
+            yield ArmEvent(text.arm, builder.started(ids))
+        async for event in stream:
+            places = range(len(texts)) if isinstance(event, Admitted) else (event.row,)
+            for place in places:
+                for result in builders[place].add(event):
+                    if isinstance(result, Completion):
+                        completions[texts[place].arm, result.sample] = result
+                    yield ArmEvent(texts[place].arm, result)
+        yield Compared(
+            tuple(
+                compare_completions(
+                    completions.get((NORMAL, text.sample)), completions[text.arm, text.sample], text.arm
+                )
+                for text in texts
+                if text.arm != NORMAL
+            )
+        )
     finally:
         stream.cancel()
 
 
-def compare_completions(normal: Completion, steered: Completion, arm: str) -> Comparison:
+def check_size(request: CompareRequest, max_arms: int) -> None:
+    """Raises :class:`InvalidRequestError` for more texts of a prompt than are accepted."""
+    num_arms = len(request.arms)
+    if num_arms + request.normal > max_arms + 1:
+        accepted = max_arms + (not request.normal)
+        raise InvalidRequestError("arms", f"has {num_arms} arms; at most {accepted} are accepted")
+    num_texts = (num_arms + request.normal) * request.n
+    if num_texts > max_arms + 1:
+        raise InvalidRequestError(
+            "n", f"is {request.n}, which makes {num_texts} texts of a prompt; at most {max_arms + 1} are accepted"
+        )
+
+
+def _texts(request: CompareRequest, sampling: SamplingParams, plans: Sequence[SteeringPlan | None]) -> Iterator[_Text]:
+    """Every text of a prompt, the plain ones first.
+
+    Scoring a plain row gives its own log-probabilities, and so its perplexity.
+    """
+    rows = [(NORMAL, Row(None, request.score, sampling))] if request.normal else []
+    for index, (arm, plan) in enumerate(zip(request.arms, plans, strict=True)):
+        own = arm.sampling
+        row = Row(plan, request.score, sampling)
+        if own is not None:
+            row = Row(plan, request.score, own.within(sampling), f"arms[{index}].sampling")
+        rows.append((arm.name, row))
+    for name, row in rows:
+        for sample in range(request.n):
+            yield _Text(name, sample, replace(row, sampling=row.sampling.of_sample(sample)))
+
+
+def compare_completions(normal: Completion | None, steered: Completion, arm: str) -> Comparison:
     """Where two texts diverge, KL(plain || steered) per token in nats, and their perplexities under the plain model."""
     kl = tuple(score.kl for score in steered.scores)
     return Comparison(
         arm=arm,
-        first_divergence=first_divergence(normal.token_ids, steered.token_ids),
+        first_divergence=None if normal is None else first_divergence(normal.token_ids, steered.token_ids),
         kl_per_token=kl,
         kl_mean=math.fsum(kl) / len(kl) if kl else None,
         kl_p95=percentile(kl, 0.95) if kl else None,
-        normal_perplexity=perplexity(normal.scores),
+        normal_perplexity=None if normal is None else perplexity(normal.scores),
         steered_perplexity=perplexity(steered.scores),
+        sample=steered.sample,
     )
 
 
@@ -94,8 +143,4 @@ def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 def perplexity(scores: Sequence[Score]) -> float | None:
     """exp(-mean log p) under the plain model; None where nothing was scored."""
-    if not scores:
-        return None
-    mean = math.fsum(score.plain_logprob for score in scores) / len(scores)
-    # Infinite beyond the range of a float, where exp would raise.
-    return math.exp(-mean) if mean > -700.0 else math.inf
+    return perplexity_of([score.plain_logprob for score in scores]) if scores else None

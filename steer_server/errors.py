@@ -11,6 +11,7 @@ SteerServerError
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
 ├── EngineFailedError           the engine broke while it worked on this request
+├── TimeLimitError              the time limit ran out, and half a result is none
 ├── RequestIncompleteError      the client took too long to send its request
 ├── SlowReaderError             the client took too long to read its answer
 ├── ShuttingDownError           the server is stopping
@@ -19,6 +20,11 @@ SteerServerError
 StartupError                    the server cannot start (never on the wire)
 EngineDiedError                 the server cannot go on (never on the wire; running requests meet EngineFailedError)
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SteerServerError(Exception):
@@ -30,7 +36,23 @@ class InvalidRequestError(SteerServerError):
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
-        self.field = field
+        self.field, self._problem = field, problem
+
+    def move(self, field: str) -> None:
+        """Names another field: the one that has the value in the request as it was sent."""
+        self.field, self.args = field, (f"{field}: {self._problem}",)
+
+
+@contextmanager
+def errors_of(field: str, *, at: str) -> Iterator[None]:
+    """An :class:`InvalidRequestError` of ``field``, or of a part of it, names ``at`` in its place."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        rest = error.field.removeprefix(field)
+        if error.field.startswith(field) and rest[:1] in ("", ".", "["):
+            error.move(at + rest)
+        raise
 
 
 class PromptTooLongError(InvalidRequestError):
@@ -44,14 +66,14 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class DoseTooHighError(InvalidRequestError):
-    """The doses |strength|/2 of the operators at one layer add up to more than the server admits."""
+    """The strengths of the operators at one layer add up to more than the server admits: twice its largest dose."""
 
     def __init__(self, field: str, *, layer: int, dose: float, max_dose: float, parts: tuple[str, ...]) -> None:
         """``parts``: each operator of that layer with its strength, in words: the message speaks of strengths."""
         super().__init__(
             field,
             f"the strengths at layer {layer} add up to {2.0 * dose:.12g}; at most {2.0 * max_dose:.12g} is accepted "
-            f"({', '.join(parts)})",
+            f"({', '.join(parts)}): their sizes count, and the bound is twice the server's --max-dose {max_dose:.12g}",
         )
         self.layer, self.dose, self.max_dose = layer, dose, max_dose
 
@@ -103,6 +125,13 @@ class StoreUnreadableError(SteerServerError):
 
 class EngineFailedError(SteerServerError):
     """The engine failed on this request."""
+
+
+class TimeLimitError(SteerServerError):
+    """The time limit ran out before there was a result."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"time_limit: {seconds:g} s ran out before every token of the text had its score")
 
 
 class RequestIncompleteError(SteerServerError):

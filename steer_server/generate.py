@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.fed_positions import check_reachable, check_receipts
 from steer_server.net_pushes import check_net_pushes
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     Admitted,
@@ -46,18 +44,18 @@ async def generate(
 
     Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
     """
-    sampling = caps.apply(request.sampling, num_texts=1)
+    sampling = caps.apply(request.sampling)
+    caps.check_tokens([Row(sampling=sampling)])
     (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
     check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=sampling.max_tokens)
     builder = CompletionBuilder(request.request_id, len(ids), sampling, plan)
-    stream = engine.submit(DecodeJob(ids, sampling, (Row(plan),)))
+    stream = engine.submit(DecodeJob(ids, (Row(plan, sampling=sampling),), sampling.time_limit))
     try:
         yield builder.started(ids)
-        async with aclosing(read_ahead(stream, stream.cancel)) as events:
-            async for event in events:
-                for result in builder.add(event):
-                    yield result
+        async for event in stream:
+            for result in builder.add(event):
+                yield result
     finally:
         stream.cancel()
 
@@ -92,10 +90,11 @@ class CompletionBuilder:
     _ids: list[int] = field(default_factory=list)
     _logprobs: list[TokenLogprob] = field(default_factory=list)
     _scores: list[Score] = field(default_factory=list)
+    sample: int = 0
 
     def started(self, prompt_ids: tuple[int, ...]) -> Started:
         """The first event."""
-        return Started(self.request_id, prompt_ids, () if self.plan is None else self.plan.digests)
+        return Started(self.request_id, prompt_ids, () if self.plan is None else self.plan.digests, self.sample)
 
     def add(self, event: EngineEvent) -> tuple[Delta | Completion, ...]:
         """What the client gets at this event."""
@@ -118,7 +117,8 @@ class CompletionBuilder:
             self._logprobs.append(event.logprob)
         if event.score is not None:
             self._scores.append(event.score)
-        return Delta(event.text, (event.token_id,), () if event.logprob is None else (event.logprob,), since)
+        logprobs = () if event.logprob is None else (event.logprob,)
+        return Delta(event.text, (event.token_id,), logprobs, since, self.sample)
 
     def _finish(self, event: RowFinished, elapsed: float) -> tuple[Delta | Completion, ...]:
         check_receipts(
@@ -142,5 +142,7 @@ class CompletionBuilder:
             logprobs=tuple(self._logprobs),
             seed=self.sampling.seed,
             scores=tuple(self._scores),
+            sample=self.sample,
         )
-        return (Delta(event.text, (), ()), completion) if event.text else (completion,)
+        rest = Delta(event.text, (), (), sample=self.sample)
+        return (rest, completion) if event.text else (completion,)

@@ -1,15 +1,20 @@
-"""One run of the server: loads a model and a store, and serves them over gRPC."""
+"""One run of the server: loads a model and a store, and serves them over gRPC, and HTTP where that is asked for."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 
 from steer_server.config import ServerConfig
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
+
+if TYPE_CHECKING:
+    from steer_server.rpc.parts import Door
 
 
 async def run(config: ServerConfig) -> None:
@@ -38,6 +43,8 @@ async def run(config: ServerConfig) -> None:
     _check_port(config.listen, "--listen")
     if config.metrics_port:
         _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
+    if config.http_port:
+        _check_port(f"{config.http_host}:{config.http_port}", "--http-port")
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
         engine, files = await ENGINES[config.engine](config, dtype, device)
@@ -54,16 +61,25 @@ async def run(config: ServerConfig) -> None:
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
-        server = SteerServer(engine, registry, config)
+        server = SteerServer(engine, registry, config, _doors(config))
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
-        log.info("serving", listen=f"{host}:{port}", operators=usable, store=str(store.path))
+        http = {"http": f"{config.http_host}:{config.http_port}"} if config.http_port else {}
+        log.info("serving", listen=f"{host}:{port}", **http, operators=usable, store=str(store.path))
         await server.serve_until_signalled()
     except StoreUnreadableError as error:
         raise StartupError(str(error)) from error
     finally:
         await engine.close()
+
+
+def _doors(config: ServerConfig) -> Sequence[Door]:
+    if not config.http_port:
+        return ()
+    from steer_server.http.door import HttpDoor
+
+    return (HttpDoor(config.http_host, config.http_port, config.http_names),)
 
 
 def _check_port(listen: str, option: str) -> None:

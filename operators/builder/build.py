@@ -50,7 +50,8 @@ def build_operator(
     Args:
         root: C^{1/2} (d, d) of :func:`~operators.maps.sketch.embedding_root`, shared by many builds on one model; None
             means that it is computed where the sketch needs it.
-        max_memory: bytes beside the model; None means most of what is free.
+        max_memory: bound of the bytes that the build takes beside the loaded model (its weights and the program);
+            None means most of what is free.
         progress: receives the JVPs and VJPs done, and how many there will be; the total grows while the rank for a
             tolerance is searched for.
 

@@ -1,11 +1,13 @@
 """How much memory a computation takes beside the model, and how many rows a pass may have within a budget.
 
 A row is one entry of a forward pass's batch: a tangent or cotangent of a build, a text of a trial. The estimates count
-the largest arrays that are alive at once.
+the largest arrays that are alive at once, and leave room for what no array shows: what libraries load when they are
+first used, and what the allocator cannot hand on. The model's weights are not among them, nor the program itself.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,14 +21,21 @@ from operators.model.loading import decoder_layers
 if TYPE_CHECKING:
     from operators.model.loading import LoadedModel
 
-_SKETCH_COPIES = 6
-"""Arrays (l, n, d) that are alive at once: test vectors, weighted ones, products, and those of the QR."""
+_SKETCH_COPIES = 5
+"""Arrays (l, n, d) that are alive at once: products, and weighted ones, then in float64, where the basis is ordered."""
 _EXACT_COPIES = 3
 """Arrays of the exact operator's size: the operator, and two more where it is checked, and again where it is saved."""
 _ROOT_COPIES = 5
 """Arrays (d, d) in float64 while C^{1/2} is made: C, its eigenvectors, weighted ones, LAPACK's workspace, C^{1/2}."""
 _ROOT_KEPT = 2
 """Of these, what stays: C^{1/2}, and its copy in the dtype of the vectors that it weights."""
+_RECORDED_COPIES = 5
+"""Arrays of a block's attention weights while they are recorded: scores, softmax, the identity for each head, and what
+comes of it, twice."""
+_ALLOCATOR = 1.1
+"""What is resident over what is in use, of the large arrays."""
+_LIBRARIES = 48 << 20
+"""Bytes that the first build of a process takes for good, whatever its size: modules, kernels, their buffers."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +53,14 @@ def estimate_sketch(loaded: LoadedModel, n: int, layer: int, width: int, texts: 
     # C^{1/2} is made before the sketch begins, so that the larger of the two counts.
     sketch = _SKETCH_COPIES * width * n * d * _itemsize(loaded) + _ROOT_KEPT * square
     root = _ROOT_COPIES * square + 8 * rows * d
-    return MemoryEstimate(passes.fixed + max(sketch, root), passes.per_row)
+    return _with_allowance(passes.fixed + max(sketch, root, _recording(loaded, n)), passes.per_row)
 
 
 def estimate_exact(loaded: LoadedModel, n: int, layer: int, texts: int = 1) -> MemoryEstimate:
     """An exact operator, of n d^2 numbers, at ``layer``, of ``texts`` texts of at most n tokens."""
     passes = _estimate_passes(loaded, n, layer, texts)
     operator = n * loaded.hidden_size**2 * _itemsize(loaded)
-    return MemoryEstimate(passes.fixed + _EXACT_COPIES * operator, passes.per_row)
+    return _with_allowance(passes.fixed + max(_EXACT_COPIES * operator, _recording(loaded, n)), passes.per_row)
 
 
 def rows_within(
@@ -77,6 +86,16 @@ def rows_within(
             f"{format_bytes(max(budget, 0))} may be used (--max-memory; {remedy})"
         )
     return int(min(rows, limit))
+
+
+def _with_allowance(fixed: int, per_row: int) -> MemoryEstimate:
+    return MemoryEstimate(_LIBRARIES + math.ceil(_ALLOCATOR * fixed), math.ceil(_ALLOCATOR * per_row))
+
+
+def _recording(loaded: LoadedModel, n: int) -> int:
+    """What recording the last block of a text takes beside the tape, before any vector goes through it."""
+    heads = int(loaded.model.config.get_text_config().num_attention_heads)
+    return _RECORDED_COPIES * heads * n * n * loaded.dtype.itemsize
 
 
 def _estimate_passes(loaded: LoadedModel, n: int, layer: int, texts: int) -> MemoryEstimate:

@@ -37,7 +37,11 @@ AttentionOption = Annotated[
 ]
 MaxMemoryOption = Annotated[
     str | None,
-    typer.Option(help="Memory beside the model, such as 8GiB (default: most of what is free).", show_default=False),
+    typer.Option(
+        help="Bound of the memory that the work takes beside the loaded model, such as 8GiB (default: most of what is "
+        "free, within the container's limit).",
+        show_default=False,
+    ),
 ]
 ReplaceOption = Annotated[bool, typer.Option("--replace", help="Replace an operator of that name.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

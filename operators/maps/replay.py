@@ -136,12 +136,15 @@ class Replay:
             with torch.enable_grad():
                 self._graph = zero, self._forward(zero)
         inputs, output = self._graph
-        gradients = []
+        # Written where they stay: the products of a sketch are its largest array.
+        products = cotangents.new_empty(len(cotangents), *self.shape)
+        done = 0
         for group in self._split(cotangents):
             (gradient,) = torch.autograd.grad(output, inputs, group[:, None], retain_graph=True, is_grads_batched=True)
-            gradients.append(gradient[:, 0])
+            products[done : done + len(group)] = gradient[:, 0]
+            done += len(group)
             self._count(len(group))
-        return torch.cat(gradients)
+        return products
 
     def reconstruction(self) -> torch.Tensor:
         """sum_i J_i x_i + c, shape (d,), by one JVP: equal to ``y`` up to rounding."""

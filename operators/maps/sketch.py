@@ -219,6 +219,7 @@ def _sketch(
     for _ in range(power_iterations):
         products = weight(affine_map.vjp(_orthonormal_rows(samples)))
         samples = affine_map.jvp(weight(_orthonormal_rows(products.flatten(1)).view_as(products)))
+        del products
     # y - c comes first, so that it survives any truncation.
     anchor = (affine_map.y - affine_map.offset)[None]
     leading = torch.linalg.svd(samples.T, full_matrices=False).U.T

@@ -51,7 +51,7 @@ class WeightedMap:
         """J^T U, shape (l, n, d), for U (l, d)."""
         products = cotangents.new_zeros(len(cotangents), *self.shape)
         for replay, weight in zip(self._replays, self._weights, strict=True):
-            products[:, self._n - replay.shape[0] :] += weight * replay.vjp(cotangents)
+            products[:, self._n - replay.shape[0] :].add_(replay.vjp(cotangents), alpha=weight)
         return products
 
     def substitute_base(self, basis: torch.Tensor | None) -> torch.Tensor:

@@ -66,7 +66,7 @@ class Proof:
             if use.setting.strength != 0.0:
                 first, end = use.setting.positions.interval(prompt_tokens)
                 pushed = range(first, text_end if end is None else min(end, text_end))
-                chosen[use.layer].update(pushed if every_position else _choose(pushed, prompt_tokens, draw))
+                chosen[use.layer].update(pushed if every_position else choose_positions(pushed, prompt_tokens, draw))
         self.positions: Mapping[int, tuple[int, ...]] = {
             layer: tuple(sorted(positions)) for layer, positions in chosen.items()
         }
@@ -124,7 +124,8 @@ class Proof:
         return len(cosines), min(cosines, default=None)
 
 
-def _choose(pushed: range, prompt_tokens: int, draw: random.Random) -> Iterator[int]:
+def choose_positions(pushed: range, prompt_tokens: int, draw: random.Random) -> Iterator[int]:
+    """The positions to be looked at among those that an operator pushes; some may come twice."""
     prompt = pushed[: max(0, prompt_tokens - pushed.start)]
     if prompt:
         yield from (prompt[0], prompt[-1], draw.choice(prompt))

@@ -18,18 +18,18 @@ _ESTABLISHED = "01"
 _TABLES = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 
 
-def room_for_connections(wanted: int) -> int:
-    """How many connections may be open at once: ``wanted``, or fewer where the limit of open files is lower.
+def room_for_connections(wanted: int, *, doors: int = 1) -> int:
+    """How many connections each door may have open at once: ``wanted``, or fewer where the limit of files is lower.
 
     Raises the process's own limit as far as it may.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + _OTHER_FILES
+    needed = doors * wanted + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < needed:
-            room = max(1, soft - _OTHER_FILES, soft // 2)
+            room = max(1, max(soft - _OTHER_FILES, soft // 2) // doors)
             log.warning("few files may be open", files=soft, max_connections=room)
             return min(wanted, room)
     return wanted

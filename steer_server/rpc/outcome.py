@@ -70,7 +70,7 @@ class Outcome:
         ordinary = code is grpc.StatusCode.OK or (code is grpc.StatusCode.CANCELLED and method == "Watch")
         level = "warning" if not ordinary else "debug" if "Health" in service else "info"
         said = {"code": code.name, "seconds": round(seconds, 3), "peer": self._context.peer()}
-        getattr(log, level)(method, **said, **self._record.fields(), **_problem(failure))
+        getattr(log, level)(method, **said, **self._record.fields(), **problem_fields(failure))
 
     def _code(self, error: BaseException | None) -> grpc.StatusCode:
         if error is None:
@@ -89,7 +89,8 @@ class Outcome:
         return left <= max(_LATE_SECONDS, _LATE_SHARE * self._allowed)
 
 
-def _problem(failure: BaseException | None) -> dict[str, str]:
+def problem_fields(failure: BaseException | None) -> dict[str, str]:
+    """What the log says of a failure, and never what the client sent."""
     if isinstance(failure, InvalidRequestError):
         # Its message may quote what the client sent.
         return {"reason": reason_of(failure), "field": failure.field}

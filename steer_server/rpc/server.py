@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,6 +29,7 @@ from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
+from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
 
@@ -44,17 +45,18 @@ _LAST_WRITES = 0.2
 
 @dataclass(eq=False)
 class SteerServer:
-    """One engine, one store, one port."""
+    """One engine, one store, one port, and what other doors there are."""
 
     engine: Engine
     registry: Registry
     config: ServerConfig
+    doors: Sequence[Door] = ()
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
-        most = room_for_connections(self.config.max_connections)
+        most = room_for_connections(self.config.max_connections, doors=1 + len(self.doors))
         metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (*SERVICES, health_service, reflection.SERVICE_NAME)
@@ -73,8 +75,9 @@ class SteerServer:
             options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
+        operators = OperatorService(self.registry)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        operators_pb2_grpc.add_OperatorServiceServicer_to_server(OperatorService(self.registry), self._server)
+        operators_pb2_grpc.add_OperatorServiceServicer_to_server(operators, self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(names, self._server)
@@ -86,6 +89,12 @@ class SteerServer:
             ) from error
         if self.config.metrics_port:
             await self._serve_metrics()
+        services = dict(zip(SERVICES, (generation, operators), strict=True))
+        parts = ServerParts(
+            self.config, self.engine.model, self.registry, metrics, admission, calls, services, max_connections=most
+        )
+        for door in self.doors:
+            await door.start(parts)
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -114,14 +123,14 @@ class SteerServer:
         await self.engine.close()
         await self._idle_until(deadline)
         # Calls without an end of their own (a health Watch) are not waited for.
-        await self._server.stop(_LAST_WRITES)
+        await asyncio.gather(self._server.stop(_LAST_WRITES), *(door.stop(_LAST_WRITES) for door in self.doors))
         if self._http is not None:
             self._http.close()
         log.info("stopped")
 
     async def _idle_until(self, deadline: float) -> None:
         """Returns when no call of this contract runs, or at the deadline (in seconds of the monotonic clock)."""
-        while time.monotonic() < deadline and any(self._metrics.in_flight[service] for service in SERVICES):
+        while time.monotonic() < deadline and any(self._metrics.in_flight[name] for name in (*SERVICES, HTTP)):
             await asyncio.sleep(0.02)
 
     async def serve_until_signalled(self) -> None:

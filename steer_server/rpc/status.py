@@ -10,6 +10,7 @@ QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL             RetryInfo 
 SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
 StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
 EngineFailedError         INTERNAL             ENGINE_FAILED
+TimeLimitError            DEADLINE_EXCEEDED    TIME_LIMIT
 RequestIncompleteError    DEADLINE_EXCEEDED    REQUEST_INCOMPLETE
 SlowReaderError           DEADLINE_EXCEEDED    SLOW_READER
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
@@ -39,6 +40,7 @@ from steer_server.errors import (
     SteeringNotAppliedError,
     SteerServerError,
     StoreUnreadableError,
+    TimeLimitError,
     UnimplementedError,
     UnknownOperatorError,
 )
@@ -59,6 +61,7 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     SteeringNotAppliedError: (grpc.StatusCode.INTERNAL, "STEERING_NOT_APPLIED"),
     StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
+    TimeLimitError: (grpc.StatusCode.DEADLINE_EXCEEDED, "TIME_LIMIT"),
     RequestIncompleteError: (grpc.StatusCode.DEADLINE_EXCEEDED, "REQUEST_INCOMPLETE"),
     SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_READER"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
@@ -83,8 +86,15 @@ def message_of(error: SteerServerError) -> str:
 
 def status_of(error: SteerServerError) -> grpc.Status:
     """Status, message and details, ready for ``abort_with_status``."""
-    code, reason = TABLE[type(error)]
+    wire = status_pb2.Status(code=code_of(error).value[0], message=message_of(error), details=details_of(error))
+    status: grpc.Status = rpc_status.to_status(wire)
+    return status
+
+
+def details_of(error: SteerServerError) -> list[AnyMessage]:
+    """What a client can act upon without reading the message."""
     message = message_of(error)
+    reason = reason_of(error)
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=_metadata(error))]
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
@@ -104,8 +114,7 @@ def status_of(error: SteerServerError) -> grpc.Status:
     for detail in details:
         packed.append(AnyMessage())
         packed[-1].Pack(detail)
-    status: grpc.Status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=packed))
-    return status
+    return packed
 
 
 def _metadata(error: SteerServerError) -> dict[str, str]:

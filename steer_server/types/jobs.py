@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact
@@ -51,12 +53,19 @@ class SteeringPlan:
         return sum(abs(use.setting.strength) / 2.0 for use in self.applications if use.layer == layer)
 
 
+_DEFAULTS = SamplingParams()
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
     """One continuation of a job. ``score`` asks for KL and log-probabilities under the plain model."""
 
     plan: SteeringPlan | None = None
     score: bool = False
+    sampling: SamplingParams = _DEFAULTS
+    """Its time limit is the job's."""
+    sampling_field: str = "sampling"
+    """Of the request: where the sampling stands, but for the seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +73,23 @@ class DecodeJob:
     """One prompt and the rows that continue it in one batch."""
 
     prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
     rows: tuple[Row, ...]
+    time_limit: float | None = None
+    """Seconds, waiting included."""
+    forced_ids: tuple[int, ...] = ()
+    """A text that every row reads in place of choosing tokens: as many as each row's ``max_tokens``, and prompt and
+    text fit into the context. The first row is then the plain one, and every row is scored.
+    """
     caller: Caller = field(default_factory=CALLER.get)
     """For whom: who called where this was made."""
+
+    @classmethod
+    def of(cls, prompt_ids: tuple[int, ...], sampling: SamplingParams, rows: Sequence[Row], **fields: Any) -> DecodeJob:
+        """Rows that are all sampled alike."""
+        alike = tuple(replace(row, sampling=sampling) for row in rows)
+        return cls(prompt_ids, alike, sampling.time_limit, **fields)
+
+    @property
+    def samplings(self) -> Mapping[str, SamplingParams]:
+        """By the field of the request that holds each: samples of one text differ by their seeds alone."""
+        return {row.sampling_field: row.sampling for row in self.rows}

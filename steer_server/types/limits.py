@@ -100,8 +100,20 @@ class NotEmpty:
         return None if value else f"is empty; {self.reason}"
 
 
+@runtime_checkable
+class Tied(Protocol):
+    """A part of a request whose fields are not accepted in every combination."""
+
+    def check_ties(self, path: str) -> None:
+        """Raises :class:`InvalidRequestError`, which names a field from ``path`` on; each has been checked alone."""
+
+
 def check_fields(instance: Any, path: str = "") -> None:
-    """Raises :class:`InvalidRequestError`, which names the field from ``path`` on, for the first value not accepted."""
+    """Raises :class:`InvalidRequestError`, which names the field from ``path`` on, for the first value not accepted.
+
+    Parts are checked with the whole, which knows where they stand, but for those that check themselves when they are
+    made.
+    """
     for name, limits, has_parts in _checked_fields(instance.__class__):
         value, place = getattr(instance, name), f"{path}.{name}" if path else name
         if value is None:
@@ -115,6 +127,8 @@ def check_fields(instance: Any, path: str = "") -> None:
                 check_fields(part, f"{place}[{index}]")
         elif has_parts:
             check_fields(value, place)
+    if isinstance(instance, Tied):
+        instance.check_ties(path)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated
 
 from operators.core.header import Anchor, FirstToken, Rule
@@ -49,23 +49,23 @@ class Prompt:
     token_ids: Annotated[tuple[int, ...] | None, NotEmpty("at least one token is needed")] = None
     chat: Annotated[tuple[ChatMessage, ...] | None, NotEmpty("at least one message is needed")] = None
 
-    def __post_init__(self) -> None:
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
         if sum(part is not None for part in (self.text, self.token_ids, self.chat)) != 1:
-            raise InvalidRequestError("prompt", "is missing; exactly one of text, token_ids and chat is accepted")
-        check_fields(self, "prompt")
+            raise InvalidRequestError(path, "is missing; exactly one of text, token_ids and chat is accepted")
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen. Defaults are those of the contract."""
+class ArmSampling:
+    """How the tokens of one arm are chosen. Defaults are those of the contract."""
 
     temperature: Annotated[float, Range(0.0)] = 0.0
     top_p: Annotated[float, Range(above=0.0, maximum=1.0)] = 1.0
     top_k: Annotated[int, Range(0, accepted="0 (off) or more")] = 0
     min_p: Annotated[float, Range(0.0, 1.0)] = 0.0
     repetition_penalty: Annotated[float, Range(0.01, 100.0)] = 1.0
-    # Drawn where a request names none, so that the response can report what was used.
-    seed: int = field(default=0, metadata={"when_unset": _draw_seed})
+    seed: int | None = None
+    """None: that of the request, so that arms draw the same numbers."""
     max_tokens: Annotated[int, Range(1)] = DEFAULT_MAX_TOKENS
     stop_strings: Annotated[
         tuple[str, ...],
@@ -77,8 +77,25 @@ class SamplingParams:
     time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
     """Seconds, waiting included."""
 
+    def within(self, whole: SamplingParams) -> SamplingParams:
+        """As they are used in a request whose own are ``whole``."""
+        own = {each.name: getattr(self, each.name) for each in fields(self)}
+        return SamplingParams(**own | {"seed": whole.seed if self.seed is None else self.seed})
+
+
+@dataclass(frozen=True)
+class SamplingParams(ArmSampling):
+    """How the tokens of a request's texts are chosen, or those of one text."""
+
+    # Drawn where a request names none, so that the response can report what was used.
+    seed: int = field(default=0, metadata={"when_unset": _draw_seed})
+
     def __post_init__(self) -> None:
         check_fields(self, "sampling")
+
+    def of_sample(self, number: int) -> SamplingParams:
+        """Those of one of several samples of a text: each has a seed of its own."""
+        return replace(self, seed=(self.seed + number) % 2**64) if number else self
 
 
 @dataclass(frozen=True)
@@ -110,10 +127,23 @@ class OperatorUse:
 
 @dataclass(frozen=True)
 class Arm:
-    """One steered arm of a comparison."""
+    """One arm of a comparison beside the plain one: steered, or sampled otherwise, or both."""
 
     name: Annotated[str, Bounded(max_characters=MAX_ARM_NAME)]
-    operators: Annotated[tuple[OperatorUse, ...], NotEmpty("the plain arm runs anyway")]
+    operators: tuple[OperatorUse, ...]
+    sampling: ArmSampling | None = None
+    """In place of the request's; None: that one."""
+
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
+        if not self.operators and self.sampling is None:
+            raise InvalidRequestError(
+                f"{path}.operators", "is empty; an arm without operators needs a sampling of its own"
+            )
+        if self.sampling is not None and self.sampling.time_limit is not None:
+            raise InvalidRequestError(
+                f"{path}.sampling.time_limit", "is set; that of the request is accepted, which bounds all arms"
+            )
 
 
 _RequestId = Annotated[str, Bounded(max_characters=MAX_REQUEST_ID)]
@@ -134,23 +164,62 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """One prompt, a plain continuation and one per arm."""
+    """One prompt, a plain continuation and one per arm; of each, ``n`` samples."""
 
     request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
     prompt: Prompt
     sampling: SamplingParams
-    arms: Annotated[tuple[Arm, ...], NotEmpty("at least one steered arm is needed")]
+    arms: tuple[Arm, ...]
     score: bool = True
+    n: Annotated[int, Range(1)] = 1
+    normal: bool = True
+    """Whether the plain arm runs."""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        counts = Counter(arm.name for arm in self.arms)
+        if not self.arms and not self.normal:
+            raise InvalidRequestError("arms", "is empty; without the plain arm (`normal`) at least one is needed")
+        _check_names(self.arms)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A text that the plain model reads, and every arm. Without a prompt, its first token is the prompt."""
+
+    request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
+    prompt: Prompt | None = None
+    text: Annotated[str | None, NotEmpty("at least one token is needed")] = None
+    token_ids: Annotated[tuple[int, ...] | None, NotEmpty("at least one token is needed")] = None
+    """Of the text, used as they are. Exactly one of the two is given."""
+    arms: tuple[Arm, ...] = ()
+    time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
+    """Seconds, waiting included."""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.token_ids is None):
+            both = "and token_ids are both there" if self.text is not None else "is missing"
+            raise InvalidRequestError("text", f"{both}; exactly one of text and token_ids is accepted")
         for index, arm in enumerate(self.arms):
-            if not arm.name or arm.name == NORMAL or counts[arm.name] > 1:
-                raise InvalidRequestError(
-                    f"arms[{index}].name",
-                    f"is {arm.name!r}; a name of its own is needed, other than {NORMAL!r}",
-                )
+            if not arm.operators:
+                raise InvalidRequestError(f"arms[{index}].operators", "is empty; the plain model reads the text anyway")
+            if arm.sampling is not None:
+                raise InvalidRequestError(f"arms[{index}].sampling", "is set; nothing is decoded where a text is given")
+        check_fields(self)
+        _check_names(self.arms)
+
+    @property
+    def text_field(self) -> str:
+        """Which of the two it is."""
+        return "text" if self.text is not None else "token_ids"
+
+
+def _check_names(arms: tuple[Arm, ...]) -> None:
+    counts = Counter(arm.name for arm in arms)
+    for index, arm in enumerate(arms):
+        if not arm.name or arm.name == NORMAL or counts[arm.name] > 1:
+            raise InvalidRequestError(
+                f"arms[{index}].name", f"is {arm.name!r}; a name of its own is needed, other than {NORMAL!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,3 +227,6 @@ class TokenizeRequest:
     """A prompt whose token ids the caller wants to see."""
 
     prompt: Prompt
+
+    def __post_init__(self) -> None:
+        check_fields(self)

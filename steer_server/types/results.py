@@ -41,6 +41,7 @@ class Completion:
     seed: int
     scores: tuple[Score, ...] = ()
     """Of its tokens, where they were asked for. Not sent: a comparison is made of them."""
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Started:
     prompt_token_ids: tuple[int, ...]
     operators: tuple[tuple[str, str], ...] = ()
     """Name and digest of each that is applied. Not sent."""
+    sample: int = 0
+    """Of its arm, here and in every event of a text. Sent with the event."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Delta:
     logprobs: tuple[TokenLogprob, ...]
     seconds: float | None = None
     """Since the token before; None at the first. Not sent."""
+    sample: int = 0
 
 
 GenerateEvent = Started | Delta | Completion
@@ -77,7 +81,10 @@ class ArmEvent:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One steered arm held against the plain one. KL in nats; None and empty where not scored."""
+    """A text of one arm held against the plain one of the same sample. KL in nats; None and empty where not scored.
+
+    Without a plain arm, what needs it is None.
+    """
 
     arm: str
     first_divergence: int | None
@@ -86,16 +93,55 @@ class Comparison:
     kl_p95: float | None
     normal_perplexity: float | None
     steered_perplexity: float | None
+    sample: int = 0
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Last event of a comparison: one entry per steered arm."""
+    """Last event of a comparison: one entry per arm and sample, the plain one apart."""
 
     comparisons: tuple[Comparison, ...]
 
 
 CompareEvent = ArmEvent | Compared
+
+
+@dataclass(frozen=True, slots=True)
+class TokenComparison:
+    """A token of a text under an arm and under the plain model, before temperature and truncation; in nats."""
+
+    token_id: int
+    token: str
+    logprob: float
+    normal_logprob: float
+    kl: float
+    """KL(plain || arm)."""
+
+
+@dataclass(frozen=True)
+class ArmScore:
+    """A text under one arm: token by token, KL(plain || arm) in nats, and exp(-mean log-probability)."""
+
+    arm: str
+    tokens: tuple[TokenComparison, ...]
+    kl_mean: float | None
+    kl_p95: float | None
+    perplexity: float
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A text that was read under several arms, the plain one first."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    arms: tuple[ArmScore, ...]
+    timings: Timings
+
+
+ScoreEvent = ArmEvent | TextScore
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,40 @@
-"""Where the time of a steered step goes, without a model: milliseconds per decoding step that steering takes.
+"""Where the time of a steered step goes, without a model: the CPU time per decoding step that steering takes.
 
-    python tests/bench/bench_pushes.py [--width 576] [--layers 4] [--steps 100] [--threads 1] [--json]
+    python tests/bench/bench_pushes.py [--width 576] [--layers 4] [--steps 100] [--json]
 
 For batches of one-token spans and 1, 16 and 64 operators of rank 64 spread over ``--layers`` layers: computing
-the pushes, writing them into the hidden states (bfloat16) and measuring them, and recording what was measured. Medians
-over steps, and the number of torch's operations in the last one. The cases "first" push the first token only, and show
-what a later step costs. Compare them with the step of the model in question. Not a test; nothing here passes or fails.
+the pushes, writing them into the hidden states (bfloat16), measuring these, looking at some of them as the server asks,
+and recording what was found. Medians over steps (of looking, the mean), and how many operations of torch that is. The
+cases "first" push the first token only, and show what a later step costs. Compare them with the step of the model in
+question. Not a test; nothing here passes or fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.core.apply import PreparedOperator
 from operators.core.positions import Positions
+from steer_server.engine.proof import choose_positions
 from steer_server.engine.vllm.worker.layer_hooks import push_rows
 from steer_server.engine.vllm.worker.pushes import TokenSpan
+from steer_server.engine.vllm.worker.step_movements import StepMovements
+from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
+from steer_server.engine.vllm.worker.witness import LayerSight, Witness
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 POSITIONS, RANK = 6, 64
+PARTS = ("compute", "push", "measure", "look", "record")
 ALL, FIRST = Positions(), Positions(end=1)
 CASES = (
     (32, 1, ALL),
@@ -57,10 +65,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; vLLM's CPU worker on two cores has one")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    # As vLLM's worker has it on two cores.
+    torch.set_num_threads(1)
     with torch.inference_mode():
         rows = [
             measure(batch, count, positions, options.width, options.layers, options.steps)
@@ -69,60 +77,104 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    print(f"width {options.width}, rank {RANK}, {options.layers} layers, {options.threads} thread(s); ms per step")
-    print(
-        f"{'batch':>5} {'operators':>9} {'positions':>9} {'compute':>9} {'push':>6} {'record':>6} {'in all':>7} "
-        f"{'operations':>10}"
-    )
+    print(f"width {options.width}, rank {RANK}, {options.layers} layers; CPU ms per step")
+    print("batch operators positions" + "".join(f"{part:>9}" for part in (*PARTS, "in all")) + "  operations of each")
     for row in rows:
-        total = row["compute"] + row["push"] + row["record"]
+        spent = [row["ms"][part] for part in PARTS]
+        asked = [row["operations"][part] for part in PARTS]
         print(
-            f"{row['batch']:5} {row['operators']:9} {row['positions']:>9} {row['compute']:9.3f} {row['push']:6.3f} "
-            f"{row['record']:6.3f} {total:7.3f} {row['operations']:10}"
+            f"{row['batch']:5} {row['operators']:9} {row['positions']:>9}"
+            + "".join(f"{each:9.3f}" for each in (*spent, sum(spent)))
+            + f"  {' + '.join(f'{each:.3g}' for each in asked)} = {sum(asked):.4g}"
         )
 
 
 def measure(batch: int, count: int, positions: Positions, width: int, layers: int, steps: int) -> dict[str, Any]:
-    """Milliseconds of each part of a step after the first one, and the operations of the last one."""
-    steering = StepSteering()
-    for index in range(count):
-        steering.load(str(index), LoadedOperator(operator(width, index), index % layers))
-    for row in range(batch):
-        strength = 0.1 * (1 + row % 4)
-        setting = OperatorSetting(str(row % count), "cumulative", strength, 0.0, *positions.interval(1))
-        steering.add_request(str(row), (setting,), salt="")
-    spent: dict[str, list[float]] = {"compute": [], "push": [], "record": []}
+    """Of each part of a step after the first one: its milliseconds (median), and its operations (mean)."""
     embeddings, hidden = torch.randn(steps, batch, width), torch.randn(steps, batch, width).bfloat16()
-    for position in range(steps):
-        times = _step(steering, batch, position, embeddings[position], hidden[position])
-        if position:
-            for name, begun, ended in zip(spent, times, times[1:], strict=False):
-                spent[name].append(1e3 * (ended - begun))
-    x, rows = embeddings[0], hidden[0]
-    with CountOperations() as operations:
-        _step(steering, batch, steps, x, rows)
-    medians = {name: statistics.median(found) for name, found in spent.items()}
+    milliseconds: dict[str, list[float]] = {part: [] for part in PARTS}
+    operations: dict[str, list[float]] = {part: [] for part in PARTS}
+    for found, clock in ((milliseconds, Milliseconds), (operations, CountOperations)):
+        decode = Decoding(batch, count, positions, width, layers, steps)
+        for position in range(steps):
+            step = dict.fromkeys(PARTS, 0.0)
+            for part, do in decode.parts(position, embeddings[position], hidden[position]):
+                with clock() as spent:
+                    do()
+                step[part] += spent.count
+            for part in PARTS if position else ():
+                found[part].append(step[part])
+    medians = {part: statistics.median(each) for part, each in milliseconds.items()}
+    # In most steps nothing is looked at.
+    medians["look"] = statistics.mean(milliseconds["look"])
     return {
         "batch": batch,
         "operators": count,
         "positions": str(positions),
-        **medians,
-        "operations": operations.count,
+        "ms": medians,
+        "operations": {part: statistics.mean(each) for part, each in operations.items()},
     }
 
 
-def _step(steering: StepSteering, batch: int, position: int, x: torch.Tensor, hidden: torch.Tensor) -> list[float]:
-    """One step; when its parts began and when it ended, in seconds."""
-    times = [time.perf_counter()]
-    spans = [TokenSpan(str(row), row, position, 1) for row in range(batch)]
-    pushes = steering.prepare(spans, lambda needed: x[: len(needed)], _embed_prefix)
-    times.append(time.perf_counter())
-    for push in pushes.values():
-        push_rows(push, hidden, hidden)
-    times.append(time.perf_counter())
-    steering.record(pushes)
-    times.append(time.perf_counter())
-    return times
+class Milliseconds:
+    """Counts those of this thread in a ``with`` block, whatever else the machine does."""
+
+    def __enter__(self) -> Self:
+        self._begun = time.thread_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.count = 1e3 * (time.thread_time() - self._begun)
+
+
+class Decoding:
+    """A batch of requests that all begin at once, each with its own text, strength and operator."""
+
+    def __init__(self, batch: int, count: int, positions: Positions, width: int, layers: int, steps: int) -> None:
+        self._batch, self._steering, self._witness = batch, StepSteering(), Witness()
+        for index in range(count):
+            self._steering.load(str(index), LoadedOperator(operator(width, index), index % layers))
+        for row in range(batch):
+            strength, pushed = 0.1 * (1 + row % 4), positions.interval(1)
+            setting = OperatorSetting(str(row % count), "cumulative", strength, 0.0, *pushed)
+            self._steering.add_request(str(row), (setting,), salt="")
+            end = steps if pushed[1] is None else pushed[1]
+            self._witness.add(str(row), {row % count % layers: [*choose_positions(range(end), 1, random.Random(row))]})
+
+    def parts(self, position: int, x: torch.Tensor, hidden: torch.Tensor) -> Iterator[tuple[str, Callable[[], None]]]:
+        """The parts of one step, in their order, as vLLM's worker does them."""
+        spans = [TokenSpan(str(row), row, position, 1) for row in range(self._batch)]
+        ids = torch.zeros(self._batch, dtype=torch.int64)
+        sights: dict[int, LayerSight] = {}
+        pushes: dict[int, StepPush] = {}
+        movements = StepMovements()
+
+        def look() -> None:
+            sights.update(self._witness.watch(spans, ids))
+
+        def compute() -> None:
+            pushes.update(self._steering.prepare(spans, lambda needed: x[: len(needed)], _embed_prefix))
+
+        def see_before() -> None:
+            for sight in sights.values():
+                sight.see_before(hidden, hidden)
+
+        def push() -> None:
+            for one in pushes.values():
+                push_rows(one, hidden, hidden, movements)
+
+        def see_after() -> None:
+            for sight in sights.values():
+                sight.see_after(hidden)
+            self._witness.read()
+
+        yield "look", look
+        yield "compute", compute
+        yield "look", see_before
+        yield "push", push
+        yield "look", see_after
+        yield "measure", movements.measure
+        yield "record", lambda: self._steering.record(pushes)
 
 
 def _embed_prefix(_request: str, _start: int, _end: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from steer_client import AsyncSteerClient, OperatorUse, SamplingParams, SteerClient
 from steer_client import _encode as encode
-from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, text_pb2
+from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, score_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
@@ -101,20 +101,21 @@ def make_events(response: text_pb2.GenerateResponse) -> list[pb.GenerateEvent]:
 
 
 def make_comparison(
-    normal: text_pb2.GenerateResponse,
+    normal: text_pb2.GenerateResponse | None,
     arms: dict[str, text_pb2.GenerateResponse],
     *,
     scored: bool = True,
     mean: float = 0.5,
+    n: int = 1,
 ) -> list[comparison_pb2.CompareEvent]:
-    texts = {"normal": normal} | arms
-    scripts = {name: make_events(response) for name, response in texts.items()}
+    texts = ({} if normal is None else {"normal": normal}) | arms
+    scripts = {(name, sample): make_events(_sample(texts[name], sample)) for name in texts for sample in range(n)}
     events = []
     for step in range(4):
-        for name, script in scripts.items():
+        for (name, sample), script in scripts.items():
             event = script[step]
             kind = event.WhichOneof("event")
-            events.append(comparison_pb2.CompareEvent(arm=name, **{kind: getattr(event, kind)}))
+            events.append(comparison_pb2.CompareEvent(arm=name, sample=sample, **{kind: getattr(event, kind)}))
     score = {
         "kl_per_token": [0.25, 0.75, 0.5],
         "kl_mean": mean,
@@ -122,8 +123,19 @@ def make_comparison(
         "normal_perplexity": 3.0,
         "steered_perplexity": 9.0,
     }
-    compared = [comparison_pb2.Comparison(arm=name, first_divergence=1, **(score if scored else {})) for name in arms]
+    compared = [
+        comparison_pb2.Comparison(arm=name, sample=sample, first_divergence=1, **(score if scored else {}))
+        for name in arms
+        for sample in range(n)
+    ]
     return [*events, comparison_pb2.CompareEvent(compared=comparison_pb2.CompareFinished(comparisons=compared))]
+
+
+def _sample(response: text_pb2.GenerateResponse, sample: int) -> text_pb2.GenerateResponse:
+    made = text_pb2.GenerateResponse()
+    made.CopyFrom(response)
+    made.sample, made.seed = sample, response.seed + sample
+    return made
 
 
 @dataclass
@@ -170,6 +182,8 @@ class FakeServer:
         #: What every text with operators is, where it is not to be the truth or `response`.
         self.steered: text_pb2.GenerateResponse | None = None
         self.events: list | None = None
+        #: From a request for a score to the answer.
+        self.scored: Callable = score_pb2.ScoreResponse
         #: How many events to send before waiting for the caller to leave; None sends them all.
         self.hang_after: int | None = None
         self.listed = ops.ListOperatorsResponse()
@@ -223,8 +237,13 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         arms = {
             arm.name: self.fake.steered or make_response("one more", operators=arm.operators) for arm in request.arms
         }
-        default = make_comparison(self.fake.response, arms, scored=request.score)
+        normal = None if request.HasField("normal") and not request.normal else self.fake.response
+        default = make_comparison(normal, arms, scored=request.score, n=request.n or 1)
         yield from self.fake.stream(request, context, default)
+
+    def Score(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return self.fake.scored(request)
 
     def Tokenize(self, request, context):  # noqa: N802
         self.fake.unary(request, context)

@@ -46,6 +46,7 @@ GENERATION_KEYS = {
     "usage",
     "receipts",
     "request_id",
+    "sample",
     "seed",
     "stop_string",
     "timings",

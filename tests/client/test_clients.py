@@ -8,6 +8,7 @@ import pytest
 import steer_client
 from grpc_health.v1 import health_pb2
 from steer_client import (
+    Arm,
     AsyncSteerClient,
     ChatMessage,
     FinishReason,
@@ -64,6 +65,69 @@ def test_a_comparison_arrives_as_it_was_asked(fake, compare):
     assert [arm.name for arm in second.arms] == ["a", "b"]
     assert second.arms[1].operators[0].HasField("strength")
     assert second.score
+
+
+@pytest.mark.parametrize(
+    "operators",
+    [
+        {"golden-gate": 0.4, "tea": None},
+        ["golden-gate=0.4", OperatorUse("tea")],
+        (text for text in ("golden-gate=0.4", "tea")),
+    ],
+    ids=["mapping", "list", "iterator"],
+)
+def test_operators_may_be_written_as_on_the_command_line(client, fake, operators):
+    arms = {
+        "both": operators,
+        "one": "tea=0.2@0.5,anchor=concept",
+        "own": Arm("tea", SamplingParams(top_k=3)),
+        "plain": Arm(),
+    }
+    result = client.compare("hello", arms=arms)
+    (sent,) = fake.requests
+    assert [[(use.name, use.strength) for use in arm.operators] for arm in sent.arms] == [
+        [("golden-gate", 0.4), ("tea", 0.0)],
+        [("tea", 0.2)],
+        [("tea", 0.0)],
+        [],
+    ]
+    first, second, third, fourth = sent.arms
+    assert not first.operators[1].HasField("strength")
+    assert (second.operators[0].blend, second.operators[0].anchor) == (0.5, sp.ANCHOR_CONCEPT)
+    assert [arm.HasField("sampling") for arm in sent.arms] == [False, False, True, False]
+    assert third.sampling == text_pb2.SamplingParams(top_k=3)
+    assert list(result.steered) == list(arms)
+    assert not fourth.operators
+
+
+@pytest.mark.parametrize(
+    ("operators", "field"), [("tea=much", "operators"), (["tea", "="], "operators[1]"), ({"tea": "x"}, "operators[0]")]
+)
+def test_operators_that_cannot_be_read_are_named(client, fake, operators, field):
+    with pytest.raises(InvalidRequestError) as caught:
+        client.generate("hello", operators=operators)
+    assert caught.value.field.removesuffix(".strength") == field
+    assert fake.requests == []
+
+
+def test_of_several_samples_each_is_a_result_of_its_own(fake, compare):
+    result = compare(fake.target, operators="golden-gate", n=3)
+    (sent,) = fake.requests
+    assert (sent.n, sent.HasField("normal")) == (3, False)
+    assert [each.normal.seed for each in result.samples] == [7, 8, 9]
+    assert [each.steered["steered"].generation.sample for each in result.samples] == [0, 1, 2]
+    assert (result.normal.sample, result.samples[0].normal) == (0, result.normal)
+    assert all(each.samples == (each,) for each in result.samples)
+
+
+def test_without_the_plain_arm_there_is_no_normal_text(fake, compare):
+    result = compare(fake.target, arms={"a": "golden-gate"}, normal=False)
+    (sent,) = fake.requests
+    assert (sent.HasField("normal"), sent.normal) == (True, False)
+    assert result.plain is None
+    assert result.steered["a"].generation.text == "one more"
+    with pytest.raises(RuntimeError, match="normal=False"):
+        _ = result.normal
 
 
 def test_operators_and_arms_together_are_refused(fake, compare):

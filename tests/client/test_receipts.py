@@ -68,26 +68,26 @@ FORGED = {
     "a cached token beside a whole prompt": (SET, cached(6, 1), r"says 6 prompt \(1 more cached\) .* were 6 \+ 2"),
     "cached tokens below 0": (SET, cached(7, -1), r"says 7 prompt \(-1 more cached\) .* were 6 \+ 2"),
     "prompt tokens below 0": (SET, cached(-1, 7), r"says -1 prompt \(7 more cached\) .* were 6 \+ 2"),
-    "no dose beside a cached prompt": (SET, cached(0, 6) | {"mean_dose": 0, "max_dose": 0}, "says dose mean 0.0, "),
+    "no dose beside a cached prompt": (SET, cached(0, 6) | {"mean_dose": 0, "max_dose": 0}, "says λ mean 0, max 0 "),
     "one generated token less": (SET, {"generated_tokens_steered": 1}, r"says 6 prompt \+ 1 .* were 6 \+ 2"),
     "the last token too": (OPEN, {"generated_tokens_steered": 3}, r"says 6 prompt \+ 3 .* were 6 \+ 2"),
     "no token of the prompt": (SET, {"prompt_tokens_steered": 0}, r"says 0 prompt \+ 2 .* were 6 \+ 2"),
-    "nothing at all": (OPEN, IDLE, r"says 0 prompt \+ 0 generated tokens steered at strength 0.55, .* were 6 \+ 2"),
-    "dose zero": (SET, {"mean_dose": 0, "max_dose": 0}, "says dose mean 0.0, max 0.0 at strength 0.4, expected"),
-    "mean dose zero": (SET, {"mean_dose": 0}, "says dose mean 0.0, max 0.2 "),
-    "a negative dose": (SET, {"mean_dose": -0.1}, "says dose mean -0.1, max 0.2 "),
-    "mean dose nan": (SET, {"mean_dose": nan}, "says dose mean nan, max 0.2 "),
-    "max dose nan": (OPEN, {"max_dose": nan}, "says dose mean 0.275, max nan"),
-    "max dose inf": (SET, {"max_dose": inf}, "says dose mean 0.2, max inf"),
-    "both doses inf": (SET, {"mean_dose": inf, "max_dose": inf}, "says dose mean inf, max inf"),
-    "mean above max": (SET, {"mean_dose": 0.3}, "says dose mean 0.3, max 0.2 "),
+    "nothing at all": (OPEN, IDLE, r"says 0 prompt \+ 0 generated tokens steered at λ 0.55, .* were 6 \+ 2"),
+    "dose zero": (SET, {"mean_dose": 0, "max_dose": 0}, "says λ mean 0, max 0 measured at λ .*, expected was 0.4 but"),
+    "mean dose zero": (SET, {"mean_dose": 0}, "says λ mean 0, max 0.4 "),
+    "a negative dose": (SET, {"mean_dose": -0.1}, "says λ mean -0.2, max 0.4 "),
+    "mean dose nan": (SET, {"mean_dose": nan}, "says λ mean nan, max 0.4 "),
+    "max dose nan": (OPEN, {"max_dose": nan}, "says λ mean 0.55, max nan"),
+    "max dose inf": (SET, {"max_dose": inf}, "says λ mean 0.4, max inf"),
+    "both doses inf": (SET, {"mean_dose": inf, "max_dose": inf}, "says λ mean inf, max inf"),
+    "mean above max": (SET, {"mean_dose": 0.3}, "says λ mean 0.6, max 0.4 "),
     "a dose above its bound": (
         SET,
         {"max_dose": 0.23},
-        "says dose mean 0.2, max 0.23 .* expected was 0.2 but for rounding$",
+        "says λ mean 0.4, max 0.46 .* expected was 0.4 but for rounding$",
     ),
-    "one hundredth of the dose": (SET, {"mean_dose": 0.002, "max_dose": 0.002}, "says dose mean 0.002, max 0.002 "),
-    "nine tenths of the dose": (SET, {"mean_dose": 0.18, "max_dose": 0.18}, "says dose mean 0.18, .* was 0.2 but for"),
+    "one hundredth of the dose": (SET, {"mean_dose": 0.002, "max_dose": 0.002}, "says λ mean 0.004, max 0.004 "),
+    "nine tenths of the dose": (SET, {"mean_dose": 0.18, "max_dose": 0.18}, "says λ mean 0.36, .* was 0.4 but for"),
     "no direction checked": (
         SET,
         {"positions_checked": 0, "worst_cosine": None},
@@ -101,14 +101,18 @@ FORGED = {
     "cosine nan": (SET, {"worst_cosine": nan}, "says that 1 directions were checked, with cosine nan; "),
     "cosine above 1": (SET, {"worst_cosine": 1.1}, "says that 1 directions were checked, with cosine 1.1; "),
     "a direction at 0": (ZERO, {"positions_checked": 1, "worst_cosine": 1}, "says that 1 directions .* were none$"),
-    "no bound": (SET, {"dose_bound": 0}, "says dose bound 0.0, the strengths at layer 20 give 0.2$"),
-    "a higher bound": (SET, {"dose_bound": 0.3}, "says dose bound 0.3, the strengths at layer 20 give 0.2$"),
-    "bound nan": (OPEN, {"dose_bound": nan}, "says dose bound nan, the strengths at layer 20 give 0.275$"),
-    "a bound at 0": (ZERO, {"dose_bound": 0.2}, "says dose bound 0.2, the strengths at layer 20 give 0.0$"),
-    "a prompt steered at 0": (ZERO, {"prompt_tokens_steered": 6}, r"says 6 prompt \+ 0 .* 0.0, expected were 0 \+ 0"),
+    "no bound": (SET, {"dose_bound": 0}, "says that λ adds up to 0 at layer 20, the strengths there give 0.4$"),
+    "a higher bound": (
+        SET,
+        {"dose_bound": 0.3},
+        "says that λ adds up to 0.6 at layer 20, .* there give 0.4$",
+    ),
+    "bound nan": (OPEN, {"dose_bound": nan}, "says that λ adds up to nan at layer 20, the strengths there give 0.55$"),
+    "a bound at 0": (ZERO, {"dose_bound": 0.2}, "says that λ adds up to 0.4 at layer 20, the strengths there give 0$"),
+    "a prompt steered at 0": (ZERO, {"prompt_tokens_steered": 6}, r"says 6 prompt \+ 0 .* λ 0, expected were 0 \+ 0"),
     "a token steered at 0": (ZERO, {"generated_tokens_steered": 1}, r"says 0 prompt \+ 1 .* expected were 0 \+ 0"),
     "a cached token at 0": (ZERO, cached(0, 6), r"says 0 prompt \(6 more cached\) \+ 0 .* expected were 0 \+ 0"),
-    "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says dose mean 0.1, max 0.0 at strength 0.0, expected was 0"),
+    "a mean dose at 0": (ZERO, {"mean_dose": 0.1}, "says λ mean 0.2, max 0 measured at λ .*, expected was 0$"),
     "another range": (
         FIRST,
         ONE | {"positions": sp.Positions(end=2)},
@@ -132,13 +136,13 @@ FORGED = {
     "a dose where no token was measured": (
         FIRST,
         ONE | cached(0, 1),
-        r"says dose mean 0\.2, max 0\.2 .* expected was 0",
+        r"says λ mean 0\.4, max 0\.4 .* expected was 0$",
     ),
-    "a max dose at 0": (ZERO, {"max_dose": nan}, "says dose mean 0.0, max nan at strength 0.0, expected was 0"),
+    "a max dose at 0": (ZERO, {"max_dose": nan}, "says λ mean 0, max nan measured at λ 0, expected was 0$"),
 }
 
 SETTINGS_FORGED = [
-    name for name, (_, _, says) in FORGED.items() if "asked for" in says or "took" in says or "says dose bound" in says
+    name for name, (_, _, says) in FORGED.items() if "asked for" in says or "took" in says or "λ adds up to" in says
 ]
 
 TRUE = {
@@ -262,7 +266,7 @@ def test_operators_at_one_layer_share_a_bound_and_those_at_another_have_their_ow
         return any_call(fake.target, operators=uses)
 
     assert len(text_of(answer((0.5, 0.5, 0.1, 0.5))).receipts) == 4
-    for place, problem in ((0, "a: .* bound 0.2, .* give 0.5"), (2, "c: .* bound 0.2, .* give 0.1")):
+    for place, problem in ((0, "a: .* to 0.4 at layer 20, .* give 1"), (2, "c: .* to 0.4 at layer 7, .* give 0.2")):
         bounds = [0.5, 0.5, 0.1, 0.5]
         bounds[place] = 0.2
         with pytest.raises(SteeringNotAppliedError, match=problem):

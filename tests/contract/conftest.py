@@ -150,7 +150,7 @@ def decode() -> Callable[..., object]:
         ids: list[list[int]] = [[] for _ in rows]
         ends: dict[int, RowFinished] = {}
         event: EngineEvent
-        async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), sampling, rows)):
+        async for event in engine.submit(DecodeJob.of(await engine.encode(Prompt(text=prompt)), sampling, rows)):
             if isinstance(event, RowFinished):
                 ends[event.row] = event
             elif not isinstance(event, Admitted):

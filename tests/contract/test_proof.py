@@ -56,7 +56,7 @@ def mutated(tmp_path):
 async def _receipts(engine, rows):
     ids = await engine.encode(Prompt(text="Here is a painting of the"))
     ends = {}
-    async for event in engine.submit(DecodeJob(ids, SAMPLING, tuple(rows))):
+    async for event in engine.submit(DecodeJob.of(ids, SAMPLING, tuple(rows))):
         if isinstance(event, RowFinished):
             ends[event.row] = event.receipts
     return [ends[row][0] for row in range(len(rows))]

@@ -15,7 +15,7 @@ PROMPT = "Here is a painting of the"
 async def scored(engine, rows, tokens=16):
     ids, scores = [[] for _ in rows], [[] for _ in rows]
     async for event in engine.submit(
-        DecodeJob(await engine.encode(Prompt(text=PROMPT)), SamplingParams(max_tokens=tokens), tuple(rows))
+        DecodeJob.of(await engine.encode(Prompt(text=PROMPT)), SamplingParams(max_tokens=tokens), tuple(rows))
     ):
         if isinstance(event, RowFinished):
             scores[event.row].extend(event.scores)

@@ -20,4 +20,4 @@ async def test_a_special_token_ends_a_text_as_a_stop_string(engine, decode, igno
 
 async def test_beside_other_text_it_is_refused(engine):
     with pytest.raises(InvalidRequestError, match=r"sampling\.stop_strings\[0\]: has the special token '<\|im_end\|>'"):
-        engine.submit(DecodeJob((1, 2), SamplingParams(stop_strings=("<|im_end|>\n",)), (Row(None),)))
+        engine.submit(DecodeJob.of((1, 2), SamplingParams(stop_strings=("<|im_end|>\n",)), (Row(None),)))

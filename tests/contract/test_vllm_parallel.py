@@ -75,7 +75,7 @@ async def test_a_call_that_workers_cannot_answer_leaves_the_answers_to_the_next_
 async def test_what_any_worker_holds_of_a_request_is_told_and_goes_with_it(two, rows, monkeypatch):
     kinds = ("requests", "keys", "kept_states", "steered")
     sampling = replace(SAMPLING, max_tokens=4000)
-    stream = two.submit(DecodeJob((1, 2, 3), sampling, (Row(rows[1].plan, score=True),)))
+    stream = two.submit(DecodeJob.of((1, 2, 3), sampling, (Row(rows[1].plan, score=True),)))
     async for event in stream:
         if isinstance(event, TokenEvent):
             break

@@ -59,7 +59,7 @@ async def run(engine, prompt, rows, logprobs=None):
     """What an engine makes of every row of one job."""
     sampling = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=logprobs)
     events = [[] for _ in rows]
-    async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), sampling, tuple(rows))):
+    async for event in engine.submit(DecodeJob.of(await engine.encode(Prompt(text=prompt)), sampling, tuple(rows))):
         if isinstance(event, TokenEvent):
             events[event.row].append(event)
         elif isinstance(event, RowFinished):

@@ -91,7 +91,7 @@ async def test_a_text_steered_at_its_first_token_is_scored_as_by_the_reference_e
     found = await decode(engine, PROMPTS[0], sampling, *scored)
     expected = [[], []]
     prompt_ids = await reference.encode(Prompt(text=PROMPTS[0]))
-    async for event in reference.submit(DecodeJob(prompt_ids, sampling, tuple(scored))):
+    async for event in reference.submit(DecodeJob.of(prompt_ids, sampling, tuple(scored))):
         if isinstance(event, TokenEvent):
             expected[event.row].append(event.score)
     for (_, end), scores in zip(found, expected, strict=True):

@@ -57,7 +57,7 @@ async def test_a_penalty_for_repetition_changes_a_greedy_text(ids):
 
 
 def _job(*rows, **sampling):
-    return DecodeJob((40, 41, 42), replace(GREEDY, **sampling), rows)
+    return DecodeJob.of((40, 41, 42), replace(GREEDY, **sampling), rows)
 
 
 async def test_what_vllm_would_refuse_or_replace_is_refused_when_it_is_submitted(vllm_engine, monkeypatch):

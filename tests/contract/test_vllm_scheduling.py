@@ -45,7 +45,7 @@ async def texts(engine, jobs, sampling=SAMPLING):
 
     async def one(prompt, row):
         ids = []
-        async for event in engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), sampling, (row,))):
+        async for event in engine.submit(DecodeJob.of(await engine.encode(Prompt(text=prompt)), sampling, (row,))):
             if isinstance(event, TokenEvent):
                 ids.append(event.token_id)
             elif isinstance(event, RowFinished) and row.plan is not None:
@@ -91,7 +91,7 @@ async def test_10_abandoned_of_100_requests_leave_the_others_and_the_workers_alo
     assert (len(leaving), len(staying)) == (10, 90)
 
     async def abandon(prompt, row, tokens):
-        stream = engine.submit(DecodeJob(await engine.encode(Prompt(text=prompt)), sampling, (row,)))
+        stream = engine.submit(DecodeJob.of(await engine.encode(Prompt(text=prompt)), sampling, (row,)))
         seen = 0
         if tokens:
             async for event in stream:
@@ -122,7 +122,7 @@ async def test_a_long_text_is_scored_in_pieces_between_which_others_are_decoded(
         return await call(method, *args)
 
     monkeypatch.setattr(engine._client, "call", watched)
-    job = DecodeJob(
+    job = DecodeJob.of(
         await engine.encode(Prompt(text=PROMPTS[0])),
         replace(SAMPLING, max_tokens=70),
         (Row(score=True), Row(silent.plan, score=True)),
@@ -138,7 +138,7 @@ async def test_a_long_text_is_scored_in_pieces_between_which_others_are_decoded(
 async def test_three_rows_of_one_job_are_three_runs(vllm_engine, rows):
     engine = await vllm_engine()
     ids = [[], [], []]
-    job = DecodeJob(await engine.encode(Prompt(text=PROMPTS[0])), SAMPLING, (rows[1],) * 3)
+    job = DecodeJob.of(await engine.encode(Prompt(text=PROMPTS[0])), SAMPLING, (rows[1],) * 3)
     async for event in engine.submit(job):
         if isinstance(event, TokenEvent):
             ids[event.row].append(event.token_id)

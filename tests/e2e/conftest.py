@@ -112,6 +112,12 @@ def free_port() -> int:
     return _free_port()
 
 
+@pytest.fixture(scope="session")
+def free_ports() -> Callable[[int], list[int]]:
+    """``free_ports(n)``: so many ports of this machine that nothing listens on."""
+    return lambda count: [_free_port() for _ in range(count)]
+
+
 @contextmanager
 def _start(
     *arguments: str, model: str | Path, metrics: bool = False, threads: int | None = None, timeout: float = 120.0

@@ -15,7 +15,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text()
+HTTP = (ROOT / "docs/HTTP.md").read_text()
 ADDRESS = "127.0.0.1:50051"
+ADDRESS_HTTP = "127.0.0.1:8000"
 
 pytestmark = pytest.mark.model
 
@@ -35,12 +37,24 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def target(environment, start_server):
+def served(environment, start_server, free_ports):
     offline, *_ = blocks("console")
     for command in commands(offline):
         run(command, environment)
-    with start_server("--store", environment["STEER_STORE"], model="smollm2-135m") as server:
-        yield server.target
+    [http] = free_ports(1)
+    options = ("--store", environment["STEER_STORE"], "--http-port", str(http))
+    with start_server(*options, model="smollm2-135m") as server:
+        yield server.target, f"127.0.0.1:{http}"
+
+
+@pytest.fixture(scope="module")
+def target(served):
+    return served[0]
+
+
+@pytest.fixture(scope="module")
+def http(served):
+    return served[1]
 
 
 def run(command, environment, stderr=subprocess.PIPE, **options):
@@ -84,7 +98,7 @@ def test_the_python_runs_and_prints_a_line_per_strength(environment, target):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("plain: ")
-    assert re.findall(r"^λ = (\S+):.*dose 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
+    assert re.findall(r"^λ = (\S+):.*, λ 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
 
 
 def test_the_library_builds_keeps_and_steers_in_twelve_lines(environment, tmp_path):
@@ -106,9 +120,31 @@ def test_a_client_that_knows_only_the_address_can_ask(environment, target):
     assert '"receipts"' in run(shown.replace(ADDRESS, target), environment, shell=True)
 
 
+def test_the_commands_over_http_answer(environment, http):
+    [shown] = [block for block in blocks("sh", HTTP) if "curl" in block]
+    assert ADDRESS_HTTP in shown
+    printed = run(shown.replace(ADDRESS_HTTP, http), environment, shell=True)
+    assert printed.count('"receipts":[{"operator":"ocean"') == 2
+    assert '"compared":{"comparisons":[{"arm":"steered"' in printed
+    assert '"model":"smollm2-135m"' in printed
+
+
+def test_the_openai_client_of_the_page_is_steered(environment, http):
+    [program] = blocks("python", HTTP)
+    assert ADDRESS_HTTP in program
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace(ADDRESS_HTTP, http)],
+        env={**environment, "NO_PROXY": "127.0.0.1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^0\.(19|20)\d*$", done.stdout, flags=re.MULTILINE), done.stdout
+
+
 def test_the_server_command_names_options_that_exist(environment):
-    [shown] = [block for block in blocks("sh") if block.startswith("steer-server")]
-    options = set(re.findall(r"--[a-z-]+", shown))
+    shown = [block for page in (README, HTTP) for block in blocks("sh", page) if block.startswith("steer-server")]
+    assert len(shown) == 2
+    options = set(re.findall(r"--[a-z-]+", "".join(shown)))
     assert options <= set(re.findall(r"--[a-z-]+", run("steer-server --help", environment)))
 
 

@@ -19,6 +19,7 @@ from steer_server.engine.hf.decode import Decoder, InterruptionCheck
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.vllm.worker.layer_hooks import push_rows
 from steer_server.engine.vllm.worker.pushes import TokenSpan
+from steer_server.engine.vllm.worker.step_movements import StepMovements
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
@@ -199,7 +200,7 @@ def make_decoder(prompt_ids: tuple[int, ...]) -> Callable[..., Decoder]:
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
         return Decoder(
             loaded=loaded,
-            job=DecodeJob(ids, params, tuple(rows)),
+            job=DecodeJob.of(ids, params, tuple(rows)),
             operators=PreparedOperatorCache(loaded.device, budget=1 << 30),
             check_interruption=check_interruption,
             eos_ids=frozenset(),
@@ -301,14 +302,15 @@ class Batch:
         owned = {row for span in spans for row in range(span.start_row, span.start_row + span.num_tokens)}
         hidden = torch.randn(max(owned) + 2, _BATCH_WIDTH, generator=torch.Generator().manual_seed(len(owned)))
         hidden = hidden.to(self.dtype)
-        pushed = {}
+        pushed, movements = {}, StepMovements()
         for layer, push in pushes.items():
             rows = push.rows.tolist()
             assert len(set(rows)) == len(rows)
             assert set(rows) <= owned
-            push_rows(push, hidden, None)
+            push_rows(push, hidden, None, movements)
             dense = torch.zeros(hidden.shape).index_copy(0, push.rows, push.push)
             pushed |= {(span.request, layer): dense[span.start_row :][: span.num_tokens] for span in spans}
+        movements.measure()
         if change is not None:
             change(pushes)
         self.steering.record(pushes)

@@ -9,16 +9,21 @@ from steer_server.caps import Caps
 from steer_server.config import ServerConfig
 from steer_server.errors import InvalidRequestError
 from steer_server.rpc.services import GenerationService
-from steer_server.types import RequestLimits, SamplingParams
+from steer_server.types import RequestLimits, Row, SamplingParams
 
 
 def _sampling(**fields):
     return SamplingParams(seed=1, **fields)
 
 
+def _admit(caps, sampling, texts):
+    caps.check_tokens([Row(sampling=sampling)] * texts)
+    return caps.apply(sampling)
+
+
 def test_without_caps_nothing_is_changed():
     sampling = _sampling(max_tokens=10**6)
-    assert Caps().apply(sampling, num_texts=17) is sampling
+    assert _admit(Caps(), sampling, 17) is sampling
 
 
 @pytest.mark.parametrize(
@@ -31,15 +36,26 @@ def test_without_caps_nothing_is_changed():
 )
 def test_more_than_a_cap_is_refused_with_both_figures(caps, texts, fields, field, figures):
     with pytest.raises(InvalidRequestError) as caught:
-        caps.apply(_sampling(**fields), num_texts=texts)
+        _admit(caps, _sampling(**fields), texts)
     assert caught.value.field == field
     assert all(figure in str(caught.value) for figure in figures)
 
 
 def test_what_is_within_the_caps_is_as_it_was_and_without_a_time_limit_the_servers_holds():
     caps = Caps(max_tokens=100, max_total_tokens=300, max_time=2.5)
-    assert caps.apply(_sampling(max_tokens=100, time_limit=2.5), num_texts=3).time_limit == 2.5
-    assert caps.apply(_sampling(max_tokens=100), num_texts=3) == _sampling(max_tokens=100, time_limit=2.5)
+    assert _admit(caps, _sampling(max_tokens=100, time_limit=2.5), 3).time_limit == 2.5
+    assert _admit(caps, _sampling(max_tokens=100), 3) == _sampling(max_tokens=100, time_limit=2.5)
+
+
+def test_the_tokens_of_arms_with_a_sampling_of_their_own_and_of_every_prompt_count():
+    rows = [Row(sampling=_sampling(max_tokens=10)), Row(None, False, _sampling(max_tokens=20), "arms[0].sampling")]
+    Caps(max_total_tokens=90).check_tokens(rows, num_prompts=3)
+    with pytest.raises(InvalidRequestError, match=r"is 10/20 tokens, in 6 texts 90; this server accepts 89"):
+        Caps(max_total_tokens=89).check_tokens(rows, num_prompts=3)
+    with pytest.raises(
+        InvalidRequestError, match=r"^arms\[0\]\.sampling\.max_tokens: is 20 tokens; this server accepts 19"
+    ):
+        Caps(max_tokens=19).check_tokens(rows)
 
 
 async def test_clients_are_told_the_caps(model_info):

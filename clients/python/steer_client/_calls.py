@@ -19,8 +19,8 @@ from steer_client._channel import is_many
 from steer_client._defaults import STEERED
 from steer_client._errors import InvalidRequestError
 from steer_client._events import ComparisonReducer, GenerationReducer, Reducer
-from steer_client._receipts import check_receipts
-from steer_client._requests import OperatorUse, Prompt, SamplingParams
+from steer_client._receipts import check_receipts, check_score
+from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, SamplingParams
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -46,7 +46,7 @@ class Streaming(Generic[Item, Result]):
 
 
 def generate(
-    prompt: Prompt, operators: Sequence[OperatorUse], sampling: SamplingParams, request_id: str
+    prompt: Prompt, operators: Operators, sampling: SamplingParams, request_id: str
 ) -> Unary[results.Generation]:
     """A text of one prompt, checked against the operators that were requested."""
     uses = encode.uses(operators, "operators")
@@ -55,7 +55,7 @@ def generate(
 
 
 def stream(
-    prompt: Prompt, operators: Sequence[OperatorUse], sampling: SamplingParams, request_id: str
+    prompt: Prompt, operators: Operators, sampling: SamplingParams, request_id: str
 ) -> Streaming[results.TextDelta, results.Generation]:
     """As generate, piece by piece."""
     uses = encode.uses(operators, "operators")
@@ -65,29 +65,54 @@ def stream(
 
 def compare(
     prompt: Prompt,
-    operators: Sequence[OperatorUse],
-    arms: Mapping[str, Sequence[OperatorUse]] | None,
+    operators: Operators,
+    arms: Mapping[str, Operators | Arm] | None,
     sampling: SamplingParams,
     request_id: str,
-    score: bool,
+    *,
+    score: bool = True,
+    n: int = 1,
+    normal: bool = True,
 ) -> Streaming[results.ArmDelta, results.ABResult]:
     """Texts of one prompt, the plain one and one per arm. `operators` make a single arm named "steered"."""
-    if arms is None:
-        operators = encode.uses(operators, "operators")
-        if not operators:
-            raise InvalidRequestError(
-                "operators: a comparison needs at least one OperatorUse, or `arms` with some in each; a plain text "
-                "alone is what `generate` gives",
-                field="operators",
-            )
-        arms = {STEERED: operators}
-    elif operators:
+    named = _arms(operators, arms)
+    if not named and arms is None:
+        raise InvalidRequestError(
+            "operators: a comparison needs at least one OperatorUse, or `arms` with some in each; a plain text "
+            "alone is what `generate` gives",
+            field="operators",
+        )
+    request = encode.compare_request(prompt, named, sampling, request_id, score=score, n=n, normal=normal)
+    return Streaming("Compare", request, ComparisonReducer(_uses_by_arm(named), n=n, normal=normal))
+
+
+def score(
+    text: str | Sequence[int],
+    prompt: Prompt | None,
+    operators: Operators,
+    arms: Mapping[str, Operators | Arm] | None,
+    request_id: str,
+    time_limit: float | None,
+) -> Unary[results.TextScore]:
+    """A text under the plain model and one arm per name, checked against the operators that were requested."""
+    named = _arms(operators, arms)
+    request = encode.score_request(text, prompt, named, request_id, time_limit)
+    uses = _uses_by_arm(named)
+    return Unary("generation", "Score", request, lambda answer: check_score(uses, decode.text_score(answer)))
+
+
+def _arms(operators: Operators, arms: Mapping[str, Operators | Arm] | None) -> tuple[NamedArm, ...]:
+    """The arms beside the plain one: those of `arms`, or a single one named "steered", or none at all."""
+    if arms is not None and operators:
         raise InvalidRequestError("give `operators` for one steered arm, or `arms`, not both", field="arms")
-    if not isinstance(arms, Mapping):
-        raise InvalidRequestError("arms: a mapping from names to operators is needed", field="arms")
-    every = {name: encode.uses(uses, f"arms[{i}].operators") for i, (name, uses) in enumerate(arms.items())}
-    request = encode.compare_request(prompt, every, sampling, request_id, score)
-    return Streaming("Compare", request, ComparisonReducer(every))
+    if arms is not None:
+        return encode.named_arms(arms)
+    uses = encode.uses(operators, "operators")
+    return (NamedArm(STEERED, uses),) if uses else ()
+
+
+def _uses_by_arm(arms: Sequence[NamedArm]) -> dict[str, Sequence[OperatorUse]]:
+    return {arm.name: arm.operators for arm in arms}
 
 
 def list_operators() -> Unary[tuple[store.OperatorInfo, ...]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from steering.convert import FieldError, Writer, writer
-from steering.v1 import comparison_pb2
+from steering.v1 import comparison_pb2, score_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators_pb
 
@@ -21,10 +21,13 @@ from steer_client._requests import (
     CompareRequest,
     GenerateRequest,
     GetOperatorRequest,
+    NamedArm,
+    Operators,
     OperatorUse,
     Prompt,
     PromptInput,
     SamplingParams,
+    ScoreRequest,
     TokenizeRequest,
 )
 
@@ -32,6 +35,7 @@ _M = TypeVar("_M", bound=Message)
 
 _write_generate_request = writer(pb.GenerateRequest, GenerateRequest, accept)
 _write_compare_request = writer(comparison_pb2.CompareRequest, CompareRequest, accept)
+_write_score_request = writer(score_pb2.ScoreRequest, ScoreRequest, accept)
 _write_tokenize_request = writer(pb.TokenizeRequest, TokenizeRequest, accept)
 _write_get_operator_request = writer(operators_pb.GetOperatorRequest, GetOperatorRequest, accept)
 
@@ -46,15 +50,31 @@ def generate_request(
 
 def compare_request(
     prompt: Prompt,
-    arms: Mapping[str, Sequence[OperatorUse]],
+    arms: Sequence[NamedArm],
     sampling: SamplingParams,
     request_id: str,
+    *,
     score: bool,
+    n: int = 1,
+    normal: bool = True,
 ) -> comparison_pb2.CompareRequest:
-    """One arm per name, in the mapping's order."""
-    steered = tuple(Arm(name, operators) for name, operators in arms.items())
-    request = CompareRequest(request_id, prompt_input(prompt), sampling, steered, score)
+    """What a comparison is asked for with. What is as the contract has it by default is not sent."""
+    asked = (None if n == 1 else n, None if normal is True else normal)
+    request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked)
     return _write(_write_compare_request, request)
+
+
+def score_request(
+    text: str | Sequence[int],
+    prompt: Prompt | None,
+    arms: Sequence[NamedArm],
+    request_id: str,
+    time_limit: float | None,
+) -> score_pb2.ScoreRequest:
+    """What the score of a text is asked for with. Without arms: the plain model alone."""
+    given, ids = (text, None) if isinstance(text, str) else (None, _items(text, "text", "text or token ids"))
+    before = None if prompt is None else prompt_input(prompt)
+    return _write(_write_score_request, ScoreRequest(request_id, before, given, ids, arms, time_limit))
 
 
 def tokenize_request(prompt: Prompt) -> pb.TokenizeRequest:
@@ -92,9 +112,36 @@ def seconds(timeout: float | None) -> float | None:
     return None if value == math.inf else value
 
 
-def uses(operators: Iterable[OperatorUse], field: str) -> tuple[OperatorUse, ...]:
+def uses(operators: Operators, field: str) -> tuple[OperatorUse, ...]:
     """The operators as a tuple, so that an iterator can be both sent and checked."""
-    return tuple(_items(operators, field, "a sequence of OperatorUse"))
+    if isinstance(operators, Mapping):
+        return tuple(OperatorUse(name, strength) for name, strength in operators.items())
+    if isinstance(operators, (str, OperatorUse)):
+        return (_use(operators, field),)
+    parts = _items(operators, field, 'a sequence of OperatorUse or of texts such as "ocean=0.4"')
+    return tuple(_use(part, f"{field}[{index}]") for index, part in enumerate(parts))
+
+
+def _use(part: str | OperatorUse, field: str) -> OperatorUse:
+    if not isinstance(part, str):
+        return part
+    try:
+        return OperatorUse.parse(part)
+    except ValueError as error:
+        raise InvalidRequestError(f"{field}: {error}", field=field) from None
+
+
+def named_arms(arms: Mapping[str, Operators | Arm]) -> tuple[NamedArm, ...]:
+    """One arm per name, in the mapping's order."""
+    if not isinstance(arms, Mapping):
+        raise InvalidRequestError("arms: a mapping from names to operators is needed", field="arms")
+    return tuple(_named_arm(name, arm, f"arms[{index}].operators") for index, (name, arm) in enumerate(arms.items()))
+
+
+def _named_arm(name: str, arm: Operators | Arm, field: str) -> NamedArm:
+    if isinstance(arm, Arm):
+        return NamedArm(name, uses(arm.operators, field), arm.sampling)
+    return NamedArm(name, uses(arm, field))
 
 
 def _items(values: Any, field: str, wanted: str) -> list[Any]:

@@ -79,9 +79,9 @@ class PromptTooLongError(InvalidRequestError):
 
 
 class DoseTooHighError(InvalidRequestError):
-    """The doses |strength|/2 of the operators at one layer sum to more than the server's `max_dose`.
+    """The strengths of the operators at one layer add up to more than twice the server's `max_dose`.
 
-    `metadata` has the "layer", their sum "dose", and "max_dose".
+    `metadata` has the "layer", the "dose" that they add up to (half of a strength each), and "max_dose".
     """
 
     default_reason = "DOSE_TOO_HIGH"

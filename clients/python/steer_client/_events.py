@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from steering.v1 import comparison_pb2
@@ -80,41 +81,49 @@ class GenerationReducer:
 
 
 class ComparisonReducer:
-    """The events of a comparison: those of every arm, interleaved, then compared."""
+    """The events of a comparison: those of every arm and sample, interleaved, then compared."""
 
-    def __init__(self, arms: Mapping[str, Sequence[OperatorUse]]) -> None:
-        self._arms = {NORMAL: GenerationReducer((), NORMAL)}
-        self._arms |= {name: GenerationReducer(uses, name) for name, uses in arms.items()}
+    def __init__(self, arms: Mapping[str, Sequence[OperatorUse]], *, n: int = 1, normal: bool = True) -> None:
+        self._names, self._n, self._normal = tuple(arms), n, normal
+        every = ({NORMAL: ()} if normal else {}) | dict(arms)
+        self._texts = {
+            (name, sample): GenerationReducer(uses, name) for name, uses in every.items() for sample in range(n)
+        }
         self._compared: comparison_pb2.CompareFinished | None = None
 
     @property
     def prompt_token_ids(self) -> tuple[int, ...] | None:
         """The same for every arm."""
-        ids = (arm.prompt_token_ids for arm in self._arms.values())
+        ids = (text.prompt_token_ids for text in self._texts.values())
         return next((each for each in ids if each is not None), None)
 
     def feed(self, event: comparison_pb2.CompareEvent) -> ArmDelta | None:
-        """Raises like GenerationReducer.feed, and ProtocolError for an arm that was not requested."""
+        """Raises like GenerationReducer.feed, and ProtocolError for a text that was not requested."""
         if self._compared is not None:
             raise ProtocolError("the server sent events after `compared`")
         if event.WhichOneof("event") == "compared":
             self._compared = event.compared
             return None
-        if event.arm not in self._arms:
-            raise ProtocolError(f"the server sent an event of arm {event.arm!r}, which was not asked for")
-        delta = self._arms[event.arm].feed(event)
-        return None if delta is None else ArmDelta(event.arm, delta)
+        text = self._texts.get((event.arm, event.sample))
+        if text is None:
+            sample = f" (sample {event.sample})" if event.sample else ""
+            raise ProtocolError(f"the server sent an event of arm {event.arm!r}{sample}, which was not asked for")
+        delta = text.feed(event)
+        return None if delta is None else ArmDelta(event.arm, delta, event.sample)
 
     def finish(self) -> ABResult:
-        """Raises ProtocolError when an arm, or its comparison, did not come."""
-        finished = {name: arm.finish() for name, arm in self._arms.items()}
+        """Raises ProtocolError when a text, or its comparison, did not come."""
+        finished = {key: text.finish() for key, text in self._texts.items()}
         if self._compared is None:
             raise ProtocolError("the stream ended without `compared`")
-        steered = [name for name in finished if name != NORMAL]
-        compared = [each.arm for each in self._compared.comparisons]
-        if compared != steered:
-            raise ProtocolError(f"the server compared the arms {compared}; asked for were {steered}")
-        return ABResult(
-            normal=finished[NORMAL],
-            steered={each.arm: decode.arm_result(each, finished[each.arm]) for each in self._compared.comparisons},
+        asked = [(name, sample) for name in self._names for sample in range(self._n)]
+        compared = {(each.arm, each.sample): each for each in self._compared.comparisons}
+        if list(compared) != asked or len(self._compared.comparisons) != len(asked):
+            found = [each.arm for each in self._compared.comparisons]
+            raise ProtocolError(f"the server compared the arms {found}; asked for were {[name for name, _ in asked]}")
+        arms = {key: decode.arm_result(each, finished[key]) for key, each in compared.items()}
+        first, *others = (
+            ABResult(finished.get((NORMAL, sample)), {name: arms[name, sample] for name in self._names})
+            for sample in range(self._n)
         )
+        return replace(first, others=tuple(others))

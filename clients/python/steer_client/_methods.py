@@ -19,8 +19,8 @@ from steer_client._aio_streams import AsyncComparisonStream, AsyncGenerationStre
 from steer_client._channel import Stubs, target_or_default
 from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
-from steer_client._requests import SERVER_DEFAULTS, OperatorUse, Prompt, SamplingParams
-from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, Tokenization
+from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, SamplingParams
+from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, TextScore, Tokenization
 from steer_client._retry import Retries
 from steer_client._store import OperatorInfo, ReloadReport
 from steer_client._streams import StartedCall
@@ -59,7 +59,7 @@ class Methods(ABC):
         self,
         prompt: Prompt,
         *,
-        operators: Sequence[OperatorUse] = (),
+        operators: Operators = (),
         sampling: SamplingParams = SERVER_DEFAULTS,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
@@ -72,7 +72,7 @@ class Methods(ABC):
         self,
         prompt: Prompt,
         *,
-        operators: Sequence[OperatorUse] = (),
+        operators: Operators = (),
         sampling: SamplingParams = SERVER_DEFAULTS,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
@@ -85,18 +85,22 @@ class Methods(ABC):
         self,
         prompt: Prompt,
         *,
-        operators: Sequence[OperatorUse] = (),
-        arms: Mapping[str, Sequence[OperatorUse]] | None = None,
+        operators: Operators = (),
+        arms: Mapping[str, Operators | Arm] | None = None,
         sampling: SamplingParams = SERVER_DEFAULTS,
         score: bool = True,
+        n: int = 1,
+        normal: bool = True,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> ABResult:
         """Decodes one prompt plain and steered, side by side.
 
-        `operators` make one arm named "steered"; `arms` names several. `score` asks for KL and perplexities.
+        `operators` make one arm named "steered"; `arms` names several, each by its operators or as an `Arm` that has a
+        sampling too. `score` asks for KL and perplexities, `n` for several samples of each text, with one seed after
+        the other. `normal=False` leaves the plain text out.
         """
-        call = calls.compare(prompt, operators, arms, sampling, request_id, score)
+        call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
         return await self._read_to_end(self._start(call, timeout))
 
     @stream_method(ComparisonStream, AsyncComparisonStream)
@@ -104,15 +108,38 @@ class Methods(ABC):
         self,
         prompt: Prompt,
         *,
-        operators: Sequence[OperatorUse] = (),
-        arms: Mapping[str, Sequence[OperatorUse]] | None = None,
+        operators: Operators = (),
+        arms: Mapping[str, Operators | Arm] | None = None,
         sampling: SamplingParams = SERVER_DEFAULTS,
         score: bool = True,
+        n: int = 1,
+        normal: bool = True,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> StartedCall[ArmDelta, ABResult]:
         """As `compare`, piece by piece; the arms' pieces interleave."""
-        return self._start(calls.compare(prompt, operators, arms, sampling, request_id, score), timeout)
+        call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        return self._start(call, timeout)
+
+    @method
+    async def score(
+        self,
+        text: str | Sequence[int],
+        *,
+        prompt: Prompt | None = None,
+        operators: Operators = (),
+        arms: Mapping[str, Operators | Arm] | None = None,
+        time_limit: float | None = None,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> TextScore:
+        """Reads a text, or its token ids, under the plain model and steered; nothing is decoded.
+
+        `operators` make one arm named "steered"; `arms` names several; without both the plain model reads it alone.
+        Without a prompt the text's first token is the prompt. `time_limit` is the server's, in seconds: when it runs
+        out, that is a DeadlineExceededError.
+        """
+        return await self._answer(calls.score(text, prompt, operators, arms, request_id, time_limit), timeout)
 
     @method
     async def operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorInfo, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
-from steer_client._errors import SteeringNotAppliedError
+from steer_client._defaults import NORMAL
+from steer_client._errors import ProtocolError, SteeringNotAppliedError
 from steer_client._positions import Positions
 from steer_client._requests import OperatorUse
-from steer_client._results import FinishReason, Generation, Receipt
+from steer_client._results import FinishReason, Generation, Receipt, TextScore, Usage
 
 _NUMBERS: Final = ("strength", "blend")
 _INTERRUPTIONS: Final = (FinishReason.TIME_LIMIT, FinishReason.CANCELLED)
@@ -32,7 +33,7 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
     - whose strength, rule, blend, positions, anchor or first token are not the request's, or whose `defaulted` is not
       what the request left unset,
     - whose words, weights or KL budget are not the request's, or that names no lens, or no tokens, for its words,
-    - whose dose bound is not the sum of |strength|/2 over the receipts of its layer,
+    - whose dose bound is not the sum of |λ|/2 over the receipts of its layer (λ is the strength, a dose half of it),
     - of a strength other than 0 whose steered and cached prompt tokens do not add up to those of the prompt that are
       among its positions, whose steered generated tokens are not those of its positions that were fed to the model, or
       whose doses are not positive and in order (0 < mean <= max <= bound, but for rounding to the model's dtype), or
@@ -63,6 +64,24 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
         if problem is not None:
             raise _not_applied(f"{use.name}: {problem}", generation)
     return generation
+
+
+def check_score(arms: Mapping[str, Sequence[OperatorUse]], score: TextScore) -> TextScore:
+    """Returns `score` if its arms are the plain one and these, in order, and the receipts of each prove its operators.
+
+    Raises ProtocolError for other arms, and SteeringNotAppliedError as check_receipts does.
+    """
+    asked, found = [NORMAL, *arms], [each.arm for each in score.arms]
+    if found != asked:
+        raise ProtocolError(f"the server scored the arms {found}; asked for were {asked}")
+    usage, ids = Usage(len(score.prompt_token_ids), len(score.token_ids)), score.token_ids
+    for uses, arm in zip(((), *arms.values()), score.arms, strict=True):
+        # To a receipt, a text that was read is what a generated one is.
+        read = Generation(
+            score.request_id, "", ids, FinishReason.MAX_TOKENS, None, usage, score.timings, arm.receipts, (), 0
+        )
+        check_receipts(uses, read)
+    return score
 
 
 def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:
@@ -115,7 +134,10 @@ def _bound_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:
     bound = sum(abs(other.strength) / 2 for other in receipts if other.layer == receipt.layer)
     if math.isclose(receipt.dose_bound, bound, rel_tol=_SUM_TOLERANCE):
         return None
-    return f"the receipt says dose bound {receipt.dose_bound}, the strengths at layer {receipt.layer} give {bound}"
+    return (
+        f"the receipt says that λ adds up to {2 * receipt.dose_bound:g} at layer {receipt.layer}, the strengths there "
+        f"give {2 * bound:g}"
+    )
 
 
 def _has_tokens(generation: Generation) -> bool:
@@ -134,8 +156,8 @@ def _count_problem(receipt: Receipt, generation: Generation) -> str | None:
         return None
     cached_too = f" ({cached} more cached)" if cached else ""
     return (
-        f"the receipt says {prompt} prompt{cached_too} + {reported[1]} generated tokens steered at strength "
-        f"{receipt.strength}, expected were {expected[0]} + {expected[1]}"
+        f"the receipt says {prompt} prompt{cached_too} + {reported[1]} generated tokens steered at "
+        f"λ {receipt.strength:g}, expected were {expected[0]} + {expected[1]}"
     )
 
 
@@ -158,14 +180,14 @@ def _dose_problem(receipt: Receipt, receipts: Sequence[Receipt]) -> str | None:
         alone = sum(other.layer == receipt.layer and other.strength != 0 for other in receipts) == 1
         least = bound - slack if alone else 0.0
         fits = 0 < receipt.mean_dose <= receipt.max_dose <= bound + slack < math.inf and receipt.mean_dose >= least
-        expected = f"{bound} but for rounding" if alone else f"0 < mean <= max <= {bound}"
+        expected = f"{2 * bound:g} but for rounding" if alone else f"0 < mean <= max <= {2 * bound:g}"
     else:
         fits, expected = receipt.mean_dose == receipt.max_dose == 0, "0"
     if fits:
         return None
     return (
-        f"the receipt says dose mean {receipt.mean_dose}, max {receipt.max_dose} at strength {receipt.strength}, "
-        f"expected was {expected}"
+        f"the receipt says λ mean {receipt.mean_strength:g}, max {receipt.max_strength:g} measured at λ "
+        f"{receipt.strength:g}, expected was {expected}"
     )
 
 

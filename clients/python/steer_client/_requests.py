@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias, get_args
 
@@ -153,6 +153,22 @@ class SamplingParams:
 #: Every choice left to the server.
 SERVER_DEFAULTS = SamplingParams()
 
+#: What steers a text: uses of operators, each as an object or as `OperatorUse.parse` reads it ("ocean=0.4@0.5:first"),
+#: one alone or several; or names with their strengths ({"ocean": 0.4}; None takes the recommended one).
+Operators: TypeAlias = str | OperatorUse | Sequence[str | OperatorUse] | Mapping[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One arm of a comparison: operators, and where it is not sampled as the others are, how.
+
+    `sampling` takes the place of the comparison's as a whole, but for the seed, which is the comparison's where it sets
+    none, and for the time limit, which is the comparison's always. With a sampling of its own an arm needs no operator.
+    """
+
+    operators: Operators = ()
+    sampling: SamplingParams | None = None
+
 
 # What is sent, by the fields of the contract's messages of the same names.
 
@@ -167,11 +183,12 @@ class PromptInput:
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
-    """One steered arm of a comparison."""
+class NamedArm:
+    """One arm of a comparison as the contract's message has it."""
 
     name: str
     operators: Sequence[OperatorUse]
+    sampling: SamplingParams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +208,22 @@ class CompareRequest:
     request_id: str
     prompt: PromptInput
     sampling: SamplingParams
-    arms: Sequence[Arm]
+    arms: Sequence[NamedArm]
     score: bool
+    n: int | None = None
+    normal: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A text, as itself or as token ids, that the plain model and every arm read."""
+
+    request_id: str
+    prompt: PromptInput | None
+    text: str | None
+    token_ids: Sequence[int] | None
+    arms: Sequence[NamedArm]
+    time_limit: float | None
 
 
 @dataclass(frozen=True, slots=True)

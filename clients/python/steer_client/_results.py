@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from steer_client._positions import ALL_POSITIONS, Positions
@@ -72,11 +72,12 @@ class Receipt:
     #: Of `positions`, those whose keys and values an earlier request with the very same steering left in the server's
     #: prefix cache: not computed again, so measured for that request and not for this one. Always 0 on the engine "hf".
     prompt_tokens_cached: int
-    #: Norm of the change over the norm of the hidden state at this layer, after rounding, over the tokens steered here.
+    #: Norm of the change over the norm of the hidden state at this layer, after rounding, over the tokens steered here:
+    #: half of the strength that was measured, which `mean_strength` and `max_strength` are.
     mean_dose: float
     max_dose: float
     #: Sum of |strength|/2 over the request's operators at this layer, wherever they push: what its dose cannot pass,
-    #: but for rounding.
+    #: but for rounding. Of one operator, what its dose is.
     dose_bound: float
     #: Which of "strength", "rule", "blend", "positions", "anchor" and "first_token" came from the operator's
     #: recommendation.
@@ -98,6 +99,16 @@ class Receipt:
     #: once more from the token ids, and the smallest cosine found there; None where no position was checked.
     positions_checked: int = 0
     worst_cosine: float | None = None
+
+    @property
+    def mean_strength(self) -> float:
+        """What was measured in the unit of `strength`: twice the mean dose."""
+        return 2 * self.mean_dose
+
+    @property
+    def max_strength(self) -> float:
+        """The largest that was measured, in the unit of `strength`."""
+        return 2 * self.max_dose
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +148,8 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...]
     #: The seed that was used.
     seed: int
+    #: Which of several samples it is, from 0.
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +167,8 @@ class ArmDelta:
 
     arm: str
     delta: TextDelta
+    #: Which of the arm's texts, from 0.
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +183,7 @@ class KL:
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One steered arm held against the normal one. What was not scored is None."""
+    """One arm held against the normal one. What was not scored is None, and without the normal arm what needs it."""
 
     generation: Generation
     #: Index of the first differing token; None when the token ids are the same.
@@ -181,10 +196,79 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True)
 class ABResult:
-    """The plain text and every steered one, by the name of its arm, in the request's order."""
+    """The plain text and every steered one, by the name of its arm, in the request's order.
 
-    normal: Generation
+    Of several samples these are the first; `samples` has them all.
+    """
+
+    #: The plain text, or None where the plain arm was not asked for; `normal` is the same for those who know.
+    plain: Generation | None
+    #: Every arm but the plain one.
     steered: Mapping[str, ArmResult]
+    #: The samples behind the first one, each as a result of its own.
+    others: tuple[ABResult, ...] = ()
+
+    @property
+    def normal(self) -> Generation:
+        """The plain text. Raises RuntimeError where the plain arm was not asked for."""
+        if self.plain is None:
+            raise RuntimeError("there is no plain text: the comparison was asked for with normal=False")
+        return self.plain
+
+    @property
+    def samples(self) -> tuple[ABResult, ...]:
+        """Each sample as a result of its own, this one first: as many as were asked for with `n`."""
+        return (replace(self, others=()), *self.others)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenComparison:
+    """A token of a text under an arm and under the plain model; log-probabilities are natural logarithms."""
+
+    token_id: int
+    token: str
+    logprob: float
+    normal_logprob: float
+    #: KL(plain ‖ arm) in nats, of the distributions that the token was chosen from.
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmScore:
+    """A text under one arm."""
+
+    arm: str
+    tokens: tuple[TokenComparison, ...]
+    #: Of KL(plain ‖ arm) over the tokens; 0 for the plain model.
+    kl_mean: float | None
+    kl_p95: float | None
+    #: exp(-mean log-probability) of the text under this arm.
+    perplexity: float
+    #: One per operator of the arm, in its order.
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """A text under the plain model and under every arm."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    #: Of the text, without the prompt.
+    token_ids: tuple[int, ...]
+    #: The plain model's, named "normal", and then the request's in their order.
+    arms: tuple[ArmScore, ...]
+    timings: Timings
+
+    @property
+    def normal(self) -> ArmScore:
+        """The text under the plain model."""
+        return self.arms[0]
+
+    @property
+    def steered(self) -> Mapping[str, ArmScore]:
+        """The text under every other arm, by its name."""
+        return {each.arm: each for each in self.arms[1:]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +329,7 @@ class ModelInfo:
     server_version: str
     max_queue: int
     max_arms: int
-    #: Most that the doses |strength|/2 of a request's operators at one layer may add up to.
+    #: Most that |strength|/2 of a request's operators at one layer may add up to.
     max_dose: float
     #: How much a request may hold. None from a server that does not say.
     limits: RequestLimits | None = None

@@ -200,7 +200,8 @@ def with_weights(attention: Callable[..., AttentionOutput]) -> Callable[..., Att
         identity = torch.eye(n, dtype=value.dtype, device=value.device).expand(*value.shape[:2], n, n)
         output, _ = attention(module, query, key, value, *args, **kwargs)
         weights, _ = attention(module, query, key, identity, *args, **kwargs)
-        return output, weights.transpose(1, 2)
+        # In one piece: every pass would copy them otherwise, and the graph of the backward passes keep the copies.
+        return output, weights.transpose(1, 2).contiguous()
 
     return forward
 

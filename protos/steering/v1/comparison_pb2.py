@@ -26,7 +26,7 @@ from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
 from steering.v1 import text_pb2 as steering_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteering/v1/comparison.proto\x12\x0bsteering.v1\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\"@\n\x03\x41rm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\toperators\x18\x02 \x03(\x0b\x32\x18.steering.v1.OperatorUse\"\xb6\x01\n\x0e\x43ompareRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12\x1e\n\x04\x61rms\x18\x04 \x03(\x0b\x32\x10.steering.v1.Arm\x12\x12\n\x05score\x18\x05 \x01(\x08H\x00\x88\x01\x01\x42\x08\n\x06_score\"\x93\x02\n\nComparison\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\x1d\n\x10\x66irst_divergence\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0ckl_per_token\x18\x03 \x03(\x01\x12\x14\n\x07kl_mean\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06kl_p95\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11normal_perplexity\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12steered_perplexity\x18\x07 \x01(\x01H\x04\x88\x01\x01\x42\x13\n\x11_first_divergenceB\n\n\x08_kl_meanB\t\n\x07_kl_p95B\x14\n\x12_normal_perplexityB\x15\n\x13_steered_perplexity\"?\n\x0f\x43ompareFinished\x12,\n\x0b\x63omparisons\x18\x01 \x03(\x0b\x32\x17.steering.v1.Comparison\"\xd7\x01\n\x0c\x43ompareEvent\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.steering.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.steering.v1.DeltaH\x00\x12\x31\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1d.steering.v1.GenerateResponseH\x00\x12\x30\n\x08\x63ompared\x18\x05 \x01(\x0b\x32\x1c.steering.v1.CompareFinishedH\x00\x42\x07\n\x05\x65ventb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteering/v1/comparison.proto\x12\x0bsteering.v1\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\"o\n\x03\x41rm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\toperators\x18\x02 \x03(\x0b\x32\x18.steering.v1.OperatorUse\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\"\xec\x01\n\x0e\x43ompareRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12\x1e\n\x04\x61rms\x18\x04 \x03(\x0b\x32\x10.steering.v1.Arm\x12\x12\n\x05score\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x0e\n\x01n\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x13\n\x06normal\x18\x08 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06_scoreB\x04\n\x02_nB\t\n\x07_normal\"g\n\x0fTokenComparison\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x16\n\x0enormal_logprob\x18\x04 \x01(\x01\x12\n\n\x02kl\x18\x05 \x01(\x01\"\xa3\x02\n\nComparison\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\x1d\n\x10\x66irst_divergence\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0ckl_per_token\x18\x03 \x03(\x01\x12\x14\n\x07kl_mean\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x06kl_p95\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x1e\n\x11normal_perplexity\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12steered_perplexity\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x0e\n\x06sample\x18\x08 \x01(\x05\x42\x13\n\x11_first_divergenceB\n\n\x08_kl_meanB\t\n\x07_kl_p95B\x14\n\x12_normal_perplexityB\x15\n\x13_steered_perplexity\"?\n\x0f\x43ompareFinished\x12,\n\x0b\x63omparisons\x18\x01 \x03(\x0b\x32\x17.steering.v1.Comparison\"\xe7\x01\n\x0c\x43ompareEvent\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.steering.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.steering.v1.DeltaH\x00\x12\x31\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x1d.steering.v1.GenerateResponseH\x00\x12\x30\n\x08\x63ompared\x18\x05 \x01(\x0b\x32\x1c.steering.v1.CompareFinishedH\x00\x12\x0e\n\x06sample\x18\x07 \x01(\x05\x42\x07\n\x05\x65ventb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering.v1.comparison_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ARM']._serialized_start=97
-  _globals['_ARM']._serialized_end=161
-  _globals['_COMPAREREQUEST']._serialized_start=164
-  _globals['_COMPAREREQUEST']._serialized_end=346
-  _globals['_COMPARISON']._serialized_start=349
-  _globals['_COMPARISON']._serialized_end=624
-  _globals['_COMPAREFINISHED']._serialized_start=626
-  _globals['_COMPAREFINISHED']._serialized_end=689
-  _globals['_COMPAREEVENT']._serialized_start=692
-  _globals['_COMPAREEVENT']._serialized_end=907
+  _globals['_ARM']._serialized_end=208
+  _globals['_COMPAREREQUEST']._serialized_start=211
+  _globals['_COMPAREREQUEST']._serialized_end=447
+  _globals['_TOKENCOMPARISON']._serialized_start=449
+  _globals['_TOKENCOMPARISON']._serialized_end=552
+  _globals['_COMPARISON']._serialized_start=555
+  _globals['_COMPARISON']._serialized_end=846
+  _globals['_COMPAREFINISHED']._serialized_start=848
+  _globals['_COMPAREFINISHED']._serialized_end=911
+  _globals['_COMPAREEVENT']._serialized_start=914
+  _globals['_COMPAREEVENT']._serialized_end=1145
 # @@protoc_insertion_point(module_scope)

@@ -26,21 +26,29 @@ class Arm(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     OPERATORS_FIELD_NUMBER: _builtins.int
+    SAMPLING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Unique in the request, at most 128 characters; "normal" is taken by the plain arm, which always runs."""
+    """Unique in the request, at most 128 characters; "normal" is taken by the plain arm."""
     @_builtins.property
     def operators(self) -> _containers.RepeatedCompositeFieldContainer[_steering_pb2.OperatorUse]:
-        """At least one."""
+        """At least one, unless the arm has a `sampling` of its own."""
+
+    @_builtins.property
+    def sampling(self) -> _text_pb2.SamplingParams:
+        """In place of the request's, as a whole: what it leaves unset takes its default, and the seed that of the request, so
+        that arms draw the same numbers. `time_limit` is not accepted here: that of the request bounds all arms.
+        """
 
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         operators: _abc.Iterable[_steering_pb2.OperatorUse] | None = ...,
+        sampling: _text_pb2.SamplingParams | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "operators", b"operators"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "operators", b"operators", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -55,18 +63,26 @@ class CompareRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     ARMS_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    NORMAL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     score: _builtins.bool
     """Score each steered text under the plain model (KL and perplexity), as one more row of the batch. Default true."""
+    n: _builtins.int
+    """Texts of each arm. Sample s has the seed of its arm plus s, modulo 2^64. Default 1. All arms together, the plain one
+    too, have at most one text more than the server's `max_arms`.
+    """
+    normal: _builtins.bool
+    """Whether the plain arm runs. Texts are scored without it as well. Default true."""
     @_builtins.property
     def prompt(self) -> _text_pb2.Prompt: ...
     @_builtins.property
     def sampling(self) -> _text_pb2.SamplingParams:
-        """Shared by every arm; with a seed, every arm draws the same random numbers."""
+        """Shared by every arm that has none of its own; every arm draws the same random numbers."""
 
     @_builtins.property
     def arms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arm]:
-        """The steered arms, at least one. Several make a sweep."""
+        """The arms beside the plain one. Several make a sweep. May be empty where the plain arm runs."""
 
     def __init__(
         self,
@@ -76,20 +92,67 @@ class CompareRequest(_message.Message):
         sampling: _text_pb2.SamplingParams | None = ...,
         arms: _abc.Iterable[Global___Arm] | None = ...,
         score: _builtins.bool | None = ...,
+        n: _builtins.int | None = ...,
+        normal: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "prompt", b"prompt", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_score", b"_score", "n", b"n", "normal", b"normal", "prompt", b"prompt", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_score", b"_score", "arms", b"arms", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_score", b"_score", "arms", b"arms", "n", b"n", "normal", b"normal", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__normal: _TypeAlias = _typing.Literal["normal"]  # noqa: Y015
+    _WhichOneofArgType__normal: _TypeAlias = _typing.Literal["_normal", b"_normal"]  # noqa: Y015
     _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
     _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normal) -> _WhichOneofReturnType__normal | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
 
 Global___CompareRequest: _TypeAlias = CompareRequest  # noqa: Y015
 
 @_typing.final
+class TokenComparison(_message.Message):
+    """One token of a text under an arm, and under the plain model. Log-probabilities are natural logarithms, of the model's
+    own distributions before penalties, temperature and truncation.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    NORMAL_LOGPROB_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    token: _builtins.str
+    logprob: _builtins.float
+    normal_logprob: _builtins.float
+    kl: _builtins.float
+    """KL(plain || arm) of the distributions that the token was chosen from, in nats."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        token: _builtins.str = ...,
+        logprob: _builtins.float = ...,
+        normal_logprob: _builtins.float = ...,
+        kl: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl", b"kl", "logprob", b"logprob", "normal_logprob", b"normal_logprob", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenComparison: _TypeAlias = TokenComparison  # noqa: Y015
+
+@_typing.final
 class Comparison(_message.Message):
-    """One steered arm held against the normal arm."""
+    """A text of one arm held against the plain one, sample s against sample s."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -100,14 +163,17 @@ class Comparison(_message.Message):
     KL_P95_FIELD_NUMBER: _builtins.int
     NORMAL_PERPLEXITY_FIELD_NUMBER: _builtins.int
     STEERED_PERPLEXITY_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
     arm: _builtins.str
     first_divergence: _builtins.int
-    """Index of the first differing token; unset when the token ids are the same."""
+    """Index of the first differing token; unset when the token ids are the same, and where the plain arm did not run."""
     kl_mean: _builtins.float
     kl_p95: _builtins.float
     normal_perplexity: _builtins.float
-    """Of each text under the plain model. Unset when not scored."""
+    """Of each text under the plain model. Unset when not scored; the normal one also where the plain arm did not run."""
     steered_perplexity: _builtins.float
+    sample: _builtins.int
+    """From 0."""
     @_builtins.property
     def kl_per_token(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """KL(plain || steered) in nats at each position of the steered text. Empty when not scored."""
@@ -122,10 +188,11 @@ class Comparison(_message.Message):
         kl_p95: _builtins.float | None = ...,
         normal_perplexity: _builtins.float | None = ...,
         steered_perplexity: _builtins.float | None = ...,
+        sample: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "sample", b"sample", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_divergence: _TypeAlias = _typing.Literal["first_divergence"]  # noqa: Y015
     _WhichOneofArgType__first_divergence: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence"]  # noqa: Y015
@@ -157,7 +224,7 @@ class CompareFinished(_message.Message):
     COMPARISONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]:
-        """One per steered arm, in the request's order."""
+        """One per arm but the plain one and per sample: the arms in the request's order, of each its samples."""
 
     def __init__(
         self,
@@ -181,8 +248,11 @@ class CompareEvent(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     COMPARED_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
     arm: _builtins.str
     """The arm that this event belongs to; empty for `compared`."""
+    sample: _builtins.int
+    """Which text of the arm."""
     @_builtins.property
     def started(self) -> _text_pb2.Started: ...
     @_builtins.property
@@ -201,10 +271,11 @@ class CompareEvent(_message.Message):
         delta: _text_pb2.Delta | None = ...,
         finished: _text_pb2.GenerateResponse | None = ...,
         compared: Global___CompareFinished | None = ...,
+        sample: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "sample", b"sample", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "compared"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

@@ -392,6 +392,7 @@ class GenerateResponse(_message.Message):
     RECEIPTS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     text: _builtins.str
     finish_reason: Global___FinishReason.ValueType
@@ -399,6 +400,8 @@ class GenerateResponse(_message.Message):
     """The stop string that ended the text, where one did."""
     seed: _builtins.int
     """The seed that was used."""
+    sample: _builtins.int
+    """Which text of its arm, from 0."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
@@ -424,10 +427,11 @@ class GenerateResponse(_message.Message):
         receipts: _abc.Iterable[_steering_pb2.Receipt] | None = ...,
         logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
         seed: _builtins.int = ...,
+        sample: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "receipts", b"receipts", "request_id", b"request_id", "seed", b"seed", "stop_string", b"stop_string", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "logprobs", b"logprobs", "receipts", b"receipts", "request_id", b"request_id", "sample", b"sample", "seed", b"seed", "stop_string", b"stop_string", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

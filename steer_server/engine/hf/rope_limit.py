@@ -15,9 +15,13 @@ def check_rope(job: DecodeJob, config: Any, context_length: int) -> None:
     Args:
         config: the model's text configuration.
     """
-    prompt = len(job.prompt_ids)
+    for field, sampling in job.samplings.items():
+        _check_length(len(job.prompt_ids), sampling.max_tokens, f"{field}.max_tokens", config, context_length)
+
+
+def _check_length(prompt: int, max_tokens: int, field: str, config: Any, context_length: int) -> None:
     # The last token of a text is never fed back.
-    longest = min(prompt + job.sampling.max_tokens, context_length) - 1
+    longest = min(prompt + max_tokens, context_length) - 1
     change = rope_change_within(config, prompt, longest)
     if change is None:
         return
@@ -28,8 +32,8 @@ def check_rope(job: DecodeJob, config: Any, context_length: int) -> None:
     elif room <= 0:
         accepted.append(f"a prompt of at most {change.length} tokens")
     raise InvalidRequestError(
-        "sampling.max_tokens",
-        f"is {job.sampling.max_tokens} after a prompt of {prompt} tokens; the model's rotary factors "
+        field,
+        f"is {max_tokens} tokens after a prompt of {prompt} tokens; the model's rotary factors "
         f"({change.rope_type}) change beyond {change.length} tokens, and no text has two sets of them: "
         f"{', or '.join(accepted)}, is accepted",
     )

@@ -33,7 +33,7 @@ def check_steering(loaded: LoadedModel) -> None:
     )
     decoder = Decoder(
         loaded=loaded,
-        job=DecodeJob(ids, SamplingParams(max_tokens=_TOKENS, ignore_eos=True), (Row(), Row(SteeringPlan(uses)))),
+        job=DecodeJob.of(ids, SamplingParams(max_tokens=_TOKENS, ignore_eos=True), (Row(), Row(SteeringPlan(uses)))),
         operators=PreparedOperatorCache(loaded.device, budget=0),
         check_interruption=lambda: None,
         eos_ids=frozenset(),

@@ -283,10 +283,10 @@ def test_the_whole_file_is_held_against_the_model_before_anything_is_built(
 
 def test_a_concept_that_takes_more_memory_than_there_is_is_refused_before_the_others_are_built(build_file, shelf):
     result = build_file('[[concept]]\nname = "a"\ntext = "a"\n[[concept]]\nname = "b"\ntext = "bay"\nrank = 3\n',
-                 "--max-memory", "30KiB")  # fmt: skip
+                 "--max-memory", "48.1MiB")  # fmt: skip
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert re.search(r"line 7: concept 'b': .* needs about .* 30.0 KiB may be used", line)
+    assert re.search(r"line 7: concept 'b': .* needs about .* 48.1 MiB may be used", line)
     assert not shelf.exists()
 
 

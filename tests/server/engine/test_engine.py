@@ -166,7 +166,7 @@ async def test_prompts_that_wait_when_the_engine_closes_are_told_so(engine, slow
 @pytest.mark.parametrize(("room", "kept"), [(None, 1), (1, 0)])
 async def test_operators_are_kept_between_jobs_within_the_memory_for_them(llama, artifact, plan_of, room, kept):
     engine = HFEngine(llama, max_queue=2, **({} if room is None else {"operator_memory": room}))
-    async for _ in engine.submit(DecodeJob((1, 2), SamplingParams(max_tokens=2), (Row(plan_of((artifact, 0.5))),))):
+    async for _ in engine.submit(DecodeJob.of((1, 2), SamplingParams(max_tokens=2), (Row(plan_of((artifact, 0.5))),))):
         pass
     await engine.close()
     assert len(engine._operators) == kept

@@ -77,7 +77,7 @@ async def test_the_engine_refuses_it_before_the_request_waits(tiny):
     engine = HFEngine(loaded, max_queue=2)
     try:
         with pytest.raises(InvalidRequestError, match="beside other text"):
-            engine.submit(DecodeJob((1, 2), SamplingParams(stop_strings=("<end>.",)), (Row(None),)))
+            engine.submit(DecodeJob.of((1, 2), SamplingParams(stop_strings=("<end>.",)), (Row(None),)))
         assert (engine.running, engine.waiting) == (0, 0)
     finally:
         await engine.close()

@@ -138,7 +138,7 @@ def test_accept_sees_every_value_and_says_what_is_written():
         return f"<{value}>" if field.name == "name" else value
 
     use = Use("g", 0.5, None)
-    message = writer(comparison_pb2.Arm, Arm, accept)(Arm("x", (use, replace(use, name="h"))))
+    message = writer(comparison_pb2.Arm, Arm, accept)(Arm("x", (use, replace(use, name="h"))), sampling=None)
     assert [message.name, *(each.name for each in message.operators)] == ["<x>", "<g>", "<h>"]
     assert ("operators", list, (use, replace(use, name="h"))) in seen
     assert ("operators", Use, use) in seen

@@ -57,7 +57,9 @@ def test_a_part_that_does_not_check_itself_is_checked_by_its_place():
     check_fields(Request((Arm("a", (use,)),)), "request")
     with pytest.raises(InvalidRequestError) as caught:
         check_fields(Request((Arm("a", (use,)), Arm("b", ()))), "request")
-    assert str(caught.value) == "request.arms[1].operators: is empty; the plain arm runs anyway"
+    assert str(caught.value) == (
+        "request.arms[1].operators: is empty; an arm without operators needs a sampling of its own"
+    )
     with pytest.raises(InvalidRequestError, match=r"^arms: is empty; at least one arm is needed"):
         check_fields(Request(()))
 

@@ -19,7 +19,11 @@ class DoseRange:
 
     def overlap(self, first: int, end: int) -> tuple[int, int]:
         """[from, to) of the positions ``first`` to ``end`` - 1 that are in this range; empty where from >= to."""
-        return max(first, self.start), end if self.end is None else min(end, self.end)
+        # Compared, not max and min: this is asked for every token that is pushed.
+        return (
+            self.start if self.start > first else first,
+            end if self.end is None or self.end > end else self.end,
+        )
 
 
 def dose_ranges(settings: Sequence[OperatorSetting]) -> tuple[DoseRange, ...]:
@@ -52,7 +56,7 @@ def check_movements(ranges: Sequence[DoseRange], first: int, moved: Sequence[Seq
     """
     for one in ranges:
         start, end = one.overlap(first, first + len(moved))
-        for token in moved[start - first : max(end, start) - first]:
+        for token in moved[start - first : end - first] if start < end else ():
             if problem := one.bounds.problem(*token):
                 return problem
     return ""

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from operators.core.apply import steer
-from operators.core.movement import Movement, join_movements, movement
 from steer_server.engine.vllm.worker.chunked_pushes import tokens_per_chunk
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.scoring import KeptStates
+from steer_server.engine.vllm.worker.step_movements import PushedStates, StepMovements
 from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.version_check import require_names
 from steer_server.engine.vllm.worker.witness import LayerSight
@@ -38,6 +38,8 @@ class ForwardPass:
         """No later pass, of whatever kind, may find the pushes of this one."""
         self.pushes: Mapping[int, StepPush] = {}
         """By layer."""
+        self.movements = StepMovements()
+        """What the hooks found where they pushed, to be measured when the pass is over."""
         self.sights: Mapping[int, LayerSight] = {}
         """By layer, what is looked at before and after the push."""
         self.kept: Sequence[tuple[KeptStates, TokenSpan]] = ()
@@ -59,24 +61,30 @@ def _push(hidden: torch.Tensor, residual: torch.Tensor | None, layer: int) -> No
     if sight is not None:
         sight.see_before(rows, residual_rows)
     if step_push is not None:
-        push_rows(step_push, rows, residual_rows)
+        push_rows(step_push, rows, residual_rows, forward_pass.movements)
     if sight is not None:
         sight.see_after(rows)
 
 
-def push_rows(step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None) -> None:
-    """Pushes ``rows`` (B, d) of the batch in place, and measures what stands there then, whatever was said of it."""
-    size = tokens_per_chunk(rows.shape[1])
-    parts = zip(torch.split(step_push.rows, size), torch.split(step_push.push, size), strict=True)
+def push_rows(step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None, movements: StepMovements) -> None:
+    """Pushes ``rows`` (B, d) of the batch in place, and keeps what stands there before and then, to be measured."""
     step_push.times += 1
-    step_push.moved = join_movements([_push_part(rows, residual, *part) for part in parts])
+    size = tokens_per_chunk(rows.shape[1])
+    if step_push.rows.shape[0] <= size:
+        movements.add(_push_part(step_push, rows, residual, step_push.rows, step_push.push))
+        return
+    for places, push in zip(torch.split(step_push.rows, size), torch.split(step_push.push, size), strict=True):
+        movements.add(_push_part(step_push, rows, residual, places, push))
 
 
-def _push_part(rows: torch.Tensor, residual: torch.Tensor | None, places: torch.Tensor, push: torch.Tensor) -> Movement:
+def _push_part(
+    step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None, places: torch.Tensor, push: torch.Tensor
+) -> PushedStates:
     before, others = rows[places], None if residual is None else residual[places]
     after, _ = steer(before, push, others)
     rows.index_copy_(0, places, after)
-    return movement(before, rows[places], push, others)
+    # Read again: what is measured is what the layer is handed, whatever was said of it.
+    return PushedStates(step_push, push, before, rows[places], others)
 
 
 def _check_inputs(hidden: torch.Tensor, rows: torch.Tensor, expected: torch.Tensor) -> None:

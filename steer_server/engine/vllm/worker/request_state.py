@@ -79,7 +79,7 @@ class RequestState:
 
         Args:
             moved: of each token its movement (:class:`.DoseBounds`); empty if the layer's hook did not run.
-            usable: which tokens had a direction.
+            usable: which tokens had a direction; none of them stands for all.
         """
         if not all(usable):
             # Checked first: such a token is pushed by nothing, or by some of its operators, so its dose is wrong too.
@@ -96,7 +96,7 @@ class RequestState:
             recorded.extend([0.0] * (span.first_position - recorded_end))
             recorded_end = span.first_position
         # Positions that are computed again, after a preemption, are recorded already.
-        recorded.extend(dose for dose, _, _ in moved[max(0, recorded_end - span.first_position) :])
+        recorded.extend([one[0] for one in moved[recorded_end - span.first_position :]])
         problem = check_movements(ranges, span.first_position, moved)
         return f"layer {layer}: {problem}" if problem else ""
 
@@ -112,7 +112,7 @@ class RequestState:
     def _first_recorded(self, layer: int) -> int:
         """The first position at which there can be a dose."""
         ranges = self.dose_ranges.get(layer)
-        return max(self.cached, ranges[0].start) if ranges else self.cached
+        return ranges[0].start if ranges and ranges[0].start > self.cached else self.cached
 
 
 def not_steered(first: int, end: int) -> str:

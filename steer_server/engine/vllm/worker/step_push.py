@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from steer_server.engine.vllm.worker.pushes import TokenSpan, concatenate_ranges
 
 @dataclass(eq=False)
 class StepPush:
-    """The pushes of one layer in one step. Filled by :func:`combine_pushes`; ``moved`` by the layer's hook.
+    """The pushes of one layer in one step. Filled by :func:`combine_pushes`; ``moved`` by :mod:`.step_movements`.
 
     The host reads none of its tensors before the step is over: on an accelerator it would wait for it.
     """
@@ -28,7 +28,7 @@ class StepPush:
     """Whose the rows are, in their order; no row twice."""
     step: int
     moved: Movement | None = None
-    """What the hook found where it had pushed, (R,) each; None until it ran."""
+    """What the hook found where it had pushed, (R,) each; None until it ran and that was measured."""
     times: int = 0
     """How often the hook ran: once is right."""
 
@@ -36,16 +36,33 @@ class StepPush:
         """Frees the pushes, once the forward pass is over: what was measured may be read much later."""
         self.push = self.push.new_empty(0)
 
-    def read(self) -> tuple[list[list[float]], list[float]]:
-        """Of each row its movement (none if the hook did not run), and whether it has a direction.
 
-        In one transfer to the host.
-        """
-        if self.moved is None:
-            return [], self.usable.tolist()
-        moved = self.moved
-        read = torch.stack((moved.dose, moved.due, moved.rounding, self.usable.to(moved.dose)), dim=-1).tolist()
-        return [row[:3] for row in read], [row[3] for row in read]
+def read_movements(step_pushes: Sequence[StepPush]) -> Iterator[tuple[list[list[float]], list[float]]]:
+    """Of each push, the movement of each of its rows (none if the hook did not run), and which have a direction (1.0).
+
+    In one transfer to the host.
+    """
+    measured = [(one, one.moved) for one in step_pushes if one.moved is not None]
+    moved: list[list[float]] = []
+    usable: list[float] = []
+    if measured:
+        columns = [joined([getattr(moved, name) for _, moved in measured]) for name in ("dose", "due", "rounding")]
+        directions = joined([one.usable for one, _ in measured])
+        rows = torch.stack((*columns, directions.to(columns[0].dtype)), dim=-1).cpu().numpy()
+        moved, usable = rows[:, :3].tolist(), rows[:, 3].tolist()
+    start = 0
+    for one in step_pushes:
+        if one.moved is None:
+            yield [], one.usable.tolist()
+            continue
+        end = start + len(one.moved.dose)
+        yield moved[start:end], usable[start:end]
+        start = end
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor of several, or the only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch.Tensor, step: int) -> StepPush:

@@ -29,7 +29,7 @@ from steer_server.engine.vllm.worker.chunked_pushes import compute_in_chunks, to
 from steer_server.engine.vllm.worker.dose_ranges import dose_ranges
 from steer_server.engine.vllm.worker.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
 from steer_server.engine.vllm.worker.request_state import RequestMeasurement, RequestState, not_steered
-from steer_server.engine.vllm.worker.step_push import StepPush, combine_pushes
+from steer_server.engine.vllm.worker.step_push import StepPush, combine_pushes, read_movements
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 EmbedSpans = Callable[[Sequence[TokenSpan]], torch.Tensor]
@@ -228,17 +228,19 @@ class StepSteering:
 
     def record(self, step_pushes: Mapping[int, StepPush]) -> None:
         """Records what was measured in a forward pass. Reads it from the device, which waits for the pass."""
-        for layer, step_push in step_pushes.items():
-            moved, usable = step_push.read()
-            start = 0
+        found = read_movements(list(step_pushes.values()))
+        for (layer, step_push), (moved, usable) in zip(step_pushes.items(), found, strict=True):
+            all_usable, start = all(usable), 0
             for span in step_push.spans:
                 end = start + span.num_tokens
                 state = self._requests.get(span.request)
-                problem = "" if state is None else state.record(layer, span, moved[start:end], usable[start:end])
-                if state is not None and step_push.times > 1:
-                    problem = f"layer {layer} was pushed {step_push.times} times in one step"
-                if state is not None and problem:
-                    self._fail(state, step_push.step, problem)
+                if state is not None:
+                    of_span = () if all_usable else usable[start:end]
+                    problem = state.record(layer, span, moved[start:end], of_span)
+                    if step_push.times > 1:
+                        problem = f"layer {layer} was pushed {step_push.times} times in one step"
+                    if problem:
+                        self._fail(state, step_push.step, problem)
                 start = end
 
     def _complete_running_sums(

@@ -114,7 +114,7 @@ def test_a_row_that_is_interrupted_in_its_prompt_has_no_text_and_no_error(
     assert [(event.row, event.reason, event.text) for event in events] == [(0, reason, ""), (1, reason, "")]
     # What was read of the prompt is not counted: no text came of it.
     assert events[1].receipts[0].prompt_tokens_steered == events[1].receipts[0].max_dose == 0
-    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.rows[-1].sampling, plan)
     (completion,) = gatherer.add(events[1])
     assert (completion.text, completion.token_ids, completion.finish_reason) == ("", (), reason)
 
@@ -125,7 +125,7 @@ def test_a_row_that_is_interrupted_right_after_its_prompt_has_no_text_and_empty_
     plan = plan_of((artifact, 0.5))
     asked = iter([None])
     decoder = make_decoder(llama, [Row(plan)], check_interruption=lambda: next(asked, FinishReason.TIME_LIMIT))
-    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.rows[-1].sampling, plan)
     completion = _completion_of(gatherer, decoder.run())
     assert (completion.text, completion.token_ids) == ("", ())
     assert completion.receipts[0].prompt_tokens_steered == 0
@@ -209,7 +209,7 @@ def test_an_interrupted_row_is_accepted_with_all_of_its_positions(llama, artifac
     plan = plan_of((artifact, 0.5))
     calls = iter([None, None, None, FinishReason.TIME_LIMIT])
     decoder = make_decoder(llama, [Row(plan)], check_interruption=lambda: next(calls))
-    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.rows[-1].sampling, plan)
     completion = _completion_of(gatherer, decoder.run())
     assert completion.finish_reason is FinishReason.TIME_LIMIT
     assert len(completion.token_ids) == 2
@@ -231,7 +231,7 @@ def test_an_engine_that_forgets_its_plan_gives_no_text(llama, artifact, plan_of,
         "a cached token too many": (replace(receipt, prompt_tokens_cached=1),),
         "another digest": (replace(receipt, digest="sha256:" + "0" * 64),),
     }[change]
-    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.rows[-1].sampling, plan)
     with pytest.raises(SteeringNotAppliedError):
         _completion_of(gatherer, [*tokens, replace(end, receipts=forged)])
 
@@ -242,7 +242,7 @@ def test_prompt_tokens_that_came_steered_from_the_cache_are_not_missed(llama, ar
     *tokens, end = decoder.run()
     (receipt,) = end.receipts
     cached = replace(receipt, prompt_tokens_steered=receipt.prompt_tokens_steered - 2, prompt_tokens_cached=2)
-    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.sampling, plan)
+    gatherer = CompletionBuilder("r", len(decoder.job.prompt_ids), decoder.job.rows[-1].sampling, plan)
     completion = _completion_of(gatherer, [*tokens, replace(end, receipts=(cached,))])
     assert completion.receipts == (cached,)
 

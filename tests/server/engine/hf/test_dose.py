@@ -41,7 +41,8 @@ def test_doses_at_one_layer_that_pass_the_limit_are_refused_by_name(registry):
     with pytest.raises(DoseTooHighError) as caught:
         registry().plan(_uses(a=1.8, b=-0.9, high=0.5), field="arms[1].operators")
     assert str(caught.value) == (
-        "arms[1].operators: the strengths at layer 2 add up to 2.7; at most 2 is accepted (a 1.8, b 0.9)"
+        "arms[1].operators: the strengths at layer 2 add up to 2.7; at most 2 is accepted (a 1.8, b 0.9): their "
+        "sizes count, and the bound is twice the server's --max-dose 1"
     )
     error = caught.value
     assert (error.field, error.layer, error.dose, error.max_dose) == ("arms[1].operators", 2, 1.35, 1.0)

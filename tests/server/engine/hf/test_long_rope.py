@@ -63,7 +63,7 @@ async def _decoded(job):
 
 
 def _job(prompt, tokens):
-    return DecodeJob(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True), (Row(None),))
+    return DecodeJob.of(prompt, SamplingParams(max_tokens=tokens, ignore_eos=True), (Row(None),))
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])

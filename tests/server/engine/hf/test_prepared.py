@@ -112,7 +112,7 @@ async def test_the_engine_keeps_no_more_than_its_budget(llama, artifact, other_a
     budget = prepare(artifact, torch.device("cpu")).nbytes
     engine = hf.HFEngine(llama, max_queue=2, operator_memory=budget)
     plan = plan_of((artifact, 0.5), (other_artifact, 0.5))
-    job = DecodeJob(prompt_ids, SamplingParams(max_tokens=3, ignore_eos=True), (Row(plan),))
+    job = DecodeJob.of(prompt_ids, SamplingParams(max_tokens=3, ignore_eos=True), (Row(plan),))
     try:
         for _ in range(2):
             texts = [event async for event in engine.submit(job)]

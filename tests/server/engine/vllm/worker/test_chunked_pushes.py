@@ -7,11 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.core.apply import PreparedOperator, steer
-from steer_server.engine.vllm.worker import layer_hooks
+from steer_server.engine.vllm.worker import layer_hooks, step_movements
 from steer_server.engine.vllm.worker.chunked_pushes import tokens_per_chunk
 from steer_server.engine.vllm.worker.layer_hooks import push_rows
 from steer_server.engine.vllm.worker.pushes import TokenSpan
-from steer_server.engine.vllm.worker.step_push import StepPush
+from steer_server.engine.vllm.worker.step_movements import StepMovements
+from steer_server.engine.vllm.worker.step_push import StepPush, read_movements
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
@@ -65,13 +66,17 @@ def test_a_layer_is_pushed_in_parts_as_it_is_at_once(monkeypatch):
     span = [TokenSpan("a", 0, 0, 17)]
     pushed = []
     for size in (100, 4):
-        monkeypatch.setattr(layer_hooks, "tokens_per_chunk", lambda _width, size=size: size)
+        for module in (layer_hooks, step_movements):
+            monkeypatch.setattr(module, "tokens_per_chunk", lambda _width, size=size: size)
         step_push = StepPush(rows, 0.1 * push[:17], torch.ones(17, dtype=torch.bool), span, 1)
         pushed.append((hidden.clone(), step_push))
-        push_rows(step_push, pushed[-1][0], residual)
+        movements = StepMovements()
+        push_rows(step_push, pushed[-1][0], residual, movements)
+        movements.measure()
     close(pushed[1][0], pushed[0][0])
     close(pushed[1][0][rows], steer(hidden[rows], 0.1 * push[:17], residual[rows])[0])
-    close(torch.tensor(pushed[1][1].read()[0]), torch.tensor(pushed[0][1].read()[0]))
+    (at_once, _), (in_parts, _) = read_movements([step_push for _, step_push in pushed])
+    close(torch.tensor(in_parts), torch.tensor(at_once))
 
 
 class Largest(TorchDispatchMode):

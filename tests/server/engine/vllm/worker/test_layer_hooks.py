@@ -66,6 +66,7 @@ def test_a_layer_is_pushed_at_the_first_token_and_no_hook_does_anything_after_it
         assert bool(operations.names) == (first == 0)
         torch.testing.assert_close(hidden, expected, rtol=1e-6, atol=1e-6)
         assert torch.equal(hidden[2:], expected[2:])
+        forward_pass.movements.measure()
         batch.steering.record(forward_pass.pushes)
     [measured] = batch.steering.measurement("a").layers
     assert (measured.layer, measured.first, measured.doses) == (2, 0, pytest.approx((0.25,), abs=1e-5))

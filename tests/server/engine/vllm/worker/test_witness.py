@@ -100,6 +100,7 @@ class Worker:
         generator = torch.Generator().manual_seed(number)
         hidden, residual = (torch.randn(rows, 40, generator=generator).to(self.dtype) for _ in range(2))
         self.model(hidden, residual)
+        forward_pass.movements.measure()
         self.steering.record(forward_pass.pushes)
         forward_pass.clear()
 

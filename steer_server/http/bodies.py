@@ -1,0 +1,100 @@
+"""JSON as it comes in: measured as bytes, and parsed only where it holds no more than a request may.
+
+Stricter than JSON parsers are: a name that comes twice, NaN and half a surrogate pair are refused, so that nothing that
+was sent is dropped or means something else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from steer_server.errors import InvalidRequestError
+from steer_server.types import RequestLimits
+
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_BRACKET = re.compile(rb"[][{}]")
+_MAX_DEPTH = 32
+"""Requests have less than ten."""
+_ESCAPED = 6
+"""Bytes of a character that JSON may write as ``\\u0001``."""
+_VALUES_OF_A_MESSAGE = 16
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """Of one body."""
+
+    max_bytes: int
+    max_values: int
+    """Items and members, at all depths together."""
+
+    @classmethod
+    def of(cls, limits: RequestLimits, context_length: int) -> BodyLimits:
+        """What the largest request of the contract takes as JSON."""
+        values = context_length + limits.max_messages * _VALUES_OF_A_MESSAGE
+        return cls(_ESCAPED * limits.max_request_bytes, values)
+
+
+def read_object(data: bytes, limits: BodyLimits) -> dict[str, Any]:
+    """The JSON object in these bytes. Raises :class:`InvalidRequestError`, which names the body as "request"."""
+    _check_size(data, limits)
+    try:
+        value = json.loads(
+            data.decode(), object_pairs_hook=_members, parse_constant=_refuse_constant, parse_float=_finite
+        )
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode()
+    except _ProblemError as error:
+        raise InvalidRequestError("request", str(error)) from None
+    except UnicodeDecodeError:
+        raise InvalidRequestError("request", "is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise InvalidRequestError("request", "has half of a surrogate pair, which is no character") from None
+    except json.JSONDecodeError as error:
+        problem = f"is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        raise InvalidRequestError("request", problem) from None
+    except ValueError:
+        raise InvalidRequestError("request", "has a number of too many digits") from None
+    if not isinstance(value, dict):
+        raise InvalidRequestError("request", "is JSON, and no object; an object is accepted")
+    return value
+
+
+class _ProblemError(Exception):
+    """What is wrong with a value, in words."""
+
+
+def _check_size(data: bytes, limits: BodyLimits) -> None:
+    outside = _TEXT.sub(b"", data)
+    found = sum(outside.count(sign) for sign in (b",", b"[", b"{"))
+    if found > limits.max_values:
+        raise InvalidRequestError("request", f"has {found} values or more; at most {limits.max_values} are accepted")
+    depth = 0
+    for bracket in _BRACKET.findall(outside):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > _MAX_DEPTH:
+            raise InvalidRequestError("request", f"is nested more than {_MAX_DEPTH} deep")
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise _ProblemError(f"has {twice[:64]!r} twice in one object")
+    return members
+
+
+def _refuse_constant(text: str) -> float:
+    raise _ProblemError(f"has {text}, which is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _ProblemError(f"has {text[:32]}, which is more than a double holds")
+    return value

@@ -1,0 +1,146 @@
+"""The port of HTTP: its paths, and its beginning and end beside gRPC's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from google.protobuf import descriptor_pool
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from steer_server.errors import StartupError
+from steer_server.http.bodies import BodyLimits
+from steer_server.http.connection import Connection, ConnectionLimits
+from steer_server.http.contract import contract_methods
+from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler
+from steer_server.http.errors import error_body
+from steer_server.http.exchange import encode
+from steer_server.http.openai.paths import OpenAIPaths
+from steer_server.http.origin import Gate
+from steer_server.http.refused import RefusedError
+from steer_server.rpc.parts import ServerParts
+
+_MAX_HEAD_BYTES = 16 << 10
+
+
+class HttpDoor:
+    """See :class:`steer_server.rpc.parts.Door`."""
+
+    def __init__(self, host: str, port: int, names: Iterable[str] = ()) -> None:
+        """``names``: of this machine, beside its addresses, "localhost" and ``host``."""
+        self._host, self.port, self._names = host, port, (host, *names)
+
+    async def start(self, parts: ServerParts) -> None:
+        """Listens; :attr:`port` is then the one that a port of 0 came to."""
+        # What clients send wrong is answered, and no line of the log each.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self.parts = parts
+        self._rules = CallRules(
+            Gate(self._names),
+            parts.calls,
+            BodyLimits.of(parts.admission.limits, parts.model.context_length),
+            parts.config.client_patience,
+            parts.metrics,
+        )
+        settings = Config(
+            _application(self._rules, parts),
+            lifespan="off",
+            ws="none",
+            access_log=False,
+            log_config=None,
+            h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+            timeout_keep_alive=int(parts.config.connection_idle) + 1,
+        )
+        settings.load()
+        self._state = ServerState()
+        limits = ConnectionLimits(parts.max_connections, parts.config.client_patience, parts.config.connection_idle)
+        connect = partial(Connection, settings, self._state, limits)
+        try:
+            self._server = await asyncio.get_running_loop().create_server(connect, self._host, self.port)
+        except OSError as error:
+            raise StartupError(f"cannot serve HTTP on {self._host}:{self.port}: {error.strerror}") from error
+        self.port = int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self, seconds: float) -> None:
+        """Takes no more connections, and ends those that there are after so many seconds for last writes."""
+        self._server.close()
+        for connection in list(self._state.connections):
+            connection.shutdown()
+        deadline = time.monotonic() + seconds
+        while self._state.connections and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        running = list(self._rules.running)
+        for call in running:
+            call.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for connection in list(self._state.connections):
+            connection.transport.abort()
+
+
+def _application(rules: CallRules, parts: ServerParts) -> Starlette:
+    methods = contract_methods(parts, descriptor_pool.Default())
+    routes = [_post(rules, f"/api/{name}", handle) for name, handle in methods.items()]
+    for path, name in {"/api/model": "GetModelInfo", "/api/operators": "ListOperators"}.items():
+        routes.append(_get(rules, path, partial(_empty, methods[name])))
+    openai = OpenAIPaths(parts)
+    routes += [
+        _post(rules, "/v1/completions", openai.completions),
+        _post(rules, "/v1/chat/completions", openai.chat),
+        _get(rules, "/v1/models", openai.models),
+        Route("/v1/models/{name:path}", _Named(rules, "/v1/models/NAME", openai.model), methods=["GET"]),
+    ]
+    app = Starlette(routes=routes, exception_handlers={404: partial(_refuse, rules), 405: partial(_refuse, rules)})
+    app.router.redirect_slashes = False
+    return app
+
+
+class _Named:
+    """An ASGI application for what the path names."""
+
+    def __init__(self, rules: CallRules, path: str, handle: Handler) -> None:
+        self._rules, self._path, self._handle = rules, path, handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope["path_params"]["name"]
+        await Endpoint(self._rules, self._path, lambda _: self._handle(name), has_body=False)(scope, receive, send)
+
+
+def _post(rules: CallRules, path: str, handle: Handler) -> Route:
+    return Route(path, Endpoint(rules, path, handle, has_body=True), methods=["POST"])
+
+
+def _get(rules: CallRules, path: str, handle: Handler) -> Route:
+    return Route(path, Endpoint(rules, path, handle, has_body=False), methods=["GET"])
+
+
+async def _empty(handle: Handler, _body: Any) -> Answer:
+    return await handle({})
+
+
+async def _refuse(rules: CallRules, request: Request, error: Exception) -> Response:
+    """A path that is not there, or a method that it does not take."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    try:
+        rules.gate.check(request.headers)
+        headers = dict(getattr(error, "headers", None) or {})
+        said = "is not served here" if status == 404 else f"does not take {request.method[:32]}"
+        refused = RefusedError(
+            status,
+            "NOT_FOUND" if status == 404 else "METHOD_NOT_ALLOWED",
+            f"{request.url.path[:200]} {said}",
+            headers=tuple(headers.items()),
+        )
+    except RefusedError as found:
+        refused = found
+    return Response(encode(error_body(refused)), refused.status, dict(refused.headers), media_type="application/json")

@@ -1,0 +1,79 @@
+"""Messages of the contract as JSON, and back: protobuf's own mapping, under the names of the ``.proto`` files.
+
+Reading is stricter than protobuf's: a field under both of its names, a list in place of a message and an unknown field
+are refused, each with its path.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
+from google.protobuf.message import Message
+
+from steer_server.errors import InvalidRequestError
+
+_M = TypeVar("_M", bound=Message)
+_FAILED = re.compile(r"Failed to parse (\w+) field: ")
+_AT = re.compile(r" at \w+\.([\w.\[\]]+?)\.*$")
+_OURS = "steering.v1"
+_ROOT = "request"
+
+
+def read_message(cls: type[_M], value: Any, path: str = "") -> _M:
+    """The message that a JSON value is. ``path``: to it, for errors. Raises :class:`InvalidRequestError`."""
+    _check_shape(cast("Descriptor", cls.DESCRIPTOR), value, path)
+    try:
+        return ParseDict(value, cls())
+    except ParseError as error:
+        text = str(error)
+    except (TypeError, ValueError, AttributeError) as error:
+        text = f"is no {cls.DESCRIPTOR.name}: {error}"
+    at = _AT.search(text)
+    inside = at[1] if at else ".".join(_FAILED.findall(text))
+    raise InvalidRequestError(_join(path, inside) or _ROOT, _AT.sub("", _FAILED.sub("", text)).rstrip("."))
+
+
+def to_json(message: Message) -> dict[str, Any]:
+    """A message as JSON has it: every field that is no alternative or optional one is there, empty or not."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _check_shape(message: Descriptor, value: Any, path: str) -> None:
+    """Raises for what is no object, or has members that are no fields of the message."""
+    if not isinstance(value, dict):
+        raise InvalidRequestError(path or _ROOT, f"is {_kind(value)}; an object is accepted")
+    fields: dict[str, FieldDescriptor] = {}
+    for name, member in value.items():
+        field = message.fields_by_name.get(name) or message.fields_by_camelcase_name.get(name)
+        if field is None:
+            problem = (
+                f"is no field of {message.name} in the contract of this server; what is asked for is never left out"
+            )
+            raise InvalidRequestError(_join(path, name[:256]), problem)
+        place = _join(path, field.name)
+        if field.name in fields:
+            raise InvalidRequestError(place, "is there under both of its names; one is accepted")
+        fields[field.name] = field
+        if field.is_repeated and member is not None and not isinstance(member, list):
+            raise InvalidRequestError(place, f"is {_kind(member)}; a list is accepted")
+        if field.message_type is None or field.message_type.file.package != _OURS or member is None:
+            continue
+        if field.is_repeated:
+            for index, each in enumerate(member):
+                _check_shape(field.message_type, each, f"{place}[{index}]")
+        else:
+            _check_shape(field.message_type, member, place)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds[type(value)]

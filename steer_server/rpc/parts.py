@@ -1,0 +1,44 @@
+"""What the doors of one server share: gRPC's, and others beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from steer_server.config import ServerConfig
+from steer_server.metrics import Metrics
+from steer_server.registry import Registry
+from steer_server.rpc.admission import Admission
+from steer_server.rpc.call_limit import CallLimit
+from steer_server.types import ModelInfo
+
+HTTP = "http"
+"""The service of calls that do not come over gRPC, where calls in flight are counted."""
+
+
+@dataclass(frozen=True)
+class ServerParts:
+    """Filled by ``rpc.server``."""
+
+    config: ServerConfig
+    model: ModelInfo
+    registry: Registry
+    metrics: Metrics
+    admission: Admission
+    calls: CallLimit
+    """Of the methods of this contract, whichever door they come by."""
+    services: Mapping[str, Any]
+    """What implements the methods of each service, by its full name."""
+    max_connections: int
+    """Of each door."""
+
+
+class Door(Protocol):
+    """Another way in. Its calls are counted in flight under :data:`HTTP`."""
+
+    async def start(self, parts: ServerParts) -> None:
+        """Listens. Raises :class:`StartupError` where that is not possible."""
+
+    async def stop(self, seconds: float) -> None:
+        """Takes no more connections, and ends those that there are after so many seconds for last writes."""

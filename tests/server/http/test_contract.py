@@ -1,0 +1,158 @@
+"""The contract as JSON: every method, its events, its errors."""
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+from google.protobuf import descriptor_pool
+from google.protobuf.json_format import ParseDict
+from steering.v1 import generation_pb2 as pb
+from steering.v1 import text_pb2
+
+from steer_server.errors import SteeringNotAppliedError
+from steer_server.rpc.server import SERVICES
+
+PROMPT = {"prompt": {"text": "x"}}
+
+
+async def test_every_method_of_the_contract_has_a_path(door):
+    methods = [m for name in SERVICES for m in descriptor_pool.Default().FindServiceByName(name).methods]
+    assert {"Generate", "GenerateStream", "Compare", "Tokenize", "ListOperators"} <= {m.name for m in methods}
+    for method in methods:
+        answer = await door.post(f"/api/{method.name}", {"surprise": 1})
+        assert (answer.status, answer.error["param"]) == (400, "surprise"), method.name
+
+
+async def test_a_text_is_the_message_of_the_contract(door):
+    answer = await door.post(
+        "/api/Generate", {**PROMPT, "request_id": "mine", "sampling": {"max_tokens": 2, "seed": "7"}}
+    )
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "application/json"
+    said = ParseDict(answer.json(), text_pb2.GenerateResponse())
+    assert (said.text, list(said.token_ids), said.request_id, said.seed) == ("a secret", [0, 1], "mine", 7)
+    # What is empty is there too: a page need not ask.
+    assert answer.json()["receipts"] == []
+
+
+async def test_a_stream_is_events_of_the_contract(door):
+    answer = await door.post("/api/GenerateStream", PROMPT)
+    assert (answer.status, answer.headers["content-type"]) == (200, "text/event-stream")
+    events = [ParseDict(value, pb.GenerateEvent()) for _, value in answer.events()]
+    assert [event.WhichOneof("event") for event in events] == ["started", "delta", "delta", "delta", "finished"]
+    assert "".join(event.delta.text for event in events) == events[-1].finished.text == "a secret \u2603"
+    compared = await door.post("/api/Compare", {**PROMPT, "arms": [{"name": "a", "operators": [{"name": "none"}]}]})
+    assert (compared.status, compared.error["code"]) == (404, "UNKNOWN_OPERATOR")
+
+
+async def test_model_operators_and_tokens_are_told(door):
+    model = await door.get("/api/model")
+    assert model.json()["context_length"] == door.engine.model.context_length
+    assert model.json()["limits"]["max_operators"] == 16
+    assert (await door.get("/api/operators")).json() == {"operators": []}
+    assert (await door.post("/api/Tokenize", PROMPT)).json() == {"token_ids": [1, 2, 3], "tokens": ["t1", "t2", "t3"]}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({}, "prompt", "is missing"),
+        ([], "request", "no object"),
+        ({"prompt": {"text": "x", "txt": "y"}}, "prompt.txt", "is no field of Prompt"),
+        ({"prompt": {"text": 7}}, "prompt.text", "expected string"),
+        ({"prompt": {"text": "x", "chat": {}}}, "prompt", "oneof"),
+        ({"prompt": []}, "prompt", "is a list; an object"),
+        ({"prompt": "x"}, "prompt", "is a text; an object"),
+        ({**PROMPT, "requestId": "a", "request_id": "b"}, "request_id", "both of its names"),
+        ({**PROMPT, "sampling": {"max_tokens": 1.5}}, "sampling.max_tokens", "1.5"),
+        ({**PROMPT, "sampling": {"max_tokens": 0}}, "sampling.max_tokens", "1 or more"),
+        ({**PROMPT, "sampling": {"max_tokens": 2**31}}, "sampling.max_tokens", "out of range"),
+        ({**PROMPT, "sampling": {"temperature": "NaN"}}, "sampling.temperature", "nan"),
+        ({**PROMPT, "sampling": {"seed": -1}}, "sampling.seed", "out of range"),
+        ({**PROMPT, "sampling": {"time_limit": 5}}, "sampling.time_limit", "not a string"),
+        ({**PROMPT, "operators": [{"name": "a", "rule": "RULE_OF_THUMB"}]}, "operators[0].rule", "RULE_OF_THUMB"),
+        ({**PROMPT, "operators": [{"name": "a", "words": [{"txt": "sea"}]}]}, "operators[0].words[0].txt", "no field"),
+        ({**PROMPT, "operators": [{"name": "a"}] * 17}, "operators", "at most 16"),
+        ({**PROMPT, "operators": {"name": "a"}}, "operators", "is an object; a list"),
+        ({**PROMPT, "operators": [None]}, "operators[0]", "is null; an object"),
+        ({**PROMPT, "operators": ["a"]}, "operators[0]", "is a text; an object"),
+        ({"prompt": {"token_ids": {"ids": [1] * 300}}}, "prompt", "at most"),
+        ({"prompt": {"text": "x" * 10**5}}, "prompt", "at most"),
+    ],
+)
+async def test_what_is_wrong_with_a_request_is_named(door, body, param, said):
+    for path in ("/api/Generate", "/api/GenerateStream"):
+        answer = await door.post(path, body)
+        assert answer.status == 400
+        assert answer.error["code"] in {"INVALID_REQUEST", "PROMPT_TOO_LONG"}
+        assert answer.error["status"] == "INVALID_ARGUMENT"
+        assert answer.error["param"] == param, answer.error
+        assert said in answer.error["message"], answer.error
+        assert "secret" not in answer.error["message"]
+    assert not door.engine.jobs
+
+
+async def test_an_error_has_the_details_that_it_has_over_grpc(door):
+    error = (await door.post("/api/Generate", {**PROMPT, "operators": [{"name": "tide"}]})).error
+    assert (error["status"], error["code"], error["type"]) == ("NOT_FOUND", "UNKNOWN_OPERATOR", "invalid_request_error")
+    info, resource = error["details"]
+    assert (info["reason"], info["domain"]) == ("UNKNOWN_OPERATOR", "steering.v1")
+    assert resource["resourceName"] == "tide"
+
+
+async def test_the_error_that_the_page_shows_is_what_is_answered(door):
+    page = (Path(__file__).parents[3] / "docs/HTTP.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"^```json\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    answer = await door.post("/api/Generate", {**PROMPT, "sampling": {"top_p": 7}})
+    assert answer.json() == {"error": json.loads(shown)["error"] | {"details": answer.error["details"]}}
+    assert [each["@type"].rpartition(".")[2] for each in answer.error["details"]] == ["ErrorInfo", "BadRequest"]
+
+
+@pytest.mark.parametrize("error", [SteeringNotAppliedError("layer 3 was not reached"), RuntimeError("a secret thing")])
+async def test_a_stream_that_fails_midway_ends_with_an_event_that_says_why(door, logged, error):
+    door.engine.error = error
+    answer = await door.post("/api/GenerateStream", PROMPT)
+    assert answer.status == 200
+    names = [name for name, _ in answer.events()]
+    assert names == ["", "", "error"]
+    said = answer.events()[-1][1]["error"]
+    assert (said["status"], said["type"]) == ("INTERNAL", "server_error")
+    assert said["code"] == ("STEERING_NOT_APPLIED" if isinstance(error, SteeringNotAppliedError) else "ENGINE_FAILED")
+    assert "secret" not in said["message"]
+    whole = await door.post("/api/Generate", PROMPT)
+    assert (whole.status, whole.error["code"]) == (500, said["code"])
+
+
+async def test_calls_are_counted_and_logged_without_their_texts(door, logged):
+    await door.post("/api/Generate", {**PROMPT, "request_id": "mine"})
+    await door.post("/api/Generate", {"prompt": {"text": "x"}, "secret": 1})
+    good, bad = (line for line in logged if line["event"] == "/api/Generate")
+    assert (good["status"], good["code"], good["request_id"], good["generated_tokens"]) == (200, "OK", "mine", 3)
+    assert good["peer"].startswith("ipv4:127.0.0.1:")
+    assert (bad["status"], bad["code"], bad["reason"]) == (400, "INVALID_ARGUMENT", "INVALID_REQUEST")
+    read = door.server._metrics.registry.get_sample_value
+    assert read("steer_http_requests_total", {"path": "/api/Generate", "status": "200"}) == 1
+    assert read("steer_http_request_seconds_count", {"path": "/api/Generate"}) == 2
+    assert read("steer_errors_total", {"grpc_method": "/api/Generate", "reason": "INVALID_REQUEST"}) == 1
+    assert read("steer_completions_total", {"reason": "MAX_TOKENS", "steered": "false"}) == 1
+    assert not any(door.server._metrics.in_flight.values())
+
+
+async def test_a_client_that_leaves_stops_its_work(door, logged):
+    door.engine.may_go_on.clear()
+    for path in ("/api/Generate", "/api/GenerateStream"):
+        _, writer = await door.open()
+        writer.write(door.request("POST", path, PROMPT))
+        while len(door.engine.jobs) == door.engine.cancelled:
+            await asyncio.sleep(0.01)
+        writer.close()
+        async with asyncio.timeout(5):
+            while len(door.engine.jobs) > door.engine.cancelled:
+                await asyncio.sleep(0.01)
+    async with asyncio.timeout(5):
+        while len([line for line in logged if line.get("status") == 499]) < 2:
+            await asyncio.sleep(0.01)
+    assert {line["code"] for line in logged if "code" in line} == {"CANCELLED"}
+    assert not any(door.server._metrics.in_flight.values())
