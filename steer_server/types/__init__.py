@@ -26,6 +26,7 @@ from steer_server.types.jobs import (
 from steer_server.types.requests import (
     DEFAULT_MAX_TOKENS,
     MAX_ARM_NAME,
+    MAX_BIASES,
     MAX_LOGPROBS,
     MAX_OPERATORS,
     MAX_PROMPT_ID,
@@ -44,6 +45,7 @@ from steer_server.types.requests import (
     Prompt,
     SamplingParams,
     ScoreRequest,
+    TokenBias,
     TokenizeRequest,
     WeightedWord,
 )
@@ -70,6 +72,7 @@ from steer_server.types.results import (
 __all__ = [
     "DEFAULT_MAX_TOKENS",
     "MAX_ARM_NAME",
+    "MAX_BIASES",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
     "MAX_PROMPTS",
@@ -113,6 +116,7 @@ __all__ = [
     "SteeringPlan",
     "TextScore",
     "Timings",
+    "TokenBias",
     "TokenComparison",
     "TokenEvent",
     "TokenLogprob",

@@ -21,7 +21,7 @@ from steer_client import _results as results
 from steer_client import _store as store
 from steer_client._accept import accept
 from steering.convert import enum_numbers, reader, writer
-from steering.convert.fields import is_sequence, without_none
+from steering.convert.fields import is_sequence, item_type, without_none
 from steering.v1 import comparison_pb2, score_pb2, steering_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
@@ -134,7 +134,7 @@ def without_limits(hint):
 def one_of(field, hint):
     """The type of one value of a field."""
     kind, _ = without_none(without_limits(hint))
-    return get_args(kind)[0] if field.is_repeated else kind
+    return item_type(kind) if field.is_repeated else kind
 
 
 def parts(field, kind):
@@ -185,7 +185,7 @@ def test_the_servers_defaults_are_those_that_the_contract_documents():
     field = r"Default:? ([\w.]+?)[ .].*\n *(?:optional )?[\w.]+ (\w+) ="
     documented = {name: default for default, name in re.findall(field, body)}
     # Beside each is what the server does with a request that leaves it unset.
-    undocumented = {"stop_strings": (), "stop_token_ids": (), "logprobs": None}
+    undocumented = {"stop_strings": (), "stop_token_ids": (), "logit_bias": (), "logprobs": None}
     assert documented.pop("seed") == "drawn"
     parsed = {name: None if text == "none" else json.loads(text) for name, text in documented.items()}
     declared = {field.name: field.default for field in fields(types.SamplingParams)}
@@ -257,6 +257,7 @@ def one_value(field, kind, limits):
 
 
 def tie_comparison(made):
+    tie_sampling(made.sampling)
     made.normal = made.normal or not made.arms
     if made.HasField("prompt"):
         del made.prompts[:]
@@ -269,11 +270,21 @@ def tie_comparison(made):
         if not arm.operators:
             arm.sampling.SetInParent()
         arm.sampling.ClearField("time_limit")
+        tie_sampling(arm.sampling)
+
+
+def tie_sampling(sampling):
+    for index, bias in enumerate(sampling.logit_bias):
+        bias.token_id = index
+    if sampling.min_tokens:
+        sampling.max_tokens = max(sampling.min_tokens, sampling.max_tokens)
 
 
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
+    if message is pb.GenerateRequest:
+        tie_sampling(made.sampling)
     if message is comparison_pb2.CompareRequest:
         tie_comparison(made)
     if message is score_pb2.ScoreRequest:
@@ -328,7 +339,7 @@ def as_client(value, kind):
         if is_dataclass(kind):
             [only] = fields(kind)
             return kind(as_client(value, get_type_hints(kind)[only.name]))
-        return tuple(as_client(each, get_args(kind)[0]) for each in value)
+        return tuple(as_client(each, item_type(kind)) for each in value)
     if not is_dataclass(value):
         return value
     hints = get_type_hints(kind)

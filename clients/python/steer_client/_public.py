@@ -32,6 +32,7 @@ from steer_client._requests import (
     Prompts,
     Rule,
     SamplingParams,
+    TokenBias,
     WeightedWord,
 )
 from steer_client._results import (
@@ -133,6 +134,7 @@ __all__ = [
     "TextDelta",
     "TextScore",
     "Timings",
+    "TokenBias",
     "TokenComparison",
     "TokenLogprob",
     "Tokenization",

@@ -171,10 +171,11 @@ class VLLMEngine:
 
     def check(self, job: DecodeJob) -> None:
         """See :meth:`steer_server.engine.base.Engine.check`."""
+        size, most = self._model.vocab_size, self._client.max_logprobs
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
-                check_sampling(sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
-                special_stops(sampling.stop_strings, self._context.tokenizer)
+                check_sampling(sampling, vocab_size=size, max_logprobs=most, num_eos=len(self._model.eos_token_ids))
+                special_stops(sampling, self._context.tokenizer)
         self._needs(job)
 
     def jobs_at_once(self, job: DecodeJob) -> int:
