@@ -151,6 +151,7 @@ def _header(
     return OperatorHeader(
         concept=first.text,
         concept_ids=first.ids,
+        concept_tokens=tuple(loaded.tokenizer.decode([token]) for token in first.ids),
         more_texts=tuple(ConceptText(text=text.text, ids=text.ids) for text in more),
         weights=spec.weights,
         members=spec.members,
@@ -171,7 +172,7 @@ def _header(
         neutral=neutral,
         tolerance=spec.tolerance,
         words=spec.words,
-        recommended=spec.setting,
+        recommended=spec.setting_on(loaded),
         reconstruction_error=reconstruction_error,
         builder_version=__version__,
         created=datetime.now(UTC).replace(microsecond=0),
