@@ -26,6 +26,7 @@ from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler
 from steer_server.http.errors import error_body
 from steer_server.http.exchange import encode
 from steer_server.http.origin import Gate
+from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
 from steer_server.rpc.parts import ServerParts
 
@@ -91,6 +92,7 @@ def _application(rules: CallRules, parts: ServerParts) -> Starlette:
     routes = [_post(rules, f"/api/{name}", handle) for name, handle in methods.items()]
     for path, name in {"/api/model": "GetModelInfo", "/api/operators": "ListOperators"}.items():
         routes.append(_get(rules, path, partial(_empty, methods[name])))
+    routes += page_routes(rules.gate)
     app = Starlette(routes=routes, exception_handlers={404: partial(_refuse, rules), 405: partial(_refuse, rules)})
     app.router.redirect_slashes = False
     return app
