@@ -42,15 +42,15 @@ class Caps:
             tokens = row.sampling.max_tokens
             if self.max_tokens is not None and tokens > self.max_tokens:
                 raise InvalidRequestError(
-                    f"{row.sampling_field}.max_tokens", f"is {tokens}; this server accepts {self.max_tokens}"
+                    f"{row.sampling_field}.max_tokens", f"is {tokens} tokens; this server accepts {self.max_tokens}"
                 )
         total = num_prompts * sum(row.sampling.max_tokens for row in rows)
         if self.max_total_tokens is not None and total > self.max_total_tokens:
             counts = "/".join(str(count) for count in sorted({row.sampling.max_tokens for row in rows}))
             raise InvalidRequestError(
                 "sampling.max_tokens",
-                f"is {counts}, in {num_prompts * len(rows)} texts {total}; this server accepts {self.max_total_tokens} "
-                "in all texts of a request",
+                f"is {counts} tokens, in {num_prompts * len(rows)} texts {total}; this server accepts "
+                f"{self.max_total_tokens} in all texts of a request",
             )
 
 

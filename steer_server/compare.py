@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from operators.core.statistics import percentile
+from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
 from steer_server.generate import CompletionBuilder, check_plan
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -71,14 +69,13 @@ async def compare(
     try:
         for text, builder in zip(texts, builders, strict=True):
             yield ArmEvent(text.arm, builder.started(ids))
-        async with aclosing(read_ahead(stream, stream.cancel)) as events:
-            async for event in events:
-                places = range(len(texts)) if isinstance(event, Admitted) else (event.row,)
-                for place in places:
-                    for result in builders[place].add(event):
-                        if isinstance(result, Completion):
-                            completions[texts[place].arm, result.sample] = result
-                        yield ArmEvent(texts[place].arm, result)
+        async for event in stream:
+            places = range(len(texts)) if isinstance(event, Admitted) else (event.row,)
+            for place in places:
+                for result in builders[place].add(event):
+                    if isinstance(result, Completion):
+                        completions[texts[place].arm, result.sample] = result
+                    yield ArmEvent(texts[place].arm, result)
         yield Compared(
             tuple(
                 compare_completions(
@@ -146,8 +143,4 @@ def first_divergence(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 def perplexity(scores: Sequence[Score]) -> float | None:
     """exp(-mean log p) under the plain model; None where nothing was scored."""
-    if not scores:
-        return None
-    mean = math.fsum(score.plain_logprob for score in scores) / len(scores)
-    # Infinite beyond the range of a float, where exp would raise.
-    return math.exp(-mean) if mean > -700.0 else math.inf
+    return perplexity_of([score.plain_logprob for score in scores]) if scores else None

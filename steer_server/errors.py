@@ -11,6 +11,7 @@ SteerServerError
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
 ├── EngineFailedError           the engine broke while it worked on this request
+├── TimeLimitError              the time limit ran out, and half a result is none
 ├── RequestIncompleteError      the client took too long to send its request
 ├── SlowReaderError             the client took too long to read its answer
 ├── ShuttingDownError           the server is stopping
@@ -124,6 +125,13 @@ class StoreUnreadableError(SteerServerError):
 
 class EngineFailedError(SteerServerError):
     """The engine failed on this request."""
+
+
+class TimeLimitError(SteerServerError):
+    """The time limit ran out before there was a result."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"time_limit: {seconds:g} s ran out before every token of the text had its score")
 
 
 class RequestIncompleteError(SteerServerError):

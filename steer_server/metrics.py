@@ -6,7 +6,7 @@ Each server has a registry of its own, so several in one process do not mix.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from prometheus_client import (
@@ -27,7 +27,19 @@ from operators.core.version import __version__
 from steer_server.engine.base import Engine
 from steer_server.engine.work import WorkDone
 from steer_server.registry import Registry
-from steer_server.types import ArmEvent, CompareEvent, Completion, Delta, GenerateEvent, Started
+from steer_server.types import (
+    ArmEvent,
+    ArmScore,
+    CompareEvent,
+    Completion,
+    Delta,
+    GenerateEvent,
+    Receipt,
+    ScoreEvent,
+    Started,
+    TextScore,
+    Timings,
+)
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -96,7 +108,7 @@ class Metrics:
         self._requests = Counter("steer_requests", "Requests whose decoding began", registry=registry)
         self._finished = Counter(
             "steer_completions",
-            "Texts finished, by reason: one of a generation, of a comparison one for each arm and the plain one",
+            "Texts finished, by reason (SCORED: read): one of a generation, else one for each arm and the plain one",
             ("reason", "steered"),
             registry=registry,
         )
@@ -157,19 +169,26 @@ class Metrics:
 
     def text_finished(self, completion: Completion, *, steered: bool) -> None:
         """Counts a text."""
-        self._finished.labels(completion.finish_reason.value, _flag(steered)).inc()
-        for receipt in completion.receipts:
+        self._text_ended(completion.finish_reason.value, completion.receipts, steered=steered)
+
+    def text_scored(self, arm: ArmScore, *, steered: bool) -> None:
+        """Counts a text that an arm has read."""
+        self._text_ended("SCORED", arm.receipts, steered=steered)
+
+    def _text_ended(self, reason: str, receipts: Sequence[Receipt], *, steered: bool) -> None:
+        self._finished.labels(reason, _flag(steered)).inc()
+        for receipt in receipts:
             operator = self.name_of(receipt.operator)
             positions = receipt.prompt_tokens_steered + receipt.generated_tokens_steered
             self._applied.labels(operator).inc(positions)
             if positions:
                 self._dose.labels(operator).observe(receipt.mean_dose)
 
-    def waited(self, completion: Completion) -> None:
+    def waited(self, timings: Timings, *, decoded: bool) -> None:
         """Counts what a request waited, by one of its texts."""
-        self._queued.observe(completion.timings.queued)
-        if completion.timings.time_to_first_token is not None:
-            self._first_token.observe(completion.timings.time_to_first_token)
+        self._queued.observe(timings.queued)
+        if decoded and timings.time_to_first_token is not None:
+            self._first_token.observe(timings.time_to_first_token)
 
 
 class RequestMetrics:
@@ -180,7 +199,7 @@ class RequestMetrics:
         self._steered: dict[str, bool] = {}
         self._has_begun = self._has_waited = False
 
-    def see(self, event: GenerateEvent | CompareEvent) -> None:
+    def see(self, event: GenerateEvent | CompareEvent | ScoreEvent) -> None:
         """Takes the next event of the request."""
         arm = ""
         if isinstance(event, ArmEvent):
@@ -195,7 +214,12 @@ class RequestMetrics:
             self._metrics.text_finished(event, steered=self._steered[arm])
             if not self._has_waited:
                 self._has_waited = True
-                self._metrics.waited(event)
+                self._metrics.waited(event.timings, decoded=True)
+        elif isinstance(event, TextScore):
+            self._begin()
+            for scored in event.arms:
+                self._metrics.text_scored(scored, steered=self._steered[scored.arm])
+            self._metrics.waited(event.timings, decoded=False)
 
     def _begin(self) -> None:
         if not self._has_begun:
@@ -213,6 +237,7 @@ def _gauges(
     return (
         ("steer_jobs_running", "Jobs being decoded", lambda: engine.running),
         ("steer_jobs_waiting", "Jobs in the queue", lambda: engine.waiting),
+        ("steer_jobs_undelivered", "Jobs decoded whose readers have not taken all of it", lambda: engine.undelivered),
         (
             "steer_calls",
             "Calls whose request has arrived and whose answer is not complete",

@@ -18,6 +18,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def perplexity_of(logprobs: Sequence[float]) -> float:
+    """exp(-mean) of one or more log-probabilities in nats; infinite where that is beyond the range of a float."""
+    mean = math.fsum(logprobs) / len(logprobs)
+    return math.exp(-mean) if mean > -700.0 else math.inf
+
+
 def bootstrap_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
     """The percentile interval of the mean of one or more values, each drawn anew with equal chances. Repeatable."""
     chance = random.Random(seed)  # noqa: S311 - resampling, not a secret

@@ -12,7 +12,8 @@ from steer_server.types import DecodeJob, EngineEvent, ModelInfo, Prompt
 class JobStream(Protocol):
     """The events of one job, in order: Admitted, then the tokens and ends of its rows.
 
-    Iterating raises the job's error. The holder of a stream must call ``cancel()`` when done with it; after the last
+    Iterating raises the job's error, and :class:`SlowReaderError` where nothing was read for a while of much that there
+    is to read. The holder of a stream must call ``cancel()`` when done with it; after the last
     event that does nothing.
     """
 
@@ -48,6 +49,13 @@ class Engine(Protocol):
         """Jobs in the queue."""
         ...
 
+    @property
+    def undelivered(self) -> int:
+        """Jobs that have been decoded, and whose readers have not taken all of it. They count among those in the
+        queue when another one comes.
+        """
+        ...
+
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, computed in another thread.
 
@@ -55,6 +63,15 @@ class Engine(Protocol):
             InvalidRequestError: no tokens, an id outside of the vocabulary, a chat without a template.
             PromptTooLongError: no room for one more token.
             QueueFullError: too many prompts are waiting.
+        """
+        ...
+
+    async def encode_text(self, text: str, *, follows: bool) -> tuple[int, ...]:
+        """Token ids of a text that is to be read, in another thread: behind a prompt where it ``follows`` one.
+
+        Raises:
+            InvalidRequestError: no tokens, an id outside of the vocabulary, more than the context has room for.
+            QueueFullError: as ``encode`` does.
         """
         ...
 

@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from operators.model.text_ids import text_ids
+from operators.model.text_ids import following_ids, text_ids
 from steer_server.caller import CALLER
 from steer_server.engine.chat_template import ChatTemplate
 from steer_server.engine.fair_threads import FairThreads
-from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError
+from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError, errors_of
 from steer_server.types import ModelInfo, Prompt
 
 _SHORT_THREADS, _LONG_THREADS = 2, 1
@@ -57,6 +57,15 @@ class PromptReader:
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         return self._checked(await self._in_turn(partial(self._ids, prompt)))
+
+    async def encode_text(self, text: str, *, follows: bool) -> tuple[int, ...]:
+        """See :meth:`steer_server.engine.base.Engine.encode_text`."""
+        with errors_of("prompt", at="text"):
+            ids = await self._in_turn(partial(self._tokenise, text, special_tokens=not follows, follows=follows))
+        if not ids:
+            raise InvalidRequestError("text", "has no tokens; at least one is needed")
+        check_ids("text", ids, self._model.vocab_size)
+        return ids
 
     async def texts(self, ids: Sequence[int]) -> tuple[str, ...]:
         """See :meth:`steer_server.engine.base.Engine.token_texts`."""
@@ -111,11 +120,11 @@ class PromptReader:
         self._check_bytes(sum(len(turn.content.encode()) for turn in turns))
         return await self._tokenise(await self._template.render(turns), special_tokens=False)
 
-    async def _tokenise(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
+    async def _tokenise(self, text: str, *, special_tokens: bool, follows: bool = False) -> tuple[int, ...]:
         threads = self._short if len(text) <= _SHORT else self._long
-        return await threads.run(partial(self._encode, text, special_tokens=special_tokens))
+        return await threads.run(partial(self._encode, text, special_tokens=special_tokens, follows=follows))
 
-    def _encode(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
+    def _encode(self, text: str, *, special_tokens: bool, follows: bool) -> tuple[int, ...]:
         self._check_bytes(len(text.encode()))
         # A text that fits is read once or twice in all; of one that does not, not much more than would fit.
         tried = _TRIED_PER_TOKEN * self._model.context_length
@@ -124,7 +133,7 @@ class PromptReader:
             if found >= self._model.context_length:
                 raise PromptTooLongError(found, self._model.context_length, more=True)
             tried *= 4
-        return self._read(text, special_tokens=special_tokens)
+        return following_ids(self._tokenizer, text) if follows else self._read(text, special_tokens=special_tokens)
 
     def _read(self, text: str, *, special_tokens: bool) -> tuple[int, ...]:
         if special_tokens:

@@ -79,7 +79,7 @@ class Admission:
             return parse(data)
         except LimitError as error:
             unit = _OF_PROMPTS.get(error.field.full_name)
-            if unit is not None:
+            if unit is not None and error.path.startswith("prompt"):
                 raise PromptTooLongError(error.found, self._context_length, unit=unit) from None
             raise InvalidRequestError(error.path, error.problem) from None
         except FieldError as error:

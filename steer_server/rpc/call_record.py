@@ -5,7 +5,17 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
-from steer_server.types import ArmEvent, CompareEvent, Completion, Delta, GenerateEvent, Started
+from steer_server.types import (
+    ArmEvent,
+    CompareEvent,
+    Completion,
+    Delta,
+    GenerateEvent,
+    ScoreEvent,
+    Started,
+    TextScore,
+    Timings,
+)
 
 _MAX_OPERATORS = 16
 
@@ -19,6 +29,8 @@ class CallRecord:
     request_id: str = ""
     prompt_tokens: int | None = None
     generated_tokens: int = 0
+    scored_tokens: int = 0
+    """Of a text that was given."""
     texts: int = 0
     """Of a comparison more than one."""
     operators: dict[str, str] = field(default_factory=dict)
@@ -26,7 +38,7 @@ class CallRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the text that ended last."""
 
-    def see(self, event: GenerateEvent | CompareEvent) -> None:
+    def see(self, event: GenerateEvent | CompareEvent | ScoreEvent) -> None:
         """Takes note of what the client is about to get."""
         if isinstance(event, ArmEvent):
             event = event.event
@@ -36,11 +48,13 @@ class CallRecord:
             self.operators.update(event.operators)
         elif isinstance(event, Delta):
             self.generated_tokens += len(event.token_ids)
+        elif isinstance(event, TextScore):
+            self.scored_tokens = len(event.token_ids)
+            self._finish(event.timings)
         elif isinstance(event, Completion):
-            self._finish(event)
+            self._finish(event.timings)
 
-    def _finish(self, completion: Completion) -> None:
-        timings = completion.timings
+    def _finish(self, timings: Timings) -> None:
         self.seconds = {"queued": timings.queued, "total": timings.total}
         if timings.time_to_first_token is not None:
             self.seconds["first_token"] = timings.time_to_first_token
@@ -57,6 +71,8 @@ class CallRecord:
         if self.prompt_tokens is not None:
             found |= {"texts": self.texts, "prompt_tokens": self.prompt_tokens}
             found["generated_tokens"] = self.generated_tokens
+        if self.scored_tokens:
+            found["scored_tokens"] = self.scored_tokens
         return found | {name: round(value, 3) for name, value in self.seconds.items()}
 
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 from steering.convert import FieldError, Reader, oneof_writer, reader, writer
-from steering.v1 import comparison_pb2, text_pb2
+from steering.v1 import comparison_pb2, score_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 
 from steer_server.errors import InvalidRequestError
@@ -21,7 +21,9 @@ from steer_server.types import (
     ModelInfo,
     Prompt,
     RequestLimits,
+    ScoreRequest,
     Started,
+    TextScore,
     Tokenization,
     TokenizeRequest,
 )
@@ -31,10 +33,12 @@ _GENERATE_EVENTS = {Started: "started", Delta: "delta", Completion: "finished"}
 
 _read_generation_request = reader(pb.GenerateRequest, GenerationRequest)
 _read_compare_request = reader(comparison_pb2.CompareRequest, CompareRequest)
+_read_score_request = reader(score_pb2.ScoreRequest, ScoreRequest)
 _read_tokenize_request = reader(pb.TokenizeRequest, TokenizeRequest)
 _write_generate_event = oneof_writer(pb.GenerateEvent, _GENERATE_EVENTS)
 _write_compare_event = oneof_writer(comparison_pb2.CompareEvent, _GENERATE_EVENTS | {Compared: "compared"})
 _write_completion = writer(text_pb2.GenerateResponse, Completion)
+_write_text_score = writer(score_pb2.ScoreResponse, TextScore)
 _write_tokenization = writer(pb.TokenizeResponse, Tokenization)
 _write_limits = writer(pb.RequestLimits, RequestLimits)
 _write_model_info = writer(pb.GetModelInfoResponse, ModelInfo)
@@ -48,6 +52,11 @@ def generation_request(message: pb.GenerateRequest) -> GenerationRequest:
 def compare_request(message: comparison_pb2.CompareRequest) -> CompareRequest:
     """See :func:`generation_request`."""
     return _decode(_read_compare_request, message)
+
+
+def score_request(message: score_pb2.ScoreRequest) -> ScoreRequest:
+    """See :func:`generation_request`."""
+    return _decode(_read_score_request, message)
 
 
 def prompt(message: text_pb2.Prompt) -> Prompt:
@@ -70,6 +79,11 @@ def compare_event(event: CompareEvent) -> comparison_pb2.CompareEvent:
 def completion(result: Completion) -> text_pb2.GenerateResponse:
     """A finished continuation."""
     return _write_completion(result)
+
+
+def text_score(result: TextScore) -> score_pb2.ScoreResponse:
+    """A text under every arm."""
+    return _write_text_score(result)
 
 
 def tokenization(result: Tokenization) -> pb.TokenizeResponse:

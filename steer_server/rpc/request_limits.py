@@ -47,6 +47,9 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "CompareRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
         # One more may run where the plain one does not.
         "CompareRequest.arms": Limit(count=max_arms + 1),
+        "ScoreRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
+        "ScoreRequest.text": Limit(size=max_prompt_bytes),
+        "ScoreRequest.arms": Limit(count=max_arms),
         "Arm.name": Limit(size=_characters(MAX_ARM_NAME)),
         "Arm.operators": Limit(count=MAX_OPERATORS),
         "OperatorUse.name": Limit(size=_MAX_OPERATOR_NAME),

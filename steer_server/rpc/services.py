@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
-from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, text_pb2
+from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, score_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
@@ -25,10 +25,19 @@ from steer_server.rpc import codec
 from steer_server.rpc.call_record import current_call
 from steer_server.rpc.operator_codec import operator, store_changes
 from steer_server.rpc.shared_run import SharedRun
-from steer_server.types import CompareEvent, Completion, GenerateEvent, RequestLimits, Tokenization
+from steer_server.score import score
+from steer_server.types import (
+    CompareEvent,
+    Completion,
+    GenerateEvent,
+    RequestLimits,
+    ScoreEvent,
+    TextScore,
+    Tokenization,
+)
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-_Event = TypeVar("_Event", bound=GenerateEvent | CompareEvent)
+_Event = TypeVar("_Event", bound=GenerateEvent | CompareEvent | ScoreEvent)
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -73,6 +82,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with aclosing(self._observed(asked.request_id, compared)) as events:
             async for event in events:
                 yield codec.compare_event(event)
+
+    async def Score(self, request: score_pb2.ScoreRequest, context: _Context) -> score_pb2.ScoreResponse:
+        """One answer, once every arm has read the text."""
+        asked = codec.score_request(request)
+        scored = score(self._engine, self._registry, asked, max_arms=self._config.max_arms, caps=self._caps)
+        async with aclosing(self._observed(asked.request_id, scored)) as events:
+            async for event in events:
+                if isinstance(event, TextScore):
+                    return codec.text_score(event)
+        raise EngineFailedError("the engine ended without a result")
 
     async def _observed(self, request_id: str, events: AsyncGenerator[_Event, None]) -> AsyncGenerator[_Event, None]:
         """The events, as metrics and the log see them too."""

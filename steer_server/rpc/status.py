@@ -10,6 +10,7 @@ QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL             RetryInfo 
 SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
 StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
 EngineFailedError         INTERNAL             ENGINE_FAILED
+TimeLimitError            DEADLINE_EXCEEDED    TIME_LIMIT
 RequestIncompleteError    DEADLINE_EXCEEDED    REQUEST_INCOMPLETE
 SlowReaderError           DEADLINE_EXCEEDED    SLOW_READER
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
@@ -39,6 +40,7 @@ from steer_server.errors import (
     SteeringNotAppliedError,
     SteerServerError,
     StoreUnreadableError,
+    TimeLimitError,
     UnimplementedError,
     UnknownOperatorError,
 )
@@ -59,6 +61,7 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     SteeringNotAppliedError: (grpc.StatusCode.INTERNAL, "STEERING_NOT_APPLIED"),
     StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
+    TimeLimitError: (grpc.StatusCode.DEADLINE_EXCEEDED, "TIME_LIMIT"),
     RequestIncompleteError: (grpc.StatusCode.DEADLINE_EXCEEDED, "REQUEST_INCOMPLETE"),
     SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_READER"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),

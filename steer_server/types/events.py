@@ -43,10 +43,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One position of a text under the plain model: KL(plain || row) and log p_plain(token), in nats."""
+    """One position of a text: KL(plain || row), and the token's log-probability under the plain model and the row's own
+    before temperature and truncation; in nats.
+    """
 
     kl: float
     plain_logprob: float
+    logprob: float
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,10 @@ class DecodeJob:
     rows: tuple[Row, ...]
     time_limit: float | None = None
     """Seconds, waiting included."""
+    forced_ids: tuple[int, ...] = ()
+    """A text that every row reads in place of choosing tokens: as many as each row's ``max_tokens``, and prompt and
+    text fit into the context. The first row is then the plain one, and every row is scored.
+    """
     caller: Caller = field(default_factory=CALLER.get)
     """For whom: who called where this was made."""
 

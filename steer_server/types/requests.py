@@ -179,13 +179,47 @@ class CompareRequest:
         check_fields(self)
         if not self.arms and not self.normal:
             raise InvalidRequestError("arms", "is empty; without the plain arm (`normal`) at least one is needed")
-        counts = Counter(arm.name for arm in self.arms)
+        _check_names(self.arms)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A text that the plain model reads, and every arm. Without a prompt, its first token is the prompt."""
+
+    request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
+    prompt: Prompt | None = None
+    text: Annotated[str | None, NotEmpty("at least one token is needed")] = None
+    token_ids: Annotated[tuple[int, ...] | None, NotEmpty("at least one token is needed")] = None
+    """Of the text, used as they are. Exactly one of the two is given."""
+    arms: tuple[Arm, ...] = ()
+    time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
+    """Seconds, waiting included."""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.token_ids is None):
+            both = "and token_ids are both there" if self.text is not None else "is missing"
+            raise InvalidRequestError("text", f"{both}; exactly one of text and token_ids is accepted")
         for index, arm in enumerate(self.arms):
-            if not arm.name or arm.name == NORMAL or counts[arm.name] > 1:
-                raise InvalidRequestError(
-                    f"arms[{index}].name",
-                    f"is {arm.name!r}; a name of its own is needed, other than {NORMAL!r}",
-                )
+            if not arm.operators:
+                raise InvalidRequestError(f"arms[{index}].operators", "is empty; the plain model reads the text anyway")
+            if arm.sampling is not None:
+                raise InvalidRequestError(f"arms[{index}].sampling", "is set; nothing is decoded where a text is given")
+        check_fields(self)
+        _check_names(self.arms)
+
+    @property
+    def text_field(self) -> str:
+        """Which of the two it is."""
+        return "text" if self.text is not None else "token_ids"
+
+
+def _check_names(arms: tuple[Arm, ...]) -> None:
+    counts = Counter(arm.name for arm in arms)
+    for index, arm in enumerate(arms):
+        if not arm.name or arm.name == NORMAL or counts[arm.name] > 1:
+            raise InvalidRequestError(
+                f"arms[{index}].name", f"is {arm.name!r}; a name of its own is needed, other than {NORMAL!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,44 @@ class Compared:
 CompareEvent = ArmEvent | Compared
 
 
+@dataclass(frozen=True, slots=True)
+class TokenComparison:
+    """A token of a text under an arm and under the plain model, before temperature and truncation; in nats."""
+
+    token_id: int
+    token: str
+    logprob: float
+    normal_logprob: float
+    kl: float
+    """KL(plain || arm)."""
+
+
+@dataclass(frozen=True)
+class ArmScore:
+    """A text under one arm: token by token, KL(plain || arm) in nats, and exp(-mean log-probability)."""
+
+    arm: str
+    tokens: tuple[TokenComparison, ...]
+    kl_mean: float | None
+    kl_p95: float | None
+    perplexity: float
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A text that was read under several arms, the plain one first."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    arms: tuple[ArmScore, ...]
+    timings: Timings
+
+
+ScoreEvent = ArmEvent | TextScore
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """The model being served. Filled by the engine when it starts."""

@@ -22,7 +22,7 @@ from steer_client import _store as store
 from steer_client._accept import accept
 from steering.convert import enum_numbers, reader, writer
 from steering.convert.fields import is_sequence, without_none
-from steering.v1 import comparison_pb2, steering_pb2, text_pb2
+from steering.v1 import comparison_pb2, score_pb2, steering_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
@@ -36,6 +36,7 @@ FILES = (
     pb.DESCRIPTOR,
     text_pb2.DESCRIPTOR,
     comparison_pb2.DESCRIPTOR,
+    score_pb2.DESCRIPTOR,
     steering_pb2.DESCRIPTOR,
     ops.DESCRIPTOR,
 )
@@ -68,6 +69,12 @@ RESULTS = {
         lambda it, _: codec.compare_event(types.Compared((it,))).compared.comparisons[0],
         partial(decode.arm_result, steered=TEXT),
     ),
+    score_pb2.ScoreResponse: (
+        types.TextScore,
+        results.TextScore,
+        lambda it, _: codec.text_score(it),
+        decode.text_score,
+    ),
     pb.TokenizeResponse: (
         types.Tokenization,
         results.Tokenization,
@@ -86,6 +93,7 @@ RESULTS = {
 REQUESTS = {
     pb.GenerateRequest: (types.GenerationRequest, requests.GenerateRequest, codec.generation_request),
     comparison_pb2.CompareRequest: (types.CompareRequest, requests.CompareRequest, codec.compare_request),
+    score_pb2.ScoreRequest: (types.ScoreRequest, requests.ScoreRequest, codec.score_request),
     pb.TokenizeRequest: (
         types.TokenizeRequest,
         requests.TokenizeRequest,
@@ -194,9 +202,9 @@ def messages(message, cls):
     hints |= {name.partition(".")[2]: kind for name, kind in ELSEWHERE.items() if name.startswith(f"{message.name}.")}
     values = {field.name: values_of(field, hints.get(field.name)) for field in message.fields}
     for oneof in message.oneofs:
-        alternatives = [st.fixed_dictionaries({field.name: values[field.name]}) for field in oneof.fields]
-        if len(alternatives) > 1:
-            return st.one_of(alternatives)
+        if len(oneof.fields) > 1:
+            one = st.one_of(st.fixed_dictionaries({field.name: values.pop(field.name)}) for field in oneof.fields)
+            return st.builds(dict.__or__, st.fixed_dictionaries(values), one)
     return st.fixed_dictionaries(values)
 
 
@@ -244,15 +252,25 @@ def one_value(field, kind, limits):
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
-    if message is comparison_pb2.CompareRequest:
-        made.normal = made.normal or not made.arms
+    if message in (comparison_pb2.CompareRequest, score_pb2.ScoreRequest):
+        if message is comparison_pb2.CompareRequest:
+            made.normal = made.normal or not made.arms
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"
-            if not arm.operators:
-                arm.sampling.SetInParent()
-            arm.sampling.ClearField("time_limit")
+            if message is score_pb2.ScoreRequest:
+                arm.ClearField("sampling")
+                arm.operators.add(name="ocean")
+            else:
+                if not arm.operators:
+                    arm.sampling.SetInParent()
+                arm.sampling.ClearField("time_limit")
     if message is comparison_pb2.Comparison and made.kl_per_token:
         made.kl_mean = max(made.kl_per_token)
+    if message is score_pb2.ScoreResponse:
+        for arm in made.arms:
+            del arm.tokens[:]
+            for token in made.token_ids:
+                arm.tokens.add(token_id=token, token=str(token), logprob=-1.0, normal_logprob=-2.0, kl=0.5)
     if message is pb.TokenizeResponse:
         made.tokens[:] = map(str, made.token_ids)
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 from steer_client import AsyncSteerClient, OperatorUse, SamplingParams, SteerClient
 from steer_client import _encode as encode
-from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, text_pb2
+from steering.v1 import comparison_pb2, generation_pb2_grpc, operators_pb2_grpc, score_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
@@ -182,6 +182,8 @@ class FakeServer:
         #: What every text with operators is, where it is not to be the truth or `response`.
         self.steered: text_pb2.GenerateResponse | None = None
         self.events: list | None = None
+        #: From a request for a score to the answer.
+        self.scored: Callable = score_pb2.ScoreResponse
         #: How many events to send before waiting for the caller to leave; None sends them all.
         self.hang_after: int | None = None
         self.listed = ops.ListOperatorsResponse()
@@ -238,6 +240,10 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         normal = None if request.HasField("normal") and not request.normal else self.fake.response
         default = make_comparison(normal, arms, scored=request.score, n=request.n or 1)
         yield from self.fake.stream(request, context, default)
+
+    def Score(self, request, context):  # noqa: N802
+        self.fake.unary(request, context)
+        return self.fake.scored(request)
 
     def Tokenize(self, request, context):  # noqa: N802
         self.fake.unary(request, context)

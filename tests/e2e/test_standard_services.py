@@ -312,3 +312,30 @@ def test_metrics_are_read_while_a_text_is_written(server):
             break
     assert seen.is_set()
     server.wait_for_jobs(0, 0)
+
+
+def test_a_text_that_was_scored_is_counted_as_read_and_not_as_generated(server):
+    names = {
+        "calls": ("grpc_server_handled_total", {"grpc_method": "Score", "grpc_code": "OK"}),
+        "requests": ("steer_requests_total", {}),
+        "read": ("steer_prompt_tokens_total", {}),
+        "generated": ("steer_generated_tokens_total", {}),
+        "plain": ("steer_completions_total", {"steered": "false", "reason": "SCORED"}),
+        "steered": ("steer_completions_total", {"steered": "true", "reason": "SCORED"}),
+        "golden": ("steer_positions_steered_total", {"operator": "golden"}),
+        "first tokens": ("steer_time_to_first_token_seconds_count", {}),
+        "queued": ("steer_queue_seconds_count", {}),
+    }
+
+    def read():
+        return {key: server.sample(name, **labels) for key, (name, labels) in names.items()}
+
+    before = read()
+    with SteerClient(server.target, timeout=30) as client:
+        found = client.score(" of the bay", prompt="the bay", arms={"golden": {"golden": 0.5}})
+    fed = len(found.prompt_token_ids) + len(found.token_ids) - 1
+    (receipt,) = found.steered["golden"].receipts
+    assert receipt.prompt_tokens_steered + receipt.generated_tokens_steered == fed
+    assert found.normal.kl_mean == 0.0 < found.steered["golden"].kl_mean
+    expected = {"calls": 1, "requests": 1, "read": fed, "generated": 0, "plain": 1, "steered": 1, "golden": fed}
+    assert {key: value - before[key] for key, value in read().items()} == expected | {"first tokens": 0, "queued": 1}

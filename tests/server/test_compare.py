@@ -72,23 +72,23 @@ def test_percentiles_are_those_of_numpy(values, share):
 
 @given(logprobs=st.lists(st.floats(-20.0, 0.0), min_size=1, max_size=30))
 def test_perplexity_is_the_inverse_of_the_mean_probability_of_a_token(logprobs):
-    found = perplexity([Score(0.0, value) for value in logprobs])
+    found = perplexity([Score(0.0, value, 0.0) for value in logprobs])
     assert found == pytest.approx(math.prod(math.exp(value) for value in logprobs) ** (-1 / len(logprobs)), rel=1e-6)
 
 
 def test_a_fair_coin_has_perplexity_two():
-    assert perplexity([Score(0.0, math.log(0.5))] * 5) == pytest.approx(2.0)
+    assert perplexity([Score(0.0, math.log(0.5), 0.0)] * 5) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("logprob", [-1e4, -1e300, -math.inf])
 def test_a_text_that_is_impossible_to_the_model_has_an_infinite_perplexity(logprob):
-    assert perplexity([Score(0.0, logprob)] * 3) == math.inf
-    found = compare_completions(_completion([1]), _completion([1], [Score(0.0, logprob)]), "loud")
+    assert perplexity([Score(0.0, logprob, 0.0)] * 3) == math.inf
+    found = compare_completions(_completion([1]), _completion([1], [Score(0.0, logprob, 0.0)]), "loud")
     assert found.steered_perplexity == math.inf
 
 
 def test_the_largest_perplexity_is_still_a_number():
-    assert perplexity([Score(0.0, -690.0)]) == pytest.approx(math.exp(690.0))
+    assert perplexity([Score(0.0, -690.0, 0.0)]) == pytest.approx(math.exp(690.0))
 
 
 def test_what_was_not_scored_has_no_perplexity():
@@ -96,8 +96,8 @@ def test_what_was_not_scored_has_no_perplexity():
 
 
 def test_two_texts_are_held_against_each_other():
-    normal = _completion([1, 2, 3], [Score(0.0, math.log(0.5))] * 3)
-    steered = _completion([1, 9, 3], [Score(kl, math.log(0.25)) for kl in (0.0, 3.0, 1.5)])
+    normal = _completion([1, 2, 3], [Score(0.0, math.log(0.5), 0.0)] * 3)
+    steered = _completion([1, 9, 3], [Score(kl, math.log(0.25), 0.0) for kl in (0.0, 3.0, 1.5)])
     found = compare_completions(normal, steered, "loud")
     assert found.arm == "loud"
     assert found.first_divergence == 1
@@ -181,6 +181,6 @@ def test_an_arm_has_all_of_its_own_sampling_and_the_seed_of_the_request_where_it
 
 
 def test_a_text_without_a_plain_one_beside_it_is_scored_and_has_no_divergence():
-    found = compare_completions(None, _completion([1], [Score(0.5, math.log(0.25))]), "loud")
+    found = compare_completions(None, _completion([1], [Score(0.5, math.log(0.25), 0.0)]), "loud")
     assert found.first_divergence is found.normal_perplexity is None
     assert (found.kl_mean, found.steered_perplexity) == (0.5, pytest.approx(4.0))

@@ -19,7 +19,7 @@ from steer_client._channel import is_many
 from steer_client._defaults import STEERED
 from steer_client._errors import InvalidRequestError
 from steer_client._events import ComparisonReducer, GenerationReducer, Reducer
-from steer_client._receipts import check_receipts
+from steer_client._receipts import check_receipts, check_score
 from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, SamplingParams
 
 Item = TypeVar("Item")
@@ -76,23 +76,39 @@ def compare(
 ) -> Streaming[results.ArmDelta, results.ABResult]:
     """Texts of one prompt, the plain one and one per arm. `operators` make a single arm named "steered"."""
     named = _arms(operators, arms)
-    request = encode.compare_request(prompt, named, sampling, request_id, score=score, n=n, normal=normal)
-    return Streaming("Compare", request, ComparisonReducer(_uses_by_arm(named), n=n, normal=normal))
-
-
-def _arms(operators: Operators, arms: Mapping[str, Operators | Arm] | None) -> tuple[NamedArm, ...]:
-    if arms is not None and operators:
-        raise InvalidRequestError("give `operators` for one steered arm, or `arms`, not both", field="arms")
-    if arms is not None:
-        return encode.named_arms(arms)
-    uses = encode.uses(operators, "operators")
-    if not uses:
+    if not named and arms is None:
         raise InvalidRequestError(
             "operators: a comparison needs at least one OperatorUse, or `arms` with some in each; a plain text "
             "alone is what `generate` gives",
             field="operators",
         )
-    return (NamedArm(STEERED, uses),)
+    request = encode.compare_request(prompt, named, sampling, request_id, score=score, n=n, normal=normal)
+    return Streaming("Compare", request, ComparisonReducer(_uses_by_arm(named), n=n, normal=normal))
+
+
+def score(
+    text: str | Sequence[int],
+    prompt: Prompt | None,
+    operators: Operators,
+    arms: Mapping[str, Operators | Arm] | None,
+    request_id: str,
+    time_limit: float | None,
+) -> Unary[results.TextScore]:
+    """A text under the plain model and one arm per name, checked against the operators that were requested."""
+    named = _arms(operators, arms)
+    request = encode.score_request(text, prompt, named, request_id, time_limit)
+    uses = _uses_by_arm(named)
+    return Unary("generation", "Score", request, lambda answer: check_score(uses, decode.text_score(answer)))
+
+
+def _arms(operators: Operators, arms: Mapping[str, Operators | Arm] | None) -> tuple[NamedArm, ...]:
+    """The arms beside the plain one: those of `arms`, or a single one named "steered", or none at all."""
+    if arms is not None and operators:
+        raise InvalidRequestError("give `operators` for one steered arm, or `arms`, not both", field="arms")
+    if arms is not None:
+        return encode.named_arms(arms)
+    uses = encode.uses(operators, "operators")
+    return (NamedArm(STEERED, uses),) if uses else ()
 
 
 def _uses_by_arm(arms: Sequence[NamedArm]) -> dict[str, Sequence[OperatorUse]]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from steering.convert import FieldError, Reader, reader
-from steering.v1 import comparison_pb2, text_pb2
+from steering.v1 import comparison_pb2, score_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators
 from steering.v1 import steering_pb2 as sp
@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 _read_generation = reader(text_pb2.GenerateResponse, results.Generation, strict=True)
 _read_delta = reader(text_pb2.Delta, results.TextDelta, strict=True)
 _read_arm_result = reader(comparison_pb2.Comparison, results.ArmResult, strict=True)
+_read_text_score = reader(score_pb2.ScoreResponse, results.TextScore, strict=True)
 _read_tokenization = reader(pb.TokenizeResponse, results.Tokenization, strict=True)
 _read_model_info = reader(pb.GetModelInfoResponse, results.ModelInfo, strict=True)
 _read_operator = reader(operators.Operator, store.OperatorInfo, strict=True)
@@ -50,6 +51,14 @@ def arm_result(message: comparison_pb2.Comparison, steered: results.Generation) 
     elif message.kl_per_token:
         raise _lacks(message, "kl_mean")
     return _decode(_read_arm_result, message, generation=steered, kl=kl)
+
+
+def text_score(message: score_pb2.ScoreResponse) -> results.TextScore:
+    """A text under every arm. Each must have every token of it."""
+    for arm in message.arms:
+        if [each.token_id for each in arm.tokens] != list(message.token_ids):
+            raise ProtocolError(f"the server's score of arm {arm.arm!r} is not of the tokens of the text")
+    return _decode(_read_text_score, message)
 
 
 def operator_info(message: operators.Operator) -> store.OperatorInfo:

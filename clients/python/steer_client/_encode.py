@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from steering.convert import FieldError, Writer, writer
-from steering.v1 import comparison_pb2
+from steering.v1 import comparison_pb2, score_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as operators_pb
 
@@ -27,6 +27,7 @@ from steer_client._requests import (
     Prompt,
     PromptInput,
     SamplingParams,
+    ScoreRequest,
     TokenizeRequest,
 )
 
@@ -34,6 +35,7 @@ _M = TypeVar("_M", bound=Message)
 
 _write_generate_request = writer(pb.GenerateRequest, GenerateRequest, accept)
 _write_compare_request = writer(comparison_pb2.CompareRequest, CompareRequest, accept)
+_write_score_request = writer(score_pb2.ScoreRequest, ScoreRequest, accept)
 _write_tokenize_request = writer(pb.TokenizeRequest, TokenizeRequest, accept)
 _write_get_operator_request = writer(operators_pb.GetOperatorRequest, GetOperatorRequest, accept)
 
@@ -60,6 +62,19 @@ def compare_request(
     asked = (None if n == 1 else n, None if normal is True else normal)
     request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked)
     return _write(_write_compare_request, request)
+
+
+def score_request(
+    text: str | Sequence[int],
+    prompt: Prompt | None,
+    arms: Sequence[NamedArm],
+    request_id: str,
+    time_limit: float | None,
+) -> score_pb2.ScoreRequest:
+    """What the score of a text is asked for with. Without arms: the plain model alone."""
+    given, ids = (text, None) if isinstance(text, str) else (None, _items(text, "text", "text or token ids"))
+    before = None if prompt is None else prompt_input(prompt)
+    return _write(_write_score_request, ScoreRequest(request_id, before, given, ids, arms, time_limit))
 
 
 def tokenize_request(prompt: Prompt) -> pb.TokenizeRequest:

@@ -7,7 +7,7 @@ await them any number of times. `_dual_method` says how one coroutine serves the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from steer_client._channel import Stubs, target_or_default
 from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
 from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, SamplingParams
-from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, Tokenization
+from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, TextScore, Tokenization
 from steer_client._retry import Retries
 from steer_client._store import OperatorInfo, ReloadReport
 from steer_client._streams import StartedCall
@@ -120,6 +120,26 @@ class Methods(ABC):
         """As `compare`, piece by piece; the arms' pieces interleave."""
         call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
         return self._start(call, timeout)
+
+    @method
+    async def score(
+        self,
+        text: str | Sequence[int],
+        *,
+        prompt: Prompt | None = None,
+        operators: Operators = (),
+        arms: Mapping[str, Operators | Arm] | None = None,
+        time_limit: float | None = None,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> TextScore:
+        """Reads a text, or its token ids, under the plain model and steered; nothing is decoded.
+
+        `operators` make one arm named "steered"; `arms` names several; without both the plain model reads it alone.
+        Without a prompt the text's first token is the prompt. `time_limit` is the server's, in seconds: when it runs
+        out, that is a DeadlineExceededError.
+        """
+        return await self._answer(calls.score(text, prompt, operators, arms, request_id, time_limit), timeout)
 
     @method
     async def operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorInfo, ...]:

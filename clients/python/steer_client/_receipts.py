@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
-from steer_client._errors import SteeringNotAppliedError
+from steer_client._defaults import NORMAL
+from steer_client._errors import ProtocolError, SteeringNotAppliedError
 from steer_client._positions import Positions
 from steer_client._requests import OperatorUse
-from steer_client._results import FinishReason, Generation, Receipt
+from steer_client._results import FinishReason, Generation, Receipt, TextScore, Usage
 
 _NUMBERS: Final = ("strength", "blend")
 _INTERRUPTIONS: Final = (FinishReason.TIME_LIMIT, FinishReason.CANCELLED)
@@ -63,6 +64,24 @@ def check_receipts(uses: Sequence[OperatorUse], generation: Generation) -> Gener
         if problem is not None:
             raise _not_applied(f"{use.name}: {problem}", generation)
     return generation
+
+
+def check_score(arms: Mapping[str, Sequence[OperatorUse]], score: TextScore) -> TextScore:
+    """Returns `score` if its arms are the plain one and these, in order, and the receipts of each prove its operators.
+
+    Raises ProtocolError for other arms, and SteeringNotAppliedError as check_receipts does.
+    """
+    asked, found = [NORMAL, *arms], [each.arm for each in score.arms]
+    if found != asked:
+        raise ProtocolError(f"the server scored the arms {found}; asked for were {asked}")
+    usage, ids = Usage(len(score.prompt_token_ids), len(score.token_ids)), score.token_ids
+    for uses, arm in zip(((), *arms.values()), score.arms, strict=True):
+        # To a receipt, a text that was read is what a generated one is.
+        read = Generation(
+            score.request_id, "", ids, FinishReason.MAX_TOKENS, None, usage, score.timings, arm.receipts, (), 0
+        )
+        check_receipts(uses, read)
+    return score
 
 
 def _setting_problem(use: OperatorUse, receipt: Receipt) -> str | None:

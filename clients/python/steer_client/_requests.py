@@ -215,6 +215,18 @@ class CompareRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """A text, as itself or as token ids, that the plain model and every arm read."""
+
+    request_id: str
+    prompt: PromptInput | None
+    text: str | None
+    token_ids: Sequence[int] | None
+    arms: Sequence[NamedArm]
+    time_limit: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizeRequest:
     """A prompt whose token ids are asked for."""
 

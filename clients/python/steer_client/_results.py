@@ -222,6 +222,56 @@ class ABResult:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenComparison:
+    """A token of a text under an arm and under the plain model; log-probabilities are natural logarithms."""
+
+    token_id: int
+    token: str
+    logprob: float
+    normal_logprob: float
+    #: KL(plain ‖ arm) in nats, of the distributions that the token was chosen from.
+    kl: float
+
+
+@dataclass(frozen=True, slots=True)
+class ArmScore:
+    """A text under one arm."""
+
+    arm: str
+    tokens: tuple[TokenComparison, ...]
+    #: Of KL(plain ‖ arm) over the tokens; 0 for the plain model.
+    kl_mean: float | None
+    kl_p95: float | None
+    #: exp(-mean log-probability) of the text under this arm.
+    perplexity: float
+    #: One per operator of the arm, in its order.
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """A text under the plain model and under every arm."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    #: Of the text, without the prompt.
+    token_ids: tuple[int, ...]
+    #: The plain model's, named "normal", and then the request's in their order.
+    arms: tuple[ArmScore, ...]
+    timings: Timings
+
+    @property
+    def normal(self) -> ArmScore:
+        """The text under the plain model."""
+        return self.arms[0]
+
+    @property
+    def steered(self) -> Mapping[str, ArmScore]:
+        """The text under every other arm, by its name."""
+        return {each.arm: each for each in self.arms[1:]}
+
+
+@dataclass(frozen=True, slots=True)
 class Tokenization:
     """A prompt as it reaches the model."""
 

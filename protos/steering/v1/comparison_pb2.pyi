@@ -115,6 +115,42 @@ class CompareRequest(_message.Message):
 Global___CompareRequest: _TypeAlias = CompareRequest  # noqa: Y015
 
 @_typing.final
+class TokenComparison(_message.Message):
+    """One token of a text under an arm, and under the plain model. Log-probabilities are natural logarithms, of the model's
+    own distributions before penalties, temperature and truncation.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    NORMAL_LOGPROB_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    token: _builtins.str
+    logprob: _builtins.float
+    normal_logprob: _builtins.float
+    kl: _builtins.float
+    """KL(plain || arm) of the distributions that the token was chosen from, in nats."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        token: _builtins.str = ...,
+        logprob: _builtins.float = ...,
+        normal_logprob: _builtins.float = ...,
+        kl: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl", b"kl", "logprob", b"logprob", "normal_logprob", b"normal_logprob", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenComparison: _TypeAlias = TokenComparison  # noqa: Y015
+
+@_typing.final
 class Comparison(_message.Message):
     """A text of one arm held against the plain one, sample s against sample s."""
 

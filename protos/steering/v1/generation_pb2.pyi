@@ -18,6 +18,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   INTERNAL             STEERING_NOT_APPLIED  a plan was not applied at every position, so there is no result
   FAILED_PRECONDITION  STORE_UNREADABLE      the operators of the last reading stay
   INTERNAL             ENGINE_FAILED
+  DEADLINE_EXCEEDED    TIME_LIMIT            the time limit ran out before every token had its score
   DEADLINE_EXCEEDED    REQUEST_INCOMPLETE    the client took too long to send the request
   DEADLINE_EXCEEDED    SLOW_READER           the client took too long to read the answer
   UNAVAILABLE          SHUTTING_DOWN

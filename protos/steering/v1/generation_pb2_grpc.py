@@ -5,6 +5,7 @@ import warnings
 
 from steering.v1 import comparison_pb2 as steering_dot_v1_dot_comparison__pb2
 from steering.v1 import generation_pb2 as steering_dot_v1_dot_generation__pb2
+from steering.v1 import score_pb2 as steering_dot_v1_dot_score__pb2
 from steering.v1 import text_pb2 as steering_dot_v1_dot_text__pb2
 
 GRPC_GENERATED_VERSION = '1.81.1'
@@ -51,6 +52,11 @@ class GenerationServiceStub:
                 request_serializer=steering_dot_v1_dot_comparison__pb2.CompareRequest.SerializeToString,
                 response_deserializer=steering_dot_v1_dot_comparison__pb2.CompareEvent.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/steering.v1.GenerationService/Score',
+                request_serializer=steering_dot_v1_dot_score__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=steering_dot_v1_dot_score__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/steering.v1.GenerationService/Tokenize',
                 request_serializer=steering_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -87,6 +93,13 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Reads a text under several arms (plain and steered) in one batch: log-probabilities, KL and perplexity of each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Shows how a prompt reaches the model, as token ids.
         """
@@ -118,6 +131,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Compare,
                     request_deserializer=steering_dot_v1_dot_comparison__pb2.CompareRequest.FromString,
                     response_serializer=steering_dot_v1_dot_comparison__pb2.CompareEvent.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=steering_dot_v1_dot_score__pb2.ScoreRequest.FromString,
+                    response_serializer=steering_dot_v1_dot_score__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -211,6 +229,33 @@ class GenerationService:
             '/steering.v1.GenerationService/Compare',
             steering_dot_v1_dot_comparison__pb2.CompareRequest.SerializeToString,
             steering_dot_v1_dot_comparison__pb2.CompareEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.GenerationService/Score',
+            steering_dot_v1_dot_score__pb2.ScoreRequest.SerializeToString,
+            steering_dot_v1_dot_score__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   INTERNAL             STEERING_NOT_APPLIED  a plan was not applied at every position, so there is no result
   FAILED_PRECONDITION  STORE_UNREADABLE      the operators of the last reading stay
   INTERNAL             ENGINE_FAILED
+  DEADLINE_EXCEEDED    TIME_LIMIT            the time limit ran out before every token had its score
   DEADLINE_EXCEEDED    REQUEST_INCOMPLETE    the client took too long to send the request
   DEADLINE_EXCEEDED    SLOW_READER           the client took too long to read the answer
   UNAVAILABLE          SHUTTING_DOWN
@@ -28,6 +29,7 @@ from collections import abc as _abc
 from grpc import aio as _aio
 from steering.v1 import comparison_pb2 as _comparison_pb2
 from steering.v1 import generation_pb2 as _generation_pb2
+from steering.v1 import score_pb2 as _score_pb2
 from steering.v1 import text_pb2 as _text_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -60,6 +62,8 @@ class GenerationServiceStub:
     """The same, token by token: one `started`, any number of `delta`, one `finished`."""
     Compare: _grpc.UnaryStreamMultiCallable[_comparison_pb2.CompareRequest, _comparison_pb2.CompareEvent]
     """Decodes one prompt under several arms (plain and steered) in one batch."""
+    Score: _grpc.UnaryUnaryMultiCallable[_score_pb2.ScoreRequest, _score_pb2.ScoreResponse]
+    """Reads a text under several arms (plain and steered) in one batch: log-probabilities, KL and perplexity of each."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]
     """Shows how a prompt reaches the model, as token ids."""
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]
@@ -74,6 +78,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """The same, token by token: one `started`, any number of `delta`, one `finished`."""
     Compare: _aio.UnaryStreamMultiCallable[_comparison_pb2.CompareRequest, _comparison_pb2.CompareEvent]  # type: ignore[assignment]
     """Decodes one prompt under several arms (plain and steered) in one batch."""
+    Score: _aio.UnaryUnaryMultiCallable[_score_pb2.ScoreRequest, _score_pb2.ScoreResponse]  # type: ignore[assignment]
+    """Reads a text under several arms (plain and steered) in one batch: log-probabilities, KL and perplexity of each."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_generation_pb2.TokenizeRequest, _generation_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Shows how a prompt reaches the model, as token ids."""
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.GetModelInfoResponse]  # type: ignore[assignment]
@@ -103,6 +109,14 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_comparison_pb2.CompareEvent], _abc.AsyncIterator[_comparison_pb2.CompareEvent]]:
         """Decodes one prompt under several arms (plain and steered) in one batch."""
+
+    @_abc_1.abstractmethod
+    def Score(
+        self,
+        request: _score_pb2.ScoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_score_pb2.ScoreResponse, _abc.Awaitable[_score_pb2.ScoreResponse]]:
+        """Reads a text under several arms (plain and steered) in one batch: log-probabilities, KL and perplexity of each."""
 
     @_abc_1.abstractmethod
     def Tokenize(

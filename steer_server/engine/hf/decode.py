@@ -16,6 +16,8 @@ from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 from operators.model.rope import RopeOfLength
+from steer_server.engine.hf.forced_text import read_text
+from steer_server.engine.hf.memory import prefill_positions, scored_positions
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.hf.rows import BatchSlot, RowState, check_finite, end_all, end_row, score_token, token_logprob
 from steer_server.engine.hf.sampling import Sampler
@@ -39,15 +41,6 @@ from steer_server.types import (
 
 InterruptionCheck = Callable[[], FinishReason | None]
 """Called between steps: TIME_LIMIT or CANCELLED when the job must end, else None."""
-
-
-_PREFILL_POSITIONS = {"cpu": 256}
-_PREFILL_POSITIONS_ELSEWHERE = 4096
-
-
-def prefill_positions(device: torch.device) -> int:
-    """Rows x tokens of a prompt in one turn: on a CPU about a second of a small model, and few megabytes of states."""
-    return _PREFILL_POSITIONS.get(device.type, _PREFILL_POSITIONS_ELSEWHERE)
 
 
 @dataclass(eq=False)
@@ -90,8 +83,9 @@ class Decoder:
         """
         states = [self._row_state(index) for index in range(len(self.job.rows))]
         slots = [BatchSlot(state) for state in states]
-        # A plain row is its own reference.
-        slots += [BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
+        if not self.job.forced_ids:
+            # A plain row is its own reference. That of a text that is given is the first row, which reads the same.
+            slots += [BatchSlot(state, reference=True) for state in states if state.scored and state.steering]
         layers = {layer for state in states if state.steering for layer in state.steering.layers}
         self._cache = DynamicCache(config=self.loaded.model.config)
         self._hooks = PushHooks(decoder_layers(self.loaded.model), layers)
@@ -99,6 +93,9 @@ class Decoder:
         after_prompt = yield from self._prefill(slots)
         if isinstance(after_prompt, FinishReason):
             yield list(end_all(slots, after_prompt))
+            return
+        if self.job.forced_ids:
+            yield from self._read_text(slots, after_prompt)
             return
         logits: torch.Tensor | None = after_prompt
         del after_prompt
@@ -114,6 +111,23 @@ class Decoder:
             logits = None
             slots = self._drop_ended(slots, {event.row for event in events if isinstance(event, RowFinished)})
             yield events
+
+    def _read_text(self, slots: list[BatchSlot], logits: torch.Tensor) -> Iterator[list[EngineEvent]]:
+        """Reads the job's text, whose first token has the logits (B, V)."""
+        rows, vocabulary = logits.shape
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            self.num_prompt_tokens_read += len(ids)
+            return self._forward(slots, ids.expand(rows, -1), prompt=False, logits_of=len(ids))
+
+        yield from read_text(
+            slots,
+            self.job.forced_ids,
+            logits,
+            chunk=min(prefill_positions(self.loaded.device) // rows or 1, scored_positions(rows, vocabulary)),
+            forward=forward,
+            check_interruption=self.check_interruption,
+        )
 
     def _row_state(self, index: int) -> RowState:
         row, device = self.job.rows[index], self.loaded.device
@@ -179,8 +193,10 @@ class Decoder:
             self._cache.batch_select_indices(rows)
         return logits[rows]
 
-    def _forward(self, slots: list[BatchSlot], ids: torch.Tensor, *, prompt: bool) -> torch.Tensor:
-        """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position."""
+    def _forward(
+        self, slots: list[BatchSlot], ids: torch.Tensor, *, prompt: bool, logits_of: int | None = None
+    ) -> torch.Tensor:
+        """One forward pass over ``ids`` (B, T); float32 logits (B, V) of the last position, or (B, N, V) of N."""
         model, start = self.loaded.model, self._cache.get_seq_length()
         steered = {row: slot.steering for row, slot in enumerate(slots) if slot.steering is not None}
         # No embedding, direction or hook for what is over: pushing the first token alone costs nothing after it.
@@ -195,11 +211,13 @@ class Decoder:
         try:
             # Hooked for this pass alone: the next one may be another job's.
             with self._hooks, self._witness, self._rope.fixed(len(self.job.prompt_ids)):
-                output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+                output = model(
+                    input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=logits_of or 1
+                )
         except SteeringError as error:
             # A hook that met another shape than its pushes have, or was called twice.
             raise SteeringNotAppliedError(str(error)) from error
-        logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = (output.logits[:, -1] if logits_of is None else output.logits).float()
         check_finite(slots, logits)
         record_doses(self._hooks, steered, prompt=prompt)
         witnessed.check({row: slots[row].state.sequence for row in steered})

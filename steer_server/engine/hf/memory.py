@@ -19,6 +19,24 @@ _KEPT_FOR_OTHERS = 4
 """One part in so many is left to clients that have nothing running."""
 
 
+_SCORED_LOGITS = 64 << 20
+"""Bytes of the logits in float32 of one pass over a text that is scored, all rows together."""
+
+
+_PREFILL_POSITIONS = {"cpu": 256}
+_PREFILL_POSITIONS_ELSEWHERE = 4096
+
+
+def prefill_positions(device: torch.device) -> int:
+    """Rows x tokens of a prompt in one turn: on a CPU about a second of a small model, and few megabytes of states."""
+    return _PREFILL_POSITIONS.get(device.type, _PREFILL_POSITIONS_ELSEWHERE)
+
+
+def scored_positions(rows: int, vocabulary: int) -> int:
+    """Tokens of a text that is scored, in one pass of so many rows."""
+    return max(1, _SCORED_LOGITS // (4 * rows * vocabulary))
+
+
 @dataclass(frozen=True)
 class DecodeMemory:
     """What a token of a row, and a row of a step, take. Bytes."""
@@ -50,16 +68,18 @@ class DecodeMemory:
 
         Raises :class:`InvalidRequestError`, with the figures, for one that does not fit alone.
         """
-        # A row that is scored has a plain reference of its length.
+        # A row that is scored has a plain reference of its length. A given text has one for all rows: the first.
         lengths = [
             min(len(job.prompt_ids) + row.sampling.max_tokens, self.context_length)
             for row in job.rows
-            for _ in range(1 + (row.score and row.plan is not None))
+            for _ in range(1 + (row.score and row.plan is not None and not job.forced_ids))
         ]
-        rows, tokens = len(lengths), max(lengths)
-        need = sum(lengths) * self.per_token + rows * self.per_row
+        rows, tokens, positions = len(lengths), max(lengths), 1
+        if job.forced_ids:
+            positions = min(scored_positions(rows, self.per_row // (4 * _LOGITS_COPIES)), len(job.forced_ids))
+        need = sum(lengths) * self.per_token + rows * positions * self.per_row
         if need > self.budget:
-            most = max(0, (self.budget // rows - self.per_row) // self.per_token - len(job.prompt_ids))
+            most = max(0, (self.budget // rows - positions * self.per_row) // self.per_token - len(job.prompt_ids))
             raise InvalidRequestError(
                 "sampling.max_tokens",
                 f"{rows} rows (with those that score) of up to {tokens} tokens take {format_bytes(need)} for keys, "

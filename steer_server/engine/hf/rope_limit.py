@@ -33,7 +33,7 @@ def _check_length(prompt: int, max_tokens: int, field: str, config: Any, context
         accepted.append(f"a prompt of at most {change.length} tokens")
     raise InvalidRequestError(
         field,
-        f"is {max_tokens} after a prompt of {prompt} tokens; the model's rotary factors "
+        f"is {max_tokens} tokens after a prompt of {prompt} tokens; the model's rotary factors "
         f"({change.rope_type}) change beyond {change.length} tokens, and no text has two sets of them: "
         f"{', or '.join(accepted)}, is accepted",
     )

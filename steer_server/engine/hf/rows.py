@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from steer_server.engine.distributions import compare_positions
 from steer_server.engine.hf.sampling import Sampler
 from steer_server.engine.hf.steering import RowSteering
 from steer_server.engine.proof import Proof
@@ -50,13 +51,13 @@ class BatchSlot:
 
 
 def check_finite(slots: list[BatchSlot], logits: torch.Tensor) -> None:
-    """Raises, for logits (B, V) that are not finite, the error of whoever made them so.
+    """Raises, for logits (B, ..., V) that are not finite, the error of whoever made them so.
 
     Raises:
         SteeringNotAppliedError: a steered row's.
         EngineFailedError: a plain row's.
     """
-    finite = torch.isfinite(logits).all(-1).tolist()
+    finite = torch.isfinite(logits).flatten(1).all(-1).tolist()
     for slot, row_is_finite in zip(slots, finite, strict=True):
         if row_is_finite:
             continue
@@ -92,11 +93,8 @@ def end_all(slots: list[BatchSlot], reason: FinishReason) -> Iterator[RowFinishe
 
 
 def score_token(token: int, logits: torch.Tensor, plain: torch.Tensor) -> Score:
-    """KL(plain || this row) in nats, and the token's log-probability under the plain model."""
-    p, q = plain.log_softmax(-1), logits.log_softmax(-1)
-    # Rounding can leave a tiny negative sum where the two are the same.
-    kl = float((p.exp() * (p - q)).sum().clamp_min(0.0))
-    return Score(kl, float(p[token]))
+    """A token under the plain model and under this row, from the logits (V,) of both."""
+    return Score(*compare_positions(plain[None], logits[None], (token,))[0])
 
 
 def token_logprob(token: int, logits: torch.Tensor, count: int, tokenizer: Any) -> TokenLogprob:

@@ -27,12 +27,12 @@ class RunningJob:
         """One forward pass; its events go to the reader of the job.
 
         Returns:
-            Prompt tokens read, and tokens of plain and of steered rows that were generated.
+            Tokens read, of a prompt or a given text, and tokens of plain and of steered rows that were generated.
         """
         read = self._decoder.num_prompt_tokens_read
         generated = [0, 0]
         for event in next(self._turns):
-            if isinstance(event, TokenEvent):
+            if isinstance(event, TokenEvent) and not self.queued.job.forced_ids:
                 generated[self.queued.job.rows[event.row].plan is not None] += 1
             self._num_rows -= isinstance(event, RowFinished)
             self.queued.post(event)

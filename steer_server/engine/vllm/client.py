@@ -18,6 +18,7 @@ from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.measurements import merge_measurements
 from steer_server.engine.vllm.worker_protocol import OperatorSetting, SteeringArgs, positions_per_call
 from steer_server.errors import EngineFailedError
+from steer_server.types import Score
 
 _POLL_SECONDS = 0.5
 _CALL_SECONDS = 600.0
@@ -85,22 +86,17 @@ class VLLMClient:
         )
         return self._llm.generate(prompt, sampling, key)
 
-    async def score(self, steered_key: str, plain_key: str, ids: Sequence[int]) -> Mapping[str, Sequence[float]]:
-        """KL and log-probabilities of a text, from the hidden states that the workers kept of two requests.
-
-        Returns:
-            ``kl`` and ``logprobs``, one number per token of ``ids`` each; see :func:`.scoring.score_states`.
-        """
-        scores: dict[str, list[float]] = {"kl": [], "logprobs": []}
+    async def score(self, steered_key: str, plain_key: str, ids: Sequence[int]) -> tuple[Score, ...]:
+        """The tokens of a text, from the hidden states that the workers kept of two requests."""
+        scores: list[Score] = []
         size = positions_per_call(int(self._llm.model_config.get_vocab_size()))
         for start in range(0, len(ids), size):
             # In pieces: vLLM runs no step during a call.
             chunk = list(ids[start : start + size])
             # Every rank computes the logits, rank 0 returns them.
-            kl, logprobs = (await self.call("steering_score", steered_key, plain_key, chunk, start))[0]
-            scores["kl"].extend(kl)
-            scores["logprobs"].extend(logprobs)
-        return scores
+            found = (await self.call("steering_score", steered_key, plain_key, chunk, start))[0]
+            scores.extend(Score(*each) for each in found)
+        return tuple(scores)
 
     async def take_measurements(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:
         """The measurements of requests, merged over the workers, which forget them."""

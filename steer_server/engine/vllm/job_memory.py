@@ -12,8 +12,8 @@ from steer_server.types import DecodeJob, Row
 
 _CHUNKS = 12
 """Tensors of a chunk that are alive at once while pushes are worked out and applied."""
-_SCORE_TENSORS = 8
-"""Of the logits of a call that scores."""
+SCORING_BYTES = 8 * SCORE_BYTES
+"""Tensors of the logits of a call that scores."""
 _MEASURED_BYTES = 1024
 """Per pushed row and layer: its measurements in the steps that have not been read yet."""
 _SCORED = 2
@@ -40,12 +40,12 @@ class StepSizes:
         if not layers:
             return 0
         per_layer = self.tokens * (4 * self.width + _MEASURED_BYTES)
-        chunks = _CHUNKS * CHUNK_BYTES + _SCORE_TENSORS * SCORE_BYTES
+        chunks = _CHUNKS * CHUNK_BYTES + SCORING_BYTES
         return self.tokens * self.width * (4 + self.itemsize) + layers * per_layer + chunks
 
-    def states(self, tokens: int) -> int:
-        """Bytes of the hidden states that are kept to score a text of so many tokens."""
-        return _SCORED * tokens * self.width * self.itemsize
+    def states(self, tokens: int, requests: int = _SCORED) -> int:
+        """Bytes of the hidden states that so many requests keep to score a text of so many tokens."""
+        return requests * tokens * self.width * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ def job_memory(job: DecodeJob, sizes: StepSizes, *, budget: int, context_length:
     Raises :class:`InvalidRequestError` where that alone is more than ``budget`` bytes.
     """
     layers = max((len(_layers(row)) for row in job.rows), default=0)
-    lengths = [
-        min(row.sampling.max_tokens, context_length - len(job.prompt_ids))
-        for row in job.rows
-        if row.score and row.plan is not None
-    ]
-    states = sum(map(sizes.states, lengths))
+    if job.forced_ids:
+        # Every row reads the same text, the plain one for all. Logits are made of it where nothing is pushed, too.
+        lengths = [len(job.forced_ids)] * len(job.rows)
+        states = sizes.states(len(job.forced_ids), len(job.rows)) + (0 if layers else SCORING_BYTES)
+    else:
+        lengths = [
+            min(row.sampling.max_tokens, context_length - len(job.prompt_ids))
+            for row in job.rows
+            if row.score and row.plan is not None
+        ]
+        states = sum(map(sizes.states, lengths))
     memory = JobMemory(layers, states + _running_sums(job.rows))
     pushes = sizes.pushes(layers)
     if pushes + memory.held <= budget:

@@ -4,32 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from steer_server.engine.dose import check_strengths
 from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import empty_receipts
-from steer_server.engine.reference import EmbedIds
 from steer_server.engine.row_text import RowText
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
-from steer_server.engine.vllm.cache_salts import CacheSalts
-from steer_server.engine.vllm.measurements import MeasurementCollector, measured_receipts, prove
-from steer_server.engine.vllm.operator_cache import OperatorCache
+from steer_server.engine.vllm.decode_context import READING, DecodeContext, prove_receipts
 from steer_server.engine.vllm.sampling import vllm_sampling
 from steer_server.engine.vllm.worker_protocol import operator_settings
-from steer_server.engine.work import WorkDone
-from steer_server.errors import EngineFailedError, SteeringNotAppliedError, SteerServerError
+from steer_server.errors import EngineFailedError
 from steer_server.types import (
     DecodeJob,
     EngineEvent,
     FinishReason,
-    ModelInfo,
-    Receipt,
     RowFinished,
     Score,
     SteeringPlan,
@@ -37,29 +29,6 @@ from steer_server.types import (
     TokenLogprob,
     TopLogprob,
 )
-
-if TYPE_CHECKING:
-    # Not at run time: it imports vLLM, and jobs are tested without.
-    from steer_server.engine.vllm.client import VLLMClient
-
-
-@dataclass(frozen=True, eq=False)
-class DecodeContext:
-    """What the rows of all jobs use. Filled by the engine, once."""
-
-    client: VLLMClient
-    operator_cache: OperatorCache
-    measurements: MeasurementCollector
-    salts: CacheSalts
-    model: ModelInfo
-    tokenizer: Any
-    dtype: torch.dtype
-    """Of the hidden states."""
-    embed: EmbedIds
-    """The model's embeddings, in this process: what a worker pushed is judged without the worker."""
-    translate_error: Callable[[Exception], SteerServerError]
-    """What a request is told of an exception that vLLM raised."""
-    work: WorkDone = field(default_factory=WorkDone)
 
 
 @dataclass(frozen=True)
@@ -141,7 +110,10 @@ class RowDecoder:
             if settings and text.ids and plan is not None and proof is not None:
                 uncollected = False
                 measurement = await asyncio.shield(collect(self._key, settings, begun=True))
-                receipts = await self._receipts(plan, proof, measurement, text.ids)
+                ids = (*prompt, *text.ids)
+                receipts = await prove_receipts(
+                    self._context, plan, proof, measurement, ids=ids, prompt_tokens=len(prompt)
+                )
             shown = "" if decoded.stop_string else text.flush()
             return RowFinished(self._index, decoded.reason, shown, decoded.stop_string, receipts, scores)
         finally:
@@ -219,39 +191,24 @@ class RowDecoder:
         if self._is_stopping():
             return ()
         if self._row.plan is None or not ids:
-            return tuple(Score(0.0, logprob) for logprob in own_logprobs)
+            return tuple(Score(0.0, logprob, logprob) for logprob in own_logprobs)
         if self._deadline is not None and self._deadline <= asyncio.get_running_loop().time():
             return ()
         client, prompt, plain_key = self._context.client, self._job.prompt_ids, uuid.uuid4().hex
-        params = {"temperature": 0.0, "max_tokens": 1, "ignore_eos": True}
         # Without the last token: no token of the text is chosen after it.
         read = (*prompt, *ids[:-1])
-        stream = client.generate(read, params, (), plain_key, keep_from=len(prompt) - 1, private_cache=True)
+        stream = client.generate(read, READING, (), plain_key, keep_from=len(prompt) - 1, private_cache=True)
         try:
             async with asyncio.timeout_at(self._deadline):
                 async for _ in stream:
                     pass
-                scores = await client.score(self._key, plain_key, ids)
+                return await client.score(self._key, plain_key, ids)
         except TimeoutError:
             return ()
         finally:
             await stream.aclose()
             self._context.measurements.collect(plain_key, ())
-        return tuple(Score(kl, logprob) for kl, logprob in zip(scores["kl"], scores["logprobs"], strict=True))
 
     def _proof(self, plan: SteeringPlan) -> Proof:
         prompt, max_tokens = self._job.prompt_ids, self._row.sampling.max_tokens
         return Proof(plan, self._context.embed, prompt_ids=prompt, max_tokens=max_tokens)
-
-    async def _receipts(
-        self, plan: SteeringPlan, proof: Proof, measurement: Mapping[str, Any] | None, generated: Sequence[int]
-    ) -> tuple[Receipt, ...]:
-        prompt_tokens, ids = len(self._job.prompt_ids), (*self._job.prompt_ids, *generated)
-        try:
-            # In a thread: the reference of a wide exact operator takes a while.
-            await asyncio.to_thread(prove, proof, measurement, ids=ids, dtype=self._context.dtype)
-            return measured_receipts(plan, measurement, proof, prompt_tokens=prompt_tokens, fed=len(ids) - 1)
-        except SteeringNotAppliedError:
-            # Also where the workers noticed no failure: what is cached under the salt is not of this steering.
-            self._context.salts.renew(operator_settings(plan, prompt_tokens))
-            raise

@@ -2,8 +2,10 @@ import asyncio
 import copy
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
+from operators.model.text_ids import following_ids
 from steer_server.engine.describe import describe_model
 from steer_server.engine.prompts import PromptReader
 from steer_server.errors import QueueFullError
@@ -23,6 +25,18 @@ async def test_no_prompt_ends_in_what_a_tokenizer_puts_behind_texts(tiny, text):
         assert await reader.encode(Prompt(text=text)) == (0, *own)
     finally:
         reader.close()
+
+
+@pytest.mark.parametrize("text", ["bay", " the bay", "the bay is\n", "\nbay"])
+def test_a_text_that_follows_another_has_no_space_of_the_tokenizers_in_front(text):
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    alphabet = sorted(set("▁\nthebayis"))
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert fast.decode(fast("bay")["input_ids"]) == " bay"
+    assert fast.decode(following_ids(fast, text)) == text
 
 
 async def test_texts_of_tokens_wait_in_turn_and_within_bounds_as_prompts_do(tiny):

@@ -8,7 +8,7 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from steering.v1 import comparison_pb2, text_pb2
+from steering.v1 import comparison_pb2, score_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
@@ -22,7 +22,7 @@ from steer_server.types.limits import Bounded
 
 STANDARD = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 GENERATE, COMPARE = "/steering.v1.GenerationService/Generate", "/steering.v1.GenerationService/Compare"
-TOKENIZE = "/steering.v1.GenerationService/Tokenize"
+TOKENIZE, SCORE = "/steering.v1.GenerationService/Tokenize", "/steering.v1.GenerationService/Score"
 MAX_PROMPT = 2000
 
 
@@ -56,6 +56,7 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
     for message, cls in (
         ("GenerateRequest", types.GenerationRequest),
         ("CompareRequest", types.CompareRequest),
+        ("ScoreRequest", types.ScoreRequest),
         ("SamplingParams", types.SamplingParams),
         ("Arm", types.Arm),
         ("OperatorUse", types.OperatorUse),
@@ -100,6 +101,10 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
             comparison_pb2.CompareRequest(arms=[comparison_pb2.Arm(operators=[sp.OperatorUse()] * 10**5)]),
             "arms[0].operators",
         ),
+        (SCORE, score_pb2.ScoreRequest(request_id="x" * 10**6), "request_id"),
+        (SCORE, score_pb2.ScoreRequest(text="x" * (MAX_PROMPT + 1)), "text"),
+        (SCORE, score_pb2.ScoreRequest(token_ids=text_pb2.TokenIds(ids=[5] * 65)), "token_ids"),
+        (SCORE, score_pb2.ScoreRequest(arms=[comparison_pb2.Arm()] * 10**5), "arms"),
         ("/steering.v1.OperatorService/GetOperator", ops.GetOperatorRequest(name="x" * 10**6), "name"),
         ("/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="x" * 10**6), "request"),
         (

@@ -44,6 +44,7 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     # Nothing is wrong with the operator that a caller named, if any.
     errors.StoreUnreadableError("store x is not a directory"): (steer_client.ServerError, {}),
     errors.EngineFailedError("out of memory"): (steer_client.EngineFailedError, {}),
+    errors.TimeLimitError(2.5): (steer_client.DeadlineExceededError, {}),
     errors.RequestIncompleteError(30.0): (steer_client.DeadlineExceededError, {}),
     errors.SlowReaderError(30.0): (steer_client.DeadlineExceededError, {}),
     errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
@@ -67,6 +68,7 @@ class _BrokenEngine:
     error: BaseException | None = None
     running: int = 0
     waiting: int = 0
+    undelivered: int = 0
     collectors: tuple[Collector, ...] = ()
     work: WorkDone = field(default_factory=WorkDone)
     closed: list[bool] = field(default_factory=list)

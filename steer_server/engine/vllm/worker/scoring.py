@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from steer_server.engine.distributions import PositionScore, compare_positions
+
 
 @dataclass(eq=False)
 class KeptStates:
@@ -32,14 +34,14 @@ def score_states(
     plain: KeptStates,
     ids: Sequence[int],
     start: int,
-) -> tuple[list[float], list[float]]:
-    """KL(plain || steered) in nats and log p_plain of each token in ``ids``, those of a text from ``start`` on.
+) -> list[PositionScore]:
+    """The tokens ``ids`` of a text, from its token ``start`` on, under both requests.
 
     Args:
         compute_logits: logits (T, V) of states (T, d); None where another rank of the engine has them.
 
     Returns:
-        One number per token each; both empty where another rank has the logits.
+        One entry per token; none where another rank has the logits.
 
     Raises:
         ValueError: a state was not kept.
@@ -51,9 +53,5 @@ def score_states(
     with torch.inference_mode():
         plain_logits, steered_logits = (compute_logits(torch.stack(part)) for part in states)
         if plain_logits is None or steered_logits is None:
-            return [], []
-        log_p, log_q = (logits.float().log_softmax(-1) for logits in (plain_logits, steered_logits))
-        # Rounding can leave a tiny negative sum where the two are the same.
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
-        tokens = torch.tensor(ids, device=log_p.device)
-        return kl.tolist(), log_p.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+            return []
+        return compare_positions(plain_logits, steered_logits, ids)

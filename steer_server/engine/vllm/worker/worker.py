@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
+from steer_server.engine.distributions import PositionScore
 from steer_server.engine.vllm.limits import check_supported
 from steer_server.engine.vllm.start_problem import reports_problems
 from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
@@ -123,9 +124,7 @@ class SteeringWorker(SizedWorker):
         self._record_steps()
         return [self._take_measurement(key) for key in keys]
 
-    def steering_score(
-        self, steered_key: str, plain_key: str, ids: Sequence[int], start: int
-    ) -> tuple[list[float], list[float]]:
+    def steering_score(self, steered_key: str, plain_key: str, ids: Sequence[int], start: int) -> list[PositionScore]:
         """:func:`.scoring.score_states` of two requests, for a text's tokens from ``start`` on.
 
         Their states are kept until their measurements are taken. Raises :class:`ValueError` for one that was not kept.

@@ -27,21 +27,17 @@ def logits_of(rows):
 def test_kl_and_log_probabilities_are_those_of_the_two_distributions():
     steered, plain = states(1), states(2)
     p, q = (torch.distributions.Categorical(logits=rows @ HEAD) for rows in (plain, steered))
-    kl, logprobs = score_states(logits_of, kept(steered), kept(plain), IDS, 0)
+    kl, plain_logprobs, logprobs = zip(*score_states(logits_of, kept(steered), kept(plain), IDS, 0), strict=True)
     assert kl == pytest.approx(torch.distributions.kl_divergence(p, q).tolist(), rel=1e-4)
-    assert logprobs == pytest.approx(p.log_prob(torch.tensor(IDS)).tolist(), rel=1e-5)
+    assert plain_logprobs == pytest.approx(p.log_prob(torch.tensor(IDS)).tolist(), rel=1e-5)
+    assert logprobs == pytest.approx(q.log_prob(torch.tensor(IDS)).tolist(), rel=1e-5)
 
 
 def test_a_text_may_be_scored_in_pieces_and_more_than_once():
     steered, plain = kept(states(1)), kept(states(2))
     whole = score_states(logits_of, steered, plain, IDS, 0)
-    kl, logprobs = [], []
-    for at in (0, 2, 4):
-        piece = score_states(logits_of, steered, plain, IDS[at : at + 2], at)
-        kl.extend(piece[0])
-        logprobs.extend(piece[1])
-    assert kl == pytest.approx(whole[0], rel=1e-5)
-    assert logprobs == pytest.approx(whole[1], rel=1e-5)
+    pieces = [each for at in (0, 2, 4) for each in score_states(logits_of, steered, plain, IDS[at : at + 2], at)]
+    torch.testing.assert_close(torch.tensor(pieces), torch.tensor(whole), rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_positions_asked_for_meet_the_vocabulary():
@@ -61,7 +57,7 @@ def test_a_state_that_was_not_kept_is_told():
 
 
 def test_a_rank_without_the_logits_has_no_scores():
-    assert score_states(lambda _: None, kept(states(1)), kept(states(2)), IDS, 0) == ([], [])
+    assert score_states(lambda _: None, kept(states(1)), kept(states(2)), IDS, 0) == []
 
 
 def test_states_that_come_once_more_are_kept_once():
