@@ -77,7 +77,7 @@ export class Column {
       parts.push(`${finished.usage?.completion_tokens ?? 0} tokens`);
       const reason = REASONS[finished.finish_reason];
       if (reason) parts.push(reason);
-      if (Number(finished.seed)) parts.push(`seed ${finished.seed}`);
+      if (this.actions.isDrawn() && Number(finished.seed)) parts.push(`seed ${finished.seed}`);
     }
     if (comparison?.kl_mean !== undefined) parts.push(`KL ${number(comparison.kl_mean, 2)} mean, ${number(comparison.kl_p95, 2)} p95`);
     if (comparison?.steered_perplexity !== undefined) parts.push(`perplexity ${number(comparison.steered_perplexity)}`);

@@ -45,7 +45,7 @@ export function asCli(settings, target) {
     for (const arm of settings.arms) parts.push("--arm", shell(`${arm.name}: ${arm.uses.map(useOption).join(" ")}`));
   }
   const sampling = samplingMessage(settings);
-  for (const [name, value] of Object.entries(sampling)) parts.push(`--${name.replaceAll("_", "-")}`, String(value));
+  for (const [name, value] of Object.entries(sampling)) parts.push(`--${name.replaceAll("_", "-")}`, ...(value === true ? [] : [String(value)]));
   if (target) parts.push("--target", shell(target));
   if (settings.prompt.startsWith("-")) parts.push("--", shell(settings.prompt));
   return parts.join(" ");
@@ -69,7 +69,7 @@ export function asPython(settings, target) {
   const prompt = promptMessage(settings);
   const written = prompt.token_ids ? `[${prompt.token_ids.ids.join(", ")}]`
     : prompt.chat ? `Chat((ChatMessage("user", ${python(settings.prompt)}),))` : python(settings.prompt);
-  const sampling = Object.entries(samplingMessage(settings)).map(([name, value]) => `${name}=${value}`).join(", ");
+  const sampling = Object.entries(samplingMessage(settings)).map(([name, value]) => `${name}=${value === true ? "True" : value}`).join(", ");
   const arms = settings.arms.map((arm) => `    ${python(arm.name)}: [${arm.uses.map(pythonUse).join(", ")}],`);
   const names = ["OperatorUse", "SamplingParams", "SteerClient"];
   const code = arms.join("\n");

@@ -14,7 +14,7 @@ const MAX_LINK = 30000;
 const FIELDS = ["max_tokens", "temperature", "top_p", "repetition_penalty"];
 
 const page = {
-  settings: newSettings(), operators: [], model: null, columns: new Map(), ran: null, abort: null, show: "diff", isUp: null,
+  settings: newSettings(), operators: [], model: null, columns: new Map(), ran: null, abort: null, show: "diff", isUp: null, isLinkGood: true,
 };
 const editor = new ArmEditor(byId("arms"), () => { keepTyped(); vote.refresh(); });
 const vote = new VoteView(byId("vote-view"), () => page.settings, tell);
@@ -28,6 +28,7 @@ function showForm() {
   byId("marks").value = settings.marks;
   for (const name of FIELDS) byId(name).value = settings.sampling[name] ?? "";
   byId("seed").value = settings.sampling.seed ?? "";
+  byId("ignore_eos").checked = settings.sampling.ignore_eos;
   editor.show(settings, page.operators);
   notePrompt();
   vote.refresh();
@@ -41,6 +42,7 @@ function readForm() {
   }
   const seed = byId("seed").value.trim();
   settings.sampling.seed = seed === "" ? null : seed;
+  settings.sampling.ignore_eos = byId("ignore_eos").checked;
   settings.marks = byId("marks").value;
   settings.chat = byId("chat").checked;
 }
@@ -105,7 +107,7 @@ async function meetServer() {
       }
       page.begun = true;
       showForm();
-      checkDigests();
+      if (page.isLinkGood) checkDigests();
     }
     notePrompt();
   } catch (error) {
@@ -154,7 +156,7 @@ async function run() {
   page.ran = structuredClone(page.settings);
   tell(null);
   const names = [NORMAL, ...page.ran.arms.map((arm) => arm.name)];
-  page.columns = new Map(names.map((name) => [name, new Column(name === NORMAL ? "plain" : name, { fork, tip })]));
+  page.columns = new Map(names.map((name) => [name, new Column(name === NORMAL ? "plain" : name, { fork, tip, isDrawn: () => page.ran.sampling.temperature > 0 })]));
   byId("columns").replaceChildren(...[...page.columns.values()].map((column) => column.element));
   byId("columns").style.setProperty("--count", names.length);
   byId("empty").hidden = true;
@@ -361,6 +363,7 @@ function load(fragment) {
     page.settings = settings;
     return true;
   } catch (error) {
+    page.isLinkGood = false;
     tell(new ApiError(`This link cannot be read: ${error.message}. Nothing was changed.`));
     return false;
   }

@@ -10,7 +10,7 @@ export const newUse = (name = "") => ({
 export const newArm = (name, operator = "") => ({ name, uses: [newUse(operator)] });
 export const newSettings = () => ({
   prompt: "", ids: null, chat: false, arms: [], marks: "",
-  sampling: { max_tokens: 40, temperature: 0, top_p: 1, repetition_penalty: 1.2, seed: null },
+  sampling: { max_tokens: 40, temperature: 0, top_p: 1, repetition_penalty: 1.2, seed: null, ignore_eos: false },
 });
 
 /** Settings from what somebody may have edited. Throws an Error that names the part at fault. */
@@ -33,6 +33,7 @@ export function checked(value) {
   const seed = sampling.seed ?? null;
   if (seed !== null && !(typeof seed === "string" && /^\d{1,20}$/.test(seed))) fail("sampling.seed");
   settings.sampling.seed = seed;
+  settings.sampling.ignore_eos = sampling.ignore_eos === true;
   if (!Array.isArray(value.arms) || value.arms.length > MAX_ARMS) fail("arms");
   settings.arms = value.arms.map((arm, i) => {
     object(arm, `arms[${i}]`);
@@ -130,6 +131,7 @@ export function samplingMessage(settings) {
   const message = {};
   for (const name of SAMPLING) if (settings.sampling[name] !== null) message[name] = settings.sampling[name];
   if (settings.sampling.seed !== null) message.seed = settings.sampling.seed;
+  if (settings.sampling.ignore_eos) message.ignore_eos = true;
   return message;
 }
 

@@ -37,6 +37,7 @@ export class VoteView {
       const kept = options.some(([value]) => value === select.value) && select.options.length ? select.value : otherwise;
       select.replaceChildren(...options.map(([value, label]) => el("option", { value, selected: value === kept }, label)));
     }
+    if (this.first.value === this.second.value && arms.length) this.second.value = arms[0].name;
     this.#showTally();
   }
 
