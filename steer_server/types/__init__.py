@@ -26,6 +26,7 @@ from steer_server.types.jobs import (
 from steer_server.types.requests import (
     DEFAULT_MAX_TOKENS,
     MAX_ARM_NAME,
+    MAX_BIASES,
     MAX_LOGPROBS,
     MAX_OPERATORS,
     MAX_REQUEST_ID,
@@ -41,6 +42,7 @@ from steer_server.types.requests import (
     Prompt,
     SamplingParams,
     ScoreRequest,
+    TokenBias,
     TokenizeRequest,
     WeightedWord,
 )
@@ -67,6 +69,7 @@ from steer_server.types.results import (
 __all__ = [
     "DEFAULT_MAX_TOKENS",
     "MAX_ARM_NAME",
+    "MAX_BIASES",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
     "MAX_REQUEST_ID",
@@ -107,6 +110,7 @@ __all__ = [
     "SteeringPlan",
     "TextScore",
     "Timings",
+    "TokenBias",
     "TokenComparison",
     "TokenEvent",
     "TokenLogprob",

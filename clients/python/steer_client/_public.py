@@ -31,6 +31,7 @@ from steer_client._requests import (
     Prompt,
     Rule,
     SamplingParams,
+    TokenBias,
     WeightedWord,
 )
 from steer_client._results import (
@@ -127,6 +128,7 @@ __all__ = [
     "TextDelta",
     "TextScore",
     "Timings",
+    "TokenBias",
     "TokenComparison",
     "TokenLogprob",
     "Tokenization",

@@ -25,7 +25,7 @@ from steer_server.engine.hf.queue import JobQueue, QueuedJob
 from steer_server.engine.hf.rope_limit import check_rope
 from steer_server.engine.hf.running_job import RunningJob
 from steer_server.engine.hf.turns import FairTurns
-from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.prompts import PromptReader, check_sampled_ids
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError, errors_of
@@ -107,8 +107,8 @@ class HFEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
-                check_ids("sampling.stop_token_ids", sampling.stop_token_ids, self._model.vocab_size)
-                special_stops(sampling.stop_strings, self._loaded.tokenizer)
+                check_sampled_ids(sampling, self._model.vocab_size)
+                special_stops(sampling, self._loaded.tokenizer)
         check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
         return self._queue.put(job)
 

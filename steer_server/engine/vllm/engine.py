@@ -169,10 +169,11 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         if self._closed:
             raise ShuttingDownError
+        size, most = self._model.vocab_size, self._client.max_logprobs
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
-                check_sampling(sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
-                special_stops(sampling.stop_strings, self._context.tokenizer)
+                check_sampling(sampling, vocab_size=size, max_logprobs=most, num_eos=len(self._model.eos_token_ids))
+                special_stops(sampling, self._context.tokenizer)
         budget, sizes = self._operator_memory, self._step_sizes
         memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
         operators = required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)
