@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_a_vote_is_blind_and_counted(opened):
     picture(opened, "vote")
     opened.keyboard.press("1")
     opened.click("#vote-tally summary")
+    expect(opened.locator("#vote-tally td")).to_have_count(7)
     cells = opened.locator("#vote-tally td").all_text_contents()
     assert [cells[0], cells[2], int(cells[1]) + int(cells[3])] == ["plain", "arm 1", 1]
     picture(opened, "tally")
@@ -229,7 +231,8 @@ def test_the_command_the_script_and_the_request_that_it_copies_give_the_same_tex
     run(opened)
     steered = texts(opened)[1]
     opened.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    environment = os.environ | {"STEER_TARGET": server.target}
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {"STEER_TARGET": server.target, "PATH": f"{scripts}:{os.environ['PATH']}"}
     printed = {}
     for kind in ("cli", "python", "curl"):
         opened.click(f"[data-copy={kind}]")
@@ -237,7 +240,7 @@ def test_the_command_the_script_and_the_request_that_it_copies_give_the_same_tex
         text = opened.evaluate("navigator.clipboard.readText()")
         command = {
             "cli": ["sh", "-c", f"{text} --json"],
-            "python": ["python3", "-c", text],
+            "python": [sys.executable, "-c", text],
             "curl": ["sh", "-c", f"{text} --noproxy '*'"],
         }[kind]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)

@@ -182,7 +182,7 @@ async function run() {
 }
 
 async function follow(signal) {
-  const request = { ...compareRequest(page.ran) };
+  const request = compareRequest(page.ran);
   const seen = new Set();
   for await (const event of events("Compare", request, signal)) {
     if (event.compared) {
