@@ -10,7 +10,7 @@ export function words(text) {
   return found;
 }
 
-/** The words of `text` that are not part of the longest common run of words with `base`, as [start, end) ranges. */
+/** The words of `text` that are not part of the longest common run of words with `base`, as [start, end) ranges: neighbours in one. */
 export function changedRanges(base, text) {
   const a = words(base).map((each) => each.word);
   const b = words(text);
@@ -29,6 +29,7 @@ export function changedRanges(base, text) {
   for (let j = 0; j < b.length; j++) {
     while (i < a.length && a[i] !== b[j].word && table[(i + 1) * width + j] >= table[i * width + j + 1]) i++;
     if (i < a.length && a[i] === b[j].word) i++;
+    else if (ranges.length && !text.slice(ranges.at(-1)[1], b[j].start).trim()) ranges.at(-1)[1] = b[j].end;
     else ranges.push([b[j].start, b[j].end]);
   }
   return ranges;
