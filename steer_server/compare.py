@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
@@ -14,6 +15,7 @@ from steer_server.errors import InvalidRequestError
 from steer_server.generate import CompletionBuilder, check_plan
 from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
+from steer_server.token_report import check_figures, token_comparisons, token_texts, work_out
 from steer_server.types import (
     NORMAL,
     Admitted,
@@ -24,10 +26,12 @@ from steer_server.types import (
     Comparison,
     Completion,
     DecodeJob,
+    Report,
     Row,
     SamplingParams,
     Score,
     SteeringPlan,
+    TokenReport,
 )
 
 
@@ -56,8 +60,12 @@ async def compare(
     sampling = caps.apply(request.sampling)
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators)
-    texts = tuple(_texts(request, sampling, plans))
+    report = await work_out(request.report, engine.tokenizer)
+    texts = tuple(_texts(request, sampling, plans, report))
     caps.check_tokens([text.row for text in texts])
+    if report is not None:
+        tokens = sum(text.row.sampling.max_tokens for text in texts if text.row.report is not None)
+        check_figures(request.report, tokens, "report")
     ids = await engine.encode(request.prompt)
     for field, plan, arm in zip(operators, plans, request.arms, strict=True):
         max_tokens = (arm.sampling or sampling).max_tokens
@@ -79,15 +87,14 @@ async def compare(
                         if isinstance(result, Completion):
                             completions[texts[place].arm, result.sample] = result
                         yield ArmEvent(texts[place].arm, result)
-        yield Compared(
-            tuple(
-                compare_completions(
-                    completions.get((NORMAL, text.sample)), completions[text.arm, text.sample], text.arm
-                )
-                for text in texts
-                if text.arm != NORMAL
-            )
+        compared = tuple(
+            compare_completions(completions.get((NORMAL, text.sample)), completions[text.arm, text.sample], text.arm)
+            for text in texts
+            if text.arm != NORMAL
         )
+        if request.report is not None:
+            compared = await _reported(compared, completions, request.report, engine.tokenizer)
+        yield Compared(compared)
     finally:
         stream.cancel()
 
@@ -105,7 +112,23 @@ def check_size(request: CompareRequest, max_arms: int) -> None:
         )
 
 
-def _texts(request: CompareRequest, sampling: SamplingParams, plans: Sequence[SteeringPlan | None]) -> Iterator[_Text]:
+async def _reported(
+    compared: Sequence[Comparison],
+    completions: Mapping[tuple[str, int], Completion],
+    report: TokenReport,
+    tokenizer: Any,
+) -> tuple[Comparison, ...]:
+    """The comparisons with what is to be said of every token."""
+    texts = [completions[each.arm, each.sample] for each in compared]
+    known = await token_texts(texts, tokenizer)
+    return tuple(
+        replace(each, tokens=token_comparisons(text, report, known)) for each, text in zip(compared, texts, strict=True)
+    )
+
+
+def _texts(
+    request: CompareRequest, sampling: SamplingParams, plans: Sequence[SteeringPlan | None], report: Report | None
+) -> Iterator[_Text]:
     """Every text of a prompt, the plain ones first.
 
     Scoring a plain row gives its own log-probabilities, and so its perplexity.
@@ -113,9 +136,9 @@ def _texts(request: CompareRequest, sampling: SamplingParams, plans: Sequence[St
     rows = [(NORMAL, Row(None, request.score, sampling))] if request.normal else []
     for index, (arm, plan) in enumerate(zip(request.arms, plans, strict=True)):
         own = arm.sampling
-        row = Row(plan, request.score, sampling)
+        row = Row(plan, request.score, sampling, report=report)
         if own is not None:
-            row = Row(plan, request.score, own.within(sampling), f"arms[{index}].sampling")
+            row = replace(row, sampling=own.within(sampling), sampling_field=f"arms[{index}].sampling")
         rows.append((arm.name, row))
     for name, row in rows:
         for sample in range(request.n):

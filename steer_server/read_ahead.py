@@ -66,6 +66,9 @@ async def read_ahead(
 
 
 def _size(event: EngineEvent) -> int:
+    size = _EVENT_BYTES
     if isinstance(event, TokenEvent) and event.logprob is not None:
-        return _EVENT_BYTES + _ALTERNATIVE_BYTES * len(event.logprob.top)
-    return _EVENT_BYTES
+        size += _ALTERNATIVE_BYTES * len(event.logprob.top)
+    if isinstance(event, TokenEvent) and event.score is not None:
+        size += _ALTERNATIVE_BYTES * (len(event.score.gained) + len(event.score.lost) + len(event.score.words))
+    return size

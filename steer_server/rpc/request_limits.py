@@ -12,6 +12,7 @@ from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.types import (
     MAX_ARM_NAME,
     MAX_OPERATORS,
+    MAX_REPORT_WORDS,
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
@@ -50,6 +51,7 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "ScoreRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
         "ScoreRequest.text": Limit(size=max_prompt_bytes),
         "ScoreRequest.arms": Limit(count=max_arms),
+        "TokenReport.words": Limit(size=_characters(MAX_LENS_WORD), count=MAX_REPORT_WORDS),
         "Arm.name": Limit(size=_characters(MAX_ARM_NAME)),
         "Arm.operators": Limit(count=MAX_OPERATORS),
         "OperatorUse.name": Limit(size=_MAX_OPERATOR_NAME),

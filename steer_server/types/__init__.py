@@ -20,6 +20,7 @@ from steer_server.types.events import (
 from steer_server.types.jobs import (
     Application,
     DecodeJob,
+    Report,
     Row,
     SteeringPlan,
 )
@@ -28,6 +29,7 @@ from steer_server.types.requests import (
     MAX_ARM_NAME,
     MAX_LOGPROBS,
     MAX_OPERATORS,
+    MAX_REPORT_WORDS,
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
@@ -42,6 +44,7 @@ from steer_server.types.requests import (
     SamplingParams,
     ScoreRequest,
     TokenizeRequest,
+    TokenReport,
     WeightedWord,
 )
 from steer_server.types.results import (
@@ -62,6 +65,7 @@ from steer_server.types.results import (
     TokenComparison,
     Tokenization,
     Usage,
+    WordMass,
 )
 
 __all__ = [
@@ -69,6 +73,7 @@ __all__ = [
     "MAX_ARM_NAME",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
+    "MAX_REPORT_WORDS",
     "MAX_REQUEST_ID",
     "MAX_STOPS",
     "MAX_STOP_CHARACTERS",
@@ -95,6 +100,7 @@ __all__ = [
     "OperatorUse",
     "Prompt",
     "Receipt",
+    "Report",
     "RequestLimits",
     "Row",
     "RowFinished",
@@ -110,9 +116,11 @@ __all__ = [
     "TokenComparison",
     "TokenEvent",
     "TokenLogprob",
+    "TokenReport",
     "Tokenization",
     "TokenizeRequest",
     "TopLogprob",
     "Usage",
     "WeightedWord",
+    "WordMass",
 ]

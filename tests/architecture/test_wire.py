@@ -255,6 +255,7 @@ def drawn(data, message, cls):
     if message in (comparison_pb2.CompareRequest, score_pb2.ScoreRequest):
         if message is comparison_pb2.CompareRequest:
             made.normal = made.normal or not made.arms
+            made.score = made.score or made.HasField("report")
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"
             if message is score_pb2.ScoreRequest:

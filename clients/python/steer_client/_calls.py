@@ -20,7 +20,7 @@ from steer_client._defaults import STEERED
 from steer_client._errors import InvalidRequestError
 from steer_client._events import ComparisonReducer, GenerationReducer, Reducer
 from steer_client._receipts import check_receipts, check_score
-from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, SamplingParams
+from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, SamplingParams, TokenReport
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -73,6 +73,7 @@ def compare(
     score: bool = True,
     n: int = 1,
     normal: bool = True,
+    report: TokenReport | None = None,
 ) -> Streaming[results.ArmDelta, results.ABResult]:
     """Texts of one prompt, the plain one and one per arm. `operators` make a single arm named "steered"."""
     named = _arms(operators, arms)
@@ -82,7 +83,8 @@ def compare(
             "alone is what `generate` gives",
             field="operators",
         )
-    request = encode.compare_request(prompt, named, sampling, request_id, score=score, n=n, normal=normal)
+    options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+    request = encode.compare_request(prompt, named, sampling, request_id, **options)
     return Streaming("Compare", request, ComparisonReducer(_uses_by_arm(named), n=n, normal=normal))
 
 
@@ -91,12 +93,13 @@ def score(
     prompt: Prompt | None,
     operators: Operators,
     arms: Mapping[str, Operators | Arm] | None,
+    report: TokenReport,
     request_id: str,
     time_limit: float | None,
 ) -> Unary[results.TextScore]:
     """A text under the plain model and one arm per name, checked against the operators that were requested."""
     named = _arms(operators, arms)
-    request = encode.score_request(text, prompt, named, request_id, time_limit)
+    request = encode.score_request(text, prompt, named, report, request_id, time_limit)
     uses = _uses_by_arm(named)
     return Unary("generation", "Score", request, lambda answer: check_score(uses, decode.text_score(answer)))
 

@@ -29,6 +29,7 @@ from steer_client._requests import (
     SamplingParams,
     ScoreRequest,
     TokenizeRequest,
+    TokenReport,
 )
 
 _M = TypeVar("_M", bound=Message)
@@ -57,10 +58,11 @@ def compare_request(
     score: bool,
     n: int = 1,
     normal: bool = True,
+    report: TokenReport | None = None,
 ) -> comparison_pb2.CompareRequest:
     """What a comparison is asked for with. What is as the contract has it by default is not sent."""
     asked = (None if n == 1 else n, None if normal is True else normal)
-    request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked)
+    request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked, report)
     return _write(_write_compare_request, request)
 
 
@@ -68,13 +70,15 @@ def score_request(
     text: str | Sequence[int],
     prompt: Prompt | None,
     arms: Sequence[NamedArm],
+    report: TokenReport,
     request_id: str,
     time_limit: float | None,
 ) -> score_pb2.ScoreRequest:
     """What the score of a text is asked for with. Without arms: the plain model alone."""
     given, ids = (text, None) if isinstance(text, str) else (None, _items(text, "text", "text or token ids"))
     before = None if prompt is None else prompt_input(prompt)
-    return _write(_write_score_request, ScoreRequest(request_id, before, given, ids, arms, time_limit))
+    asked = None if report == TokenReport() else report
+    return _write(_write_score_request, ScoreRequest(request_id, before, given, ids, arms, asked, time_limit))
 
 
 def tokenize_request(prompt: Prompt) -> pb.TokenizeRequest:

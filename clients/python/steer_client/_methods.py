@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -19,7 +19,7 @@ from steer_client._aio_streams import AsyncComparisonStream, AsyncGenerationStre
 from steer_client._channel import Stubs, target_or_default
 from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
-from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, SamplingParams
+from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, SamplingParams, TokenReport
 from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, TextScore, Tokenization
 from steer_client._retry import Retries
 from steer_client._store import OperatorInfo, ReloadReport
@@ -91,6 +91,7 @@ class Methods(ABC):
         score: bool = True,
         n: int = 1,
         normal: bool = True,
+        report: TokenReport | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> ABResult:
@@ -98,9 +99,10 @@ class Methods(ABC):
 
         `operators` make one arm named "steered"; `arms` names several, each by its operators or as an `Arm` that has a
         sampling too. `score` asks for KL and perplexities, `n` for several samples of each text, with one seed after
-        the other. `normal=False` leaves the plain text out.
+        the other. `normal=False` leaves the plain text out. `report` asks for figures of every token.
         """
-        call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+        call = calls.compare(prompt, operators, arms, sampling, request_id, **options)
         return await self._read_to_end(self._start(call, timeout))
 
     @stream_method(ComparisonStream, AsyncComparisonStream)
@@ -114,11 +116,13 @@ class Methods(ABC):
         score: bool = True,
         n: int = 1,
         normal: bool = True,
+        report: TokenReport | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> StartedCall[ArmDelta, ABResult]:
         """As `compare`, piece by piece; the arms' pieces interleave."""
-        call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+        call = calls.compare(prompt, operators, arms, sampling, request_id, **options)
         return self._start(call, timeout)
 
     @method
@@ -129,6 +133,9 @@ class Methods(ABC):
         prompt: Prompt | None = None,
         operators: Operators = (),
         arms: Mapping[str, Operators | Arm] | None = None,
+        words: Sequence[str] = (),
+        top: int = 0,
+        doses: bool = False,
         time_limit: float | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
@@ -136,10 +143,11 @@ class Methods(ABC):
         """Reads a text, or its token ids, under the plain model and steered; nothing is decoded.
 
         `operators` make one arm named "steered"; `arms` names several; without both the plain model reads it alone.
-        Without a prompt the text's first token is the prompt. `time_limit` is the server's, in seconds: when it runs
-        out, that is a DeadlineExceededError.
+        Without a prompt the text's first token is the prompt. `words`, `top` and `doses` are those of `TokenReport`.
+        `time_limit` is the server's, in seconds: when it runs out, that is a DeadlineExceededError.
         """
-        return await self._answer(calls.score(text, prompt, operators, arms, request_id, time_limit), timeout)
+        report = TokenReport(top, words, doses)
+        return await self._answer(calls.score(text, prompt, operators, arms, report, request_id, time_limit), timeout)
 
     @method
     async def operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorInfo, ...]:

@@ -31,6 +31,7 @@ from steer_client._requests import (
     Prompt,
     Rule,
     SamplingParams,
+    TokenReport,
     WeightedWord,
 )
 from steer_client._results import (
@@ -52,6 +53,7 @@ from steer_client._results import (
     TokenLogprob,
     TopLogprob,
     Usage,
+    WordMass,
 )
 from steer_client._store import (
     Calibration,
@@ -129,11 +131,13 @@ __all__ = [
     "Timings",
     "TokenComparison",
     "TokenLogprob",
+    "TokenReport",
     "Tokenization",
     "TopLogprob",
     "UnknownOperatorError",
     "Usage",
     "WeightedWord",
     "Word",
+    "WordMass",
     "Words",
 ]
