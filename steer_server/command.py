@@ -67,7 +67,7 @@ def serve(
     metrics_port: Annotated[int | None, typer.Option(help="Prometheus over HTTP; 0 is off.", show_default="0")] = None,
     http_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
     http_port: Annotated[
-        int | None, typer.Option(help="The contract as JSON over HTTP; 0 is off.", show_default="0")
+        int | None, typer.Option(help="OpenAI's API and the contract as JSON, over HTTP; 0 is off.", show_default="0")
     ] = None,
     http_names: Annotated[
         list[str] | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,6 @@ from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.errors import InvalidRequestError
 from steer_server.generate import CompletionBuilder, check_plan
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.token_report import check_figures, token_comparisons, token_texts, work_out
 from steer_server.types import (
@@ -79,14 +77,13 @@ async def compare(
     try:
         for text, builder in zip(texts, builders, strict=True):
             yield ArmEvent(text.arm, builder.started(ids))
-        async with aclosing(read_ahead(stream, stream.cancel)) as events:
-            async for event in events:
-                places = range(len(texts)) if isinstance(event, Admitted) else (event.row,)
-                for place in places:
-                    for result in builders[place].add(event):
-                        if isinstance(result, Completion):
-                            completions[texts[place].arm, result.sample] = result
-                        yield ArmEvent(texts[place].arm, result)
+        async for event in stream:
+            places = range(len(texts)) if isinstance(event, Admitted) else (event.row,)
+            for place in places:
+                for result in builders[place].add(event):
+                    if isinstance(result, Completion):
+                        completions[texts[place].arm, result.sample] = result
+                    yield ArmEvent(texts[place].arm, result)
         compared = tuple(
             compare_completions(completions.get((NORMAL, text.sample)), completions[text.arm, text.sample], text.arm)
             for text in texts

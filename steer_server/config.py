@@ -60,11 +60,12 @@ class ServerConfig(BaseSettings):
     """Prometheus over HTTP; 0 is off."""
     http_host: str = "127.0.0.1"
     http_port: int = Field(default=0, ge=0, le=MAX_PORT)
-    """The contract as JSON over HTTP; 0 is off."""
+    """OpenAI's API and the contract as JSON, over HTTP; 0 is off."""
     http_names: tuple[str, ...] = ()
     """Of this machine, under which HTTP may be asked beside its addresses and localhost; in the environment as JSON."""
     max_queue: int = Field(default=32, ge=1)
-    """Requests that may wait while others are decoded; a quarter as many more from clients that have none waiting."""
+    """Requests that may wait while others are decoded, those included that are decoded and not read; a quarter as many
+    more from clients that have none of either."""
     max_running: int = Field(default=MAX_RUNNING, ge=1)
     """hf: requests that are decoded at once, in turns; a quarter of them, but one at least, may be one client's."""
     max_tokens: int | None = Field(default=None, ge=1)

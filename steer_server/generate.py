@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
 from steer_server.fed_positions import check_reachable, check_receipts
 from steer_server.net_pushes import check_net_pushes
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.types import (
     Admitted,
@@ -55,10 +53,9 @@ async def generate(
     stream = engine.submit(DecodeJob(ids, (Row(plan, sampling=sampling),), sampling.time_limit))
     try:
         yield builder.started(ids)
-        async with aclosing(read_ahead(stream, stream.cancel)) as events:
-            async for event in events:
-                for result in builder.add(event):
-                    yield result
+        async for event in stream:
+            for result in builder.add(event):
+                yield result
     finally:
         stream.cancel()
 

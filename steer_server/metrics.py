@@ -237,6 +237,7 @@ def _gauges(
     return (
         ("steer_jobs_running", "Jobs being decoded", lambda: engine.running),
         ("steer_jobs_waiting", "Jobs in the queue", lambda: engine.waiting),
+        ("steer_jobs_undelivered", "Jobs decoded whose readers have not taken all of it", lambda: engine.undelivered),
         (
             "steer_calls",
             "Calls whose request has arrived and whose answer is not complete",

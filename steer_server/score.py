@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
 from dataclasses import replace
 
 from operators.core.statistics import percentile, perplexity_of
@@ -13,7 +12,6 @@ from steer_server.engine.base import Engine
 from steer_server.engine.prompts import check_ids
 from steer_server.errors import EngineFailedError, InvalidRequestError, ShuttingDownError, TimeLimitError, errors_of
 from steer_server.generate import CompletionBuilder, check_plan
-from steer_server.read_ahead import read_ahead
 from steer_server.registry import Registry
 from steer_server.token_report import check_figures, token_comparisons, token_texts, work_out
 from steer_server.types import (
@@ -65,12 +63,11 @@ async def score(
     try:
         for name, builder in zip(names, builders, strict=True):
             yield ArmEvent(name, builder.started(prompt_ids))
-        async with aclosing(read_ahead(stream, stream.cancel)) as events:
-            async for event in events:
-                for place in range(len(rows)) if isinstance(event, Admitted) else (event.row,):
-                    for each in builders[place].add(event):
-                        if isinstance(each, Completion):
-                            done[place] = each
+        async for event in stream:
+            for place in range(len(rows)) if isinstance(event, Admitted) else (event.row,):
+                for each in builders[place].add(event):
+                    if isinstance(each, Completion):
+                        done[place] = each
         for place in range(len(rows)):
             _check(done[place], text_ids, sampling.time_limit)
         texts = await token_texts(done.values(), engine.tokenizer)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from operators.core.errors import AnalysisError
-from operators.core.progress import progress_bars
+from operators.core.progress import shown_progress
 
 if TYPE_CHECKING:
     from operators.analyse.answers import Answer
@@ -36,8 +36,13 @@ class ModelKind:
         return load_model(name, dtype=self.dtype, device=self.device, attention=self.attention, check=family_of)
 
 
-def write_analysis(text: str, model: str | None, layer: int | None, out: Path, kind: ModelKind) -> Answer:
-    """Analyses one prompt and writes ``analysis.json``, ``analysis.html`` and the plots into ``out``."""
+def write_analysis(
+    text: str, model: str | None, layer: int | None, out: Path, kind: ModelKind, *, lines: bool
+) -> Answer:
+    """Analyses one prompt and writes ``analysis.json``, ``analysis.html`` and the plots into ``out``.
+
+    ``lines``: progress is said in lines where there is no terminal.
+    """
     from operators.analyse import canvas, plots, report, results
     from operators.analyse.analysis import analyse_prompt
     from operators.analyse.answers import analysis_answer
@@ -49,15 +54,20 @@ def write_analysis(text: str, model: str | None, layer: int | None, out: Path, k
     check_text(text)
     check_writable(out)
     loaded = kind.load(model or default_model())
-    with progress_bars() as progress:
+    with shown_progress(lines=lines) as progress:
         analysis = analyse_prompt(text, loaded, layer=layer, progress=progress)
     images = plots.analysis_plots(analysis)
     document, html = results.to_json(analysis), report.analysis_page(analysis, images)
     return analysis_answer(analysis, write_files(out, "analysis", document, html, images))
 
 
-def write_summaries(models: list[str], phrases: Path | None, limit: int | None, out: Path, kind: ModelKind) -> Answer:
-    """Summarises models over phrases; writes ``comparison.json``, ``comparison.html`` and the plot into ``out``."""
+def write_summaries(
+    models: list[str], phrases: Path | None, limit: int | None, out: Path, kind: ModelKind, *, lines: bool
+) -> Answer:
+    """Summarises models over phrases; writes ``comparison.json``, ``comparison.html`` and the plot into ``out``.
+
+    ``lines``: progress is said in lines where there is no terminal.
+    """
     from operators.analyse import canvas, results
     from operators.analyse.answers import summaries_answer
     from operators.analyse.model_summary import DEFAULT_PHRASES, read_phrases, summarise_model
@@ -67,7 +77,7 @@ def write_summaries(models: list[str], phrases: Path | None, limit: int | None, 
     canvas.check_installed()
     texts = read_phrases(phrases or DEFAULT_PHRASES, limit=limit)
     check_writable(out)
-    with progress_bars() as progress:
+    with shown_progress(lines=lines) as progress:
         # One model in memory at a time.
         by_model = [summarise_model(texts, kind.load(name), progress=progress) for name in models]
     summaries = results.ModelSummaries(results.SUMMARIES_SCHEMA, texts, tuple(by_model))

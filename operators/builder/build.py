@@ -151,6 +151,7 @@ def _header(
     return OperatorHeader(
         concept=first.text,
         concept_ids=first.ids,
+        concept_tokens=tuple(loaded.tokenizer.decode([token]) for token in first.ids),
         more_texts=tuple(ConceptText(text=text.text, ids=text.ids) for text in more),
         weights=spec.weights,
         members=spec.members,

@@ -18,7 +18,7 @@ from operators.commands._calibration import WORK, calibrate_new, forget
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
 from operators.core.claims import claim
 from operators.core.defaults import is_default
-from operators.core.progress import make_bars, working
+from operators.core.progress import ProgressLines, make_bars, silent, working
 
 if TYPE_CHECKING:
     from operators.builder.spec import BuildSpec
@@ -60,7 +60,7 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         specs = {task.name: task.spec for task in tasks}
         width = max(len(task.name) for task in tasks)
         try:
-            with _progress_bars(tasks) as progress:
+            with _shown_progress(tasks, lines=not options.as_json) as progress:
 
                 def calibrate(artifact: OperatorArtifact, task: BuildTask) -> OperatorArtifact:
                     # On the bars that exist: a second set of bars would write over these.
@@ -152,10 +152,21 @@ def _outcome_line(operator: dict[str, Any], width: int) -> str:
 
 
 @contextmanager
-def _progress_bars(tasks: Sequence[BuildTask]) -> Iterator[TaskProgress]:
-    """Two bars with the time left, of all operators and of the current one, where stderr is a terminal."""
+def _shown_progress(tasks: Sequence[BuildTask], *, lines: bool) -> Iterator[TaskProgress]:
+    """Two bars with the time left, of all operators and of the current one, where stderr is a terminal.
+
+    Elsewhere lines about the current one, if ``lines``.
+    """
     slow = [task.name for task in tasks if task.stored is None or task.calibrate]
     number = {name: index for index, name in enumerate(slow)}
+    if not sys.stderr.isatty():
+        say = ProgressLines() if lines else silent
+
+        def report(task: BuildTask, what: str, done: int, total: int) -> None:
+            say(f"{task.name} ({number[task.name] + 1} of {len(number)}): {what}", done, total)
+
+        yield report
+        return
     # The lines for people must not be drawn on stderr when stdout goes elsewhere.
     with make_bars(redirect_stdout=sys.stdout.isatty()) as bars:
         all_operators = bars.add_task("operators", total=len(number))

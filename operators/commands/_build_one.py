@@ -14,7 +14,7 @@ from operators.commands import _output as output
 from operators.commands._calibration import WORK, calibrate_new, forget
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
 from operators.core.claims import claim
-from operators.core.progress import progress_bars, working
+from operators.core.progress import shown_progress, working
 
 
 def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path | None) -> None:
@@ -59,11 +59,11 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
         # Before minutes go into a calibration.
         warnings = describe.build_warnings(spec, loaded)
         output.print_warnings(warnings)
-        with progress_bars() as progress:
+        with shown_progress(lines=not options.as_json) as progress:
             artifact = build_operator(spec, loaded, max_memory=memory, progress=progress)
         if options.calibrate:
             layers = None if entry.layer is None else (entry.layer,)
-            with progress_bars() as progress:
+            with shown_progress(lines=not options.as_json) as progress:
                 artifact = calibrate_new(
                     entry.name,
                     artifact,
@@ -79,7 +79,6 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
             forget(store, entry.name)
         seconds = round(time.monotonic() - start, 2)
         answer = describe.operator_json(entry.name, path, store.read_header(entry.name))
-        answer["concept_tokens"] = [loaded.tokenizer.decode([token]) for token in spec.texts[0].ids]
         answer["last_tokens"] = [loaded.tokenizer.decode([text.ids[-1]]) for text in spec.texts]
         answer["warnings"] = warnings
         answer["seconds"] = seconds

@@ -58,14 +58,14 @@ def operator_lines(operator: Mapping[str, Any], **further: object) -> list[str]:
         return lens_lines(operator, **further)
     if operator["vector"] is not None:
         return _vector_lines(operator, **further)
-    tokens = operator.get("concept_tokens", operator["concept_token_ids"])
+    tokens = operator["concept_tokens"] or operator["concept_token_ids"]
     more = [repr(text["text"]) for text in operator["more_texts"]]
     fields: dict[str, object] = {
         "name": operator["name"],
         "digest": operator["digest"],
         "concept": repr(operator["concept"]),
-        # Without a model there are only their ids.
-        "tokens" if "concept_tokens" in operator else "token ids": f"{len(tokens)}: "
+        # What an earlier version built knows only their ids.
+        "tokens" if operator["concept_tokens"] else "token ids": f"{len(tokens)}: "
         + " ".join(repr(token) for token in tokens),
         **({"more texts": "; ".join(more)} if more else {}),
         **({"last token": _last_tokens(operator["last_tokens"])} if "last_tokens" in operator else {}),

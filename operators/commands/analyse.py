@@ -45,9 +45,9 @@ def analyse(
 
         kind = ModelKind(dtype, device or default_device(), attention)
         if compare:
-            answer, lines = write_summaries(models or [], phrases, limit, out, kind)
+            answer, lines = write_summaries(models or [], phrases, limit, out, kind, lines=not as_json)
         else:
-            answer, lines = write_analysis(text or "", model, layer, out, kind)
+            answer, lines = write_analysis(text or "", model, layer, out, kind, lines=not as_json)
         output.print_answer(answer, lines, as_json=as_json)
 
 

@@ -25,7 +25,7 @@ from operators.commands._options import (
     parse_memory,
 )
 from operators.core.claims import claim
-from operators.core.progress import progress_bars, working
+from operators.core.progress import shown_progress, working
 
 if TYPE_CHECKING:
     from operators.core.header import Calibration
@@ -142,7 +142,7 @@ def calibrate(
             plan = plan_json(artifact, loaded, spec)
             output.print_answer({"name": name, "plan": plan}, plan_lines(name, plan), as_json=as_json)
             return
-        with progress_bars() as progress:
+        with shown_progress(lines=not as_json) as progress:
             result, journal = calibrate_in_store(
                 name,
                 artifact,

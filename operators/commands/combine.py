@@ -24,7 +24,7 @@ from operators.commands._options import (
     parse_memory,
 )
 from operators.core.errors import BuildError
-from operators.core.progress import progress_bars
+from operators.core.progress import shown_progress
 
 
 def combine(
@@ -65,7 +65,7 @@ def combine(
         loaded = load_model(
             source, dtype=dtype, device=device or default_device(), attention=attention, check=family_of
         )
-        with progress_bars() as progress:
+        with shown_progress(lines=not as_json) as progress:
             artifact = combine_operators(weighted, loaded, rank=rank, max_memory=memory, progress=progress)
         output.print_warnings(strength_warnings(artifact.header.recommended.strength))
         path = store.save(name, artifact, replace=replace)

@@ -23,7 +23,7 @@ from operators.commands._options import (
     open_store,
 )
 from operators.commands.vectors import StrengthOption
-from operators.core.progress import progress_bars
+from operators.core.progress import shown_progress
 
 
 def contrast(
@@ -62,7 +62,7 @@ def contrast(
         loaded = load_model(
             model or default_model(), dtype=dtype, device=device or default_device(), attention=attention
         )
-        with progress_bars() as progress:
+        with shown_progress(lines=not as_json) as progress:
             artifact = contrast_operator(
                 towards, away, loaded, layer=layer, about=about, strength=strength, progress=progress
             )

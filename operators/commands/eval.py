@@ -162,7 +162,7 @@ def evaluate(
                 attention=attention,
                 check=family_of,
             )
-        with open_journal(out) as journal, shown_progress() as progress:
+        with open_journal(out) as journal, shown_progress(lines=not as_json) as progress:
             material = Material(loaded, layer, progress=progress)
             material.add_vectors(_read_vectors(files, loaded, material.layer))
             write_record(out, describe_run(material, chosen, subjects, protocol))

@@ -26,7 +26,7 @@ from operators.commands._options import (
 )
 from operators.core.claims import claim
 from operators.core.lens_source import LensPositions
-from operators.core.progress import progress_bars, working
+from operators.core.progress import shown_progress, working
 
 if TYPE_CHECKING:
     from operators.core.artifact import OperatorArtifact
@@ -99,7 +99,7 @@ def lens(
             plan_ = task.planned()
             output.print_answer(plan_, task.planned_lines(plan_), as_json=as_json)
             return
-        result, artifact, built = _run(task)
+        result, artifact, built = _run(task, lines=not as_json)
         path = store.save(name, artifact, replace=replace)
         task.partial.remove()
         answer = describe.operator_json(name, path, store.read_header(name))
@@ -111,7 +111,7 @@ def lens(
         output.print_answer(answer, lines, as_json=as_json)
 
 
-def _run(task: LensTask) -> tuple[SearchResult, OperatorArtifact, float]:
+def _run(task: LensTask, *, lines: bool) -> tuple[SearchResult, OperatorArtifact, float]:
     """The search's result, the lens to store, and when its matrices were done."""
     from operators.core.budget import DEFAULT_KL
     from operators.lens.build import check_unembedding, lens_artifact
@@ -125,7 +125,7 @@ def _run(task: LensTask) -> tuple[SearchResult, OperatorArtifact, float]:
     check_unembedding(unembedding, loaded)
     mean = unembedding.mean()
     try:
-        with progress_bars() as progress:
+        with shown_progress(lines=lines) as progress:
             matrices = lens_matrices(task.texts, task.layers, loaded, partial=task.partial, progress=progress)
             built = time.monotonic()
             lenses = [

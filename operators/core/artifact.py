@@ -36,7 +36,7 @@ from operators.core.file_format import (
 )
 from operators.core.header import OperatorHeader
 
-_LATER = ("vector", "lens", "neutral", "attention")
+_LATER = ("vector", "lens", "neutral", "attention", "concept_tokens")
 """Fields of a header that came after the first version."""
 
 

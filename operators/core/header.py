@@ -202,6 +202,8 @@ class OperatorHeader(BaseModel):
     """The first text; of a vector, what its maker said about it."""
     concept_ids: _Ids
     """Empty for a vector."""
+    concept_tokens: Annotated[tuple[_Text, ...], Field(max_length=MAX_CONCEPT)] | None = None
+    """What each of these ids is as text, for people; None for a vector or a lens, and of an earlier version."""
     vector: VectorSource | None = None
     """Where a vector comes from; None for every other operator."""
     lens: LensSource | None = None
@@ -290,6 +292,12 @@ class OperatorHeader(BaseModel):
         """The weight of each text's map in the operator's, in the order of ``texts``."""
         count = len(self.texts)
         return self.weights or tuple(1.0 / count for _ in range(count))
+
+    @model_validator(mode="after")
+    def _every_token_has_its_text(self) -> Self:
+        if self.concept_tokens is not None and len(self.concept_tokens) != len(self.concept_ids):
+            raise ValueError(f"{len(self.concept_tokens)} concept_tokens for {len(self.concept_ids)} concept_ids")
+        return self
 
     @model_validator(mode="after")
     def _is_a_vector_or_a_map(self) -> Self:

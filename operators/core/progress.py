@@ -59,27 +59,42 @@ def progress_bars() -> Iterator[Progress]:
 
 
 @contextmanager
-def shown_progress(*, every: float = 15.0) -> Iterator[Progress]:
-    """:func:`progress_bars`; where stderr is no terminal, a line with the time left at most every so many seconds."""
-    if sys.stderr.isatty():
-        with progress_bars() as progress:
-            yield progress
+def shown_progress(*, lines: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
+    """:func:`progress_bars`; where stderr is no terminal, :class:`ProgressLines` if ``lines``, and else nothing."""
+    if lines and not sys.stderr.isatty():
+        yield ProgressLines(clock=clock)
         return
-    started: dict[str, tuple[float, int]] = {}
-    last = 0.0
+    with progress_bars() as progress:
+        yield progress
 
-    def report(what: str, done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        begin, first = started.setdefault(what, (now, done))
-        if now - last < every and done < total:
+
+class ProgressLines:
+    """Progress for a log: what is done and the time left, on stderr, at most a line in ``every`` seconds.
+
+    What is done sooner than that has none.
+    """
+
+    def __init__(self, *, every: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every, self._clock = every, clock
+        self._said = clock()
+        self._began: dict[str, tuple[float, int]] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Takes the progress of ``what``, and says it when it is time."""
+        now = self._clock()
+        # Where a computation goes on, or its first steps took no time, what was done before says nothing of its speed.
+        began, first = self._began.setdefault(what, (now, done))
+        if now - self._said < self._every:
             return
-        last = now
-        left = (now - begin) * (total - done) / (done - first) if done > first else None
-        told = "" if left is None else f", {left:.0f} s left"
-        print(f"{what}: {done}/{total}{told}", file=sys.stderr, flush=True)
+        self._said = now
+        left = f", {_duration((now - began) * (total - done) / (done - first))} left" if done > first else ""
+        print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)
 
-    yield report
+
+def _duration(seconds: float) -> str:
+    """As the bars say it: hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from steer_server.types import DecodeJob, EngineEvent, ModelInfo, Prompt
 class JobStream(Protocol):
     """The events of one job, in order: Admitted, then the tokens and ends of its rows.
 
-    Iterating raises the job's error. The holder of a stream must call ``cancel()`` when done with it; after the last
+    Iterating raises the job's error, and :class:`SlowReaderError` where nothing was read for a while of much that there
+    is to read. The holder of a stream must call ``cancel()`` when done with it; after the last
     event that does nothing.
     """
 
@@ -46,6 +47,13 @@ class Engine(Protocol):
     @property
     def waiting(self) -> int:
         """Jobs in the queue."""
+        ...
+
+    @property
+    def undelivered(self) -> int:
+        """Jobs that have been decoded, and whose readers have not taken all of it. They count among those in the
+        queue when another one comes.
+        """
         ...
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from steer_server.caller import CALLER
 from steer_server.engine.chat_template import ChatTemplate
 from steer_server.engine.fair_threads import FairThreads
 from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError, errors_of
-from steer_server.types import ModelInfo, Prompt
+from steer_server.types import ModelInfo, Prompt, SamplingParams
 
 _SHORT_THREADS, _LONG_THREADS = 2, 1
 _SHORT = 16 << 10
@@ -154,10 +154,17 @@ class PromptReader:
         return ids
 
 
-def check_ids(field: str, ids: tuple[int, ...], vocab_size: int) -> None:
-    """Raises :class:`InvalidRequestError` for the first id outside of the vocabulary; ``field`` names it."""
+def check_ids(field: str, ids: tuple[int, ...], vocab_size: int, part: str = "") -> None:
+    """Raises :class:`InvalidRequestError` for the first id outside of the vocabulary; ``field[index]part`` names it."""
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return
     for index, token in enumerate(ids):
         if not 0 <= token < vocab_size:
-            raise InvalidRequestError(f"{field}[{index}]", f"is {token}; 0 to {vocab_size - 1} are accepted")
+            raise InvalidRequestError(f"{field}[{index}]{part}", f"is {token}; 0 to {vocab_size - 1} are accepted")
+
+
+def check_sampled_ids(sampling: SamplingParams, vocab_size: int) -> None:
+    """:func:`check_ids` of all that a request's sampling has."""
+    check_ids("sampling.stop_token_ids", sampling.stop_token_ids, vocab_size)
+    biased = tuple(bias.token_id for bias in sampling.logit_bias)
+    check_ids("sampling.logit_bias", biased, vocab_size, part=".token_id")

@@ -28,10 +28,16 @@ class RowText:
     def __post_init__(self) -> None:
         self._stops = StopStrings(self.sampling.stop_strings)
 
+    @property
+    def ending_ids(self) -> frozenset[int]:
+        """Every token that ends the text: none of them may be chosen before ``min_tokens``."""
+        eos = frozenset() if self.sampling.ignore_eos else self.eos_ids
+        return eos.union(self.sampling.stop_token_ids, self.special_stops)
+
     def push(self, token: int) -> tuple[Piece, FinishReason | None]:
         """Adds a token: the text that may be shown now, and why the continuation ends with it (None: it goes on)."""
         self.ids.append(token)
-        piece = self._stops.push(self.detokenizer.push(token))
+        piece = self._stops.push(self.detokenizer.push(token), may_end=len(self.ids) > self.sampling.min_tokens)
         if piece.stop_string:
             return piece, FinishReason.STOP_STRING
         if token in self.special_stops:

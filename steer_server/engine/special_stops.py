@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from steer_server.errors import InvalidRequestError
+from steer_server.types import SamplingParams
 
 
-def special_stops(stops: Sequence[str], tokenizer: Any) -> dict[int, str]:
+def special_stops(sampling: SamplingParams, tokenizer: Any) -> dict[int, str]:
     """Token id -> stop string, of those that are exactly one special token of the tokenizer.
 
-    Raises:
+    Raises, unless the text is to have special tokens:
         InvalidRequestError: one has a special token beside other text, and would be met in no text.
     """
-    special = _special_tokens(tokenizer)
+    stops, special = sampling.stop_strings, _special_tokens(tokenizer)
     for index, stop in enumerate(stops):
         within = next((token for token in special if token in stop and stop not in special), None)
-        if within is not None:
+        if within is not None and sampling.skip_special_tokens:
             raise InvalidRequestError(
                 f"sampling.stop_strings[{index}]",
                 f"has the special token {within!r} beside other text, and special tokens are not part of the text; "

@@ -23,9 +23,10 @@ class Detokenizer:
     drop a space at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(ids=self._priming_ids(prompt_ids), skip_special_tokens=True)
+        self._skip = skip_special_tokens
+        self._stream = self._begin(prompt_ids)
         self._ids = list(prompt_ids[-_MAX_PRIMING:])
         self._pending: list[int] = []
 
@@ -38,7 +39,7 @@ class Detokenizer:
         except Exception:  # noqa: BLE001 - the bare class is what it raises
             # With byte-fallback tokenizers, bytes that are not UTF-8 change how the tokens before them decode, and the
             # stream raises. The pending tokens are decoded on their own, and a new stream is begun.
-            self._stream = DecodeStream(ids=self._priming_ids(self._ids), skip_special_tokens=True)
+            self._stream = self._begin(self._ids)
             return self.flush()
         if piece is None:
             return ""
@@ -47,16 +48,22 @@ class Detokenizer:
 
     def flush(self) -> str:
         """The text of the pending tokens; an incomplete character becomes U+FFFD."""
-        text = self._backend.decode(self._pending, skip_special_tokens=True) if self._pending else ""
+        text = self._decode(self._pending) if self._pending else ""
         self._pending.clear()
-        return str(text)
+        return text
+
+    def _begin(self, prompt_ids: Sequence[int]) -> DecodeStream:
+        return DecodeStream(ids=self._priming_ids(prompt_ids), skip_special_tokens=self._skip)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._backend.decode(ids, skip_special_tokens=self._skip))
 
     def _priming_ids(self, prompt_ids: Sequence[int]) -> list[int]:
         """The prompt's end up to its last whole character: primed with a part of one, the stream repeats the prompt."""
         last = self._last_ids(prompt_ids)
         for end in range(len(last), max(0, len(last) - _MAX_UNREADABLE_TOKENS), -1):
             ids = last[:end]
-            if not self._backend.decode(ids, skip_special_tokens=True).endswith(_UNREADABLE):
+            if not self._decode(ids).endswith(_UNREADABLE):
                 return ids
         return []
 
@@ -69,7 +76,7 @@ class Detokenizer:
         """
         for size in _PRIMING:
             ids = list(prompt_ids[-size:])
-            text = self._backend.decode(ids, skip_special_tokens=True)
+            text = self._decode(ids)
             if size >= len(prompt_ids) or (text and not text.startswith(_UNREADABLE)):
                 return ids
         return list(prompt_ids[-_MAX_PRIMING:])
@@ -97,13 +104,18 @@ class StopStrings:
         for stop in dict.fromkeys(stops):
             self._by_first.setdefault(stop[0], []).append(_Match(stop))
 
-    def push(self, text: str) -> Piece:
-        """Adds text: what may be shown of all that is held, and the stop string that was found, if any."""
+    def push(self, text: str, *, may_end: bool = True) -> Piece:
+        """Adds text: what may be shown of all that is held, and the stop string that was found, if any.
+
+        Without ``may_end`` those that end within ``text`` are passed over.
+        """
         for place, character in enumerate(text, start=len(self._held) + 1):
             # The match that ends first wins, so that the result does not depend on how the text is cut; of two, the
             # longer.
             complete = self._add(character)
-            if complete:
+            if complete and not may_end:
+                self._pass_over()
+            elif complete:
                 stop = max(complete, key=len)
                 shown = (self._held + text)[: place - len(stop)]
                 self._forget()
@@ -128,6 +140,11 @@ class StopStrings:
             match.length = 1
         self._begun = [match for match in self._begun if match.length] + starting
         return [match.stop for match in self._begun if match.length == len(match.stop)]
+
+    def _pass_over(self) -> None:
+        for match in self._begun:
+            match.pass_over()
+        self._begun = [match for match in self._begun if match.length]
 
     def _forget(self) -> None:
         self._held = ""
@@ -157,6 +174,12 @@ class _Match:
         while length >= 0 and self.stop[length] != character:
             length = self._shorter(length)
         self.length = length + 1
+
+    def pass_over(self) -> None:
+        """Where the text ends with all of it: what of it may be the beginning of another."""
+        if self.length == len(self.stop):
+            self._shorter(self.length - 1)  # makes the rest of the table
+            self.length = self._border
 
     def _shorter(self, length: int) -> int:
         stop, shorter = self.stop, self._next

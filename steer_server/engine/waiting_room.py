@@ -65,6 +65,11 @@ class WaitingRoom:
             self._line.pop(caller.client, None)
             self._held[caller.client] += size
 
+    def enter_late(self, caller: Caller) -> None:
+        """Takes a place, whether there is one or not: for what has been admitted before."""
+        with self._lock:
+            self._held[caller.client] += 1
+
     def leave(self, caller: Caller, size: int = 1) -> None:
         """Gives ``size`` places back."""
         with self._lock:
@@ -118,7 +123,7 @@ class WaitingRoom:
         held = self._held.total()
         if self._held[client]:
             wait = self.hint(max(held, self._limit) - self._limit + 1 + len(self._line))
-            return QueueFullError(f"{held} {self._things} wait and run, {self._held[client]} of them yours", wait)
+            return QueueFullError(f"{held} {self._things} wait or are unread, {self._held[client]} of them yours", wait)
         ticket = self._line.get(client)
         if ticket is None or now < ticket.due:
             self._line.pop(client, None)
@@ -127,7 +132,9 @@ class WaitingRoom:
         if len(self._line) < _MAX_LINE or client in self._line:
             # Assigning keeps the place of one who came when it was due.
             self._line[client] = _Ticket(now + 0.9 * wait, now + 2.0 * wait + 5.0)
-        return QueueFullError(f"{held} {self._things} wait already, and {places} clients are before this one", wait)
+        return QueueFullError(
+            f"{held} {self._things} wait or are unread, and {places} clients are before this one", wait
+        )
 
     def _check_deadline(self, caller: Caller, now: float) -> None:
         if caller.deadline is None or self._seconds_each is None:

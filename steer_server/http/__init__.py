@@ -1,1 +1,1 @@
-"""The door over HTTP: the contract as JSON, for pages and for curl. The same calls, limits and errors as over gRPC."""
+"""The door over HTTP: OpenAI's API, and the contract as JSON. The same calls, limits and errors as over gRPC."""

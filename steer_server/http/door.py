@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
@@ -25,6 +26,7 @@ from steer_server.http.contract import contract_methods
 from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler
 from steer_server.http.errors import error_body
 from steer_server.http.exchange import encode
+from steer_server.http.openai.paths import OpenAIPaths
 from steer_server.http.origin import Gate
 from steer_server.http.refused import RefusedError
 from steer_server.rpc.parts import ServerParts
@@ -91,9 +93,27 @@ def _application(rules: CallRules, parts: ServerParts) -> Starlette:
     routes = [_post(rules, f"/api/{name}", handle) for name, handle in methods.items()]
     for path, name in {"/api/model": "GetModelInfo", "/api/operators": "ListOperators"}.items():
         routes.append(_get(rules, path, partial(_empty, methods[name])))
+    openai = OpenAIPaths(parts)
+    routes += [
+        _post(rules, "/v1/completions", openai.completions),
+        _post(rules, "/v1/chat/completions", openai.chat),
+        _get(rules, "/v1/models", openai.models),
+        Route("/v1/models/{name:path}", _Named(rules, "/v1/models/NAME", openai.model), methods=["GET"]),
+    ]
     app = Starlette(routes=routes, exception_handlers={404: partial(_refuse, rules), 405: partial(_refuse, rules)})
     app.router.redirect_slashes = False
     return app
+
+
+class _Named:
+    """An ASGI application for what the path names."""
+
+    def __init__(self, rules: CallRules, path: str, handle: Handler) -> None:
+        self._rules, self._path, self._handle = rules, path, handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = scope["path_params"]["name"]
+        await Endpoint(self._rules, self._path, lambda _: self._handle(name), has_body=False)(scope, receive, send)
 
 
 def _post(rules: CallRules, path: str, handle: Handler) -> Route:

@@ -34,6 +34,7 @@ class Events:
     """An answer that is a stream of events, already on their way to bytes."""
 
     events: AsyncGenerator[bytes, None]
+    headers: tuple[tuple[str, str], ...] = ()
     last: bytes = b""
     """Behind a stream that ended well."""
     failed: Callable[[Failure], bytes] = lambda error: event(error_body(error), "error")
@@ -45,6 +46,7 @@ class Value:
     """An answer that is one JSON value."""
 
     body: Any
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 Answer = Events | Value
@@ -116,11 +118,11 @@ class Endpoint:
                     if isinstance(answer, Events):
                         exchange.failed = answer.failed
                         async with aclosing(answer.events) as events:
-                            await exchange.stream(events)
+                            await exchange.stream(events, answer.headers)
                 if isinstance(answer, Events):
                     await exchange.end(answer.last)
                 else:
-                    await exchange.answer(answer.body)
+                    await exchange.answer(answer.body, headers=answer.headers)
 
     async def _tell(self, exchange: Exchange, error: Failure) -> Failure:
         # There is no room to tell it in what the client does not read.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -120,19 +120,19 @@ class Exchange:
         finally:
             watching.cancel()
 
-    async def answer(self, body: Any, status: int = 200, headers: list[tuple[str, str]] | None = None) -> None:
+    async def answer(self, body: Any, status: int = 200, headers: Iterable[tuple[str, str]] = ()) -> None:
         """Sends one JSON value. Raises :class:`SlowReaderError`."""
         data = encode(body)
         length = ("content-length", str(len(data)))
-        await self._begin(status, [*_JSON, length, *(headers or [])])
+        await self._begin(status, [*_JSON, length, *headers])
         for at in range(0, len(data), _CHUNK):
             await self._write(data[at : at + _CHUNK], more=at + _CHUNK < len(data))
 
-    async def stream(self, events: AsyncGenerator[bytes, None], headers: list[tuple[str, str]] | None = None) -> None:
+    async def stream(self, events: AsyncGenerator[bytes, None], headers: Iterable[tuple[str, str]] = ()) -> None:
         """Sends events as they come, once the first is there. Raises :class:`SlowReaderError`."""
         async for event in events:
             if not self.has_begun:
-                await self._begin(200, [*_EVENTS, *(headers or [])])
+                await self._begin(200, [*_EVENTS, *headers])
             await self._write(event, more=True)
 
     async def end(self, last: bytes = b"") -> None:

@@ -11,6 +11,7 @@ from steering.measure import Limit
 from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.types import (
     MAX_ARM_NAME,
+    MAX_BIASES,
     MAX_OPERATORS,
     MAX_REPORT_WORDS,
     MAX_REQUEST_ID,
@@ -43,6 +44,7 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "Prompt.chat": Limit(size=max_prompt_bytes + MAX_CHAT_MESSAGES * _MAX_ROLE),
         "SamplingParams.stop_strings": Limit(size=_characters(MAX_STOP_CHARACTERS), count=MAX_STOPS),
         "SamplingParams.stop_token_ids": Limit(count=MAX_STOPS),
+        "SamplingParams.logit_bias": Limit(count=MAX_BIASES),
         "GenerateRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
         "GenerateRequest.operators": Limit(count=MAX_OPERATORS),
         "CompareRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),

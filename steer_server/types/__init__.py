@@ -27,6 +27,7 @@ from steer_server.types.jobs import (
 from steer_server.types.requests import (
     DEFAULT_MAX_TOKENS,
     MAX_ARM_NAME,
+    MAX_BIASES,
     MAX_LOGPROBS,
     MAX_OPERATORS,
     MAX_REPORT_WORDS,
@@ -43,6 +44,7 @@ from steer_server.types.requests import (
     Prompt,
     SamplingParams,
     ScoreRequest,
+    TokenBias,
     TokenizeRequest,
     TokenReport,
     WeightedWord,
@@ -71,6 +73,7 @@ from steer_server.types.results import (
 __all__ = [
     "DEFAULT_MAX_TOKENS",
     "MAX_ARM_NAME",
+    "MAX_BIASES",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
     "MAX_REPORT_WORDS",
@@ -113,6 +116,7 @@ __all__ = [
     "SteeringPlan",
     "TextScore",
     "Timings",
+    "TokenBias",
     "TokenComparison",
     "TokenEvent",
     "TokenLogprob",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
@@ -129,6 +129,15 @@ def check_fields(instance: Any, path: str = "") -> None:
             check_fields(value, place)
     if isinstance(instance, Tied):
         instance.check_ties(path)
+
+
+def check_unique(values: Iterable[object], path: str, name: str) -> None:
+    """Raises :class:`InvalidRequestError` for the first item of ``path`` whose ``name`` another one before it has."""
+    seen: dict[object, int] = {}
+    for index, value in enumerate(values):
+        first = seen.setdefault(value, index)
+        if first != index:
+            raise InvalidRequestError(f"{path}[{index}].{name}", f"is {value!r}, as of {path}[{first}]; accepted: once")
 
 
 @cache

@@ -11,7 +11,7 @@ from operators.core.header import Anchor, FirstToken, Rule
 from operators.core.positions import Positions
 from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.errors import InvalidRequestError
-from steer_server.types.limits import Bounded, Digest, NotEmpty, Range, check_fields
+from steer_server.types.limits import Bounded, Digest, NotEmpty, Range, check_fields, check_unique
 
 DEFAULT_MAX_TOKENS = 128
 MAX_LOGPROBS = 20
@@ -21,6 +21,7 @@ MAX_REQUEST_ID = 128
 MAX_STOPS = 64
 """Strings, and as many ids."""
 MAX_STOP_CHARACTERS = 1024
+MAX_BIASES = 300
 MAX_REPORT_WORDS = 32
 NORMAL = "normal"
 """Name of the plain arm of a comparison."""
@@ -57,6 +58,14 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class TokenBias:
+    """What is added to the logit of one token."""
+
+    token_id: int
+    bias: Annotated[float, Range(-100.0, 100.0)]
+
+
+@dataclass(frozen=True)
 class ArmSampling:
     """How the tokens of one arm are chosen. Defaults are those of the contract."""
 
@@ -77,6 +86,20 @@ class ArmSampling:
     logprobs: Annotated[int | None, Range(0, MAX_LOGPROBS)] = None
     time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
     """Seconds, waiting included."""
+    presence_penalty: Annotated[float, Range(-2.0, 2.0)] = 0.0
+    frequency_penalty: Annotated[float, Range(-2.0, 2.0)] = 0.0
+    """Both of generated tokens alone; the prompt's do not count."""
+    logit_bias: Annotated[tuple[TokenBias, ...], Bounded(max_items=MAX_BIASES, items="biases")] = ()
+    min_tokens: Annotated[int, Range(0)] = 0
+    """Before so many, neither a token nor a stop string ends the text."""
+    skip_special_tokens: bool = True
+
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
+        check_unique((bias.token_id for bias in self.logit_bias), f"{path}.logit_bias", "token_id")
+        if self.min_tokens > self.max_tokens:
+            problem = f"is {self.min_tokens}; accepted: 0 to {self.max_tokens}, which is max_tokens"
+            raise InvalidRequestError(f"{path}.min_tokens", problem)
 
     def within(self, whole: SamplingParams) -> SamplingParams:
         """As they are used in a request whose own are ``whole``."""

@@ -21,7 +21,7 @@ from steer_client import _results as results
 from steer_client import _store as store
 from steer_client._accept import accept
 from steering.convert import enum_numbers, reader, writer
-from steering.convert.fields import is_sequence, without_none
+from steering.convert.fields import is_sequence, item_type, without_none
 from steering.v1 import comparison_pb2, score_pb2, steering_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
@@ -131,7 +131,7 @@ def without_limits(hint):
 def one_of(field, hint):
     """The type of one value of a field."""
     kind, _ = without_none(without_limits(hint))
-    return get_args(kind)[0] if field.is_repeated else kind
+    return item_type(kind) if field.is_repeated else kind
 
 
 def parts(field, kind):
@@ -182,7 +182,7 @@ def test_the_servers_defaults_are_those_that_the_contract_documents():
     field = r"Default:? ([\w.]+?)[ .].*\n *(?:optional )?[\w.]+ (\w+) ="
     documented = {name: default for default, name in re.findall(field, body)}
     # Beside each is what the server does with a request that leaves it unset.
-    undocumented = {"stop_strings": (), "stop_token_ids": (), "logprobs": None}
+    undocumented = {"stop_strings": (), "stop_token_ids": (), "logit_bias": (), "logprobs": None}
     assert documented.pop("seed") == "drawn"
     parsed = {name: None if text == "none" else json.loads(text) for name, text in documented.items()}
     declared = {field.name: field.default for field in fields(types.SamplingParams)}
@@ -249,9 +249,18 @@ def one_value(field, kind, limits):
     return st.integers(int(max(low, least)), int(min(high, most)))
 
 
+def tie_sampling(sampling):
+    for index, bias in enumerate(sampling.logit_bias):
+        bias.token_id = index
+    if sampling.min_tokens:
+        sampling.max_tokens = max(sampling.min_tokens, sampling.max_tokens)
+
+
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
+    if message in (pb.GenerateRequest, comparison_pb2.CompareRequest):
+        tie_sampling(made.sampling)
     if message in (comparison_pb2.CompareRequest, score_pb2.ScoreRequest):
         if message is comparison_pb2.CompareRequest:
             made.normal = made.normal or not made.arms
@@ -265,6 +274,7 @@ def drawn(data, message, cls):
                 if not arm.operators:
                     arm.sampling.SetInParent()
                 arm.sampling.ClearField("time_limit")
+                tie_sampling(arm.sampling)
     if message is comparison_pb2.Comparison and made.kl_per_token:
         made.kl_mean = max(made.kl_per_token)
     if message is score_pb2.ScoreResponse:
@@ -312,7 +322,7 @@ def as_client(value, kind):
         if is_dataclass(kind):
             [only] = fields(kind)
             return kind(as_client(value, get_type_hints(kind)[only.name]))
-        return tuple(as_client(each, get_args(kind)[0]) for each in value)
+        return tuple(as_client(each, item_type(kind)) for each in value)
     if not is_dataclass(value):
         return value
     hints = get_type_hints(kind)

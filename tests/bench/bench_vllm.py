@@ -164,7 +164,7 @@ async def arms(
         if {"idle", "steered", "varied", "first", "words"} & set(names):
             engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=OPTIONS)
             vectors = [word_vector(made[0], index) for index in range(OPTIONS["max_num_seqs"])]
-            engine._operator_cache.reserve([*made, *vectors], retry_after=1.0)
+            engine._operator_cache.room.add([*made, *vectors])
             await engine._operator_cache.load([*made, *vectors])
             ways |= {
                 name: way

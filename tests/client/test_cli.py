@@ -123,7 +123,8 @@ def test_every_option_reaches_the_server(steer, fake, make):
         *("--operator", "c=0.5:..8"),
         *("--max-tokens", "9", "--temperature", "0.7", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1"),
         *("--repetition-penalty", "1.2", "--seed", "0", "--stop", "x", "--stop", "\n", "--ignore-eos"),
-        *("--time-limit", "1.5", "--chat"),
+        *("--time-limit", "1.5", "--chat", "--presence-penalty", "0.5", "--frequency-penalty", "-0.25"),
+        *("--logit-bias", "42=-5", "--logit-bias", "7=1e1", "--min-tokens", "3", "--keep-special-tokens"),
     )
     assert result.exit_code == 0, result.stderr
     (sent,) = fake.requests
@@ -139,6 +140,11 @@ def test_every_option_reaches_the_server(steer, fake, make):
         max_tokens=9,
         stop_strings=["x", "\n"],
         ignore_eos=True,
+        presence_penalty=0.5,
+        frequency_penalty=-0.25,
+        logit_bias=[text_pb2.TokenBias(token_id=42, bias=-5), text_pb2.TokenBias(token_id=7, bias=10)],
+        min_tokens=3,
+        skip_special_tokens=False,
     )
     expected.time_limit.FromMilliseconds(1500)
     assert sent.sampling == expected
@@ -257,6 +263,8 @@ def test_a_busy_server_tells_scripts_when_to_come_back(steer, fake, make):
         ("generate", "hello", "--word", "tea", "--rule", "substitute"),
         ("generate", "hello", "--operator", "a", "--lens", "other"),
         ("generate", "hello", "--word", "tea=0.1", "--kl", "0.5"),
+        ("generate", "hello", "--logit-bias", "42"),
+        ("generate", "hello", "--logit-bias", "tea=5"),
         ("ab", "hello"),
         ("nothing",),
     ],

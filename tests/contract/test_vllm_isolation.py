@@ -82,14 +82,14 @@ async def test_what_a_failed_request_left_in_the_cache_is_not_found_again(
     engine = await vllm_engine()
     row = steered_row(operator_of("The capital of France is", "residual", 15), 0.4)
     artifact = row.plan.applications[0].artifact
-    engine._operator_cache.reserve([artifact], retry_after=1.0)
+    engine._operator_cache.room.add([artifact])
     await engine._operator_cache.load([artifact])
     # Gone behind the server's back: the request that follows runs without it.
     await engine._client.unload([artifact.digest])
     with pytest.raises(SteeringNotAppliedError, match=r"operator sha256:\w+ is not loaded"):
         await decode(engine, PROMPT, SAMPLING, row)
     await OperatorSender(engine._client.call).send(artifact)
-    engine._operator_cache.release([artifact])
+    engine._operator_cache.room.remove([artifact])
     [(ids, end)] = await decode(engine, PROMPT, SAMPLING, row)
     assert end.receipts[0].prompt_tokens_cached == 0
     assert ids == await alone(row)

@@ -129,6 +129,25 @@ def serves_afterwards(server):
         ({"sampling": SamplingParams(temperature=-1)}, InvalidRequestError, "sampling.temperature", "-1"),
         ({"sampling": SamplingParams(top_p=0)}, InvalidRequestError, "sampling.top_p", "0"),
         ({"sampling": SamplingParams(logprobs=21)}, InvalidRequestError, "sampling.logprobs", "21"),
+        (
+            {"sampling": SamplingParams(presence_penalty=math.nan)},
+            InvalidRequestError,
+            "sampling.presence_penalty",
+            "nan",
+        ),
+        ({"sampling": SamplingParams(frequency_penalty=3)}, InvalidRequestError, "sampling.frequency_penalty", "3"),
+        (
+            {"sampling": SamplingParams(logit_bias={2**30: 1})},
+            InvalidRequestError,
+            "sampling.logit_bias[0].token_id",
+            str(2**30),
+        ),
+        (
+            {"sampling": SamplingParams(max_tokens=4, min_tokens=5)},
+            InvalidRequestError,
+            "sampling.min_tokens",
+            "0 to 4",
+        ),
         ({"sampling": SamplingParams(time_limit=0)}, InvalidRequestError, "sampling.time_limit", "0"),
         ({"sampling": SamplingParams(stop_token_ids=[9, -2])}, InvalidRequestError, "sampling.stop_token_ids[1]", "-2"),
         ({"request_id": "x" * 129}, InvalidRequestError, "request_id", "129"),
@@ -296,6 +315,7 @@ def test_more_than_is_accepted_is_refused_by_name(client):
         ({"sampling": replace(SHORT, stop_strings=["x"] * 65)}, "sampling.stop_strings"),
         ({"sampling": replace(SHORT, stop_strings=["x" * 1025])}, "sampling.stop_strings"),
         ({"sampling": replace(SHORT, stop_token_ids=[1] * 65)}, "sampling.stop_token_ids"),
+        ({"sampling": replace(SHORT, logit_bias=dict.fromkeys(range(301), 1.0))}, "sampling.logit_bias"),
     ):
         with pytest.raises(InvalidRequestError) as caught:
             client.generate("x", **{"sampling": SHORT} | arguments)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import urllib.request
 
+import openai
 import pytest
 from steer_client import OperatorUse, SamplingParams, SteerClient
+
+from tests.e2e.openai_parity import check_parity, client_of
 
 PROMPT = "the golden gate"
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -45,3 +48,25 @@ def test_a_steered_stream_as_json_is_that_over_grpc(served):
     [receipt] = finished["receipts"]
     assert (receipt["operator"], receipt["digest"]) == ("golden", over_grpc.receipts[0].digest)
     assert receipt["generated_tokens_steered"] == 11
+
+
+def test_an_unmodified_openai_client_gets_the_texts_that_the_sdk_gets(served):
+    server, door = served
+    check_parity(door.removeprefix("http://"), server.target, "golden", chat=True)
+
+
+def model_of(asked):
+    return asked.models.list().data[0].id
+
+
+def test_an_openai_client_meets_errors_that_it_knows(served):
+    _, door = served
+    with client_of(door.removeprefix("http://")) as asked:
+        with pytest.raises(openai.BadRequestError, match="temperature") as caught:
+            asked.completions.create(model=model_of(asked), prompt="x", temperature=-1)
+        assert (caught.value.code, caught.value.param) == ("INVALID_REQUEST", "temperature")
+        with pytest.raises(openai.NotFoundError, match="gpt-4"):
+            asked.completions.create(model="gpt-4", prompt="x")
+        with pytest.raises(openai.NotFoundError, match="there are: dress, golden") as caught:
+            asked.completions.create(model=f"{model_of(asked)}+tide=0.4", prompt="x")
+        assert caught.value.code == "UNKNOWN_OPERATOR"

@@ -129,6 +129,18 @@ def test_the_commands_over_http_answer(environment, http):
     assert '"model":"smollm2-135m"' in printed
 
 
+def test_the_openai_client_of_the_page_is_steered(environment, http):
+    [program] = blocks("python", HTTP)
+    assert ADDRESS_HTTP in program
+    done = subprocess.run(
+        [sys.executable, "-c", program.replace(ADDRESS_HTTP, http)],
+        env={**environment, "NO_PROXY": "127.0.0.1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^0\.(19|20)\d*$", done.stdout, flags=re.MULTILINE), done.stdout
+
+
 def test_the_server_command_names_options_that_exist(environment):
     shown = [block for page in (README, HTTP) for block in blocks("sh", page) if block.startswith("steer-server")]
     assert len(shown) == 2

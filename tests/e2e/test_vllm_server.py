@@ -19,6 +19,7 @@ from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
 from operators.core.defaults import PUBLISHED
 from operators.core.store import Store
+from tests.e2e.openai_parity import check_parity
 
 pytestmark = [pytest.mark.model, pytest.mark.vllm]
 
@@ -37,15 +38,20 @@ def bridges(smollm, tmp_path_factory):
     return directory
 
 
-def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engine_dies(bridges, start_server):
+def test_a_server_on_vllm_answers_as_one_on_transformers_and_ends_when_its_engine_dies(
+    bridges, start_server, free_ports
+):
     uses, sampling = [OperatorUse("bridge", 0.4, blend=0.5)], SamplingParams(max_tokens=16)
     answers = {}
-    for name, options in {"hf": (), "vllm": OPTIONS}.items():
+    for name, engine in {"hf": (), "vllm": OPTIONS}.items():
+        [http] = free_ports(1)
+        options = (*engine, "--http-port", str(http))
         with (
             start_server("--store", str(bridges), *options, model="smollm2-135m", metrics=True, timeout=300) as server,
             SteerClient(server.target, timeout=120) as client,
         ):
             assert client.model_info().engine == name
+            check_parity(f"127.0.0.1:{http}", server.target, "bridge", chat=True)
             generated = client.generate(PROMPT, operators=uses, sampling=sampling)
             compared = client.compare(PROMPT, operators=uses, sampling=sampling)
             answers[name] = (generated.text, compared.normal.text, compared.steered["steered"].generation.text)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from itertools import starmap
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from steering.convert import FieldError, enum_numbers
+
+from steer_client._requests import TokenBias
 
 # google.protobuf.Duration reaches about ten thousand years.
 _MAX_SECONDS = 315_576_000_000
@@ -20,7 +23,7 @@ _MAX_SECONDS = 315_576_000_000
 def accept(field: FieldDescriptor, kind: Any, value: Any) -> Any:
     """See steering.convert.Accept. Raises FieldError for a value that the field cannot carry."""
     if kind is list:
-        return items(value, _plural(field))
+        return items(_pairs(field, value), _plural(field))
     if field.enum_type is not None:
         return _enum_value(value, enum_numbers(field.enum_type))
     if field.message_type is None:
@@ -106,7 +109,16 @@ def _duration(value: object) -> Duration:
     return Duration(seconds=sign * (total // 10**9), nanos=sign * (total % 10**9))
 
 
+def _pairs(field: FieldDescriptor, value: Any) -> Any:
+    """What a mapping stands for, where it does."""
+    if isinstance(value, Mapping) and field.message_type is not None and field.message_type.name == "TokenBias":
+        return starmap(TokenBias, value.items())
+    return value
+
+
 def _plural(field: FieldDescriptor) -> str:
+    if field.message_type is not None and field.message_type.name == "TokenBias":
+        return "a mapping of token ids to biases"
     if field.message_type is not None:
         return f"a sequence of {field.message_type.name}"
     return "texts" if field.type == FieldDescriptor.TYPE_STRING else "a sequence of integers"

@@ -31,6 +31,7 @@ from steer_client._requests import (
     Prompt,
     Rule,
     SamplingParams,
+    TokenBias,
     TokenReport,
     WeightedWord,
 )
@@ -129,6 +130,7 @@ __all__ = [
     "TextDelta",
     "TextScore",
     "Timings",
+    "TokenBias",
     "TokenComparison",
     "TokenLogprob",
     "TokenReport",

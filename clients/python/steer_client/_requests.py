@@ -119,6 +119,14 @@ def _read_choices(texts: Sequence[str]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenBias:
+    """What is added to the logit of one token, -100 to 100."""
+
+    token_id: int
+    bias: float
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. What is None or empty is not sent: the server's default applies.
 
@@ -148,6 +156,16 @@ class SamplingParams:
     logprobs: int | None = None
     #: Seconds, waiting included, after which the text so far is returned. Default: none.
     time_limit: float | None = None
+    #: -2 to 2, taken from the logits of tokens generated before; the prompt does not count. Default 0 (off).
+    presence_penalty: float | None = None
+    #: -2 to 2, taken from a token's logit once for each time that it was generated. Default 0 (off).
+    frequency_penalty: float | None = None
+    #: By token id, what is added to its logit: -100 to 100, of at most 300 tokens.
+    logit_bias: Mapping[int, float] | Sequence[TokenBias] = ()
+    #: Before so many tokens neither a token nor a stop string ends the text. Default 0 (off).
+    min_tokens: int | None = None
+    #: False leaves special tokens in the text, the one that ended it too. Default True.
+    skip_special_tokens: bool | None = None
 
 
 #: Every choice left to the server.

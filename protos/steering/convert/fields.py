@@ -44,6 +44,11 @@ def is_sequence(hint: Any) -> bool:
     return get_origin(hint) in (tuple, Sequence)
 
 
+def item_type(hint: Any) -> Any:
+    """The type of one value of a repeated field. Of a union it is the sequence's: ``accept`` makes one of the rest."""
+    return next(get_args(kind)[0] for kind in (hint, *get_args(hint)) if is_sequence(kind))
+
+
 def enum_numbers(enum: EnumDescriptor) -> dict[str, int]:
     """By what follows the prefix, in lower case; without 0, which stands for unset."""
     prefix = "".join(f"_{letter}" if letter.isupper() else letter for letter in enum.name).strip("_").upper() + "_"

@@ -12,7 +12,16 @@ from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from steering.convert.fields import WHEN_UNSET, Convert, FieldError, enum_numbers, is_sequence, items, without_none
+from steering.convert.fields import (
+    WHEN_UNSET,
+    Convert,
+    FieldError,
+    enum_numbers,
+    is_sequence,
+    item_type,
+    items,
+    without_none,
+)
 
 _T = TypeVar("_T", covariant=True)
 _WELL_KNOWN: dict[str, Convert] = {
@@ -80,7 +89,7 @@ def _read_field(field: FieldDescriptor, hint: Any, declared: Field[Any], strict:
 def _read_items(field: FieldDescriptor, hint: Any, strict: bool) -> Convert:
     """What reads a repeated field as the tuple that ``hint`` is."""
     get = attrgetter(field.name)
-    convert = _read_one(field, get_args(hint)[0], strict)
+    convert = _read_one(field, item_type(hint), strict)
     if convert is None:
         return lambda message: tuple(get(message))
     every = items(convert)

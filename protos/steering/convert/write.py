@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from datetime import datetime
 from functools import cache, partial
-from typing import Any, Protocol, TypeVar, cast, get_args, get_type_hints
+from typing import Any, Protocol, TypeVar, cast, get_type_hints
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from steering.convert.fields import Convert, FieldError, enum_numbers, is_sequence, items, without_none
+from steering.convert.fields import Convert, FieldError, enum_numbers, is_sequence, item_type, items, without_none
 
 _M = TypeVar("_M", bound=Message, covariant=True)
 
@@ -105,7 +105,7 @@ def _write_field(field: FieldDescriptor, kind: Any, accept: Accept | None) -> Co
     """What converts the value of a field; None where it is written as it is."""
     if not field.is_repeated:
         return _write_one(field, kind, accept)
-    convert = _write_one(field, get_args(kind)[0], accept)
+    convert = _write_one(field, item_type(kind), accept)
     if convert is None:
         return None
     return items(convert) if accept is None else _compose(partial(accept, field, list), items(convert))

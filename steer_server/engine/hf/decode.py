@@ -132,23 +132,25 @@ class Decoder:
 
     def _row_state(self, index: int) -> RowState:
         row, device = self.job.rows[index], self.loaded.device
-        sampling, report = row.sampling, row.report or NO_REPORT
+        report = row.report or NO_REPORT
+        sampling, prompt, tokenizer = row.sampling, self.job.prompt_ids, self.loaded.tokenizer
+        text = RowText(
+            Detokenizer(tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens),
+            sampling,
+            prompt_tokens=len(prompt),
+            context_length=self.loaded.context_length,
+            eos_ids=self.eos_ids,
+            special_stops=special_stops(sampling, tokenizer),
+        )
         return RowState(
             index=index,
             steering=self._steering(row.plan, traces=report.doses) if row.plan else None,
             proof=self._proof(row.plan, sampling.max_tokens) if row.plan else None,
             scored=row.score,
             report=report,
-            sampler=Sampler(sampling, device),
-            text=RowText(
-                Detokenizer(self.loaded.tokenizer, self.job.prompt_ids),
-                sampling,
-                prompt_tokens=len(self.job.prompt_ids),
-                context_length=self.loaded.context_length,
-                eos_ids=self.eos_ids,
-                special_stops=special_stops(sampling.stop_strings, self.loaded.tokenizer),
-            ),
-            sequence=torch.tensor(self.job.prompt_ids, device=device),
+            sampler=Sampler(sampling, device, prompt_tokens=len(prompt), ending_ids=text.ending_ids),
+            text=text,
+            sequence=torch.tensor(prompt, device=device),
         )
 
     def _steering(self, plan: SteeringPlan, *, traces: bool) -> RowSteering:

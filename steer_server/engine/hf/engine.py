@@ -25,7 +25,7 @@ from steer_server.engine.hf.queue import JobQueue, QueuedJob
 from steer_server.engine.hf.rope_limit import check_rope
 from steer_server.engine.hf.running_job import RunningJob
 from steer_server.engine.hf.turns import FairTurns
-from steer_server.engine.prompts import PromptReader, check_ids
+from steer_server.engine.prompts import PromptReader, check_sampled_ids
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError, errors_of
@@ -59,6 +59,7 @@ class HFEngine:
         self._operators = PreparedOperatorCache(loaded.device, budget=operator_memory)
         self._queue = JobQueue(max_queue, max_running=max_running, memory=DecodeMemory.of(loaded, decode_memory))
         self._turns: FairTurns[RunningJob] = FairTurns(lambda job: (*job.queued.job.caller.client, job))
+        self._paused: list[RunningJob] = []
         self._work, self._failure = WorkDone(), Failure()
         # Encoding a prompt is quick compared to decoding a job: the queue of jobs should fill first.
         self._prompts = PromptReader(loaded.tokenizer, self._model, max_waiting=4 * max_queue)
@@ -85,6 +86,11 @@ class HFEngine:
         """Jobs in the queue."""
         return len(self._queue)
 
+    @property
+    def undelivered(self) -> int:
+        """See :meth:`steer_server.engine.base.Engine.undelivered`."""
+        return self._queue.undelivered
+
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode`."""
         return await self._prompts.encode(prompt)
@@ -101,8 +107,8 @@ class HFEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
-                check_ids("sampling.stop_token_ids", sampling.stop_token_ids, self._model.vocab_size)
-                special_stops(sampling.stop_strings, self._loaded.tokenizer)
+                check_sampled_ids(sampling, self._model.vocab_size)
+                special_stops(sampling, self._loaded.tokenizer)
         check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
         return self._queue.put(job)
 
@@ -143,21 +149,38 @@ class HFEngine:
 
     def _next(self) -> RunningJob | None:
         """The job whose turn it is; None once the queue is closed and nothing runs."""
-        while (queued := self._queue.take(wait=not len(self._turns))) is not None:
-            queued.post(Admitted())
-            decoder = Decoder(
-                loaded=self._loaded,
-                job=queued.job,
-                operators=self._operators,
-                check_interruption=queued.interruption,
-                eos_ids=frozenset(self._model.eos_token_ids),
-            )
-            self._turns.add(RunningJob(queued, decoder))
-        if not len(self._turns):
-            return None
-        interrupted = (job for job in self._turns if job.queued.interruption() is not None)
-        # Its end takes no time, and gives its memory back.
-        return next(interrupted, None) or self._turns.next()
+        while True:
+            self._pause_and_resume()
+            while (queued := self._queue.take(wait=not len(self._turns))) is not None:
+                self._begin(queued)
+            self._pause_and_resume()
+            if len(self._turns):
+                interrupted = (job for job in self._turns if job.queued.interruption() is not None)
+                # Its end takes no time, and gives its memory back.
+                return next(interrupted, None) or self._turns.next()
+            if self._queue.is_closed and not self._paused:
+                return None
+
+    def _begin(self, queued: QueuedJob) -> None:
+        queued.post(Admitted())
+        decoder = Decoder(
+            loaded=self._loaded,
+            job=queued.job,
+            operators=self._operators,
+            check_interruption=queued.interruption,
+            eos_ids=frozenset(self._model.eos_token_ids),
+        )
+        self._turns.add(RunningJob(queued, decoder))
+
+    def _pause_and_resume(self) -> None:
+        """Jobs whose readers are far behind keep what they have, and take no turns until those have caught up."""
+        for job in [job for job in self._turns if job.queued.is_paused]:
+            self._turns.remove(job)
+            self._paused.append(job)
+        for job in [job for job in self._paused if not job.queued.is_paused]:
+            self._paused.remove(job)
+            # Level with the others: it does not make up for the turns that it did not take.
+            self._turns.add(job)
 
     def _take_turn(self, job: RunningJob) -> None:
         began = time.monotonic()

@@ -5,34 +5,47 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
+from steer_server.caller import Caller
 from steer_server.config import MAX_RUNNING
+from steer_server.engine.fair_queue import FairQueue
+from steer_server.engine.hf.decode_room import DecodeRoom
 from steer_server.engine.hf.memory import DecodeMemory
+from steer_server.engine.outbox import Message, Outbox
 from steer_server.engine.receipts import empty_receipts
-from steer_server.engine.waiting_room import WaitingRoom
 from steer_server.errors import ShuttingDownError, SteerServerError
 from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished
 
-_PATIENCE = 30.0
-"""Seconds after which a job that waits for memory is not passed by smaller ones any more."""
-_Message = EngineEvent | SteerServerError | None
-"""An event, the job's error, or None for the end."""
+_POLL_SECONDS = 0.1
+"""How often the time limits of jobs are looked at whose readers are far behind, while no other job is decoded."""
 
 
 class QueuedJob:
     """One job: the event loop iterates over it, the decoding thread calls ``post`` and ``interruption``."""
 
+    size = 1
+    """Among the running ones of its client: its rows share every turn."""
+
     def __init__(self, job: DecodeJob, queue: JobQueue, need: int) -> None:
         """``need``: bytes that decoding it takes."""
-        self.job, self.need, self.since = job, need, time.monotonic()
+        self.job, self.need = job, need
         self._queue = queue
         self._loop = asyncio.get_running_loop()
-        self._messages: asyncio.Queue[_Message] = asyncio.Queue()
+        self._outbox = Outbox(self.stop, queue.wake)
         self._taken = asyncio.Event()
         self._cancelled = threading.Event()
         self._deadline = None if job.time_limit is None else time.monotonic() + job.time_limit
+
+    @property
+    def caller(self) -> Caller:
+        """For whom it is."""
+        return self.job.caller
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether its reader has so much to read that it takes no turns."""
+        return self._outbox.is_behind and self.interruption() is None
 
     async def __aiter__(self) -> AsyncIterator[EngineEvent]:
         """The events of the job; raises its error."""
@@ -40,10 +53,12 @@ class QueuedJob:
             for index, row in enumerate(self.job.rows):
                 yield RowFinished(index, FinishReason.TIME_LIMIT, "", "", empty_receipts(row.plan))
             return
-        while (message := await self._messages.get()) is not None:
+        while (message := await self._outbox.get()) is not None:
             if isinstance(message, SteerServerError):
+                self.cancel()
                 raise message
             yield message
+        self.cancel()
 
     async def _expires_waiting(self) -> bool:
         """Waits until the job is taken from the queue; true when its time limit ends first."""
@@ -51,13 +66,14 @@ class QueuedJob:
             async with asyncio.timeout(None if self._deadline is None else self._deadline - time.monotonic()):
                 await self._taken.wait()
         except TimeoutError:
-            return self._queue.discard(self)
+            return self._queue.leave(self)
         return False
 
     def cancel(self) -> None:
-        """Removes the job from the queue, or stops it at its next step."""
+        """Removes the job from the queue, or stops it at its next step; nobody reads what is left."""
         self.stop()
-        self._queue.discard(self)
+        self._outbox.close()
+        self._queue.leave(self)
 
     def stop(self) -> None:
         """Ends the job at its next step, as CANCELLED."""
@@ -71,10 +87,10 @@ class QueuedJob:
             return FinishReason.TIME_LIMIT
         return None
 
-    def post(self, message: _Message) -> None:
+    def post(self, message: Message) -> None:
         """Sends a message to the stream. Called by the decoding thread."""
         try:
-            self._loop.call_soon_threadsafe(self._messages.put_nowait, message)
+            self._loop.call_soon_threadsafe(self._outbox.put, message)
             self._loop.call_soon_threadsafe(self._taken.set)
         except RuntimeError:
             # The event loop is closed, and with it the stream.
@@ -85,21 +101,29 @@ class JobQueue:
     """The jobs that wait, and those that are decoded at once: few enough for the memory, fair between clients."""
 
     def __init__(self, limit: int, *, max_running: int = MAX_RUNNING, memory: DecodeMemory | None = None) -> None:
-        """``limit``: see :class:`WaitingRoom`. ``max_running``: a quarter of them, but one, may be one client's."""
-        self._room = WaitingRoom(limit)
-        self._max_running, self._memory = max_running, memory
-        self._waiting: list[QueuedJob] = []
-        self._running: list[QueuedJob] = []
+        """``limit``: see :class:`FairQueue`. ``max_running``: a quarter of them, but one, may be one client's."""
+        self._memory = memory
+        self._jobs: FairQueue[QueuedJob] = FairQueue(limit, DecodeRoom(max_running, memory))
         self._changed = threading.Condition()
         self._refusal: Callable[[], SteerServerError] | None = None
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._jobs.waiting)
 
     @property
     def running(self) -> int:
         """Jobs that are being decoded."""
-        return len(self._running)
+        return len(self._jobs.running)
+
+    @property
+    def undelivered(self) -> int:
+        """Jobs that have been decoded, and whose readers have not taken all of it."""
+        return self._jobs.undelivered
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether no job begins any more."""
+        return self._refusal is not None
 
     def put(self, job: DecodeJob) -> QueuedJob:
         """Adds a job.
@@ -115,77 +139,55 @@ class JobQueue:
         with self._changed:
             if self._refusal is not None:
                 raise self._refusal()
-            self._room.enter(job.caller)
-            self._waiting.append(queued)
+            self._jobs.put(queued)
             self._changed.notify()
         return queued
 
     def take(self, *, wait: bool) -> QueuedJob | None:
-        """The next job that can begin, if there is one; ``wait`` until there is, or the queue is closed.
+        """The next job that can begin, if there is one; ``wait`` for it, for a moment at most where others run.
 
         Called by the decoding thread.
         """
         with self._changed:
-            while (queued := self._next()) is None and wait and self._refusal is None:
-                self._changed.wait()
-            if queued is not None:
-                self._leave(queued)
-                self._running.append(queued)
+            queued = self._begin()
+            if queued is None and wait and self._refusal is None:
+                self._changed.wait(_POLL_SECONDS if self._jobs.running else None)
+                queued = self._begin()
             return queued
+
+    def wake(self) -> None:
+        """Lets the decoding thread look again at what there is to do."""
+        with self._changed:
+            self._changed.notify()
 
     def end(self, queued: QueuedJob, seconds: float) -> None:
         """A job has ended, for which the engine worked so long. Called by the decoding thread."""
         with self._changed:
-            self._running.remove(queued)
-            self._room.record(seconds)
+            self._jobs.end(queued, seconds)
 
-    def discard(self, queued: QueuedJob) -> bool:
-        """Removes a waiting job; false when it is not waiting any more."""
+    def leave(self, queued: QueuedJob) -> bool:
+        """Nobody waits for a job any more, or has all of it; whether it was waiting, and so never begins."""
         with self._changed:
-            is_waiting = queued in self._waiting
-            if is_waiting:
-                self._leave(queued)
-            return is_waiting
+            was_waiting = self._jobs.leave(queued)
+            self._changed.notify()
+            return was_waiting
 
     def close(self, refusal: Callable[[], SteerServerError] = ShuttingDownError) -> None:
         """Refuses the jobs that wait and those that come, and stops those that run."""
         with self._changed:
             self._refusal = self._refusal or refusal
-            for queued in list(self._waiting):
+            for queued in self._jobs.waiting:
                 queued.post(self._refusal())
-                self._leave(queued)
-            for queued in self._running:
+                self._jobs.leave(queued)
+            for queued in self._jobs.running:
                 queued.stop()
             self._changed.notify()
 
     def abandon(self, error: SteerServerError) -> None:
         """Ends the streams of the jobs that run: nothing more will come of them."""
         with self._changed:
-            for queued in self._running:
+            for queued in self._jobs.running:
                 queued.post(error)
 
-    def _leave(self, queued: QueuedJob) -> None:
-        self._waiting.remove(queued)
-        self._room.leave(queued.job.caller)
-
-    def _next(self) -> QueuedJob | None:
-        """The waiting job to begin now: of the host, and the connection, that has the fewest running."""
-        if len(self._running) >= self._max_running:
-            return None
-        taken = sum(queued.need for queued in self._running)
-        hosts = Counter(queued.job.caller.host for queued in self._running)
-        clients = Counter(queued.job.caller.client for queued in self._running)
-        each = max(1, self._max_running // 4)
-        # The sort is stable: among equals first come, first served.
-        for queued in sorted(
-            self._waiting, key=lambda each: (hosts[each.job.caller.host], clients[each.job.caller.client])
-        ):
-            mine = clients[queued.job.caller.client]
-            if mine >= each:
-                continue
-            if self._memory is None or self._memory.fits(queued.need, taken, has_others=mine > 0):
-                return queued
-            if time.monotonic() - queued.since > _PATIENCE:
-                # Nobody passes any more, or it might wait for ever.
-                return None
-        return None
+    def _begin(self) -> QueuedJob | None:
+        return None if self._refusal is not None else self._jobs.begin_next()

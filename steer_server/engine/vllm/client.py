@@ -28,6 +28,14 @@ _STATES_OF_REQUESTS = ("requests", "keys", "kept_states", "steered", "watched")
 """Entries of ``steering_state`` that count what a worker holds for requests."""
 
 
+class _SamplingParams(VLLMSamplingParams):  # type: ignore[misc]
+    """Without the EOS tokens that vLLM adds to those that ``min_tokens`` bars, ``ignore_eos`` or not: the server has
+    named every token that ends a text."""
+
+    def update_from_generation_config(self, *args: Any, **kwargs: Any) -> None:
+        """Called by vLLM. With ``ignore_eos``, which all requests have, it does nothing else."""
+
+
 class VLLMClient:
     """One vLLM engine and its workers."""
 
@@ -82,7 +90,7 @@ class VLLMClient:
         extra_args = None
         if settings or keep_from is not None:
             extra_args = SteeringArgs(key, salt, tuple(settings), keep_from, looks_at).to_extra_args()
-        sampling = VLLMSamplingParams(
+        sampling = _SamplingParams(
             detokenize=False, output_kind=RequestOutputKind.DELTA, extra_args=extra_args, **params
         )
         return self._llm.generate(prompt, sampling, key)

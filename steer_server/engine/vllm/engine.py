@@ -20,6 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from steer_server.engine.describe import describe_model
+from steer_server.engine.fair_queue import FairQueue
 from steer_server.engine.prompts import PromptReader
 from steer_server.engine.reference import EmbeddingRows, EmbedIds
 from steer_server.engine.special_stops import special_stops
@@ -30,22 +31,22 @@ from steer_server.engine.vllm.decode_context import DecodeContext
 from steer_server.engine.vllm.engine_config import step_sizes
 from steer_server.engine.vllm.errors import translate_error
 from steer_server.engine.vllm.job import VLLMJob
-from steer_server.engine.vllm.job_memory import JobMemory, job_memory
+from steer_server.engine.vllm.job_memory import job_memory
 from steer_server.engine.vllm.measurements import MeasurementCollector
 from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
+from steer_server.engine.vllm.operator_room import OperatorRoom
 from steer_server.engine.vllm.sampling import check_sampling
+from steer_server.engine.vllm.seats import Seats
 from steer_server.engine.vllm.transfer import OperatorSender
 from steer_server.engine.vllm.worker_protocol import STEERING_MEMORY
 from steer_server.engine.work import WorkDone
-from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteerServerError, errors_of
+from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError, errors_of
 from steer_server.types import DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
 
 _CLOSE_SECONDS = 5.0
 """How long running rows get to end as CANCELLED."""
-_SMOOTHING = 0.2
-"""Weight of the newest job in the moving average of a job's duration."""
 
 
 class VLLMEngine:
@@ -98,16 +99,12 @@ class VLLMEngine:
             device=current_platform.device_name,
             attention=client.attention,
         )
-        self._max_rows = int(config.scheduler_config.max_num_seqs) + max_queue
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
         self._operator_memory = int(config.additional_config[STEERING_MEMORY])
         self._step_sizes = step_sizes(config)
-        self._operator_cache = OperatorCache(
-            OperatorSender(client.call).send,
-            client.unload,
-            budget=self._operator_memory,
-            pushes=self._step_sizes.pushes,
-        )
+        room = OperatorRoom(self._operator_memory, self._step_sizes.pushes)
+        self._operator_cache = OperatorCache(OperatorSender(client.call).send, client.unload, room)
+        self._queue: FairQueue[VLLMJob] = FairQueue(max_queue, Seats(int(config.scheduler_config.max_num_seqs), room))
         self._context = DecodeContext(
             client=client,
             operator_cache=self._operator_cache,
@@ -119,9 +116,7 @@ class VLLMEngine:
             embed=embed,
             translate_error=self._translate_error,
         )
-        self._jobs: dict[VLLMJob, JobMemory] = {}
         self._closed = False
-        self._seconds_per_job = 1.0
 
     @property
     def model(self) -> ModelInfo:
@@ -136,12 +131,17 @@ class VLLMEngine:
     @property
     def running(self) -> int:
         """Rows being decoded."""
-        return sum(job.running for job in self._jobs)
+        return sum(job.running for job in self._queue.running)
 
     @property
     def waiting(self) -> int:
         """Rows without a token yet."""
-        return sum(job.waiting for job in self._jobs)
+        return sum(job.waiting for job in (*self._queue.waiting, *self._queue.running))
+
+    @property
+    def undelivered(self) -> int:
+        """See :meth:`steer_server.engine.base.Engine.undelivered`."""
+        return self._queue.undelivered
 
     @property
     def work(self) -> WorkDone:
@@ -169,21 +169,18 @@ class VLLMEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         if self._closed:
             raise ShuttingDownError
+        size, most = self._model.vocab_size, self._client.max_logprobs
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
-                check_sampling(sampling, vocab_size=self._model.vocab_size, max_logprobs=self._client.max_logprobs)
-                special_stops(sampling.stop_strings, self._context.tokenizer)
-        admitted = self.running + self.waiting
-        if admitted + len(job.rows) > self._max_rows:
-            problem = f"{admitted} texts run and wait already, and {self._max_rows} is the most admitted"
-            raise QueueFullError(problem, self._retry_after())
+                check_sampling(sampling, vocab_size=size, max_logprobs=most, num_eos=len(self._model.eos_token_ids))
+                special_stops(sampling, self._context.tokenizer)
         budget, sizes = self._operator_memory, self._step_sizes
         memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
         operators = required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)
-        self._operator_cache.reserve(operators, memory, retry_after=self._retry_after())
-        running = VLLMJob(self._context, job, operators, self._end_job)
-        self._jobs[running] = memory
-        return running
+        queued = VLLMJob(self._context, job, operators, memory, on_end=self._end_job, on_leave=self._queue.leave)
+        self._queue.put(queued)
+        self._begin_jobs()
+        return queued
 
     async def num_held_requests(self) -> int:
         """The most requests for which a worker holds anything; 0 once all have ended and been measured."""
@@ -197,24 +194,25 @@ class VLLMEngine:
         """Ends running rows as CANCELLED and stops vLLM's processes."""
         self._closed = True
         self._prompts.close()
-        jobs = list(self._jobs)
-        for job in jobs:
+        jobs = self._queue.running
+        for job in (*self._queue.waiting, *jobs):
             job.stop()
         if jobs and not self._client.died:
             await asyncio.wait([asyncio.ensure_future(job.wait()) for job in jobs], timeout=_CLOSE_SECONDS)
         await self._client.shutdown()
 
+    def _begin_jobs(self) -> None:
+        while not self._closed and (job := self._queue.begin_next()) is not None:
+            job.begin()
+
     def _end_job(self, job: VLLMJob, seconds: float) -> None:
         """Called by a job, once, when its last row has ended."""
-        self._operator_cache.release(job.operators, self._jobs.pop(job))
-        self._seconds_per_job += _SMOOTHING * (seconds - self._seconds_per_job)
-
-    def _retry_after(self) -> float:
-        """Seconds after which a place is likely to be free."""
-        return max(1.0, self._seconds_per_job)
+        # They run at once: so many end in that time.
+        self._queue.end(job, seconds / len(self._queue.running))
+        self._begin_jobs()
 
     def _translate_error(self, error: Exception) -> SteerServerError:
-        translated = translate_error(error, retry_after=self._retry_after())
+        translated = translate_error(error, retry_after=max(1.0, self._queue.hint()))
         if isinstance(translated, EngineFailedError) and not isinstance(error, EngineDeadError):
             log.error("row failed", exc_info=error)
         return translated

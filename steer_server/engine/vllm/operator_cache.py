@@ -1,20 +1,20 @@
 """Which operators the workers hold: loaded before a request that needs them, kept while it runs, then until evicted.
 
 Operators are known by their digest, so replacing the file behind a name leaves requests alone that began with the old
-one. Room is reserved before anything is loaded, so what the workers hold never exceeds the budget.
+one. A job begins when there is room for all that it needs, so what the workers hold never exceeds the budget.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 
 from operators.core.apply import prepared_bytes
 from operators.core.artifact import OperatorArtifact
 from operators.core.capacity import format_bytes
-from steer_server.engine.vllm.job_memory import JobMemory
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, QueueFullError
+from steer_server.engine.vllm.operator_room import OperatorRoom
+from steer_server.errors import InvalidRequestError, OperatorUnusableError
 from steer_server.types import DecodeJob
 
 Load = Callable[[OperatorArtifact], Awaitable[None]]
@@ -24,7 +24,6 @@ Unload = Callable[[list[str]], Awaitable[None]]
 MAX_OPERATORS_KEPT = 4096
 """What is kept beyond the operators that running requests hold: words make many small ones, each with a cost beside its
 numbers."""
-NO_MEMORY = JobMemory()
 _MAX_NAMED = 4
 """Operators that an error message lists."""
 
@@ -67,97 +66,29 @@ def required_operators(job: DecodeJob, *, budget: int, pushes: int = 0, held: in
 class OperatorCache:
     """The operators in the workers, by digest, the least recently used evicted first.
 
-    They take at most what ``budget`` bytes leave beside the pushes of a step and what running jobs hold. At most
-    ``max_kept`` of them, unless requests hold more.
+    They take at most what ``room`` leaves beside the pushes of a step and what running jobs hold. At most ``max_kept``
+    of them, unless requests hold more. Who loads some has added them to the room.
     """
 
-    def __init__(
-        self,
-        load: Load,
-        unload: Unload,
-        *,
-        budget: int,
-        pushes: Callable[[int], int] = lambda _layers: 0,
-        max_kept: int = MAX_OPERATORS_KEPT,
-    ) -> None:
-        """``pushes``: bytes of a step's pushes, by the largest number of layers at which a request is pushed."""
-        self._load, self._unload, self._budget, self._max_kept = load, unload, budget, max_kept
-        self._pushes = pushes
-        self._num_jobs: Counter[int] = Counter()
-        """How many jobs reserved the pushes of so many layers."""
-        self._held = 0
-        """Bytes that running jobs hold beside operators."""
+    def __init__(self, load: Load, unload: Unload, room: OperatorRoom, *, max_kept: int = MAX_OPERATORS_KEPT) -> None:
+        self._load, self._unload, self._max_kept = load, unload, max_kept
+        self.room = room
+        """Of the jobs that run."""
         self._sizes: OrderedDict[str, int] = OrderedDict()
         """Bytes of the operators that are loaded or being loaded, least recently used first."""
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._num_holders: Counter[str] = Counter()
-        """How many requests reserved an operator."""
-        self._reserved: dict[str, int] = {}
-        """Bytes of the operators that have holders, loaded or not."""
 
     @property
     def num_bytes(self) -> int:
         """What the operators take in each worker."""
         return sum(self._sizes.values())
 
-    def reserve(
-        self, artifacts: Iterable[OperatorArtifact], memory: JobMemory = NO_MEMORY, *, retry_after: float
-    ) -> None:
-        """Reserves room for a job, and for its operators, each once, until it is released. Loads nothing.
-
-        Raises :class:`QueueFullError` when others have reserved so much that not all of it fits.
-        """
-        requested = {artifact.digest: prepared_bytes(artifact) for artifact in artifacts}
-        together = {**self._reserved, **requested}
-        layers = max((memory.layers, *self._num_jobs))
-        if sum(together.values()) + self._pushes(layers) + self._held + memory.held > self._budget:
-            raise QueueFullError(
-                f"the operators of running requests take {format_bytes(sum(self._reserved.values()))} of "
-                f"{format_bytes(self._budget)}{self._taken_beside()}, and those of this one "
-                f"{format_bytes(sum(requested.values()))}{self._more_beside(memory)}",
-                retry_after,
-            )
-        self._reserved = together
-        self._num_holders.update(requested.keys())
-        self._num_jobs[memory.layers] += 1
-        self._held += memory.held
-
-    def release(self, artifacts: Iterable[OperatorArtifact], memory: JobMemory = NO_MEMORY) -> None:
-        """Gives back what one :meth:`reserve` reserved. Raises :class:`ValueError` for operators without a holder."""
-        digests = {artifact.digest for artifact in artifacts}
-        if unheld := digests - self._num_holders.keys():
-            raise ValueError(f"operators are released that nobody holds: {', '.join(sorted(unheld))}")
-        self._num_holders.subtract(digests)
-        # Drops the counts that are 0.
-        self._num_holders += Counter()
-        self._reserved = {digest: size for digest, size in self._reserved.items() if digest in self._num_holders}
-        self._num_jobs[memory.layers] -= 1
-        self._num_jobs += Counter()
-        self._held -= memory.held
-
-    @property
-    def _room(self) -> int:
-        """Bytes for operators, those that nobody uses included."""
-        return self._budget - self._pushes(max(self._num_jobs, default=0)) - self._held
-
-    def _taken_beside(self) -> str:
-        pushes = self._pushes(max(self._num_jobs, default=0))
-        return (
-            f", with {format_bytes(pushes)} for pushes and {format_bytes(self._held)} for kept hidden states"
-            if pushes or self._held
-            else ""
-        )
-
-    def _more_beside(self, memory: JobMemory) -> str:
-        pushes = self._pushes(memory.layers)
-        return f", its pushes {format_bytes(pushes)}, its kept states {format_bytes(memory.held)}" if pushes else ""
-
     async def load(self, artifacts: Iterable[OperatorArtifact]) -> None:
         """Returns when all of them are in the workers, and what is kept beside them leaves room for what is reserved.
 
-        The caller has reserved them, and they stay until released.
+        They stay for as long as the room has a job that needs them.
         """
-        if evicted := self._evict(self.num_bytes - self._room, 0):
+        if evicted := self._evict(self.num_bytes - self.room.left, 0):
             await self._unload(evicted)
         for digest, artifact in {artifact.digest: artifact for artifact in artifacts}.items():
             if digest in self._sizes and digest not in self._loading:
@@ -185,9 +116,9 @@ class OperatorCache:
 
         Raises :class:`asyncio.CancelledError` when the operator has lost its last holder meanwhile.
         """
-        while digest in self._num_holders:
-            evicted = self._evict(self.num_bytes + size - self._room, len(self._sizes) + 1 - self._max_kept)
-            fits = self.num_bytes + size <= self._room
+        while digest in self.room:
+            evicted = self._evict(self.num_bytes + size - self.room.left, len(self._sizes) + 1 - self._max_kept)
+            fits = self.num_bytes + size <= self.room.left
             if fits:
                 self._sizes[digest] = size
             if evicted:
@@ -196,7 +127,7 @@ class OperatorCache:
                 return
             # All that is reserved fits, so what is in the way is being loaded for requests that were cancelled.
             abandoned = [
-                task for other, task in self._loading.items() if other in self._sizes.keys() - self._num_holders
+                task for other, task in self._loading.items() if other in self._sizes and other not in self.room
             ]
             await asyncio.wait(abandoned, return_when=asyncio.FIRST_COMPLETED)
         raise asyncio.CancelledError
@@ -207,7 +138,7 @@ class OperatorCache:
         for other, taken in list(self._sizes.items()):
             if missing <= 0 and surplus <= len(evicted):
                 break
-            if other not in self._num_holders and other not in self._loading:
+            if other not in self.room and other not in self._loading:
                 del self._sizes[other]
                 evicted.append(other)
                 missing -= taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,12 +82,12 @@ class RowDecoder:
             if not await self._load_operators(plan):
                 return RowFinished(self._index, FinishReason.TIME_LIMIT, "", "", empty_receipts(plan))
         text = RowText(
-            Detokenizer(self._context.tokenizer, prompt),
+            Detokenizer(self._context.tokenizer, prompt, skip_special_tokens=self._row.sampling.skip_special_tokens),
             self._row.sampling,
             prompt_tokens=len(prompt),
             context_length=self._context.model.context_length,
             eos_ids=frozenset(self._context.model.eos_token_ids),
-            special_stops=special_stops(self._row.sampling.stop_strings, self._context.tokenizer),
+            special_stops=special_stops(self._row.sampling, self._context.tokenizer),
         )
         settings = () if plan is None else operator_settings(plan, len(prompt))
         # The text's first token is chosen from the hidden state of the prompt's last one.
@@ -99,7 +99,7 @@ class RowDecoder:
         try:
             stream = self._context.client.generate(
                 prompt,
-                self._params(),
+                self._params(text.ending_ids),
                 settings,
                 self._key,
                 keep_from=keep_from,
@@ -136,13 +136,14 @@ class RowDecoder:
             return False
         return True
 
-    def _params(self) -> dict[str, Any]:
+    def _params(self, ending_ids: Collection[int]) -> dict[str, Any]:
         sampling = self._row.sampling
         max_tokens = min(sampling.max_tokens, self._context.model.context_length - len(self._job.prompt_ids))
         # A plain row is its own plain model: the log-probabilities of its tokens are its score.
         own_logprobs = sampling.logprobs is None and self._row.score and self._row.plan is None
         logprobs = 0 if own_logprobs else sampling.logprobs
-        return {**vllm_sampling(sampling), "max_tokens": max_tokens, "logprobs": logprobs}
+        lengths = {"max_tokens": max_tokens, "min_tokens": min(sampling.min_tokens, max_tokens)}
+        return {**vllm_sampling(sampling, ending_ids), **lengths, "logprobs": logprobs}
 
     async def _decode(self, stream: Any, text: RowText) -> _DecodedText:
         """Reads vLLM's outputs and posts their tokens, until one of them ends the text."""

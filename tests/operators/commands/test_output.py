@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import sys
@@ -17,7 +18,7 @@ from operators.builder.stored import StoredOperator
 from operators.commands import _build_file, _describe, _output
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, LowRank, Recommended
-from operators.core.progress import make_bars, progress_bars, working
+from operators.core.progress import ProgressLines, make_bars, progress_bars, shown_progress, working
 from operators.core.store import Store
 from operators.recipes.tasks import BuildTask
 
@@ -70,6 +71,50 @@ def test_a_time_left_is_told_of_batches_that_take_minutes():
     assert bars.columns[-1].render(bars.tasks[0]).plain == "0:10:30"
 
 
+def test_a_log_gets_a_line_with_the_time_left_every_ten_seconds(capfd):
+    now = 100.0
+    say = ProgressLines(clock=lambda: now)
+    for step in range(1, 36):
+        now += 3.0
+        say("rows", 10 * step, 4000)
+    lines = capfd.readouterr().err.splitlines()
+    # 34 steps of 3 s are over since the first that was told of; a line comes with the first step after ten seconds.
+    assert lines[:2] == ["rows: 40/4000, 0:19:48 left", "rows: 80/4000, 0:19:36 left"]
+    assert len(lines) == 8
+    now += 12.0
+    say("texts", 7, 9)
+    assert capfd.readouterr().err == "texts: 7/9\n"
+
+
+def test_what_takes_less_than_ten_seconds_says_nothing_in_a_log(capfd):
+    now = 0.0
+    say = ProgressLines(clock=lambda: now)
+    for done in range(1, 10):
+        now += 1.0
+        say("rows", done, 9)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_lines_are_for_logs_and_not_for_json(capfd, lines):
+    with shown_progress(lines=lines, clock=iter([0.0, 11.0]).__next__) as progress:
+        progress("rows", 1, 2)
+    assert capfd.readouterr().err == ("rows: 1/2\n" if lines else "")
+
+
+def test_a_log_of_a_batch_says_which_operator_it_is_at(capfd, monkeypatch):
+    clock = iter([0.0, 11.0, 22.0]).__next__
+    monkeypatch.setattr(_build_file, "ProgressLines", functools.partial(ProgressLines, clock=clock))
+    tasks = [BuildTask(name, BuildSpec((Concept("x", (1,)),)), None, replace=False) for name in ("a", "b")]
+    with _build_file._shown_progress(tasks, lines=True) as progress:
+        progress(tasks[1], "Jacobian products", 3, 9)
+        progress(tasks[1], "Jacobian products", 6, 9)
+    assert capfd.readouterr().err.splitlines() == [
+        "b (2 of 2): Jacobian products: 3/9",
+        "b (2 of 2): Jacobian products: 6/9, 0:00:11 left",
+    ]
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no terminals here")
 def test_waiting_is_shown_on_a_terminal_and_only_there(capfd, monkeypatch):
     with working("loading [a] model"):
@@ -97,7 +142,7 @@ def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(ca
         # Nothing is built of it, and it takes its time all the same.
         dataclasses.replace(there, name="second", calibrate=True),
     ]
-    with _terminal(monkeypatch) as drawn, _build_file._progress_bars(tasks) as progress:
+    with _terminal(monkeypatch) as drawn, _build_file._shown_progress(tasks, lines=True) as progress:
         progress(tasks[1], "Jacobian products", 3, 7)
         print("first  built")
         progress(tasks[2], "texts written", 5, 9)
@@ -139,6 +184,21 @@ def test_an_operator_is_shown_with_its_words_texts_and_calibration(make_operator
     )
     plain = dict(line.split(":", 1) for line in _describe.operator_lines(_described(make_operator(), tmp_path / "b")))
     assert plain.keys() & {"words", "more texts", "calibration"} == set()
+
+
+def test_an_operator_is_shown_with_its_tokens_and_one_of_an_earlier_version_with_their_ids(make_operator, tmp_path):
+    for fields, key, told in (
+        ({"concept_tokens": ("a", " con", "cept\x1b")}, "tokens", r"3: 'a' ' con' 'cept\x1b'"),
+        ({}, "token ids", "3: 0 1 2"),
+    ):
+        described = _described(make_operator(**fields), tmp_path / key)
+        lines = dict(line.split(":", 1) for line in _describe.operator_lines(described))
+        assert lines[key].strip() == told
+
+
+def test_a_header_has_a_text_for_every_token_or_for_none(make_operator):
+    with pytest.raises(ValueError, match="2 concept_tokens for 3 concept_ids"):
+        make_operator(concept_tokens=("a", "b"))
 
 
 REJECTED = POINT.model_copy(update={"strength": 0.5, "rule": "cumulative", "blend": 0.0, "hit_rate": 0.1})

@@ -82,6 +82,7 @@ def test_building_it_again_gives_the_same_map(tiny, name):
         "builder_version",
         "attention",
         "neutral",
+        "concept_tokens",
         "recommended",
     }
     assert new.header.model_dump(exclude=measured) == old.header.model_dump(exclude=measured)

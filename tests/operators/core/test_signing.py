@@ -57,6 +57,7 @@ _ZONES = [UTC, timezone(timedelta(hours=-3, minutes=30))]
 _FIELDS = {
     "concept": _TEXT | st.sampled_from(["x" * (1 << 16), "x" * ((1 << 16) + 1)]),
     "concept_ids": _IDS,
+    "concept_tokens": st.none() | st.lists(_TEXT, max_size=4).map(tuple),
     "more_texts": st.sampled_from([(), (ConceptText(text="b", ids=(1,)),)]),
     "weights": st.lists(_NUMBER, max_size=2).map(tuple),
     "members": st.lists(st.builds(Member, name=st.just("a"), digest=st.just(f"sha256:{'b' * 64}"), weight=st.just(1.0)))

@@ -21,13 +21,14 @@ def tokenizer(tiny_tokenizer):
 
 
 def _row(tokenizer, *stops, **options):
+    sampling = SamplingParams(stop_strings=stops, **options)
     return RowText(
-        Detokenizer(tokenizer, tokenizer("The bay")["input_ids"]),
-        SamplingParams(stop_strings=stops, **options),
+        Detokenizer(tokenizer, tokenizer("The bay")["input_ids"], skip_special_tokens=sampling.skip_special_tokens),
+        sampling,
         prompt_tokens=2,
         context_length=64,
         eos_ids=frozenset({0}),
-        special_stops=special_stops(stops, tokenizer),
+        special_stops=special_stops(sampling, tokenizer),
     )
 
 
@@ -69,7 +70,37 @@ def test_a_special_token_that_is_no_stop_string_changes_nothing(tokenizer):
 @pytest.mark.parametrize("stop", ["<|turn|>\n", "x<|turn|>", "<|turn|><|turn|>", "<end><|turn|>"])
 def test_a_special_token_beside_other_text_is_refused_by_name(tokenizer, stop):
     with pytest.raises(InvalidRequestError, match=r"sampling\.stop_strings\[1\]: has the special token '<.*' beside"):
-        special_stops(["bay", stop], tokenizer)
+        special_stops(SamplingParams(stop_strings=("bay", stop)), tokenizer)
+
+
+@pytest.mark.parametrize("stop", ["<|turn|>", "<|turn|> goes", "bridge<|tu"])
+def test_where_special_tokens_are_part_of_the_text_a_stop_string_may_have_them_beside_other_text(tokenizer, stop):
+    text = " and the bridge<|turn|> goes on<end>"
+    row = _row(tokenizer, stop, skip_special_tokens=False)
+    assert _read(row, tokenizer(text)["input_ids"]) == (text[: text.index(stop)], FinishReason.STOP_STRING, stop)
+
+
+def test_special_tokens_that_are_kept_are_in_the_text_with_the_one_that_ends_it(tokenizer):
+    text = " and the bridge<|turn|> goes on<end>"
+    row = _row(tokenizer, skip_special_tokens=False)
+    assert _read(row, tokenizer(text)["input_ids"]) == (text, FinishReason.EOS, "")
+
+
+def test_every_token_that_ends_a_text_is_one_that_may_not_be_chosen_before_the_least_length(tokenizer):
+    [turn] = tokenizer("<|turn|>")["input_ids"]
+    ends = {"stop_token_ids": (7, 8)}
+    assert _row(tokenizer, "<|turn|>", "bay", **ends).ending_ids == {0, 7, 8, turn}
+    assert _row(tokenizer, "bay", ignore_eos=True, **ends).ending_ids == {7, 8}
+
+
+def test_a_stop_string_ends_nothing_before_the_least_length_and_may_begin_there(tokenizer):
+    pieces = ["a", "b", "a", "b", "a", "b"]
+    ids = [token for piece in pieces for token in tokenizer(piece)["input_ids"]]
+    assert len(ids) == len(pieces)
+    assert _read(_row(tokenizer, "ab"), ids) == ("", FinishReason.STOP_STRING, "ab")
+    for least, shown in ((2, "ab"), (3, "ab"), (4, "abab")):
+        assert _read(_row(tokenizer, "ab", min_tokens=least), ids) == (shown, FinishReason.STOP_STRING, "ab")
+    assert _read(_row(tokenizer, "ab", min_tokens=6), ids) == ("ababab", None, "")
 
 
 async def test_the_engine_refuses_it_before_the_request_waits(tiny):

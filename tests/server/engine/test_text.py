@@ -151,6 +151,24 @@ def test_long_stop_strings_that_repeat_themselves_are_found_where_they_are(data,
     assert (shown + holder.flush(), "") == _naive(text, stops)
 
 
+@given(
+    text=st.text(alphabet="ab", max_size=20),
+    barred=st.integers(0, 20),
+    stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=6), max_size=3),
+)
+def test_one_that_is_passed_over_ends_nothing_and_may_be_the_beginning_of_the_next(text, barred, stops):
+    holder, shown = StopStrings(stops), ""
+    ends = [(end, stop) for end in range(barred + 1, len(text) + 1) for stop in stops if text[:end].endswith(stop)]
+    for place, character in enumerate(text, start=1):
+        piece = holder.push(character, may_end=place > barred)
+        shown += piece.text
+        if piece.stop_string:
+            end, stop = min(ends, key=lambda found: (found[0], -len(found[1])))
+            assert (place, piece.stop_string, shown) == (end, stop, text[: end - len(stop)])
+            return
+    assert (ends, shown + holder.flush()) == ([], text)
+
+
 @pytest.mark.parametrize(
     "stops",
     [

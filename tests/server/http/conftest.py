@@ -30,13 +30,14 @@ class Stream:
 
     async def __aiter__(self):
         rows = range(len(self.job.rows))
+        sampling = self.job.rows[0].sampling
         texts = self.engine.texts * self.engine.repeat
-        for place, text in enumerate(texts[: self.job.sampling.max_tokens]):
+        for place, text in enumerate(texts[: sampling.max_tokens]):
             await self.engine.may_go_on.wait()
             for row in rows:
                 logprob = None
-                if self.job.sampling.logprobs is not None:
-                    top = tuple(TopLogprob(n, f"t{n}", -1.0 - n) for n in range(self.job.sampling.logprobs))
+                if sampling.logprobs is not None:
+                    top = tuple(TopLogprob(n, f"t{n}", -1.0 - n) for n in range(sampling.logprobs))
                     logprob = TokenLogprob(place, text, -0.5, top)
                 yield TokenEvent(row, place, text, logprob)
             if self.engine.error is not None:

@@ -46,7 +46,7 @@ class _Engine:
     """Answers at once, unless a test holds it up."""
 
     def __init__(self, model: ModelInfo, tokenizer) -> None:
-        self.model, self.running, self.waiting, self.collectors = model, 0, 0, ()
+        self.model, self.running, self.waiting, self.undelivered, self.collectors = model, 0, 0, 0, ()
         self.tokenizer, self.work = tokenizer, WorkDone()
         self.tokens, self.cancelled = 2, 0
         self.may_go_on = asyncio.Event()

@@ -91,6 +91,11 @@ def test_what_is_not_set_takes_the_documented_default():
         "ignore_eos": False,
         "logprobs": None,
         "time_limit": None,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": (),
+        "min_tokens": 0,
+        "skip_special_tokens": True,
     }
     # What the contract says of every field, these too, is held by tests/architecture/test_wire.py.
     assert {name: found[name] for name in documented} == documented
@@ -121,6 +126,10 @@ def test_seeds_and_request_ids_that_are_not_given_are_drawn():
         ("logprobs", 20),
         ("ignore_eos", True),
         ("ignore_eos", False),
+        ("presence_penalty", -2.0),
+        ("frequency_penalty", 2.0),
+        ("min_tokens", 128),
+        ("skip_special_tokens", False),
         ("stop_strings", ("a", "\n\n")),
         ("stop_token_ids", (0, 5)),
     ],
@@ -142,6 +151,9 @@ def test_a_time_limit_comes_in_seconds():
         *(("min_p", value) for value in (math.nan, math.inf, -0.1, 1.5)),
         *(("repetition_penalty", value) for value in (math.nan, math.inf, 0.0, -1.0)),
         *(("max_tokens", value) for value in (0, -1, -(2**31))),
+        *(("presence_penalty", value) for value in (math.nan, math.inf, -2.01, 2.01)),
+        *(("frequency_penalty", value) for value in (math.nan, -math.inf, -2.01, 2.01)),
+        *(("min_tokens", value) for value in (-1, 129, 2**31 - 1)),
         *(("logprobs", value) for value in (-1, 21)),
         ("stop_strings", ["fine", ""]),
         ("time_limit", Duration()),
@@ -153,6 +165,40 @@ def test_a_sampling_value_out_of_range_is_refused_by_its_name(name, value):
         _sampling(**{name: value})
     assert caught.value.field == f"sampling.{name}"
     assert str(caught.value).startswith(f"sampling.{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("biases", "field", "words"),
+    [
+        ([(1, math.nan)], "[0].bias", "is nan; accepted: a number from -100 to 100"),
+        ([(1, 0.0), (2, math.inf)], "[1].bias", "is inf"),
+        ([(1, -100.5)], "[0].bias", "is -100.5"),
+        ([(7, 1.0), (8, 1.0), (7, 1.0)], "[2].token_id", r"is 7, as of sampling\.logit_bias\[0\]; accepted: once"),
+        ([(token, 1.0) for token in range(301)], "", "is 301 biases; accepted: at most 300"),
+    ],
+)
+def test_biases_that_are_not_accepted_are_refused_by_their_place(biases, field, words):
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        _sampling(logit_bias=[text_pb2.TokenBias(token_id=token, bias=bias) for token, bias in biases])
+    assert caught.value.field == f"sampling.logit_bias{field}"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"logit_bias": [text_pb2.TokenBias(token_id=1), text_pb2.TokenBias(token_id=1)]}, "logit_bias[1].token_id"),
+        ({"logit_bias": [text_pb2.TokenBias(bias=101)]}, "logit_bias[0].bias"),
+    ],
+)
+def test_what_an_arm_asks_for_is_refused_by_its_own_place(sampling, field):
+    arms = [
+        comparison_pb2.Arm(name=name, sampling=text_pb2.SamplingParams(**own))
+        for name, own in (("a", {}), ("b", sampling))
+    ]
+    with pytest.raises(InvalidRequestError) as caught:
+        codec.compare_request(comparison_pb2.CompareRequest(prompt=text_pb2.Prompt(text="x"), arms=arms))
+    assert caught.value.field == f"arms[1].sampling.{field}"
 
 
 @pytest.mark.parametrize(

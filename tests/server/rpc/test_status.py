@@ -68,6 +68,7 @@ class _BrokenEngine:
     error: BaseException | None = None
     running: int = 0
     waiting: int = 0
+    undelivered: int = 0
     collectors: tuple[Collector, ...] = ()
     work: WorkDone = field(default_factory=WorkDone)
     closed: list[bool] = field(default_factory=list)

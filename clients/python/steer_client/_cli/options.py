@@ -87,6 +87,41 @@ TopPOption = Annotated[float | None, typer.Option("--top-p", metavar="P", rich_h
 TopKOption = Annotated[int | None, typer.Option("--top-k", metavar="K", rich_help_panel=_SAMPLING)]
 MinPOption = Annotated[float | None, typer.Option("--min-p", metavar="P", rich_help_panel=_SAMPLING)]
 PenaltyOption = Annotated[float | None, typer.Option("--repetition-penalty", metavar="R", rich_help_panel=_SAMPLING)]
+PresenceOption = Annotated[
+    float | None,
+    typer.Option(
+        "--presence-penalty",
+        metavar="P",
+        help="-2 to 2: taken from the logits of tokens generated before.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+FrequencyOption = Annotated[
+    float | None,
+    typer.Option(
+        "--frequency-penalty",
+        metavar="P",
+        help="-2 to 2: taken from a token's logit once for each time that it was generated.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+BiasOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--logit-bias",
+        metavar="ID=BIAS",
+        help="Adds BIAS, -100 to 100, to the logit of a token. May be repeated; steer tokenize shows ids.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+MinTokensOption = Annotated[
+    int | None,
+    typer.Option("--min-tokens", metavar="N", help="Nothing ends the text before so many.", rich_help_panel=_SAMPLING),
+]
+KeepSpecialOption = Annotated[
+    bool,
+    typer.Option("--keep-special-tokens", help="Show special tokens in the text.", rich_help_panel=_SAMPLING),
+]
 SeedOption = Annotated[
     int | None,
     typer.Option("--seed", metavar="S", help="Repeats a drawn text.", rich_help_panel=_SAMPLING),
@@ -198,14 +233,19 @@ class SamplingOptions:
     """How tokens are drawn; an option that is not given is left to the server."""
 
     max_tokens: MaxTokensOption = None
+    min_tokens: MinTokensOption = None
     temperature: TemperatureOption = None
     top_p: TopPOption = None
     top_k: TopKOption = None
     min_p: MinPOption = None
     repetition_penalty: PenaltyOption = None
+    presence_penalty: PresenceOption = None
+    frequency_penalty: FrequencyOption = None
+    logit_bias: BiasOption = None
     seed: SeedOption = None
     stop: StopOption = None
     ignore_eos: IgnoreEosOption = False
+    keep_special_tokens: KeepSpecialOption = False
     logprobs: LogprobsOption = None
     time_limit: TimeLimitOption = None
 
@@ -217,6 +257,11 @@ class SamplingOptions:
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(map(_token_bias, self.logit_bias or ())),
+            min_tokens=self.min_tokens,
+            skip_special_tokens=False if self.keep_special_tokens else None,
             seed=self.seed,
             max_tokens=self.max_tokens,
             stop_strings=tuple(self.stop or ()),
@@ -224,6 +269,15 @@ class SamplingOptions:
             logprobs=self.logprobs,
             time_limit=self.time_limit,
         )
+
+
+def _token_bias(text: str) -> steer_client.TokenBias:
+    token_id, _, bias = text.partition("=")
+    try:
+        return steer_client.TokenBias(int(token_id), float(bias))
+    except ValueError:
+        problem = f"cannot read {text!r}: write ID=BIAS, for example 42=-5"
+        raise typer.BadParameter(problem, param_hint="'--logit-bias'") from None
 
 
 @dataclass(frozen=True, slots=True)

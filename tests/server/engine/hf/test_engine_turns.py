@@ -10,7 +10,13 @@ from steer_server.caller import Caller
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.engine.hf.failure import is_lost
 from steer_server.engine.hf.memory import DecodeMemory
-from steer_server.errors import EngineFailedError, InvalidRequestError, ShuttingDownError
+from steer_server.errors import (
+    EngineFailedError,
+    InvalidRequestError,
+    QueueFullError,
+    ShuttingDownError,
+    SlowReaderError,
+)
 from steer_server.types import DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
 
 ALL = 400
@@ -183,3 +189,79 @@ async def test_an_interrupted_job_ends_before_the_others_go_on(engine, passes):
     assert end.reason is FinishReason.TIME_LIMIT
     for stream in others:
         stream.cancel()
+
+
+@pytest.fixture
+def unread(engine):
+    """A job of client "unread" that has been paused, for its reader has taken nothing."""
+
+    async def make(patience=60.0, **sampling):
+        stream = engine.submit(_job(client="unread", tokens=ALL, logprobs=20, **sampling))
+        stream._outbox._max_bytes, stream._outbox._patience = 100_000, patience
+        async with asyncio.timeout(10):
+            while not stream.is_paused:
+                await asyncio.sleep(0.001)
+        return stream
+
+    return make
+
+
+async def test_nothing_is_decoded_for_a_reader_that_is_far_behind_until_it_has_caught_up(engine, unread):
+    stream = await unread()
+    await asyncio.sleep(0.1)
+    decoded = engine.work.plain_tokens
+    assert 20 < decoded < engine.model.context_length / 2
+    # Others are served meanwhile.
+    assert len(await _events(engine.submit(_job(client="b")))) == 6
+    await asyncio.sleep(0.2)
+    assert engine.work.plain_tokens == decoded + 4
+    assert (engine.running, engine.undelivered) == (1, 0)
+    events = await asyncio.wait_for(_events(stream), 10)
+    assert sum(isinstance(event, TokenEvent) for event in events) == engine.model.context_length - 2
+    assert (engine.running, engine.undelivered) == (0, 0)
+
+
+async def test_who_does_not_read_is_given_up_and_the_job_ends(engine, unread):
+    stream = await unread(patience=0.2)
+    async with asyncio.timeout(10):
+        while engine.running:
+            await asyncio.sleep(0.01)
+    assert engine.work.plain_tokens < engine.model.context_length / 2
+    assert engine.undelivered == 1
+    with pytest.raises(SlowReaderError):
+        await _events(stream)
+    assert engine.undelivered == 0
+
+
+async def test_a_paused_job_ends_at_its_time_limit(engine, unread):
+    stream = await unread(time_limit=1.0)
+    async with asyncio.timeout(10):
+        while engine.running:
+            await asyncio.sleep(0.01)
+    assert engine.work.plain_tokens < engine.model.context_length / 2
+    *_, end = await _events(stream)
+    assert end.reason is FinishReason.TIME_LIMIT
+
+
+async def test_paused_jobs_do_not_hold_up_the_close(engine, unread):
+    stream = await unread()
+    began = time.monotonic()
+    await engine.close()
+    assert time.monotonic() - began < 1
+    *_, end = await _events(stream)
+    assert end.reason is FinishReason.CANCELLED
+
+
+async def test_texts_that_nobody_reads_count_until_they_are_read(engine):
+    streams = [engine.submit(_job()) for _ in range(8)]
+    async with asyncio.timeout(10):
+        while engine.undelivered < 8:
+            await asyncio.sleep(0.01)
+    assert (engine.running, engine.waiting) == (0, 0)
+    with pytest.raises(QueueFullError, match="8 requests wait or are unread, 8 of them yours"):
+        engine.submit(_job())
+    assert len(await _events(streams[0])) == 6
+    assert len(await _events(engine.submit(_job()))) == 6
+    for stream in streams[1:]:
+        stream.cancel()
+    assert engine.undelivered == 0

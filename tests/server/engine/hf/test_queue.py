@@ -5,7 +5,7 @@ import time
 import pytest
 
 from steer_server.caller import Caller
-from steer_server.engine.hf import queue as queue_module
+from steer_server.engine import fair_queue
 from steer_server.engine.hf.memory import DecodeMemory
 from steer_server.engine.hf.queue import JobQueue
 from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError
@@ -23,7 +23,7 @@ def _job(client="a", *, host="h", **sampling):
 
 def _take(queue):
     """The next job, once the one before has ended."""
-    for running in list(queue._running):
+    for running in queue._jobs.running:
         queue.end(running, 1.0)
     return queue.take(wait=False)
 
@@ -61,8 +61,9 @@ async def test_the_running_job_does_not_count_as_waiting():
 
 async def test_the_retry_hint_follows_how_long_jobs_take():
     queue = make_queue(1)
-    queue.put(_job())
+    first = queue.put(_job())
     queue.end(queue.take(wait=False), 30.0)
+    first.cancel()
     queue.put(_job())
     with pytest.raises(QueueFullError) as caught:
         queue.put(_job())
@@ -225,7 +226,7 @@ async def test_a_job_waits_until_there_is_memory_and_smaller_ones_pass_it_for_a_
     )
     assert [queue.take(wait=False) for _ in range(3)] == [first, small, None]
     small_again = queue.put(_job("d", max_tokens=8))
-    monkeypatch.setattr(queue_module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(fair_queue, "PATIENCE", 0.0)
     assert queue.take(wait=False) is None
     queue.end(first, 1.0)
     assert [queue.take(wait=False) for _ in range(2)] == [large, None]

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from steer_server.engine.hf.sampling import Sampler
-from steer_server.types import SamplingParams
+from steer_server.types import SamplingParams, TokenBias
 
 _CPU = torch.device("cpu")
 _VOCABULARY = 12
@@ -103,6 +103,45 @@ def test_min_p_is_applied_before_top_k(drawn_from):
     assert drawn_from[-1].tolist() == pytest.approx([10 / 19, 4 / 19, 3 / 19, 2 / 19, 0.0])
 
 
+@pytest.mark.vllm
+@pytest.mark.parametrize("penalties", [(1.0, 0.0, 0.0), (1.3, 0.7, -1.1), (1.0, 2.0, 0.3), (0.7, -2.0, 2.0)], ids=str)
+def test_biases_penalties_and_the_least_length_come_in_the_order_of_vllm(drawn_from, penalties):
+    """With its own functions, in the order of its sampler."""
+    from vllm.v1.sample.logits_processor.builtin import LogitBiasLogitsProcessor, MinTokensLogitsProcessor
+    from vllm.v1.sample.ops.penalties import apply_all_penalties
+
+    def at(tokens):
+        return (torch.zeros(len(tokens), dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32))
+
+    repetition, frequency, presence = penalties
+    prompt, generated, biases = [1, 2, 2, 3], [3, 4, 4, 4, 5], {2: 3.0, 4: -2.5, 7: 8.0}
+    least, bias = (kind.__new__(kind) for kind in (MinTokensLogitsProcessor, LogitBiasLogitsProcessor))
+    least.min_toks, least.logits_slice, least.neg_inf_tensor = {0: None}, at([7, 9]), torch.tensor(-torch.inf)
+    least.restore_logits_slice = at([])
+    bias.biases, bias.logits_slice, bias.bias_tensor = biases, at([*biases]), torch.tensor([*biases.values()])
+    params = SamplingParams(
+        temperature=1.0,
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        logit_bias=tuple(TokenBias(*each) for each in biases.items()),
+        min_tokens=6,
+    )
+    for seed in range(20):
+        wanted = bias.apply(least.apply(_logits(seed)[None]))
+        values = (torch.tensor([value]) for value in (presence, frequency, repetition))
+        wanted = apply_all_penalties(wanted, torch.tensor([prompt]), *values, [generated])
+        sampler = Sampler(params, _CPU, prompt_tokens=len(prompt), ending_ids={7, 9})
+        sampler.choose(torch.tensor(prompt + generated), _logits(seed))
+        torch.testing.assert_close(drawn_from[-1], wanted[0].softmax(-1))
+
+
+def test_after_the_least_length_what_ends_a_text_may_be_chosen():
+    sampler = Sampler(SamplingParams(min_tokens=2), _CPU, prompt_tokens=1, ending_ids=[1])
+    logits = torch.tensor([0.0, 5.0, 1.0])
+    assert [sampler.choose(torch.tensor([0] * size), logits) for size in (1, 2, 3)] == [2, 2, 1]
+
+
 def _vllm_probabilities(params, logits):
     """What vLLM 0.32 draws from: its own processors, in the order of its sampler."""
     from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
@@ -177,5 +216,7 @@ def test_a_repetition_penalty_below_one_repeats():
 def test_choosing_leaves_the_logits_alone():
     logits = _logits(4)
     before = logits.clone()
-    _choose(logits, (1, 2), temperature=0.5, top_k=3, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
+    params = {"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 2.0}
+    params |= {"frequency_penalty": 1.0, "presence_penalty": 1.0, "logit_bias": (TokenBias(1, 5.0),), "min_tokens": 4}
+    Sampler(SamplingParams(**params), _CPU, ending_ids=[3]).choose(torch.tensor([1, 2]), logits)
     assert torch.equal(logits, before)

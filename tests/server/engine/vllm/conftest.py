@@ -110,6 +110,10 @@ class Engine:
     def end_job(self, job, seconds):
         self.over.append(job)
 
+    def leave(self, job):
+        """Whether it has not begun."""
+        return not job._tasks
+
 
 @pytest.fixture
 async def engine(with_name):
@@ -125,7 +129,7 @@ def steered(artifact, engine, llama):
 
 @pytest.fixture
 def start(engine, llama):
-    def run(*rows, operators=(), text=(), **sampling):
+    def run(*rows, operators=(), text=(), begin=True, **sampling):
         job = DecodeJob.of(PROMPT, SamplingParams(**sampling), rows, forced_ids=text)
         context = DecodeContext(
             client=engine,
@@ -138,7 +142,10 @@ def start(engine, llama):
             embed=EmbeddingRows(llama.model),
             translate_error=engine.translate_error,
         )
-        return VLLMJob(context, job, operators, engine.end_job)
+        made = VLLMJob(context, job, operators, on_end=engine.end_job, on_leave=engine.leave)
+        if begin:
+            made.begin()
+        return made
 
     return run
 

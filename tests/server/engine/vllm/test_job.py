@@ -8,7 +8,8 @@ import pytest
 from operators.core.apply import prepared_bytes
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.operator_cache import OperatorCache
-from steer_server.errors import EngineFailedError, QueueFullError, ShuttingDownError, SteeringNotAppliedError
+from steer_server.engine.vllm.operator_room import OperatorRoom
+from steer_server.errors import EngineFailedError, ShuttingDownError, SlowReaderError, SteeringNotAppliedError
 from steer_server.types import (
     FinishReason,
     Row,
@@ -58,18 +59,18 @@ async def test_a_job_of_many_rows_that_ends_leaves_the_operators_to_another_one(
         for digest in digests:
             there.remove(digest)
 
-    operator_cache = OperatorCache(load, unload, budget=prepared_bytes(artifact))
+    operator_cache = OperatorCache(load, unload, OperatorRoom(prepared_bytes(artifact)))
 
     def end_job(job, seconds):
         engine.over.append(job)
-        operator_cache.release(job.operators)
+        operator_cache.room.remove(job.operators)
 
     monkeypatch.setattr(engine, "operator_cache", operator_cache)
     monkeypatch.setattr(engine, "end_job", end_job)
     engine.gates[2] = asyncio.Event()
     jobs = []
     for rows in (3, 1):
-        operator_cache.reserve([artifact], retry_after=1.0)
+        operator_cache.room.add([artifact])
         jobs.append(start(*[steered] * rows, operators=[artifact]))
     async with asyncio.timeout(5):
         while sum(job.running for job in jobs) < 4:
@@ -77,12 +78,11 @@ async def test_a_job_of_many_rows_that_ends_leaves_the_operators_to_another_one(
     jobs[0].cancel()
     await over(engine, jobs[0])
     other = replace(artifact, digest="another")
-    with pytest.raises(QueueFullError):
-        operator_cache.reserve([other], retry_after=1.0)
+    assert not operator_cache.room.fits([other])
     jobs[1].cancel()
     await over(engine, jobs[1])
     assert engine.over == jobs
-    operator_cache.reserve([other], retry_after=1.0)
+    assert operator_cache.room.fits([other])
 
 
 # Time limits.
@@ -134,7 +134,35 @@ async def test_a_text_that_the_time_limit_cut_is_not_scored_beyond_it(engine, st
     await settled(engine)
 
 
+async def test_a_job_whose_time_runs_out_before_it_begins_ends_without_vllm(engine, start, steered):
+    tokens, ends = await ends_of(start(steered, Row(), begin=False, time_limit=0.05))
+    assert [(end.row, end.reason, end.text) for end in ends] == [
+        (0, FinishReason.TIME_LIMIT, ""),
+        (1, FinishReason.TIME_LIMIT, ""),
+    ]
+    assert (ends[0].receipts[0].prompt_tokens_steered, ends[1].receipts) == (0, ())
+    assert (tokens, engine.streams) == ([], [])
+
+
 # Failures, and who learns of them.
+
+
+async def test_a_job_that_is_stopped_before_it_begins_says_so(engine, start):
+    job = start(Row(), begin=False)
+    job.stop()
+    with pytest.raises(ShuttingDownError):
+        await events_of(job)
+    assert (engine.streams, job.waiting) == ([], 0)
+
+
+async def test_a_reader_that_does_not_read_is_given_up_and_its_rows_are_aborted(engine, start):
+    engine.gates[3] = asyncio.Event()
+    job = start(Row(), Row())
+    job._outbox._max_bytes, job._outbox._patience = 1500, 0.05
+    await over(engine, job)
+    assert engine.over == [job]
+    with pytest.raises(SlowReaderError):
+        await events_of(job)
 
 
 @pytest.mark.parametrize(

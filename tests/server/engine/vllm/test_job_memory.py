@@ -8,8 +8,9 @@ from operators.core.apply import prepared_bytes
 from steer_server.engine.vllm.job_memory import JobMemory, StepSizes, job_memory
 from steer_server.engine.vllm.memory import CHUNK_BYTES, SCORE_BYTES
 from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
+from steer_server.engine.vllm.operator_room import OperatorRoom
 from steer_server.engine.vllm.worker_protocol import positions_per_call
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, QueueFullError
+from steer_server.errors import InvalidRequestError, OperatorUnusableError
 from steer_server.types import DecodeJob, Report, Row, SamplingParams
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -112,31 +113,30 @@ def cache(unloaded, made):
         unloaded.extend(digests)
 
     size = prepared_bytes(made)
-    return OperatorCache(load, unload, budget=2 * size, pushes=lambda layers: layers * size)
+    return OperatorCache(load, unload, OperatorRoom(2 * size, lambda layers: layers * size))
 
 
 async def test_jobs_that_run_share_the_pushes_of_a_step_and_each_holds_its_own_states(cache, made):
     size = prepared_bytes(made)
-    cache.reserve([made], JobMemory(layers=1), retry_after=1.0)
-    cache.reserve([made], JobMemory(layers=1), retry_after=1.0)
-    with pytest.raises(QueueFullError, match=r"for kept hidden states.*its kept states 1 bytes"):
-        cache.reserve([made], JobMemory(layers=1, held=1), retry_after=1.0)
-    with pytest.raises(QueueFullError, match="its pushes"):
-        cache.reserve([made], JobMemory(layers=2), retry_after=1.0)
+    room = cache.room
     for _ in range(2):
-        cache.release([made], JobMemory(layers=1))
+        assert room.fits([made], JobMemory(layers=1))
+        room.add([made], JobMemory(layers=1))
+    assert not room.fits([made], JobMemory(layers=1, held=1))
+    assert not room.fits([made], JobMemory(layers=2))
+    for _ in range(2):
+        room.remove([made], JobMemory(layers=1))
     # All of it came back.
-    cache.reserve([], JobMemory(layers=2), retry_after=1.0)
-    cache.release([], JobMemory(layers=2))
-    cache.reserve([], JobMemory(held=2 * size), retry_after=1.0)
+    assert room.fits([], JobMemory(layers=2))
+    assert room.fits([], JobMemory(held=2 * size))
 
 
 async def test_operators_that_nobody_uses_make_room_for_pushes_and_states(cache, made, other_layer, unloaded):
-    cache.reserve([made, other_layer], retry_after=1.0)
+    cache.room.add([made, other_layer])
     await cache.load([made, other_layer])
-    cache.release([made, other_layer])
+    cache.room.remove([made, other_layer])
     assert cache.num_bytes == 2 * prepared_bytes(made)
-    cache.reserve([made], JobMemory(layers=1), retry_after=1.0)
+    cache.room.add([made], JobMemory(layers=1))
     await cache.load([made])
     assert unloaded == [other_layer.digest]
     assert cache.num_bytes == prepared_bytes(made)

@@ -8,7 +8,8 @@ import torch
 
 from operators.core.apply import prepare, prepared_bytes
 from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
-from steer_server.errors import InvalidRequestError, OperatorUnusableError, QueueFullError
+from steer_server.engine.vllm.operator_room import OperatorRoom
+from steer_server.errors import InvalidRequestError, OperatorUnusableError
 from steer_server.types import DecodeJob, Row, SamplingParams
 
 SIZE = 4 * (4 * 4 + 4 + 4)
@@ -55,7 +56,7 @@ def workers():
 @pytest.fixture
 def cache_of(workers):
     """A cache with room for so many operators."""
-    return lambda room: OperatorCache(workers.load, workers.unload, budget=room * SIZE)
+    return lambda room: OperatorCache(workers.load, workers.unload, OperatorRoom(room * SIZE))
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +66,19 @@ def made(make_operator):
 
 async def hold(cache, artifacts):
     """As a request does it."""
-    cache.reserve(artifacts, retry_after=2.5)
+    assert cache.room.fits(artifacts)
+    cache.room.add(artifacts)
     try:
         await cache.load(artifacts)
     except BaseException:
-        cache.release(artifacts)
+        cache.room.remove(artifacts)
         raise
 
 
 async def use(cache, *artifacts):
     """A request that is over at once."""
     await hold(cache, artifacts)
-    cache.release(artifacts)
+    cache.room.remove(artifacts)
 
 
 async def _until(condition):
@@ -162,7 +164,7 @@ async def test_a_holder_that_gives_up_leaves_the_load_to_the_others_and_holds_no
     gate.set()
     await other
     assert workers.loads(made[0]) == 1
-    cache.release([made[0]])
+    cache.room.remove([made[0]])
     await hold(cache, [made[1]])
     assert workers.loaded.keys() == {made[1].digest}
 
@@ -194,11 +196,11 @@ async def test_an_operator_is_held_until_its_last_holder_releases_it(cache_of, w
     cache = cache_of(2)
     for _ in range(2):
         await hold(cache, [made[0]])
-    cache.release([made[0]])
+    cache.room.remove([made[0]])
     for other in made[1:]:
         await use(cache, other)
     assert made[0].digest in workers.loaded
-    cache.release([made[0]])
+    cache.room.remove([made[0]])
     await use(cache, *made[1:3])
     assert made[0].digest not in workers.loaded
 
@@ -207,7 +209,7 @@ async def test_what_is_not_held_is_not_released_nor_what_is_asked_for_with_it(ca
     cache = cache_of(2)
     await hold(cache, [made[0]])
     with pytest.raises(ValueError, match=made[1].digest):
-        cache.release(made[:2])
+        cache.room.remove(made[:2])
     await use(cache, made[1])
     await use(cache, made[2])
     assert workers.loaded.keys() == {made[0].digest, made[2].digest}
@@ -224,37 +226,32 @@ async def test_room_is_made_before_an_operator_is_loaded(cache_of, workers, made
 async def test_what_others_hold_leaves_no_room_until_they_release_it(cache_of, workers, made):
     cache = cache_of(3)
     await hold(cache, made[:2])
-    with pytest.raises(
-        QueueFullError, match=r"running requests take 192 bytes of 288 bytes, and .* 192 bytes"
-    ) as caught:
-        cache.reserve(made[2:], retry_after=2.5)
-    assert caught.value.retry_after == 2.5
+    assert not cache.room.fits(made[2:])
     # What they hold is there for everybody.
     await use(cache, *made[:3])
-    cache.release(made[:1])
+    cache.room.remove(made[:1])
     await hold(cache, made[2:])
     assert workers.loaded.keys() == {artifact.digest for artifact in made[1:]}
 
 
-async def test_a_request_that_is_refused_leaves_everything_as_it_was(cache_of, workers, made):
+async def test_a_request_that_does_not_fit_leaves_everything_as_it_was(cache_of, workers, made):
     cache = cache_of(2)
     await hold(cache, made[:1])
     for _ in range(3):
-        with pytest.raises(QueueFullError):
-            cache.reserve(made[1:3], retry_after=1.0)
+        assert not cache.room.fits(made[1:3])
     await use(cache, made[3])
-    cache.release(made[:1])
+    cache.room.remove(made[:1])
     await use(cache, *made[1:3])
     assert workers.loaded.keys() == {made[1].digest, made[2].digest}
 
 
-async def test_room_that_is_reserved_is_taken_before_anything_is_loaded(cache_of, made):
+async def test_room_is_taken_before_anything_is_loaded(cache_of, made):
     cache = cache_of(2)
-    cache.reserve(made[:2], retry_after=1.0)
-    with pytest.raises(QueueFullError):
-        cache.reserve(made[2:3], retry_after=1.0)
-    cache.release(made[:2])
-    cache.reserve(made[2:], retry_after=1.0)
+    cache.room.add(made[:2])
+    assert not cache.room.fits(made[2:3])
+    assert cache.room.empty().fits(made[2:])
+    cache.room.remove(made[:2])
+    assert cache.room.fits(made[2:])
 
 
 async def test_what_is_on_its_way_for_nobody_is_waited_for_and_then_makes_room(cache_of, workers, made):
@@ -376,7 +373,7 @@ def test_of_many_operators_the_largest_are_named(make_operator, plan_of):
 
 
 async def test_however_small_they_are_only_so_many_are_kept_and_those_in_use_stay(workers, made):
-    cache = OperatorCache(workers.load, workers.unload, budget=1 << 30, max_kept=2)
+    cache = OperatorCache(workers.load, workers.unload, OperatorRoom(1 << 30), max_kept=2)
     await use(cache, made[0])
     await hold(cache, made[1:2])
     await use(cache, made[2])
@@ -384,7 +381,7 @@ async def test_however_small_they_are_only_so_many_are_kept_and_those_in_use_sta
     await hold(cache, made[2:])
     # Three are held, which is one more than are kept.
     assert set(workers.loaded) == {each.digest for each in made[1:]}
-    cache.release(made[1:])
+    cache.room.remove(made[1:])
     await use(cache, made[0])
     assert workers.most == 3
     assert len(workers.loaded) == 2

@@ -4,7 +4,7 @@ import pytest
 
 from steer_server.engine.vllm.sampling import check_sampling, vllm_sampling
 from steer_server.errors import InvalidRequestError
-from steer_server.types import SamplingParams
+from steer_server.types import SamplingParams, TokenBias
 
 
 def _check(vocab_size=100, max_logprobs=20, **sampling):
@@ -19,9 +19,27 @@ def _refused(**given):
 
 def test_everything_that_chooses_tokens_is_handed_on():
     chosen = {"temperature": 0.7, "top_p": 0.9, "top_k": 12, "min_p": 0.1, "repetition_penalty": 1.3, "seed": 5}
+    chosen |= {"presence_penalty": -2.0, "frequency_penalty": 0.5}
     found = vllm_sampling(SamplingParams(**chosen, stop_token_ids=(3, 4)))
     assert {name: found[name] for name in chosen} == chosen
-    assert (found["stop_token_ids"], found["ignore_eos"]) == ([3, 4], True)
+    assert (found["stop_token_ids"], found["ignore_eos"], found["logit_bias"]) == ([3, 4], True, None)
+    biases = TokenBias(3, -100.0), TokenBias(7, 0.5)
+    assert vllm_sampling(SamplingParams(logit_bias=biases))["logit_bias"] == {3: -100.0, 7: 0.5}
+
+
+def test_what_is_barred_before_the_least_length_is_told_as_what_vllm_stops_at():
+    assert vllm_sampling(SamplingParams(min_tokens=2, stop_token_ids=(9,)), {9, 2, 5})["stop_token_ids"] == [2, 5, 9]
+    assert vllm_sampling(SamplingParams(stop_token_ids=(9,)), {9, 2, 5})["stop_token_ids"] == [9]
+
+
+def test_more_than_vllm_can_bar_is_refused():
+    ends = {"stop_token_ids": tuple(range(64)), "stop_strings": tuple(f"stop {n}" for n in range(63))}
+    _check(min_tokens=1, **ends)
+    most = {**ends, "stop_strings": (*ends["stop_strings"], "one more")}
+    _check(**most)
+    error = _refused(min_tokens=1, **most)
+    assert error.field == "sampling.min_tokens"
+    assert "is 1, beside 129 stop strings, stop tokens and ends of sequence; this engine (vllm)" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +85,7 @@ def test_no_logprobs_are_asked_of_an_engine_that_gives_none():
 
 def test_a_stop_token_that_is_no_token_is_refused_by_its_place():
     assert _refused(stop_token_ids=(3, 100)).field == "sampling.stop_token_ids[1]"
+    assert _refused(logit_bias=(TokenBias(3, 1.0), TokenBias(100, 1.0))).field == "sampling.logit_bias[1].token_id"
 
 
 @pytest.mark.parametrize(
@@ -80,6 +99,8 @@ def test_a_stop_token_that_is_no_token_is_refused_by_its_place():
         {"max_tokens": 2**31 - 1},
         {"seed": 2**63},
         {"seed": 2**64 - 1},
+        {"presence_penalty": -2.0, "frequency_penalty": 2.0},
+        {"logit_bias": tuple(TokenBias(token, (-1) ** token * 100.0) for token in range(100))},
         {"temperature": 0.01},
         {"temperature": 2.0, "logprobs": 20},
     ],

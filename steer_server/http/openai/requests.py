@@ -1,0 +1,200 @@
+"""From parameters to a request of the contract: a comparison of one arm, of as many texts as are asked for."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steering.v1 import comparison_pb2, text_pb2
+
+from steer_server.errors import InvalidRequestError
+from steer_server.http.openai.parameters import ChatMessage, ChatParameters, CompletionParameters, TextParameters
+from steer_server.http.openai.steering import operators_of
+from steer_server.rpc.parts import ServerParts
+
+_ARM = "steered"
+_COMPLETION_TOKENS = 16
+"""OpenAI's default of completions. A chat has none: it may go on until the context is full."""
+_SEED_BITS = 53
+"""Of a seed that is drawn: a number that every reader of JSON keeps."""
+_INT32, _UINT64 = 2**31, 2**64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, and what its answer needs."""
+
+    message: comparison_pb2.CompareRequest
+    names: tuple[tuple[str, str], ...]
+    """Paths in the message, and what the parameters at them are called. The first that fits is taken."""
+    request_id: str
+    model: str
+    """As the request names it."""
+    created: int
+    """Seconds since 1970."""
+    is_chat: bool
+    streams: bool
+    has_usage: bool
+    """Whether a stream ends with the number of tokens."""
+    has_logprobs: bool
+    has_token_ids: bool
+
+    def renamed(self, error: InvalidRequestError) -> InvalidRequestError:
+        """The error under the name that the caller knows its field by."""
+        for path, name in self.names:
+            if error.field == path or error.field.startswith((f"{path}.", f"{path}[")):
+                field = (name + error.field[len(path) :]).removeprefix(".")
+                error.args = (str(error).replace(error.field, field, 1),)
+                error.field = field
+                break
+        return error
+
+
+def asked_completion(parts: ServerParts, given: CompletionParameters) -> Asked:
+    """Raises :class:`InvalidRequestError` and :class:`RefusedError`."""
+    sampling = _sampling(given, _COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens, "max_tokens")
+    if given.logprobs is not None:
+        sampling.logprobs = _number(given.logprobs, "logprobs")
+    return _asked(parts, given, sampling, _prompt(given.prompt), names=_NAMES)
+
+
+def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
+    """Raises :class:`InvalidRequestError` and :class:`RefusedError`."""
+    if given.max_tokens is not None and given.max_completion_tokens is not None:
+        raise InvalidRequestError("max_tokens", "is given beside max_completion_tokens; one is accepted")
+    name = "max_tokens" if given.max_tokens is not None else "max_completion_tokens"
+    most = given.max_tokens if given.max_tokens is not None else given.max_completion_tokens
+    sampling = _sampling(given, _most_tokens(parts, given.n or 1) if most is None else most, name)
+    if given.logprobs:
+        sampling.logprobs = _number(given.top_logprobs or 0, "top_logprobs")
+    elif given.top_logprobs is not None:
+        raise InvalidRequestError("top_logprobs", "is given without logprobs; set logprobs to true")
+    chat = text_pb2.Chat(messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)])
+    names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat", "messages"))
+    return _asked(parts, given, sampling, text_pb2.Prompt(chat=chat), names=(*names, ("prompt", "messages"), *_NAMES))
+
+
+_NAMES = (
+    ("sampling.stop_strings", "stop"),
+    ("sampling", ""),
+    ("prompt.text", "prompt"),
+    ("prompt.token_ids", "prompt"),
+)
+
+
+def _asked(
+    parts: ServerParts,
+    given: TextParameters,
+    sampling: text_pb2.SamplingParams,
+    prompt: text_pb2.Prompt,
+    *,
+    names: tuple[tuple[str, str], ...],
+) -> Asked:
+    operators, field = operators_of(given.steering, given.model, parts.model.model)
+    if given.stream_options is not None and not given.stream:
+        raise InvalidRequestError("stream_options", "is given for what is no stream; set stream to true")
+    request_id = secrets.token_hex(8)
+    message = comparison_pb2.CompareRequest(
+        request_id=request_id,
+        prompt=prompt,
+        sampling=sampling,
+        arms=[comparison_pb2.Arm(name=_ARM, operators=operators)] if operators else (),
+        n=None if given.n is None else _number(given.n, "n"),
+        normal=not operators,
+        score=False,
+    )
+    return Asked(
+        message,
+        (("arms[0].operators", field), ("arms", field), *names),
+        request_id,
+        given.model,
+        int(time.time()),
+        is_chat=isinstance(given, ChatParameters),
+        streams=bool(given.stream),
+        has_usage=given.stream_options is not None and bool(given.stream_options.include_usage),
+        has_logprobs=sampling.HasField("logprobs"),
+        has_token_ids=bool(given.return_token_ids),
+    )
+
+
+def _sampling(given: TextParameters, max_tokens: int, name: str) -> text_pb2.SamplingParams:
+    """OpenAI's defaults where they are others than the contract's."""
+    seed = secrets.randbits(_SEED_BITS) if given.seed is None else given.seed
+    if not 0 <= seed < _UINT64:
+        raise InvalidRequestError("seed", f"is {seed}; 0 to {_UINT64 - 1} is accepted")
+    top_k = given.top_k
+    return text_pb2.SamplingParams(
+        temperature=1.0 if given.temperature is None else given.temperature,
+        top_p=given.top_p,
+        # vLLM's other way to say that it is off.
+        top_k=0 if top_k == -1 else None if top_k is None else _number(top_k, "top_k"),
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty,
+        seed=seed,
+        max_tokens=_number(max_tokens, name),
+        stop_strings=_stops(given.stop),
+        stop_token_ids=_numbers(given.stop_token_ids or (), "stop_token_ids"),
+        ignore_eos=given.ignore_eos,
+    )
+
+
+def _most_tokens(parts: ServerParts, texts: int) -> int:
+    """What a text may have where nothing is said: all that context and caps leave."""
+    config = parts.config
+    most = [parts.model.context_length]
+    if config.max_tokens is not None:
+        most.append(config.max_tokens)
+    if config.max_total_tokens is not None:
+        most.append(max(1, config.max_total_tokens // max(1, texts)))
+    return min(most)
+
+
+def _prompt(value: Any) -> text_pb2.Prompt:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        [value] = value
+    if isinstance(value, str):
+        return text_pb2.Prompt(text=value)
+    if isinstance(value, list) and all(type(each) is int for each in value):
+        return text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=_numbers(value, "prompt")))
+    raise InvalidRequestError("prompt", "is neither a text nor token ids")
+
+
+def _turn(given: ChatMessage, field: str) -> text_pb2.ChatMessage:
+    content = given.content
+    if isinstance(content, list):
+        texts = [_text_of(part, f"{field}.content[{index}]") for index, part in enumerate(content)]
+        # As vLLM joins them for templates that know texts alone.
+        content = "\n".join(texts)
+    if not isinstance(content, str):
+        raise InvalidRequestError(f"{field}.content", 'is no text; a text, or parts {"type": "text", "text": ...}')
+    return text_pb2.ChatMessage(role=given.role, content=content)
+
+
+def _text_of(part: Any, field: str) -> str:
+    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
+        text = part["text"]
+        if isinstance(text, str):
+            return text
+    raise InvalidRequestError(field, 'is not understood; {"type": "text", "text": ...} is accepted')
+
+
+def _stops(value: Any) -> Sequence[str]:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
+        raise InvalidRequestError("stop", "is neither a text nor a list of texts")
+    return stops
+
+
+def _number(value: int, field: str) -> int:
+    if not -_INT32 <= value < _INT32:
+        raise InvalidRequestError(field, f"is {value}; a number from {-_INT32} to {_INT32 - 1} is accepted")
+    return value
+
+
+def _numbers(values: Sequence[int], field: str) -> Sequence[int]:
+    for index, value in enumerate(values):
+        _number(value, f"{field}[{index}]")
+    return values
