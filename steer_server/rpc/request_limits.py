@@ -13,6 +13,8 @@ from steer_server.types import (
     MAX_ARM_NAME,
     MAX_BIASES,
     MAX_OPERATORS,
+    MAX_PROMPT_ID,
+    MAX_PROMPTS,
     MAX_REPORT_WORDS,
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
@@ -28,6 +30,8 @@ _MAX_OPERATOR_NAME = 256
 """Four times what a store allows: a name that is somewhat too long is an operator that does not exist."""
 _MAX_DIGEST = 256
 """More than three times its length: what is wrong with one is said by its own check."""
+_SEVERAL_PROMPTS = 4 << 20
+"""Bytes of several prompts together, beyond those of the longest: with them a request stays of the size of others."""
 _STANDARD = 1024
 """Bytes of the names that health and reflection are asked for."""
 
@@ -48,6 +52,8 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "GenerateRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
         "GenerateRequest.operators": Limit(count=MAX_OPERATORS),
         "CompareRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
+        "CompareRequest.prompts": Limit(count=MAX_PROMPTS, total=_SEVERAL_PROMPTS + max_prompt_bytes),
+        "NamedPrompt.id": Limit(size=_characters(MAX_PROMPT_ID)),
         # One more may run where the plain one does not.
         "CompareRequest.arms": Limit(count=max_arms + 1),
         "ScoreRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),

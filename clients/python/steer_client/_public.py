@@ -1,7 +1,7 @@
 """Every public name of the package, which `steer_client` hands on when one is first used."""
 
 from steer_client._aio import AsyncSteerClient
-from steer_client._aio_streams import AsyncComparisonStream, AsyncGenerationStream
+from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
 from steer_client._errors import (
     DeadlineExceededError,
     DigestNotServedError,
@@ -29,6 +29,7 @@ from steer_client._requests import (
     Operators,
     OperatorUse,
     Prompt,
+    Prompts,
     Rule,
     SamplingParams,
     TokenBias,
@@ -44,6 +45,7 @@ from steer_client._results import (
     FinishReason,
     Generation,
     ModelInfo,
+    PromptResult,
     Receipt,
     SteeredWord,
     TextDelta,
@@ -70,7 +72,7 @@ from steer_client._store import (
     ReloadReport,
 )
 from steer_client._sync import SteerClient
-from steer_client._sync_streams import ComparisonStream, GenerationStream
+from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
 from steer_client._words import Word, Words
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "ArmResult",
     "ArmScore",
     "AsyncComparisonStream",
+    "AsyncComparisonsStream",
     "AsyncGenerationStream",
     "AsyncSteerClient",
     "Calibration",
@@ -90,6 +93,7 @@ __all__ = [
     "Chat",
     "ChatMessage",
     "ComparisonStream",
+    "ComparisonsStream",
     "ConceptText",
     "DeadlineExceededError",
     "DigestNotServedError",
@@ -113,7 +117,9 @@ __all__ = [
     "Operators",
     "Positions",
     "Prompt",
+    "PromptResult",
     "PromptTooLongError",
+    "Prompts",
     "ProtocolError",
     "Receipt",
     "ReloadReport",

@@ -169,6 +169,8 @@ class ArmDelta:
     delta: TextDelta
     #: Which of the arm's texts, from 0.
     sample: int = 0
+    #: Of several prompts, which.
+    prompt_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,13 @@ class ABResult:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptResult:
+    """All of one prompt of several."""
+
+    prompt_id: str
+    result: ABResult
+
+
 class ArmScore:
     """A text under one arm."""
 
