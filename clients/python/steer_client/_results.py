@@ -262,6 +262,7 @@ class PromptResult:
     result: ABResult
 
 
+@dataclass(frozen=True, slots=True)
 class ArmScore:
     """A text under one arm."""
 
