@@ -20,6 +20,7 @@ from steer_server.types.events import (
 from steer_server.types.jobs import (
     Application,
     DecodeJob,
+    Report,
     Row,
     SteeringPlan,
 )
@@ -31,6 +32,7 @@ from steer_server.types.requests import (
     MAX_OPERATORS,
     MAX_PROMPT_ID,
     MAX_PROMPTS,
+    MAX_REPORT_WORDS,
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
@@ -47,6 +49,7 @@ from steer_server.types.requests import (
     ScoreRequest,
     TokenBias,
     TokenizeRequest,
+    TokenReport,
     WeightedWord,
 )
 from steer_server.types.results import (
@@ -67,6 +70,7 @@ from steer_server.types.results import (
     TokenComparison,
     Tokenization,
     Usage,
+    WordMass,
 )
 
 __all__ = [
@@ -77,6 +81,7 @@ __all__ = [
     "MAX_OPERATORS",
     "MAX_PROMPTS",
     "MAX_PROMPT_ID",
+    "MAX_REPORT_WORDS",
     "MAX_REQUEST_ID",
     "MAX_STOPS",
     "MAX_STOP_CHARACTERS",
@@ -104,6 +109,7 @@ __all__ = [
     "OperatorUse",
     "Prompt",
     "Receipt",
+    "Report",
     "RequestLimits",
     "Row",
     "RowFinished",
@@ -120,9 +126,11 @@ __all__ = [
     "TokenComparison",
     "TokenEvent",
     "TokenLogprob",
+    "TokenReport",
     "Tokenization",
     "TokenizeRequest",
     "TopLogprob",
     "Usage",
     "WeightedWord",
+    "WordMass",
 ]
