@@ -40,6 +40,7 @@ def test_both_clients_have_the_same_methods():
         "compare_many",
         "compare_many_stream",
         "score",
+        "sweep",
     }
     store = {"operators", "operator", "reload_operators"}
     assert set(BLOCKING) == texts | store | {"model_info", "tokenize", "health", "close"}
