@@ -179,31 +179,17 @@ def test_ab_of_several_arms_gives_the_texts_of_each_alone(steer):
     assert mild["kl"]["mean"] == pytest.approx(alone["kl"]["mean"], abs=1e-5)
 
 
-def test_score_reads_a_text_as_it_was_compared(steer):
-    compared = _json(steer("ab", "the golden gate", "-o", "golden=1.5", *FEW, "--json"))
-    text = compared["steered"]["text"]
-    if "".join(_json(steer("tokenize", text, "--json"))["tokens"]) != text:
-        pytest.skip("the text does not survive its tokens")
-    value = _json(
-        steer(
-            "score",
-            text,
-            "--prompt",
-            "the golden gate",
-            "-o",
-            "golden=1.5",
-            "--top",
-            "3",
-            "--words",
-            "bridge",
-            "--json",
-        )
-    )
-    normal, steered = value["arms"]
-    assert steered["kl_mean"] == pytest.approx(compared["kl"]["mean"], abs=1e-4)
-    assert normal["perplexity"] == pytest.approx(compared["perplexity"]["steered"], rel=1e-4)
-    assert [len(token["words"]) for token in steered["tokens"]] == [1] * len(value["token_ids"])
-    assert steered["receipts"][0]["operator"] == "golden"
+def test_score_reads_a_text_under_every_arm(steer):
+    arms = ("--arm", "none: golden=0", "--arm", "much: golden=1.5")
+    report = ("--prompt", "the bay", "--top", "3", "--words", "bridge", "--json")
+    value = _json(steer("score", "the golden gate", *arms, *report))
+    normal, none, much = value["arms"]
+    assert value["token_ids"] == _json(steer("tokenize", "the golden gate", "--json"))["token_ids"]
+    assert none["kl_mean"] == pytest.approx(0.0, abs=1e-6)
+    assert none["perplexity"] == pytest.approx(normal["perplexity"], rel=1e-5)
+    assert much["kl_mean"] > 0.01
+    assert [len(token["words"]) for token in much["tokens"]] == [1] * len(value["token_ids"])
+    assert [receipt["operator"] for receipt in much["receipts"]] == ["golden"]
 
 
 def test_operators_lists_the_store_and_reloads_it(steer):
