@@ -260,8 +260,8 @@ function tip(element, lines = []) {
   const size = tipBox.getBoundingClientRect();
   const left = Math.min(Math.max(8, box.left), innerWidth - size.width - 8);
   const above = box.top > size.height + 12;
-  tipBox.style.left = `${left + scrollX}px`;
-  tipBox.style.top = `${(above ? box.top - size.height - 6 : box.bottom + 6) + scrollY}px`;
+  tipBox.style.left = `${left}px`;
+  tipBox.style.top = `${(above ? box.top - size.height - 6 : box.bottom + 6)}px`;
 }
 
 function fork(column, place) {
