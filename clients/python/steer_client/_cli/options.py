@@ -291,3 +291,8 @@ class ConnectionOptions:
     target: TargetOption = DEFAULT_TARGET
     timeout: TimeoutOption = DEFAULT_TIMEOUT
     no_retry: NoRetryOption = False
+
+
+def prompt_from(text: str, *, chat: bool) -> steer_client.Prompt:
+    """The text itself, or as a user's message."""
+    return steer_client.Chat((steer_client.ChatMessage("user", text),)) if chat else text
