@@ -256,11 +256,21 @@ def tie_sampling(sampling):
         sampling.max_tokens = max(sampling.min_tokens, sampling.max_tokens)
 
 
+def tie_request(made):
+    if hasattr(made, "sampling"):
+        tie_sampling(made.sampling)
+    chat = made.prompt.chat
+    for index, option in enumerate(chat.template_options):
+        option.name = f"option_{index}"
+    if chat.continue_final_message:
+        chat.messages[-1].role = "assistant"
+
+
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
-    if message in (pb.GenerateRequest, comparison_pb2.CompareRequest):
-        tie_sampling(made.sampling)
+    if message in REQUESTS:
+        tie_request(made)
     if message in (comparison_pb2.CompareRequest, score_pb2.ScoreRequest):
         if message is comparison_pb2.CompareRequest:
             made.normal = made.normal or not made.arms

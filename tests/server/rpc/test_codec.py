@@ -184,6 +184,25 @@ def test_biases_that_are_not_accepted_are_refused_by_their_place(biases, field, 
 
 
 @pytest.mark.parametrize(
+    ("chat", "field"),
+    [
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"template_options": [text_pb2.TemplateOption(name="a")]}, "template_options[0]"),
+        ({"template_options": [text_pb2.TemplateOption(boolean=True)]}, "template_options[0].name"),
+        ({"template_options": [text_pb2.TemplateOption(name="a", number=math.nan)]}, "template_options[0].number"),
+        ({"template_options": [text_pb2.TemplateOption(name="a", text="x" * 1025)]}, "template_options[0].text"),
+        ({"template_options": [text_pb2.TemplateOption(name="a", boolean=True)] * 2}, "template_options[1].name"),
+        ({"template_options": [text_pb2.TemplateOption(name="a", boolean=True)] * 17}, "template_options"),
+    ],
+)
+def test_a_chat_that_is_not_accepted_is_refused_by_its_place(chat, field):
+    turns = [text_pb2.ChatMessage(role="assistant"), text_pb2.ChatMessage(role="user", content="hi")]
+    with pytest.raises(InvalidRequestError) as caught:
+        codec.prompt(text_pb2.Prompt(chat=text_pb2.Chat(messages=turns, **chat)))
+    assert caught.value.field == f"prompt.chat.{field}"
+
+
+@pytest.mark.parametrize(
     ("sampling", "field"),
     [
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
@@ -207,7 +226,7 @@ def test_what_an_arm_asks_for_is_refused_by_its_own_place(sampling, field):
         (text_pb2.Prompt(), "prompt"),
         (text_pb2.Prompt(text=""), "prompt.text"),
         (text_pb2.Prompt(token_ids=text_pb2.TokenIds()), "prompt.token_ids"),
-        (text_pb2.Prompt(chat=text_pb2.Chat()), "prompt.chat"),
+        (text_pb2.Prompt(chat=text_pb2.Chat()), "prompt.chat.messages"),
     ],
 )
 def test_a_prompt_of_nothing_is_refused_by_its_name(prompt, field):
@@ -225,7 +244,7 @@ def test_each_kind_of_prompt_arrives_as_it_was():
     assert codec.prompt(_TEXT).text == "hello"
     assert codec.prompt(text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=[3, 0]))).token_ids == (3, 0)
     chat = text_pb2.Chat(messages=[text_pb2.ChatMessage(role="user", content="hi")])
-    (turn,) = codec.prompt(text_pb2.Prompt(chat=chat)).chat
+    (turn,) = codec.prompt(text_pb2.Prompt(chat=chat)).chat.messages
     assert (turn.role, turn.content) == ("user", "hi")
 
 

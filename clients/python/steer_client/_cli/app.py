@@ -46,7 +46,7 @@ def generate(
     *,
     steering: o.SteeringOptions,
     sampling: o.SamplingOptions,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -54,7 +54,7 @@ def generate(
     uses = steering.uses()
     with (
         connect(connection, as_json=as_json) as client,
-        client.stream(_prompt(prompt, chat=chat), operators=uses, sampling=sampling.params()) as stream,
+        client.stream(chat.prompt(prompt), operators=uses, sampling=sampling.params()) as stream,
     ):
         if as_json:
             result = show_streams.read_to_end(stream)
@@ -72,7 +72,7 @@ def ab(
     steering: o.SteeringOptions,
     no_score: o.NoScoreOption = False,
     sampling: o.SamplingOptions,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -83,7 +83,7 @@ def ab(
     with (
         connect(connection, as_json=as_json) as client,
         client.compare_stream(
-            _prompt(prompt, chat=chat), operators=uses, sampling=sampling.params(), score=not no_score
+            chat.prompt(prompt), operators=uses, sampling=sampling.params(), score=not no_score
         ) as stream,
     ):
         if as_json:
@@ -146,13 +146,13 @@ def health(*, connection: o.ConnectionOptions) -> None:
 def tokenize(
     prompt: o.PromptArgument,
     *,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Show how PROMPT reaches the model, as tokens."""
     with connect(connection, as_json=as_json) as client:
-        tokens = client.tokenize(_prompt(prompt, chat=chat))
+        tokens = client.tokenize(chat.prompt(prompt))
         if as_json:
             json_output.print_json(json_output.fields(tokens))
             return
@@ -165,7 +165,3 @@ def _exit_if_cut(*texts: steer_client.Generation) -> None:
     if any(text.finish_reason is steer_client.FinishReason.CANCELLED for text in texts):
         print("steer: the server stopped before the text was finished", file=sys.stderr)
         raise typer.Exit(1)
-
-
-def _prompt(text: str, *, chat: bool) -> steer_client.Prompt:
-    return steer_client.Chat((steer_client.ChatMessage("user", text),)) if chat else text
