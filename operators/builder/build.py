@@ -172,7 +172,7 @@ def _header(
         neutral=neutral,
         tolerance=spec.tolerance,
         words=spec.words,
-        recommended=spec.setting,
+        recommended=spec.setting_on(loaded),
         reconstruction_error=reconstruction_error,
         builder_version=__version__,
         created=datetime.now(UTC).replace(microsecond=0),

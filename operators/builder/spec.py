@@ -38,8 +38,8 @@ class BuildSpec:
     for the smallest rank with that residual |J - U B|_F / |J|_F. ``weighting`` and ``seed`` are those of the sketch.
     ``weights`` are the texts' weights in a mixture (:mod:`operators.builder.combine`); without, the operator is the
     mean of their maps. ``neutral`` are the texts that the contrast anchor is measured against; None means those that
-    ship. ``words``, ``recommended`` (None means the default of the profile) and ``members`` are only written into the
-    header.
+    ship. ``words``, ``recommended`` (None means the default of profile and model) and ``members`` are only written
+    into the header.
     """
 
     texts: tuple[Concept, ...]
@@ -60,10 +60,9 @@ class BuildSpec:
         """The weight of each text's map in the operator's."""
         return self.weights or (1.0 / len(self.texts),) * len(self.texts)
 
-    @property
-    def setting(self) -> Recommended:
-        """What the operator recommends."""
-        return self.recommended or default_recommended(self.profile)
+    def setting_on(self, loaded: LoadedModel) -> Recommended:
+        """What the operator recommends on this model."""
+        return self.recommended or default_recommended(self.profile, type(loaded.model).__name__)
 
     @property
     def num_probes(self) -> int:
@@ -106,7 +105,7 @@ def resolve_spec(spec: BuildSpec, loaded: LoadedModel, *, max_memory: int | None
         BuildError: the layer, rank or tolerance is out of range; or the operator takes more memory than there is,
             or would be larger than any reader accepts.
     """
-    check_first_token(spec.setting)
+    check_first_token(spec.setting_on(loaded))
     layer = resolve_layer(spec.layer, spec.profile, loaded)
     rank = _resolve_rank(spec, loaded)
     return BuildParameters(layer, rank, vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory))

@@ -38,7 +38,8 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
         from operators.builder.spec import check_first_token
         from operators.recipes.tasks import build_spec, recommended_of
 
-        check_first_token(recommended_of(entry))
+        # Of whatever model: it is only the strength that depends on it.
+        check_first_token(recommended_of(entry, architecture=""))
 
         neutral_texts = None if neutral is None else read_neutral_texts(neutral)
 

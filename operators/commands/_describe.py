@@ -90,7 +90,7 @@ def build_warnings(spec: BuildSpec, loaded: LoadedModel) -> list[str]:
     from operators.builder.guidance import strength_warnings, text_warnings
 
     texts = text_warnings(spec.texts, loaded.tokenizer.all_special_ids)
-    return [*texts, *strength_warnings(spec.setting.strength)]
+    return [*texts, *strength_warnings(spec.setting_on(loaded).strength)]
 
 
 def _vector_lines(operator: Mapping[str, Any], **further: object) -> list[str]:

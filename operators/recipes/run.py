@@ -94,7 +94,7 @@ def _run_task(
 ) -> StoredOperator:
     if task.stored is not None:
         artifact = store.load(task.name)
-        artifact = with_header(artifact, recommended=task.spec.setting, words=task.spec.words)
+        artifact = with_header(artifact, recommended=task.spec.setting_on(loaded), words=task.spec.words)
     else:
         artifact = build_operator(
             task.spec,

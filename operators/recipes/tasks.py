@@ -28,6 +28,7 @@ class BuildTask:
 
     name: str
     spec: BuildSpec
+    """With what it recommends."""
     stored: StoredOperator | None
     """The operator in the store, where it is the one that ``spec`` builds; None means that it must be built."""
     replace: bool
@@ -43,7 +44,7 @@ class BuildTask:
         if self.calibrate or self.stored is None:
             return False
         header = self.stored.header
-        return (header.recommended, header.words) == (self.spec.setting, self.spec.words)
+        return (header.recommended, header.words) == (self.spec.recommended, self.spec.words)
 
 
 def build_spec(entry: ConceptEntry, loaded: LoadedModel) -> BuildSpec:
@@ -55,7 +56,7 @@ def build_spec(entry: ConceptEntry, loaded: LoadedModel) -> BuildSpec:
         rank=entry.rank,
         tolerance=entry.tolerance,
         words=entry.words or (),
-        recommended=recommended_of(entry),
+        recommended=recommended_of(entry, type(loaded.model).__name__),
     )
 
 
@@ -143,7 +144,7 @@ def _resolved_spec(located: LocatedEntry, loaded: LoadedModel, max_memory: int |
     with _errors_located_at(located, "text", "texts"):
         spec = build_spec(located.entry, loaded)
     with _errors_located_at(located, "first_token", "positions"):
-        check_first_token(spec.setting)
+        check_first_token(spec.setting_on(loaded))
     with _errors_located_at(located, "layer", "layers", "profile"):
         layer = resolve_layer(spec.layer, spec.profile, loaded)
     with _errors_located_at(located, "rank", "tolerance"):
@@ -172,10 +173,10 @@ def _has_stored_words(store: Store, name: str) -> bool:
     return bool(header.words or header.calibration)
 
 
-def recommended_of(entry: ConceptEntry) -> Recommended:
+def recommended_of(entry: ConceptEntry, architecture: str) -> Recommended:
     """What an entry recommends, whatever is in the store: its own setting, and defaults for what it leaves open."""
     given = _given(entry)
-    return default_recommended(entry.profile or "residual", given).model_copy(update=given)
+    return default_recommended(entry.profile or "residual", architecture, given).model_copy(update=given)
 
 
 def _given(entry: ConceptEntry) -> dict[str, object]:

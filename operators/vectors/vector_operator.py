@@ -10,7 +10,7 @@ from operators.builder.checks import dtype_name
 from operators.builder.spec import resolve_layer
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact, make_vector
-from operators.core.defaults import NEW_VECTORS
+from operators.core.defaults import new_vectors
 from operators.core.errors import VectorError
 from operators.core.header import MAX_CONCEPT, OperatorHeader, Recommended
 from operators.core.vector_source import VectorSource
@@ -70,7 +70,7 @@ def vector_operator(
     Args:
         source: where it comes from; the caller computed its norm.
         about: what it is, in words; the operator's concept.
-        strength: to recommend; None means the default of all operators.
+        strength: to recommend; None means the default of new operators on this model.
         subject: names the vector in errors.
 
     Raises:
@@ -84,13 +84,14 @@ def vector_operator(
             f"{subject} has {len(vector)} numbers; {loaded.name} has hidden size {loaded.hidden_size}: it is of "
             "another model"
         )
-    recommended = NEW_VECTORS if strength is None else Recommended(strength=strength, blend=1.0)
+    architecture = type(loaded.model).__name__
+    recommended = new_vectors(architecture) if strength is None else Recommended(strength=strength, blend=1.0)
     header = OperatorHeader(
         concept=about,
         concept_ids=(),
         vector=source,
         model=loaded.name,
-        architecture=type(loaded.model).__name__,
+        architecture=architecture,
         model_fingerprint=loaded.fingerprint,
         tokenizer_fingerprint=loaded.tokenizer_fingerprint,
         profile="residual",

@@ -23,10 +23,10 @@ def test_a_header_longer_than_is_read_is_refused_without_being_read(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", MAX_JSON_BYTES + 1))
         file.truncate(1 << 30)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ArtifactError, match=f"takes {MAX_JSON_BYTES + 1} bytes; at most {MAX_JSON_BYTES}"):
         read_file_header(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_an_oversized_file_is_refused_without_being_read(tmp_path):
     path = tmp_path / "big.safetensors"
     with path.open("wb") as file:
         file.truncate(MAX_BYTES + 1)
-    start = time.monotonic()
+    start = time.process_time()
     for read in (read_artifact, read_file_header):
         with pytest.raises(ArtifactError, match=rf"{MAX_BYTES + 1} bytes; at most {MAX_BYTES}"):
             read(path)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_lower_limit_is_obeyed(data, tmp_path):

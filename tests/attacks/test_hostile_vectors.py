@@ -141,11 +141,11 @@ def test_a_hostile_file_is_refused_by_name(tmp_path, monkeypatch, data, problem)
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "hostile"
     path.write_bytes(data)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(VectorError, match=problem) as caught:
         read_vector_file(path)
     assert "hostile" in str(caught.value)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert not (tmp_path / "exploded").exists()
 
 

@@ -46,6 +46,9 @@ class TextParameters(_Part):
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
     seed: int | None = None
     stop: Any = None
     stream: bool | None = None
@@ -56,7 +59,9 @@ class TextParameters(_Part):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    min_tokens: int | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
     stop_token_ids: list[int] | None = None
     return_token_ids: bool | None = None
     steering: Any = None

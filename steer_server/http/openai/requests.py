@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ _COMPLETION_TOKENS = 16
 """OpenAI's default of completions. A chat has none: it may go on until the context is full."""
 _SEED_BITS = 53
 """Of a seed that is drawn: a number that every reader of JSON keeps."""
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _INT32, _UINT64 = 2**31, 2**64
 
 
@@ -138,6 +140,11 @@ def _sampling(given: TextParameters, max_tokens: int, name: str) -> text_pb2.Sam
         stop_strings=_stops(given.stop),
         stop_token_ids=_numbers(given.stop_token_ids or (), "stop_token_ids"),
         ignore_eos=given.ignore_eos,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        logit_bias=[_bias(token, bias) for token, bias in (given.logit_bias or {}).items()],
+        min_tokens=None if given.min_tokens is None else _number(given.min_tokens, "min_tokens"),
+        skip_special_tokens=given.skip_special_tokens,
     )
 
 
@@ -186,6 +193,12 @@ def _stops(value: Any) -> Sequence[str]:
     if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
         raise InvalidRequestError("stop", "is neither a text nor a list of texts")
     return stops
+
+
+def _bias(token: str, bias: float) -> text_pb2.TokenBias:
+    if not _TOKEN_ID.fullmatch(token):
+        raise InvalidRequestError("logit_bias", f"has {token[:32]!r}, which is no token id")
+    return text_pb2.TokenBias(token_id=_number(int(token), "logit_bias"), bias=bias)
 
 
 def _number(value: int, field: str) -> int:

@@ -329,7 +329,7 @@ def test_recognising_a_model_again_gives_the_same_fingerprints(tiny):
 )
 def test_the_default_is_the_contrast_anchor_and_what_speaks_of_the_map_is_as_published(tiny, profile, given, expected):
     entry = ConceptEntry(name="a", texts=("golden gate",), profile=profile, **given)
-    setting = recommended_of(entry)
+    setting = recommended_of(entry, "LlamaForCausalLM")
     assert (setting.strength, setting.blend) == expected
     assert {name: getattr(setting, name) for name in given} == given
     assert setting.anchor == "contrast"

@@ -30,22 +30,22 @@ async def test_a_prompt_is_encoded_as_the_tokenizer_does_it(engine, llama):
 
 @pytest.mark.parametrize("text", ["x" * (14 << 20), "the bay " * (14 << 17)], ids=["one word", "many words"])
 async def test_a_text_that_cannot_fit_is_refused_without_being_read(engine, llama, text):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(PromptTooLongError):
         await engine.encode(Prompt(text=text))
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 async def test_a_chat_that_cannot_fit_is_refused_without_being_read(llama, monkeypatch):
     monkeypatch.setattr(llama.tokenizer, "chat_template", "{{ messages[0].content }}")
     engine = HFEngine(llama, max_queue=2)
-    began = time.monotonic()
+    began = time.process_time()
     try:
         with pytest.raises(PromptTooLongError):
             await engine.encode(Prompt(chat=Chat((ChatMessage("user", "the bay " * (14 << 17)),))))
     finally:
         await engine.close()
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 async def test_a_text_just_within_the_context_is_read_whatever_its_letters(engine, llama):
@@ -94,11 +94,13 @@ async def test_a_short_prompt_is_read_beside_a_long_one(engine, slow, monkeypatc
     monkeypatch.setattr(prompts, "_SHORT", 10)
     gate, names = slow
     tasks = [asyncio.ensure_future(engine.encode(Prompt(text=text * 20))) for text in "abcd"]
-    await asyncio.sleep(0.1)
-    assert list(names.values()) == ["encode-long_0"]
     tasks.append(asyncio.ensure_future(engine.encode(Prompt(text="x"))))
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(10):
+        while len(names) < 2:
+            await asyncio.sleep(0.005)
     assert names["x"].startswith("encode-short")
+    # The long ones have one thread, which is held.
+    assert [name for text, name in names.items() if text != "x"] == ["encode-long_0"]
     gate.set()
     assert await asyncio.gather(*tasks) == [(1,)] * 5
 

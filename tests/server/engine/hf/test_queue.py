@@ -1,6 +1,6 @@
 import asyncio
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,17 +93,25 @@ async def test_a_job_that_nobody_cancelled_is_not_interrupted():
     assert make_queue(1).put(_job()).interruption() is None
 
 
-async def test_a_time_limit_runs_out_from_the_moment_of_admission():
-    queue = make_queue(1)
-    queued = queue.put(_job(time_limit=0.05))
+@pytest.fixture
+def clock(monkeypatch):
+    """The time that jobs are measured by; a test moves it."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("steer_server.engine.hf.queue.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+async def test_a_time_limit_runs_out_from_the_moment_of_admission(clock):
+    queued = make_queue(1).put(_job(time_limit=0.05))
+    clock.now += 0.049
     assert queued.interruption() is None
-    await asyncio.sleep(0.06)
+    clock.now += 0.002
     assert queued.interruption() is FinishReason.TIME_LIMIT
 
 
-async def test_being_cancelled_comes_before_running_out_of_time():
-    queued = make_queue(1).put(_job(time_limit=1e-9))
-    await asyncio.sleep(0.001)
+async def test_being_cancelled_comes_before_running_out_of_time(clock):
+    queued = make_queue(1).put(_job(time_limit=0.05))
+    clock.now += 1.0
     queued.cancel()
     assert queued.interruption() is FinishReason.CANCELLED
 
@@ -141,23 +149,32 @@ async def test_closing_refuses_those_who_wait_and_stops_the_one_who_runs():
         queue.put(_job())
 
 
+async def _waiting_for_work(queue):
+    """A thread that takes a job, once it sleeps until there is one."""
+    taken = asyncio.ensure_future(asyncio.to_thread(queue.take, wait=True))
+    async with asyncio.timeout(10):
+        while not queue._changed._waiters:
+            await asyncio.sleep(0.001)
+    assert not taken.done()
+    return taken
+
+
 async def test_closing_wakes_a_thread_that_waits_for_work():
     queue = make_queue(1)
-    taken = asyncio.ensure_future(asyncio.to_thread(queue.take, wait=True))
-    await asyncio.sleep(0.02)
-    assert not taken.done()
+    taken = await _waiting_for_work(queue)
     queue.close()
-    assert await asyncio.wait_for(taken, 2) is None
+    assert await asyncio.wait_for(taken, 10) is None
 
 
-async def test_a_thread_that_waits_for_work_gets_it_at_once():
-    queue = make_queue(1)
-    taken = asyncio.ensure_future(asyncio.to_thread(queue.take, wait=True))
-    await asyncio.sleep(0.02)
-    began = time.monotonic()
+async def test_a_thread_that_waits_for_work_is_woken_for_it(monkeypatch):
+    queue, waits = make_queue(1), []
+    wait = queue._changed.wait
+    monkeypatch.setattr(queue._changed, "wait", lambda timeout: waits.append(timeout) or wait(timeout))
+    taken = await _waiting_for_work(queue)
     queued = queue.put(_job())
-    assert await asyncio.wait_for(taken, 2) is queued
-    assert time.monotonic() - began < 1
+    assert await asyncio.wait_for(taken, 10) is queued
+    # It does not look now and then.
+    assert waits == [None]
 
 
 def test_posting_after_the_loop_has_ended_stops_the_job():

@@ -9,7 +9,7 @@ from steering.v1 import steering_pb2 as sp
 
 from steer_server.errors import InvalidRequestError, SteeringNotAppliedError
 from steer_server.http.openai.steering import operators_of, read_operator
-from steer_server.types import FinishReason, OperatorUse, SamplingParams
+from steer_server.types import FinishReason, OperatorUse, SamplingParams, TokenBias
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TURNS = [{"role": "user", "content": "x"}]
@@ -52,6 +52,11 @@ async def test_what_is_given_reaches_the_engine(door, ask):
         "repetition_penalty": 1.5,
         "ignore_eos": True,
         "stop_token_ids": [3, 4],
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": {"3": 5, "4": -100.0},
+        "min_tokens": 2,
+        "skip_special_tokens": False,
     }
     assert (await ask(COMPLETIONS, **given, max_tokens=7, logprobs=2, user="me")).status == 200
     expected = {
@@ -64,6 +69,11 @@ async def test_what_is_given_reaches_the_engine(door, ask):
         "repetition_penalty": 1.5,
         "ignore_eos": True,
         "stop_token_ids": (3, 4),
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "logit_bias": (TokenBias(3, 5.0), TokenBias(4, -100.0)),
+        "min_tokens": 2,
+        "skip_special_tokens": False,
     }
     assert sampling_of(door) == SamplingParams(**expected, max_tokens=7, logprobs=2)
     for most in ({"max_tokens": 7}, {"max_completion_tokens": 7}):
@@ -204,6 +214,14 @@ async def test_a_stream_that_fails_midway_says_so_and_is_not_done(door, ask):
         ({"top_p": 0}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"top_k": 2**40}, "top_k"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"3": 101}}, "logit_bias[0].bias"),
+        ({"logit_bias": {str(n): 1 for n in range(301)}}, "logit_bias"),
+        ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
         ({"seed": 1.5}, "seed"),
