@@ -53,12 +53,11 @@ class ChatTemplate:
         self._idle.append(self._start())
 
     async def render(self, chat: Chat) -> str:
-        """The text of a conversation, up to the end of its last turn where that is continued, else with the generation
-        prompt appended.
+        """The text of a conversation, generation prompt appended; or up to the end of the turn that is continued.
 
         Raises:
-            InvalidRequestError: the template refuses it, takes too long or makes too much of it, lacks an option, or does
-                not have the turn that is to be continued in its text.
+            InvalidRequestError: the template refuses it, takes too long or makes too much of it, lacks an option, or
+                does not have the turn that is to be continued in its text.
             ShuttingDownError: this was closed.
         """
         conversation = {
