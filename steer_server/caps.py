@@ -17,6 +17,8 @@ class Caps:
     max_total_tokens: int | None = None
     max_time: float | None = None
     """Seconds."""
+    max_texts: int | None = None
+    """Of one prompt."""
 
     def apply(self, sampling: SamplingParams) -> SamplingParams:
         """The parameters of a request, with the time limit that it did not set.
@@ -32,6 +34,11 @@ class Caps:
                 "sampling.time_limit", f"is {sampling.time_limit:g} s; this server accepts {self.max_time:g} s"
             )
         return sampling
+
+    def check_samples(self, n: int) -> None:
+        """Raises :class:`InvalidRequestError` for more samples of one text than are accepted."""
+        if self.max_texts is not None and n > self.max_texts:
+            raise InvalidRequestError("n", f"is {n}; at most {self.max_texts} are accepted")
 
     def check_tokens(self, rows: Sequence[Row], *, num_prompts: int = 1) -> None:
         """Raises :class:`InvalidRequestError` for rows that ask for more tokens than is accepted.

@@ -1,16 +1,18 @@
-"""The A/B: one prompt, a plain row and a row per steered arm, decoded in one batch and then compared."""
+"""The A/B: of a prompt a plain row and a row per steered arm, decoded in one batch and then compared."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
-from steer_server.errors import InvalidRequestError
+from steer_server.errors import InvalidRequestError, errors_of
 from steer_server.generate import CompletionBuilder, check_plan
+from steer_server.job_run import JobRun, Submitted
 from steer_server.registry import Registry
 from steer_server.types import (
     NORMAL,
@@ -22,7 +24,10 @@ from steer_server.types import (
     Comparison,
     Completion,
     DecodeJob,
+    EngineEvent,
+    NamedPrompt,
     Row,
+    RowFinished,
     SamplingParams,
     Score,
     SteeringPlan,
@@ -48,45 +53,95 @@ async def compare(
 ) -> AsyncGenerator[CompareEvent, None]:
     """Events of every arm as they come, the plain arm's under the name "normal"; at the end the comparisons.
 
-    Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
+    Those of several prompts interleave. Raises any :class:`~steer_server.errors.SteerServerError`, for a prompt that is
+    not accepted before the first event of any. Closing the iterator early stops the work.
     """
     check_size(request, max_arms)
     sampling = caps.apply(request.sampling)
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators)
     texts = tuple(_texts(request, sampling, plans))
-    caps.check_tokens([text.row for text in texts])
-    ids = await engine.encode(request.prompt)
-    for field, plan, arm in zip(operators, plans, request.arms, strict=True):
-        max_tokens = (arm.sampling or sampling).max_tokens
-        check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=max_tokens)
-    builders = [
-        CompletionBuilder(request.request_id, len(ids), text.row.sampling, text.row.plan, sample=text.sample)
-        for text in texts
-    ]
-    completions: dict[tuple[str, int], Completion] = {}
-    stream = engine.submit(DecodeJob(ids, tuple(text.row for text in texts), sampling.time_limit))
+    rows = tuple(text.row for text in texts)
+    prompts = request.prompts or ((NamedPrompt("", request.prompt),) if request.prompt else ())
+    caps.check_tokens(rows, num_prompts=len(prompts))
+    jobs = []
+    for index, prompt in enumerate(prompts):
+        with _of_several(request, index):
+            ids = await engine.encode(prompt.prompt)
+            for field, plan, arm in zip(operators, plans, request.arms, strict=True):
+                max_tokens = (arm.sampling or sampling).max_tokens
+                check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=max_tokens)
+            jobs.append(DecodeJob(ids, rows, sampling.time_limit))
+            engine.check(jobs[-1])
+    comparisons: dict[int, _Comparison] = {}
+    run = JobRun(engine, jobs)
     try:
-        for text, builder in zip(texts, builders, strict=True):
-            yield ArmEvent(text.arm, builder.started(ids))
-        async for event in stream:
-            places = range(len(texts)) if isinstance(event, Admitted) else (event.row,)
-            for place in places:
-                for result in builders[place].add(event):
-                    if isinstance(result, Completion):
-                        completions[texts[place].arm, result.sample] = result
-                    yield ArmEvent(texts[place].arm, result)
-        yield Compared(
-            tuple(
-                compare_completions(
-                    completions.get((NORMAL, text.sample)), completions[text.arm, text.sample], text.arm
-                )
-                for text in texts
-                if text.arm != NORMAL
-            )
-        )
+        async for event in run:
+            if isinstance(event.event, Submitted):
+                job = jobs[event.job]
+                comparisons[event.job] = _Comparison(request, prompts[event.job].id, texts, job.prompt_ids)
+                results = comparisons[event.job].started()
+            else:
+                results = comparisons[event.job].add(event.event)
+            for result in results:
+                yield result
+                if isinstance(result, Compared):
+                    del comparisons[event.job]
     finally:
-        stream.cancel()
+        run.cancel()
+
+
+@contextmanager
+def _of_several(request: CompareRequest, index: int) -> Iterator[None]:
+    """An error that is met with one of several prompts says with which."""
+    try:
+        with errors_of("prompt", at=f"prompts[{index}].prompt" if request.prompts else "prompt"):
+            yield
+    except InvalidRequestError as error:
+        if request.prompts and not error.field.startswith("prompts"):
+            error.move(error.field, note=f" (with prompts[{index}])")
+        raise
+
+
+class _Comparison:
+    """Gathers the events of one prompt."""
+
+    def __init__(
+        self, request: CompareRequest, prompt_id: str, texts: Sequence[_Text], prompt_ids: tuple[int, ...]
+    ) -> None:
+        self._prompt_id, self._texts, self._prompt_ids = prompt_id, texts, prompt_ids
+        self._builders = [
+            CompletionBuilder(request.request_id, len(prompt_ids), text.row.sampling, text.row.plan, sample=text.sample)
+            for text in texts
+        ]
+        self._completions: dict[tuple[str, int], Completion] = {}
+
+    def started(self) -> Iterator[CompareEvent]:
+        """The first event of each text."""
+        for text, builder in zip(self._texts, self._builders, strict=True):
+            yield ArmEvent(text.arm, builder.started(self._prompt_ids), self._prompt_id)
+
+    def add(self, event: EngineEvent) -> Iterator[CompareEvent]:
+        """What the client gets at this event: at the last one the comparisons too."""
+        for place in range(len(self._texts)) if isinstance(event, Admitted) else (event.row,):
+            arm = self._texts[place].arm
+            for result in self._builders[place].add(event):
+                if isinstance(result, Completion):
+                    self._completions[arm, result.sample] = result
+                yield ArmEvent(arm, result, self._prompt_id)
+        if isinstance(event, RowFinished) and len(self._completions) == len(self._texts):
+            yield self._compared()
+
+    def _compared(self) -> Compared:
+        ends = self._completions
+        return Compared(
+            tuple(
+                compare_completions(ends.get((NORMAL, text.sample)), ends[text.arm, text.sample], text.arm)
+                for text in self._texts
+                if text.arm != NORMAL
+            ),
+            self._prompt_id,
+        )
 
 
 def check_size(request: CompareRequest, max_arms: int) -> None:

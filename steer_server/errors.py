@@ -38,9 +38,10 @@ class InvalidRequestError(SteerServerError):
         super().__init__(f"{field}: {problem}")
         self.field, self._problem = field, problem
 
-    def move(self, field: str) -> None:
-        """Names another field: the one that has the value in the request as it was sent."""
-        self.field, self.args = field, (f"{field}: {self._problem}",)
+    def move(self, field: str, note: str = "") -> None:
+        """Names another field: the one that has the value in the request as it was sent. ``note`` ends the message."""
+        self.field, self._problem = field, self._problem + note
+        self.args = (f"{field}: {self._problem}",)
 
 
 @contextmanager

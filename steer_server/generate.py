@@ -40,22 +40,30 @@ async def generate(
     *,
     caps: Caps = NO_CAPS,
 ) -> AsyncGenerator[GenerateEvent, None]:
-    """Started, then a delta per token, then the completion.
+    """Of each sample Started, then a delta per token, then the completion; those of several samples interleave.
 
     Raises any :class:`~steer_server.errors.SteerServerError`; closing the iterator early stops the work.
     """
     sampling = caps.apply(request.sampling)
-    caps.check_tokens([Row(sampling=sampling)])
+    caps.check_samples(request.n)
+    samples = [sampling.of_sample(number) for number in range(request.n)]
+    caps.check_tokens([Row(sampling=each) for each in samples])
     (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
     check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=sampling.max_tokens)
-    builder = CompletionBuilder(request.request_id, len(ids), sampling, plan)
-    stream = engine.submit(DecodeJob(ids, (Row(plan, sampling=sampling),), sampling.time_limit))
+    builders = [
+        CompletionBuilder(request.request_id, len(ids), each, plan, sample=number)
+        for number, each in enumerate(samples)
+    ]
+    rows = tuple(Row(plan, sampling=each) for each in samples)
+    stream = engine.submit(DecodeJob(ids, rows, sampling.time_limit))
     try:
-        yield builder.started(ids)
+        for builder in builders:
+            yield builder.started(ids)
         async for event in stream:
-            for result in builder.add(event):
-                yield result
+            for builder in builders if isinstance(event, Admitted) else (builders[event.row],):
+                for result in builder.add(event):
+                    yield result
     finally:
         stream.cancel()
 

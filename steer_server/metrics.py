@@ -108,7 +108,7 @@ class Metrics:
         self._requests = Counter("steer_requests", "Requests whose decoding began", registry=registry)
         self._finished = Counter(
             "steer_completions",
-            "Texts finished, by reason (SCORED: read): one of a generation, else one for each arm and the plain one",
+            "Texts finished, by reason (SCORED: read): one for each sample of each arm of each prompt",
             ("reason", "steered"),
             registry=registry,
         )
@@ -257,7 +257,7 @@ class _WorkCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Read when the metrics are."""
         yield CounterMetricFamily(
-            "steer_prompt_tokens", "Prompt tokens read, once for each request", self._work.prompt_tokens
+            "steer_prompt_tokens", "Prompt tokens read, once for all texts of a prompt", self._work.prompt_tokens
         )
         generated = CounterMetricFamily("steer_generated_tokens", "Tokens generated", labels=["steered"])
         generated.add_metric(["false"], self._work.plain_tokens)

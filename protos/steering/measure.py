@@ -51,6 +51,8 @@ class Limit:
     """Bytes of each value that has a length: a text, bytes, a message."""
     count: int | None = None
     """Values of a repeated field."""
+    total: int | None = None
+    """Bytes of all values of a repeated field together."""
 
 
 class LimitError(FieldError):
@@ -136,7 +138,7 @@ class _Field:
         if field.is_repeated and self.wire_type in _FIXED:
             raise ValueError(f"{field.full_name}: numbers of one size in a list are not counted yet")
         self.count = limit.count if field.is_repeated and limit.count is not None else 1
-        self.size = limit.size
+        self.size, self.total = limit.size, limit.total
         """None: of a message, whose own fields have theirs."""
         self.group = field.name if field.containing_oneof is None else field.containing_oneof.name
         self.run: re.Pattern[bytes] | None = None
@@ -149,7 +151,8 @@ class _Field:
     def max_bytes(self) -> int:
         """Of all the values that it may have."""
         inside = 0 if self.inside is None else self.inside.max_bytes
-        return self.count * (_MAX_HEAD + max(_LARGEST_NUMBER, inside if self.size is None else self.size))
+        values = self.count * max(_LARGEST_NUMBER, inside if self.size is None else self.size)
+        return self.count * _MAX_HEAD + (values if self.total is None else min(values, self.total))
 
 
 class _Walk:
@@ -161,6 +164,7 @@ class _Walk:
     def message(self, kind: _Kind, at: int, end: int) -> None:
         """Walks the message whose fields are the bytes from ``at`` to ``end``."""
         counts: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         while at < end:
             begin = at
             tag, at = self._varint(kind, at, end)
@@ -176,6 +180,11 @@ class _Walk:
                     raise _malformed(kind, "it ends amid a field")
                 found = self._value(kind, field, index, at, at + length)
                 at += length
+                if field.total is not None:
+                    size = sizes[field.name] = sizes.get(field.name, 0) + length
+                    if size > field.total:
+                        problem = f"have {size} bytes together or more; at most {field.total} are accepted"
+                        raise LimitError(problem, field.descriptor, size).prepend(field.name)
             elif field.run is not None:
                 matched = field.run.match(self._data, begin, end)
                 at = begin if matched is None else matched.end()

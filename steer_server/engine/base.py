@@ -79,11 +79,19 @@ class Engine(Protocol):
         """Each token decoded on its own, in another thread. Raises :class:`QueueFullError` as ``encode`` does."""
         ...
 
+    def check(self, job: DecodeJob) -> None:
+        """Raises :class:`InvalidRequestError` for a job that asks for more than this engine can do."""
+        ...
+
+    def jobs_at_once(self, job: DecodeJob) -> int:
+        """How many jobs like this one call may have in the engine: at least one, and no more than a client's share."""
+        ...
+
     def submit(self, job: DecodeJob) -> JobStream:
         """Queues a job.
 
         Raises, at once:
-            InvalidRequestError: it asks for more than this engine can do.
+            InvalidRequestError: as :meth:`check` does.
             QueueFullError: there is no place now.
             ShuttingDownError: the engine is closed.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,13 +81,21 @@ class Admission:
         except LimitError as error:
             unit = _OF_PROMPTS.get(error.field.full_name)
             if unit is not None and error.path.startswith("prompt"):
-                raise PromptTooLongError(error.found, self._context_length, unit=unit) from None
+                problem = PromptTooLongError(error.found, self._context_length, unit=unit)
+                problem.move(_of_prompt(error.path))
+                raise problem from None
             raise InvalidRequestError(error.path, error.problem) from None
         except FieldError as error:
             raise InvalidRequestError(error.path or "request", error.problem) from None
         except DecodeError as error:
             # Of the right fields, and with text that is not UTF-8.
             raise InvalidRequestError("request", f"is not a message of this method: {error}") from None
+
+
+def _of_prompt(path: str) -> str:
+    """The prompt that a field is of, which may be one of several."""
+    found = re.match(r"(prompts\[\d+\]\.)?prompt", path)
+    return found[0] if found else path
 
 
 def _is_ours(message: Descriptor) -> bool:

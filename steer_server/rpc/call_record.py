@@ -27,12 +27,13 @@ class CallRecord:
     is_refused: bool = False
     """Refused before anything of it was read: such calls are logged together, by their limit."""
     request_id: str = ""
-    prompt_tokens: int | None = None
+    prompts: dict[str, int] = field(default_factory=dict)
+    """Tokens, by the id of the prompt: of several one each."""
     generated_tokens: int = 0
     scored_tokens: int = 0
     """Of a text that was given."""
     texts: int = 0
-    """Of a comparison more than one."""
+    """Of a comparison, or with several samples, more than one."""
     operators: dict[str, str] = field(default_factory=dict)
     """Digests by name."""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -40,11 +41,12 @@ class CallRecord:
 
     def see(self, event: GenerateEvent | CompareEvent | ScoreEvent) -> None:
         """Takes note of what the client is about to get."""
+        prompt_id = ""
         if isinstance(event, ArmEvent):
-            event = event.event
+            prompt_id, event = event.prompt_id, event.event
         if isinstance(event, Started):
             self.texts += 1
-            self.prompt_tokens = len(event.prompt_token_ids)
+            self.prompts[prompt_id] = len(event.prompt_token_ids)
             self.operators.update(event.operators)
         elif isinstance(event, Delta):
             self.generated_tokens += len(event.token_ids)
@@ -68,8 +70,10 @@ class CallRecord:
             named = [f"{name}@{digest}" for name, digest in self.operators.items()]
             more = len(named) - _MAX_OPERATORS
             found["operators"] = " ".join(named[:_MAX_OPERATORS]) + (f" and {more} more" if more > 0 else "")
-        if self.prompt_tokens is not None:
-            found |= {"texts": self.texts, "prompt_tokens": self.prompt_tokens}
+        if len(self.prompts) > 1:
+            found["prompts"] = len(self.prompts)
+        if self.prompts:
+            found |= {"texts": self.texts, "prompt_tokens": sum(self.prompts.values())}
             found["generated_tokens"] = self.generated_tokens
         if self.scored_tokens:
             found["scored_tokens"] = self.scored_tokens

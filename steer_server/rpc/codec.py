@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -35,8 +36,11 @@ _read_generation_request = reader(pb.GenerateRequest, GenerationRequest)
 _read_compare_request = reader(comparison_pb2.CompareRequest, CompareRequest)
 _read_score_request = reader(score_pb2.ScoreRequest, ScoreRequest)
 _read_tokenize_request = reader(pb.TokenizeRequest, TokenizeRequest)
-_write_generate_event = oneof_writer(pb.GenerateEvent, _GENERATE_EVENTS)
-_write_compare_event = oneof_writer(comparison_pb2.CompareEvent, _GENERATE_EVENTS | {Compared: "compared"})
+# A text that is streamed has no others inside it.
+_write_generate_event = oneof_writer(pb.GenerateEvent, _GENERATE_EVENTS, without=("more",))
+_write_compare_event = oneof_writer(
+    comparison_pb2.CompareEvent, _GENERATE_EVENTS | {Compared: "compared"}, without=("more",)
+)
 _write_completion = writer(text_pb2.GenerateResponse, Completion)
 _write_text_score = writer(score_pb2.ScoreResponse, TextScore)
 _write_tokenization = writer(pb.TokenizeResponse, Tokenization)
@@ -64,21 +68,26 @@ def prompt(message: text_pb2.Prompt) -> Prompt:
     return _decode(_read_tokenize_request, pb.TokenizeRequest(prompt=message)).prompt
 
 
-def generate_event(event: GenerateEvent) -> pb.GenerateEvent:
-    """One event of a stream."""
-    return _write_generate_event(event)
+def generate_event(event: GenerateEvent, *, repeats: bool = True) -> pb.GenerateEvent:
+    """One event of a stream, whose last one ``repeats`` what the others had."""
+    return _write_generate_event(event if repeats else _without_repeats(event), sample=event.sample)
 
 
-def compare_event(event: CompareEvent) -> comparison_pb2.CompareEvent:
-    """One event of a comparison."""
+def compare_event(event: CompareEvent, *, repeats: bool = True) -> comparison_pb2.CompareEvent:
+    """One event of a comparison; see :func:`generate_event`."""
     if isinstance(event, Compared):
-        return _write_compare_event(event)
-    return _write_compare_event(event.event, arm=event.arm, sample=event.event.sample)
+        return _write_compare_event(event, prompt_id=event.prompt_id)
+    inner = event.event if repeats else _without_repeats(event.event)
+    return _write_compare_event(inner, arm=event.arm, sample=inner.sample, prompt_id=event.prompt_id)
 
 
-def completion(result: Completion) -> text_pb2.GenerateResponse:
-    """A finished continuation."""
-    return _write_completion(result)
+def _without_repeats(event: GenerateEvent) -> GenerateEvent:
+    return replace(event, text="", token_ids=(), logprobs=()) if isinstance(event, Completion) else event
+
+
+def completion(result: Completion, *others: Completion) -> text_pb2.GenerateResponse:
+    """A finished continuation, and the samples behind it."""
+    return _write_completion(result, more=[_write_completion(each, more=()) for each in others])
 
 
 def text_score(result: TextScore) -> score_pb2.ScoreResponse:

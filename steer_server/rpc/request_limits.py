@@ -16,6 +16,8 @@ from steer_server.types import (
     MAX_OPTION_NAME,
     MAX_OPTION_TEXT,
     MAX_OPTIONS,
+    MAX_PROMPT_ID,
+    MAX_PROMPTS,
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
@@ -31,6 +33,8 @@ _MAX_OPERATOR_NAME = 256
 _MAX_DIGEST = 256
 """More than three times its length: what is wrong with one is said by its own check."""
 _MAX_OPTIONS = MAX_OPTIONS * 4 * (MAX_OPTION_NAME + MAX_OPTION_TEXT)
+_SEVERAL_PROMPTS = 4 << 20
+"""Bytes of several prompts together, beyond those of the longest: with them a request stays of the size of others."""
 _STANDARD = 1024
 """Bytes of the names that health and reflection are asked for."""
 
@@ -54,6 +58,8 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "GenerateRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
         "GenerateRequest.operators": Limit(count=MAX_OPERATORS),
         "CompareRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
+        "CompareRequest.prompts": Limit(count=MAX_PROMPTS, total=_SEVERAL_PROMPTS + max_prompt_bytes),
+        "NamedPrompt.id": Limit(size=_characters(MAX_PROMPT_ID)),
         # One more may run where the plain one does not.
         "CompareRequest.arms": Limit(count=max_arms + 1),
         "ScoreRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),

@@ -17,7 +17,7 @@ from steer_server.caps import Caps
 from steer_server.compare import compare
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
-from steer_server.errors import EngineFailedError
+from steer_server.errors import EngineFailedError, InvalidRequestError
 from steer_server.generate import generate
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
@@ -47,7 +47,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, engine: Engine, registry: Registry, metrics: Metrics, config: ServerConfig, limits: RequestLimits
     ) -> None:
         self._engine, self._registry, self._metrics, self._config = engine, registry, metrics, config
-        self._caps = Caps(config.max_tokens, config.max_total_tokens, config.max_time)
+        self._caps = Caps(config.max_tokens, config.max_total_tokens, config.max_time, 1 + config.max_arms)
         caps = self._caps
         self._limits = replace(
             limits, max_tokens=caps.max_tokens, max_total_tokens=caps.max_total_tokens, max_time=caps.max_time
@@ -56,13 +56,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> text_pb2.GenerateResponse:
         """One answer."""
         asked = codec.generation_request(request)
+        if not asked.repeat_in_finished:
+            raise InvalidRequestError("repeat_in_finished", "is false; an answer without deltas repeats nothing")
         async with aclosing(
             self._observed(asked.request_id, generate(self._engine, self._registry, asked, caps=self._caps))
         ) as events:
-            async for event in events:
-                if isinstance(event, Completion):
-                    return codec.completion(event)
-        raise EngineFailedError("the engine ended without a result")
+            texts = [event async for event in events if isinstance(event, Completion)]
+        if len(texts) != asked.n:
+            raise EngineFailedError("the engine ended without a result")
+        return codec.completion(*sorted(texts, key=lambda text: text.sample))
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateEvent]:
         """Token by token."""
@@ -71,7 +73,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self._observed(asked.request_id, generate(self._engine, self._registry, asked, caps=self._caps))
         ) as events:
             async for event in events:
-                yield codec.generate_event(event)
+                yield codec.generate_event(event, repeats=asked.repeat_in_finished)
 
     async def Compare(
         self, request: comparison_pb2.CompareRequest, context: _Context
@@ -81,7 +83,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         compared = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms, caps=self._caps)
         async with aclosing(self._observed(asked.request_id, compared)) as events:
             async for event in events:
-                yield codec.compare_event(event)
+                yield codec.compare_event(event, repeats=asked.repeat_in_finished)
 
     async def Score(self, request: score_pb2.ScoreRequest, context: _Context) -> score_pb2.ScoreResponse:
         """One answer, once every arm has read the text."""

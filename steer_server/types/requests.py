@@ -18,6 +18,8 @@ MAX_LOGPROBS = 20
 MAX_OPERATORS = 16
 MAX_ARM_NAME = 128
 MAX_REQUEST_ID = 128
+MAX_PROMPT_ID = 128
+MAX_PROMPTS = 256
 MAX_STOPS = 64
 """Strings, and as many ids."""
 MAX_STOP_CHARACTERS = 1024
@@ -224,26 +226,48 @@ class GenerationRequest:
     prompt: Prompt
     sampling: SamplingParams
     operators: tuple[OperatorUse, ...] = ()
+    n: Annotated[int, Range(1)] = 1
+    """Samples."""
+    repeat_in_finished: bool = True
+    """Whether the end of a stream repeats what its deltas had."""
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 @dataclass(frozen=True)
+class NamedPrompt:
+    """One of several prompts of a request."""
+
+    id: Annotated[str, Bounded(max_characters=MAX_PROMPT_ID)]
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
 class CompareRequest:
-    """One prompt, a plain continuation and one per arm; of each, ``n`` samples."""
+    """One prompt or several; of each a plain continuation and one per arm; of each continuation ``n`` samples."""
 
     request_id: _RequestId = field(metadata={"when_unset": _draw_request_id})
-    prompt: Prompt
+    prompt: Prompt | None
     sampling: SamplingParams
     arms: tuple[Arm, ...]
     score: bool = True
     n: Annotated[int, Range(1)] = 1
     normal: bool = True
     """Whether the plain arm runs."""
+    prompts: Annotated[tuple[NamedPrompt, ...], Bounded(max_items=MAX_PROMPTS, items="prompts")] = ()
+    """In place of ``prompt``."""
+    repeat_in_finished: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if (self.prompt is None) != bool(self.prompts):
+            found = "is missing" if self.prompt is None else "is there beside prompts"
+            raise InvalidRequestError("prompt", f"{found}; either one prompt or a list of prompts is accepted")
+        ids = Counter(each.id for each in self.prompts)
+        for index, each in enumerate(self.prompts):
+            if not each.id or ids[each.id] > 1:
+                raise InvalidRequestError(f"prompts[{index}].id", f"is {each.id!r}; an id of its own is needed")
         if not self.arms and not self.normal:
             raise InvalidRequestError("arms", "is empty; without the plain arm (`normal`) at least one is needed")
         _check_names(self.arms)

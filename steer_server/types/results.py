@@ -73,10 +73,11 @@ GenerateEvent = Started | Delta | Completion
 
 @dataclass(frozen=True)
 class ArmEvent:
-    """One event of one arm."""
+    """One event of one arm. ``prompt_id``: of several prompts, which."""
 
     arm: str
     event: GenerateEvent
+    prompt_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Compared:
-    """Last event of a comparison: one entry per arm and sample, the plain one apart."""
+    """Last event of a prompt: one entry per arm and sample, the plain one apart."""
 
     comparisons: tuple[Comparison, ...]
+    prompt_id: str = ""
 
 
 CompareEvent = ArmEvent | Compared

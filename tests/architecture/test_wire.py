@@ -106,11 +106,14 @@ SIDES = {
     "client": {message: row[1] for message, row in (RESULTS | REQUESTS).items() if row[1] is not None}
     | {ops.Operator: store.OperatorInfo, ops.GetOperatorRequest: requests.GetOperatorRequest},
 }
+INSIDE_ITSELF = "GenerateResponse.more"
+"""Other texts: the services put them together, the client's decoder takes them apart."""
 LACKS = {
     # The configuration's, not the model's.
-    "server": {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
+    "server": {INSIDE_ITSELF} | {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
     # Where ABResult has it, and what ArmResult.kl has in one.
-    "client": {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
+    "client": {INSIDE_ITSELF}
+    | {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
 }
 NO_DATACLASS = {
     # Events and lists, which the services put together and the client's reducers take apart.
@@ -200,7 +203,11 @@ def messages(message, cls):
     """Messages, as the keywords of their constructor, that ``cls`` accepts."""
     hints = get_type_hints(cls, include_extras=True)
     hints |= {name.partition(".")[2]: kind for name, kind in ELSEWHERE.items() if name.startswith(f"{message.name}.")}
-    values = {field.name: values_of(field, hints.get(field.name)) for field in message.fields}
+    values = {
+        field.name: values_of(field, hints.get(field.name))
+        for field in message.fields
+        if f"{message.name}.{field.name}" != INSIDE_ITSELF
+    }
     for oneof in message.oneofs:
         if len(oneof.fields) > 1:
             one = st.one_of(st.fixed_dictionaries({field.name: values.pop(field.name)}) for field in oneof.fields)
@@ -249,6 +256,23 @@ def one_value(field, kind, limits):
     return st.integers(int(max(low, least)), int(min(high, most)))
 
 
+def tie_comparison(made):
+    tie_sampling(made.sampling)
+    made.normal = made.normal or not made.arms
+    if made.HasField("prompt"):
+        del made.prompts[:]
+    elif not made.prompts:
+        made.prompts.add().prompt.text = "x"
+    for index, prompt in enumerate(made.prompts):
+        prompt.id = f"prompt {index}"
+    for index, arm in enumerate(made.arms):
+        arm.name = f"arm {index}"
+        if not arm.operators:
+            arm.sampling.SetInParent()
+        arm.sampling.ClearField("time_limit")
+        tie_sampling(arm.sampling)
+
+
 def tie_sampling(sampling):
     for index, bias in enumerate(sampling.logit_bias):
         bias.token_id = index
@@ -259,11 +283,11 @@ def tie_sampling(sampling):
 def tie_request(made):
     if hasattr(made, "sampling"):
         tie_sampling(made.sampling)
-    chat = made.prompt.chat
-    for index, option in enumerate(chat.template_options):
-        option.name = f"option_{index}"
-    if chat.continue_final_message:
-        chat.messages[-1].role = "assistant"
+    for prompt in (made.prompt, *(each.prompt for each in getattr(made, "prompts", ()))):
+        for index, option in enumerate(prompt.chat.template_options):
+            option.name = f"option_{index}"
+        if prompt.chat.continue_final_message:
+            prompt.chat.messages[-1].role = "assistant"
 
 
 def drawn(data, message, cls):
@@ -271,19 +295,13 @@ def drawn(data, message, cls):
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
     if message in REQUESTS:
         tie_request(made)
-    if message in (comparison_pb2.CompareRequest, score_pb2.ScoreRequest):
-        if message is comparison_pb2.CompareRequest:
-            made.normal = made.normal or not made.arms
+    if message is comparison_pb2.CompareRequest:
+        tie_comparison(made)
+    if message is score_pb2.ScoreRequest:
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"
-            if message is score_pb2.ScoreRequest:
-                arm.ClearField("sampling")
-                arm.operators.add(name="ocean")
-            else:
-                if not arm.operators:
-                    arm.sampling.SetInParent()
-                arm.sampling.ClearField("time_limit")
-                tie_sampling(arm.sampling)
+            arm.ClearField("sampling")
+            arm.operators.add(name="ocean")
     if message is comparison_pb2.Comparison and made.kl_per_token:
         made.kl_mean = max(made.kl_per_token)
     if message is score_pb2.ScoreResponse:

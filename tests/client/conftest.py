@@ -131,6 +131,21 @@ def make_comparison(
     return [*events, comparison_pb2.CompareEvent(compared=comparison_pb2.CompareFinished(comparisons=compared))]
 
 
+def make_comparisons(ids: list[str], events: list[comparison_pb2.CompareEvent]) -> list[comparison_pb2.CompareEvent]:
+    """The same events for each prompt, the prompts backwards and two at a time; no text is repeated."""
+    made = []
+    ids = ids[::-1]
+    for pair in (ids[place : place + 2] for place in range(0, len(ids), 2)):
+        for event in events:
+            for prompt_id in pair:
+                made.append(comparison_pb2.CompareEvent())
+                made[-1].CopyFrom(event)
+                made[-1].prompt_id = prompt_id
+                for name in ("text", "token_ids", "logprobs") if event.HasField("finished") else ():
+                    made[-1].finished.ClearField(name)
+    return made
+
+
 def _sample(response: text_pb2.GenerateResponse, sample: int) -> text_pb2.GenerateResponse:
     made = text_pb2.GenerateResponse()
     made.CopyFrom(response)
@@ -228,7 +243,11 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
 
     def Generate(self, request, context):  # noqa: N802
         self.fake.unary(request, context)
-        return self.fake.text(request)
+        text = self.fake.text(request)
+        if request.n > 1:
+            text = _sample(text, 0)
+            text.more.extend(_sample(text, sample) for sample in range(1, request.n))
+        return text
 
     def GenerateStream(self, request, context):  # noqa: N802
         yield from self.fake.stream(request, context, make_events(self.fake.text(request)))
@@ -239,6 +258,8 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
         }
         normal = None if request.HasField("normal") and not request.normal else self.fake.response
         default = make_comparison(normal, arms, scored=request.score, n=request.n or 1)
+        if request.prompts:
+            default = make_comparisons([prompt.id for prompt in request.prompts], default)
         yield from self.fake.stream(request, context, default)
 
     def Score(self, request, context):  # noqa: N802
@@ -324,6 +345,7 @@ def make():
         response = staticmethod(make_response)
         events = staticmethod(make_events)
         comparison = staticmethod(make_comparison)
+        comparisons = staticmethod(make_comparisons)
         fault = Fault
 
     return Make

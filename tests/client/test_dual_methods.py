@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 STREAMS = {
     "stream": ("GenerationStream", "AsyncGenerationStream"),
     "compare_stream": ("ComparisonStream", "AsyncComparisonStream"),
+    "compare_many_stream": ("ComparisonsStream", "AsyncComparisonsStream"),
 }
 
 
@@ -30,8 +31,18 @@ BLOCKING, ASYNC = public_methods(SteerClient), public_methods(AsyncSteerClient)
 
 def test_both_clients_have_the_same_methods():
     assert set(BLOCKING) == set(ASYNC)
-    requests = {"generate", "stream", "compare", "compare_stream", "operators", "operator", "reload_operators"}
-    assert set(BLOCKING) == requests | {"model_info", "tokenize", "health", "close"}
+    texts = {
+        "generate",
+        "stream",
+        "samples",
+        "compare",
+        "compare_stream",
+        "compare_many",
+        "compare_many_stream",
+        "score",
+    }
+    store = {"operators", "operator", "reload_operators"}
+    assert set(BLOCKING) == texts | store | {"model_info", "tokenize", "health", "close"}
 
 
 @pytest.mark.parametrize("name", ["__init__", *BLOCKING])

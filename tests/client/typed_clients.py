@@ -3,23 +3,29 @@
 mypy refuses a `type: ignore` that hides nothing, so each of those below states that its line is an error.
 """
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, assert_type
 
 import steer_client
 from steer_client import (
     ABResult,
+    Arm,
     ArmDelta,
+    AsyncComparisonsStream,
     AsyncComparisonStream,
     AsyncGenerationStream,
     AsyncSteerClient,
+    ComparisonsStream,
     ComparisonStream,
     Generation,
     GenerationStream,
     ModelInfo,
     OperatorInfo,
+    Operators,
     OperatorUse,
+    PromptResult,
     ReloadReport,
+    SamplingParams,
     SteerClient,
     TextDelta,
     Tokenization,
@@ -33,6 +39,11 @@ def blocking(client: SteerClient) -> None:
     assert_type(client.stream("x", operators=USES), GenerationStream)
     assert_type(client.compare([1, 2], arms={"a": USES}, score=False, timeout=2.5), ABResult)
     assert_type(client.compare_stream("x", operators=USES), ComparisonStream)
+    assert_type(client.samples("x", 2, operators={"a": 0.4}), tuple[Generation, ...])
+    arms: Mapping[str, Operators | Arm] = {"a": "tea=0.2", "b": Arm(USES, SamplingParams(top_k=1)), "c": {"tea": 1}}
+    assert_type(client.compare_many({"p": "x", "q": [1]}, arms=arms, n=2), Mapping[str, ABResult])
+    for item in assert_type(client.compare_many_stream(["x"], operators="tea"), ComparisonsStream):
+        assert_type(item, ArmDelta | PromptResult)
     assert_type(client.operators(), tuple[OperatorInfo, ...])
     assert_type(client.operator("golden-gate"), OperatorInfo)
     assert_type(client.reload_operators(), ReloadReport)
@@ -54,6 +65,9 @@ async def asynchronous(client: AsyncSteerClient) -> None:
     assert_type(client.stream("x", operators=USES), AsyncGenerationStream)
     assert_type(await client.compare([1, 2], arms={"a": USES}, score=False), ABResult)
     assert_type(client.compare_stream("x", operators=USES), AsyncComparisonStream)
+    assert_type(await client.samples("x", 2), tuple[Generation, ...])
+    assert_type(await client.compare_many(["x"], operators="tea"), Mapping[str, ABResult])
+    assert_type(client.compare_many_stream(["x"], operators="tea"), AsyncComparisonsStream)
     assert_type(await client.operators(), tuple[OperatorInfo, ...])
     assert_type(await client.operator("golden-gate"), OperatorInfo)
     assert_type(await client.reload_operators(), ReloadReport)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 
-from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
+from steer_client._results import ABResult, ArmDelta, Generation, PromptResult, TextDelta
 from steer_client._streams import StartedCall, Stream
 from steer_client._translate import cancelled
 
@@ -94,4 +94,11 @@ class AsyncComparisonStream(AsyncStream[ArmDelta, ABResult]):
     """Every arm's text as it is generated: iterate it once for ArmDelta items, then read `.result`.
 
     It ends early as an AsyncGenerationStream does.
+    """
+
+
+class AsyncComparisonsStream(AsyncStream[ArmDelta | PromptResult, Mapping[str, ABResult]]):
+    """Every text of several prompts: ArmDelta items as they are generated, a PromptResult when a prompt is finished.
+
+    Its `.result` has the results by the prompts' ids. It ends early as an AsyncGenerationStream does.
     """

@@ -18,9 +18,9 @@ from steer_client import _store as store
 from steer_client._channel import is_many
 from steer_client._defaults import STEERED
 from steer_client._errors import InvalidRequestError
-from steer_client._events import ComparisonReducer, GenerationReducer, Reducer
+from steer_client._events import ComparisonReducer, ComparisonsReducer, GenerationReducer, Reducer
 from steer_client._receipts import check_receipts, check_score
-from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, SamplingParams
+from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, Prompts, SamplingParams
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,6 +54,20 @@ def generate(
     return Unary("generation", "Generate", request, lambda answer: check_receipts(uses, decode.generation(answer)))
 
 
+def samples(
+    prompt: Prompt, n: int, operators: Operators, sampling: SamplingParams, request_id: str
+) -> Unary[tuple[results.Generation, ...]]:
+    """Several texts of one prompt."""
+    uses = encode.uses(operators, "operators")
+    request = encode.generate_request(prompt, uses, sampling, request_id, n)
+    return Unary(
+        "generation",
+        "Generate",
+        request,
+        lambda answer: tuple(check_receipts(uses, each) for each in decode.samples(answer, n)),
+    )
+
+
 def stream(
     prompt: Prompt, operators: Operators, sampling: SamplingParams, request_id: str
 ) -> Streaming[results.TextDelta, results.Generation]:
@@ -75,6 +89,32 @@ def compare(
     normal: bool = True,
 ) -> Streaming[results.ArmDelta, results.ABResult]:
     """Texts of one prompt, the plain one and one per arm. `operators` make a single arm named "steered"."""
+    named = _compared_arms(operators, arms)
+    request = encode.compare_request(prompt, named, sampling, request_id, score=score, n=n, normal=normal)
+    return Streaming("Compare", request, ComparisonReducer(_uses_by_arm(named), n=n, normal=normal))
+
+
+def compare_many(
+    prompts: Prompts,
+    operators: Operators,
+    arms: Mapping[str, Operators | Arm] | None,
+    sampling: SamplingParams,
+    request_id: str,
+    *,
+    score: bool = True,
+    n: int = 1,
+    normal: bool = True,
+) -> Streaming[results.ArmDelta | results.PromptResult, Mapping[str, results.ABResult]]:
+    """As compare, of several prompts in one request."""
+    named, by_id = _compared_arms(operators, arms), encode.prompts_by_id(prompts)
+    if not by_id:
+        raise InvalidRequestError("prompts: at least one is needed", field="prompts")
+    request = encode.compare_many_request(by_id, named, sampling, request_id, score=score, n=n, normal=normal)
+    return Streaming("Compare", request, ComparisonsReducer(tuple(by_id), _uses_by_arm(named), n=n, normal=normal))
+
+
+def _compared_arms(operators: Operators, arms: Mapping[str, Operators | Arm] | None) -> tuple[NamedArm, ...]:
+    """As _arms. Raises InvalidRequestError where neither names any."""
     named = _arms(operators, arms)
     if not named and arms is None:
         raise InvalidRequestError(
@@ -82,8 +122,7 @@ def compare(
             "alone is what `generate` gives",
             field="operators",
         )
-    request = encode.compare_request(prompt, named, sampling, request_id, score=score, n=n, normal=normal)
-    return Streaming("Compare", request, ComparisonReducer(_uses_by_arm(named), n=n, normal=normal))
+    return named
 
 
 def score(

@@ -37,6 +37,14 @@ def generation(message: text_pb2.GenerateResponse) -> results.Generation:
     return _decode(_read_generation, message)
 
 
+def samples(message: text_pb2.GenerateResponse, n: int) -> tuple[results.Generation, ...]:
+    """The texts of an answer with several. Raises ProtocolError for another number of them."""
+    found = tuple(generation(each) for each in (message, *message.more))
+    if [each.sample for each in found] != list(range(n)):
+        raise ProtocolError(f"the server sent the samples {[each.sample for each in found]}; asked for were {n}")
+    return found
+
+
 def delta(message: text_pb2.Delta) -> results.TextDelta:
     """The next piece of a text."""
     return _decode(_read_delta, message)

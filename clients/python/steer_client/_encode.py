@@ -23,10 +23,12 @@ from steer_client._requests import (
     GenerateRequest,
     GetOperatorRequest,
     NamedArm,
+    NamedPrompt,
     Operators,
     OperatorUse,
     Prompt,
     PromptInput,
+    Prompts,
     SamplingParams,
     ScoreRequest,
     TemplateOption,
@@ -43,10 +45,10 @@ _write_get_operator_request = writer(operators_pb.GetOperatorRequest, GetOperato
 
 
 def generate_request(
-    prompt: Prompt, operators: Sequence[OperatorUse], sampling: SamplingParams, request_id: str
+    prompt: Prompt, operators: Sequence[OperatorUse], sampling: SamplingParams, request_id: str, n: int = 1
 ) -> pb.GenerateRequest:
-    """What a generation is asked for with."""
-    request = GenerateRequest(request_id, prompt_input(prompt), sampling, operators)
+    """What a generation is asked for with. What is as the contract has it by default is not sent."""
+    request = GenerateRequest(request_id, prompt_input(prompt), sampling, operators, None if n == 1 else n)
     return _write(_write_generate_request, request)
 
 
@@ -64,6 +66,34 @@ def compare_request(
     asked = (None if n == 1 else n, None if normal is True else normal)
     request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked)
     return _write(_write_compare_request, request)
+
+
+def compare_many_request(
+    prompts: Mapping[str, Prompt],
+    arms: Sequence[NamedArm],
+    sampling: SamplingParams,
+    request_id: str,
+    *,
+    score: bool,
+    n: int = 1,
+    normal: bool = True,
+) -> comparison_pb2.CompareRequest:
+    """As compare_request, of several prompts. The end of a text does not repeat what was streamed of it."""
+    named = []
+    for index, (name, prompt) in enumerate(prompts.items()):
+        try:
+            named.append(NamedPrompt(name, prompt_input(prompt)))
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"prompts[{index}].{error.message}", field=f"prompts[{index}].prompt") from None
+    request = CompareRequest(request_id, None, sampling, arms, score, n, normal, named, repeat_in_finished=False)
+    return _write(_write_compare_request, request)
+
+
+def prompts_by_id(prompts: Prompts) -> dict[str, Prompt]:
+    """By the ids that they were given, or by their places."""
+    if isinstance(prompts, Mapping):
+        return dict(prompts)
+    return {str(place): prompt for place, prompt in enumerate(_items(prompts, "prompts", "a sequence of prompts"))}
 
 
 def score_request(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from steering.v1 import comparison_pb2
@@ -14,7 +15,7 @@ from steer_client._defaults import NORMAL
 from steer_client._errors import ProtocolError
 from steer_client._receipts import check_receipts
 from steer_client._requests import OperatorUse
-from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
+from steer_client._results import ABResult, ArmDelta, Generation, PromptResult, TextDelta, TokenLogprob
 
 Item = TypeVar("Item", covariant=True)
 Result = TypeVar("Result", covariant=True)
@@ -35,13 +36,17 @@ class Reducer(Protocol[Item, Result]):
 
 
 class GenerationReducer:
-    """The events of one text: started, any number of deltas, finished. `arm` is for messages only."""
+    """The events of one text: started, any number of deltas, finished. `arm` is for messages only.
 
-    def __init__(self, uses: Sequence[OperatorUse], arm: str = "") -> None:
-        self._uses = uses
+    `repeats`: whether the last event has the whole text once more.
+    """
+
+    def __init__(self, uses: Sequence[OperatorUse], arm: str = "", *, repeats: bool = True) -> None:
+        self._uses, self._repeats = uses, repeats
         self._of_arm = f" of arm {arm!r}" if arm else ""
         self._text: list[str] = []
         self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
         self._result: Generation | None = None
         self.prompt_token_ids: tuple[int, ...] | None = None
 
@@ -61,8 +66,12 @@ class GenerationReducer:
         if kind == "delta":
             self._text.append(event.delta.text)
             self._token_ids.extend(event.delta.token_ids)
-            return decode.delta(event.delta)
+            delta = decode.delta(event.delta)
+            self._logprobs.extend(delta.logprobs)
+            return delta
         result = decode.generation(event.finished)
+        if not self._repeats:
+            result = self._completed(result)
         if result.text != "".join(self._text):
             raise ProtocolError(f"the server's final text{self._of_arm} differs from the text that it streamed")
         if result.token_ids != tuple(self._token_ids):
@@ -72,6 +81,16 @@ class GenerationReducer:
             )
         self._result = check_receipts(self._uses, result)
         return None
+
+    def _completed(self, result: Generation) -> Generation:
+        count = result.usage.completion_tokens
+        if count != len(self._token_ids) or result.text or result.token_ids:
+            raise ProtocolError(
+                f"the server says that the text{self._of_arm} has {count} tokens; it streamed {len(self._token_ids)}, "
+                "and was asked not to repeat them"
+            )
+        text, ids, logprobs = "".join(self._text), tuple(self._token_ids), tuple(self._logprobs)
+        return replace(result, text=text, token_ids=ids, logprobs=logprobs)
 
     def finish(self) -> Generation:
         """Raises ProtocolError when no result came."""
@@ -83,11 +102,21 @@ class GenerationReducer:
 class ComparisonReducer:
     """The events of a comparison: those of every arm and sample, interleaved, then compared."""
 
-    def __init__(self, arms: Mapping[str, Sequence[OperatorUse]], *, n: int = 1, normal: bool = True) -> None:
-        self._names, self._n, self._normal = tuple(arms), n, normal
+    def __init__(
+        self,
+        arms: Mapping[str, Sequence[OperatorUse]],
+        *,
+        n: int = 1,
+        normal: bool = True,
+        prompt_id: str = "",
+        repeats: bool = True,
+    ) -> None:
+        self._names, self._n, self._prompt_id = tuple(arms), n, prompt_id
         every = ({NORMAL: ()} if normal else {}) | dict(arms)
         self._texts = {
-            (name, sample): GenerationReducer(uses, name) for name, uses in every.items() for sample in range(n)
+            (name, sample): GenerationReducer(uses, name, repeats=repeats)
+            for name, uses in every.items()
+            for sample in range(n)
         }
         self._compared: comparison_pb2.CompareFinished | None = None
 
@@ -109,7 +138,7 @@ class ComparisonReducer:
             sample = f" (sample {event.sample})" if event.sample else ""
             raise ProtocolError(f"the server sent an event of arm {event.arm!r}{sample}, which was not asked for")
         delta = text.feed(event)
-        return None if delta is None else ArmDelta(event.arm, delta, event.sample)
+        return None if delta is None else ArmDelta(event.arm, delta, event.sample, self._prompt_id)
 
     def finish(self) -> ABResult:
         """Raises ProtocolError when a text, or its comparison, did not come."""
@@ -127,3 +156,43 @@ class ComparisonReducer:
             for sample in range(self._n)
         )
         return replace(first, others=tuple(others))
+
+
+class ComparisonsReducer:
+    """The events of comparisons of several prompts, interleaved, each ending with its own `compared`."""
+
+    def __init__(
+        self, prompt_ids: Sequence[str], arms: Mapping[str, Sequence[OperatorUse]], *, n: int = 1, normal: bool = True
+    ) -> None:
+        # Each is made when its prompt begins, and dropped when it ends.
+        self._make = partial(ComparisonReducer, arms, n=n, normal=normal, repeats=False)
+        self._prompts: dict[str, ComparisonReducer | ABResult | None] = dict.fromkeys(prompt_ids)
+
+    @property
+    def prompt_token_ids(self) -> None:
+        """Each prompt has its own."""
+        return None
+
+    def feed(self, event: comparison_pb2.CompareEvent) -> ArmDelta | PromptResult | None:
+        """Raises like ComparisonReducer, and ProtocolError for a prompt that was not asked for, or has ended."""
+        name = event.prompt_id
+        if name not in self._prompts:
+            raise ProtocolError(f"the server sent an event of the prompt {name!r}, which was not asked for")
+        prompt = self._prompts[name]
+        if isinstance(prompt, ABResult):
+            raise ProtocolError(f"the server sent events of the prompt {name!r} after its `compared`")
+        if prompt is None:
+            prompt = self._prompts[name] = self._make(prompt_id=name)
+        delta = prompt.feed(event)
+        if event.WhichOneof("event") != "compared":
+            return delta
+        result = self._prompts[name] = prompt.finish()
+        return PromptResult(name, result)
+
+    def finish(self) -> dict[str, ABResult]:
+        """Raises ProtocolError when a prompt did not come to its end."""
+        results = {name: found for name, found in self._prompts.items() if isinstance(found, ABResult)}
+        if len(results) < len(self._prompts):
+            missing = next(name for name in self._prompts if name not in results)
+            raise ProtocolError(f"the stream ended without `compared` of the prompt {missing!r}")
+        return results

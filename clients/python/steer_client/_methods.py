@@ -15,16 +15,25 @@ import grpc
 
 from steer_client import _calls as calls
 from steer_client import _encode as encode
-from steer_client._aio_streams import AsyncComparisonStream, AsyncGenerationStream
+from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
 from steer_client._channel import Stubs, target_or_default
 from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
-from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, SamplingParams
-from steer_client._results import ABResult, ArmDelta, Generation, ModelInfo, TextDelta, TextScore, Tokenization
+from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, Prompts, SamplingParams
+from steer_client._results import (
+    ABResult,
+    ArmDelta,
+    Generation,
+    ModelInfo,
+    PromptResult,
+    TextDelta,
+    TextScore,
+    Tokenization,
+)
 from steer_client._retry import Retries
 from steer_client._store import OperatorInfo, ReloadReport
 from steer_client._streams import StartedCall
-from steer_client._sync_streams import ComparisonStream, GenerationStream
+from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
 from steer_client._translate import translate_error
 
 Item = TypeVar("Item")
@@ -66,6 +75,20 @@ class Methods(ABC):
     ) -> Generation:
         """Decodes one prompt and waits for its end. No operators: a plain text."""
         return await self._answer(calls.generate(prompt, operators, sampling, request_id), timeout)
+
+    @method
+    async def samples(
+        self,
+        prompt: Prompt,
+        n: int,
+        *,
+        operators: Operators = (),
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> tuple[Generation, ...]:
+        """Decodes one prompt `n` times in one batch: sample s is what `generate` gives with the seed plus s."""
+        return await self._answer(calls.samples(prompt, n, operators, sampling, request_id), timeout)
 
     @stream_method(GenerationStream, AsyncGenerationStream)
     def stream(
@@ -119,6 +142,46 @@ class Methods(ABC):
     ) -> StartedCall[ArmDelta, ABResult]:
         """As `compare`, piece by piece; the arms' pieces interleave."""
         call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        return self._start(call, timeout)
+
+    @method
+    async def compare_many(
+        self,
+        prompts: Prompts,
+        *,
+        operators: Operators = (),
+        arms: Mapping[str, Operators | Arm] | None = None,
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        score: bool = True,
+        n: int = 1,
+        normal: bool = True,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> Mapping[str, ABResult]:
+        """As `compare`, of several prompts in one request; the results by the prompts' ids, in the prompts' order.
+
+        A mapping gives the ids, a sequence has the ids "0", "1", and so on. Where a prompt is not accepted, the call
+        fails before anything is decoded.
+        """
+        call = calls.compare_many(prompts, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        return await self._read_to_end(self._start(call, timeout))
+
+    @stream_method(ComparisonsStream, AsyncComparisonsStream)
+    def compare_many_stream(
+        self,
+        prompts: Prompts,
+        *,
+        operators: Operators = (),
+        arms: Mapping[str, Operators | Arm] | None = None,
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        score: bool = True,
+        n: int = 1,
+        normal: bool = True,
+        request_id: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> StartedCall[ArmDelta | PromptResult, Mapping[str, ABResult]]:
+        """As `compare_many`, piece by piece: ArmDeltas as they come, and a PromptResult when a prompt is finished."""
+        call = calls.compare_many(prompts, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
         return self._start(call, timeout)
 
     @method

@@ -1,7 +1,7 @@
 """Every public name of the package, which `steer_client` hands on when one is first used."""
 
 from steer_client._aio import AsyncSteerClient
-from steer_client._aio_streams import AsyncComparisonStream, AsyncGenerationStream
+from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
 from steer_client._errors import (
     DeadlineExceededError,
     DigestNotServedError,
@@ -29,6 +29,7 @@ from steer_client._requests import (
     Operators,
     OperatorUse,
     Prompt,
+    Prompts,
     Rule,
     SamplingParams,
     TokenBias,
@@ -43,6 +44,7 @@ from steer_client._results import (
     FinishReason,
     Generation,
     ModelInfo,
+    PromptResult,
     Receipt,
     SteeredWord,
     TextDelta,
@@ -68,7 +70,7 @@ from steer_client._store import (
     ReloadReport,
 )
 from steer_client._sync import SteerClient
-from steer_client._sync_streams import ComparisonStream, GenerationStream
+from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
 from steer_client._words import Word, Words
 
 __all__ = [
@@ -81,6 +83,7 @@ __all__ = [
     "ArmResult",
     "ArmScore",
     "AsyncComparisonStream",
+    "AsyncComparisonsStream",
     "AsyncGenerationStream",
     "AsyncSteerClient",
     "Calibration",
@@ -88,6 +91,7 @@ __all__ = [
     "Chat",
     "ChatMessage",
     "ComparisonStream",
+    "ComparisonsStream",
     "ConceptText",
     "DeadlineExceededError",
     "DigestNotServedError",
@@ -111,7 +115,9 @@ __all__ = [
     "Operators",
     "Positions",
     "Prompt",
+    "PromptResult",
     "PromptTooLongError",
+    "Prompts",
     "ProtocolError",
     "Receipt",
     "ReloadReport",

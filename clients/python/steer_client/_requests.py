@@ -41,6 +41,8 @@ class Chat:
 
 #: Text, token ids (used as they are), or a chat.
 Prompt: TypeAlias = str | Sequence[int] | Chat | Sequence[ChatMessage]
+#: Several prompts: by an id of the caller's own for each, or in order, with "0", "1", and so on for ids.
+Prompts: TypeAlias = Mapping[str, Prompt] | Sequence[Prompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,25 +237,37 @@ class NamedArm:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One prompt, one continuation."""
+    """One prompt, one continuation or several."""
 
     request_id: str
     prompt: PromptInput
     sampling: SamplingParams
     operators: Sequence[OperatorUse]
+    n: int | None = None
+    repeat_in_finished: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NamedPrompt:
+    """One of several prompts of a request."""
+
+    id: str
+    prompt: PromptInput
 
 
 @dataclass(frozen=True, slots=True)
 class CompareRequest:
-    """One prompt, a plain continuation and one per arm."""
+    """One prompt or several; of each a plain continuation and one per arm."""
 
     request_id: str
-    prompt: PromptInput
+    prompt: PromptInput | None
     sampling: SamplingParams
     arms: Sequence[NamedArm]
     score: bool
     n: int | None = None
     normal: bool | None = None
+    prompts: Sequence[NamedPrompt] = ()
+    repeat_in_finished: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

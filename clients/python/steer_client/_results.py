@@ -169,6 +169,8 @@ class ArmDelta:
     delta: TextDelta
     #: Which of the arm's texts, from 0.
     sample: int = 0
+    #: Of several prompts, which.
+    prompt_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +221,14 @@ class ABResult:
     def samples(self) -> tuple[ABResult, ...]:
         """Each sample as a result of its own, this one first: as many as were asked for with `n`."""
         return (replace(self, others=()), *self.others)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptResult:
+    """All of one prompt of several."""
+
+    prompt_id: str
+    result: ABResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from steer_client._dual_method import run_to_end
-from steer_client._results import ABResult, ArmDelta, Generation, TextDelta
+from steer_client._results import ABResult, ArmDelta, Generation, PromptResult, TextDelta
 from steer_client._streams import Stream
 
 Item = TypeVar("Item")
@@ -68,4 +68,11 @@ class ComparisonStream(SyncStream[ArmDelta, ABResult]):
     """Every arm's text as it is generated: iterate it once for ArmDelta items, then read `.result`.
 
     It ends early as a GenerationStream does.
+    """
+
+
+class ComparisonsStream(SyncStream[ArmDelta | PromptResult, Mapping[str, ABResult]]):
+    """Every text of several prompts: ArmDelta items as they are generated, a PromptResult when a prompt is finished.
+
+    Its `.result` has the results by the prompts' ids. It ends early as a GenerationStream does.
     """

@@ -50,11 +50,15 @@ def writer(message: type[_M], cls: type, accept: Accept | None = None) -> Writer
     return lambda source, /, **given: message(**keywords(frozenset(given))(source), **given)
 
 
-def oneof_writer(message: type[_M], kinds: Mapping[type, str]) -> Writer[_M]:
-    """What turns an object of one of these classes into a message that has it in the field of that name."""
+def oneof_writer(message: type[_M], kinds: Mapping[type, str], *, without: Container[str] = ()) -> Writer[_M]:
+    """What turns an object of one of these classes into a message that has it in the field of that name.
+
+    ``without``: fields of the inner messages that are left unset.
+    """
     fields = cast("Descriptor", message.DESCRIPTOR).fields_by_name
     keywords = {
-        cls: (name, _keywords(cast("Descriptor", fields[name].message_type), cls)) for cls, name in kinds.items()
+        cls: (name, _keywords(cast("Descriptor", fields[name].message_type), cls, None, without))
+        for cls, name in kinds.items()
     }
 
     def write(source: object, /, **given: Any) -> _M:

@@ -55,6 +55,32 @@ class Arm(_message.Message):
 Global___Arm: _TypeAlias = Arm  # noqa: Y015
 
 @_typing.final
+class NamedPrompt(_message.Message):
+    """One of several prompts of a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Unique in the request, at most 128 characters."""
+    @_builtins.property
+    def prompt(self) -> _text_pb2.Prompt: ...
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        prompt: _text_pb2.Prompt | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamedPrompt: _TypeAlias = NamedPrompt  # noqa: Y015
+
+@_typing.final
 class CompareRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -64,7 +90,9 @@ class CompareRequest(_message.Message):
     ARMS_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     N_FIELD_NUMBER: _builtins.int
+    PROMPTS_FIELD_NUMBER: _builtins.int
     NORMAL_FIELD_NUMBER: _builtins.int
+    REPEAT_IN_FINISHED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     score: _builtins.bool
     """Score each steered text under the plain model (KL and perplexity), as one more row of the batch. Default true."""
@@ -74,8 +102,12 @@ class CompareRequest(_message.Message):
     """
     normal: _builtins.bool
     """Whether the plain arm runs. Texts are scored without it as well. Default true."""
+    repeat_in_finished: _builtins.bool
+    """Whether `finished` repeats what the deltas had: `text`, `token_ids` and `logprobs`. Default true."""
     @_builtins.property
-    def prompt(self) -> _text_pb2.Prompt: ...
+    def prompt(self) -> _text_pb2.Prompt:
+        """One prompt, or `prompts`."""
+
     @_builtins.property
     def sampling(self) -> _text_pb2.SamplingParams:
         """Shared by every arm that has none of its own; every arm draws the same random numbers."""
@@ -83,6 +115,13 @@ class CompareRequest(_message.Message):
     @_builtins.property
     def arms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arm]:
         """The arms beside the plain one. Several make a sweep. May be empty where the plain arm runs."""
+
+    @_builtins.property
+    def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedPrompt]:
+        """At most 256, in 4 MiB more than one prompt may have. Each gets the texts of a request of its own, and events with its
+        id, the prompts in no order; a few are decoded at once. One that is not accepted fails the request before anything
+        is decoded. `sampling.time_limit` is that of the whole request.
+        """
 
     def __init__(
         self,
@@ -93,22 +132,28 @@ class CompareRequest(_message.Message):
         arms: _abc.Iterable[Global___Arm] | None = ...,
         score: _builtins.bool | None = ...,
         n: _builtins.int | None = ...,
+        prompts: _abc.Iterable[Global___NamedPrompt] | None = ...,
         normal: _builtins.bool | None = ...,
+        repeat_in_finished: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_score", b"_score", "n", b"n", "normal", b"normal", "prompt", b"prompt", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_repeat_in_finished", b"_repeat_in_finished", "_score", b"_score", "n", b"n", "normal", b"normal", "prompt", b"prompt", "repeat_in_finished", b"repeat_in_finished", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_score", b"_score", "arms", b"arms", "n", b"n", "normal", b"normal", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_repeat_in_finished", b"_repeat_in_finished", "_score", b"_score", "arms", b"arms", "n", b"n", "normal", b"normal", "prompt", b"prompt", "prompts", b"prompts", "repeat_in_finished", b"repeat_in_finished", "request_id", b"request_id", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
     _WhichOneofReturnType__normal: _TypeAlias = _typing.Literal["normal"]  # noqa: Y015
     _WhichOneofArgType__normal: _TypeAlias = _typing.Literal["_normal", b"_normal"]  # noqa: Y015
+    _WhichOneofReturnType__repeat_in_finished: _TypeAlias = _typing.Literal["repeat_in_finished"]  # noqa: Y015
+    _WhichOneofArgType__repeat_in_finished: _TypeAlias = _typing.Literal["_repeat_in_finished", b"_repeat_in_finished"]  # noqa: Y015
     _WhichOneofReturnType__score: _TypeAlias = _typing.Literal["score"]  # noqa: Y015
     _WhichOneofArgType__score: _TypeAlias = _typing.Literal["_score", b"_score"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__normal) -> _WhichOneofReturnType__normal | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repeat_in_finished) -> _WhichOneofReturnType__repeat_in_finished | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__score) -> _WhichOneofReturnType__score | None: ...
 
@@ -248,9 +293,12 @@ class CompareEvent(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     COMPARED_FIELD_NUMBER: _builtins.int
+    PROMPT_ID_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
     arm: _builtins.str
     """The arm that this event belongs to; empty for `compared`."""
+    prompt_id: _builtins.str
+    """The prompt that this event belongs to, where the request has several."""
     sample: _builtins.int
     """Which text of the arm."""
     @_builtins.property
@@ -261,7 +309,7 @@ class CompareEvent(_message.Message):
     def finished(self) -> _text_pb2.GenerateResponse: ...
     @_builtins.property
     def compared(self) -> Global___CompareFinished:
-        """Last event of the stream."""
+        """Last event of a prompt; of the stream, where there are no several."""
 
     def __init__(
         self,
@@ -271,11 +319,12 @@ class CompareEvent(_message.Message):
         delta: _text_pb2.Delta | None = ...,
         finished: _text_pb2.GenerateResponse | None = ...,
         compared: Global___CompareFinished | None = ...,
+        prompt_id: _builtins.str = ...,
         sample: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "sample", b"sample", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "compared", b"compared", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_id", b"prompt_id", "sample", b"sample", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished", "compared"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

@@ -29,7 +29,7 @@ from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
 from steering.v1 import text_pb2 as steering_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteering/v1/generation.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1csteering/v1/comparison.proto\x1a\x17steering/v1/score.proto\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\"\xa6\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12+\n\toperators\x18\x04 \x03(\x0b\x32\x18.steering.v1.OperatorUse\"\x99\x01\n\rGenerateEvent\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.steering.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.steering.v1.DeltaH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.steering.v1.GenerateResponseH\x00\x42\x07\n\x05\x65vent\"6\n\x0fTokenizeRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.steering.v1.Prompt\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xb9\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\x05\x12\x15\n\reos_token_ids\x18\t \x03(\x05\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x11\n\tmax_queue\x18\x0f \x01(\x05\x12\x10\n\x08max_arms\x18\x10 \x01(\x05\x12\x10\n\x08max_dose\x18\x11 \x01(\x01\x12\x11\n\tattention\x18\x12 \x01(\t\x12*\n\x06limits\x18\x1e \x01(\x0b\x32\x1a.steering.v1.RequestLimits\"\xf9\x02\n\rRequestLimits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\x05\x12\x19\n\x11max_chat_messages\x18\x02 \x01(\x05\x12\x15\n\rmax_operators\x18\x03 \x01(\x05\x12\x11\n\tmax_words\x18\x04 \x01(\x05\x12\x11\n\tmax_stops\x18\x05 \x01(\x05\x12\x1b\n\x13max_stop_characters\x18\x06 \x01(\x05\x12\x1f\n\x17max_arm_name_characters\x18\x07 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x08 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\t \x01(\x05\x12\x17\n\nmax_tokens\x18\n \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10max_total_tokens\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12+\n\x08max_time\x18\x0c \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_max_tokensB\x13\n\x11_max_total_tokens2\xcd\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.steering.v1.GenerateRequest\x1a\x1d.steering.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.steering.v1.GenerateRequest\x1a\x1a.steering.v1.GenerateEvent0\x01\x12\x43\n\x07\x43ompare\x12\x1b.steering.v1.CompareRequest\x1a\x19.steering.v1.CompareEvent0\x01\x12>\n\x05Score\x12\x19.steering.v1.ScoreRequest\x1a\x1a.steering.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.steering.v1.TokenizeRequest\x1a\x1d.steering.v1.TokenizeResponse\x12S\n\x0cGetModelInfo\x12 .steering.v1.GetModelInfoRequest\x1a!.steering.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csteering/v1/generation.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1csteering/v1/comparison.proto\x1a\x17steering/v1/score.proto\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\"\xf4\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.steering.v1.SamplingParams\x12+\n\toperators\x18\x04 \x03(\x0b\x32\x18.steering.v1.OperatorUse\x12\x0e\n\x01n\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x1f\n\x12repeat_in_finished\x18\x06 \x01(\x08H\x01\x88\x01\x01\x42\x04\n\x02_nB\x15\n\x13_repeat_in_finished\"\xa9\x01\n\rGenerateEvent\x12\'\n\x07started\x18\x01 \x01(\x0b\x32\x14.steering.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x12.steering.v1.DeltaH\x00\x12\x31\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x1d.steering.v1.GenerateResponseH\x00\x12\x0e\n\x06sample\x18\x04 \x01(\x05\x42\x07\n\x05\x65vent\"6\n\x0fTokenizeRequest\x12#\n\x06prompt\x18\x01 \x01(\x0b\x32\x13.steering.v1.Prompt\"5\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x0e\n\x06tokens\x18\x02 \x03(\t\"\x15\n\x13GetModelInfoRequest\"\xb9\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x12\n\nnum_layers\x18\x05 \x01(\x05\x12\x13\n\x0bhidden_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x16\n\x0e\x63ontext_length\x18\x08 \x01(\x05\x12\x15\n\reos_token_ids\x18\t \x03(\x05\x12\x19\n\x11has_chat_template\x18\n \x01(\x08\x12\x0e\n\x06\x65ngine\x18\x0b \x01(\t\x12\r\n\x05\x64type\x18\x0c \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\r \x01(\t\x12\x16\n\x0eserver_version\x18\x0e \x01(\t\x12\x11\n\tmax_queue\x18\x0f \x01(\x05\x12\x10\n\x08max_arms\x18\x10 \x01(\x05\x12\x10\n\x08max_dose\x18\x11 \x01(\x01\x12\x11\n\tattention\x18\x12 \x01(\t\x12*\n\x06limits\x18\x1e \x01(\x0b\x32\x1a.steering.v1.RequestLimits\"\xf9\x02\n\rRequestLimits\x12\x18\n\x10max_prompt_bytes\x18\x01 \x01(\x05\x12\x19\n\x11max_chat_messages\x18\x02 \x01(\x05\x12\x15\n\rmax_operators\x18\x03 \x01(\x05\x12\x11\n\tmax_words\x18\x04 \x01(\x05\x12\x11\n\tmax_stops\x18\x05 \x01(\x05\x12\x1b\n\x13max_stop_characters\x18\x06 \x01(\x05\x12\x1f\n\x17max_arm_name_characters\x18\x07 \x01(\x05\x12\x14\n\x0cmax_messages\x18\x08 \x01(\x05\x12\x19\n\x11max_request_bytes\x18\t \x01(\x05\x12\x17\n\nmax_tokens\x18\n \x01(\x05H\x00\x88\x01\x01\x12\x1d\n\x10max_total_tokens\x18\x0b \x01(\x05H\x01\x88\x01\x01\x12+\n\x08max_time\x18\x0c \x01(\x0b\x32\x19.google.protobuf.DurationB\r\n\x0b_max_tokensB\x13\n\x11_max_total_tokens2\xcd\x03\n\x11GenerationService\x12G\n\x08Generate\x12\x1c.steering.v1.GenerateRequest\x1a\x1d.steering.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.steering.v1.GenerateRequest\x1a\x1a.steering.v1.GenerateEvent0\x01\x12\x43\n\x07\x43ompare\x12\x1b.steering.v1.CompareRequest\x1a\x19.steering.v1.CompareEvent0\x01\x12>\n\x05Score\x12\x19.steering.v1.ScoreRequest\x1a\x1a.steering.v1.ScoreResponse\x12G\n\x08Tokenize\x12\x1c.steering.v1.TokenizeRequest\x1a\x1d.steering.v1.TokenizeResponse\x12S\n\x0cGetModelInfo\x12 .steering.v1.GetModelInfoRequest\x1a!.steering.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering.v1.generation_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=185
-  _globals['_GENERATEREQUEST']._serialized_end=351
-  _globals['_GENERATEEVENT']._serialized_start=354
-  _globals['_GENERATEEVENT']._serialized_end=507
-  _globals['_TOKENIZEREQUEST']._serialized_start=509
-  _globals['_TOKENIZEREQUEST']._serialized_end=563
-  _globals['_TOKENIZERESPONSE']._serialized_start=565
-  _globals['_TOKENIZERESPONSE']._serialized_end=618
-  _globals['_GETMODELINFOREQUEST']._serialized_start=620
-  _globals['_GETMODELINFOREQUEST']._serialized_end=641
-  _globals['_GETMODELINFORESPONSE']._serialized_start=644
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1085
-  _globals['_REQUESTLIMITS']._serialized_start=1088
-  _globals['_REQUESTLIMITS']._serialized_end=1465
-  _globals['_GENERATIONSERVICE']._serialized_start=1468
-  _globals['_GENERATIONSERVICE']._serialized_end=1929
+  _globals['_GENERATEREQUEST']._serialized_end=429
+  _globals['_GENERATEEVENT']._serialized_start=432
+  _globals['_GENERATEEVENT']._serialized_end=601
+  _globals['_TOKENIZEREQUEST']._serialized_start=603
+  _globals['_TOKENIZEREQUEST']._serialized_end=657
+  _globals['_TOKENIZERESPONSE']._serialized_start=659
+  _globals['_TOKENIZERESPONSE']._serialized_end=712
+  _globals['_GETMODELINFOREQUEST']._serialized_start=714
+  _globals['_GETMODELINFOREQUEST']._serialized_end=735
+  _globals['_GETMODELINFORESPONSE']._serialized_start=738
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1179
+  _globals['_REQUESTLIMITS']._serialized_start=1182
+  _globals['_REQUESTLIMITS']._serialized_end=1559
+  _globals['_GENERATIONSERVICE']._serialized_start=1562
+  _globals['_GENERATIONSERVICE']._serialized_end=2023
 # @@protoc_insertion_point(module_scope)

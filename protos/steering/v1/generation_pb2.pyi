@@ -51,8 +51,16 @@ class GenerateRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     OPERATORS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    REPEAT_IN_FINISHED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Echoed; drawn by the server when empty. At most 128 characters."""
+    n: _builtins.int
+    """Texts, at most one more than the server's `max_arms`. Sample s has the seed plus s, modulo 2^64. Default 1."""
+    repeat_in_finished: _builtins.bool
+    """Whether `finished` repeats what the deltas had: `text`, `token_ids` and `logprobs`. Default true; false is for streams
+    alone.
+    """
     @_builtins.property
     def prompt(self) -> _text_pb2.Prompt: ...
     @_builtins.property
@@ -70,12 +78,21 @@ class GenerateRequest(_message.Message):
         prompt: _text_pb2.Prompt | None = ...,
         sampling: _text_pb2.SamplingParams | None = ...,
         operators: _abc.Iterable[_steering_pb2.OperatorUse] | None = ...,
+        n: _builtins.int | None = ...,
+        repeat_in_finished: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_repeat_in_finished", b"_repeat_in_finished", "n", b"n", "prompt", b"prompt", "repeat_in_finished", b"repeat_in_finished", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["operators", b"operators", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_repeat_in_finished", b"_repeat_in_finished", "n", b"n", "operators", b"operators", "prompt", b"prompt", "repeat_in_finished", b"repeat_in_finished", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
+    _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
+    _WhichOneofReturnType__repeat_in_finished: _TypeAlias = _typing.Literal["repeat_in_finished"]  # noqa: Y015
+    _WhichOneofArgType__repeat_in_finished: _TypeAlias = _typing.Literal["_repeat_in_finished", b"_repeat_in_finished"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__n) -> _WhichOneofReturnType__n | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__repeat_in_finished) -> _WhichOneofReturnType__repeat_in_finished | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
@@ -86,6 +103,9 @@ class GenerateEvent(_message.Message):
     STARTED_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
+    sample: _builtins.int
+    """The text that this event belongs to, from 0: each has its own `started` and `finished`."""
     @_builtins.property
     def started(self) -> _text_pb2.Started: ...
     @_builtins.property
@@ -103,10 +123,11 @@ class GenerateEvent(_message.Message):
         started: _text_pb2.Started | None = ...,
         delta: _text_pb2.Delta | None = ...,
         finished: _text_pb2.GenerateResponse | None = ...,
+        sample: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "event", b"event", "finished", b"finished", "sample", b"sample", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "delta", "finished"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015

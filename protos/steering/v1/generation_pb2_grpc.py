@@ -80,7 +80,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """The same, token by token: one `started`, any number of `delta`, one `finished`.
+        """The same, token by token: of each text one `started`, any number of `delta`, one `finished`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

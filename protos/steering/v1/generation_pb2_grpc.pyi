@@ -59,7 +59,7 @@ class GenerationServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _text_pb2.GenerateResponse]
     """Decodes one prompt and answers when it is finished."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateEvent]
-    """The same, token by token: one `started`, any number of `delta`, one `finished`."""
+    """The same, token by token: of each text one `started`, any number of `delta`, one `finished`."""
     Compare: _grpc.UnaryStreamMultiCallable[_comparison_pb2.CompareRequest, _comparison_pb2.CompareEvent]
     """Decodes one prompt under several arms (plain and steered) in one batch."""
     Score: _grpc.UnaryUnaryMultiCallable[_score_pb2.ScoreRequest, _score_pb2.ScoreResponse]
@@ -75,7 +75,7 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _text_pb2.GenerateResponse]  # type: ignore[assignment]
     """Decodes one prompt and answers when it is finished."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateEvent]  # type: ignore[assignment]
-    """The same, token by token: one `started`, any number of `delta`, one `finished`."""
+    """The same, token by token: of each text one `started`, any number of `delta`, one `finished`."""
     Compare: _aio.UnaryStreamMultiCallable[_comparison_pb2.CompareRequest, _comparison_pb2.CompareEvent]  # type: ignore[assignment]
     """Decodes one prompt under several arms (plain and steered) in one batch."""
     Score: _aio.UnaryUnaryMultiCallable[_score_pb2.ScoreRequest, _score_pb2.ScoreResponse]  # type: ignore[assignment]
@@ -100,7 +100,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateEvent], _abc.AsyncIterator[_generation_pb2.GenerateEvent]]:
-        """The same, token by token: one `started`, any number of `delta`, one `finished`."""
+        """The same, token by token: of each text one `started`, any number of `delta`, one `finished`."""
 
     @_abc_1.abstractmethod
     def Compare(

@@ -24,9 +24,14 @@ class DecodeRoom:
         self._taken = 0
         """Bytes."""
 
+    @property
+    def share(self) -> int:
+        """How many of the jobs that are decoded at once may be one client's."""
+        return max(1, self._max_running // _ONE_CLIENTS)
+
     def fits(self, job: _Needing, mine: int) -> bool:
         """Whether the job can begin; its client has ``mine`` running."""
-        if self._running >= self._max_running or mine >= max(1, self._max_running // _ONE_CLIENTS):
+        if self._running >= self._max_running or mine >= self.share:
             return False
         return self._memory is None or self._memory.fits(job.need, self._taken, has_others=mine > 0)
 

@@ -103,13 +103,22 @@ class HFEngine:
         """Each token decoded on its own."""
         return await self._prompts.texts(ids)
 
-    def submit(self, job: DecodeJob) -> QueuedJob:
-        """See :meth:`steer_server.engine.base.Engine.submit`."""
+    def check(self, job: DecodeJob) -> None:
+        """See :meth:`steer_server.engine.base.Engine.check`."""
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
                 check_sampled_ids(sampling, self._model.vocab_size)
                 special_stops(sampling, self._loaded.tokenizer)
         check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
+        self._queue.check(job)
+
+    def jobs_at_once(self, job: DecodeJob) -> int:  # noqa: ARG002 - on another engine its rows count
+        """Two: one is decoded, and the next begins when it ends. More would take turns, and end no sooner."""
+        return min(2, self._queue.share)
+
+    def submit(self, job: DecodeJob) -> QueuedJob:
+        """See :meth:`steer_server.engine.base.Engine.submit`."""
+        self.check(job)
         return self._queue.put(job)
 
     @property

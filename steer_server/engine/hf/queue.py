@@ -103,7 +103,8 @@ class JobQueue:
     def __init__(self, limit: int, *, max_running: int = MAX_RUNNING, memory: DecodeMemory | None = None) -> None:
         """``limit``: see :class:`FairQueue`. ``max_running``: a quarter of them, but one, may be one client's."""
         self._memory = memory
-        self._jobs: FairQueue[QueuedJob] = FairQueue(limit, DecodeRoom(max_running, memory))
+        self._room = DecodeRoom(max_running, memory)
+        self._jobs: FairQueue[QueuedJob] = FairQueue(limit, self._room)
         self._changed = threading.Condition()
         self._refusal: Callable[[], SteerServerError] | None = None
 
@@ -124,6 +125,16 @@ class JobQueue:
     def is_closed(self) -> bool:
         """Whether no job begins any more."""
         return self._refusal is not None
+
+    @property
+    def share(self) -> int:
+        """Of the jobs that are decoded at once, how many may be one client's."""
+        return self._room.share
+
+    def check(self, job: DecodeJob) -> None:
+        """Raises :class:`InvalidRequestError` for a job that does not fit into memory, were it alone."""
+        if self._memory is not None:
+            self._memory.needed(job)
 
     def put(self, job: DecodeJob) -> QueuedJob:
         """Adds a job.

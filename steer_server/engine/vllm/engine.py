@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from operators.core.artifact import OperatorArtifact
 from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from steer_server.engine.describe import describe_model
@@ -31,7 +32,7 @@ from steer_server.engine.vllm.decode_context import DecodeContext
 from steer_server.engine.vllm.engine_config import step_sizes
 from steer_server.engine.vllm.errors import translate_error
 from steer_server.engine.vllm.job import VLLMJob
-from steer_server.engine.vllm.job_memory import job_memory
+from steer_server.engine.vllm.job_memory import JobMemory, job_memory
 from steer_server.engine.vllm.measurements import MeasurementCollector
 from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
 from steer_server.engine.vllm.operator_room import OperatorRoom
@@ -47,6 +48,8 @@ log = structlog.get_logger(__name__)
 
 _CLOSE_SECONDS = 5.0
 """How long running rows get to end as CANCELLED."""
+_ONE_CALLS = 4
+"""One part in so many of the rows decoded together may be one call's, where it has several prompts."""
 
 
 class VLLMEngine:
@@ -99,12 +102,13 @@ class VLLMEngine:
             device=current_platform.device_name,
             attention=client.attention,
         )
+        self._max_seqs = int(config.scheduler_config.max_num_seqs)
         self._prompts = PromptReader(tokenizer, self._model, max_waiting=4 * max_queue)
         self._operator_memory = int(config.additional_config[STEERING_MEMORY])
         self._step_sizes = step_sizes(config)
         room = OperatorRoom(self._operator_memory, self._step_sizes.pushes)
         self._operator_cache = OperatorCache(OperatorSender(client.call).send, client.unload, room)
-        self._queue: FairQueue[VLLMJob] = FairQueue(max_queue, Seats(int(config.scheduler_config.max_num_seqs), room))
+        self._queue: FairQueue[VLLMJob] = FairQueue(max_queue, Seats(self._max_seqs, room))
         self._context = DecodeContext(
             client=client,
             operator_cache=self._operator_cache,
@@ -165,22 +169,35 @@ class VLLMEngine:
         """Each token on its own, as text."""
         return await self._prompts.texts(ids)
 
-    def submit(self, job: DecodeJob) -> VLLMJob:
-        """See :meth:`steer_server.engine.base.Engine.submit`."""
-        if self._closed:
-            raise ShuttingDownError
+    def check(self, job: DecodeJob) -> None:
+        """See :meth:`steer_server.engine.base.Engine.check`."""
         size, most = self._model.vocab_size, self._client.max_logprobs
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
                 check_sampling(sampling, vocab_size=size, max_logprobs=most, num_eos=len(self._model.eos_token_ids))
                 special_stops(sampling, self._context.tokenizer)
-        budget, sizes = self._operator_memory, self._step_sizes
-        memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
-        operators = required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)
+        self._needs(job)
+
+    def jobs_at_once(self, job: DecodeJob) -> int:
+        """As many as fill a quarter of the rows that vLLM decodes together."""
+        return max(1, self._max_seqs // _ONE_CALLS // len(job.rows))
+
+    def submit(self, job: DecodeJob) -> VLLMJob:
+        """See :meth:`steer_server.engine.base.Engine.submit`."""
+        if self._closed:
+            raise ShuttingDownError
+        self.check(job)
+        memory, operators = self._needs(job)
         queued = VLLMJob(self._context, job, operators, memory, on_end=self._end_job, on_leave=self._queue.leave)
         self._queue.put(queued)
         self._begin_jobs()
         return queued
+
+    def _needs(self, job: DecodeJob) -> tuple[JobMemory, list[OperatorArtifact]]:
+        """Memory and operators. Raises :class:`InvalidRequestError` where that is more than there is."""
+        budget, sizes = self._operator_memory, self._step_sizes
+        memory = job_memory(job, sizes, budget=budget, context_length=self._model.context_length)
+        return memory, required_operators(job, budget=budget, pushes=sizes.pushes(memory.layers), held=memory.held)
 
     async def num_held_requests(self) -> int:
         """The most requests for which a worker holds anything; 0 once all have ended and been measured."""

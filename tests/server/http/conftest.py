@@ -77,6 +77,11 @@ class Engine:
     async def token_texts(self, ids):
         return tuple(f"t{each}" for each in ids)
 
+    def check(self, job): ...
+
+    def jobs_at_once(self, job):
+        return 2
+
     def submit(self, job):
         self.jobs.append(job)
         return Stream(self, job)

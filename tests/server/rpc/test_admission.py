@@ -59,6 +59,7 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
         ("ScoreRequest", types.ScoreRequest),
         ("SamplingParams", types.SamplingParams),
         ("Arm", types.Arm),
+        ("NamedPrompt", types.NamedPrompt),
         ("OperatorUse", types.OperatorUse),
         ("WeightedWord", types.WeightedWord),
     ):
@@ -101,6 +102,16 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
             comparison_pb2.CompareRequest(arms=[comparison_pb2.Arm(operators=[sp.OperatorUse()] * 10**5)]),
             "arms[0].operators",
         ),
+        (
+            COMPARE,
+            comparison_pb2.CompareRequest(prompts=[comparison_pb2.NamedPrompt()] * 257),
+            "prompts",
+        ),
+        (
+            COMPARE,
+            comparison_pb2.CompareRequest(prompts=[comparison_pb2.NamedPrompt(id="x" * 1000)]),
+            "prompts[0].id",
+        ),
         (SCORE, score_pb2.ScoreRequest(request_id="x" * 10**6), "request_id"),
         (SCORE, score_pb2.ScoreRequest(text="x" * (MAX_PROMPT + 1)), "text"),
         (SCORE, score_pb2.ScoreRequest(token_ids=text_pb2.TokenIds(ids=[5] * 65)), "token_ids"),
@@ -137,6 +148,28 @@ def test_more_than_could_fit_into_the_context_is_a_prompt_that_is_too_long(admis
     assert caught.value.field == "prompt"
 
 
+def _several(*prompts):
+    named = [comparison_pb2.NamedPrompt(id=str(index), prompt=prompt) for index, prompt in enumerate(prompts)]
+    return comparison_pb2.CompareRequest(prompts=named)
+
+
+def test_of_several_prompts_the_one_that_is_too_long_is_named(admission):
+    fine, long = text_pb2.Prompt(text="x"), text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=[5] * 65))
+    with pytest.raises(PromptTooLongError, match=r"^prompts\[1\]\.prompt: has 65 tokens") as caught:
+        read(admission, COMPARE, _several(fine, long, fine))
+    assert caught.value.field == "prompts[1].prompt"
+
+
+def test_several_prompts_are_bounded_together(model_info):
+    pool, longest = descriptor_pool.Default(), 1 << 20
+    admission = Admission(pool, (*SERVICES, *STANDARD), model_info, max_prompt_bytes=longest, max_arms=3)
+    assert admission.limits.max_request_bytes < 8 * longest
+    prompt = text_pb2.Prompt(text="x" * (longest - 100))
+    assert len(read(admission, COMPARE, _several(*[prompt] * 5)).prompts) == 5
+    with pytest.raises(InvalidRequestError, match=r"^prompts: have \d+ bytes together or more; at most 5242880 are"):
+        read(admission, COMPARE, _several(*[prompt] * 6))
+
+
 def test_a_text_that_is_no_text_is_refused(admission):
     data = request(request_id="abc").SerializeToString().replace(b"abc", b"a\xffc")
     with pytest.raises(InvalidRequestError, match="UTF-8"):
@@ -167,4 +200,4 @@ def test_the_contract_says_how_long_a_name_may_be():
     folder = Path(__file__).parents[3] / "protos/steering/v1"
     source = "".join((folder / name).read_text(encoding="utf-8") for name in ("generation.proto", "comparison.proto"))
     documented = [int(number) for number in re.findall(r"at most (\d+) characters", source, re.IGNORECASE)]
-    assert documented == [types.MAX_REQUEST_ID, types.MAX_ARM_NAME]
+    assert documented == [types.MAX_REQUEST_ID, types.MAX_ARM_NAME, types.MAX_PROMPT_ID]
