@@ -150,24 +150,6 @@ def test_every_option_reaches_the_server(steer, fake, make):
     assert sent.sampling == expected
 
 
-def test_an_answer_is_begun_and_the_template_told(steer, fake):
-    options = ("--template-option", "enable_thinking=false", "--template-option", "budget=12")
-    steer("generate", "hi", "--chat", "--assistant", "Well, ", *options, "--template-option", "effort=low")
-    (sent,) = fake.requests
-    assert sent.prompt.chat == text_pb2.Chat(
-        messages=[
-            text_pb2.ChatMessage(role="user", content="hi"),
-            text_pb2.ChatMessage(role="assistant", content="Well, "),
-        ],
-        continue_final_message=True,
-        template_options=[
-            text_pb2.TemplateOption(name="enable_thinking", boolean=False),
-            text_pb2.TemplateOption(name="budget", number=12),
-            text_pb2.TemplateOption(name="effort", text="low"),
-        ],
-    )
-
-
 def test_options_that_are_not_given_are_not_sent(steer, fake):
     steer("generate", "hello")
     assert fake.requests == [
