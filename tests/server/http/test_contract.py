@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pool
 from google.protobuf.json_format import ParseDict
+from steering.v1 import comparison_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
-from steering.v1 import text_pb2
 
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.rpc.server import SERVICES
@@ -45,6 +45,44 @@ async def test_a_stream_is_events_of_the_contract(door):
     assert "".join(event.delta.text for event in events) == events[-1].finished.text == "a secret \u2603"
     compared = await door.post("/api/Compare", {**PROMPT, "arms": [{"name": "a", "operators": [{"name": "none"}]}]})
     assert (compared.status, compared.error["code"]) == (404, "UNKNOWN_OPERATOR")
+
+
+async def test_several_samples_are_inside_the_first_of_them_and_in_a_stream_apart(door):
+    said = (await door.post("/api/Generate", {**PROMPT, "n": 3, "sampling": {"seed": "7"}})).json()
+    assert [(each["sample"], each["seed"]) for each in (said, *said["more"])] == [(0, "7"), (1, "8"), (2, "9")]
+    assert [job.rows[2].sampling.seed for job in door.engine.jobs] == [9]
+    answer = await door.post("/api/GenerateStream", {**PROMPT, "n": 2})
+    events = [ParseDict(value, pb.GenerateEvent()) for _, value in answer.events()]
+    for sample in (0, 1):
+        kinds = [event.WhichOneof("event") for event in events if event.sample == sample]
+        assert kinds == ["started", "delta", "delta", "delta", "finished"]
+    most = (await door.get("/api/model")).json()["max_arms"] + 1
+    refused = await door.post("/api/Generate", {**PROMPT, "n": most + 1})
+    assert (refused.status, refused.error["param"]) == (400, "n")
+
+
+async def test_the_end_of_a_stream_repeats_nothing_where_it_is_not_to(door):
+    answer = await door.post("/api/GenerateStream", {**PROMPT, "repeat_in_finished": False})
+    *_, end = [ParseDict(value, pb.GenerateEvent()).finished for _, value in answer.events()]
+    assert (end.text, list(end.token_ids), end.usage.completion_tokens) == ("", [], 3)
+    refused = await door.post("/api/Generate", {**PROMPT, "repeat_in_finished": False})
+    assert (refused.status, refused.error["param"]) == (400, "repeat_in_finished")
+
+
+async def test_a_call_of_several_prompts_is_one_request_of_many_texts(door, logged):
+    prompts = [{"id": f"p{index}", "prompt": {"text": "x"}} for index in range(3)]
+    answer = await door.post("/api/Compare", {"prompts": prompts, "n": 2, "repeat_in_finished": False})
+    events = [ParseDict(value, comparison_pb2.CompareEvent()) for _, value in answer.events()]
+    assert sorted(event.prompt_id for event in events if event.HasField("compared")) == ["p0", "p1", "p2"]
+    assert {(event.prompt_id, event.sample) for event in events if event.HasField("finished")} == {
+        (f"p{index}", sample) for index in range(3) for sample in range(2)
+    }
+    [line] = [line for line in logged if line["event"] == "/api/Compare"]
+    counts = {name: line[name] for name in ("prompts", "texts", "prompt_tokens", "generated_tokens")}
+    assert counts == {"prompts": 3, "texts": 6, "prompt_tokens": 9, "generated_tokens": 18}
+    read = door.server._metrics.registry.get_sample_value
+    assert read("steer_requests_total") == 1
+    assert read("steer_completions_total", {"reason": "MAX_TOKENS", "steered": "false"}) == 6
 
 
 async def test_model_operators_and_tokens_are_told(door):

@@ -17,6 +17,7 @@ from steer_server.errors import (
     ShuttingDownError,
     SlowReaderError,
 )
+from steer_server.job_run import JobRun
 from steer_server.types import DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
 
 ALL = 400
@@ -72,6 +73,25 @@ async def test_a_short_job_beside_a_long_one_waits_for_a_few_turns_only(engine, 
     # Four of its own, and about as many of the other's: by time, which the machine may stretch.
     assert 4 <= len(passes) - before <= 40
     long.cancel()
+
+
+async def test_a_call_of_many_jobs_gives_way_and_holds_no_more_places_than_its_share(engine):
+    run = JobRun(engine, [_job(tokens=100, client="many") for _ in range(12)])
+    ended, most, other = 0, 0, None
+    async for event in run:
+        most = max(most, engine.running + engine.waiting)
+        ended += isinstance(event.event, RowFinished)
+        if other is None and isinstance(event.event, TokenEvent):
+            other = asyncio.ensure_future(_events(engine.submit(_job(client="b"))))
+        if other is not None and other.done():
+            break
+    assert ended <= 2
+    # Two of the call's own, and the other's.
+    assert most <= 3
+    run.cancel()
+    async with asyncio.timeout(5):
+        while engine.running + engine.waiting:
+            await asyncio.sleep(0.01)
 
 
 async def test_a_short_job_is_read_beside_many_of_another_client(engine, passes):
