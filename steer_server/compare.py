@@ -6,6 +6,7 @@ import math
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from operators.core.statistics import percentile, perplexity_of
 from steer_server.caps import NO_CAPS, Caps
@@ -14,6 +15,7 @@ from steer_server.errors import InvalidRequestError, errors_of
 from steer_server.generate import CompletionBuilder, check_plan
 from steer_server.job_run import JobRun, Submitted
 from steer_server.registry import Registry
+from steer_server.token_report import check_figures, token_comparisons, token_texts, work_out
 from steer_server.types import (
     NORMAL,
     Admitted,
@@ -26,6 +28,7 @@ from steer_server.types import (
     DecodeJob,
     EngineEvent,
     NamedPrompt,
+    Report,
     Row,
     RowFinished,
     SamplingParams,
@@ -60,10 +63,14 @@ async def compare(
     sampling = caps.apply(request.sampling)
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators)
-    texts = tuple(_texts(request, sampling, plans))
+    report = await work_out(request.report, engine.tokenizer)
+    texts = tuple(_texts(request, sampling, plans, report))
     rows = tuple(text.row for text in texts)
     prompts = request.prompts or ((NamedPrompt("", request.prompt),) if request.prompt else ())
     caps.check_tokens(rows, num_prompts=len(prompts))
+    if report is not None:
+        tokens = sum(text.row.sampling.max_tokens for text in texts if text.row.report is not None)
+        check_figures(request.report, tokens, "report")
     jobs = []
     for index, prompt in enumerate(prompts):
         with _of_several(request, index):
@@ -84,9 +91,10 @@ async def compare(
             else:
                 results = comparisons[event.job].add(event.event)
             for result in results:
-                yield result
                 if isinstance(result, Compared):
-                    del comparisons[event.job]
+                    yield await comparisons.pop(event.job).reported(result, engine.tokenizer)
+                else:
+                    yield result
     finally:
         run.cancel()
 
@@ -115,6 +123,7 @@ class _Comparison:
             for text in texts
         ]
         self._completions: dict[tuple[str, int], Completion] = {}
+        self._report = request.report
 
     def started(self) -> Iterator[CompareEvent]:
         """The first event of each text."""
@@ -143,6 +152,16 @@ class _Comparison:
             self._prompt_id,
         )
 
+    async def reported(self, compared: Compared, tokenizer: Any) -> Compared:
+        """The comparisons with what is to be said of every token."""
+        if self._report is None:
+            return compared
+        texts = [self._completions[each.arm, each.sample] for each in compared.comparisons]
+        known = await token_texts(texts, tokenizer)
+        said = (token_comparisons(text, self._report, known) for text in texts)
+        told = tuple(replace(each, tokens=tokens) for each, tokens in zip(compared.comparisons, said, strict=True))
+        return replace(compared, comparisons=told)
+
 
 def check_size(request: CompareRequest, max_arms: int) -> None:
     """Raises :class:`InvalidRequestError` for more texts of a prompt than are accepted."""
@@ -157,7 +176,9 @@ def check_size(request: CompareRequest, max_arms: int) -> None:
         )
 
 
-def _texts(request: CompareRequest, sampling: SamplingParams, plans: Sequence[SteeringPlan | None]) -> Iterator[_Text]:
+def _texts(
+    request: CompareRequest, sampling: SamplingParams, plans: Sequence[SteeringPlan | None], report: Report | None
+) -> Iterator[_Text]:
     """Every text of a prompt, the plain ones first.
 
     Scoring a plain row gives its own log-probabilities, and so its perplexity.
@@ -165,9 +186,9 @@ def _texts(request: CompareRequest, sampling: SamplingParams, plans: Sequence[St
     rows = [(NORMAL, Row(None, request.score, sampling))] if request.normal else []
     for index, (arm, plan) in enumerate(zip(request.arms, plans, strict=True)):
         own = arm.sampling
-        row = Row(plan, request.score, sampling)
+        row = Row(plan, request.score, sampling, report=report)
         if own is not None:
-            row = Row(plan, request.score, own.within(sampling), f"arms[{index}].sampling")
+            row = replace(row, sampling=own.within(sampling), sampling_field=f"arms[{index}].sampling")
         rows.append((arm.name, row))
     for name, row in rows:
         for sample in range(request.n):

@@ -150,6 +150,7 @@ class CompletionBuilder:
             logprobs=tuple(self._logprobs),
             seed=self.sampling.seed,
             scores=tuple(self._scores),
+            doses=event.doses,
             sample=self.sample,
         )
         rest = Delta(event.text, (), (), sample=self.sample)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import replace
 
 from operators.core.statistics import percentile, perplexity_of
@@ -13,6 +13,7 @@ from steer_server.engine.prompts import check_ids
 from steer_server.errors import EngineFailedError, InvalidRequestError, ShuttingDownError, TimeLimitError, errors_of
 from steer_server.generate import CompletionBuilder, check_plan
 from steer_server.registry import Registry
+from steer_server.token_report import check_figures, token_comparisons, token_texts, work_out
 from steer_server.types import (
     NORMAL,
     Admitted,
@@ -26,7 +27,7 @@ from steer_server.types import (
     ScoreEvent,
     ScoreRequest,
     TextScore,
-    TokenComparison,
+    TokenReport,
 )
 
 
@@ -47,12 +48,13 @@ async def score(
     plans = await registry.plan_beside(operators) if operators else ()
     prompt_ids, text_ids = await _read(engine, request)
     sampling = replace(limited, max_tokens=len(text_ids))
-    rows = tuple(Row(plan, True, sampling) for plan in (None, *plans))
+    report = await work_out(request.report, engine.tokenizer)
+    rows = tuple(Row(plan, True, sampling, report=report) for plan in (None, *plans))
+    check_figures(request.report, len(rows) * len(text_ids), "report" if report else request.text_field)
     with errors_of("sampling.max_tokens", at=request.text_field):
         caps.check_tokens(rows)
     for field, plan in zip(operators, plans, strict=True):
         check_plan(engine.model, plan, field, prompt_tokens=len(prompt_ids), max_tokens=len(text_ids))
-    texts = await engine.token_texts(text_ids)
     names = (NORMAL, *(arm.name for arm in request.arms))
     builders = [CompletionBuilder(request.request_id, len(prompt_ids), sampling, row.plan) for row in rows]
     done: dict[int, Completion] = {}
@@ -68,21 +70,19 @@ async def score(
                         done[place] = each
         for place in range(len(rows)):
             _check(done[place], text_ids, sampling.time_limit)
-        arms = tuple(arm_score(name, done[place], texts) for place, name in enumerate(names))
+        texts = await token_texts(done.values(), engine.tokenizer)
+        arms = tuple(arm_score(name, done[place], request.report, texts) for place, name in enumerate(names))
         yield TextScore(request.request_id, prompt_ids, text_ids, arms, done[0].timings)
     finally:
         stream.cancel()
 
 
-def arm_score(arm: str, read: Completion, texts: Sequence[str]) -> ArmScore:
-    """What a text, whose tokens are ``texts``, is under one arm."""
+def arm_score(arm: str, read: Completion, report: TokenReport | None, texts: Mapping[int, str]) -> ArmScore:
+    """What a text is under one arm; ``texts``: of its tokens, and of those that are reported."""
     kl = [score.kl for score in read.scores]
     return ArmScore(
         arm=arm,
-        tokens=tuple(
-            TokenComparison(token, text, score.logprob, score.plain_logprob, score.kl)
-            for token, text, score in zip(read.token_ids, texts, read.scores, strict=True)
-        ),
+        tokens=token_comparisons(read, report, texts),
         kl_mean=math.fsum(kl) / len(kl),
         kl_p95=percentile(kl, 0.95),
         perplexity=perplexity_of([score.logprob for score in read.scores]),

@@ -110,25 +110,41 @@ def normalised_word(word: str) -> str:
     return text
 
 
+def first_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens with which a text goes on that goes on with this word, in the order of their ids.
+
+    Those of its variants that count; where none does, the first one of the word as typed, with a space in front.
+    Raises :class:`VectorError`: it has no tokens but special and unknown ones.
+    """
+    ids = _single_ids(text, tokenizer) or _proper_ids(f" {text}", tokenizer)[:1]
+    if not ids:
+        raise VectorError(f"word {text!r} has no tokens of the model, or only special or unknown ones")
+    return tuple(sorted(set(ids)))
+
+
 def word_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The tokens that stand for a word, in the order of their ids; :mod:`operators.model.words` has the rule.
 
     Raises:
         VectorError: it has no tokens but special and unknown ones, or too many.
     """
-    cased = dict.fromkeys((text, text.lower(), text[:1].upper() + text[1:]))
-    single = [
-        ids[0]
-        for variant in cased
-        for spaced in (variant, f" {variant}")
-        if len(ids := _proper_ids(spaced, tokenizer)) == 1
-    ]
-    ids = sorted(set(single or _proper_ids(f" {text}", tokenizer)))
+    ids = sorted(set(_single_ids(text, tokenizer) or _proper_ids(f" {text}", tokenizer)))
     if not ids:
         raise VectorError(f"word {text!r} has no tokens of the model, or only special or unknown ones")
     if len(ids) > MAX_WORD_TOKENS:
         raise VectorError(f"word {text!r} has {len(ids)} tokens; at most {MAX_WORD_TOKENS} are accepted")
     return tuple(ids)
+
+
+def _single_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of the variants that count."""
+    cased = dict.fromkeys((text, text.lower(), text[:1].upper() + text[1:]))
+    return [
+        ids[0]
+        for variant in cased
+        for spaced in (variant, f" {variant}")
+        if len(ids := _proper_ids(spaced, tokenizer)) == 1
+    ]
 
 
 def _proper_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

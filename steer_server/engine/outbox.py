@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from steer_server.errors import SlowReaderError, SteerServerError
-from steer_server.types import EngineEvent, TokenEvent
+from steer_server.types import EngineEvent, RowFinished, Score, TokenEvent
 
 MAX_BYTES = 4 << 20
 """That a reader may be behind before its job pauses, where the engine can do that."""
@@ -87,6 +87,11 @@ class Outbox:
 
 
 def _size(message: Message) -> int:
-    if isinstance(message, TokenEvent) and message.logprob is not None:
-        return _EVENT_BYTES + _ALTERNATIVE_BYTES * len(message.logprob.top)
-    return _EVENT_BYTES
+    alternatives, scores = 0, tuple[Score, ...]()
+    if isinstance(message, TokenEvent):
+        alternatives = 0 if message.logprob is None else len(message.logprob.top)
+        scores = () if message.score is None else (message.score,)
+    elif isinstance(message, RowFinished):
+        scores = message.scores
+    alternatives += sum(len(each.gained) + len(each.lost) + len(each.words) for each in scores)
+    return _EVENT_BYTES + _ALTERNATIVE_BYTES * alternatives

@@ -20,9 +20,11 @@ _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _BRACKET = re.compile(rb"[][{}]")
 _MAX_DEPTH = 32
 """Requests have less than ten."""
-_ESCAPED = 6
-"""Bytes of a character that JSON may write as ``\\u0001``."""
+_ESCAPED = 3
+"""Times that a text may be longer as JSON: where every character is written as ``\\u2603``, but for those of ASCII."""
 _VALUES_OF_A_MESSAGE = 16
+_OBJECTS_OF_A_MESSAGE = 4
+"""A turn of a chat may be in several parts."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,13 @@ class BodyLimits:
     max_bytes: int
     max_values: int
     """Items and members, at all depths together."""
+    max_objects: int
 
     @classmethod
     def of(cls, limits: RequestLimits, context_length: int) -> BodyLimits:
         """What the largest request of the contract takes as JSON."""
         values = context_length + limits.max_messages * _VALUES_OF_A_MESSAGE
-        return cls(_ESCAPED * limits.max_request_bytes, values)
+        return cls(_ESCAPED * limits.max_request_bytes, values, _OBJECTS_OF_A_MESSAGE * limits.max_messages)
 
 
 def read_object(data: bytes, limits: BodyLimits) -> dict[str, Any]:
@@ -70,15 +73,27 @@ class _ProblemError(Exception):
 
 
 def _check_size(data: bytes, limits: BodyLimits) -> None:
-    outside = _TEXT.sub(b"", data)
-    found = sum(outside.count(sign) for sign in (b",", b"[", b"{"))
-    if found > limits.max_values:
-        raise InvalidRequestError("request", f"has {found} values or more; at most {limits.max_values} are accepted")
+    outside = _outside_texts(data, limits)
+    for most, signs, kind in ((limits.max_values, b",[{", "values"), (limits.max_objects, b"{", "objects")):
+        found = sum(map(outside.count, signs))
+        if found > most:
+            raise InvalidRequestError("request", f"has {found} {kind} or more; at most {most} are accepted")
     depth = 0
     for bracket in _BRACKET.findall(outside):
         depth += 1 if bracket in b"[{" else -1
         if depth > _MAX_DEPTH:
             raise InvalidRequestError("request", f"is nested more than {_MAX_DEPTH} deep")
+
+
+def _outside_texts(data: bytes, limits: BodyLimits) -> bytes:
+    """What is no text, be it a value or the name of a member. Ends at the first text that is one too many."""
+    pieces, at = [], 0
+    for count, text in enumerate(_TEXT.finditer(data)):
+        if count > 2 * limits.max_values:
+            raise InvalidRequestError("request", f"has {count} texts or more; at most {count - 1} are accepted")
+        pieces.append(data[at : text.start()])
+        at = text.end()
+    return b"".join((*pieces, data[at:]))
 
 
 def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from steer_server.http.errors import error_body
 from steer_server.http.exchange import encode
 from steer_server.http.openai.paths import OpenAIPaths
 from steer_server.http.origin import Gate
+from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
 from steer_server.rpc.parts import ServerParts
 
@@ -100,6 +101,7 @@ def _application(rules: CallRules, parts: ServerParts) -> Starlette:
         _get(rules, "/v1/models", openai.models),
         Route("/v1/models/{name:path}", _Named(rules, "/v1/models/NAME", openai.model), methods=["GET"]),
     ]
+    routes += page_routes(rules.gate)
     app = Starlette(routes=routes, exception_handlers={404: partial(_refuse, rules), 405: partial(_refuse, rules)})
     app.router.redirect_slashes = False
     return app

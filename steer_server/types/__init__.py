@@ -20,6 +20,7 @@ from steer_server.types.events import (
 from steer_server.types.jobs import (
     Application,
     DecodeJob,
+    Report,
     Row,
     SteeringPlan,
 )
@@ -34,6 +35,7 @@ from steer_server.types.requests import (
     MAX_OPTIONS,
     MAX_PROMPT_ID,
     MAX_PROMPTS,
+    MAX_REPORT_WORDS,
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
@@ -52,6 +54,7 @@ from steer_server.types.requests import (
     TemplateOption,
     TokenBias,
     TokenizeRequest,
+    TokenReport,
     WeightedWord,
 )
 from steer_server.types.results import (
@@ -72,6 +75,7 @@ from steer_server.types.results import (
     TokenComparison,
     Tokenization,
     Usage,
+    WordMass,
 )
 
 __all__ = [
@@ -85,6 +89,7 @@ __all__ = [
     "MAX_OPTION_TEXT",
     "MAX_PROMPTS",
     "MAX_PROMPT_ID",
+    "MAX_REPORT_WORDS",
     "MAX_REQUEST_ID",
     "MAX_STOPS",
     "MAX_STOP_CHARACTERS",
@@ -113,6 +118,7 @@ __all__ = [
     "OperatorUse",
     "Prompt",
     "Receipt",
+    "Report",
     "RequestLimits",
     "Row",
     "RowFinished",
@@ -130,9 +136,11 @@ __all__ = [
     "TokenComparison",
     "TokenEvent",
     "TokenLogprob",
+    "TokenReport",
     "Tokenization",
     "TokenizeRequest",
     "TopLogprob",
     "Usage",
     "WeightedWord",
+    "WordMass",
 ]

@@ -50,6 +50,12 @@ class Score:
     kl: float
     plain_logprob: float
     logprob: float
+    gained: tuple[tuple[int, float], ...] = ()
+    """By :class:`.jobs.Report`: tokens that only the row has among its likeliest, with its log-probabilities."""
+    lost: tuple[tuple[int, float], ...] = ()
+    """Those that only the plain model has, with the plain model's."""
+    words: tuple[tuple[float, float], ...] = ()
+    """The probability of each word under the plain model and the row's own."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ class RowFinished:
     stop_string: str
     receipts: tuple[Receipt, ...]
     scores: tuple[Score, ...] = ()
+    doses: tuple[float, ...] = ()
+    """Where they are reported: at the lowest layer that the row is pushed at, of each generated token that was fed."""
     at: float = field(default_factory=time.monotonic, compare=False)
 
 

@@ -48,12 +48,27 @@ class SteeringPlan:
         """Name and digest of each operator."""
         return tuple((use.name, use.artifact.digest) for use in self.applications)
 
+    @property
+    def first_layer(self) -> int | None:
+        """The lowest layer that is pushed; None where every strength is 0."""
+        return min((use.layer for use in self.applications if use.setting.strength), default=None)
+
     def dose_bound(self, layer: int) -> float:
         """Sum of |lambda|/2 over the operators at ``layer``: what the dose there cannot pass, but for rounding."""
         return sum(abs(use.setting.strength) / 2.0 for use in self.applications if use.layer == layer)
 
 
 _DEFAULTS = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Report:
+    """A :class:`.requests.TokenReport` as the engine works it out."""
+
+    top: int = 0
+    words: tuple[tuple[int, ...], ...] = ()
+    """Of each word the tokens that stand for it."""
+    doses: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +81,13 @@ class Row:
     """Its time limit is the job's."""
     sampling_field: str = "sampling"
     """Of the request: where the sampling stands, but for the seed."""
+    report: Report | None = None
+    """What every score of the row says beside the token's own."""
+
+    @property
+    def is_plain_score(self) -> bool:
+        """Whether the row is scored and its own log-probabilities are all that its score needs."""
+        return self.score and self.plan is None and not (self.report and self.report.words)
 
 
 @dataclass(frozen=True, eq=False)

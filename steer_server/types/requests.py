@@ -28,6 +28,7 @@ MAX_OPTIONS = 16
 """Of a chat template."""
 MAX_OPTION_NAME = 64
 MAX_OPTION_TEXT = 1024
+MAX_REPORT_WORDS = 32
 NORMAL = "normal"
 """Name of the plain arm of a comparison."""
 
@@ -215,6 +216,20 @@ class Arm:
             )
 
 
+@dataclass(frozen=True)
+class TokenReport:
+    """What is said of every token of a text, beside its log-probabilities."""
+
+    top: Annotated[int, Range(0, MAX_LOGPROBS)] = 0
+    """Tokens that are among so many likeliest ones under the arm alone, or under the plain model alone."""
+    words: Annotated[
+        tuple[str, ...],
+        Bounded(max_items=MAX_REPORT_WORDS, min_characters=1, max_characters=MAX_LENS_WORD, items="words"),
+    ] = ()
+    """Whose probability is reported."""
+    doses: bool = False
+
+
 _RequestId = Annotated[str, Bounded(max_characters=MAX_REQUEST_ID)]
 
 
@@ -255,6 +270,7 @@ class CompareRequest:
     n: Annotated[int, Range(1)] = 1
     normal: bool = True
     """Whether the plain arm runs."""
+    report: TokenReport | None = None
     prompts: Annotated[tuple[NamedPrompt, ...], Bounded(max_items=MAX_PROMPTS, items="prompts")] = ()
     """In place of ``prompt``."""
     repeat_in_finished: bool = True
@@ -271,6 +287,8 @@ class CompareRequest:
         if not self.arms and not self.normal:
             raise InvalidRequestError("arms", "is empty; without the plain arm (`normal`) at least one is needed")
         _check_names(self.arms)
+        if self.report is not None and not self.score:
+            raise InvalidRequestError("report", "is set and `score` is not; a report is made of scores")
 
 
 @dataclass(frozen=True)
@@ -283,6 +301,7 @@ class ScoreRequest:
     token_ids: Annotated[tuple[int, ...] | None, NotEmpty("at least one token is needed")] = None
     """Of the text, used as they are. Exactly one of the two is given."""
     arms: tuple[Arm, ...] = ()
+    report: TokenReport | None = None
     time_limit: Annotated[float | None, Range(above=0.0, accepted="a duration above 0")] = None
     """Seconds, waiting included."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steer_server.types.events import FinishReason, Receipt, Score, TokenLogprob
+from steer_server.types.events import FinishReason, Receipt, Score, TokenLogprob, TopLogprob
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Completion:
     seed: int
     scores: tuple[Score, ...] = ()
     """Of its tokens, where they were asked for. Not sent: a comparison is made of them."""
+    doses: tuple[float, ...] = ()
+    """Of those that were fed; not sent either."""
     sample: int = 0
 
 
@@ -80,6 +82,32 @@ class ArmEvent:
     prompt_id: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class WordMass:
+    """The probability that a text goes on with a word, under the plain model and under an arm."""
+
+    word: str
+    normal: float
+    arm: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenComparison:
+    """A token of a text under an arm and under the plain model, before temperature and truncation; in nats."""
+
+    token_id: int
+    token: str
+    logprob: float
+    normal_logprob: float
+    kl: float
+    """KL(plain || arm)."""
+    gained: tuple[TopLogprob, ...] = ()
+    lost: tuple[TopLogprob, ...] = ()
+    words: tuple[WordMass, ...] = ()
+    dose: float | None = None
+    """At the position that is fed the token; None where none is, or nothing is reported."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A text of one arm held against the plain one of the same sample. KL in nats; None and empty where not scored.
@@ -95,6 +123,8 @@ class Comparison:
     normal_perplexity: float | None
     steered_perplexity: float | None
     sample: int = 0
+    tokens: tuple[TokenComparison, ...] = ()
+    """Of the arm's text, where a report was asked for."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +136,6 @@ class Compared:
 
 
 CompareEvent = ArmEvent | Compared
-
-
-@dataclass(frozen=True, slots=True)
-class TokenComparison:
-    """A token of a text under an arm and under the plain model, before temperature and truncation; in nats."""
-
-    token_id: int
-    token: str
-    logprob: float
-    normal_logprob: float
-    kl: float
-    """KL(plain || arm)."""
 
 
 @dataclass(frozen=True)

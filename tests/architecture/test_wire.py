@@ -297,6 +297,7 @@ def drawn(data, message, cls):
         tie_request(made)
     if message is comparison_pb2.CompareRequest:
         tie_comparison(made)
+        made.score = made.score or made.HasField("report")
     if message is score_pb2.ScoreRequest:
         for index, arm in enumerate(made.arms):
             arm.name = f"arm {index}"

@@ -4,7 +4,14 @@ import asyncio
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from steer_client import AsyncSteerClient, InvalidRequestError, OperatorUse, ProtocolError, SteeringNotAppliedError
+from steer_client import (
+    AsyncSteerClient,
+    InvalidRequestError,
+    OperatorUse,
+    ProtocolError,
+    SteeringNotAppliedError,
+    TokenReport,
+)
 from steering.v1 import comparison_pb2, score_pb2, text_pb2
 from steering.v1 import steering_pb2 as sp
 
@@ -51,6 +58,27 @@ def test_a_text_arrives_as_it_was_given_and_its_scores_by_the_names_of_the_arms(
     steered = found.steered["steered"]
     assert (steered.kl_mean, steered.perplexity, steered.receipts[0].operator) == (0.25, 4.5, "golden-gate")
     assert [(each.logprob, each.normal_logprob, each.kl) for each in steered.tokens] == [(-1.5, -1.0, 0.25)] * 2
+
+
+def test_a_report_is_sent_as_it_was_asked_for_and_read_as_it_was_sent(fake, client, make):
+    answer = answer_of(make, score_pb2.ScoreRequest(arms=[ARM]))
+    said = comparison_pb2.TokenComparison(
+        gained=[text_pb2.TopLogprob(token_id=5, token=" sea", logprob=-2.0)],
+        lost=[text_pb2.TopLogprob(token_id=6, token=" bay", logprob=-3.0)],
+        words=[comparison_pb2.WordMass(word="sea", normal=0.1, arm=0.4)],
+        dose=0.2,
+    )
+    answer.arms[1].tokens[0].MergeFrom(said)
+    fake.scored = lambda _: answer
+    found = client.score("a", prompt="b", operators=USES, words=["sea"], top=3, doses=True)
+    assert fake.requests[0].report == comparison_pb2.TokenReport(top=3, words=["sea"], doses=True)
+    first, last = found.steered["steered"].tokens
+    assert (first.gained[0].token, first.lost[0].logprob, first.dose, last.dose) == (" sea", -3.0, 0.2, None)
+    assert (first.words[0].word, first.words[0].normal, first.words[0].arm) == ("sea", 0.1, 0.4)
+    client.compare("b", operators=USES, report=TokenReport(words=["sea"]))
+    assert fake.requests[1].report == comparison_pb2.TokenReport(words=["sea"])
+    with pytest.raises(InvalidRequestError, match=r"report\.words"):
+        client.score("a", words="sea")
 
 
 def test_token_ids_without_a_prompt_and_without_arms_are_sent_as_they_are(fake, client):

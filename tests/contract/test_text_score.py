@@ -27,7 +27,9 @@ from steer_server.types import (
     Prompt,
     SamplingParams,
     ScoreRequest,
+    TokenReport,
 )
+from tests.contract.conftest import PUSHED
 
 pytestmark = pytest.mark.model
 
@@ -140,6 +142,101 @@ async def test_a_text_without_a_prompt_begins_with_its_first_token(smollm, engin
         [t.logprob for t in found.arms[0].tokens], abs=1e-4
     )
     assert [arm.arm for arm in alone.arms] == ["normal"]
+
+
+REPORT = TokenReport(top=3, words=("bridge", "unfathomable", "the"), doses=True)
+
+
+def masses(loaded, distribution):
+    """Of each word its tokens by hand: with one token of its own or more, else the first one behind a space."""
+    ids = loaded.tokenizer(["bridge", " bridge", "Bridge", " Bridge", "the", " the", "The", " The", " unfathomable"])
+    ids = [each[0] if len(each) == 1 or place == 8 else None for place, each in enumerate(ids["input_ids"])]
+    words = ids[:4], ids[8:], ids[4:8]
+    return [float(distribution[[token for token in word if token is not None]].exp().sum()) for word in words]
+
+
+async def test_a_report_says_of_every_token_what_two_distributions_say(smollm, engine, registry, operator_of):
+    arms = (ARMS[0], ARMS[3], ARMS[5], ARMS[6])
+    found = await scored(engine, registry, text=TEXT, arms=arms, report=REPORT)
+    loaded, artifact = smollm(), operator_of("The Golden Gate Bridge in San", "golden", 21)
+    prompt, text = list(found.prompt_token_ids), list(found.token_ids)
+    plain = logprobs(loaded, prompt, text, artifact)
+    normal = found.arms[0]
+    assert [(t.gained, t.lost, t.dose) for t in normal.tokens] == [((), (), None)] * len(text)
+    for arm, read in zip(arms, found.arms[1:], strict=True):
+        (use,) = arm.operators
+        steered = logprobs(loaded, prompt, text, artifact, use)
+        for place, token in enumerate(read.tokens):
+            p, q = plain[place], steered[place]
+            likeliest = [set(each.topk(3).indices.tolist()) for each in (p, q)]
+            # Where two are as likely as each other, either may be the third.
+            close = any(float(each.topk(4).values[2] - each.topk(4).values[3]) < 1e-3 for each in (p, q))
+            if not close:
+                assert {each.token_id for each in token.gained} == likeliest[1] - likeliest[0]
+                assert {each.token_id for each in token.lost} == likeliest[0] - likeliest[1]
+            assert [each.logprob for each in token.gained] == pytest.approx(
+                [float(q[each.token_id]) for each in token.gained], abs=1e-3
+            )
+            assert [each.token for each in token.lost] == [loaded.tokenizer.decode([t.token_id]) for t in token.lost]
+            assert [mass.word for mass in token.words] == list(REPORT.words)
+            assert [mass.normal for mass in token.words] == pytest.approx(masses(loaded, p), abs=1e-4)
+            assert [mass.arm for mass in token.words] == pytest.approx(masses(loaded, q), abs=1e-4)
+        due = [
+            abs(use.strength) / 2 * PUSHED[str(use.positions)](len(prompt) + place, len(prompt))
+            for place in range(len(text) - 1)
+        ]
+        expected = [None] * len(text) if use.strength == 0 else [*due, None]
+        assert [token.dose for token in read.tokens] == [
+            each if each is None else pytest.approx(each, rel=1e-3) for each in expected
+        ]
+
+
+async def test_a_comparison_reports_of_its_texts_what_a_score_of_them_does(engine, registry):
+    sampled = Arm("sampled", (), ArmSampling(temperature=1.0, seed=3, max_tokens=6))
+    request = CompareRequest(
+        "r", PROMPT, SamplingParams(max_tokens=6, ignore_eos=True), (ARMS[0], ARMS[3], sampled), report=REPORT
+    )
+    events = [event async for event in compare(engine, registry, request, max_arms=8)]
+    texts = {each.arm: each.event for each in events[:-1] if isinstance(each.event, Completion)}
+    assert [len(each.tokens) for each in events[-1].comparisons] == [6] * 3
+    for arm, compared in zip(request.arms, events[-1].comparisons, strict=True):
+        arms = (arm,) if arm.operators else ()
+        read = await scored(engine, registry, token_ids=texts[arm.name].token_ids, arms=arms, report=REPORT)
+        for one, other in zip(compared.tokens, read.arms[-1].tokens, strict=True):
+            assert (one.token_id, one.token) == (other.token_id, other.token)
+            assert (one.logprob, one.normal_logprob, one.kl) == pytest.approx(
+                (other.logprob, other.normal_logprob, other.kl), abs=1e-4
+            )
+            assert [(mass.normal, mass.arm) for mass in one.words] == [
+                pytest.approx((mass.normal, mass.arm), abs=1e-4) for mass in other.words
+            ]
+            assert one.dose == (None if other.dose is None else pytest.approx(other.dose, rel=1e-3))
+    assert events[-1].comparisons[2].tokens[0].words[0].normal == events[-1].comparisons[2].tokens[0].words[0].arm
+    assert max(token.dose or 0.0 for token in events[-1].comparisons[1].tokens) == pytest.approx(0.2, rel=1e-3)
+
+
+async def test_a_report_that_cannot_be_made_is_refused_by_name(engine, registry):
+    for report, field, says in (
+        (TokenReport(words=("sea", " ")), "report.words[1]", "0 characters"),
+        (TokenReport(words=("<|im_end|>",)), "report.words[0]", "no tokens of the model"),
+        (TokenReport(top=20), "report", "asks for up to 328000 figures, 41 of each of 8000 tokens"),
+    ):
+        ids = (5,) * (1000 if report.top else 2)
+        with pytest.raises(InvalidRequestError, match=says) as caught:
+            await scored(engine, registry, prompt=None, token_ids=(5, *ids), report=report)
+        assert caught.value.field == field
+        sampling = SamplingParams(max_tokens=8000)
+        request = CompareRequest("r", PROMPT, sampling, ARMS[:1], report=report)
+        with pytest.raises(InvalidRequestError) as caught:
+            await anext(compare(engine, registry, request, max_arms=8))
+        assert caught.value.field == field
+    for bad, field in (({"top": 21}, "report.top"), ({"words": ("a",) * 33}, "report.words")):
+        with pytest.raises(InvalidRequestError) as caught:
+            ScoreRequest("r", PROMPT, text="a", report=TokenReport(**bad))
+        assert caught.value.field == field
+    with pytest.raises(InvalidRequestError, match="`score` is not") as caught:
+        CompareRequest("r", PROMPT, SamplingParams(), ARMS[:1], score=False, report=REPORT)
+    assert caught.value.field == "report"
 
 
 @pytest.mark.parametrize(

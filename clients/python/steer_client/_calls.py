@@ -20,7 +20,7 @@ from steer_client._defaults import STEERED
 from steer_client._errors import InvalidRequestError
 from steer_client._events import ComparisonReducer, ComparisonsReducer, GenerationReducer, Reducer
 from steer_client._receipts import check_receipts, check_score
-from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, Prompts, SamplingParams
+from steer_client._requests import Arm, NamedArm, Operators, OperatorUse, Prompt, Prompts, SamplingParams, TokenReport
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,10 +87,12 @@ def compare(
     score: bool = True,
     n: int = 1,
     normal: bool = True,
+    report: TokenReport | None = None,
 ) -> Streaming[results.ArmDelta, results.ABResult]:
     """Texts of one prompt, the plain one and one per arm. `operators` make a single arm named "steered"."""
     named = _compared_arms(operators, arms)
-    request = encode.compare_request(prompt, named, sampling, request_id, score=score, n=n, normal=normal)
+    options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+    request = encode.compare_request(prompt, named, sampling, request_id, **options)
     return Streaming("Compare", request, ComparisonReducer(_uses_by_arm(named), n=n, normal=normal))
 
 
@@ -104,12 +106,14 @@ def compare_many(
     score: bool = True,
     n: int = 1,
     normal: bool = True,
+    report: TokenReport | None = None,
 ) -> Streaming[results.ArmDelta | results.PromptResult, Mapping[str, results.ABResult]]:
     """As compare, of several prompts in one request."""
     named, by_id = _compared_arms(operators, arms), encode.prompts_by_id(prompts)
     if not by_id:
         raise InvalidRequestError("prompts: at least one is needed", field="prompts")
-    request = encode.compare_many_request(by_id, named, sampling, request_id, score=score, n=n, normal=normal)
+    options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+    request = encode.compare_many_request(by_id, named, sampling, request_id, **options)
     return Streaming("Compare", request, ComparisonsReducer(tuple(by_id), _uses_by_arm(named), n=n, normal=normal))
 
 
@@ -130,12 +134,13 @@ def score(
     prompt: Prompt | None,
     operators: Operators,
     arms: Mapping[str, Operators | Arm] | None,
+    report: TokenReport,
     request_id: str,
     time_limit: float | None,
 ) -> Unary[results.TextScore]:
     """A text under the plain model and one arm per name, checked against the operators that were requested."""
     named = _arms(operators, arms)
-    request = encode.score_request(text, prompt, named, request_id, time_limit)
+    request = encode.score_request(text, prompt, named, report, request_id, time_limit)
     uses = _uses_by_arm(named)
     return Unary("generation", "Score", request, lambda answer: check_score(uses, decode.text_score(answer)))
 

@@ -33,6 +33,7 @@ from steer_client._requests import (
     ScoreRequest,
     TemplateOption,
     TokenizeRequest,
+    TokenReport,
 )
 
 _M = TypeVar("_M", bound=Message)
@@ -61,10 +62,11 @@ def compare_request(
     score: bool,
     n: int = 1,
     normal: bool = True,
+    report: TokenReport | None = None,
 ) -> comparison_pb2.CompareRequest:
     """What a comparison is asked for with. What is as the contract has it by default is not sent."""
     asked = (None if n == 1 else n, None if normal is True else normal)
-    request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked)
+    request = CompareRequest(request_id, prompt_input(prompt), sampling, arms, score, *asked, report=report)
     return _write(_write_compare_request, request)
 
 
@@ -77,6 +79,7 @@ def compare_many_request(
     score: bool,
     n: int = 1,
     normal: bool = True,
+    report: TokenReport | None = None,
 ) -> comparison_pb2.CompareRequest:
     """As compare_request, of several prompts. The end of a text does not repeat what was streamed of it."""
     named = []
@@ -85,7 +88,9 @@ def compare_many_request(
             named.append(NamedPrompt(name, prompt_input(prompt)))
         except InvalidRequestError as error:
             raise InvalidRequestError(f"prompts[{index}].{error.message}", field=f"prompts[{index}].prompt") from None
-    request = CompareRequest(request_id, None, sampling, arms, score, n, normal, named, repeat_in_finished=False)
+    request = CompareRequest(
+        request_id, None, sampling, arms, score, n, normal, named, repeat_in_finished=False, report=report
+    )
     return _write(_write_compare_request, request)
 
 
@@ -100,13 +105,15 @@ def score_request(
     text: str | Sequence[int],
     prompt: Prompt | None,
     arms: Sequence[NamedArm],
+    report: TokenReport,
     request_id: str,
     time_limit: float | None,
 ) -> score_pb2.ScoreRequest:
     """What the score of a text is asked for with. Without arms: the plain model alone."""
     given, ids = (text, None) if isinstance(text, str) else (None, _items(text, "text", "text or token ids"))
     before = None if prompt is None else prompt_input(prompt)
-    return _write(_write_score_request, ScoreRequest(request_id, before, given, ids, arms, time_limit))
+    asked = None if report == TokenReport() else report
+    return _write(_write_score_request, ScoreRequest(request_id, before, given, ids, arms, asked, time_limit))
 
 
 def tokenize_request(prompt: Prompt) -> pb.TokenizeRequest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -19,7 +19,7 @@ from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStr
 from steer_client._channel import Stubs, target_or_default
 from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
-from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, Prompts, SamplingParams
+from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, Prompts, SamplingParams, TokenReport
 from steer_client._results import (
     ABResult,
     ArmDelta,
@@ -114,6 +114,7 @@ class Methods(ABC):
         score: bool = True,
         n: int = 1,
         normal: bool = True,
+        report: TokenReport | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> ABResult:
@@ -121,9 +122,10 @@ class Methods(ABC):
 
         `operators` make one arm named "steered"; `arms` names several, each by its operators or as an `Arm` that has a
         sampling too. `score` asks for KL and perplexities, `n` for several samples of each text, with one seed after
-        the other. `normal=False` leaves the plain text out.
+        the other. `normal=False` leaves the plain text out. `report` asks for figures of every token.
         """
-        call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+        call = calls.compare(prompt, operators, arms, sampling, request_id, **options)
         return await self._read_to_end(self._start(call, timeout))
 
     @stream_method(ComparisonStream, AsyncComparisonStream)
@@ -137,11 +139,13 @@ class Methods(ABC):
         score: bool = True,
         n: int = 1,
         normal: bool = True,
+        report: TokenReport | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> StartedCall[ArmDelta, ABResult]:
         """As `compare`, piece by piece; the arms' pieces interleave."""
-        call = calls.compare(prompt, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+        call = calls.compare(prompt, operators, arms, sampling, request_id, **options)
         return self._start(call, timeout)
 
     @method
@@ -155,6 +159,7 @@ class Methods(ABC):
         score: bool = True,
         n: int = 1,
         normal: bool = True,
+        report: TokenReport | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> Mapping[str, ABResult]:
@@ -163,7 +168,8 @@ class Methods(ABC):
         A mapping gives the ids, a sequence has the ids "0", "1", and so on. Where a prompt is not accepted, the call
         fails before anything is decoded.
         """
-        call = calls.compare_many(prompts, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+        call = calls.compare_many(prompts, operators, arms, sampling, request_id, **options)
         return await self._read_to_end(self._start(call, timeout))
 
     @stream_method(ComparisonsStream, AsyncComparisonsStream)
@@ -177,11 +183,13 @@ class Methods(ABC):
         score: bool = True,
         n: int = 1,
         normal: bool = True,
+        report: TokenReport | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
     ) -> StartedCall[ArmDelta | PromptResult, Mapping[str, ABResult]]:
         """As `compare_many`, piece by piece: ArmDeltas as they come, and a PromptResult when a prompt is finished."""
-        call = calls.compare_many(prompts, operators, arms, sampling, request_id, score=score, n=n, normal=normal)
+        options: dict[str, Any] = {"score": score, "n": n, "normal": normal, "report": report}
+        call = calls.compare_many(prompts, operators, arms, sampling, request_id, **options)
         return self._start(call, timeout)
 
     @method
@@ -192,6 +200,9 @@ class Methods(ABC):
         prompt: Prompt | None = None,
         operators: Operators = (),
         arms: Mapping[str, Operators | Arm] | None = None,
+        words: Sequence[str] = (),
+        top: int = 0,
+        doses: bool = False,
         time_limit: float | None = None,
         request_id: str = "",
         timeout: Timeout = CLIENT_TIMEOUT,
@@ -199,10 +210,11 @@ class Methods(ABC):
         """Reads a text, or its token ids, under the plain model and steered; nothing is decoded.
 
         `operators` make one arm named "steered"; `arms` names several; without both the plain model reads it alone.
-        Without a prompt the text's first token is the prompt. `time_limit` is the server's, in seconds: when it runs
-        out, that is a DeadlineExceededError.
+        Without a prompt the text's first token is the prompt. `words`, `top` and `doses` are those of `TokenReport`.
+        `time_limit` is the server's, in seconds: when it runs out, that is a DeadlineExceededError.
         """
-        return await self._answer(calls.score(text, prompt, operators, arms, request_id, time_limit), timeout)
+        report = TokenReport(top, words, doses)
+        return await self._answer(calls.score(text, prompt, operators, arms, report, request_id, time_limit), timeout)
 
     @method
     async def operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorInfo, ...]:

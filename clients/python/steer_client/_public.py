@@ -33,6 +33,7 @@ from steer_client._requests import (
     Rule,
     SamplingParams,
     TokenBias,
+    TokenReport,
     WeightedWord,
 )
 from steer_client._results import (
@@ -55,6 +56,7 @@ from steer_client._results import (
     TokenLogprob,
     TopLogprob,
     Usage,
+    WordMass,
 )
 from steer_client._store import (
     Calibration,
@@ -137,11 +139,13 @@ __all__ = [
     "TokenBias",
     "TokenComparison",
     "TokenLogprob",
+    "TokenReport",
     "Tokenization",
     "TopLogprob",
     "UnknownOperatorError",
     "Usage",
     "WeightedWord",
     "Word",
+    "WordMass",
     "Words",
 ]

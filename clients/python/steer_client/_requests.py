@@ -195,6 +195,20 @@ class Arm:
     sampling: SamplingParams | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TokenReport:
+    """What to report of every token of a text, beside its log-probabilities and KL.
+
+    `top` (0 to 20): which tokens an arm has among its likeliest ones and the plain model has not, and the reverse.
+    `words` (at most 32): the probability that the text goes on with each. `doses`: |change|/|hidden state| of every
+    position, at the lowest layer that the arm pushes.
+    """
+
+    top: int = 0
+    words: Sequence[str] = ()
+    doses: bool = False
+
+
 # What is sent, by the fields of the contract's messages of the same names.
 
 
@@ -268,6 +282,7 @@ class CompareRequest:
     normal: bool | None = None
     prompts: Sequence[NamedPrompt] = ()
     repeat_in_finished: bool | None = None
+    report: TokenReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +294,7 @@ class ScoreRequest:
     text: str | None
     token_ids: Sequence[int] | None
     arms: Sequence[NamedArm]
+    report: TokenReport | None
     time_limit: float | None
 
 

@@ -184,6 +184,35 @@ class KL:
 
 
 @dataclass(frozen=True, slots=True)
+class WordMass:
+    """The probability that a text goes on with a word, under the plain model and under an arm."""
+
+    word: str
+    normal: float
+    arm: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenComparison:
+    """A token of a text under an arm and under the plain model; log-probabilities are natural logarithms."""
+
+    token_id: int
+    token: str
+    logprob: float
+    normal_logprob: float
+    #: KL(plain ‖ arm) in nats, of the distributions that the token was chosen from.
+    kl: float
+    #: Tokens that the arm has among its likeliest and the plain model has not, with the arm's log-probabilities; and
+    #: those of the plain model that the arm has not, with the plain model's.
+    gained: tuple[TopLogprob, ...] = ()
+    lost: tuple[TopLogprob, ...] = ()
+    words: tuple[WordMass, ...] = ()
+    #: Of the position that is fed this token; None where none was asked for, at the last token, and where no layer is
+    #: pushed.
+    dose: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ArmResult:
     """One arm held against the normal one. What was not scored is None, and without the normal arm what needs it."""
 
@@ -194,6 +223,8 @@ class ArmResult:
     #: Perplexity of each text under the plain model.
     normal_perplexity: float | None
     steered_perplexity: float | None
+    #: Where a `TokenReport` was asked for: one per token of the text.
+    tokens: tuple[TokenComparison, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,18 +260,6 @@ class PromptResult:
 
     prompt_id: str
     result: ABResult
-
-
-@dataclass(frozen=True, slots=True)
-class TokenComparison:
-    """A token of a text under an arm and under the plain model; log-probabilities are natural logarithms."""
-
-    token_id: int
-    token: str
-    logprob: float
-    normal_logprob: float
-    #: KL(plain ‖ arm) in nats, of the distributions that the token was chosen from.
-    kl: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,7 @@ class CompareRequest(_message.Message):
     PROMPTS_FIELD_NUMBER: _builtins.int
     NORMAL_FIELD_NUMBER: _builtins.int
     REPEAT_IN_FINISHED_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     score: _builtins.bool
     """Score each steered text under the plain model (KL and perplexity), as one more row of the batch. Default true."""
@@ -123,6 +124,10 @@ class CompareRequest(_message.Message):
         is decoded. `sampling.time_limit` is that of the whole request.
         """
 
+    @_builtins.property
+    def report(self) -> Global___TokenReport:
+        """What to say of every token of every arm but the plain one. Needs `score`. Unset: nothing."""
+
     def __init__(
         self,
         *,
@@ -135,10 +140,11 @@ class CompareRequest(_message.Message):
         prompts: _abc.Iterable[Global___NamedPrompt] | None = ...,
         normal: _builtins.bool | None = ...,
         repeat_in_finished: _builtins.bool | None = ...,
+        report: Global___TokenReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_repeat_in_finished", b"_repeat_in_finished", "_score", b"_score", "n", b"n", "normal", b"normal", "prompt", b"prompt", "repeat_in_finished", b"repeat_in_finished", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_repeat_in_finished", b"_repeat_in_finished", "_score", b"_score", "n", b"n", "normal", b"normal", "prompt", b"prompt", "repeat_in_finished", b"repeat_in_finished", "report", b"report", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_repeat_in_finished", b"_repeat_in_finished", "_score", b"_score", "arms", b"arms", "n", b"n", "normal", b"normal", "prompt", b"prompt", "prompts", b"prompts", "repeat_in_finished", b"repeat_in_finished", "request_id", b"request_id", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_n", b"_n", "_normal", b"_normal", "_repeat_in_finished", b"_repeat_in_finished", "_score", b"_score", "arms", b"arms", "n", b"n", "normal", b"normal", "prompt", b"prompt", "prompts", b"prompts", "repeat_in_finished", b"repeat_in_finished", "report", b"report", "request_id", b"request_id", "sampling", b"sampling", "score", b"score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__n: _TypeAlias = _typing.Literal["n"]  # noqa: Y015
     _WhichOneofArgType__n: _TypeAlias = _typing.Literal["_n", b"_n"]  # noqa: Y015
@@ -160,6 +166,70 @@ class CompareRequest(_message.Message):
 Global___CompareRequest: _TypeAlias = CompareRequest  # noqa: Y015
 
 @_typing.final
+class TokenReport(_message.Message):
+    """What is said of every token, beside its log-probabilities and KL. Tokens x texts of a prompt x (1 + 2 `top` + words) may
+    come to 262144.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOP_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    DOSES_FIELD_NUMBER: _builtins.int
+    top: _builtins.int
+    """0 to 20: which tokens are among the likeliest `top` under the arm and not under the plain model, and the reverse."""
+    doses: _builtins.bool
+    """The dose of every position that is fed a token of the text."""
+    @_builtins.property
+    def words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At most 32, of 64 characters: the probability that the text goes on with each word. Counted are the tokens that are
+        the word alone (as typed, in lower case or with its first letter in upper case, with a space in front or without);
+        where there is none, the first token of the word with a space in front.
+        """
+
+    def __init__(
+        self,
+        *,
+        top: _builtins.int = ...,
+        words: _abc.Iterable[_builtins.str] | None = ...,
+        doses: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doses", b"doses", "top", b"top", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenReport: _TypeAlias = TokenReport  # noqa: Y015
+
+@_typing.final
+class WordMass(_message.Message):
+    """Probability mass of one word."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORD_FIELD_NUMBER: _builtins.int
+    NORMAL_FIELD_NUMBER: _builtins.int
+    ARM_FIELD_NUMBER: _builtins.int
+    word: _builtins.str
+    normal: _builtins.float
+    arm: _builtins.float
+    def __init__(
+        self,
+        *,
+        word: _builtins.str = ...,
+        normal: _builtins.float = ...,
+        arm: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arm", b"arm", "normal", b"normal", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WordMass: _TypeAlias = WordMass  # noqa: Y015
+
+@_typing.final
 class TokenComparison(_message.Message):
     """One token of a text under an arm, and under the plain model. Log-probabilities are natural logarithms, of the model's
     own distributions before penalties, temperature and truncation.
@@ -172,12 +242,32 @@ class TokenComparison(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     NORMAL_LOGPROB_FIELD_NUMBER: _builtins.int
     KL_FIELD_NUMBER: _builtins.int
+    GAINED_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    DOSE_FIELD_NUMBER: _builtins.int
     token_id: _builtins.int
     token: _builtins.str
     logprob: _builtins.float
     normal_logprob: _builtins.float
     kl: _builtins.float
     """KL(plain || arm) of the distributions that the token was chosen from, in nats."""
+    dose: _builtins.float
+    """By `doses` of the report: |change| / |hidden state| at the lowest layer that the arm pushes, at the position that is
+    fed this token; 0 where nothing is pushed. Unset for the last token, which is never fed, and where no layer is pushed.
+    """
+    @_builtins.property
+    def gained(self) -> _containers.RepeatedCompositeFieldContainer[_text_pb2.TopLogprob]:
+        """By `top` of the report: tokens that the arm has among its likeliest and the plain model has not, with the arm's
+        log-probabilities; and those of the plain model that the arm has not, with the plain model's.
+        """
+
+    @_builtins.property
+    def lost(self) -> _containers.RepeatedCompositeFieldContainer[_text_pb2.TopLogprob]: ...
+    @_builtins.property
+    def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___WordMass]:
+        """In the order of the report's words."""
+
     def __init__(
         self,
         *,
@@ -186,12 +276,18 @@ class TokenComparison(_message.Message):
         logprob: _builtins.float = ...,
         normal_logprob: _builtins.float = ...,
         kl: _builtins.float = ...,
+        gained: _abc.Iterable[_text_pb2.TopLogprob] | None = ...,
+        lost: _abc.Iterable[_text_pb2.TopLogprob] | None = ...,
+        words: _abc.Iterable[Global___WordMass] | None = ...,
+        dose: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dose", b"_dose", "dose", b"dose"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl", b"kl", "logprob", b"logprob", "normal_logprob", b"normal_logprob", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dose", b"_dose", "dose", b"dose", "gained", b"gained", "kl", b"kl", "logprob", b"logprob", "lost", b"lost", "normal_logprob", b"normal_logprob", "token", b"token", "token_id", b"token_id", "words", b"words"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__dose: _TypeAlias = _typing.Literal["dose"]  # noqa: Y015
+    _WhichOneofArgType__dose: _TypeAlias = _typing.Literal["_dose", b"_dose"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dose) -> _WhichOneofReturnType__dose | None: ...
 
 Global___TokenComparison: _TypeAlias = TokenComparison  # noqa: Y015
 
@@ -209,6 +305,7 @@ class Comparison(_message.Message):
     NORMAL_PERPLEXITY_FIELD_NUMBER: _builtins.int
     STEERED_PERPLEXITY_FIELD_NUMBER: _builtins.int
     SAMPLE_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     arm: _builtins.str
     first_divergence: _builtins.int
     """Index of the first differing token; unset when the token ids are the same, and where the plain arm did not run."""
@@ -223,6 +320,10 @@ class Comparison(_message.Message):
     def kl_per_token(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """KL(plain || steered) in nats at each position of the steered text. Empty when not scored."""
 
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenComparison]:
+        """One per token of the arm's text, where a report was asked for. Empty when not scored."""
+
     def __init__(
         self,
         *,
@@ -234,10 +335,11 @@ class Comparison(_message.Message):
         normal_perplexity: _builtins.float | None = ...,
         steered_perplexity: _builtins.float | None = ...,
         sample: _builtins.int = ...,
+        tokens: _abc.Iterable[Global___TokenComparison] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "normal_perplexity", b"normal_perplexity", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "sample", b"sample", "steered_perplexity", b"steered_perplexity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence", "_kl_mean", b"_kl_mean", "_kl_p95", b"_kl_p95", "_normal_perplexity", b"_normal_perplexity", "_steered_perplexity", b"_steered_perplexity", "arm", b"arm", "first_divergence", b"first_divergence", "kl_mean", b"kl_mean", "kl_p95", b"kl_p95", "kl_per_token", b"kl_per_token", "normal_perplexity", b"normal_perplexity", "sample", b"sample", "steered_perplexity", b"steered_perplexity", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_divergence: _TypeAlias = _typing.Literal["first_divergence"]  # noqa: Y015
     _WhichOneofArgType__first_divergence: _TypeAlias = _typing.Literal["_first_divergence", b"_first_divergence"]  # noqa: Y015

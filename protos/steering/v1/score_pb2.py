@@ -28,7 +28,7 @@ from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
 from steering.v1 import text_pb2 as steering_dot_v1_dot_text__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steering/v1/score.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1csteering/v1/comparison.proto\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\"\xe2\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.steering.v1.TokenIdsH\x00\x12\x1e\n\x04\x61rms\x18\x05 \x03(\x0b\x32\x10.steering.v1.Arm\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\n\x0c\x63ontinuation\"\xc3\x01\n\x08\x41rmScore\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12,\n\x06tokens\x18\x02 \x03(\x0b\x32\x1c.steering.v1.TokenComparison\x12\x14\n\x07kl_mean\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06kl_p95\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12&\n\x08receipts\x18\x06 \x03(\x0b\x32\x14.steering.v1.ReceiptB\n\n\x08_kl_meanB\t\n\x07_kl_p95\"\x9c\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12#\n\x04\x61rms\x18\x04 \x03(\x0b\x32\x15.steering.v1.ArmScore\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.steering.v1.Timingsb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17steering/v1/score.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1csteering/v1/comparison.proto\x1a\x1asteering/v1/steering.proto\x1a\x16steering/v1/text.proto\"\x8c\x02\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12#\n\x06prompt\x18\x02 \x01(\x0b\x32\x13.steering.v1.Prompt\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.steering.v1.TokenIdsH\x00\x12\x1e\n\x04\x61rms\x18\x05 \x03(\x0b\x32\x10.steering.v1.Arm\x12(\n\x06report\x18\x06 \x01(\x0b\x32\x18.steering.v1.TokenReport\x12-\n\ntime_limit\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\x0e\n\x0c\x63ontinuation\"\xc3\x01\n\x08\x41rmScore\x12\x0b\n\x03\x61rm\x18\x01 \x01(\t\x12,\n\x06tokens\x18\x02 \x03(\x0b\x32\x1c.steering.v1.TokenComparison\x12\x14\n\x07kl_mean\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06kl_p95\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12&\n\x08receipts\x18\x06 \x03(\x0b\x32\x14.steering.v1.ReceiptB\n\n\x08_kl_meanB\t\n\x07_kl_p95\"\x9c\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12#\n\x04\x61rms\x18\x04 \x03(\x0b\x32\x15.steering.v1.ArmScore\x12%\n\x07timings\x18\x05 \x01(\x0b\x32\x14.steering.v1.Timingsb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,9 +36,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering.v1.score_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SCOREREQUEST']._serialized_start=155
-  _globals['_SCOREREQUEST']._serialized_end=381
-  _globals['_ARMSCORE']._serialized_start=384
-  _globals['_ARMSCORE']._serialized_end=579
-  _globals['_SCORERESPONSE']._serialized_start=582
-  _globals['_SCORERESPONSE']._serialized_end=738
+  _globals['_SCOREREQUEST']._serialized_end=423
+  _globals['_ARMSCORE']._serialized_start=426
+  _globals['_ARMSCORE']._serialized_end=621
+  _globals['_SCORERESPONSE']._serialized_start=624
+  _globals['_SCORERESPONSE']._serialized_end=780
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,7 @@ class ScoreRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ARMS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Echoed; drawn by the server when empty. At most 128 characters."""
@@ -47,6 +48,8 @@ class ScoreRequest(_message.Message):
         """May be empty: then the plain model reads the text alone."""
 
     @_builtins.property
+    def report(self) -> _comparison_pb2.TokenReport: ...
+    @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
         """Wall-clock budget, waiting included. When it runs out the call fails: half a text has no score."""
 
@@ -58,11 +61,12 @@ class ScoreRequest(_message.Message):
         text: _builtins.str = ...,
         token_ids: _text_pb2.TokenIds | None = ...,
         arms: _abc.Iterable[_comparison_pb2.Arm] | None = ...,
+        report: _comparison_pb2.TokenReport | None = ...,
         time_limit: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "prompt", b"prompt", "text", b"text", "time_limit", b"time_limit", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "prompt", b"prompt", "report", b"report", "text", b"text", "time_limit", b"time_limit", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arms", b"arms", "continuation", b"continuation", "prompt", b"prompt", "request_id", b"request_id", "text", b"text", "time_limit", b"time_limit", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arms", b"arms", "continuation", b"continuation", "prompt", b"prompt", "report", b"report", "request_id", b"request_id", "text", b"text", "time_limit", b"time_limit", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_continuation: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_continuation: _TypeAlias = _typing.Literal["continuation", b"continuation"]  # noqa: Y015

@@ -16,6 +16,7 @@ from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 from operators.model.rope import RopeOfLength
+from steer_server.engine.distributions import NO_REPORT
 from steer_server.engine.hf.forced_text import read_text
 from steer_server.engine.hf.memory import prefill_positions, scored_positions
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
@@ -131,6 +132,7 @@ class Decoder:
 
     def _row_state(self, index: int) -> RowState:
         row, device = self.job.rows[index], self.loaded.device
+        report = row.report or NO_REPORT
         sampling, prompt, tokenizer = row.sampling, self.job.prompt_ids, self.loaded.tokenizer
         text = RowText(
             Detokenizer(tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens),
@@ -142,16 +144,18 @@ class Decoder:
         )
         return RowState(
             index=index,
-            steering=self._steering(row.plan) if row.plan else None,
+            steering=self._steering(row.plan, traces=report.doses) if row.plan else None,
             proof=self._proof(row.plan, sampling.max_tokens) if row.plan else None,
             scored=row.score,
+            report=report,
             sampler=Sampler(sampling, device, prompt_tokens=len(prompt), ending_ids=text.ending_ids),
             text=text,
             sequence=torch.tensor(prompt, device=device),
         )
 
-    def _steering(self, plan: SteeringPlan) -> RowSteering:
-        return RowSteering(plan, self.operators, self.loaded.dtype, prompt_tokens=len(self.job.prompt_ids))
+    def _steering(self, plan: SteeringPlan, *, traces: bool) -> RowSteering:
+        prompt_tokens = len(self.job.prompt_ids)
+        return RowSteering(plan, self.operators, self.loaded.dtype, prompt_tokens=prompt_tokens, traces_doses=traces)
 
     def _proof(self, plan: SteeringPlan, max_tokens: int) -> Proof:
         return Proof(
@@ -220,7 +224,7 @@ class Decoder:
             raise SteeringNotAppliedError(str(error)) from error
         logits: torch.Tensor = (output.logits[:, -1] if logits_of is None else output.logits).float()
         check_finite(slots, logits)
-        record_doses(self._hooks, steered, prompt=prompt)
+        record_doses(self._hooks, steered, ids.shape[1], prompt=prompt)
         witnessed.check({row: slots[row].state.sequence for row in steered})
         return logits
 
@@ -246,7 +250,9 @@ class Decoder:
                 token_id=token,
                 text=piece.text,
                 logprob=self._logprob(token, logits[row], state.text.sampling.logprobs),
-                score=score_token(token, logits[row], plain.get(state.index, logits[row])) if state.scored else None,
+                score=score_token(token, logits[row], plain.get(state.index, logits[row]), state.report)
+                if state.scored
+                else None,
             )
             if reason is not None:
                 yield end_row(state, reason, piece.stop_string)

@@ -8,7 +8,7 @@ import torch
 
 from steer_server.engine.distributions import compare_positions
 from steer_server.engine.hf.rows import BatchSlot, end_all, end_row
-from steer_server.types import EngineEvent, FinishReason, Score, TokenEvent
+from steer_server.types import EngineEvent, FinishReason, TokenEvent
 
 
 def read_text(
@@ -54,8 +54,8 @@ def _append(slots: list[BatchSlot], ids: torch.Tensor) -> None:
 def _score(slots: list[BatchSlot], tokens: Sequence[int], logits: torch.Tensor) -> Iterator[EngineEvent]:
     for row, slot in enumerate(slots):
         state = slot.state
-        for token, score in zip(tokens, compare_positions(logits[0], logits[row], tokens), strict=True):
+        for token, score in zip(tokens, compare_positions(logits[0], logits[row], tokens, state.report), strict=True):
             piece, reason = state.text.push(token)
-            yield TokenEvent(state.index, token, piece.text, score=Score(*score))
+            yield TokenEvent(state.index, token, piece.text, score=score)
             if reason is not None:
                 yield end_row(state, reason, piece.stop_string)

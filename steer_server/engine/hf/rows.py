@@ -15,7 +15,7 @@ from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.row_text import RowText
 from steer_server.errors import EngineFailedError, SteeringNotAppliedError
-from steer_server.types import FinishReason, Receipt, RowFinished, Score, TokenLogprob, TopLogprob
+from steer_server.types import FinishReason, Receipt, Report, RowFinished, Score, TokenLogprob, TopLogprob
 
 
 @dataclass(eq=False)
@@ -27,6 +27,8 @@ class RowState:
     proof: Proof | None
     """Of the steering; None where there is none."""
     scored: bool
+    report: Report
+    """What a score says."""
     sampler: Sampler
     text: RowText
     sequence: torch.Tensor
@@ -82,7 +84,8 @@ def end_row(state: RowState, reason: FinishReason, stop_string: str) -> RowFinis
     else:
         # Interrupted before its first token, perhaps amid the prompt: no text came of what was steered.
         receipts = empty_receipts(steering.plan)
-    return RowFinished(state.index, reason, text, stop_string, receipts)
+    doses = () if steering is None else tuple(steering.generated_doses)
+    return RowFinished(state.index, reason, text, stop_string, receipts, doses=doses)
 
 
 def end_all(slots: list[BatchSlot], reason: FinishReason) -> Iterator[RowFinished]:
@@ -92,9 +95,9 @@ def end_all(slots: list[BatchSlot], reason: FinishReason) -> Iterator[RowFinishe
             yield end_row(slot.state, reason, "")
 
 
-def score_token(token: int, logits: torch.Tensor, plain: torch.Tensor) -> Score:
+def score_token(token: int, logits: torch.Tensor, plain: torch.Tensor, report: Report) -> Score:
     """A token under the plain model and under this row, from the logits (V,) of both."""
-    return Score(*compare_positions(plain[None], logits[None], (token,))[0])
+    return compare_positions(plain[None], logits[None], (token,), report)[0]
 
 
 def token_logprob(token: int, logits: torch.Tensor, count: int, tokenizer: Any) -> TokenLogprob:

@@ -38,9 +38,18 @@ class RowSteering:
     """The state of one row's plan: its operators' pushes, and the measured doses of each."""
 
     def __init__(
-        self, plan: SteeringPlan, operators: PreparedOperatorCache, dtype: torch.dtype, *, prompt_tokens: int
+        self,
+        plan: SteeringPlan,
+        operators: PreparedOperatorCache,
+        dtype: torch.dtype,
+        *,
+        prompt_tokens: int,
+        traces_doses: bool = False,
     ) -> None:
-        """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve."""
+        """Raises :class:`SteeringNotAppliedError` for a strength that hidden states in ``dtype`` cannot resolve.
+
+        ``traces_doses``: keep those of :attr:`generated_doses`.
+        """
         self.plan = plan
         check_strengths(plan, dtype)
         self._doses = [DoseStatistics() for _ in plan.applications]
@@ -53,6 +62,9 @@ class RowSteering:
         ]
         self._pushed: dict[int, list[tuple[_AppliedOperator, slice]]] = {}
         """By layer: who pushes in the pass under way, and which of its tokens."""
+        self._traced_layer = plan.first_layer if traces_doses else None
+        self.generated_doses: list[float] = []
+        """At the lowest layer that is pushed, of every token behind the prompt; 0 where nothing pushes."""
 
     @property
     def layers(self) -> frozenset[int]:
@@ -115,6 +127,13 @@ class RowSteering:
                 self._check(layer, moved[low:high], uses)
         for applied, at in pushed:
             applied.doses.add([dose for dose, _, _ in moved[at]], prompt=prompt)
+        if layer == self._traced_layer and not prompt:
+            self.generated_doses.extend(dose for dose, _, _ in moved)
+
+    def trace_rest(self, tokens: int) -> None:
+        """Ends a pass over so many tokens behind the prompt: at the traced layer perhaps none was pushed."""
+        if self._traced_layer is not None and self._traced_layer not in self._pushed:
+            self.generated_doses.extend([0.0] * tokens)
 
     def _check(self, layer: int, moved: Sequence[Sequence[float]], uses: Sequence[Application]) -> None:
         bounds = DoseBounds.of(use.setting.strength for use in uses)
@@ -152,8 +171,8 @@ def load_pushes(hooks: PushHooks, steered: Mapping[int, RowSteering], x: Mapping
     hooks.load({layer: layer_push(pieces, tokens) for layer, pieces in by_layer.items()})
 
 
-def record_doses(hooks: PushHooks, steered: Mapping[int, RowSteering], *, prompt: bool) -> None:
-    """Hands the doses of the last forward pass to the rows they belong to.
+def record_doses(hooks: PushHooks, steered: Mapping[int, RowSteering], tokens: int, *, prompt: bool) -> None:
+    """Hands the doses of the last forward pass, over so many tokens, to the rows they belong to.
 
     Raises:
         SteeringNotAppliedError: a hook did not run, or a dose is not what the strengths give.
@@ -167,6 +186,8 @@ def record_doses(hooks: PushHooks, steered: Mapping[int, RowSteering], *, prompt
         rows = torch.stack((moved.dose, moved.due, moved.rounding), dim=-1).tolist()
         for steering, row in zip(pushed, rows, strict=True):
             steering.record(layer, row, prompt=prompt)
+    for steering in steered.values() if not prompt else ():
+        steering.trace_rest(tokens)
 
 
 def _equal_stretches(slices: Iterable[slice]) -> list[tuple[int, int]]:

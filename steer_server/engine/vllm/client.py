@@ -14,11 +14,12 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from steer_server.engine.distributions import NO_REPORT, score_of
 from steer_server.engine.vllm.cache_salts import CacheSalts
 from steer_server.engine.vllm.measurements import merge_measurements
 from steer_server.engine.vllm.worker_protocol import OperatorSetting, SteeringArgs, positions_per_call
 from steer_server.errors import EngineFailedError
-from steer_server.types import Score
+from steer_server.types import Report, Score
 
 _POLL_SECONDS = 0.5
 _CALL_SECONDS = 600.0
@@ -94,16 +95,19 @@ class VLLMClient:
         )
         return self._llm.generate(prompt, sampling, key)
 
-    async def score(self, steered_key: str, plain_key: str, ids: Sequence[int]) -> tuple[Score, ...]:
+    async def score(
+        self, steered_key: str, plain_key: str, ids: Sequence[int], report: Report = NO_REPORT
+    ) -> tuple[Score, ...]:
         """The tokens of a text, from the hidden states that the workers kept of two requests."""
+        asked = (report.top, [list(word) for word in report.words])
         scores: list[Score] = []
         size = positions_per_call(int(self._llm.model_config.get_vocab_size()))
         for start in range(0, len(ids), size):
             # In pieces: vLLM runs no step during a call.
             chunk = list(ids[start : start + size])
             # Every rank computes the logits, rank 0 returns them.
-            found = (await self.call("steering_score", steered_key, plain_key, chunk, start))[0]
-            scores.extend(Score(*each) for each in found)
+            found = (await self.call("steering_score", steered_key, plain_key, chunk, start, *asked))[0]
+            scores.extend(map(score_of, found))
         return tuple(scores)
 
     async def take_measurements(self, keys: list[str]) -> Sequence[Mapping[str, Any] | None]:

@@ -72,7 +72,7 @@ def job_memory(job: DecodeJob, sizes: StepSizes, *, budget: int, context_length:
         lengths = [
             min(row.sampling.max_tokens, context_length - len(job.prompt_ids))
             for row in job.rows
-            if row.score and row.plan is not None
+            if row.score and not row.is_plain_score
         ]
         states = sum(map(sizes.states, lengths))
     memory = JobMemory(layers, states + _running_sums(job.rows))

@@ -216,6 +216,15 @@ def measured_receipts(
     return make_receipts(plan, doses, proof)
 
 
+def generated_doses(
+    plan: SteeringPlan, measurement: Mapping[str, Any] | None, *, prompt_tokens: int, fed: int
+) -> tuple[float, ...]:
+    """The doses at the lowest layer that is pushed, of every token behind the prompt that was fed; 0 where none is."""
+    if measurement is None or plan.first_layer is None:
+        return ()
+    return tuple(_doses_at(measurement["layers"].get(str(plan.first_layer)), prompt_tokens, fed))
+
+
 def _doses_at(measured: Mapping[str, Any] | None, first: int, end: int) -> list[float]:
     """The doses of the positions ``first`` to ``end`` - 1; 0 where none was measured."""
     if measured is None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from steer_server.engine.distributions import NO_REPORT, plain_scores
 from steer_server.engine.dose import check_strengths
 from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import empty_receipts
@@ -15,6 +16,7 @@ from steer_server.engine.row_text import RowText
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.text import Detokenizer
 from steer_server.engine.vllm.decode_context import READING, DecodeContext, prove_receipts
+from steer_server.engine.vllm.measurements import generated_doses
 from steer_server.engine.vllm.sampling import vllm_sampling
 from steer_server.engine.vllm.worker_protocol import operator_settings
 from steer_server.errors import EngineFailedError
@@ -106,7 +108,7 @@ class RowDecoder:
             uncollected = bool(settings) or keep_from is not None
             decoded = await self._decode(stream, text)
             scores = await self._scores(text.ids, decoded.logprobs) if self._row.score else ()
-            receipts = empty_receipts(plan)
+            receipts, doses = empty_receipts(plan), tuple[float, ...]()
             if settings and text.ids and plan is not None and proof is not None:
                 uncollected = False
                 measurement = await asyncio.shield(collect(self._key, settings, begun=True))
@@ -114,8 +116,10 @@ class RowDecoder:
                 receipts = await prove_receipts(
                     self._context, plan, proof, measurement, ids=ids, prompt_tokens=len(prompt)
                 )
+                if self._row.report is not None and self._row.report.doses:
+                    doses = generated_doses(plan, measurement, prompt_tokens=len(prompt), fed=len(ids) - 1)
             shown = "" if decoded.stop_string else text.flush()
-            return RowFinished(self._index, decoded.reason, shown, decoded.stop_string, receipts, scores)
+            return RowFinished(self._index, decoded.reason, shown, decoded.stop_string, receipts, scores, doses)
         finally:
             if uncollected:
                 # Nobody waits for the measurement; taking it makes the workers forget the request.
@@ -191,8 +195,8 @@ class RowDecoder:
         """
         if self._is_stopping():
             return ()
-        if self._row.plan is None or not ids:
-            return tuple(Score(0.0, logprob, logprob) for logprob in own_logprobs)
+        if self._row.is_plain_score or not ids:
+            return plain_scores(own_logprobs)
         if self._deadline is not None and self._deadline <= asyncio.get_running_loop().time():
             return ()
         client, prompt, plain_key = self._context.client, self._job.prompt_ids, uuid.uuid4().hex
@@ -203,7 +207,8 @@ class RowDecoder:
             async with asyncio.timeout_at(self._deadline):
                 async for _ in stream:
                     pass
-                return await client.score(self._key, plain_key, ids)
+                key = plain_key if self._row.plan is None else self._key
+                return await client.score(key, plain_key, ids, self._row.report or NO_REPORT)
         except TimeoutError:
             return ()
         finally:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from steer_server.engine.distributions import NO_REPORT
 from steer_server.engine.dose import check_strengths
 from steer_server.engine.proof import Proof
 from steer_server.engine.receipts import empty_receipts
 from steer_server.engine.vllm.decode_context import READING, DecodeContext, prove_receipts
+from steer_server.engine.vllm.measurements import generated_doses
 from steer_server.engine.vllm.worker_protocol import OperatorSetting, operator_settings
-from steer_server.types import DecodeJob, EngineEvent, FinishReason, Receipt, RowFinished, SteeringPlan, TokenEvent
+from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished, SteeringPlan, TokenEvent
 
 
 @dataclass(eq=False)
@@ -58,9 +60,12 @@ class TextReader:
         try:
             async with asyncio.timeout_at(self._deadline):
                 await self._read_all(distinct)
-                scores = [await score(reading.key, self._plain.key, text) for reading in readings]
+                scores = [
+                    await score(reading.key, self._plain.key, text, row.report or NO_REPORT)
+                    for row, reading in zip(rows, readings, strict=True)
+                ]
             # All of them before the first event: half a text has no score.
-            receipts = [await self._receipts(row.plan, reading) for row, reading in zip(rows, readings, strict=True)]
+            ends = [await self._end(index, reading) for index, reading in enumerate(readings)]
         except TimeoutError:
             for index, row in enumerate(rows):
                 self._emit(RowFinished(index, FinishReason.TIME_LIMIT, "", "", empty_receipts(row.plan)))
@@ -70,10 +75,10 @@ class TextReader:
                 if reading.is_held:
                     # Taking its measurement makes the workers forget it.
                     self._context.measurements.collect(reading.key, reading.settings)
-        for index, row_scores in enumerate(scores):
+        for end, row_scores in zip(ends, scores, strict=True):
             for token, each in zip(text, row_scores, strict=True):
-                self._emit(TokenEvent(index, token, "", score=each))
-            self._emit(RowFinished(index, FinishReason.MAX_TOKENS, "", "", receipts[index]))
+                self._emit(TokenEvent(end.row, token, "", score=each))
+            self._emit(end)
 
     def _reading(self, plan: SteeringPlan | None) -> _Reading:
         """That of a row. One whose operators all have strength 0 is the plain one."""
@@ -121,11 +126,17 @@ class TextReader:
         finally:
             await stream.aclose()
 
-    async def _receipts(self, plan: SteeringPlan | None, reading: _Reading) -> tuple[Receipt, ...]:
-        if plan is None or reading.proof is None:
-            return empty_receipts(plan)
-        collect, prompt = self._context.measurements.collect, self._job.prompt_ids
-        reading.is_held = False
-        measurement = await asyncio.shield(collect(reading.key, reading.settings, begun=True))
-        ids = (*prompt, *self._job.forced_ids)
-        return await prove_receipts(self._context, plan, reading.proof, measurement, ids=ids, prompt_tokens=len(prompt))
+    async def _end(self, index: int, reading: _Reading) -> RowFinished:
+        """The end of a row, with what was measured of it."""
+        row, prompt = self._job.rows[index], self._job.prompt_ids
+        plan, receipts, doses = row.plan, empty_receipts(row.plan), tuple[float, ...]()
+        if plan is not None and reading.proof is not None:
+            reading.is_held = False
+            collect, ids = self._context.measurements.collect, (*prompt, *self._job.forced_ids)
+            measurement = await asyncio.shield(collect(reading.key, reading.settings, begun=True))
+            receipts = await prove_receipts(
+                self._context, plan, reading.proof, measurement, ids=ids, prompt_tokens=len(prompt)
+            )
+            if row.report is not None and row.report.doses:
+                doses = generated_doses(plan, measurement, prompt_tokens=len(prompt), fed=len(ids) - 1)
+        return RowFinished(index, FinishReason.MAX_TOKENS, "", "", receipts, doses=doses)

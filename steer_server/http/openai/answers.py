@@ -48,6 +48,13 @@ class Answers:
     _usage: _Usage = field(default_factory=_Usage)
     _offsets: dict[int, int] = field(default_factory=dict)
     """Characters of each text so far, as its tokens have them."""
+    _last_ids: dict[int, int] = field(default_factory=dict)
+    """The last token of each text."""
+
+    @property
+    def _texts(self) -> int:
+        """Of each prompt."""
+        return self.asked.message.n or 1
 
     async def whole(self, events: _Events) -> dict[str, Any]:
         """One answer with all texts. Raises :class:`ShuttingDownError` where the server cut one short."""
@@ -57,6 +64,8 @@ class Answers:
             async for event in events:
                 if event.HasField("started"):
                     prompts[self._index(event)] = event.started.prompt_token_ids
+                elif event.HasField("delta"):
+                    self._note(event)
                 elif event.HasField("finished"):
                     choices[self._index(event)] = self._choice(event, prompts)
         body = self._head("chat.completion" if asked.is_chat else "text_completion")
@@ -87,7 +96,12 @@ class Answers:
         }
 
     def _index(self, event: comparison_pb2.CompareEvent) -> int:
-        return event.sample
+        """Of a text: the texts of the first prompt come first."""
+        return int(event.prompt_id or 0) * self._texts + event.sample
+
+    def _note(self, event: comparison_pb2.CompareEvent) -> None:
+        if event.delta.token_ids:
+            self._last_ids[self._index(event)] = event.delta.token_ids[-1]
 
     def _choice(self, event: comparison_pb2.CompareEvent, prompts: dict[int, Sequence[int]]) -> dict[str, Any]:
         text, index = event.finished, self._index(event)
@@ -108,10 +122,10 @@ class Answers:
         reason = text_pb2.FinishReason.Name(text.finish_reason).removeprefix("FINISH_REASON_")
         if text.finish_reason == text_pb2.FINISH_REASON_CANCELLED:
             raise ShuttingDownError
-        self._usage.add(index, self.asked.message.n or 1, text.usage)
+        self._usage.add(index, self._texts, text.usage)
         stop: str | int | None = text.stop_string or None
         if text.finish_reason == text_pb2.FINISH_REASON_STOP_TOKEN:
-            stop = text.token_ids[-1]
+            stop = self._last_ids[index]
         steering = {"receipts": [to_json(receipt) for receipt in text.receipts], "finish_reason": reason}
         return {
             "finish_reason": "stop" if text.finish_reason in _STOPPED else "length",
@@ -131,6 +145,7 @@ class Answers:
                 yield {"choices": [self._piece(index, "") | more]}
         elif event.HasField("delta"):
             delta = event.delta
+            self._note(event)
             if delta.text or asked.has_logprobs or asked.has_token_ids:
                 piece = self._piece(index, delta.text) | {"logprobs": self._logprobs(index, delta.logprobs)}
                 if asked.has_token_ids:

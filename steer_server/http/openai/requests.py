@@ -22,6 +22,7 @@ _COMPLETION_TOKENS = 16
 _SEED_BITS = 53
 """Of a seed that is drawn: a number that every reader of JSON keeps."""
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_ONE_OF_SEVERAL = re.compile(r"prompts(\[[0-9]+\])(?:\.prompt)?(?:\.text|\.token_ids)?")
 _INT32, _UINT64 = 2**31, 2**64
 
 
@@ -46,11 +47,13 @@ class Asked:
 
     def renamed(self, error: InvalidRequestError) -> InvalidRequestError:
         """The error under the name that the caller knows its field by."""
-        for path, name in self.names:
+        one_of_several = _ONE_OF_SEVERAL.match(error.field)
+        names = self.names
+        if one_of_several is not None:
+            names = ((one_of_several[0], f"prompt{one_of_several[1]}"),)
+        for path, name in names:
             if error.field == path or error.field.startswith((f"{path}.", f"{path}[")):
-                field = (name + error.field[len(path) :]).removeprefix(".")
-                error.args = (str(error).replace(error.field, field, 1),)
-                error.field = field
+                error.move((name + error.field[len(path) :]).removeprefix("."))
                 break
         return error
 
@@ -60,7 +63,7 @@ def asked_completion(parts: ServerParts, given: CompletionParameters) -> Asked:
     sampling = _sampling(given, _COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens, "max_tokens")
     if given.logprobs is not None:
         sampling.logprobs = _number(given.logprobs, "logprobs")
-    return _asked(parts, given, sampling, _prompt(given.prompt), names=_NAMES)
+    return _asked(parts, given, sampling, _prompts(given.prompt), names=_NAMES)
 
 
 def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
@@ -76,7 +79,7 @@ def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
         raise InvalidRequestError("top_logprobs", "is given without logprobs; set logprobs to true")
     chat = text_pb2.Chat(messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)])
     names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat.messages", "messages"))
-    return _asked(parts, given, sampling, text_pb2.Prompt(chat=chat), names=(*names, ("prompt", "messages"), *_NAMES))
+    return _asked(parts, given, sampling, [text_pb2.Prompt(chat=chat)], names=(*names, ("prompt", "messages"), *_NAMES))
 
 
 _NAMES = (
@@ -91,7 +94,7 @@ def _asked(
     parts: ServerParts,
     given: TextParameters,
     sampling: text_pb2.SamplingParams,
-    prompt: text_pb2.Prompt,
+    prompts: Sequence[text_pb2.Prompt],
     *,
     names: tuple[tuple[str, str], ...],
 ) -> Asked:
@@ -101,16 +104,21 @@ def _asked(
     request_id = secrets.token_hex(8)
     message = comparison_pb2.CompareRequest(
         request_id=request_id,
-        prompt=prompt,
+        prompt=prompts[0] if len(prompts) == 1 else None,
+        prompts=[comparison_pb2.NamedPrompt(id=str(n), prompt=each) for n, each in enumerate(prompts)][
+            len(prompts) == 1 :
+        ],
         sampling=sampling,
         arms=[comparison_pb2.Arm(name=_ARM, operators=operators)] if operators else (),
         n=None if given.n is None else _number(given.n, "n"),
         normal=not operators,
+        # The pieces of a stream are all there is of it.
+        repeat_in_finished=not given.stream,
         score=False,
     )
     return Asked(
         message,
-        (("arms[0].operators", field), ("arms", field), *names),
+        (("arms[0].operators", field), ("arms", field), ("prompts", "prompt"), *names),
         request_id,
         given.model,
         int(time.time()),
@@ -159,14 +167,19 @@ def _most_tokens(parts: ServerParts, texts: int) -> int:
     return min(most)
 
 
-def _prompt(value: Any) -> text_pb2.Prompt:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
-        [value] = value
+def _prompts(value: Any) -> list[text_pb2.Prompt]:
+    """One, or one for each item."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        return [_prompt(each, f"prompt[{index}]") for index, each in enumerate(value)]
+    return [_prompt(value, "prompt")]
+
+
+def _prompt(value: Any, field: str) -> text_pb2.Prompt:
     if isinstance(value, str):
         return text_pb2.Prompt(text=value)
     if isinstance(value, list) and all(type(each) is int for each in value):
-        return text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=_numbers(value, "prompt")))
-    raise InvalidRequestError("prompt", "is neither a text nor token ids")
+        return text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=_numbers(value, field)))
+    raise InvalidRequestError(field, "is neither a text nor token ids")
 
 
 def _turn(given: ChatMessage, field: str) -> text_pb2.ChatMessage:

@@ -49,6 +49,8 @@ async def _until(condition, seconds=5.0):
         (b'{"prompt": {"text": "\\ud800"}}', "surrogate"),
         (b'{"prompt": {"text": "a\nb"}}', "is not JSON"),
         (b'{"prompt": {"token_ids": {"ids": [' + b"1," * 60_000 + b"1]}}}", "values or more"),
+        (b'{"a":[' + b"{}," * 9000 + b"1]}", "9001 objects or more"),
+        (b"[" + b'"",' * 10**6 + b"1]", "texts or more"),
         (b'{"a":{' + b",".join(b'"%d":1' % n for n in range(60_000)) + b"}}", "values or more"),
     ],
 )
@@ -59,7 +61,7 @@ async def test_what_is_no_object_of_json_is_refused_by_what_is_wrong(door, body,
 
 
 def test_brackets_and_commas_in_a_text_are_text():
-    limits = BodyLimits(10_000, 4)
+    limits = BodyLimits(10_000, 4, 1)
     assert read_object(b'{"a": "[[[[[{,,,,,\\"{[,\\\\", "b": "]"}', limits) == {"a": '[[[[[{,,,,,"{[,\\', "b": "]"}
 
 

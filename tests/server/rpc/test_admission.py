@@ -57,6 +57,7 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
         ("GenerateRequest", types.GenerationRequest),
         ("CompareRequest", types.CompareRequest),
         ("ScoreRequest", types.ScoreRequest),
+        ("TokenReport", types.TokenReport),
         ("SamplingParams", types.SamplingParams),
         ("Arm", types.Arm),
         ("NamedPrompt", types.NamedPrompt),
@@ -116,6 +117,8 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
         (SCORE, score_pb2.ScoreRequest(text="x" * (MAX_PROMPT + 1)), "text"),
         (SCORE, score_pb2.ScoreRequest(token_ids=text_pb2.TokenIds(ids=[5] * 65)), "token_ids"),
         (SCORE, score_pb2.ScoreRequest(arms=[comparison_pb2.Arm()] * 10**5), "arms"),
+        (SCORE, score_pb2.ScoreRequest(report=comparison_pb2.TokenReport(words=["a"] * 33)), "report.words"),
+        (COMPARE, comparison_pb2.CompareRequest(report={"words": ["x" * 10**6]}), "report.words[0]"),
         ("/steering.v1.OperatorService/GetOperator", ops.GetOperatorRequest(name="x" * 10**6), "name"),
         ("/grpc.health.v1.Health/Check", health_pb2.HealthCheckRequest(service="x" * 10**6), "request"),
         (

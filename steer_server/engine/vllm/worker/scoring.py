@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from steer_server.engine.distributions import PositionScore, compare_positions
+from steer_server.engine.distributions import NO_REPORT, compare_positions
+from steer_server.types import Report, Score
 
 
 @dataclass(eq=False)
@@ -34,7 +35,8 @@ def score_states(
     plain: KeptStates,
     ids: Sequence[int],
     start: int,
-) -> list[PositionScore]:
+    report: Report = NO_REPORT,
+) -> list[Score]:
     """The tokens ``ids`` of a text, from its token ``start`` on, under both requests.
 
     Args:
@@ -54,4 +56,4 @@ def score_states(
         plain_logits, steered_logits = (compute_logits(torch.stack(part)) for part in states)
         if plain_logits is None or steered_logits is None:
             return []
-        return compare_positions(plain_logits, steered_logits, ids)
+        return compare_positions(plain_logits, steered_logits, ids, report)

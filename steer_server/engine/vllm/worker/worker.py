@@ -9,6 +9,7 @@ that a vLLM in which something moved is refused instead of half steered.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from steer_server.engine.distributions import PositionScore
 from steer_server.engine.vllm.limits import check_supported
 from steer_server.engine.vllm.start_problem import reports_problems
 from steer_server.engine.vllm.transfer import IncomingOperators, TensorLayout
@@ -29,6 +29,7 @@ from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker.witness import Witness
 from steer_server.engine.vllm.worker_protocol import SteeringArgs
+from steer_server.types import Report
 
 _MAX_UNRECORDED_STEPS = 64
 """Steps whose measurements may wait on the device: reading them makes the host wait for it."""
@@ -124,13 +125,23 @@ class SteeringWorker(SizedWorker):
         self._record_steps()
         return [self._take_measurement(key) for key in keys]
 
-    def steering_score(self, steered_key: str, plain_key: str, ids: Sequence[int], start: int) -> list[PositionScore]:
+    def steering_score(
+        self,
+        steered_key: str,
+        plain_key: str,
+        ids: Sequence[int],
+        start: int,
+        top: int = 0,
+        words: Sequence[Sequence[int]] = (),
+    ) -> list[tuple[Any, ...]]:
         """:func:`.scoring.score_states` of two requests, for a text's tokens from ``start`` on.
 
         Their states are kept until their measurements are taken. Raises :class:`ValueError` for one that was not kept.
         """
         steered, plain = (self._kept_states.get(key, KeptStates(0)) for key in (steered_key, plain_key))
-        return score_states(self.model_runner.get_model().compute_logits, steered, plain, ids, start)
+        report = Report(top, tuple(map(tuple, words)))
+        compute_logits = self.model_runner.get_model().compute_logits
+        return [astuple(each) for each in score_states(compute_logits, steered, plain, ids, start, report)]
 
     def steering_state(self) -> dict[str, int]:
         """Counts of what is held: operators, their bytes, incoming operators, and each kind of state of a request."""

@@ -4,12 +4,25 @@ from dataclasses import replace
 
 import pytest
 
+from operators.core.apply import Setting
+from operators.core.positions import Positions
 from steer_server.engine.hf import decode as decode_module
 from steer_server.engine.hf.decode import Decoder
 from steer_server.engine.hf.memory import DecodeMemory, scored_positions
 from steer_server.errors import InvalidRequestError
 from steer_server.generate import CompletionBuilder
-from steer_server.types import Completion, DecodeJob, FinishReason, Row, RowFinished, SamplingParams, TokenEvent
+from steer_server.types import (
+    Application,
+    Completion,
+    DecodeJob,
+    FinishReason,
+    Report,
+    Row,
+    RowFinished,
+    SamplingParams,
+    SteeringPlan,
+    TokenEvent,
+)
 
 TEXT = (7, 5, 9, 9, 6, 8, 11, 5, 7, 10, 6)
 
@@ -83,6 +96,26 @@ def test_a_text_that_is_read_passes_the_check_of_receipts(read, plan_of, artifac
     (receipt,) = found[-1].receipts
     assert receipt.positions_checked == len(decoder.job.prompt_ids) + len(TEXT) - 1
     assert (found[-1].token_ids, found[-1].finish_reason) == (TEXT, FinishReason.MAX_TOKENS)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("positions", ["all", "generated:2..5", "prompt", "first"])
+def test_the_doses_of_the_text_are_told_position_by_position(read, artifact, monkeypatch, size, positions):
+    monkeypatch.setattr(decode_module, "scored_positions", lambda rows, vocabulary: size)
+    where = Positions.parse(positions)
+    plan = SteeringPlan((Application("a", artifact, Setting(0.6, "cumulative", 0.0, where), ()),))
+    decoder = read(plan)
+    rows = tuple(replace(row, report=Report(doses=True)) for row in decoder.job.rows)
+    plain, steered = (
+        event for event in read(plan, job=replace(decoder.job, rows=rows)).run() if isinstance(event, RowFinished)
+    )
+    n, fed = len(decoder.job.prompt_ids), len(TEXT) - 1
+    pushed = range(n + fed)[where.among(0, n + fed, prompt_tokens=n)]
+    expected = [0.3 * (place in pushed) for place in range(n, n + fed)]
+    assert steered.doses == pytest.approx(expected, rel=1e-4)
+    assert plain.doses == ()
+    # Not asked for, not told.
+    assert [event.doses for event in decoder.run() if isinstance(event, RowFinished)] == [(), ()]
 
 
 def test_memory_counts_the_rows_once_and_the_logits_of_a_part(plan_of, artifact):

@@ -263,7 +263,7 @@ def test_a_cached_step_at_a_time_equals_recomputing_everything(exact, rule, pref
                 x = embed(loaded.model, ids[:, start:end])
                 load_pushes(hooks, {0: steering}, {0: x[0]})
                 output = loaded.model.get_decoder()(inputs_embeds=x, past_key_values=cache, use_cache=cache is not None)
-                record_doses(hooks, {0: steering}, prompt=start == 0)
+                record_doses(hooks, {0: steering}, end - start, prompt=start == 0)
                 hidden.append(output.last_hidden_state)
         return torch.cat(hidden, dim=1)
 

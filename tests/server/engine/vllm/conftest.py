@@ -66,7 +66,7 @@ class Engine:
         finally:
             self.closed.append(key)
 
-    async def score(self, steered, plain, ids):
+    async def score(self, steered, plain, ids, report):
         await self._wait("score")
         return (Score(0.25, -1.0, -2.0),) * len(ids)
 

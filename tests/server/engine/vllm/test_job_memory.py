@@ -11,7 +11,7 @@ from steer_server.engine.vllm.operator_cache import OperatorCache, required_oper
 from steer_server.engine.vllm.operator_room import OperatorRoom
 from steer_server.engine.vllm.worker_protocol import positions_per_call
 from steer_server.errors import InvalidRequestError, OperatorUnusableError
-from steer_server.types import DecodeJob, Row, SamplingParams
+from steer_server.types import DecodeJob, Report, Row, SamplingParams
 
 GIB, MIB = 1 << 30, 1 << 20
 SIZES = StepSizes(tokens=8192, width=4096, itemsize=2)
@@ -44,6 +44,24 @@ def test_a_job_takes_the_layers_of_its_widest_row_and_what_its_scores_keep(made,
     short = job_memory(scored, SIZES, budget=GIB, context_length=60).held
     assert short == 2 * 2 * 50 * 4096 * 2 + sums
     assert job_memory(job(Row(), Row(plan_of((made, 0.0)))), SIZES, budget=1, context_length=60) == JobMemory()
+
+
+def test_a_given_text_is_kept_once_by_every_row_and_the_plain_one(made, plan_of):
+    plan = plan_of((made, 0.5))
+    rows = (Row(score=True), Row(plan, score=True), Row(plan, score=True))
+    given = DecodeJob.of((1,) * 10, SamplingParams(max_tokens=100), rows, forced_ids=(5,) * 100)
+    sums = 2 * 2 * 4 * made.factors.shape[1]
+    assert job_memory(given, SIZES, budget=GIB, context_length=4096) == JobMemory(1, 3 * 100 * 4096 * 2 + sums)
+    alone = DecodeJob.of((1,) * 10, SamplingParams(max_tokens=100), rows[:1], forced_ids=(5,) * 100)
+    # Logits are made of the plain text's states as well.
+    assert job_memory(alone, SIZES, budget=GIB, context_length=4096) == JobMemory(0, 100 * 4096 * 2 + 8 * SCORE_BYTES)
+
+
+def test_a_plain_text_is_kept_where_the_probability_of_words_is_reported():
+    row = Row(score=True, report=Report(top=3, words=((5,),)))
+    assert job_memory(job(row), SIZES, budget=GIB, context_length=4096).held == 2 * 100 * 4096 * 2
+    own = Row(score=True, report=Report(top=3))
+    assert job_memory(job(own), SIZES, budget=GIB, context_length=4096).held == 0
 
 
 def test_what_alone_takes_too_much_is_refused_by_name(made, plan_of, other_layer):

@@ -193,6 +193,21 @@ async def test_several_texts_of_one_prompt_have_an_index_each(door, ask):
     assert offsets == {index: [0, 1, 8] for index in range(3)}
 
 
+async def test_several_prompts_have_their_texts_one_behind_another(door, ask):
+    answer = (await ask(COMPLETIONS, prompt=["a", "b"], n=2, seed=5)).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [choice["steering"]["seed"] for choice in answer["choices"]] == [5, 6, 5, 6]
+    assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    door.engine.reason = FinishReason.STOP_TOKEN
+    *pieces, _ = (await ask(COMPLETIONS, prompt=[[5], [6, 7]], stream=True)).events()
+    texts = {0: "", 1: ""}
+    for _, piece in pieces:
+        [choice] = piece["choices"]
+        texts[choice["index"]] += choice["text"]
+    assert texts == dict.fromkeys(range(2), "a secret \u2603")
+    assert pieces[-1][1]["choices"][0]["stop_reason"] == 2
+
+
 async def test_a_stream_that_fails_midway_says_so_and_is_not_done(door, ask):
     door.engine.error = SteeringNotAppliedError("layer 3 was not reached")
     *_, (name, last) = (await ask(COMPLETIONS, stream=True)).events()
@@ -264,6 +279,11 @@ async def test_what_is_not_accepted_is_refused_by_the_name_that_it_has_here(door
         (COMPLETIONS, {"prompt": []}, "prompt"),
         (COMPLETIONS, {"prompt": ""}, "prompt"),
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a", 1]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": ["a", ""]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [[1], []]}, "prompt[1]"),
+        (COMPLETIONS, {"prompt": [[1], [2, 2**31]]}, "prompt[1][1]"),
+        (COMPLETIONS, {"prompt": ["a"] * 257}, "prompt"),
         (COMPLETIONS, {"prompt": [1, True]}, "prompt"),
         (COMPLETIONS, {"prompt": [2**31]}, "prompt[0]"),
         (COMPLETIONS, {"prompt": "x" * 10**5}, "prompt"),

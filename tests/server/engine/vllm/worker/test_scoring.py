@@ -20,6 +20,11 @@ def kept(rows, first=4):
     return found
 
 
+def numbers(scores):
+    """KL and the log-probabilities under the plain and the steered model, each of all tokens."""
+    return [[getattr(each, name) for each in scores] for name in ("kl", "plain_logprob", "logprob")]
+
+
 def logits_of(rows):
     return rows @ HEAD
 
@@ -27,7 +32,7 @@ def logits_of(rows):
 def test_kl_and_log_probabilities_are_those_of_the_two_distributions():
     steered, plain = states(1), states(2)
     p, q = (torch.distributions.Categorical(logits=rows @ HEAD) for rows in (plain, steered))
-    kl, plain_logprobs, logprobs = zip(*score_states(logits_of, kept(steered), kept(plain), IDS, 0), strict=True)
+    kl, plain_logprobs, logprobs = numbers(score_states(logits_of, kept(steered), kept(plain), IDS, 0))
     assert kl == pytest.approx(torch.distributions.kl_divergence(p, q).tolist(), rel=1e-4)
     assert plain_logprobs == pytest.approx(p.log_prob(torch.tensor(IDS)).tolist(), rel=1e-5)
     assert logprobs == pytest.approx(q.log_prob(torch.tensor(IDS)).tolist(), rel=1e-5)
@@ -37,7 +42,8 @@ def test_a_text_may_be_scored_in_pieces_and_more_than_once():
     steered, plain = kept(states(1)), kept(states(2))
     whole = score_states(logits_of, steered, plain, IDS, 0)
     pieces = [each for at in (0, 2, 4) for each in score_states(logits_of, steered, plain, IDS[at : at + 2], at)]
-    torch.testing.assert_close(torch.tensor(pieces), torch.tensor(whole), rtol=1e-5, atol=1e-6)
+    for found, expected in zip(numbers(pieces), numbers(whole), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_only_the_positions_asked_for_meet_the_vocabulary():

@@ -1,0 +1,420 @@
+// The page: its form, its runs and what they bring.
+
+import { ApiError, call, events } from "./api.js";
+import { ArmEditor } from "./arms.js";
+import { Column } from "./column.js";
+import { asCli, asCsv, asCurl, asPython, notForCli } from "./copies.js";
+import { byId, el, number, short } from "./dom.js";
+import * as kept from "./kept.js";
+import { checked, compareRequest, fromFragment, newArm, newSettings, toFragment } from "./settings.js";
+import { VoteView } from "./vote.js";
+
+const NORMAL = "normal";
+const MAX_LINK = 30000;
+const FIELDS = ["max_tokens", "temperature", "top_p", "repetition_penalty"];
+
+const page = {
+  settings: newSettings(), operators: [], model: null, columns: new Map(), ran: null, abort: null, show: "diff", isUp: null, isLinkGood: true,
+};
+const editor = new ArmEditor(byId("arms"), () => { keepTyped(); vote.refresh(); });
+const vote = new VoteView(byId("vote-view"), () => page.settings, tell);
+
+// ---- the form
+
+function showForm() {
+  const { settings } = page;
+  byId("prompt").value = settings.prompt;
+  byId("chat").checked = settings.chat;
+  byId("marks").value = settings.marks;
+  for (const name of FIELDS) byId(name).value = settings.sampling[name] ?? "";
+  byId("seed").value = settings.sampling.seed ?? "";
+  byId("ignore_eos").checked = settings.sampling.ignore_eos;
+  editor.show(settings, page.operators);
+  notePrompt();
+  vote.refresh();
+}
+
+function readForm() {
+  const { settings } = page;
+  for (const name of FIELDS) {
+    const { value } = byId(name);
+    settings.sampling[name] = value.trim() === "" ? null : Number(value);
+  }
+  const seed = byId("seed").value.trim();
+  settings.sampling.seed = seed === "" ? null : seed;
+  settings.sampling.ignore_eos = byId("ignore_eos").checked;
+  settings.marks = byId("marks").value;
+  settings.chat = byId("chat").checked;
+}
+
+function keepTyped() {
+  kept.keepDraft(page.settings);
+}
+
+function notePrompt() {
+  const note = byId("prompt-note");
+  const most = page.model?.limits?.max_prompt_bytes ?? Infinity;
+  const size = new TextEncoder().encode(page.settings.prompt).length;
+  let text = "";
+  if (page.settings.ids) text = `Goes on from a token: ${page.settings.ids.length} token ids. Editing the text makes it a text again.`;
+  if (!page.settings.ids && size > most) text = `The prompt has ${size.toLocaleString()} bytes; this server accepts ${most.toLocaleString()}.`;
+  note.textContent = text;
+  note.hidden = !text;
+  return !page.settings.ids && size > most ? text : "";
+}
+
+const marks = () => {
+  const typed = page.settings.marks.split(",").map((word) => word.trim()).filter(Boolean);
+  if (typed.length) return typed;
+  const uses = (page.ran ?? page.settings).arms.flatMap((arm) => arm.uses);
+  return [...new Set(uses.flatMap((use) => (use.words ? use.words.split(",").map((word) => word.replace(/\*.*$/, "").trim()) : use.name.split("-"))))].filter((word) => word.length > 2);
+};
+
+// ---- messages
+
+function tell(error, ...actions) {
+  const box = byId("problem");
+  box.hidden = !error;
+  box.replaceChildren();
+  if (!error) return;
+  box.append(el("p", {}, error.message));
+  if (error.code && !["UNREACHABLE", "BROKEN"].includes(error.code)) box.append(el("p", { className: "note" }, [error.code, error.field].filter(Boolean).join(" · ")));
+  if (actions.length) box.append(el("div", { className: "actions" }, ...actions));
+}
+
+const say = (text) => { byId("progress").textContent = text; };
+
+function action(text, work) {
+  const button = el("button", { type: "button" }, text);
+  button.addEventListener("click", work);
+  return button;
+}
+
+// ---- the server
+
+async function meetServer() {
+  try {
+    const [model, { operators }] = await Promise.all([call("model"), call("operators")]);
+    const isNew = !page.isUp;
+    Object.assign(page, { model, operators: operators ?? [], isUp: true });
+    byId("server").textContent = `${model.model} · ${model.engine} · ${model.dtype} on ${model.device} · ${page.operators.length} operators`;
+    byId("server").dataset.kind = "up";
+    byId("chat-field").hidden = !model.has_chat_template;
+    if (isNew) {
+      if (!page.settings.arms.length && !page.begun) {
+        const usable = page.operators.find((operator) => !operator.problem && !operator.lens) ?? page.operators.find((operator) => !operator.problem);
+        if (usable) page.settings.arms.push(newArm("arm 1", usable.name));
+      }
+      page.begun = true;
+      showForm();
+      if (page.isLinkGood) checkDigests();
+    }
+    notePrompt();
+  } catch (error) {
+    page.isUp = false;
+    byId("server").textContent = error.reachable === false ? "The server cannot be reached; what you typed is kept." : error.message;
+    byId("server").dataset.kind = "down";
+  }
+}
+
+/** Says which operators of a link are gone, or have another version. */
+function checkDigests() {
+  const served = new Map(page.operators.map((operator) => [operator.name, operator]));
+  const lines = [];
+  for (const use of page.settings.arms.flatMap((arm) => arm.uses)) {
+    const operator = served.get(use.name);
+    if (!operator) lines.push(`${use.name || "an operator"} is not served here any more.`);
+    else if (use.digest && use.digest !== operator.digest) lines.push(`${use.name}: asked for as ${short(use.digest)}, served as ${short(operator.digest)}.`);
+  }
+  if (!lines.length) return true;
+  tell(new ApiError([...new Set(lines)].join(" ")), action("Use the versions that are served", () => {
+    for (const use of page.settings.arms.flatMap((arm) => arm.uses)) use.digest = null;
+    tell(null);
+    showForm();
+    keepTyped();
+  }));
+  return false;
+}
+
+// ---- runs
+
+function busy(is) {
+  byId("stop").disabled = !is;
+  byId("run").disabled = is;
+  byId("reroll").disabled = is || !page.ran;
+}
+
+async function run() {
+  readForm();
+  keepTyped();
+  const tooLong = notePrompt();
+  if (tooLong) return tell(new ApiError(tooLong));
+  view("compare");
+  page.abort?.abort();
+  const abort = new AbortController();
+  page.abort = abort;
+  page.ran = structuredClone(page.settings);
+  tell(null);
+  const names = [NORMAL, ...page.ran.arms.map((arm) => arm.name)];
+  page.columns = new Map(names.map((name) => [name, new Column(name === NORMAL ? "plain" : name, { fork, tip, isDrawn: () => page.ran.sampling.temperature > 0 })]));
+  byId("columns").replaceChildren(...[...page.columns.values()].map((column) => column.element));
+  byId("columns").style.setProperty("--count", names.length);
+  byId("empty").hidden = true;
+  byId("bar").hidden = false;
+  byId("legend").hidden = true;
+  busy(true);
+  say("Waiting for the server …");
+  try {
+    await withPatience(() => follow(abort.signal), abort.signal);
+    say(`Done: ${names.length} texts.`);
+    finishRun();
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    for (const column of page.columns.values()) column.broken(stopped ? "stopped" : "cut off");
+    say(stopped ? "Stopped." : "");
+    if (!stopped) fail(error);
+  } finally {
+    if (page.abort === abort) {
+      page.abort = null;
+      busy(false);
+    }
+  }
+}
+
+async function follow(signal) {
+  const request = compareRequest(page.ran);
+  const seen = new Set();
+  for await (const event of events("Compare", request, signal)) {
+    if (event.compared) {
+      for (const comparison of event.compared.comparisons ?? []) page.columns.get(comparison.arm)?.compared(comparison);
+      continue;
+    }
+    const column = page.columns.get(event.arm);
+    if (!column) continue;
+    if (event.started) column.started(event.started);
+    if (event.delta) column.delta(event.delta);
+    if (event.finished) {
+      column.end(event.finished);
+      seen.add(event.arm);
+    }
+    say(seen.size ? `${seen.size} of ${page.columns.size} texts are whole …` : "Writing …");
+  }
+}
+
+/** Where the server is busy, waits as long as it says and asks again. */
+async function withPatience(work, signal) {
+  for (let tries = 0; ; tries++) {
+    try {
+      return await work();
+    } catch (error) {
+      if (error.retryAfter === null || error.retryAfter === undefined || tries === 8) throw error;
+      for (let left = Math.max(1, Math.ceil(error.retryAfter)); left > 0; left--) {
+        say(`The server is busy; asking again in ${left} s …`);
+        await new Promise((resolve, reject) => {
+          const timer = setTimeout(resolve, 1000);
+          signal.addEventListener("abort", () => { clearTimeout(timer); reject(new DOMException("stopped", "AbortError")); }, { once: true });
+        });
+      }
+    }
+  }
+}
+
+function fail(error) {
+  tell(error, action("Run again", run));
+  if (error.reachable === false) meetServer();
+}
+
+function finishRun() {
+  const seed = page.columns.get(NORMAL)?.finished?.seed;
+  if (page.ran.sampling.temperature > 0 && page.ran.sampling.seed === null && seed) page.ran.sampling.seed = String(seed);
+  drawAll();
+  kept.remember({ time: Date.now(), settings: page.ran, texts: shownTexts().map(({ name, text }) => ({ name, text: text.slice(0, 4000) })) });
+}
+
+const shownTexts = () => [...page.columns.values()].map((column) => ({
+  name: column.name, text: column.finished?.text ?? column.wholeText, finished: column.finished, comparison: column.comparison,
+}));
+
+function drawAll() {
+  const plain = page.columns.get(NORMAL);
+  const base = plain?.finished ? plain.wholeText : null;
+  const values = [...page.columns.values()].flatMap((column) => (column.comparison?.kl_per_token ?? []).map(Number)).filter(Number.isFinite).sort((a, b) => a - b);
+  const top = Math.max(values[Math.floor(0.95 * values.length)] ?? 1, 0.05);
+  for (const column of page.columns.values()) column.draw(column === plain ? null : base, marks(), page.show, top);
+  const legend = byId("legend");
+  legend.hidden = page.show === "plain" || !page.columns.size;
+  legend.replaceChildren(...(page.show === "kl"
+    ? ["KL(plain‖arm) at each token, 0 ", el("span", { className: "ramp", "aria-hidden": "true" }), ` ${number(top, 2)} nats and more`]
+    : [el("ins", {}, "not in the plain text"), " · ", el("mark", {}, "marked word"), " · arrow keys walk through the tokens"]));
+}
+
+// ---- what a text offers
+
+const tipBox = byId("tip");
+
+function tip(element, lines = []) {
+  tipBox.hidden = !element;
+  if (!element) return;
+  tipBox.replaceChildren(...lines.map((line) => el("div", {}, line)));
+  const box = element.getBoundingClientRect();
+  const size = tipBox.getBoundingClientRect();
+  const left = Math.min(Math.max(8, box.left), innerWidth - size.width - 8);
+  const above = box.top > size.height + 12;
+  tipBox.style.left = `${left}px`;
+  tipBox.style.top = `${(above ? box.top - size.height - 6 : box.bottom + 6)}px`;
+}
+
+function fork(column, place) {
+  const ids = column.finished?.token_ids;
+  if (!ids) return;
+  const text = column.pieces.reduce(([sum, count], piece) => (count <= place ? [sum + piece.text, count + piece.ids.length] : [sum, count]), ["", 0])[0];
+  page.settings = structuredClone(page.ran);
+  page.settings.ids = [...column.promptIds, ...ids.slice(0, place + 1)];
+  page.settings.prompt = `${page.ran.prompt}${text}`;
+  page.settings.chat = false;
+  tip(null);
+  showForm();
+  keepTyped();
+  say(`The prompt now ends at token ${place} of ${column.name}: run to go on from there.`);
+  byId("run").focus();
+}
+
+async function copy(kind) {
+  const settings = structuredClone(page.ran ?? page.settings);
+  const target = page.model && location.hostname !== "localhost" && location.hostname !== "127.0.0.1" ? `${location.hostname}:50051` : "";
+  if (kind === "link") {
+    pin(settings);
+    const fragment = toFragment(settings);
+    if (fragment.length > MAX_LINK) return tell(new ApiError("This experiment is too long for a link; export it as JSON."));
+    window.history.replaceState(null, "", `#${fragment}`);
+    return put(`${location.origin}${location.pathname}#${fragment}`, "The link");
+  }
+  if (kind === "cli" && notForCli(settings)) return tell(new ApiError(`The command line cannot say this: ${notForCli(settings)}. Python and curl can.`));
+  const texts = { cli: asCli, python: asPython, curl: asCurl };
+  return put(texts[kind](settings, kind === "curl" ? location.origin : target), { cli: "The command", python: "The script", curl: "The command" }[kind]);
+}
+
+function pin(settings) {
+  const served = new Map(page.operators.map((operator) => [operator.name, operator.digest]));
+  for (const use of settings.arms.flatMap((arm) => arm.uses)) use.digest = use.digest ?? served.get(use.name) ?? null;
+}
+
+async function put(text, name) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say(`${name} is copied.`);
+  } catch {
+    // Not allowed, or not a safe origin: to be copied by hand.
+    const area = el("textarea", { value: text, rows: 8, readOnly: true, "aria-label": name });
+    const close = el("button", { type: "button" }, "Close");
+    const dialog = el("dialog", { "aria-label": name }, el("p", {}, `${name}, to be copied by hand:`), area, close);
+    close.addEventListener("click", () => dialog.close());
+    dialog.addEventListener("close", () => dialog.remove());
+    document.body.append(dialog);
+    dialog.showModal();
+    area.select();
+  }
+}
+
+function save(kind) {
+  const texts = shownTexts();
+  const settings = structuredClone(page.ran ?? page.settings);
+  const content = kind === "csv" ? asCsv(settings, texts)
+    : `${JSON.stringify({ model: page.model?.model, model_fingerprint: page.model?.model_fingerprint, settings, request: compareRequest(settings), texts }, null, 2)}\n`;
+  const url = URL.createObjectURL(new Blob([content], { type: kind === "csv" ? "text/csv" : "application/json" }));
+  el("a", { href: url, download: `steering.${kind}` }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10000);
+}
+
+// ---- views
+
+function view(name) {
+  for (const each of ["compare", "vote", "history"]) {
+    byId(`${each}-view`).hidden = each !== name;
+    byId(`view-${each}`).setAttribute("aria-pressed", String(each === name));
+  }
+  if (name === "history") showHistory();
+  if (name === "vote") vote.refresh();
+}
+
+function showHistory() {
+  const entries = kept.history();
+  const items = entries.map((entry) => {
+    let settings;
+    try {
+      settings = checked(entry.settings);
+    } catch {
+      return null;
+    }
+    const open = action("Open", () => { page.settings = settings; showForm(); keepTyped(); view("compare"); checkDigests(); });
+    const drop = action("Delete", () => { kept.forget(entry.time); showHistory(); });
+    const texts = (entry.texts ?? []).map(({ name, text }) => el("p", { className: "kept" }, el("b", {}, `${name}: `), String(text)));
+    return el("li", {}, el("p", {}, el("time", {}, new Date(entry.time).toLocaleString()), " · ", settings.prompt.slice(0, 120)), ...texts, el("div", { className: "actions" }, open, drop));
+  });
+  const clear = action("Delete all", () => { kept.forgetAll(); showHistory(); });
+  byId("history-view").replaceChildren(items.length
+    ? el("ol", { className: "history" }, ...items.filter(Boolean)) : el("p", {}, "Experiments that you run are kept here, in this browser alone."), ...(items.length ? [clear] : []));
+}
+
+function load(fragment) {
+  try {
+    const settings = fromFragment(fragment);
+    if (!settings) return false;
+    page.settings = settings;
+    return true;
+  } catch (error) {
+    page.isLinkGood = false;
+    tell(new ApiError(`This link cannot be read: ${error.message}. Nothing was changed.`));
+    return false;
+  }
+}
+
+// ---- what people do
+
+byId("settings").addEventListener("submit", (event) => { event.preventDefault(); run(); });
+byId("settings").addEventListener("input", (event) => {
+  if (event.target.id === "prompt") {
+    page.settings.prompt = byId("prompt").value;
+    page.settings.ids = null;
+    notePrompt();
+  }
+  readForm();
+  keepTyped();
+  if (event.target.id === "marks" && page.ran) {
+    page.ran.marks = page.settings.marks;
+    drawAll();
+  }
+});
+byId("add-arm").addEventListener("click", () => editor.add());
+byId("stop").addEventListener("click", () => page.abort?.abort());
+byId("reroll").addEventListener("click", () => {
+  page.settings.sampling.seed = String(crypto.getRandomValues(new Uint32Array(1))[0]);
+  byId("seed").value = page.settings.sampling.seed;
+  run();
+  if (!page.settings.sampling.temperature) say("At temperature 0 every seed gives the same text.");
+});
+for (const name of ["compare", "vote", "history"]) byId(`view-${name}`).addEventListener("click", () => view(name));
+for (const button of document.querySelectorAll("[data-show]")) {
+  button.addEventListener("click", () => {
+    page.show = button.dataset.show;
+    for (const other of document.querySelectorAll("[data-show]")) other.setAttribute("aria-pressed", String(other === button));
+    drawAll();
+  });
+}
+for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", () => copy(button.dataset.copy));
+for (const button of document.querySelectorAll("[data-export]")) button.addEventListener("click", () => save(button.dataset.export));
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !byId("run").disabled) { event.preventDefault(); run(); }
+  if (event.key === "Escape") { tip(null); page.abort?.abort(); }
+});
+addEventListener("hashchange", () => { if (load(location.hash)) { showForm(); keepTyped(); checkDigests(); } });
+
+const typed = kept.draft();
+if (!load(location.hash) && typed) {
+  try {
+    page.settings = checked(typed);
+  } catch { /* of another version of this page */ }
+}
+showForm();
+await meetServer();
+setInterval(() => { if (!page.abort && !document.hidden) meetServer(); }, 5000);
