@@ -142,7 +142,7 @@ async def test_an_answer_that_nobody_reads_does_not_keep_its_connection(start):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/api", 404),
         ("GET", "/api/", 404),
         ("GET", "/api/model/", 404),
@@ -211,15 +211,15 @@ async def test_a_name_that_was_given_is_ours(start):
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"GET / HTTP/9.9\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"GET /nothing HTTP/1.1\r\n\r\n",
+        b"GET /nothing HTTP/9.9\r\nhost: x\r\nconnection: close\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 200 + b"\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
-        b"POST / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+        b"GET /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: -1\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
         b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nhost: example.com\r\n\r\n",
+        b"GET /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nhost: example.com\r\n\r\n",
     ],
 )
 async def test_what_is_no_http_is_refused(door, head):
