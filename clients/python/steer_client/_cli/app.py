@@ -13,6 +13,7 @@ from steer_client._cli import json_output, model_table, operator_details, operat
 from steer_client._cli import options as o
 from steer_client._cli.connection import connect
 from steer_client._cli.option_groups import expand_groups
+from steer_client._cli.score_command import score
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -105,6 +106,9 @@ def ab(
                 stream, tuple(arms), scored=not no_score, n=n, marked=x.marked_words(mark, arms)
             )
         _exit_if_cut(*(text for sample in stream.result.samples for text in _generations(sample)))
+
+
+app.command()(expand_groups(score))
 
 
 @app.command()
