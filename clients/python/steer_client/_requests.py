@@ -243,6 +243,7 @@ class NamedPrompt:
 
     id: str
     prompt: PromptInput
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
