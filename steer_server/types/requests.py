@@ -256,6 +256,8 @@ class NamedPrompt:
 
     id: Annotated[str, Bounded(max_characters=MAX_PROMPT_ID)]
     prompt: Prompt
+    seed: int | None = None
+    """None: that of the request."""
 
 
 @dataclass(frozen=True)

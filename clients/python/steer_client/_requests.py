@@ -267,6 +267,7 @@ class NamedPrompt:
 
     id: str
     prompt: PromptInput
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
