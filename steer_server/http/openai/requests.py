@@ -78,7 +78,7 @@ def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
     elif given.top_logprobs is not None:
         raise InvalidRequestError("top_logprobs", "is given without logprobs; set logprobs to true")
     chat = text_pb2.Chat(messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)])
-    names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat", "messages"))
+    names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat.messages", "messages"))
     return _asked(parts, given, sampling, [text_pb2.Prompt(chat=chat)], names=(*names, ("prompt", "messages"), *_NAMES))
 
 

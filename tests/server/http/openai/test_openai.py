@@ -90,7 +90,7 @@ async def test_prompts_are_texts_ids_and_turns_with_parts(door, ask):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
     assert (await ask(CHAT, messages=turns)).status == 200
-    assert [(turn.role, turn.content) for turn in door.engine.prompt.chat] == [
+    assert [(turn.role, turn.content) for turn in door.engine.prompt.chat.messages] == [
         ("system", "be brief"),
         ("user", "one\ntwo"),
     ]
