@@ -86,7 +86,8 @@ async def compare(
         async for event in run:
             if isinstance(event.event, Submitted):
                 job = jobs[event.job]
-                comparisons[event.job] = _Comparison(request, prompts[event.job].id, texts, job.prompt_ids)
+                named = prompts[event.job].id
+                comparisons[event.job] = _Comparison(request, named, texts, job.prompt_ids, began=event.event.at)
                 results = comparisons[event.job].started()
             else:
                 results = comparisons[event.job].add(event.event)
@@ -115,11 +116,24 @@ class _Comparison:
     """Gathers the events of one prompt."""
 
     def __init__(
-        self, request: CompareRequest, prompt_id: str, texts: Sequence[_Text], prompt_ids: tuple[int, ...]
+        self,
+        request: CompareRequest,
+        prompt_id: str,
+        texts: Sequence[_Text],
+        prompt_ids: tuple[int, ...],
+        *,
+        began: float,
     ) -> None:
         self._prompt_id, self._texts, self._prompt_ids = prompt_id, texts, prompt_ids
         self._builders = [
-            CompletionBuilder(request.request_id, len(prompt_ids), text.row.sampling, text.row.plan, sample=text.sample)
+            CompletionBuilder(
+                request.request_id,
+                len(prompt_ids),
+                text.row.sampling,
+                text.row.plan,
+                sample=text.sample,
+                began=began,
+            )
             for text in texts
         ]
         self._completions: dict[tuple[str, int], Completion] = {}

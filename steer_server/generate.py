@@ -90,7 +90,8 @@ class CompletionBuilder:
     prompt_tokens: int
     sampling: SamplingParams
     plan: SteeringPlan | None
-    _began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=time.monotonic)
+    """When the request entered the queue, in seconds of the monotonic clock."""
     _admitted: float | None = None
     _first_token: float | None = None
     _last_token: float | None = None
@@ -106,7 +107,7 @@ class CompletionBuilder:
 
     def add(self, event: EngineEvent) -> tuple[Delta | Completion, ...]:
         """What the client gets at this event."""
-        elapsed = event.at - self._began
+        elapsed = event.at - self.began
         if isinstance(event, Admitted):
             self._admitted = elapsed
             return ()

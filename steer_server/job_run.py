@@ -17,6 +17,9 @@ from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished
 class Submitted:
     """A job has entered the queue: its first event."""
 
+    at: float
+    """When, in seconds of the monotonic clock: before any of its other events, however late this one is read."""
+
 
 @dataclass(frozen=True)
 class JobEvent:
@@ -37,6 +40,8 @@ class JobRun:
         self._engine, self._jobs = engine, jobs
         self._began = time.monotonic()
         self._streams: dict[int, JobStream] = {0: engine.submit(jobs[0])}
+        self._submitted = {0: self._began}
+        """When each job entered the queue."""
         self._next = 0
         # What is not read waits with the engine, which gives a reader up that stops reading.
         self._events: asyncio.Queue[JobEvent | Exception | None] = asyncio.Queue(maxsize=1)
@@ -46,7 +51,7 @@ class JobRun:
         """The events of all jobs as they come, each job's in their order. Raises the first error of any."""
         if len(self._jobs) == 1:
             # Without a task and a queue in between.
-            yield JobEvent(0, Submitted())
+            yield JobEvent(0, Submitted(self._began))
             async for event in self._streams[0]:
                 yield JobEvent(0, event)
             return
@@ -84,7 +89,7 @@ class JobRun:
 
     async def _decode(self, index: int) -> None:
         stream = self._streams.get(index) or await self._submit(index)
-        await self._events.put(JobEvent(index, Submitted()))
+        await self._events.put(JobEvent(index, Submitted(self._submitted.pop(index, time.monotonic()))))
         if stream is None:
             for place, row in enumerate(self._jobs[index].rows):
                 end = RowFinished(place, FinishReason.TIME_LIMIT, "", "", empty_receipts(row.plan))
@@ -101,7 +106,8 @@ class JobRun:
         """The stream of a job, once there is a place for it; None where the time limit comes first."""
         job = self._jobs[index]
         while True:
-            left = None if job.time_limit is None else job.time_limit - (time.monotonic() - self._began)
+            now = self._submitted[index] = time.monotonic()
+            left = None if job.time_limit is None else job.time_limit - (now - self._began)
             if left is not None and left <= 0.0:
                 return None
             try:

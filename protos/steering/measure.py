@@ -53,6 +53,8 @@ class Limit:
     """Values of a repeated field."""
     total: int | None = None
     """Bytes of all values of a repeated field together."""
+    instead_of: str = ""
+    """Another field of the message, in place of which this one is given: no message has both at their largest."""
 
 
 class LimitError(FieldError):
@@ -121,7 +123,8 @@ class _Kind:
             self.fields[each.number << 3 | field.wire_type] = field
             if field.run is not None:
                 self.fields[each.number << 3 | _LENGTH] = field
-            largest[field.group] = max(largest.get(field.group, 0), field.max_bytes)
+            share = field.instead_of or field.group
+            largest[share] = max(largest.get(share, 0), field.max_bytes)
         self.max_bytes = sum(largest.values())
 
 
@@ -138,8 +141,9 @@ class _Field:
         if field.is_repeated and self.wire_type in _FIXED:
             raise ValueError(f"{field.full_name}: numbers of one size in a list are not counted yet")
         self.count = limit.count if field.is_repeated and limit.count is not None else 1
-        self.size, self.total = limit.size, limit.total
+        self.size = limit.size
         """None: of a message, whose own fields have theirs."""
+        self.total, self.instead_of = limit.total, limit.instead_of
         self.group = field.name if field.containing_oneof is None else field.containing_oneof.name
         self.run: re.Pattern[bytes] | None = None
         if field.is_repeated and self.wire_type == _VARINT:

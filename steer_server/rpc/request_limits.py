@@ -30,8 +30,10 @@ _MAX_OPERATOR_NAME = 256
 """Four times what a store allows: a name that is somewhat too long is an operator that does not exist."""
 _MAX_DIGEST = 256
 """More than three times its length: what is wrong with one is said by its own check."""
-_SEVERAL_PROMPTS = 4 << 20
-"""Bytes of several prompts together, beyond those of the longest: with them a request stays of the size of others."""
+_PROMPTS = 2 << 20
+"""Bytes of several prompts together, where one alone may not have more."""
+_ARMS = 2 << 20
+"""Bytes of all arms together: more than their operators and words can have, and stop strings of their own."""
 _STANDARD = 1024
 """Bytes of the names that health and reflection are asked for."""
 
@@ -52,13 +54,17 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "GenerateRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
         "GenerateRequest.operators": Limit(count=MAX_OPERATORS),
         "CompareRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
-        "CompareRequest.prompts": Limit(count=MAX_PROMPTS, total=_SEVERAL_PROMPTS + max_prompt_bytes),
+        "CompareRequest.prompts": Limit(
+            count=MAX_PROMPTS,
+            total=max(_PROMPTS, max_prompt_bytes + MAX_CHAT_MESSAGES * _MAX_ROLE),
+            instead_of="prompt",
+        ),
         "NamedPrompt.id": Limit(size=_characters(MAX_PROMPT_ID)),
         # One more may run where the plain one does not.
-        "CompareRequest.arms": Limit(count=max_arms + 1),
+        "CompareRequest.arms": Limit(count=max_arms + 1, total=_ARMS),
         "ScoreRequest.request_id": Limit(size=_characters(MAX_REQUEST_ID)),
         "ScoreRequest.text": Limit(size=max_prompt_bytes),
-        "ScoreRequest.arms": Limit(count=max_arms),
+        "ScoreRequest.arms": Limit(count=max_arms, total=_ARMS),
         "TokenReport.words": Limit(size=_characters(MAX_LENS_WORD), count=MAX_REPORT_WORDS),
         "Arm.name": Limit(size=_characters(MAX_ARM_NAME)),
         "Arm.operators": Limit(count=MAX_OPERATORS),

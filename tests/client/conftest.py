@@ -83,6 +83,7 @@ class FakeServer:
         self.hang_after: int | None = None
         self.listed = ops.ListOperatorsResponse()
         self.operator: ops.Operator | None = None
+        self.model = pb.GetModelInfoResponse(model="tiny", num_layers=4, eos_token_ids=[2], has_chat_template=True)
         self.requests: list = []
         self.left = threading.Event()
         self.health = health.HealthServicer()
@@ -152,7 +153,7 @@ class _Generation(generation_pb2_grpc.GenerationServiceServicer):
 
     def GetModelInfo(self, request, context):  # noqa: N802
         self.fake.unary(request, context)
-        return pb.GetModelInfoResponse(model="tiny", num_layers=4, eos_token_ids=[2], has_chat_template=True)
+        return self.fake.model
 
 
 class _Operators(operators_pb2_grpc.OperatorServiceServicer):

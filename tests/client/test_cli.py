@@ -9,10 +9,8 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2
-from steer_client import ArmDelta, TextDelta
 from steer_client._cli.app import app
 from steer_client._cli.formatting import escape_controls, format_number, short_digest
-from steer_client._cli.side_by_side import SideBySide
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
@@ -342,39 +340,6 @@ def test_ctrl_c_is_exit_status_130_and_cancels_the_request(fake):
     out, err = process.communicate(timeout=10)
     assert (process.returncode, out, err) == (130, "", "")
     assert fake.left.wait(5)
-
-
-def pieces(arm: str, *texts_and_ids: tuple[str, int]) -> list[ArmDelta]:
-    return [ArmDelta(arm, TextDelta(text, (token,))) for text, token in texts_and_ids]
-
-
-def columns(*, live: bool, steered: list[tuple[str, int]]) -> SideBySide:
-    shown = SideBySide("steered", live=live)
-    for piece in pieces("normal", ("a", 1), ("b", 2), ("c", 3)) + pieces("steered", *steered):
-        shown.add(piece)
-    return shown
-
-
-@pytest.mark.parametrize(
-    ("steered", "begins"),
-    [
-        ([("a", 1), ("b", 2), ("c", 3)], None),
-        ([("a", 1), ("b", 2), ("X", 9), ("Y", 8)], 2),
-        ([("X", 9)], 0),
-        # The same letters from other tokens differ: divergence is one of tokens.
-        ([("a", 1), ("b", 7), ("c", 3)], 1),
-        ([("a", 1), ("b", 2), ("c", 3), ("d", 4)], 3),
-    ],
-)
-def test_the_steered_column_is_marked_from_the_first_token_that_differs(steered, begins):
-    _, text = columns(live=False, steered=steered).texts()
-    assert [span.start for span in text.spans] == ([] if begins is None else [begins])
-
-
-def test_a_steered_text_that_is_merely_behind_is_not_marked_yet():
-    behind = columns(live=True, steered=[("a", 1), ("b", 2)])
-    assert behind.divergence() is None
-    assert behind.finished().divergence() == 2
 
 
 def test_a_text_cannot_command_the_terminal():

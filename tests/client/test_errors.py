@@ -102,7 +102,7 @@ def test_a_reason_of_another_domain_is_not_taken_for_ours(fake, make, client):
 
 def test_every_exception_of_the_package_is_a_steer_error():
     kinds = [getattr(steer_client, name) for name in steer_client.__all__ if name.endswith("Error")]
-    assert len(kinds) == 15
+    assert len(kinds) == 16
     assert all(issubclass(kind, SteerError) for kind in kinds)
 
 

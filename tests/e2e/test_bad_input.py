@@ -215,18 +215,24 @@ def test_a_rule_of_a_later_contract_is_refused_by_its_number(server):
 @pytest.mark.parametrize(
     ("arms", "field"),
     [
-        ({}, "arms"),
         ({"normal": GOLDEN}, "arms[0].name"),
         ({"": GOLDEN}, "arms[0].name"),
         ({"a": GOLDEN, "b": []}, "arms[1].operators"),
         ({f"arm-{place}": GOLDEN for place in range(17)}, "arms"),
     ],
-    ids=["none", "normal", "nameless", "plain", "too many"],
+    ids=["normal", "nameless", "plain", "too many"],
 )
 def test_arms_that_make_no_comparison_are_refused_by_name(client, arms, field):
     with pytest.raises(InvalidRequestError) as caught:
         client.compare("x", arms=arms, sampling=SHORT)
     assert caught.value.field == field
+
+
+def test_without_the_plain_arm_at_least_one_other_is_needed(client):
+    with pytest.raises(InvalidRequestError, match="at least one is needed") as caught:
+        client.compare("x", arms={}, normal=False, sampling=SHORT)
+    assert caught.value.field == "arms"
+    assert client.compare("x", arms={}, sampling=SHORT).steered == {}
 
 
 def test_bytes_that_are_no_message_are_refused(server):

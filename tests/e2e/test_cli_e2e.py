@@ -16,6 +16,7 @@ GENERATION = {
     "usage",
     "receipts",
     "request_id",
+    "sample",
     "seed",
     "stop_string",
     "timings",
@@ -163,6 +164,19 @@ def test_ab_that_is_not_scored_measures_nothing(steer):
     assert value["kl"] is None
     assert value["perplexity"] is None
     _is_generation(value["steered"])
+
+
+def test_ab_of_several_arms_gives_the_texts_of_each_alone(steer):
+    arms = ("--arm", "mild: golden=0.5:first", "--arm", "both: golden=0.5 dress=0.25@0.5")
+    done = steer("ab", "the golden gate", *arms, *FEW, "--jsonl")
+    assert done.returncode == 0, done.stderr
+    normal, mild, both = map(json.loads, done.stdout.splitlines())
+    assert (normal["arm"], mild["arm"], both["arm"]) == ("normal", "mild", "both")
+    assert [receipt["operator"] for receipt in both["receipts"]] == ["golden", "dress"]
+    alone = _json(steer("ab", "the golden gate", "-o", "golden=0.5:first", *FEW, "--json"))
+    assert normal["token_ids"] == alone["normal"]["token_ids"]
+    assert mild["token_ids"] == alone["steered"]["token_ids"]
+    assert mild["kl"]["mean"] == pytest.approx(alone["kl"]["mean"], abs=1e-5)
 
 
 def test_operators_lists_the_store_and_reloads_it(steer):

@@ -15,6 +15,7 @@ from steer_client._defaults import Timeout
 from steer_client._dual_method import Asynchronous
 from steer_client._errors import SteerError
 from steer_client._methods import Methods
+from steer_client._pool import TaskPool
 from steer_client._retry import Retries
 from steer_client._streams import StartedCall
 from steer_client._translate import cancelled, translate_error
@@ -45,6 +46,9 @@ class AsyncSteerClient(Methods, Asynchronous):
         self._channel: grpc.aio.Channel | None = None
         self._open_stubs: Stubs | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    def _pool(self) -> TaskPool:
+        return TaskPool()
 
     def _stubs(self) -> Stubs:
         running = asyncio.get_running_loop()

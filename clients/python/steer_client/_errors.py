@@ -13,6 +13,7 @@ SteerError
 ├── ServerUnavailableError     nobody answers at the target
 ├── DeadlineExceededError      the call's own timeout ran out
 ├── RequestCancelledError      the call was cancelled before it ended
+├── ControlChangedError        of a sweep, a text at strength 0 is not the plain one; `.result` has them all
 ├── ProtocolError              the answer does not follow the contract
 └── ServerError                anything else that the server reports
 """

@@ -9,7 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import grpc
 
@@ -19,6 +20,7 @@ from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStr
 from steer_client._channel import Stubs, target_or_default
 from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
+from steer_client._pool import Pool
 from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, Prompts, SamplingParams, TokenReport
 from steer_client._results import (
     ABResult,
@@ -33,6 +35,9 @@ from steer_client._results import (
 from steer_client._retry import Retries
 from steer_client._store import OperatorInfo, ReloadReport
 from steer_client._streams import StartedCall
+from steer_client._sweep.plan import Strengths
+from steer_client._sweep.result import SweepResult
+from steer_client._sweep.sweep import sweep
 from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
 from steer_client._translate import translate_error
 
@@ -54,6 +59,7 @@ class Methods(ABC):
         self.target = target_or_default(target)
         self._timeout = encode.seconds(timeout)
         self._retry = retry
+        self._given_credentials = credentials
         self._is_closed = False
         self._connect(credentials)
 
@@ -217,6 +223,57 @@ class Methods(ABC):
         return await self._answer(calls.score(text, prompt, operators, arms, report, request_id, time_limit), timeout)
 
     @method
+    async def sweep(
+        self,
+        prompts: Prompts | str | Path,
+        *,
+        operators: Strengths,
+        words: Sequence[str] = (),
+        seeds: int | Sequence[int] | None = None,
+        sampling: SamplingParams = SERVER_DEFAULTS,
+        out: str | Path | None = None,
+        targets: Sequence[str] = (),
+        in_flight: int = 4,
+        progress: bool | None = None,
+        timeout: Timeout = None,
+    ) -> SweepResult:
+        """Decodes every prompt plain and under every operator at every strength, and counts `words` in the texts.
+
+        `operators` is {"ocean": [0.2, 0.4], "tea:first": 0.3}: by operator, the strengths λ. `prompts` may be a file:
+        one prompt per line, or of .jsonl one {"id": …, "prompt": …}. `seeds` are those of the texts, or how many (0, 1,
+        …); by default the sampling's, or 0. Arms share requests as far as the server's limits go, and the plain text of
+        a prompt and seed is decoded once.
+
+        `out` is a file that every text is added to when it is finished. Named again, for the same sweep, it goes on
+        where the file ends; with another plan, model or version of an operator it is an InvalidRequestError. `targets`
+        are HOST:PORT of servers that share the work, in place of the client's own; they must serve the same. Up to
+        `in_flight` requests are under way at each, of `timeout` seconds each, None for no limit. `progress` shows a bar
+        on stderr; by default on a terminal alone.
+
+        A text at strength 0 must be the plain one: a ControlChangedError, which has the result, where it is not.
+        """
+        servers = [self._sibling(target) for target in targets or [self.target]]
+        try:
+            return await sweep(
+                prompts,
+                operators,
+                words,
+                seeds,
+                sampling,
+                callers=servers,
+                pool=self._pool(),
+                out=out,
+                in_flight=in_flight,
+                progress=progress,
+                timeout=timeout,
+            )
+        finally:
+            # Ends what is still under way, on whatever thread.
+            for server in servers:
+                server._is_closed = True
+                await server._disconnect()
+
+    @method
     async def operators(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorInfo, ...]:
         """Every operator in the server's store, the unusable ones with their problem."""
         return await self._answer(calls.list_operators(), timeout)
@@ -259,6 +316,14 @@ class Methods(ABC):
     @abstractmethod
     async def _disconnect(self) -> None:
         """Closes the channel, if it is open."""
+
+    @abstractmethod
+    def _pool(self) -> Pool:
+        """Runs several requests at once."""
+
+    def _sibling(self, target: str) -> Self:
+        """A client like this one, with a connection of its own."""
+        return type(self)(target, timeout=self._timeout, retry=self._retry, credentials=self._given_credentials)
 
     @abstractmethod
     def _stubs(self) -> Stubs:

@@ -71,6 +71,9 @@ from steer_client._store import (
     OperatorInfo,
     ReloadReport,
 )
+from steer_client._sweep.result import ControlChangedError, SweepResult
+from steer_client._sweep.rows import SweepRow
+from steer_client._sweep.statistics import ArmSummary, Estimate
 from steer_client._sync import SteerClient
 from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
 from steer_client._words import Word, Words
@@ -84,6 +87,7 @@ __all__ = [
     "ArmDelta",
     "ArmResult",
     "ArmScore",
+    "ArmSummary",
     "AsyncComparisonStream",
     "AsyncComparisonsStream",
     "AsyncGenerationStream",
@@ -95,11 +99,13 @@ __all__ = [
     "ComparisonStream",
     "ComparisonsStream",
     "ConceptText",
+    "ControlChangedError",
     "DeadlineExceededError",
     "DigestNotServedError",
     "DosePoint",
     "DoseTooHighError",
     "EngineFailedError",
+    "Estimate",
     "FinishReason",
     "FirstToken",
     "Generation",
@@ -133,6 +139,8 @@ __all__ = [
     "SteerError",
     "SteeredWord",
     "SteeringNotAppliedError",
+    "SweepResult",
+    "SweepRow",
     "TextDelta",
     "TextScore",
     "Timings",

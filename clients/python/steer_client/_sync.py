@@ -13,6 +13,7 @@ from steer_client._channel import Stubs, channel_options
 from steer_client._defaults import Timeout
 from steer_client._dual_method import Blocking
 from steer_client._methods import Methods
+from steer_client._pool import ThreadPool
 from steer_client._retry import Retries
 from steer_client._streams import StartedCall
 from steer_client._sync_streams import SyncStream
@@ -54,6 +55,9 @@ class SteerClient(Methods, Blocking):
         else:
             self._channel = grpc.secure_channel(self.target, credentials, options=options)
         self._open_stubs = Stubs(self._channel)
+
+    def _pool(self) -> ThreadPool:
+        return ThreadPool()
 
     def _stubs(self) -> Stubs:
         return self._open_stubs

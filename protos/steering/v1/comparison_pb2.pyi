@@ -119,7 +119,7 @@ class CompareRequest(_message.Message):
 
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedPrompt]:
-        """At most 256, in 4 MiB more than one prompt may have. Each gets the texts of a request of its own, and events with its
+        """At most 256, together of 2 MiB, or of what one prompt may have where that is more. Each gets the texts of a request of its own, and events with its
         id, the prompts in no order; a few are decoded at once. One that is not accepted fails the request before anything
         is decoded. `sampling.time_limit` is that of the whole request.
         """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from steer_server.errors import InvalidRequestError
 
@@ -30,6 +30,14 @@ _P = TypeVar("_P", bound="TextParameters")
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        # Clients send turns back as they got them, with all that OpenAI's own may have.
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
 
 
 class StreamOptions(_Part):
@@ -94,10 +102,11 @@ def read_parameters(kind: type[_P], body: Mapping[str, Any]) -> _P:
     """The parameters in a body. Raises :class:`InvalidRequestError`, which names the first that is not accepted."""
     given = {}
     for name, value in body.items():
+        nothing = _WITHOUT_EFFECT.get(name, ())
         if name in kind.model_fields:
             given[name] = value
-        elif value is not None and value not in _WITHOUT_EFFECT.get(name, ()):
-            accepted = "".join(f"; {each!r} is accepted" for each in _WITHOUT_EFFECT.get(name, ()))
+        elif value is not None and not any(value == each and type(value) is type(each) for each in nothing):
+            accepted = "".join(f"; {each!r} is accepted" for each in nothing)
             raise InvalidRequestError(name[:256], f"{_UNKNOWN}{accepted}")
     try:
         return kind.model_validate(given)

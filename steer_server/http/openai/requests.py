@@ -202,7 +202,7 @@ def _text_of(part: Any, field: str) -> str:
 
 
 def _stops(value: Any) -> Sequence[str]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
         raise InvalidRequestError("stop", "is neither a text nor a list of texts")
     return stops

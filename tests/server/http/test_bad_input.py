@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from steer_server.errors import InvalidRequestError
 from steer_server.http.bodies import BodyLimits, read_object
 from steer_server.http.door import HttpDoor
 from steer_server.rpc.connections import count_connections
@@ -45,6 +46,7 @@ async def _until(condition, seconds=5.0):
         (b'{"prompt": -Infinity}', "has -Infinity"),
         (b'{"sampling": {"temperature": 1e999}}', "1e999"),
         (b'{"sampling": {"temperature": ' + b"9" * 5000 + b"}}", "too many digits"),
+        (b'{"sampling": {"temperature": ' + b"9" * 309 + b"}}", "too many digits"),
         (b'{"prompt": {"text": "a", "text": "b"}}', "'text' twice"),
         (b'{"prompt": {"text": "\\ud800"}}', "surrogate"),
         (b'{"prompt": {"text": "a\nb"}}', "is not JSON"),
@@ -58,6 +60,23 @@ async def test_what_is_no_object_of_json_is_refused_by_what_is_wrong(door, body,
     answer = await door.post(PATH, body)
     assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "INVALID_REQUEST", "request")
     assert said in answer.error["message"]
+
+
+def test_a_text_without_an_end_takes_no_longer_than_it_is_long():
+    # Each quote of it tried as a beginning would take minutes.
+    began = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="Unterminated"):
+        read_object(b'{"a": "' + b'\\"' * 200_000, BodyLimits(10**6, 4, 1))
+    assert time.monotonic() - began < 5
+
+
+def test_numbers_may_have_as_many_digits_as_a_double():
+    text = b'{"a": 0.' + b"1" * 400 + b', "b": ' + b"9" * 308 + b', "c": "' + b"9" * 400 + b'"}'
+    assert read_object(text, BodyLimits(10_000, 4, 1)) == {
+        "a": float("0." + "1" * 400),
+        "b": 10**308 - 1,
+        "c": "9" * 400,
+    }
 
 
 def test_brackets_and_commas_in_a_text_are_text():
@@ -142,7 +161,7 @@ async def test_an_answer_that_nobody_reads_does_not_keep_its_connection(start):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/v1", 404),
         ("GET", "/api", 404),
         ("GET", "/api/", 404),
         ("GET", "/api/model/", 404),
@@ -211,15 +230,15 @@ async def test_a_name_that_was_given_is_ours(start):
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET / HTTP/1.1\r\n\r\n",
-        b"GET / HTTP/9.9\r\nhost: x\r\nconnection: close\r\n\r\n",
+        b"GET /nothing HTTP/1.1\r\n\r\n",
+        b"GET /nothing HTTP/9.9\r\nhost: x\r\nconnection: close\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 200 + b"\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
-        b"POST / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+        b"GET /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nx: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: -1\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
         b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nhost: example.com\r\n\r\n",
+        b"GET /nothing HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\nhost: example.com\r\n\r\n",
     ],
 )
 async def test_what_is_no_http_is_refused(door, head):

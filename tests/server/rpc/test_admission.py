@@ -166,11 +166,28 @@ def test_of_several_prompts_the_one_that_is_too_long_is_named(admission):
 def test_several_prompts_are_bounded_together(model_info):
     pool, longest = descriptor_pool.Default(), 1 << 20
     admission = Admission(pool, (*SERVICES, *STANDARD), model_info, max_prompt_bytes=longest, max_arms=3)
-    assert admission.limits.max_request_bytes < 8 * longest
+    assert admission.limits.max_request_bytes < 6 * longest
     prompt = text_pb2.Prompt(text="x" * (longest - 100))
-    assert len(read(admission, COMPARE, _several(*[prompt] * 5)).prompts) == 5
-    with pytest.raises(InvalidRequestError, match=r"^prompts: have \d+ bytes together or more; at most 5242880 are"):
-        read(admission, COMPARE, _several(*[prompt] * 6))
+    assert len(read(admission, COMPARE, _several(*[prompt] * 2)).prompts) == 2
+    with pytest.raises(InvalidRequestError, match=r"^prompts: have \d+ bytes together or more; at most 2097152 are"):
+        read(admission, COMPARE, _several(*[prompt] * 3))
+
+
+def test_prompts_in_place_of_one_make_no_request_larger_than_the_longest_prompt_does(model_info):
+    pool, longest = descriptor_pool.Default(), 16 << 20
+    admission = Admission(pool, (*SERVICES, *STANDARD), model_info, max_prompt_bytes=longest, max_arms=16)
+    assert longest < admission._measures[COMPARE].max_bytes < longest + (4 << 20)
+    read(admission, COMPARE, _several(text_pb2.Prompt(text="x" * longest)))
+
+
+def test_arms_are_bounded_together(model_info):
+    admission = Admission(
+        descriptor_pool.Default(), (*SERVICES, *STANDARD), model_info, max_prompt_bytes=MAX_PROMPT, max_arms=16
+    )
+    stops = text_pb2.SamplingParams(stop_strings=["x" * 4096] * 64)
+    arms = [comparison_pb2.Arm(name=str(place), sampling=stops) for place in range(17)]
+    with pytest.raises(InvalidRequestError, match=r"^arms: have \d+ bytes together or more; at most 2097152 are"):
+        read(admission, COMPARE, comparison_pb2.CompareRequest(arms=arms))
 
 
 def test_a_text_that_is_no_text_is_refused(admission):

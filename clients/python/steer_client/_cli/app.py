@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 import steer_client
+from steer_client._cli import experiment_options as x
 from steer_client._cli import json_output, model_table, operator_details, operator_table, show_streams
 from steer_client._cli import options as o
 from steer_client._cli.connection import connect
 from steer_client._cli.option_groups import expand_groups
-from steer_client._defaults import STEERED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,28 +70,41 @@ def ab(
     prompt: o.PromptArgument,
     *,
     steering: o.SteeringOptions,
+    arm: x.ArmOption = None,
+    n: x.SamplesOption = 1,
+    mark: x.MarkOption = None,
     no_score: o.NoScoreOption = False,
     sampling: o.SamplingOptions,
     chat: o.ChatOption = False,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
+    as_lines: x.JsonLinesOption = False,
 ) -> None:
-    """Decode PROMPT plain and steered, side by side. The operators and words together make the steered text."""
-    uses = steering.uses()
-    if not uses:
-        raise typer.BadParameter("name at least one operator, or a word", param_hint="'--operator'")
+    """Decode PROMPT plain and steered, side by side: words that differ are bold, those of the concept underlined.
+
+    steer ab "I went to see the" --arm "mild: ocean=0.2" --arm "strong: ocean=0.5 tea=0.2"
+    """
+    arms = x.all_arms(steering, arm)
+    if not arms:
+        raise typer.BadParameter("name at least one operator, or a word, or an --arm", param_hint="'--operator'")
+    if as_json and as_lines:
+        raise typer.BadParameter("--json prints one object, --jsonl one for each text", param_hint="'--jsonl'")
     with (
-        connect(connection, as_json=as_json) as client,
+        connect(connection, as_json=as_json, as_lines=as_lines) as client,
         client.compare_stream(
-            _prompt(prompt, chat=chat), operators=uses, sampling=sampling.params(), score=not no_score
+            _prompt(prompt, chat=chat), arms=arms, sampling=sampling.params(), score=not no_score, n=n
         ) as stream,
     ):
-        if as_json:
+        if as_json or as_lines:
             result = show_streams.read_to_end(stream)
-            json_output.print_json(json_output.comparison(result, STEERED, logprobs=sampling.logprobs is not None))
+            json_output.print_comparison(
+                result, logprobs=sampling.logprobs is not None, lines=as_lines, one=arm is None and n == 1
+            )
         else:
-            show_streams.show_comparison(stream, scored=not no_score)
-        _exit_if_cut(stream.result.normal, *(arm.generation for arm in stream.result.steered.values()))
+            show_streams.show_comparison(
+                stream, tuple(arms), scored=not no_score, n=n, marked=x.marked_words(mark, arms)
+            )
+        _exit_if_cut(*(text for sample in stream.result.samples for text in _generations(sample)))
 
 
 @app.command()
@@ -165,6 +178,10 @@ def _exit_if_cut(*texts: steer_client.Generation) -> None:
     if any(text.finish_reason is steer_client.FinishReason.CANCELLED for text in texts):
         print("steer: the server stopped before the text was finished", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _generations(result: steer_client.ABResult) -> tuple[steer_client.Generation, ...]:
+    return (result.normal, *(arm.generation for arm in result.steered.values()))
 
 
 def _prompt(text: str, *, chat: bool) -> steer_client.Prompt:

@@ -6,20 +6,19 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 import steer_client
+from steer_client._defaults import NORMAL
 
 Json = dict[str, Any]
 
 
 def print_json(value: Json) -> None:
     """Prints one object on stdout. What JSON cannot express (NaN, infinity) is null."""
-    # Characters beyond ASCII are escaped only where stdout cannot encode them.
-    escaped = not (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(_plain(value), allow_nan=False, ensure_ascii=escaped, indent=2))
+    print(json.dumps(_plain(value), allow_nan=False, ensure_ascii=_is_escaped(), indent=2))
 
 
 def fields(result: Any) -> Json:
@@ -32,9 +31,20 @@ def generation(result: steer_client.Generation, *, logprobs: bool) -> Json:
     return {name: value for name, value in fields(result).items() if logprobs or name != "logprobs"}
 
 
-def comparison(result: steer_client.ABResult, steered: str, *, logprobs: bool) -> Json:
-    """One steered arm beside the normal one."""
-    arm = result.steered[steered]
+def print_comparison(result: steer_client.ABResult, *, logprobs: bool, lines: bool, one: bool) -> None:
+    """One object for each text, on lines of their own or under "texts"; `one`: one steered text beside the plain."""
+    if lines:
+        for text in texts(result, logprobs=logprobs):
+            print_json_line(text)
+    elif one:
+        print_json(comparison(result, logprobs=logprobs))
+    else:
+        print_json({"texts": list(texts(result, logprobs=logprobs))})
+
+
+def comparison(result: steer_client.ABResult, *, logprobs: bool) -> Json:
+    """The one steered arm beside the normal one."""
+    [arm] = result.steered.values()
     perplexity = {"normal": arm.normal_perplexity, "steered": arm.steered_perplexity}
     return {
         "normal": generation(result.normal, logprobs=logprobs),
@@ -43,6 +53,31 @@ def comparison(result: steer_client.ABResult, steered: str, *, logprobs: bool) -
         "kl": arm.kl,
         "perplexity": None if all(value is None for value in perplexity.values()) else perplexity,
     }
+
+
+def print_json_line(value: Json) -> None:
+    """Prints one object on one line of stdout."""
+    print(json.dumps(_plain(value), allow_nan=False, ensure_ascii=_is_escaped()), flush=True)
+
+
+def texts(result: steer_client.ABResult, *, logprobs: bool) -> Iterator[Json]:
+    """Every text of a comparison as one object: the plain one first, sample by sample, with what its arm measured."""
+    for sample in result.samples:
+        yield {"arm": NORMAL, **generation(sample.normal, logprobs=logprobs)}
+        for name, arm in sample.steered.items():
+            yield {
+                "arm": name,
+                **generation(arm.generation, logprobs=logprobs),
+                "first_divergence": arm.first_divergence,
+                "kl": arm.kl,
+                "normal_perplexity": arm.normal_perplexity,
+                "steered_perplexity": arm.steered_perplexity,
+            }
+
+
+def _is_escaped() -> bool:
+    """Characters beyond ASCII are escaped only where stdout cannot encode them."""
+    return not (sys.stdout.encoding or "").lower().startswith("utf")
 
 
 def _plain(value: object) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -205,17 +205,21 @@ class SteeringOptions:
     lens: LensOption = LENS
     rule: RuleOption = None
 
-    def uses(self) -> tuple[steer_client.OperatorUse, ...]:
-        """Reads the --operator and --word options; a wrong one is a usage error."""
+    def uses(self, others: Sequence[steer_client.OperatorUse] = ()) -> tuple[steer_client.OperatorUse, ...]:
+        """Reads the --operator and --word options; a wrong one is a usage error.
+
+        `others`: uses that were read elsewhere, which --kl, --rule and --lens speak of too.
+        """
         rule: steer_client.Rule | None = None if self.rule is None else self.rule.value
         operators = self._read("'--operator'", partial(steer_client.OperatorUse.parse, rule=rule), self.operator)
         words = self._read("'--word'", partial(steer_client.Words.parse_words, lens=self.lens), self.word)
         uses = (*operators, *words)
-        if self.kl is not None and all(use.kl is None for use in uses):
+        every = (*uses, *others)
+        if self.kl is not None and all(use.kl is None for use in every):
             raise typer.BadParameter("there is no word or operator without a λ of its own", param_hint="'--kl'")
-        if rule is not None and not operators:
+        if rule is not None and all(use.words for use in every):
             raise typer.BadParameter("there is no operator: a word has no rule", param_hint="'--rule'")
-        if self.lens != LENS and not words:
+        if self.lens != LENS and not any(use.words for use in every):
             raise typer.BadParameter("there is no word for it", param_hint="'--lens'")
         return uses
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -10,10 +11,11 @@ from rich.live import Live
 from rich.text import Text
 
 import steer_client
+from steer_client._cli.comparison_table import comparison_table
+from steer_client._cli.console import wide_console
 from steer_client._cli.formatting import escape_controls
 from steer_client._cli.side_by_side import SideBySide
 from steer_client._cli.summaries import comparison_lines, generation_line, receipt_line, steering_title
-from steer_client._defaults import STEERED
 
 if TYPE_CHECKING:
     from steer_client._sync_streams import SyncStream
@@ -41,13 +43,20 @@ def show_generation(stream: steer_client.GenerationStream) -> None:
         _print_line(console, Text(line, style="dim"))
 
 
-def show_comparison(stream: steer_client.ComparisonStream, *, scored: bool) -> None:
-    """Both texts side by side, on a terminal as they arrive, elsewhere when they are finished.
+def show_comparison(
+    stream: steer_client.ComparisonStream,
+    arms: Sequence[str],
+    *,
+    scored: bool,
+    n: int = 1,
+    marked: Sequence[str] = (),
+) -> None:
+    """The texts side by side, on a terminal as they arrive, elsewhere when they are finished.
 
     What arrived before a deadline or Ctrl-C is shown too, marked as cut.
     """
     console = Console(highlight=False)
-    texts = SideBySide(STEERED, live=True)
+    texts = SideBySide(arms, n=n, marked=marked)
     try:
         if console.is_terminal:
             with Live(texts, console=console, transient=True, refresh_per_second=12):
@@ -55,21 +64,33 @@ def show_comparison(stream: steer_client.ComparisonStream, *, scored: bool) -> N
         else:
             _read_pieces(stream, texts)
     except (steer_client.DeadlineExceededError, KeyboardInterrupt):
-        if cut := texts.cut():
+        if texts.cut():
             # A reader of the pipe takes stdout for the result, and this is none.
-            (console if console.is_terminal else Console(stderr=True, highlight=False)).print(cut)
+            (console if console.is_terminal else Console(stderr=True, highlight=False)).print(texts)
         raise
     result = stream.result
-    arm = result.steered[STEERED]
-    console.print(texts.finished(steering_title(arm.generation.receipts)))
-    lines = [
+    texts.finish({name: steering_title(arm.generation.receipts) for name, arm in result.steered.items()})
+    console.print(texts)
+    if len(result.steered) == 1 and n == 1:
+        for line in _lines_of_one(result, scored=scored):
+            _print_line(console, Text(line))
+        return
+    (console if console.is_terminal else wide_console()).print(comparison_table(result, scored=scored))
+    for sample in result.samples:
+        which = f" {sample.normal.sample}" if n > 1 else ""
+        for name, arm in sample.steered.items():
+            for receipt in arm.generation.receipts:
+                _print_line(console, Text(f"{escape_controls(name)}{which}: {receipt_line(receipt)}"))
+
+
+def _lines_of_one(result: steer_client.ABResult, *, scored: bool) -> list[str]:
+    [(name, arm)] = result.steered.items()
+    return [
         *comparison_lines(arm, scored=scored),
         f"normal: {generation_line(result.normal)}",
-        f"steered: {generation_line(arm.generation)}",
+        f"{escape_controls(name)}: {generation_line(arm.generation)}",
         *map(receipt_line, arm.generation.receipts),
     ]
-    for line in lines:
-        _print_line(console, Text(line))
 
 
 def _read_pieces(stream: steer_client.ComparisonStream, texts: SideBySide) -> None:

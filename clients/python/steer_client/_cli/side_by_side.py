@@ -1,8 +1,9 @@
-"""The normal and the steered text side by side, while they arrive and finished."""
+"""The plain text and the steered ones side by side, while they arrive and finished."""
 
 from __future__ import annotations
 
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.panel import Panel
@@ -10,102 +11,103 @@ from rich.table import Table
 from rich.text import Text
 
 import steer_client
-from steer_client._cli.formatting import escape_controls
+from steer_client._cli.arm_text import ArmText
+from steer_client._cli.marked_text import DIVERGENCE_STYLE, changed_spans, mark_words
 from steer_client._defaults import NORMAL
 
 # Lines of a panel that are not text: its two borders.
 _FRAME_LINES = 2
 # Terminal columns of a panel that are not text: two borders and two spaces.
 _FRAME_COLUMNS = 4
-
-
-class ArmText:
-    """One arm's text so far, and where each of its tokens begins in it."""
-
-    def __init__(self) -> None:
-        self.text = ""
-        self.token_ids: list[int] = []
-        self._starts: list[int] = []
-
-    def add(self, text: str, token_ids: tuple[int, ...]) -> None:
-        """Appends a piece; its tokens all begin where the piece begins."""
-        self._starts.extend([len(self.text)] * len(token_ids))
-        self.token_ids.extend(token_ids)
-        self.text += escape_controls(text)
-
-    def start_of(self, token: int) -> int:
-        """The index in `text` where a token begins; the end of the text for a token past the last."""
-        return self._starts[token] if token < len(self._starts) else len(self.text)
+# Of a column, below which texts are stacked.
+_MIN_COLUMNS = 30
+_COLOURS = ("magenta", "cyan", "yellow", "blue", "red")
 
 
 class SideBySide:
-    """The normal text and a steered one; the steered one is bold from their first divergence.
+    """The plain text and one per arm, the plain one first; of several samples, one row each.
 
-    `live`: more may arrive. `cut`: the request ended early, and nothing more arrives. `by`: what steered, in words.
+    In a steered text the first token that differs is reversed; finished, every word that is not the plain text's is
+    bold, and before that all from the first difference on. `marked`: words to underline.
     """
 
-    def __init__(self, steered: str, *, live: bool = False, cut: bool = False, by: str = "") -> None:
-        self._steered = steered
-        self._by = by
-        self._live = live
-        self._cut = cut
-        self._arms = {NORMAL: ArmText(), steered: ArmText()}
+    def __init__(self, arms: Sequence[str], *, n: int = 1, marked: Sequence[str] = ()) -> None:
+        self._names = (NORMAL, *arms)
+        self._colours = dict(zip(arms, cycle(_COLOURS), strict=False))
+        self._samples = range(n)
+        self._marked = marked
+        self._texts = {(arm, sample): ArmText() for sample in self._samples for arm in self._names}
+        self._titles: Mapping[str, str] = {}
+        # More may arrive; the request ended early, and nothing more does.
+        self._is_live, self._is_cut = True, False
 
     def add(self, piece: steer_client.ArmDelta) -> None:
-        """Appends the next piece of either arm."""
-        self._arms[piece.arm].add(piece.delta.text, piece.delta.token_ids)
+        """Appends the next piece of an arm."""
+        self._texts[piece.arm, piece.sample].add(piece.delta.text, piece.delta.token_ids)
 
-    def finished(self, by: str = "") -> SideBySide:
-        """The same texts, at their full height, under what steered the second."""
-        return self._no_longer_live(cut=False, by=by)
+    def finish(self, titles: Mapping[str, str]) -> None:
+        """The texts are whole: from here at their full height, under what steered each, by arm."""
+        self._is_live, self._titles = False, titles
 
-    def cut(self) -> SideBySide | None:
-        """What arrived of a request that ended early, marked as cut; None if no text arrived."""
-        return self._no_longer_live(cut=True) if any(arm.text for arm in self._arms.values()) else None
+    def cut(self) -> bool:
+        """The request ended early: what arrived is marked as cut. False if no text arrived."""
+        self._is_live, self._is_cut = False, True
+        return any(arm.text for arm in self._texts.values())
 
-    def _no_longer_live(self, *, cut: bool, by: str = "") -> SideBySide:
-        copy = SideBySide(self._steered, cut=cut, by=by)
-        copy._arms = self._arms
-        return copy
+    def divergence(self, arm: str, sample: int = 0) -> int | None:
+        """Index of the first token that differs from the plain text's; None if none does so far."""
+        is_whole = not self._is_live and not self._is_cut
+        return self._texts[arm, sample].divergence_from(self._texts[NORMAL, sample], is_whole=is_whole)
 
-    def divergence(self) -> int | None:
-        """Index of the first token that differs, as far as both texts have arrived; None if none does."""
-        normal, steered = (arm.token_ids for arm in self._arms.values())
-        # While texts are incomplete, the shorter one does not differ by its length.
-        pairs = zip(normal, steered, strict=False) if self._live or self._cut else zip_longest(normal, steered)
-        return next((index for index, (left, right) in enumerate(pairs) if left != right), None)
+    def text(self, arm: str, sample: int = 0) -> Text:
+        """One text, styled."""
+        shown = self._texts[arm, sample]
+        text = Text(shown.text)
+        if arm != NORMAL:
+            self._style_differences(text, arm, sample)
+        mark_words(text, self._marked)
+        return text
 
-    def texts(self) -> tuple[Text, Text]:
-        """Both texts, styled."""
-        normal, steered = self._arms.values()
-        right = Text(steered.text)
-        divergence = self.divergence()
-        if divergence is not None:
-            right.stylize("bold magenta", steered.start_of(divergence))
-        return Text(normal.text), right
+    def _style_differences(self, text: Text, arm: str, sample: int) -> None:
+        shown, plain = self._texts[arm, sample], self._texts[NORMAL, sample]
+        style = f"bold {self._colours[arm]}"
+        divergence = self.divergence(arm, sample)
+        if divergence is None:
+            return
+        if self._is_live or self._is_cut:
+            text.stylize(style, shown.start_of(divergence))
+        else:
+            for start, end in changed_spans(plain.text, shown.text):
+                text.stylize(style, start, end)
+        text.stylize(DIVERGENCE_STYLE, shown.start_of(divergence), shown.end_of(divergence))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = max(options.max_width // 2 - _FRAME_COLUMNS, 1)
-        left, right = (list(text.wrap(console, width)) for text in self.texts())
-        height = max(len(left), len(right), 1)
-        if self._live:
-            # A live display cannot scroll, so a text taller than the screen shows its newest lines.
-            height = min(height, max(console.height - _FRAME_LINES - 1, 1))
+        fits = options.max_width // len(self._names) >= _MIN_COLUMNS
+        columns = len(self._names) if fits else 1
+        rows = len(self._samples) * (1 if fits else len(self._names))
+        width = max(options.max_width // columns - _FRAME_COLUMNS, 1)
+        # A live display cannot scroll, so a text taller than its share of the screen shows its newest lines.
+        limit = max((console.height - 1) // rows - _FRAME_LINES, 1) if self._is_live else None
         grid = Table.grid(expand=True, padding=0)
-        grid.add_column(ratio=1)
-        grid.add_column(ratio=1)
-        grid.add_row(
-            _panel(self._title(NORMAL), left[-height:], height),
-            _panel(self._title(self._steered), right[-height:], height, border="magenta"),
-        )
+        for _ in range(columns):
+            grid.add_column(ratio=1)
+        for sample in self._samples:
+            lines = {arm: list(self.text(arm, sample).wrap(console, width)) for arm in self._names}
+            tallest = max(1, *map(len, lines.values()))
+            panels = []
+            for arm in self._names:
+                height = tallest if fits else max(len(lines[arm]), 1)
+                height = min(height, limit or height)
+                panels.append(self._panel(arm, sample, lines[arm][-height:], height))
+            for start in range(0, len(panels), columns):
+                grid.add_row(*panels[start : start + columns])
         yield grid
 
-    def _title(self, arm: str) -> Text:
-        by = f": {self._by}" if self._by and arm == self._steered else ""
-        # No markup: what steered is other people's text.
-        return Text(f"{arm} – cut, without receipts" if self._cut else f"{arm}{by}")
-
-
-def _panel(title: Text, lines: list[Text], height: int, border: str = "none") -> Panel:
-    body = Text("\n").join(lines)
-    return Panel(body, title=title, title_align="left", height=height + _FRAME_LINES, border_style=border)
+    def _panel(self, arm: str, sample: int, lines: list[Text], height: int) -> Panel:
+        which = f" {sample}" if len(self._samples) > 1 else ""
+        by = f": {self._titles[arm]}" if self._titles.get(arm) else ""
+        # No markup: an arm's name and what steered are other people's text.
+        title = Text(f"{arm}{which} – cut, without receipts" if self._is_cut else f"{arm}{which}{by}")
+        body = Text("\n").join(lines)
+        border = self._colours.get(arm, "none")
+        return Panel(body, title=title, title_align="left", height=height + _FRAME_LINES, border_style=border)

@@ -96,6 +96,15 @@ async def test_prompts_are_texts_ids_and_turns_with_parts(door, ask):
     ]
 
 
+async def test_a_turn_that_was_answered_can_be_sent_back_with_all_that_is_null_in_it(door, ask):
+    message = (await ask(CHAT)).json()["choices"][0]["message"]
+    given = [*TURNS, message | {"name": None, "tool_calls": None, "audio": None}, *TURNS]
+    assert (await ask(CHAT, messages=given)).status == 200
+    assert [turn.role for turn in door.engine.prompt.chat] == ["user", "assistant", "user"]
+    options = {"include_usage": True, "include_obfuscation": None}
+    assert (await ask(CHAT, stream=True, stream_options=options)).status == 200
+
+
 async def test_a_completion_has_the_shape_of_openais(door, ask):
     answer = (await ask(COMPLETIONS, logprobs=2, max_tokens=2, return_token_ids=True, seed=9)).json()
     assert (answer["object"], answer["model"]) == ("text_completion", door.engine.model.model)
@@ -220,6 +229,7 @@ async def test_a_stream_that_fails_midway_says_so_and_is_not_done(door, ask):
     [
         ({"surprise": 1}, "surprise"),
         ({"best_of": 2}, "best_of"),
+        ({"best_of": True}, "best_of"),
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -245,6 +255,7 @@ async def test_a_stream_that_fails_midway_says_so_and_is_not_done(door, ask):
         ({"n": True}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": 7}, "stop"),
+        ({"stop": False}, "stop"),
         ({"stop": ["a", 7]}, "stop"),
         ({"stop": ""}, "stop"),
         ({"stop": ["x"] * 65}, "stop"),

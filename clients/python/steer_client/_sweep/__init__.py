@@ -1,0 +1,1 @@
+"""Sweeps: many prompts under many operators and strengths, from a plan to a table."""
