@@ -179,6 +179,19 @@ def test_ab_of_several_arms_gives_the_texts_of_each_alone(steer):
     assert mild["kl"]["mean"] == pytest.approx(alone["kl"]["mean"], abs=1e-5)
 
 
+def test_score_reads_a_text_under_every_arm(steer):
+    arms = ("--arm", "none: golden=0", "--arm", "much: golden=1.5")
+    report = ("--prompt", "the bay", "--top", "3", "--words", "bridge", "--json")
+    value = _json(steer("score", "the golden gate", *arms, *report))
+    normal, none, much = value["arms"]
+    assert value["token_ids"] == _json(steer("tokenize", "the golden gate", "--json"))["token_ids"]
+    assert none["kl_mean"] == pytest.approx(0.0, abs=1e-6)
+    assert none["perplexity"] == pytest.approx(normal["perplexity"], rel=1e-5)
+    assert much["kl_mean"] > 0.01
+    assert [len(token["words"]) for token in much["tokens"]] == [1] * len(value["token_ids"])
+    assert [receipt["operator"] for receipt in much["receipts"]] == ["golden"]
+
+
 def test_operators_lists_the_store_and_reloads_it(steer):
     value = _json(steer("operators", "--json"))
     assert [info["name"] for info in value["operators"]] == ["dress", "golden"]

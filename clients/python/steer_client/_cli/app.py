@@ -13,6 +13,7 @@ from steer_client._cli import json_output, model_table, operator_details, operat
 from steer_client._cli import options as o
 from steer_client._cli.connection import connect
 from steer_client._cli.option_groups import expand_groups
+from steer_client._cli.score_command import score
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,7 +47,7 @@ def generate(
     *,
     steering: o.SteeringOptions,
     sampling: o.SamplingOptions,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -54,7 +55,7 @@ def generate(
     uses = steering.uses()
     with (
         connect(connection, as_json=as_json) as client,
-        client.stream(_prompt(prompt, chat=chat), operators=uses, sampling=sampling.params()) as stream,
+        client.stream(chat.prompt(prompt), operators=uses, sampling=sampling.params()) as stream,
     ):
         if as_json:
             result = show_streams.read_to_end(stream)
@@ -75,7 +76,7 @@ def ab(
     mark: x.MarkOption = None,
     no_score: o.NoScoreOption = False,
     sampling: o.SamplingOptions,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
     as_lines: x.JsonLinesOption = False,
@@ -92,7 +93,7 @@ def ab(
     with (
         connect(connection, as_json=as_json, as_lines=as_lines) as client,
         client.compare_stream(
-            _prompt(prompt, chat=chat), arms=arms, sampling=sampling.params(), score=not no_score, n=n
+            chat.prompt(prompt), arms=arms, sampling=sampling.params(), score=not no_score, n=n
         ) as stream,
     ):
         if as_json or as_lines:
@@ -105,6 +106,9 @@ def ab(
                 stream, tuple(arms), scored=not no_score, n=n, marked=x.marked_words(mark, arms)
             )
         _exit_if_cut(*(text for sample in stream.result.samples for text in _generations(sample)))
+
+
+app.command()(expand_groups(score))
 
 
 @app.command()
@@ -159,13 +163,13 @@ def health(*, connection: o.ConnectionOptions) -> None:
 def tokenize(
     prompt: o.PromptArgument,
     *,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Show how PROMPT reaches the model, as tokens."""
     with connect(connection, as_json=as_json) as client:
-        tokens = client.tokenize(_prompt(prompt, chat=chat))
+        tokens = client.tokenize(chat.prompt(prompt))
         if as_json:
             json_output.print_json(json_output.fields(tokens))
             return
@@ -182,7 +186,3 @@ def _exit_if_cut(*texts: steer_client.Generation) -> None:
 
 def _generations(result: steer_client.ABResult) -> tuple[steer_client.Generation, ...]:
     return (result.normal, *(arm.generation for arm in result.steered.values()))
-
-
-def _prompt(text: str, *, chat: bool) -> steer_client.Prompt:
-    return steer_client.Chat((steer_client.ChatMessage("user", text),)) if chat else text
