@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ _COMPLETION_TOKENS = 16
 """OpenAI's default of completions. A chat has none: it may go on until the context is full."""
 _SEED_BITS = 53
 """Of a seed that is drawn: a number that every reader of JSON keeps."""
+_WHOLE = 2**53
+"""Whole numbers up to this one are themselves as a double."""
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _ONE_OF_SEVERAL = re.compile(r"prompts(\[[0-9]+\])(?:\.prompt)?(?:\.text|\.token_ids)?")
 _INT32, _UINT64 = 2**31, 2**64
@@ -77,8 +79,15 @@ def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
         sampling.logprobs = _number(given.top_logprobs or 0, "top_logprobs")
     elif given.top_logprobs is not None:
         raise InvalidRequestError("top_logprobs", "is given without logprobs; set logprobs to true")
-    chat = text_pb2.Chat(messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)])
-    names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat", "messages"))
+    names = (
+        ("sampling.max_tokens", name),
+        ("sampling.logprobs", "top_logprobs"),
+        ("prompt.chat.messages", "messages"),
+        ("prompt.chat.template_options", "chat_template_kwargs"),
+        ("prompt.chat.continue_final_message", "continue_final_message"),
+        ("prompt.chat", "messages"),
+    )
+    chat = _chat(given)
     return _asked(parts, given, sampling, [text_pb2.Prompt(chat=chat)], names=(*names, ("prompt", "messages"), *_NAMES))
 
 
@@ -105,9 +114,7 @@ def _asked(
     message = comparison_pb2.CompareRequest(
         request_id=request_id,
         prompt=prompts[0] if len(prompts) == 1 else None,
-        prompts=[comparison_pb2.NamedPrompt(id=str(n), prompt=each) for n, each in enumerate(prompts)][
-            len(prompts) == 1 :
-        ],
+        prompts=list(_named(prompts, is_seeded=given.seed is not None)) if len(prompts) > 1 else (),
         sampling=sampling,
         arms=[comparison_pb2.Arm(name=_ARM, operators=operators)] if operators else (),
         n=None if given.n is None else _number(given.n, "n"),
@@ -128,6 +135,13 @@ def _asked(
         has_logprobs=sampling.HasField("logprobs"),
         has_token_ids=bool(given.return_token_ids),
     )
+
+
+def _named(prompts: Sequence[text_pb2.Prompt], *, is_seeded: bool) -> Iterator[comparison_pb2.NamedPrompt]:
+    for number, prompt in enumerate(prompts):
+        # As vLLM has it: a seed that is given is every prompt's, and without one the same prompt twice has two texts.
+        seed = None if is_seeded else secrets.randbits(_SEED_BITS)
+        yield comparison_pb2.NamedPrompt(id=str(number), prompt=prompt, seed=seed)
 
 
 def _sampling(given: TextParameters, max_tokens: int, name: str) -> text_pb2.SamplingParams:
@@ -180,6 +194,30 @@ def _prompt(value: Any, field: str) -> text_pb2.Prompt:
     if isinstance(value, list) and all(type(each) is int for each in value):
         return text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=_numbers(value, field)))
     raise InvalidRequestError(field, "is neither a text nor token ids")
+
+
+def _chat(given: ChatParameters) -> text_pb2.Chat:
+    continues = bool(given.continue_final_message)
+    if given.add_generation_prompt is not None and given.add_generation_prompt == continues:
+        raise InvalidRequestError(
+            "add_generation_prompt",
+            f"is {given.add_generation_prompt}; false is accepted with continue_final_message, and true without",
+        )
+    return text_pb2.Chat(
+        messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)],
+        continue_final_message=continues,
+        template_options=[_option(name, value) for name, value in (given.chat_template_kwargs or {}).items()],
+    )
+
+
+def _option(name: str, value: Any) -> text_pb2.TemplateOption:
+    if isinstance(value, bool):
+        return text_pb2.TemplateOption(name=name, boolean=value)
+    if isinstance(value, str):
+        return text_pb2.TemplateOption(name=name, text=value)
+    if isinstance(value, int | float) and abs(value) <= _WHOLE:
+        return text_pb2.TemplateOption(name=name, number=value)
+    raise InvalidRequestError(f"chat_template_kwargs.{name[:64]}", "is no flag, text or number that a double holds")
 
 
 def _turn(given: ChatMessage, field: str) -> text_pb2.ChatMessage:

@@ -49,7 +49,7 @@ def score(
     top: TopOption = 0,
     doses: DosesOption = False,
     time_limit: TimeLimitOption = None,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -60,13 +60,13 @@ def score(
     arms = x.all_arms(steering, arm)
     if (text is None) == (file is None):
         raise typer.BadParameter("give the text, or --file with it", param_hint="'TEXT'")
-    if chat and prompt is None:
+    if chat.chat and prompt is None:
         raise typer.BadParameter("there is no --prompt that could be a user's message", param_hint="'--chat'")
     read = _read_file(file) if text is None and file is not None else text or ""
     with connect(connection, as_json=as_json) as client:
         result = client.score(
             read,
-            prompt=None if prompt is None else o.prompt_from(prompt, chat=chat),
+            prompt=None if prompt is None else chat.prompt(prompt),
             arms=arms or None,
             words=read_words(words),
             top=top,
