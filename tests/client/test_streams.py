@@ -366,3 +366,12 @@ def test_an_error_after_the_text_is_still_an_error(fake, make, streamed):
     fake.fault = make.fault(grpc.StatusCode.INTERNAL, reason="ENGINE_FAILED")
     with pytest.raises(EngineFailedError):
         streamed(fake.target)
+
+
+def test_a_stream_that_could_not_be_sent_leaves_nothing_behind(client):
+    # As when another thread closes the client at this moment.
+    client._channel.close()
+    # What is raised while an object is dropped is an error of the test, see filterwarnings.
+    with pytest.raises(ValueError, match="Cannot invoke RPC"):
+        client.stream("hello")
+    gc.collect()
