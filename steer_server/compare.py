@@ -64,12 +64,11 @@ async def compare(
     operators = {f"arms[{index}].operators": arm.operators for index, arm in enumerate(request.arms)}
     plans = await registry.plan_beside(operators)
     report = await work_out(request.report, engine.tokenizer)
-    texts = tuple(_texts(request, sampling, plans, report))
-    rows = tuple(text.row for text in texts)
     prompts = request.prompts or ((NamedPrompt("", request.prompt),) if request.prompt else ())
-    caps.check_tokens(rows, num_prompts=len(prompts))
+    texts = [tuple(_texts(request, _sampling_of(prompt, sampling), plans, report)) for prompt in prompts]
+    caps.check_tokens([text.row for text in texts[0]], num_prompts=len(prompts))
     if report is not None:
-        tokens = sum(text.row.sampling.max_tokens for text in texts if text.row.report is not None)
+        tokens = sum(text.row.sampling.max_tokens for text in texts[0] if text.row.report is not None)
         check_figures(request.report, tokens, "report")
     jobs = []
     for index, prompt in enumerate(prompts):
@@ -78,7 +77,7 @@ async def compare(
             for field, plan, arm in zip(operators, plans, request.arms, strict=True):
                 max_tokens = (arm.sampling or sampling).max_tokens
                 check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=max_tokens)
-            jobs.append(DecodeJob(ids, rows, sampling.time_limit))
+            jobs.append(DecodeJob(ids, tuple(text.row for text in texts[index]), sampling.time_limit))
             engine.check(jobs[-1])
     comparisons: dict[int, _Comparison] = {}
     run = JobRun(engine, jobs)
@@ -86,8 +85,8 @@ async def compare(
         async for event in run:
             if isinstance(event.event, Submitted):
                 job = jobs[event.job]
-                named = prompts[event.job].id
-                comparisons[event.job] = _Comparison(request, named, texts, job.prompt_ids, began=event.event.at)
+                named, its = prompts[event.job].id, texts[event.job]
+                comparisons[event.job] = _Comparison(request, named, its, job.prompt_ids, began=event.event.at)
                 results = comparisons[event.job].started()
             else:
                 results = comparisons[event.job].add(event.event)
@@ -188,6 +187,10 @@ def check_size(request: CompareRequest, max_arms: int) -> None:
         raise InvalidRequestError(
             "n", f"is {request.n}, which makes {num_texts} texts of a prompt; at most {max_arms + 1} are accepted"
         )
+
+
+def _sampling_of(prompt: NamedPrompt, sampling: SamplingParams) -> SamplingParams:
+    return sampling if prompt.seed is None else replace(sampling, seed=prompt.seed)
 
 
 def _texts(

@@ -7,11 +7,11 @@ one that takes too long, or too much memory, is ended and replaced.
 from __future__ import annotations
 
 import json
+import secrets
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from steer_server.engine.fair_threads import FairThreads
 from steer_server.errors import InvalidRequestError, ShuttingDownError
-from steer_server.types import ChatMessage
+from steer_server.types import Chat
 
 _SCRIPT = Path(__file__).with_name("render_chat.py")
 _PROCESSES = 2
@@ -52,15 +52,21 @@ class ChatTemplate:
         self._threads = FairThreads(_PROCESSES, "chat")
         self._idle.append(self._start())
 
-    async def render(self, messages: Sequence[ChatMessage]) -> str:
-        """The text of a conversation, generation prompt appended.
+    async def render(self, chat: Chat) -> str:
+        """The text of a conversation, generation prompt appended; or up to the end of the turn that is continued.
 
         Raises:
-            InvalidRequestError: the template refuses it, or takes too long or makes too much of it.
+            InvalidRequestError: the template refuses it, takes too long or makes too much of it, lacks an option, or
+                does not have the turn that is to be continued in its text.
             ShuttingDownError: this was closed.
         """
-        line = json.dumps([{"role": turn.role, "content": turn.content} for turn in messages]) + "\n"
-        return await self._threads.run(partial(self._render, line))
+        conversation = {
+            "messages": [{"role": turn.role, "content": turn.content} for turn in chat.messages],
+            "options": {option.name: option.value for option in chat.template_options},
+            # Put behind the turn that is continued, to find its end: nobody can have written it.
+            "mark": secrets.token_hex(16) + "end" if chat.continue_final_message else "",
+        }
+        return await self._threads.run(partial(self._render, json.dumps(conversation) + "\n"))
 
     def close(self) -> None:
         """Ends the processes, whatever they do."""
@@ -75,6 +81,9 @@ class ChatTemplate:
         if answer is None:
             # Not for its time: something killed the process, which may have happened long ago.
             answer = self._ask(line) or {"problem": "ends the process that renders it"}
+        if "option" in answer:
+            option = f"prompt.chat.template_options[{answer['option']}].name"
+            raise InvalidRequestError(option, str(answer["problem"]))
         if "problem" in answer:
             raise InvalidRequestError("prompt.chat", f"the chat template {answer['problem']}")
         return str(answer["text"])

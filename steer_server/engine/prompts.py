@@ -114,11 +114,10 @@ class PromptReader:
             return prompt.token_ids
         if prompt.text is not None:
             return await self._tokenise(prompt.text, special_tokens=True)
-        if self._template is None:
+        if self._template is None or prompt.chat is None:
             raise InvalidRequestError("prompt.chat", f"{self._model.model} has no chat template; send text")
-        turns = prompt.chat or ()
-        self._check_bytes(sum(len(turn.content.encode()) for turn in turns))
-        return await self._tokenise(await self._template.render(turns), special_tokens=False)
+        self._check_bytes(sum(len(turn.content.encode()) for turn in prompt.chat.messages))
+        return await self._tokenise(await self._template.render(prompt.chat), special_tokens=False)
 
     async def _tokenise(self, text: str, *, special_tokens: bool, follows: bool = False) -> tuple[int, ...]:
         threads = self._short if len(text) <= _SHORT else self._long

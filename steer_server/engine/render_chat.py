@@ -4,7 +4,8 @@ A template is a program of the model's author, fed by whoever asks. It gets a sh
 process that has used up its time is ended by the system; so nothing but Jinja is imported, and nothing of the server.
 
 The first line has ``template``, ``variables``, ``max_characters``, ``max_memory`` in bytes and ``max_seconds`` of
-computing; every other is a list of messages. Answers have ``text`` or ``problem``.
+computing; every other has ``messages``, ``options`` and ``mark``, which is empty where no turn is continued. Answers
+have ``text`` or ``problem``, and with it ``option`` where that is what is wrong: its index.
 """
 
 import json
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, Template, TemplateError, nodes
+from jinja2 import Environment, Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -49,10 +50,9 @@ def environment() -> Environment:
     return made
 
 
-def render(template: Template, variables: dict[str, Any], messages: list[Any], max_characters: int) -> dict[str, Any]:
+def render(template: Template, given: dict[str, Any], mark: str, max_characters: int) -> dict[str, Any]:
     """The answer for one conversation."""
     pieces, size = [], 0
-    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **variables}
     try:
         for piece in template.generate(**given):
             size += len(piece)
@@ -63,30 +63,51 @@ def render(template: Template, variables: dict[str, Any], messages: list[Any], m
         return {"problem": "needs more memory than it may have"}
     except Exception as error:  # noqa: BLE001 - a template may raise anything
         return {"problem": f"refuses it: {str(error)[:500] or type(error).__name__}"}
-    return {"text": "".join(pieces)}
+    text = "".join(pieces)
+    if not mark:
+        return {"text": text}
+    if text.count(mark) != 1:
+        return {"problem": "does not show the last turn as it is, so that it cannot be continued"}
+    return {"text": text[: text.index(mark)]}
+
+
+def answer(template: Template, used: set[str], setup: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """To one line: what is wrong with its options, or what the template makes of its messages."""
+    messages, options, mark = asked["messages"], asked["options"], asked["mark"]
+    own = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": not mark}
+    own |= setup["variables"]
+    accepted = sorted(used.difference(own))
+    for index, name in enumerate(options):
+        if name not in accepted:
+            which = f"accepted: {', '.join(accepted)}" if accepted else "it has none"
+            return {"option": index, "problem": f"is {name!r}, which is no option of this chat template; {which}"}
+    if mark:
+        messages[-1]["content"] += mark
+    return render(template, options | own, mark, setup["max_characters"])
 
 
 def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     """One for each line after the first."""
     setup = json.loads(next(lines))
     resource.setrlimit(resource.RLIMIT_AS, (setup["max_memory"], setup["max_memory"]))
-    template, problem = None, ""
+    template, used, problem = None, set[str](), ""
     try:
         template = environment().from_string(setup["template"])
+        used = meta.find_undeclared_variables(environment().parse(setup["template"]))
     except Exception as error:  # noqa: BLE001 - a broken template is no broken process
         problem = f"cannot be read: {str(error)[:500]}"
     for line in lines:
-        used = resource.getrusage(resource.RUSAGE_SELF)
+        usage = resource.getrusage(resource.RUSAGE_SELF)
         # The system counts whole seconds, and ends this process when they are over.
-        end = math.ceil(used.ru_utime + used.ru_stime) + setup["max_seconds"]
+        end = math.ceil(usage.ru_utime + usage.ru_stime) + setup["max_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
         if template is None:
             yield {"problem": problem}
         else:
-            yield render(template, setup["variables"], json.loads(line), setup["max_characters"])
+            yield answer(template, used, setup, json.loads(line))
 
 
 if __name__ == "__main__":
-    for answer in answers(iter(sys.stdin)):
-        sys.stdout.write(json.dumps(answer) + "\n")
+    for each in answers(iter(sys.stdin)):
+        sys.stdout.write(json.dumps(each) + "\n")
         sys.stdout.flush()

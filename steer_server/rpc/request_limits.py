@@ -13,6 +13,9 @@ from steer_server.types import (
     MAX_ARM_NAME,
     MAX_BIASES,
     MAX_OPERATORS,
+    MAX_OPTION_NAME,
+    MAX_OPTION_TEXT,
+    MAX_OPTIONS,
     MAX_PROMPT_ID,
     MAX_PROMPTS,
     MAX_REPORT_WORDS,
@@ -30,6 +33,7 @@ _MAX_OPERATOR_NAME = 256
 """Four times what a store allows: a name that is somewhat too long is an operator that does not exist."""
 _MAX_DIGEST = 256
 """More than three times its length: what is wrong with one is said by its own check."""
+_MAX_OPTIONS = MAX_OPTIONS * 4 * (MAX_OPTION_NAME + MAX_OPTION_TEXT)
 _PROMPTS = 2 << 20
 """Bytes of several prompts together, where one alone may not have more."""
 _ARMS = 2 << 20
@@ -46,8 +50,11 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "ChatMessage.content": Limit(size=max_prompt_bytes),
         "Chat.messages": Limit(count=MAX_CHAT_MESSAGES),
         "Prompt.text": Limit(size=max_prompt_bytes),
+        "Chat.template_options": Limit(count=MAX_OPTIONS),
+        "TemplateOption.name": Limit(size=_characters(MAX_OPTION_NAME)),
+        "TemplateOption.text": Limit(size=_characters(MAX_OPTION_TEXT)),
         # Of all messages together: a conversation is one text.
-        "Prompt.chat": Limit(size=max_prompt_bytes + MAX_CHAT_MESSAGES * _MAX_ROLE),
+        "Prompt.chat": Limit(size=max_prompt_bytes + MAX_CHAT_MESSAGES * _MAX_ROLE + _MAX_OPTIONS),
         "SamplingParams.stop_strings": Limit(size=_characters(MAX_STOP_CHARACTERS), count=MAX_STOPS),
         "SamplingParams.stop_token_ids": Limit(count=MAX_STOPS),
         "SamplingParams.logit_bias": Limit(count=MAX_BIASES),

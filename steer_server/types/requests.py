@@ -24,6 +24,10 @@ MAX_STOPS = 64
 """Strings, and as many ids."""
 MAX_STOP_CHARACTERS = 1024
 MAX_BIASES = 300
+MAX_OPTIONS = 16
+"""Of a chat template."""
+MAX_OPTION_NAME = 64
+MAX_OPTION_TEXT = 1024
 MAX_REPORT_WORDS = 32
 NORMAL = "normal"
 """Name of the plain arm of a comparison."""
@@ -46,12 +50,52 @@ class ChatMessage:
 
 
 @dataclass(frozen=True)
+class TemplateOption:
+    """What a chat template is told beside the messages: one of a flag, a text and a number."""
+
+    name: Annotated[str, NotEmpty("a name is needed"), Bounded(max_characters=MAX_OPTION_NAME)]
+    boolean: bool | None = None
+    text: Annotated[str | None, Bounded(max_characters=MAX_OPTION_TEXT)] = None
+    number: Annotated[float | None, Range(accepted="a finite number")] = None
+
+    @property
+    def value(self) -> bool | str | float | None:
+        """As the template has it; a whole number is an integer."""
+        if self.number is not None:
+            return int(self.number) if self.number.is_integer() else self.number
+        return self.text if self.boolean is None else self.boolean
+
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
+        if self.value is None:
+            raise InvalidRequestError(path, "has no value; exactly one of boolean, text and number is accepted")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, as the model's chat template renders it."""
+
+    messages: Annotated[tuple[ChatMessage, ...], NotEmpty("at least one message is needed")]
+    continue_final_message: bool = False
+    """The text goes on with the last turn, which is the assistant's."""
+    template_options: Annotated[tuple[TemplateOption, ...], Bounded(max_items=MAX_OPTIONS, items="options")] = ()
+
+    def check_ties(self, path: str) -> None:
+        """See :class:`~steer_server.types.limits.Tied`."""
+        check_unique((option.name for option in self.template_options), f"{path}.template_options", "name")
+        role = self.messages[-1].role
+        if self.continue_final_message and role != "assistant":
+            problem = f"is set, and the last turn is of {role[:80]!r}; one of 'assistant' is accepted"
+            raise InvalidRequestError(f"{path}.continue_final_message", problem)
+
+
+@dataclass(frozen=True)
 class Prompt:
     """Exactly one of a text, token ids (used as they are) or a conversation."""
 
     text: Annotated[str | None, NotEmpty("at least one token is needed")] = None
     token_ids: Annotated[tuple[int, ...] | None, NotEmpty("at least one token is needed")] = None
-    chat: Annotated[tuple[ChatMessage, ...] | None, NotEmpty("at least one message is needed")] = None
+    chat: Chat | None = None
 
     def check_ties(self, path: str) -> None:
         """See :class:`~steer_server.types.limits.Tied`."""
@@ -212,6 +256,8 @@ class NamedPrompt:
 
     id: Annotated[str, Bounded(max_characters=MAX_PROMPT_ID)]
     prompt: Prompt
+    seed: int | None = None
+    """None: that of the request."""
 
 
 @dataclass(frozen=True)

@@ -280,11 +280,21 @@ def tie_sampling(sampling):
         sampling.max_tokens = max(sampling.min_tokens, sampling.max_tokens)
 
 
+def tie_request(made):
+    if hasattr(made, "sampling"):
+        tie_sampling(made.sampling)
+    for prompt in (made.prompt, *(each.prompt for each in getattr(made, "prompts", ()))):
+        for index, option in enumerate(prompt.chat.template_options):
+            option.name = f"option_{index}"
+        if prompt.chat.continue_final_message:
+            prompt.chat.messages[-1].role = "assistant"
+
+
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
-    if message is pb.GenerateRequest:
-        tie_sampling(made.sampling)
+    if message in REQUESTS:
+        tie_request(made)
     if message is comparison_pb2.CompareRequest:
         tie_comparison(made)
         made.score = made.score or made.HasField("report")

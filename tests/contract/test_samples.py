@@ -81,14 +81,16 @@ async def test_the_samples_of_a_generation_are_the_texts_of_requests_with_their_
 async def test_of_several_prompts_each_has_the_texts_of_a_comparison_with_it_alone(engine, registry):
     arms = (Arm("a", GOLDEN), Arm("b", (), replace(OWN, logprobs=None)))
     prompts = [Prompt(text=text) for text in ("The sea", PROMPT.text, "My friend and I", "Yesterday I saw", "It")]
-    named = tuple(NamedPrompt(f"p{index}", prompt) for index, prompt in enumerate(prompts))
+    seeds = (None, 2**64 - 1, None, 3, 4)
+    named = tuple(NamedPrompt(f"p{index}", prompt, seeds[index]) for index, prompt in enumerate(prompts))
     request = CompareRequest("r", None, RANDOM, arms, n=2, prompts=named)
     events = [event async for event in compare(engine, registry, request, max_arms=8)]
     assert engine.running + engine.waiting == 0
     together = {prompt.id: [event for event in events if event.prompt_id == prompt.id] for prompt in named}
     assert sum(map(len, together.values())) == len(events)
     for prompt in named[:3]:
-        lone = CompareRequest("r", prompt.prompt, RANDOM, arms, n=2)
+        own = RANDOM if prompt.seed is None else replace(RANDOM, seed=prompt.seed)
+        lone = CompareRequest("r", prompt.prompt, own, arms, n=2)
         expected = [event async for event in compare(engine, registry, lone, max_arms=8)]
         found = together[prompt.id]
         assert texts_of(found) == texts_of(expected)

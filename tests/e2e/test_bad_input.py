@@ -57,7 +57,7 @@ def serves_afterwards(server):
     [
         ({"prompt": ""}, InvalidRequestError, "prompt.text", "empty"),
         ({"prompt": []}, InvalidRequestError, "prompt.token_ids", "empty"),
-        ({"prompt": Chat(())}, InvalidRequestError, "prompt.chat", "empty"),
+        ({"prompt": Chat(())}, InvalidRequestError, "prompt.chat.messages", "empty"),
         ({"prompt": "the bay " * 4096}, PromptTooLongError, "prompt", "4095"),
         ({"prompt": [5] * 4096}, PromptTooLongError, "prompt", "4096 tokens"),
         ({"prompt": [3, 100_000]}, InvalidRequestError, "prompt.token_ids[1]", "100000"),

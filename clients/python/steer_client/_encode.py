@@ -17,6 +17,7 @@ from steer_client._errors import InvalidRequestError
 from steer_client._requests import (
     Arm,
     Chat,
+    ChatInput,
     ChatMessage,
     CompareRequest,
     GenerateRequest,
@@ -30,6 +31,7 @@ from steer_client._requests import (
     Prompts,
     SamplingParams,
     ScoreRequest,
+    TemplateOption,
     TokenizeRequest,
     TokenReport,
 )
@@ -129,11 +131,25 @@ def prompt_input(prompt: Prompt) -> PromptInput:
     if isinstance(prompt, str):
         return PromptInput(text=prompt)
     if isinstance(prompt, Chat):
-        return PromptInput(chat=prompt)
+        return PromptInput(chat=_chat_input(prompt))
     parts = _items(prompt, "prompt", "text, token ids or chat messages")
     if parts and isinstance(parts[0], ChatMessage):
-        return PromptInput(chat=Chat(parts))
+        return PromptInput(chat=_chat_input(Chat(parts)))
     return PromptInput(token_ids=parts)
+
+
+def _chat_input(chat: Chat) -> ChatInput:
+    if not isinstance(chat.template_options, Mapping):
+        problem = refused("a mapping of names to values", chat.template_options)
+        raise _invalid(problem.under("prompt.chat.template_options"))
+    options = tuple(_template_option(*each) for each in chat.template_options.items())
+    return ChatInput(chat.messages, chat.continue_final_message, options)
+
+
+def _template_option(name: str, value: bool | str | float) -> TemplateOption:
+    if isinstance(value, bool):
+        return TemplateOption(name, boolean=value)
+    return TemplateOption(name, text=value) if isinstance(value, str) else TemplateOption(name, number=value)
 
 
 def seconds(timeout: float | None) -> float | None:

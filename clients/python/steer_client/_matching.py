@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from steer_client._errors import InvalidRequestError
 
 # Scripts that are written without spaces between words; the builder has the same list.
-_SPACELESS = (
+SPACELESS = (
     "\u0e00-\u0eff"  # Thai, Lao
     "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Myanmar
     "\u1780-\u17ff"  # Khmer
@@ -17,10 +17,10 @@ _SPACELESS = (
     "\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
     "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Hiragana, Katakana
 )
-_LETTER = rf"[^\W{_SPACELESS}]"
+_LETTER = rf"[^\W{SPACELESS}]"
 # Hangul: words are set apart by spaces, but particles are written onto their end.
 _TAKES_PARTICLES = re.compile("[\uac00-\ud7af\u1100-\u11ff\u3130-\u318f]")
-_IS_SPACELESS = re.compile(f"[{_SPACELESS}]")
+_IS_SPACELESS = re.compile(f"[{SPACELESS}]")
 
 
 class WordFinder:

@@ -2,6 +2,7 @@
 
 from steer_client._aio import AsyncSteerClient
 from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
+from steer_client._diff import Change, word_diff
 from steer_client._errors import (
     DeadlineExceededError,
     DigestNotServedError,
@@ -94,6 +95,7 @@ __all__ = [
     "AsyncSteerClient",
     "Calibration",
     "CalibrationPoint",
+    "Change",
     "Chat",
     "ChatMessage",
     "ComparisonStream",
@@ -156,4 +158,5 @@ __all__ = [
     "Word",
     "WordMass",
     "Words",
+    "word_diff",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
 
 from steer_client._positions import Positions
@@ -32,6 +32,11 @@ class Chat:
     """A prompt that the server renders with the model's own chat template."""
 
     messages: Sequence[ChatMessage]
+    #: The text goes on with the last message, which must be the assistant's.
+    continue_final_message: bool = False
+    #: What the template is told beside the messages, such as {"enable_thinking": False}. One that it does not use is
+    #: an error.
+    template_options: Mapping[str, bool | str | float] = field(default_factory=dict)
 
 
 #: Text, token ids (used as they are), or a chat.
@@ -208,12 +213,31 @@ class TokenReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateOption:
+    """An option of a chat template: one of its values is set."""
+
+    name: str
+    boolean: bool | None = None
+    text: str | None = None
+    number: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A chat as the contract's message has it."""
+
+    messages: Sequence[ChatMessage]
+    continue_final_message: bool
+    template_options: Sequence[TemplateOption]
+
+
+@dataclass(frozen=True, slots=True)
 class PromptInput:
     """A prompt as the contract's message has it: one of the three is set."""
 
     text: str | None = None
     token_ids: Sequence[int] | None = None
-    chat: Chat | None = None
+    chat: ChatInput | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +267,7 @@ class NamedPrompt:
 
     id: str
     prompt: PromptInput
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

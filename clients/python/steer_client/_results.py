@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from steer_client._diff import Change, word_diff
+from steer_client._html import cell, diffed, escape, table
 from steer_client._positions import ALL_POSITIONS, Positions
 from steer_client._requests import Anchor, FirstToken, Rule
 
@@ -151,6 +153,15 @@ class Generation:
     #: Which of several samples it is, from 0.
     sample: int = 0
 
+    def diff(self, other: Generation) -> tuple[Change, ...]:
+        """How this text differs from another, word by word: `plain.diff(steered)` has what steering added."""
+        return word_diff(self.text, other.text)
+
+    def _repr_html_(self) -> str:
+        steered = ", ".join(f"{each.operator} λ = {each.strength:g}" for each in self.receipts) or "plain"
+        note = f"{steered} · {self.finish_reason} · {self.usage.completion_tokens} tokens · seed {self.seed}"
+        return cell(table([("", "text")], [[escape(self.text)]]), f'<div class="note">{escape(note)}</div>')
+
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
@@ -252,6 +263,14 @@ class ABResult:
     def samples(self) -> tuple[ABResult, ...]:
         """Each sample as a result of its own, this one first: as many as were asked for with `n`."""
         return (replace(self, others=()), *self.others)
+
+    def _repr_html_(self) -> str:
+        rows = [] if self.plain is None else [["normal", escape(self.plain.text), ""]]
+        for name, arm in self.steered.items():
+            text = arm.generation.text
+            shown = escape(text) if self.plain is None else diffed(word_diff(self.plain.text, text))
+            rows.append([escape(name), shown, "" if arm.kl is None else f"{arm.kl.mean:.2f}"])
+        return cell(table([("arm", ""), ("text", "text"), ("KL mean", "number")], rows))
 
 
 @dataclass(frozen=True, slots=True)

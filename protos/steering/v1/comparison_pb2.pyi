@@ -62,8 +62,13 @@ class NamedPrompt(_message.Message):
 
     ID_FIELD_NUMBER: _builtins.int
     PROMPT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Unique in the request, at most 128 characters."""
+    seed: _builtins.int
+    """In place of `sampling.seed`, which else is every prompt's: with it the same prompt gives the same texts again. An arm
+    with a seed of its own keeps that.
+    """
     @_builtins.property
     def prompt(self) -> _text_pb2.Prompt: ...
     def __init__(
@@ -71,12 +76,15 @@ class NamedPrompt(_message.Message):
         *,
         id: _builtins.str = ...,
         prompt: _text_pb2.Prompt | None = ...,
+        seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "prompt", b"prompt", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "id", b"id", "prompt", b"prompt", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
+    _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
 
 Global___NamedPrompt: _TypeAlias = NamedPrompt  # noqa: Y015
 

@@ -26,39 +26,41 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16steering/v1/text.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1asteering/v1/steering.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.steering.v1.ChatMessage\"p\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.steering.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.steering.v1.ChatH\x00\x42\x07\n\x05input\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xb1\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12-\n\ntime_limit\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x01H\n\x88\x01\x01\x12*\n\nlogit_bias\x18\x0f \x03(\x0b\x32\x16.steering.v1.TokenBias\x12\x17\n\nmin_tokens\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokens\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x96\x01\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.steering.v1.TopLogprob\"\xf8\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.steering.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.steering.v1.Usage\x12%\n\x07timings\x18\x07 \x01(\x0b\x32\x14.steering.v1.Timings\x12&\n\x08receipts\x18\x08 \x03(\x0b\x32\x14.steering.v1.Receipt\x12+\n\x08logprobs\x18\t \x03(\x0b\x32\x19.steering.v1.TokenLogprob\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x0e\n\x06sample\x18\x0b \x01(\x05\x12+\n\x04more\x18\x0c \x03(\x0b\x32\x1d.steering.v1.GenerateResponse\"7\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\"U\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.steering.v1.TokenLogprob*\xfb\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12\x1f\n\x1b\x46INISH_REASON_CONTEXT_LIMIT\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x07\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16steering/v1/text.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1asteering/v1/steering.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\\\n\x0eTemplateOption\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x07\x62oolean\x18\x02 \x01(\x08H\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x10\n\x06number\x18\x04 \x01(\x01H\x00\x42\x07\n\x05value\"\x89\x01\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.steering.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\x12\x35\n\x10template_options\x18\x03 \x03(\x0b\x32\x1b.steering.v1.TemplateOption\"p\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.steering.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x11.steering.v1.ChatH\x00\x42\x07\n\x05input\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xb1\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x06\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12-\n\ntime_limit\x18\x0c \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x01H\n\x88\x01\x01\x12*\n\nlogit_bias\x18\x0f \x03(\x0b\x32\x16.steering.v1.TokenBias\x12\x17\n\nmin_tokens\x18\x10 \x01(\x05H\x0b\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\x0c\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokens\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\"\x96\x01\n\x07Timings\x12)\n\x06queued\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x36\n\x13time_to_first_token\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\"f\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12$\n\x03top\x18\x04 \x03(\x0b\x32\x17.steering.v1.TopLogprob\"\xf8\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x30\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x19.steering.v1.FinishReason\x12\x13\n\x0bstop_string\x18\x05 \x01(\t\x12!\n\x05usage\x18\x06 \x01(\x0b\x32\x12.steering.v1.Usage\x12%\n\x07timings\x18\x07 \x01(\x0b\x32\x14.steering.v1.Timings\x12&\n\x08receipts\x18\x08 \x03(\x0b\x32\x14.steering.v1.Receipt\x12+\n\x08logprobs\x18\t \x03(\x0b\x32\x19.steering.v1.TokenLogprob\x12\x0c\n\x04seed\x18\n \x01(\x04\x12\x0e\n\x06sample\x18\x0b \x01(\x05\x12+\n\x04more\x18\x0c \x03(\x0b\x32\x1d.steering.v1.GenerateResponse\"7\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\x05\"U\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.steering.v1.TokenLogprob*\xfb\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x03\x12\x1c\n\x18\x46INISH_REASON_MAX_TOKENS\x10\x04\x12\x1f\n\x1b\x46INISH_REASON_CONTEXT_LIMIT\x10\x05\x12\x1c\n\x18\x46INISH_REASON_TIME_LIMIT\x10\x06\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering.v1.text_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1977
-  _globals['_FINISHREASON']._serialized_end=2228
+  _globals['_FINISHREASON']._serialized_start=2159
+  _globals['_FINISHREASON']._serialized_end=2410
   _globals['_TOKENIDS']._serialized_start=99
   _globals['_TOKENIDS']._serialized_end=122
   _globals['_CHATMESSAGE']._serialized_start=124
   _globals['_CHATMESSAGE']._serialized_end=168
-  _globals['_CHAT']._serialized_start=170
-  _globals['_CHAT']._serialized_end=220
-  _globals['_PROMPT']._serialized_start=222
-  _globals['_PROMPT']._serialized_end=334
-  _globals['_TOKENBIAS']._serialized_start=336
-  _globals['_TOKENBIAS']._serialized_end=379
-  _globals['_SAMPLINGPARAMS']._serialized_start=382
-  _globals['_SAMPLINGPARAMS']._serialized_end=1071
-  _globals['_USAGE']._serialized_start=1073
-  _globals['_USAGE']._serialized_end=1130
-  _globals['_TIMINGS']._serialized_start=1133
-  _globals['_TIMINGS']._serialized_end=1283
-  _globals['_TOPLOGPROB']._serialized_start=1285
-  _globals['_TOPLOGPROB']._serialized_end=1347
-  _globals['_TOKENLOGPROB']._serialized_start=1349
-  _globals['_TOKENLOGPROB']._serialized_end=1451
-  _globals['_GENERATERESPONSE']._serialized_start=1454
-  _globals['_GENERATERESPONSE']._serialized_end=1830
-  _globals['_STARTED']._serialized_start=1832
-  _globals['_STARTED']._serialized_end=1887
-  _globals['_DELTA']._serialized_start=1889
-  _globals['_DELTA']._serialized_end=1974
+  _globals['_TEMPLATEOPTION']._serialized_start=170
+  _globals['_TEMPLATEOPTION']._serialized_end=262
+  _globals['_CHAT']._serialized_start=265
+  _globals['_CHAT']._serialized_end=402
+  _globals['_PROMPT']._serialized_start=404
+  _globals['_PROMPT']._serialized_end=516
+  _globals['_TOKENBIAS']._serialized_start=518
+  _globals['_TOKENBIAS']._serialized_end=561
+  _globals['_SAMPLINGPARAMS']._serialized_start=564
+  _globals['_SAMPLINGPARAMS']._serialized_end=1253
+  _globals['_USAGE']._serialized_start=1255
+  _globals['_USAGE']._serialized_end=1312
+  _globals['_TIMINGS']._serialized_start=1315
+  _globals['_TIMINGS']._serialized_end=1465
+  _globals['_TOPLOGPROB']._serialized_start=1467
+  _globals['_TOPLOGPROB']._serialized_end=1529
+  _globals['_TOKENLOGPROB']._serialized_start=1531
+  _globals['_TOKENLOGPROB']._serialized_end=1633
+  _globals['_GENERATERESPONSE']._serialized_start=1636
+  _globals['_GENERATERESPONSE']._serialized_end=2012
+  _globals['_STARTED']._serialized_start=2014
+  _globals['_STARTED']._serialized_end=2069
+  _globals['_DELTA']._serialized_start=2071
+  _globals['_DELTA']._serialized_end=2156
 # @@protoc_insertion_point(module_scope)

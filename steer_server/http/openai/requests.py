@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
     elif given.top_logprobs is not None:
         raise InvalidRequestError("top_logprobs", "is given without logprobs; set logprobs to true")
     chat = text_pb2.Chat(messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)])
-    names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat", "messages"))
+    names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat.messages", "messages"))
     return _asked(parts, given, sampling, [text_pb2.Prompt(chat=chat)], names=(*names, ("prompt", "messages"), *_NAMES))
 
 
@@ -105,9 +105,7 @@ def _asked(
     message = comparison_pb2.CompareRequest(
         request_id=request_id,
         prompt=prompts[0] if len(prompts) == 1 else None,
-        prompts=[comparison_pb2.NamedPrompt(id=str(n), prompt=each) for n, each in enumerate(prompts)][
-            len(prompts) == 1 :
-        ],
+        prompts=list(_named(prompts, is_seeded=given.seed is not None)) if len(prompts) > 1 else (),
         sampling=sampling,
         arms=[comparison_pb2.Arm(name=_ARM, operators=operators)] if operators else (),
         n=None if given.n is None else _number(given.n, "n"),
@@ -128,6 +126,13 @@ def _asked(
         has_logprobs=sampling.HasField("logprobs"),
         has_token_ids=bool(given.return_token_ids),
     )
+
+
+def _named(prompts: Sequence[text_pb2.Prompt], *, is_seeded: bool) -> Iterator[comparison_pb2.NamedPrompt]:
+    for number, prompt in enumerate(prompts):
+        # As vLLM has it: a seed that is given is every prompt's, and without one the same prompt twice has two texts.
+        seed = None if is_seeded else secrets.randbits(_SEED_BITS)
+        yield comparison_pb2.NamedPrompt(id=str(number), prompt=prompt, seed=seed)
 
 
 def _sampling(given: TextParameters, max_tokens: int, name: str) -> text_pb2.SamplingParams:

@@ -9,7 +9,7 @@ import pytest
 from steer_server.engine import chat_template
 from steer_server.engine.chat_template import ChatTemplate
 from steer_server.errors import InvalidRequestError, ShuttingDownError
-from steer_server.types import ChatMessage
+from steer_server.types import Chat, ChatMessage, TemplateOption
 
 TURNS = (
     ChatMessage("system", "be b\u00e9\u6771"),
@@ -66,7 +66,7 @@ async def test_a_conversation_reads_as_transformers_renders_it(make, tiny_tokeni
     chat = make(template)
     messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
     expected = tiny_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert await chat.render(TURNS) == expected
+    assert await chat.render(Chat(TURNS)) == expected
 
 
 @pytest.mark.model
@@ -76,7 +76,7 @@ async def test_the_default_models_template_renders_as_in_transformers(smollm):
     try:
         messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert await chat.render(TURNS) == expected
+        assert await chat.render(Chat(TURNS)) == expected
     finally:
         chat.close()
 
@@ -98,10 +98,10 @@ async def test_the_default_models_template_renders_as_in_transformers(smollm):
 async def test_a_template_that_fails_is_an_error_of_the_prompts_chat(make, template, words, children):
     chat = make(template)
     with pytest.raises(InvalidRequestError, match=words) as caught:
-        await chat.render(TURNS)
+        await chat.render(Chat(TURNS))
     assert caught.value.field == "prompt.chat"
     with pytest.raises(InvalidRequestError):
-        await chat.render(TURNS)
+        await chat.render(Chat(TURNS))
     # An error is an answer: the process is kept.
     assert len(children()) == 1
 
@@ -112,17 +112,17 @@ async def test_a_template_without_an_end_is_ended_and_the_next_conversation_rend
     before = set(children())
     began = time.process_time()
     with pytest.raises(InvalidRequestError, match="does not end within 1 s") as caught:
-        await chat.render((ChatMessage("slow", "x"),))
+        await chat.render(Chat((ChatMessage("slow", "x"),)))
     assert caught.value.field == "prompt.chat"
     # All of its computing was elsewhere.
     assert time.process_time() - began < 1
-    assert await chat.render((ChatMessage("user", "fine"),)) == "fine"
+    assert await chat.render(Chat((ChatMessage("user", "fine"),))) == "fine"
     assert not before & set(children())
 
 
 async def test_closing_ends_what_has_no_end(make, children):
     chat = make(ON_REQUEST)
-    tasks = [asyncio.ensure_future(chat.render((ChatMessage("slow", "x"),))) for _ in range(4)]
+    tasks = [asyncio.ensure_future(chat.render(Chat((ChatMessage("slow", "x"),)))) for _ in range(4)]
     await asyncio.sleep(0.2)
     assert children()
     chat.close()
@@ -130,16 +130,16 @@ async def test_closing_ends_what_has_no_end(make, children):
     assert [type(error) for error in found] == [ShuttingDownError] * 4
     assert children() == []
     with pytest.raises(ShuttingDownError):
-        await chat.render((ChatMessage("user", "fine"),))
+        await chat.render(Chat((ChatMessage("user", "fine"),)))
 
 
 async def test_a_process_that_was_killed_is_replaced(make, children):
     chat = make("{{ messages[0].content }}")
-    assert await chat.render(TURNS[1:]) == TURNS[1].content
+    assert await chat.render(Chat(TURNS[1:])) == TURNS[1].content
     [child] = children()
     child.kill()
     child.wait()
-    assert await chat.render(TURNS[1:]) == TURNS[1].content
+    assert await chat.render(Chat(TURNS[1:])) == TURNS[1].content
     assert [each.pid for each in children()] != [child.pid]
 
 
@@ -153,5 +153,65 @@ async def test_a_process_that_answers_as_it_is_given_up_is_not_asked_again(make,
         return answer
 
     monkeypatch.setattr(chat_template._Process, "_exchange", late)
-    assert await chat.render(TURNS[1:]) == TURNS[1].content
-    assert await chat.render(TURNS[1:]) == TURNS[1].content
+    assert await chat.render(Chat(TURNS[1:])) == TURNS[1].content
+    assert await chat.render(Chat(TURNS[1:])) == TURNS[1].content
+
+
+THINKING = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+    "{% set effort = effort | default('low') %}{% if enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% endif %}{{ effort }}{{ budget }}"
+)
+OPEN = (ChatMessage("user", "hi"), ChatMessage("assistant", "  Well, the sea"))
+
+
+async def test_a_turn_that_is_continued_reads_as_in_transformers(make, tiny_tokenizer):
+    chat = make(THINKING)
+    messages = [{"role": turn.role, "content": turn.content} for turn in OPEN]
+    expected = tiny_tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    assert await chat.render(Chat(OPEN, True)) == expected
+    assert expected.endswith("<assistant>Well, the sea")
+
+
+@pytest.mark.parametrize("begun", ["", " ", "The ", "hi", "</>"])
+async def test_a_turn_is_continued_after_its_last_character(make, begun):
+    chat = make(THINKING)
+    text = await chat.render(Chat((ChatMessage("user", "hi"), ChatMessage("assistant", begun)), True))
+    assert text.endswith(f"<user>hi</><assistant>{begun.lstrip()}")
+
+
+@pytest.mark.parametrize("content", ["m.content | upper", "m.content[:3]", "m.content ~ m.content", "m.role"])
+async def test_a_turn_that_the_template_changes_is_not_continued(make, content):
+    chat = make("{% for m in messages %}{{ " + content + " }}{% endfor %}")
+    with pytest.raises(InvalidRequestError, match="does not show the last turn as it is") as caught:
+        await chat.render(Chat(OPEN, True))
+    assert caught.value.field == "prompt.chat"
+
+
+async def test_options_reach_the_template_as_in_transformers(make, tiny_tokenizer):
+    chat = make(THINKING)
+    given = {"enable_thinking": False, "effort": "high", "budget": 512}
+    options = (
+        TemplateOption("enable_thinking", boolean=False),
+        TemplateOption("effort", text="high"),
+        TemplateOption("budget", number=512.0),
+    )
+    messages = [{"role": turn.role, "content": turn.content} for turn in TURNS]
+    expected = tiny_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
+    assert await chat.render(Chat(TURNS, template_options=options)) == expected
+    assert expected.endswith("<think></think>high512")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["enable_thinkin", "messages", "tools", "add_generation_prompt", "bos_token", "raise_exception", "range", "m"],
+)
+async def test_an_option_that_the_template_does_not_have_is_refused_by_name(make, name):
+    chat = make(THINKING)
+    options = (TemplateOption("budget", number=1.0), TemplateOption(name, boolean=True))
+    with pytest.raises(InvalidRequestError, match=f"is '{name}', which is no option") as caught:
+        await chat.render(Chat(TURNS, template_options=options))
+    assert caught.value.field == "prompt.chat.template_options[1].name"
+    assert str(caught.value).endswith("accepted: budget, effort, enable_thinking")
+    assert (await chat.render(Chat(TURNS, template_options=options[:1]))).endswith("low1")

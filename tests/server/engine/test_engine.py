@@ -13,7 +13,7 @@ from steer_server.caller import CALLER, Caller
 from steer_server.engine import prompts
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.errors import PromptTooLongError, QueueFullError, ShuttingDownError, StartupError
-from steer_server.types import ChatMessage, DecodeJob, Prompt, Row, SamplingParams
+from steer_server.types import Chat, ChatMessage, DecodeJob, Prompt, Row, SamplingParams
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ async def test_a_chat_that_cannot_fit_is_refused_without_being_read(llama, monke
     began = time.process_time()
     try:
         with pytest.raises(PromptTooLongError):
-            await engine.encode(Prompt(chat=(ChatMessage("user", "the bay " * (14 << 17)),)))
+            await engine.encode(Prompt(chat=Chat((ChatMessage("user", "the bay " * (14 << 17)),))))
     finally:
         await engine.close()
     assert time.process_time() - began < 2

@@ -89,12 +89,12 @@ def test_what_a_dataclass_accepts_is_let_through_to_it(model_info):
         (
             GENERATE,
             request(prompt=text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage()] * 1025))),
-            "prompt.chat",
+            "prompt.chat.messages",
         ),
         (
             GENERATE,
             request(prompt=text_pb2.Prompt(chat=text_pb2.Chat(messages=[text_pb2.ChatMessage(role="x" * 300)]))),
-            "prompt.chat[0].role",
+            "prompt.chat.messages[0].role",
         ),
         (COMPARE, comparison_pb2.CompareRequest(arms=[comparison_pb2.Arm()] * 10**5), "arms"),
         (COMPARE, comparison_pb2.CompareRequest(arms=[comparison_pb2.Arm(name="x" * 10**6)]), "arms[0].name"),

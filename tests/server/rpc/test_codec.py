@@ -207,7 +207,7 @@ def test_what_an_arm_asks_for_is_refused_by_its_own_place(sampling, field):
         (text_pb2.Prompt(), "prompt"),
         (text_pb2.Prompt(text=""), "prompt.text"),
         (text_pb2.Prompt(token_ids=text_pb2.TokenIds()), "prompt.token_ids"),
-        (text_pb2.Prompt(chat=text_pb2.Chat()), "prompt.chat"),
+        (text_pb2.Prompt(chat=text_pb2.Chat()), "prompt.chat.messages"),
     ],
 )
 def test_a_prompt_of_nothing_is_refused_by_its_name(prompt, field):
@@ -225,7 +225,7 @@ def test_each_kind_of_prompt_arrives_as_it_was():
     assert codec.prompt(_TEXT).text == "hello"
     assert codec.prompt(text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=[3, 0]))).token_ids == (3, 0)
     chat = text_pb2.Chat(messages=[text_pb2.ChatMessage(role="user", content="hi")])
-    (turn,) = codec.prompt(text_pb2.Prompt(chat=chat)).chat
+    (turn,) = codec.prompt(text_pb2.Prompt(chat=chat)).chat.messages
     assert (turn.role, turn.content) == ("user", "hi")
 
 

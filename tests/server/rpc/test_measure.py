@@ -76,8 +76,8 @@ def test_a_message_within_the_limits_passes_whatever_is_in_it():
         ({"Arm.operators": Limit(count=0)}, "arms[0].operators", "1 values"),
         ({"OperatorUse.words": Limit(count=1)}, "arms[0].operators[0].words", "2 values"),
         ({"WeightedWord.text": Limit(size=0)}, "arms[0].operators[0].words[0].text", "1 bytes; at most 0"),
-        ({"Chat.messages": Limit(count=2)}, "prompt.chat", "3 values"),
-        ({"ChatMessage.content": Limit(size=2)}, "prompt.chat[0].content", "3 bytes; at most 2"),
+        ({"Chat.messages": Limit(count=2)}, "prompt.chat.messages", "3 values"),
+        ({"ChatMessage.content": Limit(size=2)}, "prompt.chat.messages[0].content", "3 bytes; at most 2"),
         ({"Prompt.chat": Limit(size=5)}, "prompt.chat", "at most 5"),
         ({"SamplingParams.stop_strings": Limit(size=9, count=1)}, "sampling.stop_strings", "2 values"),
         ({"SamplingParams.stop_strings": Limit(size=0, count=9)}, "sampling.stop_strings[0]", "1 bytes"),
@@ -208,6 +208,9 @@ def test_the_largest_message_within_the_limits_is_within_the_largest_size():
         "Chat.messages": Limit(count=2),
         "ChatMessage.role": Limit(size=10),
         "ChatMessage.content": Limit(size=100),
+        "Chat.template_options": Limit(count=2),
+        "TemplateOption.name": Limit(size=10),
+        "TemplateOption.text": Limit(size=10),
     }
     limits = {f"steering.v1.{name}": limit for name, limit in limits.items()}
     checked = Measure(text_pb2.Prompt.DESCRIPTOR, limits, max_messages=9, is_strict=lambda _: True)

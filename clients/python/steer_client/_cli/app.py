@@ -48,7 +48,7 @@ def generate(
     *,
     steering: o.SteeringOptions,
     sampling: o.SamplingOptions,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -56,7 +56,7 @@ def generate(
     uses = steering.uses()
     with (
         connect(connection, as_json=as_json) as client,
-        client.stream(o.prompt_from(prompt, chat=chat), operators=uses, sampling=sampling.params()) as stream,
+        client.stream(chat.prompt(prompt), operators=uses, sampling=sampling.params()) as stream,
     ):
         if as_json:
             result = show_streams.read_to_end(stream)
@@ -77,7 +77,7 @@ def ab(
     mark: x.MarkOption = None,
     no_score: o.NoScoreOption = False,
     sampling: o.SamplingOptions,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
     as_lines: x.JsonLinesOption = False,
@@ -94,7 +94,7 @@ def ab(
     with (
         connect(connection, as_json=as_json, as_lines=as_lines) as client,
         client.compare_stream(
-            o.prompt_from(prompt, chat=chat), arms=arms, sampling=sampling.params(), score=not no_score, n=n
+            chat.prompt(prompt), arms=arms, sampling=sampling.params(), score=not no_score, n=n
         ) as stream,
     ):
         if as_json or as_lines:
@@ -165,13 +165,13 @@ def health(*, connection: o.ConnectionOptions) -> None:
 def tokenize(
     prompt: o.PromptArgument,
     *,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Show how PROMPT reaches the model, as tokens."""
     with connect(connection, as_json=as_json) as client:
-        tokens = client.tokenize(o.prompt_from(prompt, chat=chat))
+        tokens = client.tokenize(chat.prompt(prompt))
         if as_json:
             json_output.print_json(json_output.fields(tokens))
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -158,6 +159,18 @@ TimeLimitOption = Annotated[
     ),
 ]
 ChatOption = Annotated[bool, typer.Option("--chat", help="PROMPT is a user's message: use the model's chat template.")]
+AssistantOption = Annotated[
+    str | None,
+    typer.Option("--assistant", metavar="TEXT", help="With --chat: how the answer begins; the text goes on with it."),
+]
+TemplateOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--template-option",
+        metavar="NAME=VALUE",
+        help="With --chat: what the template is told, such as enable_thinking=false. May be repeated.",
+    ),
+]
 TargetOption = Annotated[
     str,
     typer.Option(
@@ -233,6 +246,41 @@ class SteeringOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """Whether the prompt is a user's message, and how its answer begins."""
+
+    chat: ChatOption = False
+    assistant: AssistantOption = None
+    template_option: TemplateOption = None
+
+    def prompt(self, text: str) -> steer_client.Prompt:
+        """As the SDK takes it. Options of a chat without one are a usage error."""
+        if not self.chat:
+            for option, value in (("'--assistant'", self.assistant), ("'--template-option'", self.template_option)):
+                if value is not None and value != []:
+                    raise typer.BadParameter("is for a chat: add --chat", param_hint=option)
+            return text
+        turns = [steer_client.ChatMessage("user", text)]
+        if self.assistant is not None:
+            turns.append(steer_client.ChatMessage("assistant", self.assistant))
+        options = dict(map(_template_option, self.template_option or ()))
+        return steer_client.Chat(tuple(turns), self.assistant is not None, options)
+
+
+def _template_option(text: str) -> tuple[str, bool | str | float]:
+    """true and false are flags, and what reads as a number is one; in quotes it is a text."""
+    name, has_value, written = text.partition("=")
+    if not name or not has_value:
+        problem = f"cannot read {text!r}: write NAME=VALUE, for example enable_thinking=false"
+        raise typer.BadParameter(problem, param_hint="'--template-option'")
+    try:
+        value = json.loads(written)
+    except ValueError:
+        value = written
+    return name, value if isinstance(value, (bool, int, float, str)) else written
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingOptions:
     """How tokens are drawn; an option that is not given is left to the server."""
 
@@ -291,8 +339,3 @@ class ConnectionOptions:
     target: TargetOption = DEFAULT_TARGET
     timeout: TimeoutOption = DEFAULT_TIMEOUT
     no_retry: NoRetryOption = False
-
-
-def prompt_from(text: str, *, chat: bool) -> steer_client.Prompt:
-    """The text itself, or as a user's message."""
-    return steer_client.Chat((steer_client.ChatMessage("user", text),)) if chat else text

@@ -49,7 +49,7 @@ def score(
     top: TopOption = 0,
     doses: DosesOption = False,
     time_limit: TimeLimitOption = None,
-    chat: o.ChatOption = False,
+    chat: o.ChatOptions,
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
@@ -66,7 +66,7 @@ def score(
     with connect(connection, as_json=as_json) as client:
         result = client.score(
             read,
-            prompt=None if prompt is None else o.prompt_from(prompt, chat=chat),
+            prompt=None if prompt is None else chat.prompt(prompt),
             arms=arms or None,
             words=read_words(words),
             top=top,

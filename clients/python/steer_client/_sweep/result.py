@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from steer_client._errors import SteerError
 from steer_client._extras import need
+from steer_client._html import cell
+from steer_client._sweep.chart import curves
+from steer_client._sweep.page import charts, page, summary_table
+from steer_client._sweep.plots import plot
 from steer_client._sweep.rows import SweepRow
 from steer_client._sweep.statistics import ArmSummary, Estimate, by_arm, summarise
 
@@ -101,6 +105,29 @@ class SweepResult:
         if self.num_controls:
             table.caption = f"{self.num_controls} texts at λ = 0, {len(self.changed_controls)} not as without steering"
         return table
+
+    def plot(self, metric: str | None = None, ax: Any = None) -> Any:
+        """Dose and response with intervals, as matplotlib's axes. Needs the extra "plots".
+
+        `metric` is one of "hits", "useful_hits", "kl_mean", "kl_p95" and "perplexity_ratio"; by default useful hits,
+        without words the mean KL. Raises ValueError for another.
+        """
+        return plot(curves(self.summaries, metric or ("useful_hits" if self.words else "kl_mean")), ax)
+
+    def html(self, path: str | Path | None = None) -> str:
+        """A page with charts, table and every text, words marked; it loads nothing. Written where a path is given."""
+        facts = {
+            "model": self.model,
+            "fingerprint": self.model_fingerprint,
+            "words": ", ".join(self.words),
+            **{f"operator {name}": digest for name, digest in self.digests.items()},
+        }
+        if self.num_controls:
+            facts["controls"] = f"{self.num_controls} texts at λ = 0, {len(self.changed_controls)} not the plain ones"
+        return _written(page(self.rows, self.summaries, self.words, facts), path)
+
+    def _repr_html_(self) -> str:
+        return cell(summary_table(self.summaries), charts(self.summaries))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()

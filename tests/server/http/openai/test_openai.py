@@ -90,7 +90,7 @@ async def test_prompts_are_texts_ids_and_turns_with_parts(door, ask):
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": parts}]
     assert (await ask(CHAT, messages=turns)).status == 200
-    assert [(turn.role, turn.content) for turn in door.engine.prompt.chat] == [
+    assert [(turn.role, turn.content) for turn in door.engine.prompt.chat.messages] == [
         ("system", "be brief"),
         ("user", "one\ntwo"),
     ]
@@ -207,6 +207,11 @@ async def test_several_prompts_have_their_texts_one_behind_another(door, ask):
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert [choice["steering"]["seed"] for choice in answer["choices"]] == [5, 6, 5, 6]
     assert answer["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+    drawn = (await ask(COMPLETIONS, prompt=["a", "a", "a"], n=2)).json()
+    assert len({choice["steering"]["seed"] for choice in drawn["choices"]}) == 6
+    assert [[row.sampling.seed for row in job.rows] for job in door.engine.jobs[-3:]] == [
+        [choice["steering"]["seed"] for choice in drawn["choices"][first : first + 2]] for first in (0, 2, 4)
+    ]
     door.engine.reason = FinishReason.STOP_TOKEN
     *pieces, _ = (await ask(COMPLETIONS, prompt=[[5], [6, 7]], stream=True)).events()
     texts = {0: "", 1: ""}
