@@ -96,13 +96,14 @@ def test_a_word_is_sent_as_the_lens_takes_it(steer, fake):
 
 
 def test_a_table_and_a_chart_are_shown_and_files_written(steer, tmp_path):
-    csv = tmp_path / "run.csv"
-    result = steer(*OCEAN, "--words", "more", "--csv", str(csv))
+    html, csv = tmp_path / "run.html", tmp_path / "run.csv"
+    result = steer(*OCEAN, "--words", "more", "--html", str(html), "--csv", str(csv))
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["ocean", "0.2", "●", "1.00", "(0.34–1.00)"] in [
         [cell if "●" not in cell else "●" for cell in row] for row in rows
     ]
+    assert "<table" in html.read_text()
     assert len(csv.read_text().splitlines()) == 7
     assert "\x1b" not in result.stdout
 

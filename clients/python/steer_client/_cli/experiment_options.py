@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, TypeAlias
 
 import typer
 
@@ -46,7 +46,9 @@ JsonLinesOption = Annotated[
     ),
 ]
 
-Arms = dict[str, tuple[steer_client.OperatorUse, ...]]
+if TYPE_CHECKING:
+    # Evaluated, it would import gRPC, and the commands' help does without.
+    Arms: TypeAlias = dict[str, tuple[steer_client.OperatorUse, ...]]
 
 
 def all_arms(steering: SteeringOptions, arm: list[str] | None) -> Arms:

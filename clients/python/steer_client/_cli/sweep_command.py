@@ -16,10 +16,11 @@ from steer_client._cli.console import wide_console
 from steer_client._cli.dose_chart import dose_chart
 from steer_client._cli.expectations import COUNTED, Expectation, Verdict, judge, read_expectation
 from steer_client._cli.marked_text import read_words
-from steer_client._cli.sweep_options import Strengths, read_operator, read_words_use
+from steer_client._cli.sweep_options import read_operator, read_words_use
 from steer_client._requests import LENS
 
 if TYPE_CHECKING:
+    from steer_client._cli.sweep_options import Strengths
     from steer_client._sweep.result import SweepResult
 
 _SWEEP, _RESULT = "Sweep", "Result"
@@ -85,6 +86,10 @@ OutOption = Annotated[
 InFlightOption = Annotated[
     int, typer.Option("--in-flight", metavar="N", min=1, help="Requests at once.", rich_help_panel=_SWEEP)
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", help="Write a page: charts, table, texts.", rich_help_panel=_RESULT),
+]
 CsvOption = Annotated[
     Path | None, typer.Option("--csv", metavar="FILE", help="Write a line per text.", rich_help_panel=_RESULT)
 ]
@@ -113,6 +118,7 @@ def sweep(
     words: FoundWordsOption = None,
     out: OutOption = None,
     in_flight: InFlightOption = 4,
+    html: HtmlOption = None,
     csv: CsvOption = None,
     expect: ExpectOption = None,
     sampling: o.SamplingOptions,
@@ -147,7 +153,7 @@ def sweep(
             json_output.print_json(result.to_dict() | {"expectations": verdicts})
         else:
             _show(result, verdicts)
-        _write(result, csv)
+        _write(result, html, csv)
     if problem is not None:
         print(f"steer: {problem.message}", file=sys.stderr)
     if problem is not None or not all(each.met for each in verdicts):
@@ -211,10 +217,11 @@ def _show(result: SweepResult, verdicts: tuple[Verdict, ...]) -> None:
         console.print(f"{'✓ met' if each.met else '✗ not met'}: {each.expect}{where}", markup=False, soft_wrap=True)
 
 
-def _write(result: SweepResult, csv: Path | None) -> None:
-    try:
-        if csv is not None:
-            result.to_csv(csv)
-    except OSError as error:
-        print(f"steer: cannot write {csv}: {error.strerror or error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+def _write(result: SweepResult, html: Path | None, csv: Path | None) -> None:
+    for path, write in ((html, result.html), (csv, result.to_csv)):
+        try:
+            if path is not None:
+                write(path)
+        except OSError as error:
+            print(f"steer: cannot write {path}: {error.strerror or error}", file=sys.stderr)
+            raise typer.Exit(1) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import steer_client
 from steer_client._requests import LENS
@@ -13,7 +14,9 @@ _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _OPERATOR = re.compile(rf"(?P<name>[^=:]+)=(?P<strengths>{_NUMBER}(?:,{_NUMBER})*)(?P<rest>(?:[@:,].*)?)")
 _WORDS = re.compile(rf"(?P<words>[^=]+)=(?P<strengths>{_NUMBER}(?:,{_NUMBER})*)(?P<rest>(?::.*)?)")
 
-Strengths = dict["str | steer_client.OperatorUse", list[float]]
+if TYPE_CHECKING:
+    # Evaluated, it would import gRPC, and the commands' help does without.
+    Strengths: TypeAlias = dict[str | steer_client.OperatorUse, list[float]]
 
 
 def read_operator(
