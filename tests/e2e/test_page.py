@@ -206,6 +206,16 @@ def test_what_people_paste_and_models_write_stays_text(opened):
     assert "1,000,000 bytes" in opened.inner_text("#problem")
 
 
+def test_a_weight_that_is_no_number_is_sent_and_not_left_out(opened):
+    typed = "sea, storm*-0.5, tide*1.2.3, foam*"
+    assert opened.evaluate("typed => import('/settings.js').then(it => it.wordMessages(typed))", typed) == [
+        {"text": "sea"},
+        {"text": "storm", "weight": -0.5},
+        {"text": "tide", "weight": "1.2.3"},
+        {"text": "foam", "weight": ""},
+    ]
+
+
 def test_what_was_typed_survives_a_reload(opened):
     opened.fill("#prompt", "kept across a reload")
     opened.reload()

@@ -108,6 +108,23 @@ async def test_a_body_that_does_not_come_is_given_up(start, logged):
     assert not any(door.server._metrics.in_flight.values())
 
 
+async def test_bodies_that_come_at_once_share_one_room(start):
+    door = await start()
+    room = door.server.doors[0]._rules.room
+    room.left = whole = 3000
+    slow = [await door.open() for _ in range(2)]
+    for _, writer in slow:
+        writer.write(door.request("POST", PATH, b"", content_length="5000") + b'{"prompt":' + b" " * 1000)
+    await _until(lambda: room.left < 1000)
+    refused = await door.post(PATH, {"prompt": {"text": "x" * 1000}})
+    assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (429, "QUEUE_FULL", "1")
+    assert (await door.post(PATH, PROMPT)).status == 200
+    for _, writer in slow:
+        writer.close()
+    await _until(lambda: room.left == whole)
+    assert (await door.post(PATH, {"prompt": {"text": "x" * 1000}})).error["code"] == "PROMPT_TOO_LONG"
+
+
 async def test_a_head_that_does_not_come_ends_the_connection(start):
     door = await start(client_patience=0.3)
     for first in (b"", b"POST /api/Gen", door.request("GET", "/api/model", connection="keep-alive") + b"GET /api"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Optional, TypeAlias
+from typing import Annotated, Optional, TypeAlias
 
 import typer
 
@@ -46,9 +46,7 @@ JsonLinesOption = Annotated[
     ),
 ]
 
-if TYPE_CHECKING:
-    # Evaluated, it would import gRPC, and the commands' help does without.
-    Arms: TypeAlias = dict[str, tuple[steer_client.OperatorUse, ...]]
+Arms: TypeAlias = "dict[str, tuple[steer_client.OperatorUse, ...]]"
 
 
 def all_arms(steering: SteeringOptions, arm: list[str] | None) -> Arms:

@@ -60,7 +60,7 @@ def score(
     arms = x.all_arms(steering, arm)
     if (text is None) == (file is None):
         raise typer.BadParameter("give the text, or --file with it", param_hint="'TEXT'")
-    if chat and prompt is None:
+    if chat.chat and prompt is None:
         raise typer.BadParameter("there is no --prompt that could be a user's message", param_hint="'--chat'")
     read = _read_file(file) if text is None and file is not None else text or ""
     with connect(connection, as_json=as_json) as client:
