@@ -96,6 +96,10 @@ class ChatParameters(TextParameters):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
+    # Of vLLM.
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 def read_parameters(kind: type[_P], body: Mapping[str, Any]) -> _P:

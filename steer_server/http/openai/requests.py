@@ -21,6 +21,8 @@ _COMPLETION_TOKENS = 16
 """OpenAI's default of completions. A chat has none: it may go on until the context is full."""
 _SEED_BITS = 53
 """Of a seed that is drawn: a number that every reader of JSON keeps."""
+_WHOLE = 2**53
+"""Whole numbers up to this one are themselves as a double."""
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 _ONE_OF_SEVERAL = re.compile(r"prompts(\[[0-9]+\])(?:\.prompt)?(?:\.text|\.token_ids)?")
 _INT32, _UINT64 = 2**31, 2**64
@@ -77,8 +79,15 @@ def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
         sampling.logprobs = _number(given.top_logprobs or 0, "top_logprobs")
     elif given.top_logprobs is not None:
         raise InvalidRequestError("top_logprobs", "is given without logprobs; set logprobs to true")
-    chat = text_pb2.Chat(messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)])
-    names = (("sampling.max_tokens", name), ("sampling.logprobs", "top_logprobs"), ("prompt.chat.messages", "messages"))
+    names = (
+        ("sampling.max_tokens", name),
+        ("sampling.logprobs", "top_logprobs"),
+        ("prompt.chat.messages", "messages"),
+        ("prompt.chat.template_options", "chat_template_kwargs"),
+        ("prompt.chat.continue_final_message", "continue_final_message"),
+        ("prompt.chat", "messages"),
+    )
+    chat = _chat(given)
     return _asked(parts, given, sampling, [text_pb2.Prompt(chat=chat)], names=(*names, ("prompt", "messages"), *_NAMES))
 
 
@@ -185,6 +194,30 @@ def _prompt(value: Any, field: str) -> text_pb2.Prompt:
     if isinstance(value, list) and all(type(each) is int for each in value):
         return text_pb2.Prompt(token_ids=text_pb2.TokenIds(ids=_numbers(value, field)))
     raise InvalidRequestError(field, "is neither a text nor token ids")
+
+
+def _chat(given: ChatParameters) -> text_pb2.Chat:
+    continues = bool(given.continue_final_message)
+    if given.add_generation_prompt is not None and given.add_generation_prompt == continues:
+        raise InvalidRequestError(
+            "add_generation_prompt",
+            f"is {given.add_generation_prompt}; false is accepted with continue_final_message, and true without",
+        )
+    return text_pb2.Chat(
+        messages=[_turn(turn, f"messages[{index}]") for index, turn in enumerate(given.messages)],
+        continue_final_message=continues,
+        template_options=[_option(name, value) for name, value in (given.chat_template_kwargs or {}).items()],
+    )
+
+
+def _option(name: str, value: Any) -> text_pb2.TemplateOption:
+    if isinstance(value, bool):
+        return text_pb2.TemplateOption(name=name, boolean=value)
+    if isinstance(value, str):
+        return text_pb2.TemplateOption(name=name, text=value)
+    if isinstance(value, int | float) and abs(value) <= _WHOLE:
+        return text_pb2.TemplateOption(name=name, number=value)
+    raise InvalidRequestError(f"chat_template_kwargs.{name[:64]}", "is no flag, text or number that a double holds")
 
 
 def _turn(given: ChatMessage, field: str) -> text_pb2.ChatMessage:

@@ -11,6 +11,7 @@ import { VoteView } from "./vote.js";
 
 const NORMAL = "normal";
 const MAX_LINK = 30000;
+const MAX_REPORTED = 20000;
 const FIELDS = ["max_tokens", "temperature", "top_p", "repetition_penalty"];
 
 const page = {
@@ -182,7 +183,9 @@ async function run() {
 }
 
 async function follow(signal) {
+  // What each token gained and lost; for a long text of many arms that is more than the server reports.
   const request = compareRequest(page.ran);
+  if (request.arms.length && (request.sampling.max_tokens ?? 128) * request.arms.length <= MAX_REPORTED) request.report = { top: 5 };
   const seen = new Set();
   for await (const event of events("Compare", request, signal)) {
     if (event.compared) {

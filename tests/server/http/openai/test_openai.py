@@ -100,9 +100,32 @@ async def test_a_turn_that_was_answered_can_be_sent_back_with_all_that_is_null_i
     message = (await ask(CHAT)).json()["choices"][0]["message"]
     given = [*TURNS, message | {"name": None, "tool_calls": None, "audio": None}, *TURNS]
     assert (await ask(CHAT, messages=given)).status == 200
-    assert [turn.role for turn in door.engine.prompt.chat] == ["user", "assistant", "user"]
+    assert [turn.role for turn in door.engine.prompt.chat.messages] == ["user", "assistant", "user"]
     options = {"include_usage": True, "include_obfuscation": None}
     assert (await ask(CHAT, stream=True, stream_options=options)).status == 200
+
+
+async def test_a_chat_may_go_on_with_its_last_turn_and_tell_its_template(door, ask):
+    turns = [*TURNS, {"role": "assistant", "content": "So"}]
+    given = {"continue_final_message": True, "add_generation_prompt": False}
+    options = {"enable_thinking": False, "tone": "dry", "depth": 3}
+    assert (await ask(CHAT, messages=turns, **given, chat_template_kwargs=options)).status == 200
+    chat = door.engine.prompt.chat
+    assert chat.continue_final_message
+    assert {option.name: option.value for option in chat.template_options} == options
+    assert (await ask(CHAT, add_generation_prompt=True)).status == 200
+    assert not door.engine.prompt.chat.continue_final_message
+
+
+async def test_what_an_engine_says_of_a_chat_is_said_of_its_messages(door, ask, monkeypatch):
+    async def refuse(prompt):
+        raise InvalidRequestError("prompt.chat", "the model has no chat template; send text")
+
+    monkeypatch.setattr(door.engine, "encode", refuse)
+    for options in ({}, {"stream": True}):
+        answer = await ask(CHAT, **options)
+        assert (answer.status, answer.error["param"]) == (400, "messages")
+        assert answer.error["message"].startswith("messages: the model has no chat template")
 
 
 async def test_a_completion_has_the_shape_of_openais(door, ask):
@@ -320,6 +343,12 @@ async def test_what_is_not_accepted_is_refused_by_the_name_that_it_has_here(door
         (CHAT, {"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens"),
         (CHAT, {"max_completion_tokens": -1}, "max_completion_tokens"),
         (CHAT, {"prompt": "x"}, "prompt"),
+        (CHAT, {"continue_final_message": True}, "continue_final_message"),
+        (CHAT, {"add_generation_prompt": False}, "add_generation_prompt"),
+        (CHAT, {"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs.a"),
+        (CHAT, {"chat_template_kwargs": {"a": None}}, "chat_template_kwargs.a"),
+        (CHAT, {"chat_template_kwargs": {f"a{n}": 1 for n in range(17)}}, "chat_template_kwargs"),
+        (CHAT, {"chat_template_kwargs": {"a": "x" * 2000}}, "chat_template_kwargs[0].text"),
     ],
 )
 async def test_what_a_path_does_not_take_is_refused_by_name(ask, path, given, param):
