@@ -63,8 +63,8 @@ def tally_lines(result: dict[str, Any]) -> list[str]:
     first, second = result["arms"]
     wins = result["wins"]
     lines = [
-        f"{first}: {wins[first]}, {second}: {wins[second]}, "
-        f"ties: {result['ties']} ({result['same']} of the same text), skipped: {result['skipped']}, of {result['prompts']} prompts"
+        f"{first}: {wins[first]}, {second}: {wins[second]}, ties: {result['ties']} "
+        f"({result['same']} of the same text), skipped: {result['skipped']}, of {result['prompts']} prompts"
     ]
     if result["share"] is None:
         return [*lines, "nothing was decided"]

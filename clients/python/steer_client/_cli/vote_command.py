@@ -124,9 +124,8 @@ def _text(result: steer_client.ABResult, name: str) -> str:
 def _show_pair(console: Console, place: str, prompt: str, texts: tuple[str, str]) -> None:
     # Both panels have the height of the taller text, no colour, and nothing of how the text came about.
     grid = Table.grid(expand=True, padding=0)
-    panels = [
-        Panel(Text(escape_controls(text)), title=str(side), title_align="left") for side, text in enumerate(texts, 1)
-    ]
+    bodies = [Text(escape_controls(text)) for text in texts]
+    panels = [Panel(body, title=str(side), title_align="left") for side, body in enumerate(bodies, 1)]
     fits = console.width >= _MIN_WIDTH
     for _ in range(2 if fits else 1):
         grid.add_column(ratio=1)
