@@ -28,6 +28,8 @@ _ESCAPED = 3
 _VALUES_OF_A_MESSAGE = 16
 _OBJECTS_OF_A_MESSAGE = 4
 """A turn of a chat may be in several parts."""
+_IDS_OF_PROMPTS = 1 << 18
+"""Token ids of several prompts together: ten megabytes, once they are parsed."""
 _LEAST_ROOM = 256 << 20
 _LARGEST_AT_ONCE = 8
 
@@ -43,8 +45,8 @@ class BodyLimits:
 
     @classmethod
     def of(cls, limits: RequestLimits, context_length: int) -> BodyLimits:
-        """What the largest request of the contract takes as JSON."""
-        values = context_length + limits.max_messages * _VALUES_OF_A_MESSAGE
+        """What the largest request of the contract takes as JSON; fewer token ids, where several prompts have them."""
+        values = max(context_length, _IDS_OF_PROMPTS) + limits.max_messages * _VALUES_OF_A_MESSAGE
         return cls(_ESCAPED * limits.max_request_bytes, values, _OBJECTS_OF_A_MESSAGE * limits.max_messages)
 
 

@@ -14,6 +14,8 @@ from steer_client._cli import options as o
 from steer_client._cli.connection import connect
 from steer_client._cli.option_groups import expand_groups
 from steer_client._cli.score_command import score
+from steer_client._cli.sweep_command import sweep
+from steer_client._cli.vote_command import vote
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,6 +111,8 @@ def ab(
 
 
 app.command()(expand_groups(score))
+app.command()(expand_groups(sweep))
+app.command()(expand_groups(vote))
 
 
 @app.command()
