@@ -41,6 +41,18 @@ async def test_defaults_are_those_of_openai(door, ask):
     assert seed != sampling_of(door).seed
 
 
+async def test_defaults_keep_within_the_caps_of_the_server(start):
+    door = await start(max_tokens=12, max_total_tokens=60)
+    model = door.engine.model.model
+    for path, given, most in (
+        (COMPLETIONS, {"prompt": "x"}, 12),
+        (COMPLETIONS, {"prompt": ["x"] * 5, "n": 3}, 4),
+        (CHAT, {"messages": TURNS, "n": 10}, 6),
+    ):
+        assert (await door.post(path, {"model": model, **given})).status == 200
+        assert sampling_of(door).max_tokens == most
+
+
 async def test_what_is_given_reaches_the_engine(door, ask):
     given = {
         "temperature": 0.5,
