@@ -59,6 +59,13 @@ def test_every_prompt_and_seed_has_each_arm_and_one_plain_text(client, fake):
     assert {(sent.sampling.seed, sent.sampling.max_tokens) for sent in compares(fake)} == {(0, 10), (1, 10)}
 
 
+def test_each_operator_may_have_words_of_its_own(client):
+    words = {"ocean": ["more", "sea"], "tea": ["two"]}
+    rows = client.sweep(["one"], operators={"ocean": 0.2, "tea": 0.3}, words=words).rows
+    # The plain text is "one two", every other "one more".
+    assert [row.found for row in rows] == [("two",), ("more",), ()]
+
+
 @pytest.mark.parametrize("limit", ["max_arms", "max_total_tokens", "max_messages", "max_request_bytes"])
 def test_arms_are_packed_under_each_of_the_servers_limits_and_the_plain_text_runs_once(client, fake, limit):
     fake.model.limits.CopyFrom(pb.RequestLimits(max_messages=2000, max_request_bytes=10**6))
@@ -246,6 +253,7 @@ def test_servers_that_differ_are_refused_by_name(pair):
         ({"seeds": 1, "sampling": SamplingParams(seed=4)}, "one of both"),
         ({"words": "sea"}, "words: a sequence"),
         ({"words": [" "]}, "words: ' '"),
+        ({"words": {"tea": ["tea"]}}, "words: are of tea; those of each operator are needed: ocean"),
         ({"in_flight": 0}, "in_flight: is 0"),
         ({"out": "/proc/none/x.jsonl"}, "out: cannot write"),
     ],
