@@ -53,7 +53,10 @@ def generate(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Decode PROMPT, steered by the operators and words given. The text goes to stdout, a summary to stderr."""
+    """Decode PROMPT, steered by the operators and words given. The text goes to stdout, a summary to stderr.
+
+    steer generate "I went to see the" --operator ocean=0.4 --max-tokens 24
+    """
     uses = steering.uses()
     with (
         connect(connection, as_json=as_json) as client,
@@ -124,7 +127,10 @@ def operators(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """List the operators in the server's store, or show all about one."""
+    """List the operators in the server's store, or show all about one.
+
+    steer operators ocean
+    """
     with connect(connection, as_json=as_json) as client:
         report = client.reload_operators() if reload else None
         infos = client.operators() if name is None else (client.operator(name),)
@@ -142,7 +148,10 @@ def operators(
 @app.command()
 @expand_groups
 def info(*, connection: o.ConnectionOptions, as_json: o.JsonOption = False) -> None:
-    """Describe the model, its limits and the engine that serves it."""
+    """Describe the model, its limits and the engine that serves it.
+
+    steer info --json
+    """
     with connect(connection, as_json=as_json) as client:
         model = client.model_info()
         if as_json:
@@ -154,7 +163,10 @@ def info(*, connection: o.ConnectionOptions, as_json: o.JsonOption = False) -> N
 @app.command()
 @expand_groups
 def health(*, connection: o.ConnectionOptions) -> None:
-    """Ask whether the server takes requests: exit status 0 if it does, 1 if not."""
+    """Ask whether the server takes requests: exit status 0 if it does, 1 if not.
+
+    steer health --target 127.0.0.1:50051
+    """
     with connect(connection, as_json=False) as client:
         serving = client.health()
         print("serving" if serving else "not serving")
@@ -171,7 +183,10 @@ def tokenize(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Show how PROMPT reaches the model, as tokens."""
+    """Show how PROMPT reaches the model, as tokens.
+
+    steer tokenize "I went to see the" --json
+    """
     with connect(connection, as_json=as_json) as client:
         tokens = client.tokenize(chat.prompt(prompt))
         if as_json:
