@@ -12,5 +12,5 @@ with SteerClient() as client:
     prompts = Path(__file__).with_name("prompts.txt")
     result = client.sweep(prompts, operators=operators, words=words, sampling=sampling, out="sweep.jsonl")
 rich.print(result)
-result.plot().figure.savefig("sweep.png")
+result.plot().figure.savefig("sweep.pdf")
 result.html("sweep.html")

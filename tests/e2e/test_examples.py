@@ -71,8 +71,13 @@ def test_the_sweep_takes_at_most_ten_statements_and_leaves_table_plot_page_and_f
     # Again, and nothing is left to decode.
     assert example("sweep.py") == first
     assert (tmp_path / "sweep.jsonl").read_text(encoding="utf-8").splitlines() == lines
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "sweep.pdf").read_bytes().startswith(b"%PDF")
     assert (tmp_path / "sweep.html").read_text(encoding="utf-8").count("<details") == 10
+
+
+def test_the_page_on_sweeps_shows_this_example():
+    shown = (EXAMPLES.parent / "docs/SWEEPS.md").read_text(encoding="utf-8")
+    assert f"```python\n{(EXAMPLES / 'sweep.py').read_text(encoding='utf-8')}```\n" in shown
 
 
 def test_the_fan_out_prints_every_prompt_with_its_text(example):
