@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from steer_client._cli.app import app
@@ -9,6 +14,7 @@ from steer_client._cli.tally import sign_test, tally
 from steer_client._cli.vote_file import Answer, VoteFile
 from typer.testing import CliRunner
 
+ROOT = Path(__file__).parents[2]
 ONE = ("--operator", "golden-gate=0.4")
 # The arms' names, operators and strengths, and the fake's receipts and times.
 HINTS = ("golden", "steered", "normal", "mild", "0.4", "λ", "KL", "✓", "MAX_TOKENS", " s ·", "\x1b")
@@ -150,3 +156,22 @@ def test_the_share_has_wilsons_interval():
     assert (value["wins"], value["share"]) == ({"a": 8, "b": 2}, 0.8)
     # Newcombe 1998, the score method.
     assert value["interval"] == pytest.approx([0.4902, 0.9433], abs=1e-4)
+
+
+def test_ctrl_c_keeps_what_was_answered(fake, prompts, tmp_path):
+    out = tmp_path / "vote.jsonl"
+    command = [sys.executable, "-m", "steer_client", "vote", "--prompts", str(prompts), *ONE, "--out", str(out)]
+    environment = os.environ | {
+        "STEER_TARGET": fake.target,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "clients/python"), str(ROOT / "protos")]),
+    }
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(b"1\n")
+    process.stdin.flush()
+    seen = b""
+    while seen.count(b"better?") < 2:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=10)
+    assert (process.returncode, b"Traceback" in rest) == (130, False)
+    assert len(out.read_text().splitlines()) == 2

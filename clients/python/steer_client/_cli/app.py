@@ -104,7 +104,7 @@ def ab(
         if as_json or as_lines:
             result = show_streams.read_to_end(stream)
             json_output.print_comparison(
-                result, logprobs=sampling.logprobs is not None, lines=as_lines, one=arm is None and n == 1
+                result, logprobs=sampling.logprobs is not None, lines=as_lines, one=len(arms) == 1 and n == 1
             )
         else:
             show_streams.show_comparison(
