@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from steer_server.errors import InvalidRequestError
+from steer_server.errors import InvalidRequestError, QueueFullError
 from steer_server.types import RequestLimits
 
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
@@ -28,6 +28,10 @@ _ESCAPED = 3
 _VALUES_OF_A_MESSAGE = 16
 _OBJECTS_OF_A_MESSAGE = 4
 """A turn of a chat may be in several parts."""
+_IDS_OF_PROMPTS = 1 << 18
+"""Token ids of several prompts together: ten megabytes, once they are parsed."""
+_LEAST_ROOM = 256 << 20
+_LARGEST_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,27 @@ class BodyLimits:
 
     @classmethod
     def of(cls, limits: RequestLimits, context_length: int) -> BodyLimits:
-        """What the largest request of the contract takes as JSON."""
-        values = context_length + limits.max_messages * _VALUES_OF_A_MESSAGE
+        """What the largest request of the contract takes as JSON; fewer token ids, where several prompts have them."""
+        values = max(context_length, _IDS_OF_PROMPTS) + limits.max_messages * _VALUES_OF_A_MESSAGE
         return cls(_ESCAPED * limits.max_request_bytes, values, _OBJECTS_OF_A_MESSAGE * limits.max_messages)
+
+
+class BodyRoom:
+    """What all bodies together may hold while they come: a thousand of the largest would take gigabytes."""
+
+    def __init__(self, limits: BodyLimits) -> None:
+        self.left = max(_LEAST_ROOM, _LARGEST_AT_ONCE * limits.max_bytes)
+        """Bytes."""
+
+    def take(self, size: int) -> None:
+        """Raises :class:`QueueFullError` where there is not so much left."""
+        if size > self.left:
+            raise QueueFullError("the bodies of other requests, which come just now, take all the room there is", 1.0)
+        self.left -= size
+
+    def give_back(self, size: int) -> None:
+        """Of a body that is gone, or has become a request."""
+        self.left += size
 
 
 def read_object(data: bytes, limits: BodyLimits) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from steer_server.errors import StartupError
-from steer_server.http.bodies import BodyLimits
+from steer_server.http.bodies import BodyLimits, BodyRoom
 from steer_server.http.connection import Connection, ConnectionLimits
 from steer_server.http.contract import contract_methods
 from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler
@@ -47,10 +47,12 @@ class HttpDoor:
         # What clients send wrong is answered, and no line of the log each.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.parts = parts
+        bodies = BodyLimits.of(parts.admission.limits, parts.model.context_length)
         self._rules = CallRules(
             Gate(self._names),
             parts.calls,
-            BodyLimits.of(parts.admission.limits, parts.model.context_length),
+            bodies,
+            BodyRoom(bodies),
             parts.config.client_patience,
             parts.metrics,
         )

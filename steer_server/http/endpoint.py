@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from steer_server.caller import CALLER
 from steer_server.errors import EngineFailedError, SlowReaderError, SteerServerError
-from steer_server.http.bodies import BodyLimits, read_object
+from steer_server.http.bodies import BodyLimits, BodyRoom, read_object
 from steer_server.http.errors import CLIENT_LEFT, Failure, error_body, headers_of, http_status_of
 from steer_server.http.exchange import ClientLeftError, Exchange, event
 from steer_server.http.origin import Gate
@@ -61,6 +61,7 @@ class CallRules:
     gate: Gate
     limit: CallLimit
     bodies: BodyLimits
+    room: BodyRoom
     patience: float
     metrics: Metrics
     running: set[asyncio.Task[Any]] = field(default_factory=set)
@@ -111,7 +112,8 @@ class Endpoint:
         with self._rules.limit.admitted():
             body = None
             if self._has_body:
-                body = read_object(await exchange.read(self._rules.bodies.max_bytes), self._rules.bodies)
+                bodies = self._rules.bodies
+                body = read_object(await exchange.read(bodies.max_bytes, self._rules.room), bodies)
             with self._rules.metrics.call_in_flight(HTTP):
                 async with exchange.while_connected():
                     answer = await self._handle(body)

@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from steer_server.caller import Caller, host_of
 from steer_server.errors import RequestIncompleteError, SlowReaderError
+from steer_server.http.bodies import BodyRoom
 from steer_server.http.errors import Failure
 from steer_server.http.refused import RefusedError
 
@@ -49,10 +50,11 @@ class Exchange:
         """Whom the work is for."""
         return Caller(host_of(self.peer), self.peer, None)
 
-    async def read(self, max_bytes: int) -> bytes:
-        """The body.
+    async def read(self, max_bytes: int, room: BodyRoom) -> bytes:
+        """The body, which takes its ``room`` until it is there.
 
         Raises:
+            QueueFullError: there is no room for it.
             RefusedError: it is no JSON by its head, or larger than ``max_bytes``.
             RequestIncompleteError: it did not arrive in time.
             ClientLeftError: it will not.
@@ -73,28 +75,33 @@ class Exchange:
             raise _too_large(max_bytes)
         try:
             async with asyncio.timeout(self._patience):
-                return await self._body(max_bytes)
+                return await self._body(max_bytes, room)
         except TimeoutError:
             raise RequestIncompleteError(self._patience) from None
 
-    async def _body(self, max_bytes: int) -> bytes:
+    async def _body(self, max_bytes: int, room: BodyRoom) -> bytes:
         pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientLeftError
-            piece = message.get("body", b"")
-            size += len(piece)
-            if size <= max_bytes:
-                pieces.append(piece)
-            else:
-                pieces.clear()
-            is_whole = not message.get("more_body", False)
-            if size > max_bytes and (is_whole or size > _DISCARDED * max_bytes):
-                raise _too_large(max_bytes)
-            if is_whole:
-                return b"".join(pieces)
+        size = held = 0
+        try:
+            while True:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeftError
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size <= max_bytes:
+                    room.take(len(piece))
+                    held += len(piece)
+                    pieces.append(piece)
+                else:
+                    pieces.clear()
+                is_whole = not message.get("more_body", False)
+                if size > max_bytes and (is_whole or size > _DISCARDED * max_bytes):
+                    raise _too_large(max_bytes)
+                if is_whole:
+                    return b"".join(pieces)
+        finally:
+            room.give_back(held)
 
     @asynccontextmanager
     async def while_connected(self) -> AsyncIterator[None]:

@@ -20,6 +20,8 @@ _FAILED = re.compile(r"Failed to parse (\w+) field: ")
 _AT = re.compile(r" at \w+\.([\w.\[\]]+?)\.*$")
 _OURS = "steering.v1"
 _ROOT = "request"
+_MAX_PROBLEM = 256
+"""Characters."""
 
 
 def read_message(cls: type[_M], value: Any, path: str = "") -> _M:
@@ -33,7 +35,9 @@ def read_message(cls: type[_M], value: Any, path: str = "") -> _M:
         text = f"is no {cls.DESCRIPTOR.name}: {error}"
     at = _AT.search(text)
     inside = at[1] if at else ".".join(_FAILED.findall(text))
-    raise InvalidRequestError(_join(path, inside) or _ROOT, _AT.sub("", _FAILED.sub("", text)).rstrip("."))
+    problem = _AT.sub("", _FAILED.sub("", text)).rstrip(".")
+    # With the value in it, which may be a text of any length.
+    raise InvalidRequestError(_join(path, inside) or _ROOT, problem[:_MAX_PROBLEM])
 
 
 def to_json(message: Message) -> dict[str, Any]:

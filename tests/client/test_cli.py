@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -353,3 +354,11 @@ def test_numbers_and_digests_are_short():
     assert [format_number(value) for value in (0.27123, 1, 12345.678, None)] == ["0.271", "1", "12346", "–"]
     assert short_digest("sha256:" + "ab" * 32) == "sha256:abababab…"
     assert short_digest("odd") == "odd"
+
+
+@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
+def test_every_commands_help_has_an_example_with_options_that_it_takes(steer, command):
+    shown = steer(command, "--help").stdout
+    (example,) = [line.strip() for line in shown.splitlines() if line.strip().startswith(f"steer {command} ")]
+    options = shlex.split(example)[2:]
+    assert all(option in shown.replace(example, "") for option in options if option.startswith("--"))

@@ -88,6 +88,11 @@ def test_several_arms_are_one_object_or_one_line_each(steer):
     assert [len(line["receipts"]) for line in lines] == [0, 1, 2]
 
 
+def test_one_arm_of_any_name_is_an_object_as_that_of_the_operators_is(steer):
+    value = json.loads(steer("ab", "hello", *TWO[:2], "--json").stdout)
+    assert set(value) == {"normal", "steered", "first_divergence", "kl", "perplexity"}
+
+
 def test_samples_are_lines_of_their_own(steer):
     result = steer("ab", "hello", "--operator", "golden-gate", "--n", "2", "--jsonl")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -177,7 +182,7 @@ def test_concept_words_are_marked_whole_and_in_any_case():
     text = Text("The SEA, seas and undersea; 海の水 (a.b)")
     mark_words(text, read_words(" sea, 海,, sea,a.b"))
     marked = [text.plain[start:end] for start, end in spans(text, CONCEPT_STYLE)]
-    assert marked == ["SEA", "seas", "海", "a.b"]
+    assert marked == ["SEA", "海", "a.b"]
 
 
 def test_words_that_steer_are_marked_and_not_those_that_are_pushed_away():

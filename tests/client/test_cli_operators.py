@@ -244,9 +244,14 @@ def test_ctrl_c_keeps_what_has_come_of_a_comparison(steer, fake, monkeypatch, te
 
 
 def test_a_cut_text_that_is_merely_behind_does_not_differ():
-    shown = SideBySide("steered", live=True)
-    assert shown.cut() is None
+    shown = SideBySide(("steered",))
+    assert not shown.cut()
     for arm, token in (("normal", 1), ("normal", 2), ("steered", 1)):
         shown.add(ArmDelta(arm, TextDelta("a", (token,))))
-    assert shown.cut().divergence() is None
-    assert shown.finished().divergence() == 1
+    assert shown.cut()
+    assert shown.divergence("steered") is None
+    whole = SideBySide(("steered",))
+    for arm, token in (("normal", 1), ("normal", 2), ("steered", 1)):
+        whole.add(ArmDelta(arm, TextDelta("a", (token,))))
+    whole.finish({})
+    assert whole.divergence("steered") == 1

@@ -28,7 +28,9 @@ def test_the_first_public_name_imports_grpc():
     assert imported_by("from steer_client import OperatorUse") == ["grpc", "asyncio", "google.protobuf"]
 
 
-@pytest.mark.parametrize("command", ["", "generate", "ab", "operators", "info", "health", "tokenize"])
+@pytest.mark.parametrize(
+    "command", ["", "generate", "ab", "operators", "info", "health", "tokenize", "score", "sweep", "vote"]
+)
 def test_help_imports_nothing_slow(command):
     arguments = ["steer", *command.split(), "--help"]
     program = f"""

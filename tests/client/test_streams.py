@@ -1,12 +1,14 @@
 import asyncio
 import contextlib
 import gc
+from types import SimpleNamespace
 
 import grpc
 import pytest
 from steer_client import (
     ArmDelta,
     EngineFailedError,
+    GenerationStream,
     OperatorUse,
     ProtocolError,
     RequestCancelledError,
@@ -366,3 +368,13 @@ def test_an_error_after_the_text_is_still_an_error(fake, make, streamed):
     fake.fault = make.fault(grpc.StatusCode.INTERNAL, reason="ENGINE_FAILED")
     with pytest.raises(EngineFailedError):
         streamed(fake.target)
+
+
+def test_a_stream_that_could_not_be_sent_is_dropped_without_a_complaint():
+    def send(**_):
+        raise ValueError("not sent")
+
+    call = SimpleNamespace(send=send, retries=SimpleNamespace(timeout=None))
+    with pytest.raises(ValueError, match="not sent"):
+        GenerationStream(call)
+    gc.collect()  # an exception in __del__ fails the test

@@ -1,11 +1,13 @@
 """What a sweep and its texts look like: page, plot, table of pandas, notebook, word diff."""
 
+import io
 import re
 import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 from steer_client import (
     ABResult,
     ArmResult,
@@ -164,3 +166,12 @@ def test_a_word_diff_names_what_was_added():
         ("removed", " shop"),
         ("added", " sea"),
     ]
+
+
+def test_the_table_fits_into_80_columns_with_its_intervals(result):
+    console = Console(width=80, file=io.StringIO())
+    console.print(result.table())
+    shown = console.file.getvalue()
+    assert "0.75" in shown
+    assert "(0.30–0.95)" in shown
+    assert "…" not in shown

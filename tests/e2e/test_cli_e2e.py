@@ -50,11 +50,12 @@ FEW = ("--max-tokens", "5", "--ignore-eos")
 
 @pytest.fixture
 def steer(server):
-    def run(*arguments, target=server.target):
+    def run(*arguments, target=server.target, said=""):
         return subprocess.run(
             [STEER, *arguments],
             env=os.environ | {"STEER_TARGET": target, "COLUMNS": "100"},
             capture_output=True,
+            input=said,
             text=True,
             timeout=60,
             check=False,
@@ -190,6 +191,34 @@ def test_score_reads_a_text_under_every_arm(steer):
     assert much["kl_mean"] > 0.01
     assert [len(token["words"]) for token in much["tokens"]] == [1] * len(value["token_ids"])
     assert [receipt["operator"] for receipt in much["receipts"]] == ["golden"]
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("the golden gate\nthe bay\n")
+    return path
+
+
+def test_sweep_measures_every_strength_and_judges_it(steer, prompts, tmp_path):
+    sweep = ("sweep", "--prompts", str(prompts), "-o", "golden=0,1.5", "-o", "dress=0.5:first", *FEW, "--json")
+    files = ("--out", str(tmp_path / "run.jsonl"), "--html", str(tmp_path / "run.html"))
+    met = ("--expect", "golden=1.5:kl_mean>0.001", "--expect", "golden=0:kl_p95<=1e-6")
+    value = _json(steer(*sweep, *files, *met))
+    assert value["controls"] == {"texts": 2, "changed": 0}
+    arms = [("normal", None), ("golden", 0), ("golden", 1.5), ("dress:first", 0.5)]
+    assert [(row["operator"], row["strength"]) for row in value["rows"]] == arms * 2
+    assert [each["met"] for each in value["expectations"]] == [True, True]
+    again = _json(steer(*sweep, *files, "--expect", "golden=1.5:kl_mean<0.001"), code=1)
+    assert again["rows"] == value["rows"]
+    assert "the golden gate" in (tmp_path / "run.html").read_text()
+
+
+def test_vote_shows_two_texts_and_counts_the_answers(steer, prompts):
+    vote = ("vote", "--prompts", str(prompts), "-o", "golden=1.5", *FEW, "--json")
+    value = _json(steer(*vote, said="1\n2\n"))
+    assert value["arms"] == ["steered", "normal"]
+    assert sum(value["wins"].values()) + value["same"] == 2
 
 
 def test_operators_lists_the_store_and_reloads_it(steer):

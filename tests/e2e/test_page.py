@@ -95,9 +95,9 @@ def test_arms_stream_beside_the_plain_text_and_open_their_receipts(opened):
     picture(opened, "diff")
     opened.click("[data-show=kl]")
     assert opened.locator(".token.heat").count() > 0
-    opened.locator("#columns article").nth(1).locator(".token").nth(3).hover()
+    opened.locator("#columns article").nth(1).locator(".token:not(:empty)").nth(2).hover()
     assert "here" in opened.inner_text("#tip")
-    assert "plain" in opened.inner_text("#tip")
+    assert "plain (" in opened.inner_text("#tip")
     picture(opened, "kl")
 
 
@@ -176,6 +176,8 @@ def test_a_link_holds_prompt_settings_seed_and_digests(opened, door):
 
 def test_a_vote_is_blind_and_counted(opened):
     opened.fill("#temperature", "1")
+    # So much that no pair is the same text twice.
+    opened.get_by_label("Strength λ", exact=True).fill("1.8")
     opened.click("#view-vote")
     opened.click("#vote-next")
     opened.wait_for_selector("[data-vote]", timeout=30000)
@@ -204,6 +206,16 @@ def test_what_people_paste_and_models_write_stays_text(opened):
     assert "1,000,000 bytes; this server accepts" in opened.inner_text("#prompt-note")
     opened.click("#run")
     assert "1,000,000 bytes" in opened.inner_text("#problem")
+
+
+def test_a_weight_that_is_no_number_is_sent_and_not_left_out(opened):
+    typed = "sea, storm*-0.5, tide*1.2.3, foam*"
+    assert opened.evaluate("typed => import('/settings.js').then(it => it.wordMessages(typed))", typed) == [
+        {"text": "sea"},
+        {"text": "storm", "weight": -0.5},
+        {"text": "tide", "weight": "1.2.3"},
+        {"text": "foam", "weight": ""},
+    ]
 
 
 def test_what_was_typed_survives_a_reload(opened):

@@ -228,7 +228,7 @@ class Methods(ABC):
         prompts: Prompts | str | Path,
         *,
         operators: Strengths,
-        words: Sequence[str] = (),
+        words: Sequence[str] | Mapping[str, Sequence[str]] = (),
         seeds: int | Sequence[int] | None = None,
         sampling: SamplingParams = SERVER_DEFAULTS,
         out: str | Path | None = None,
@@ -237,12 +237,13 @@ class Methods(ABC):
         progress: bool | None = None,
         timeout: Timeout = None,
     ) -> SweepResult:
-        """Decodes every prompt plain and under every operator at every strength, and counts `words` in the texts.
+        """Decodes every prompt plain and under every operator at every strength, and looks for `words` in the texts.
 
         `operators` is {"ocean": [0.2, 0.4], "tea:first": 0.3}: by operator, the strengths λ. `prompts` may be a file:
         one prompt per line, or of .jsonl one {"id": …, "prompt": …}. `seeds` are those of the texts, or how many (0, 1,
-        …); by default the sampling's, or 0. Arms share requests as far as the server's limits go, and the plain text of
-        a prompt and seed is decoded once.
+        …); by default the sampling's, or 0. `words` are matched whole, in any script; where they are a mapping, each
+        operator's texts are searched for its own, and the plain ones for all of them. Arms share requests as far as the
+        server's limits go, and the plain text of a prompt and seed is decoded once.
 
         `out` is a file that every text is added to when it is finished. Named again, for the same sweep, it goes on
         where the file ends; with another plan, model or version of an operator it is an InvalidRequestError. `targets`

@@ -33,14 +33,15 @@ class Stream(ABC, Generic[Item, Result]):
     """One RPC whose events become items, and whose end becomes a result."""
 
     def __init__(self, call: StartedCall[Item, Result]) -> None:
+        # No more events will be read: the RPC has ended, was abandoned (then it is also cancelled), or was never sent.
+        self._is_closed = True
         self._send, self._retries = call.send, call.retries
         self._rpc = call.send(timeout=call.retries.timeout)
+        self._is_closed = False
         self._has_begun = False
         self._reducer = call.reducer
         self._translate_error = call.translate_error
         self._is_iterated = False
-        # No more events will be read: the RPC has ended, or was abandoned (then it is also cancelled).
-        self._is_closed = False
         self._is_cancelled = False
         self._result: Result | None = None
 

@@ -62,10 +62,13 @@ class Asked:
 
 def asked_completion(parts: ServerParts, given: CompletionParameters) -> Asked:
     """Raises :class:`InvalidRequestError` and :class:`RefusedError`."""
-    sampling = _sampling(given, _COMPLETION_TOKENS if given.max_tokens is None else given.max_tokens, "max_tokens")
+    prompts, most = _prompts(given.prompt), given.max_tokens
+    if most is None:
+        most = min(_COMPLETION_TOKENS, _most_tokens(parts, (given.n or 1) * len(prompts)))
+    sampling = _sampling(given, most, "max_tokens")
     if given.logprobs is not None:
         sampling.logprobs = _number(given.logprobs, "logprobs")
-    return _asked(parts, given, sampling, _prompts(given.prompt), names=_NAMES)
+    return _asked(parts, given, sampling, prompts, names=_NAMES)
 
 
 def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:

@@ -17,6 +17,8 @@ from steer_server.errors import InvalidRequestError
 from steer_server.http.messages import read_message
 from steer_server.http.refused import RefusedError
 
+_MAX_TEXT = 1024
+"""Characters of one operator: more than the longest name and all that there is to say of it."""
 _ENUMS = {"rule": sp.Rule, "anchor": sp.Anchor, "first_token": sp.FirstToken}
 _FORM = (
     "NAME, NAME=λ or NAME=λ@β, such as ocean=0.4@0.5; behind it :POSITIONS, such as ocean=0.4:first; then "
@@ -49,6 +51,8 @@ def operators_of(body: Any, model: str, served: str) -> tuple[list[sp.OperatorUs
 
 def read_operator(text: str, field: str) -> sp.OperatorUse:
     """An operator that is written as a text. Raises :class:`InvalidRequestError`."""
+    if len(text) > _MAX_TEXT:
+        raise InvalidRequestError(field, f"has an operator of {len(text)} characters; at most {_MAX_TEXT} are accepted")
     head, *choices = text.split(",")
     setting, has_positions, positions = head.partition(":")
     name, has_strength, values = setting.partition("=")

@@ -5,12 +5,15 @@ import { ArmEditor } from "./arms.js";
 import { Column } from "./column.js";
 import { asCli, asCsv, asCurl, asPython, notForCli } from "./copies.js";
 import { byId, el, number, short } from "./dom.js";
+import { showHistory } from "./history.js";
 import * as kept from "./kept.js";
+import { action, put, say, tell, tip } from "./messages.js";
 import { checked, compareRequest, fromFragment, newArm, newSettings, toFragment } from "./settings.js";
 import { VoteView } from "./vote.js";
 
 const NORMAL = "normal";
 const MAX_LINK = 30000;
+const MAX_REPORTED = 20000;
 const FIELDS = ["max_tokens", "temperature", "top_p", "repetition_penalty"];
 
 const page = {
@@ -69,26 +72,6 @@ const marks = () => {
   const uses = (page.ran ?? page.settings).arms.flatMap((arm) => arm.uses);
   return [...new Set(uses.flatMap((use) => (use.words ? use.words.split(",").map((word) => word.replace(/\*.*$/, "").trim()) : use.name.split("-"))))].filter((word) => word.length > 2);
 };
-
-// ---- messages
-
-function tell(error, ...actions) {
-  const box = byId("problem");
-  box.hidden = !error;
-  box.replaceChildren();
-  if (!error) return;
-  box.append(el("p", {}, error.message));
-  if (error.code && !["UNREACHABLE", "BROKEN"].includes(error.code)) box.append(el("p", { className: "note" }, [error.code, error.field].filter(Boolean).join(" · ")));
-  if (actions.length) box.append(el("div", { className: "actions" }, ...actions));
-}
-
-const say = (text) => { byId("progress").textContent = text; };
-
-function action(text, work) {
-  const button = el("button", { type: "button" }, text);
-  button.addEventListener("click", work);
-  return button;
-}
 
 // ---- the server
 
@@ -182,7 +165,9 @@ async function run() {
 }
 
 async function follow(signal) {
+  // What each token gained and lost; for a long text of many arms that is more than the server reports.
   const request = compareRequest(page.ran);
+  if (request.arms.length && (request.sampling.max_tokens ?? 128) * request.arms.length <= MAX_REPORTED) request.report = { top: 5 };
   const seen = new Set();
   for await (const event of events("Compare", request, signal)) {
     if (event.compared) {
@@ -250,20 +235,6 @@ function drawAll() {
 
 // ---- what a text offers
 
-const tipBox = byId("tip");
-
-function tip(element, lines = []) {
-  tipBox.hidden = !element;
-  if (!element) return;
-  tipBox.replaceChildren(...lines.map((line) => el("div", {}, line)));
-  const box = element.getBoundingClientRect();
-  const size = tipBox.getBoundingClientRect();
-  const left = Math.min(Math.max(8, box.left), innerWidth - size.width - 8);
-  const above = box.top > size.height + 12;
-  tipBox.style.left = `${left}px`;
-  tipBox.style.top = `${(above ? box.top - size.height - 6 : box.bottom + 6)}px`;
-}
-
 function fork(column, place) {
   const ids = column.finished?.token_ids;
   if (!ids) return;
@@ -299,23 +270,6 @@ function pin(settings) {
   for (const use of settings.arms.flatMap((arm) => arm.uses)) use.digest = use.digest ?? served.get(use.name) ?? null;
 }
 
-async function put(text, name) {
-  try {
-    await navigator.clipboard.writeText(text);
-    say(`${name} is copied.`);
-  } catch {
-    // Not allowed, or not a safe origin: to be copied by hand.
-    const area = el("textarea", { value: text, rows: 8, readOnly: true, "aria-label": name });
-    const close = el("button", { type: "button" }, "Close");
-    const dialog = el("dialog", { "aria-label": name }, el("p", {}, `${name}, to be copied by hand:`), area, close);
-    close.addEventListener("click", () => dialog.close());
-    dialog.addEventListener("close", () => dialog.remove());
-    document.body.append(dialog);
-    dialog.showModal();
-    area.select();
-  }
-}
-
 function save(kind) {
   const texts = shownTexts();
   const settings = structuredClone(page.ran ?? page.settings);
@@ -333,27 +287,16 @@ function view(name) {
     byId(`${each}-view`).hidden = each !== name;
     byId(`view-${each}`).setAttribute("aria-pressed", String(each === name));
   }
-  if (name === "history") showHistory();
+  if (name === "history") showHistory(open);
   if (name === "vote") vote.refresh();
 }
 
-function showHistory() {
-  const entries = kept.history();
-  const items = entries.map((entry) => {
-    let settings;
-    try {
-      settings = checked(entry.settings);
-    } catch {
-      return null;
-    }
-    const open = action("Open", () => { page.settings = settings; showForm(); keepTyped(); view("compare"); checkDigests(); });
-    const drop = action("Delete", () => { kept.forget(entry.time); showHistory(); });
-    const texts = (entry.texts ?? []).map(({ name, text }) => el("p", { className: "kept" }, el("b", {}, `${name}: `), String(text)));
-    return el("li", {}, el("p", {}, el("time", {}, new Date(entry.time).toLocaleString()), " · ", settings.prompt.slice(0, 120)), ...texts, el("div", { className: "actions" }, open, drop));
-  });
-  const clear = action("Delete all", () => { kept.forgetAll(); showHistory(); });
-  byId("history-view").replaceChildren(items.length
-    ? el("ol", { className: "history" }, ...items.filter(Boolean)) : el("p", {}, "Experiments that you run are kept here, in this browser alone."), ...(items.length ? [clear] : []));
+function open(settings) {
+  page.settings = settings;
+  showForm();
+  keepTyped();
+  view("compare");
+  checkDigests();
 }
 
 function load(fragment) {
@@ -417,4 +360,8 @@ if (!load(location.hash) && typed) {
 }
 showForm();
 await meetServer();
-setInterval(() => { if (!page.abort && !document.hidden) meetServer(); }, 5000);
+// Asked for again in a while: sooner where it could not be reached.
+for (;;) {
+  await new Promise((resolve) => { setTimeout(resolve, page.isUp ? 20000 : 3000); });
+  if (!page.abort && !document.hidden) await meetServer();
+}

@@ -102,8 +102,11 @@ export function positionsMessage(text) {
 /** "ocean, storm*-0.5" as the contract's words. */
 export function wordMessages(text) {
   return text.split(",").map((each) => each.trim()).filter(Boolean).map((each) => {
-    const found = /^(.*?)\*(-?[\d.]+)$/.exec(each);
-    return found ? { text: found[1].trim(), weight: Number(found[2]) } : { text: each };
+    const [word, ...weights] = each.split("*");
+    if (!weights.length) return { text: each };
+    const weight = weights.join("*").trim();
+    // What is no number goes as it was typed, for the server to refuse: as JSON, NaN would mean that there is no weight.
+    return { text: word.trim(), weight: weight && Number.isFinite(Number(weight)) ? Number(weight) : weight };
   });
 }
 

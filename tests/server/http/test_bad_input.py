@@ -1,6 +1,7 @@
 """What nobody should send: refused by name, in bounded time and memory; the door goes on."""
 
 import asyncio
+import json
 import time
 
 import pytest
@@ -40,7 +41,7 @@ async def _until(condition, seconds=5.0):
         (b'\xef\xbb\xbf{"prompt": {}}', "is not JSON"),
         (b'"x"', "no object"),
         (b"[" * 1000 + b"]" * 1000, "nested more than"),
-        (b"[" * 100_000, "values or more"),
+        (b"[" * 400_000, "values or more"),
         (b'{"prompt":' * 200 + b"1" + b"}" * 200, "nested more than"),
         (b'{"prompt": NaN}', "has NaN"),
         (b'{"prompt": -Infinity}', "has -Infinity"),
@@ -50,16 +51,21 @@ async def _until(condition, seconds=5.0):
         (b'{"prompt": {"text": "a", "text": "b"}}', "'text' twice"),
         (b'{"prompt": {"text": "\\ud800"}}', "surrogate"),
         (b'{"prompt": {"text": "a\nb"}}', "is not JSON"),
-        (b'{"prompt": {"token_ids": {"ids": [' + b"1," * 60_000 + b"1]}}}", "values or more"),
+        (b'{"prompt": {"token_ids": {"ids": [' + b"1," * 400_000 + b"1]}}}", "values or more"),
         (b'{"a":[' + b"{}," * 9000 + b"1]}", "9001 objects or more"),
         (b"[" + b'"",' * 10**6 + b"1]", "texts or more"),
-        (b'{"a":{' + b",".join(b'"%d":1' % n for n in range(60_000)) + b"}}", "values or more"),
+        (b'{"a":{' + b",".join(b'"%d":1' % n for n in range(400_000)) + b"}}", "values or more"),
     ],
 )
 async def test_what_is_no_object_of_json_is_refused_by_what_is_wrong(door, body, said):
     answer = await door.post(PATH, body)
     assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "INVALID_REQUEST", "request")
     assert said in answer.error["message"]
+
+
+async def test_many_prompts_may_be_token_ids(door):
+    text = json.dumps({"prompt": [[7] * 200] * 256}).encode()
+    assert len(read_object(text, door.server.doors[0]._rules.bodies)["prompt"]) == 256
 
 
 def test_a_text_without_an_end_takes_no_longer_than_it_is_long():
@@ -106,6 +112,23 @@ async def test_a_body_that_does_not_come_is_given_up(start, logged):
         assert (answer.status, answer.error["code"]) == (408, "REQUEST_INCOMPLETE")
     assert (await door.post(PATH, PROMPT)).status == 200
     assert not any(door.server._metrics.in_flight.values())
+
+
+async def test_bodies_that_come_at_once_share_one_room(start):
+    door = await start()
+    room = door.server.doors[0]._rules.room
+    room.left = whole = 3000
+    slow = [await door.open() for _ in range(2)]
+    for _, writer in slow:
+        writer.write(door.request("POST", PATH, b"", content_length="5000") + b'{"prompt":' + b" " * 1000)
+    await _until(lambda: room.left < 1000)
+    refused = await door.post(PATH, {"prompt": {"text": "x" * 1000}})
+    assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (429, "QUEUE_FULL", "1")
+    assert (await door.post(PATH, PROMPT)).status == 200
+    for _, writer in slow:
+        writer.close()
+    await _until(lambda: room.left == whole)
+    assert (await door.post(PATH, {"prompt": {"text": "x" * 1000}})).error["code"] == "PROMPT_TOO_LONG"
 
 
 async def test_a_head_that_does_not_come_ends_the_connection(start):

@@ -132,6 +132,21 @@ async def test_what_is_wrong_with_a_request_is_named(door, body, param, said):
     assert not door.engine.jobs
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"sampling": {"temperature": "x" * 10**5}},
+        {"sampling": {"time_limit": "x" * 10**5}},
+        {"operators": [{"rule": "x" * 10**5}]},
+        {"x" * 10**5: 1},
+    ],
+)
+async def test_a_value_of_any_length_is_not_sent_back_whole(door, body):
+    answer = await door.post("/api/Generate", {"prompt": {"text": "x"}, **body})
+    assert answer.status == 400
+    assert len(answer.body) < 3000
+
+
 async def test_an_error_has_the_details_that_it_has_over_grpc(door):
     error = (await door.post("/api/Generate", {**PROMPT, "operators": [{"name": "tide"}]})).error
     assert (error["status"], error["code"], error["type"]) == ("NOT_FOUND", "UNKNOWN_OPERATOR", "invalid_request_error")

@@ -14,6 +14,8 @@ from steer_client._cli import options as o
 from steer_client._cli.connection import connect
 from steer_client._cli.option_groups import expand_groups
 from steer_client._cli.score_command import score
+from steer_client._cli.sweep_command import sweep
+from steer_client._cli.vote_command import vote
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +53,10 @@ def generate(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Decode PROMPT, steered by the operators and words given. The text goes to stdout, a summary to stderr."""
+    """Decode PROMPT, steered by the operators and words given. The text goes to stdout, a summary to stderr.
+
+    steer generate "I went to see the" --operator ocean=0.4 --max-tokens 24
+    """
     uses = steering.uses()
     with (
         connect(connection, as_json=as_json) as client,
@@ -99,7 +104,7 @@ def ab(
         if as_json or as_lines:
             result = show_streams.read_to_end(stream)
             json_output.print_comparison(
-                result, logprobs=sampling.logprobs is not None, lines=as_lines, one=arm is None and n == 1
+                result, logprobs=sampling.logprobs is not None, lines=as_lines, one=len(arms) == 1 and n == 1
             )
         else:
             show_streams.show_comparison(
@@ -109,6 +114,8 @@ def ab(
 
 
 app.command()(expand_groups(score))
+app.command()(expand_groups(sweep))
+app.command()(expand_groups(vote))
 
 
 @app.command()
@@ -120,7 +127,10 @@ def operators(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """List the operators in the server's store, or show all about one."""
+    """List the operators in the server's store, or show all about one.
+
+    steer operators ocean
+    """
     with connect(connection, as_json=as_json) as client:
         report = client.reload_operators() if reload else None
         infos = client.operators() if name is None else (client.operator(name),)
@@ -138,7 +148,10 @@ def operators(
 @app.command()
 @expand_groups
 def info(*, connection: o.ConnectionOptions, as_json: o.JsonOption = False) -> None:
-    """Describe the model, its limits and the engine that serves it."""
+    """Describe the model, its limits and the engine that serves it.
+
+    steer info --json
+    """
     with connect(connection, as_json=as_json) as client:
         model = client.model_info()
         if as_json:
@@ -150,7 +163,10 @@ def info(*, connection: o.ConnectionOptions, as_json: o.JsonOption = False) -> N
 @app.command()
 @expand_groups
 def health(*, connection: o.ConnectionOptions) -> None:
-    """Ask whether the server takes requests: exit status 0 if it does, 1 if not."""
+    """Ask whether the server takes requests: exit status 0 if it does, 1 if not.
+
+    steer health --target 127.0.0.1:50051
+    """
     with connect(connection, as_json=False) as client:
         serving = client.health()
         print("serving" if serving else "not serving")
@@ -167,7 +183,10 @@ def tokenize(
     connection: o.ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
-    """Show how PROMPT reaches the model, as tokens."""
+    """Show how PROMPT reaches the model, as tokens.
+
+    steer tokenize "I went to see the" --json
+    """
     with connect(connection, as_json=as_json) as client:
         tokens = client.tokenize(chat.prompt(prompt))
         if as_json:

@@ -89,9 +89,12 @@ class SweepResult:
 
     def table(self) -> Table:
         """A rich table: what every operator did at every strength."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table("operator", title=_unmarked(f"{self.model}: {len(self.rows)} texts, 95 % intervals over prompts"))
+        title = _unmarked(f"{self.model}: {len(self.rows)} texts, 95 % intervals over prompts")
+        # Narrow: with its intervals it fits into the 80 columns of a log.
+        table = Table("operator", title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
         for name in ("λ", "n", "hits", "useful hits", "KL mean", "KL p95", "perplexity ratio"):
             table.add_column(name, justify="right")
         last = None
@@ -103,7 +106,10 @@ class SweepResult:
             measured = (each.hits, each.useful_hits, each.kl_mean, each.kl_p95, each.perplexity_ratio)
             table.add_row(_unmarked(each.operator), strength, str(each.n), *map(_shown, measured))
         if self.num_controls:
-            table.caption = f"{self.num_controls} texts at λ = 0, {len(self.changed_controls)} not as without steering"
+            changed = len(self.changed_controls)
+            table.caption = f"{self.num_controls} texts at λ = 0: " + (
+                f"{changed} not as without steering" if changed else "all as without steering"
+            )
         return table
 
     def plot(self, metric: str | None = None, ax: Any = None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from steer_client._sweep.run import Caller, pinned, run, served
 async def sweep(
     prompts: Prompts | str | Path,
     operators: Strengths,
-    words: Sequence[str],
+    words: Sequence[str] | Mapping[str, Sequence[str]],
     seeds: int | Sequence[int] | None,
     sampling: SamplingParams,
     *,
@@ -36,8 +36,8 @@ async def sweep(
     """See the clients' method."""
     if isinstance(in_flight, bool) or not isinstance(in_flight, int) or in_flight < 1:
         raise InvalidRequestError(f"in_flight: is {in_flight!r}; a number from 1 is accepted", field="in_flight")
-    finder = WordFinder(words)
     plan = make_plan(prompts, operators, seeds, sampling)
+    finder, by_operator = _finders(plan, words)
     info, common = await served(plan, callers, timeout)
     journal = Journal(None if out is None else Path(out), make_header(plan.described(), common))
     try:
@@ -56,7 +56,10 @@ async def sweep(
     finally:
         journal.close()
     result = SweepResult(
-        tuple(replace(row, found=finder.found(row.text)) for row in _ordered(plan, journal.rows)),
+        tuple(
+            replace(row, found=by_operator.get(row.operator, finder).found(row.text))
+            for row in _ordered(plan, journal.rows)
+        ),
         finder.words,
         common["model"],
         common["model_fingerprint"],
@@ -65,6 +68,20 @@ async def sweep(
     if result.changed_controls:
         raise ControlChangedError(result)
     return result
+
+
+def _finders(
+    plan: Plan, words: Sequence[str] | Mapping[str, Sequence[str]]
+) -> tuple[WordFinder, dict[str, WordFinder]]:
+    """What looks for any of the words, and where each operator has its own, what looks for those."""
+    if not isinstance(words, Mapping):
+        return WordFinder(words), {}
+    labels = {arm.operator for arm in plan.arms}
+    if set(words) != labels:
+        given, needed = ", ".join(words) or "none", ", ".join(sorted(labels))
+        raise InvalidRequestError(f"words: are of {given}; those of each operator are needed: {needed}", field="words")
+    by_operator = {label: WordFinder(each) for label, each in words.items()}
+    return WordFinder([word for each in by_operator.values() for word in each.words]), by_operator
 
 
 def _ordered(plan: Plan, rows: Sequence[SweepRow]) -> list[SweepRow]:
