@@ -9,8 +9,9 @@ on a connection of its own. The arms:
     openai    /v1/completions, as server-sent events
     contract  /api/GenerateStream, as server-sent events
 
-Reports, per number of streams, the ratio of tokens per second and of the time to the first token, round by round in a
-random order: machines drift, and neighbours drift least. Not a test; nothing here passes or fails.
+Reports, per number of streams, the ratio of tokens per second, of the time to the first token, and of the server's CPU
+time per token, round by round in a random order: machines drift, and neighbours drift least. Ratios above 1 are better
+than over gRPC. Not a test; nothing here passes or fails.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import grpc
+import psutil
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc
 
@@ -62,6 +64,8 @@ class Run:
 
     rate: float
     first: float
+    cpu: float
+    """Seconds of the server's process for each token."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Doors:
 
     grpc: str
     http: int
+    process: psutil.Process
 
 
 Stream = Callable[[Doors, int, int], Awaitable[tuple[float, int]]]
@@ -137,13 +142,14 @@ async def _events(port: int, path: str, body: dict[str, Any]):
 
 async def run(stream: Stream, doors: Doors, streams: int, tokens: int, seed: int) -> Run:
     """So many streams at once."""
-    began = time.monotonic()
+    began, worked = time.monotonic(), sum(doors.process.cpu_times()[:2])
     found = await asyncio.gather(*(stream(doors, tokens, seed + index) for index in range(streams)))
     seconds = time.monotonic() - began
     counts = [count for _, count in found]
     if set(counts) != {tokens}:
         raise SystemExit(f"{counts} tokens came; {tokens} were asked for")
-    return Run(sum(counts) / seconds, statistics.median(first - began for first, _ in found))
+    cpu = (sum(doors.process.cpu_times()[:2]) - worked) / sum(counts)
+    return Run(sum(counts) / seconds, statistics.median(first - began for first, _ in found), cpu)
 
 
 @contextmanager
@@ -170,7 +176,7 @@ def server(engine: str, store: str) -> Iterator[Doors]:
             raise SystemExit("the server did not start")
         # Lines that nobody reads would hold up the server.
         drain = subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
-        yield Doors(target, http)
+        yield Doors(target, http, psutil.Process(process.pid))
         process.terminate()
         process.wait(60)
         drain.wait(10)
@@ -203,6 +209,7 @@ async def measure(given: argparse.Namespace, doors: Doors) -> list[dict[str, Any
                 "first": statistics.median(each.first for each in runs),
                 "rates": [one.rate / other.rate for one, other in pairs],
                 "firsts": [other.first / one.first for one, other in pairs],
+                "cpus": [other.cpu / one.cpu for one, other in pairs],
             }
         )
     return rows
@@ -227,14 +234,17 @@ def main() -> None:
     if given.json:
         print(json.dumps(rows))
         return
-    print(f"engine {given.engine}, {given.pairs} rounds, {given.tokens} tokens; ratios to grpc: median (least to most)")
-    print(f"{'streams':>7} {'arm':9} {'tokens/s':>9} {'ratio':>22} {'first, ms':>10} {'grpc / first':>22}")
+    print(f"engine {given.engine}, {given.pairs} rounds, {given.tokens} tokens; ratios: median (least to most)")
+    print(
+        f"{'streams':>7} {'arm':9} {'tokens/s':>9} {'ratio':>20} {'first, ms':>10} {'ratio':>20} {'ratio of CPU':>20}"
+    )
     for row in rows:
         rate, first = f"{row['rate']:9.1f}", f"{1e3 * row['first']:10.1f}"
-        ratios, firsts = (
-            f"{statistics.median(each):.3f} ({min(each):.3f}-{max(each):.3f})" for each in (row["rates"], row["firsts"])
+        rates, firsts, cpus = (
+            f"{statistics.median(row[name]):.3f} ({min(row[name]):.3f}-{max(row[name]):.3f})"
+            for name in ("rates", "firsts", "cpus")
         )
-        print(f"{row['streams']:7} {row['arm']:9} {rate} {ratios:>22} {first} {firsts:>22}")
+        print(f"{row['streams']:7} {row['arm']:9} {rate} {rates:>20} {first} {firsts:>20} {cpus:>20}")
 
 
 if __name__ == "__main__":
