@@ -147,9 +147,9 @@ class _Field:
         self.group = field.name if field.containing_oneof is None else field.containing_oneof.name
         self.run: re.Pattern[bytes] | None = None
         if field.is_repeated and self.wire_type == _VARINT:
-            # However many numbers come one by one, they are counted in one step.
+            # Numbers that come one by one are counted many in a step: as many as matching them takes little memory for.
             tag = re.escape(_to_varint(field.number << 3))
-            self.run = re.compile(b"(?:" + tag + b"[\x80-\xff]{0,9}[\x00-\x7f])*+", re.DOTALL)
+            self.run = re.compile(b"(?:" + tag + b"[\x80-\xff]{0,9}[\x00-\x7f]){1,1024}", re.DOTALL)
 
     @cached_property
     def max_bytes(self) -> int:
@@ -190,8 +190,9 @@ class _Walk:
                         problem = f"have {size} bytes together or more; at most {field.total} are accepted"
                         raise LimitError(problem, field.descriptor, size).prepend(field.name)
             elif field.run is not None:
-                matched = field.run.match(self._data, begin, end)
-                at = begin if matched is None else matched.end()
+                at = begin
+                while matched := field.run.match(self._data, at, end):
+                    at = matched.end()
                 if at == begin:
                     raise _malformed(kind, "a number has no end")
                 found = _num_varints(self._data[begin:at]) // 2

@@ -16,8 +16,9 @@ from typing import Any
 from steer_server.errors import InvalidRequestError, QueueFullError
 from steer_server.types import RequestLimits
 
-_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?+', re.DOTALL)
-"""One without an end has all that is left: else each escaped quote in it would be tried as the beginning of another."""
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_TEXT = re.compile(rb'"[^"]*"?')
+"""Of what has no escapes any more. One without an end has all that is left."""
 _LONG_NUMBER = re.compile(rb"(?<![0-9.])[0-9]{309}")
 """Of as many digits as the largest double."""
 _BRACKET = re.compile(rb"[][{}]")
@@ -113,6 +114,8 @@ def _check_size(data: bytes, limits: BodyLimits) -> None:
 def _outside_texts(data: bytes, limits: BodyLimits) -> bytes:
     """What is no text, be it a value or the name of a member. Ends at the first text that is one too many."""
     pieces, at = [], 0
+    # No JSON has a backslash outside of a text: what follows one is never parsed, however it is read here.
+    data = _ESCAPE.sub(b"", data)
     for count, text in enumerate(_TEXT.finditer(data)):
         if count > 2 * limits.max_values:
             raise InvalidRequestError("request", f"has {count} texts or more; at most {count - 1} are accepted")

@@ -219,3 +219,15 @@ def test_the_largest_message_within_the_limits_is_within_the_largest_size():
         checked.check(data)
         assert len(data) <= checked.max_bytes
     assert checked.max_bytes < 1200
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("half", [b"\x48\x80", b"\x48"], ids=["half a number", "no number"])
+def test_numbers_that_come_one_by_one_are_counted_to_the_last(count, half):
+    numbers = b"\x48\x81\x01" * count  # sampling.stop_token_ids, field 9, each with a tag of its own
+    checked = measure(text_pb2.SamplingParams, {"SamplingParams.stop_token_ids": Limit(count=5000)})
+    checked.check(numbers)
+    with pytest.raises(DecodeError):
+        text_pb2.SamplingParams.FromString(numbers + half)
+    with pytest.raises(FieldError, match=r"stop_token_ids|no end|ends amid"):
+        checked.check(numbers + half)
