@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from steer_server.allocator import share_arenas
+
 
 def main() -> None:
     """Entry point of the command."""
+    share_arenas()
     try:
         from steer_server.command import app
     except ModuleNotFoundError as error:
