@@ -67,7 +67,7 @@ def test_the_sweep_takes_at_most_ten_statements_and_leaves_table_plot_page_and_f
     first = example("sweep.py")
     lines = (tmp_path / "sweep.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 1 + 10 * (1 + 3 * 5)
-    assert "30 texts at λ = 0, 0 not as without steering" in first
+    assert "30 texts at λ = 0: all as without steering" in first
     # Again, and nothing is left to decode.
     assert example("sweep.py") == first
     assert (tmp_path / "sweep.jsonl").read_text(encoding="utf-8").splitlines() == lines

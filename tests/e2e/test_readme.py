@@ -151,9 +151,10 @@ def test_the_server_command_names_options_that_exist(environment):
 def test_the_commands_of_the_builder_name_options_that_exist(environment):
     pages = (README, (ROOT / "docs/MEASURED.md").read_text())
     shown = "".join(block for page in pages for block in blocks("sh", page) if block.startswith("steer-operators"))
-    for line in shown.splitlines():
+    for line in re.sub(r"\\\n", " ", shown).splitlines():
         options = set(re.findall(r"--[a-z-]+", line))
-        assert options <= set(re.findall(r"--[a-z-]+", run(f"steer-operators {line.split()[1]} --help", environment)))
+        helped = run(f"steer-operators {line.split()[1]} --help", environment | {"COLUMNS": "200"})
+        assert options <= set(re.findall(r"--[a-z-]+", helped))
 
 
 def test_the_demo_ends_well_and_prints_what_the_picture_shows(environment, tmp_path):
