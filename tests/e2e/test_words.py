@@ -176,5 +176,8 @@ def test_the_sdk_has_types_for_what_is_refused(lens, client):
     assert caught.value.field == "operators[0].kl"
     with pytest.raises(UnknownOperatorError, match="'none'"):
         client.generate("the", operators=[Word("bridge", lens="none")])
-    with pytest.raises(InvalidRequestError, match="OperatorUse is needed, not 'bridge'"):
+    # A text alone is the name of an operator, and no word.
+    with pytest.raises(UnknownOperatorError, match="'bridge'"):
         client.generate("the", operators=["bridge"])
+    with pytest.raises(InvalidRequestError, match="OperatorUse"):
+        client.generate("the", operators=[7])
