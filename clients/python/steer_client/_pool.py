@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from steer_client._dual_method import run_to_end
+from steer_client._translate import cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,10 @@ class TaskPool:
     async def _run(self, key: int, work: Coroutine[Any, Any, Any]) -> None:
         try:
             outcome = Outcome(key, await work, None)
+        except asyncio.CancelledError:
+            # Perhaps by others than `stop`: whoever waits for it must not wait for ever.
+            self._outcomes.put_nowait(Outcome(key, None, cancelled()))
+            raise
         except Exception as error:  # noqa: BLE001 - raised where the outcome is read
             outcome = Outcome(key, None, error)
         self._outcomes.put_nowait(outcome)
