@@ -36,13 +36,14 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from operators.core.artifact import Lens, OperatorArtifact, make_artifact, make_lens, make_vector
 from operators.core.header import NeutralTexts, OperatorHeader, Recommended
 from operators.core.lens_source import PUSHED, LensSource
 from operators.core.vector_source import ImportedVector
-from operators.maps.detach import families
 from operators.model.loading import LoadedModel, load_model, recognise
 from operators.model.unembedding import loaded_unembedding
 
@@ -99,6 +100,18 @@ _FAMILIES = {
         )
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, hidden_size=32, num_hidden_layers=3)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_SIZES,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            mlp_only_layers=[1],
+            norm_topk_prob=True,
+        )
+    ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
             **_SIZES,
@@ -113,9 +126,12 @@ _FAMILIES = {
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-@pytest.fixture(params=[family.name for family in families()])
+@pytest.fixture(params=list(_FAMILIES))
 def family(request) -> str:
-    """Every architecture that can be built, one after the other; ``tiny`` makes a model of it."""
+    """Architectures that can be built, one after the other: every kind of block. ``tiny`` makes a model of it.
+
+    All of them, in odd sizes, are in ``tests/operators/maps/test_exactness.py``.
+    """
     return request.param
 
 
@@ -173,7 +189,10 @@ def tiny(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedModel]:
                 elif "embed" in name or "wte" in name or "wpe" in name:
                     torch.nn.init.normal_(parameter, std=1.0)
                 else:
-                    torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+                    torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+        if model._can_set_experts_implementation():
+            # The others are not for float64.
+            model.set_experts_implementation("eager")
         loaded = recognise(f"tiny-{family}", model.eval().requires_grad_(False), tiny_tokenizer)
         # As a checkpoint's: a dtype that it is loaded in, with rounding or not, leaves the fingerprint.
         model.to(_DTYPES[dtype]).set_attn_implementation(attention)

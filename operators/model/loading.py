@@ -239,7 +239,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last block and the head. Raises :class:`ModelError`."""
-    return _find_module(model, ("norm", "ln_f"), nn.Module)
+    return _find_module(model, ("norm", "ln_f", "final_layer_norm"), nn.Module)
 
 
 def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -249,17 +249,27 @@ def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def block_input(model: PreTrainedModel, embeddings: torch.Tensor, *, start: int = 0) -> torch.Tensor:
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What a decoder multiplies embeddings by before its first block (Granite); 1 where their module gives them so."""
+    return float(getattr(model.get_decoder(), "embedding_multiplier", 1.0))
+
+
+def block_input(
+    model: PreTrainedModel, embeddings: torch.Tensor, *, start: int = 0, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """x as the first block receives it: ``embeddings`` (..., T, d) of the tokens at positions start, start+1, ...
 
-    The embeddings themselves, plus the learned positions in models that add them (GPT-2).
+    The embeddings themselves, times a constant in models that scale them, plus the learned positions in models that add
+    them (GPT-2). ``positions`` (..., T) are those of texts that begin at different ones.
     """
-    positions = getattr(model.get_decoder(), "wpe", None)
-    if positions is None:
-        return embeddings
+    scale, learned = embedding_scale(model), getattr(model.get_decoder(), "wpe", None)
     with torch.no_grad():
-        x: torch.Tensor = embeddings + positions.weight[start : start + embeddings.shape[-2]]
-    return x
+        x = embeddings if scale == 1.0 else embeddings * scale
+        if learned is None:
+            return x
+        where = slice(start, start + x.shape[-2]) if positions is None else positions
+        added: torch.Tensor = x + learned.weight[where]
+    return added
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
