@@ -30,6 +30,7 @@ from operators.core.header import Profile
 from operators.maps.detach import FamilyRules, Tape, family_of, recording, replaying
 from operators.maps.jacobian import relative_error
 from operators.maps.replay import target_hidden_state
+from operators.model.experts import eager_experts
 from operators.model.loading import block_input, decoder_layers, embed, embedding_scale
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def ordinary_product(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int
     # What moves the first block's input by that input itself.
     tangent = block_input(model, embeddings) / embedding_scale(model)
     # The other kernels of scaled dot product attention have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), eager_experts(model):
         pair = torch.func.jvp(
             lambda z: target_hidden_state(model, z[None], layer=layer, profile=profile)[0], (embeddings,), (tangent,)
         )

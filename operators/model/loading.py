@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
@@ -18,7 +19,9 @@ from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import check_attention
 from operators.model.checkpoint_files import CheckpointFiles, packed_weights
+from operators.model.decoders import TextDecoder, read_decoder
 from operators.model.digest_cache import keep_digest
+from operators.model.experts import fit_experts
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
 from operators.model.preflight import ModelCheck, examine
@@ -118,10 +121,9 @@ def load_model(
         directory = Path(source) if local else _hub_directory(source)
         revision = "main" if local else directory.name
         checks = [decoder_layers, *([check] if check else [])]
-        attention = examine(
-            *(name, source, revision), dtype=dtype, device=torch.device(device), attention=attention, checks=checks
-        )
-        model, report = _from_files(source, revision, DTYPES[dtype], attention)
+        decoder = _read_decoder(name, source, revision)
+        attention = examine(name, decoder, dtype=dtype, device=torch.device(device), attention=attention, checks=checks)
+        model, report = _from_files(source, revision, decoder, DTYPES[dtype], attention)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_complete(name, report)
         _check_tied(name, model)
@@ -130,9 +132,10 @@ def load_model(
         if torch.device(device).type == "cpu":
             keep_in_memory(model)
         weights = stored_weights_digest(
-            files, model, DTYPES[dtype], lambda exact: _from_files(source, revision, exact, attention)[0]
+            files, model, DTYPES[dtype], lambda exact: _from_files(source, revision, decoder, exact, attention)[0]
         )
         model = model.to(device).eval().requires_grad_(False)
+        fit_experts(model)
     except (OperatorError, MemoryError):
         raise
     except Exception as error:
@@ -146,20 +149,38 @@ def load_model(
     return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files)
 
 
+def _read_decoder(name: str, source: str, revision: str) -> TextDecoder:
+    try:
+        return read_decoder(source, revision)
+    except ModelError as error:
+        raise ModelError(f"model {name!r}: {error}") from error
+
+
 def _from_files(
-    source: str, revision: str, dtype: torch.dtype, attention: AttentionName
+    source: str, revision: str, decoder: TextDecoder, dtype: torch.dtype, attention: AttentionName
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
+    if decoder.names:
+        # Of a whole model, the part that reads images is not missed: a report would list every tensor of it.
+        transformers_logging.set_verbosity_error()
     # False, not None: None asks on the terminal whether code that came with the model may run.
-    loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=attention,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    try:
+        loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            # A copy: loading writes into it.
+            config=copy.deepcopy(decoder.config),
+            key_mapping=dict(decoder.names) or None,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     return loaded
 
 
@@ -228,6 +249,7 @@ def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     Raises:
         ModelError: it was loaded with an attention that is not its own.
     """
+    fit_experts(model)
     check_attention(name, model)
     return LoadedModel(name, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
 

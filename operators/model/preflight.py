@@ -12,6 +12,7 @@ from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import choose_attention
+from operators.model.decoders import TextDecoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,26 +23,26 @@ ModelCheck = Callable[["PreTrainedModel"], object]
 
 def examine(
     name: str,
-    source: str,
-    revision: str,
+    decoder: TextDecoder,
     *,
     dtype: DTypeName,
     device: torch.device,
     attention: AttentionName | None,
     checks: Iterable[ModelCheck],
 ) -> AttentionName:
-    """The attention that the model at ``source`` is to be loaded with, after all checks that need no weights.
+    """The attention that a model is to be loaded with, after all checks that need no weights.
 
     Raises:
         ModelError: its weights do not fit into the memory, or it has no such attention.
         Exception: what ``checks`` raise, and transformers where it does not know the architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     with torch.device("meta"):
         # Every model has eager attention.
-        empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+        empty = AutoModelForCausalLM.from_config(
+            decoder.config, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     for check in checks:
         try:
             check(empty)

@@ -160,11 +160,12 @@ def _push_hook(module: nn.Module, layer: int) -> Callable[..., None]:
 def reads_residual(forward: Callable[..., Any]) -> bool:
     """Whether a layer's forward reads the ``residual`` that it is handed, and does not write over it first."""
     for instruction in dis.get_instructions(inspect.unwrap(forward)):
-        # One instruction may name two variables, in the order in which it treats them.
-        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-        kinds = re.findall("LOAD|STORE", instruction.opname.partition("_FAST")[0] + instruction.opname.partition("_FAST")[2])
-        if "residual" in names and kinds:
-            return kinds[min(names.index("residual"), len(kinds) - 1)] == "LOAD"
+        if "_FAST" in instruction.opname:
+            # One instruction may treat two variables, in this order.
+            names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+            for name, kind in zip(names, re.findall("LOAD|STORE", instruction.opname), strict=False):
+                if name == "residual":
+                    return bool(kind == "LOAD")
     return False
 
 
