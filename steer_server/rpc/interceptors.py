@@ -20,6 +20,7 @@ from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.caller import caller_of
 from steer_server.rpc.outcome import Context, Outcome
+from steer_server.tracing.base import NO_TRACING, Tracing
 
 _Behaviour = Callable[[Any, Any], Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -33,10 +34,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, metrics: Metrics, admission: Admission, limits: Mapping[str, CallLimit], *, patience: float
+        self,
+        metrics: Metrics,
+        admission: Admission,
+        limits: Mapping[str, CallLimit],
+        *,
+        patience: float,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """``limits``: by method. ``patience``: seconds for a request to arrive, and for each answer to be taken."""
         self.metrics, self.admission, self.limits, self.patience = metrics, admission, limits, patience
+        self.tracing = tracing
 
     async def intercept_service(
         self,
@@ -65,14 +73,14 @@ class _Call:
         kind, self._behaviour = _behaviour(handler)
         self._labels = (kind, service, name)
         self._method = method
-        self._metrics, self._admission = interceptor.metrics, interceptor.admission
+        self._metrics, self._admission, self._tracing = interceptor.metrics, interceptor.admission, interceptor.tracing
         self._limit, self._patience = interceptor.limits[method], interceptor.patience
         self._parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
         self._streams_requests = handler.request_streaming
 
     async def unary(self, requests: Any, context: Context) -> Any:
         """Handles a call with one answer."""
-        async with Outcome(self._metrics, self._labels, context):
+        async with Outcome(self._metrics, self._tracing, self._labels, context):
             with self._limit.admitted():
                 request = await self._request(requests, context)
                 with self._metrics.call_in_flight(self._labels[1]):
@@ -80,7 +88,7 @@ class _Call:
 
     async def stream(self, requests: Any, context: Context) -> None:
         """Handles a call with many."""
-        async with Outcome(self._metrics, self._labels, context):
+        async with Outcome(self._metrics, self._tracing, self._labels, context):
             with self._limit.admitted():
                 request = await self._request(requests, context)
                 with self._metrics.call_in_flight(self._labels[1]):

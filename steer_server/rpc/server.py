@@ -32,6 +32,7 @@ from steer_server.rpc.interceptors import CallInterceptor
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
+from steer_server.tracing.base import NO_TRACING, Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,8 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
+_LAST_SPANS = 2.0
+"""Seconds for what has been traced to be sent."""
 _LAST_WRITES = 0.2
 """Seconds for what has been answered to leave the socket."""
 
@@ -51,6 +54,7 @@ class SteerServer:
     registry: Registry
     config: ServerConfig
     doors: Sequence[Door] = ()
+    tracing: Tracing = NO_TRACING
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
@@ -71,7 +75,9 @@ class SteerServer:
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
         limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, admission, limits, patience=self.config.client_patience)],
+            interceptors=[
+                CallInterceptor(metrics, admission, limits, patience=self.config.client_patience, tracing=self.tracing)
+            ],
             options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
@@ -91,7 +97,15 @@ class SteerServer:
             await self._serve_metrics()
         services = dict(zip(SERVICES, (generation, operators), strict=True))
         parts = ServerParts(
-            self.config, self.engine.model, self.registry, metrics, admission, calls, services, max_connections=most
+            self.config,
+            self.engine.model,
+            self.registry,
+            metrics,
+            admission,
+            calls,
+            services,
+            max_connections=most,
+            tracing=self.tracing,
         )
         for door in self.doors:
             await door.start(parts)
@@ -124,6 +138,7 @@ class SteerServer:
         await self._idle_until(deadline)
         # Calls without an end of their own (a health Watch) are not waited for.
         await asyncio.gather(self._server.stop(_LAST_WRITES), *(door.stop(_LAST_WRITES) for door in self.doors))
+        await self.tracing.close(_LAST_SPANS)
         if self._http is not None:
             self._http.close()
         log.info("stopped")
