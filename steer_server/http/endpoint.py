@@ -21,7 +21,7 @@ from steer_server.http.exchange import ClientLeftError, Exchange, event
 from steer_server.http.origin import Gate
 from steer_server.http.refused import RefusedError
 from steer_server.metrics import Metrics
-from steer_server.rpc.call_limit import CallLimit
+from steer_server.rpc.call_limit import CallLimit, Place
 from steer_server.rpc.call_record import CURRENT, CallRecord, current_call
 from steer_server.rpc.outcome import problem_fields
 from steer_server.rpc.parts import HTTP
@@ -111,11 +111,13 @@ class Endpoint:
 
     async def _answer(self, exchange: Exchange) -> None:
         self._rules.gate.check(exchange.headers)
-        with self._admitted(exchange), self._rules.limit.admitted():
+        with self._admitted(exchange) as place:
             body = None
             if self._has_body:
                 bodies = self._rules.bodies
-                body = read_object(await exchange.read(bodies.max_bytes, self._rules.room), bodies)
+                async with place.request(self._rules.patience):
+                    data = await exchange.read(bodies.max_bytes, self._rules.room)
+                body = read_object(data, bodies)
             with self._rules.metrics.call_in_flight(HTTP):
                 async with exchange.while_connected():
                     answer = await self._handle(body)
@@ -129,12 +131,14 @@ class Endpoint:
                     await exchange.answer(answer.body, headers=answer.headers)
 
     @contextmanager
-    def _admitted(self, exchange: Exchange) -> Iterator[None]:
+    def _admitted(self, exchange: Exchange) -> Iterator[Place]:
         """Refuses a caller who may not do this, before the body is read."""
         with self._rules.access.admitted(self._method, exchange.authorization, exchange.peer) as grant:
             current_call().token = grant.token
-            CALLER.set(exchange.caller(grant))
-            yield
+            caller = exchange.caller(grant)
+            CALLER.set(caller)
+            with self._rules.limit.admitted(caller) as place:
+                yield place
 
     async def _tell(self, exchange: Exchange, error: Failure) -> Failure:
         # There is no room to tell it in what the client does not read.
