@@ -115,6 +115,9 @@ def serve(
             show_default="off",
         ),
     ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of tokens and what each may do.", show_default="nobody needs one")
+    ] = None,
     grace: Annotated[
         float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
     ] = None,

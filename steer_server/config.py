@@ -102,4 +102,6 @@ class ServerConfig(BaseSettings):
     """Whether calls are traced for OpenTelemetry, and sent as its own OTEL_... in the environment say."""
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running requests get when the server is stopped."""
+    tokens: Path | None = None
+    """File of tokens, and what each may do. None: nobody needs one."""
     log_format: Literal["console", "json"] = "console"

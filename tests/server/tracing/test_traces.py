@@ -70,7 +70,7 @@ async def traced(llama, artifact, tmp_path):
     engine, exporter, door = HFEngine(llama, max_queue=8), InMemorySpanExporter(), HttpDoor("127.0.0.1", 0)
     registry = Registry(Store(tmp_path), engine.model, max_bytes=1 << 30, max_dose=1.0)
     tracing = OtelTracing(engine.model.model, SimpleSpanProcessor(exporter))
-    server = SteerServer(engine, registry, ServerConfig(listen="127.0.0.1:0", grace=0.0), (door,), tracing)
+    server = SteerServer(engine, registry, ServerConfig(listen="127.0.0.1:0", grace=0.0), (door,), tracing=tracing)
     port = await server.start()
     async with AsyncSteerClient(f"127.0.0.1:{port}", timeout=60) as client:
         yield Traced(client, door, exporter, artifact.digest)
