@@ -139,6 +139,8 @@ class ServerConfig(BaseModel):
     until there is room, and one that needs more is refused."""
     grace: Annotated[float, _Seconds] = Field(default=10.0, ge=0)
     """What running requests get when the server is stopped."""
+    tokens: Annotated[Path | None, Shown(default="nobody needs one")] = None
+    """File of tokens, and what each may do."""
     log_format: Literal["console", "json"] = "console"
     """Of the log on standard error."""
 

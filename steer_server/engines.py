@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from steer_server.config import ServerConfig
-from steer_server.engine.vllm.options import check_engine_args
 from steer_server.errors import StartupError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def _refuse_vllm(config: ServerConfig) -> None:
 
     try:
         import steer_server.engine.vllm.engine  # noqa: F401 - what the engine needs is there
-        from steer_server.engine.vllm.engine_config import DEVICE, known_engine_args
+        from steer_server.engine.vllm.engine_config import DEVICE
     except ImportError as error:
         raise StartupError(
             f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"
@@ -78,7 +77,6 @@ def _refuse_vllm(config: ServerConfig) -> None:
         check_device(config.device, DEVICE)
     except ValueError as error:
         raise StartupError(str(error)) from error
-    check_engine_args(config.engine_args, known_engine_args())
 
 
 ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Started]]] = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from steer_server.access.setup import open_tokens
 from steer_server.checks.ports import addresses, check_port
 from steer_server.choices import device_of, dtype_of, store_of
 from steer_server.config import ServerConfig
@@ -33,6 +34,7 @@ async def run(config: ServerConfig) -> None:
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
+    tokens = open_tokens(config)
     device = device_of(config)
     dtype = dtype_of(config, device)
     store = store_of(config)
@@ -54,7 +56,7 @@ async def run(config: ServerConfig) -> None:
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
-        server = SteerServer(engine, registry, config, _doors(config))
+        server = SteerServer(engine, registry, config, _doors(config), tokens)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]

@@ -60,6 +60,18 @@ def test_all_problems_are_found_and_not_only_the_first(config, tmp_path):
     assert "there is no such directory" in problems[3][1]
 
 
+def test_a_file_of_tokens_is_read_and_what_a_start_would_warn_of_is_a_note(config, tmp_path):
+    file = tmp_path / "tokens.toml"
+    file.write_text(f"[tokens.me]\nsha256 = '{'0' * 64}'\nscopes = ['read']\n")
+    file.chmod(0o644)
+    lines = [(kind, said) for kind, check, said in _found(config(tokens=file)) if check == "tokens"]
+    assert [kind for kind, _ in lines] == ["ok", "note"]
+    assert "chmod 600" in lines[1][1]
+    file.write_text("[tokens.me]\nscopes = ['all']\n")
+    [(check, said)] = _problems(config(tokens=file))
+    assert (check, str(file) in said) == ("tokens", True)
+
+
 def test_weights_that_the_index_names_and_that_are_not_there_are_a_problem(config, tiny_directory, tmp_path):
     model = shutil.copytree(tiny_directory("llama"), tmp_path / "model")
     (model / "model.safetensors").rename(tmp_path / "elsewhere")
