@@ -9,6 +9,8 @@ from steer_client._errors import (
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
+    OperatorChangedError,
+    OperatorExistsError,
     OperatorUnusableError,
     PromptTooLongError,
     ProtocolError,
@@ -18,6 +20,7 @@ from steer_client._errors import (
     ServerUnavailableError,
     SteerError,
     SteeringNotAppliedError,
+    StoreFullError,
     UnknownOperatorError,
 )
 from steer_client._positions import ALL_POSITIONS, Positions
@@ -119,6 +122,8 @@ __all__ = [
     "Member",
     "ModelInfo",
     "NeutralTexts",
+    "OperatorChangedError",
+    "OperatorExistsError",
     "OperatorInfo",
     "OperatorUnusableError",
     "OperatorUse",
@@ -141,6 +146,7 @@ __all__ = [
     "SteerError",
     "SteeredWord",
     "SteeringNotAppliedError",
+    "StoreFullError",
     "SweepResult",
     "SweepRow",
     "TextDelta",
