@@ -21,7 +21,7 @@ from steer_server.errors import (
     StoreUnwritableError,
     UnknownOperatorError,
 )
-from steer_server.registry import OperatorEntry, Registry
+from steer_server.registry import OperatorEntry, Registry, check_granted
 from steer_server.types import ANY
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,6 +45,7 @@ class Keeper:
 
         Raises:
             InvalidRequestError: the name is not allowed, or ``replace`` is neither empty, a digest nor "any".
+            PermissionDeniedError: the caller may use other operators alone. So do all methods here.
             UnknownOperatorError: it is to replace a version of what is not there.
             OperatorExistsError, OperatorChangedError: the store has one of that name that it may not replace.
         """
@@ -54,7 +55,7 @@ class Keeper:
             raise InvalidRequestError(f"{field}replace", problem)
         if name not in self.store:
             if replace not in ("", ANY):
-                raise UnknownOperatorError(name, tuple(self.store))
+                raise self._unknown(name)
             return
         if replace == "":
             raise OperatorExistsError(name, self._digest(name))
@@ -122,7 +123,7 @@ class Keeper:
                     self._registry.reload_one(name)
                 except UnknownOperatorError:
                     return
-            raise UnknownOperatorError(name, tuple(self.store))
+            raise self._unknown(name)
 
     @contextmanager
     def store_errors(self) -> Iterator[None]:
@@ -142,6 +143,10 @@ class Keeper:
             check_name(name)
         except StoreError as error:
             raise InvalidRequestError(f"{field}name", str(error)[:_MAX_PROBLEM]) from None
+        check_granted([name])
+
+    def _unknown(self, name: str) -> UnknownOperatorError:
+        return UnknownOperatorError(name, tuple(entry.name for entry in self._registry.entries()))
 
     def _digest(self, name: str) -> str:
         """As the file has it; empty where that cannot be read."""

@@ -17,7 +17,7 @@ from steer_server.rpc import admin_codec as codec
 from steer_server.rpc.call_record import current_call
 from steer_server.rpc.operator_codec import operator
 
-SERVICE = pb.DESCRIPTOR.services_by_name["OperatorAdminService"].full_name
+ADMIN_SERVICE = pb.DESCRIPTOR.services_by_name["OperatorAdminService"].full_name
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 

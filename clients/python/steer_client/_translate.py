@@ -27,6 +27,7 @@ _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
     (_Code.FAILED_PRECONDITION, "OPERATOR_CHANGED"): errors.OperatorChangedError,
     (_Code.RESOURCE_EXHAUSTED, "STORE_FULL"): errors.StoreFullError,
     (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"): errors.ServerBusyError,
+    (_Code.RESOURCE_EXHAUSTED, "RATE_LIMITED"): errors.ServerBusyError,
     (_Code.INTERNAL, "STEERING_NOT_APPLIED"): errors.SteeringNotAppliedError,
     (_Code.INTERNAL, "ENGINE_FAILED"): errors.EngineFailedError,
 }

@@ -54,7 +54,7 @@ async def serve(llama, artifact, tmp_path):
         config = ServerConfig(**settings)
         registry = Registry(store, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
         admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
-        server = SteerServer(engine, registry, config, (), admin)
+        server = SteerServer(engine, registry, config, admin=admin)
         target = f"127.0.0.1:{await server.start()}"
         served = Served(server, store, AsyncSteerClient(target, timeout=30, retry=False), target)
         started.append(served)

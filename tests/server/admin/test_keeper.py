@@ -1,6 +1,7 @@
 """Operators that are taken out of service, into it, and out of the store, while requests use them."""
 
 import asyncio
+from functools import partial
 
 import pytest
 from steer_client import (
@@ -12,6 +13,10 @@ from steer_client import (
     SteerError,
     UnknownOperatorError,
 )
+
+from steer_server.access.grant import Grant
+from steer_server.caller import CALLER, Caller
+from steer_server.errors import PermissionDeniedError
 
 LONG = SamplingParams(max_tokens=40, ignore_eos=True)
 
@@ -113,3 +118,19 @@ async def test_changes_at_once_leave_what_the_store_has(served, other_artifact, 
     ]
     await asyncio.gather(*calls)
     assert await served.names() == {"a": True, "b": False, "golden": True}
+
+
+async def test_a_token_for_some_operators_changes_those_alone(served):
+    caller = CALLER.set(Caller(grant=Grant("tea", operators=frozenset({"tea"}))))
+    try:
+        for change in (
+            partial(served.server.admin.keeper.check, "golden", ""),
+            partial(served.server.admin.keeper.load, "golden"),
+            partial(served.server.admin.keeper.unload, "golden"),
+            partial(served.server.admin.keeper.delete, "golden", "any"),
+        ):
+            with pytest.raises(PermissionDeniedError):
+                change()
+    finally:
+        CALLER.reset(caller)
+    assert await served.names() == {"golden": True}
