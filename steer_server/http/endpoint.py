@@ -109,11 +109,13 @@ class Endpoint:
 
     async def _answer(self, exchange: Exchange) -> None:
         self._rules.gate.check(exchange.headers)
-        with self._rules.limit.admitted():
+        with self._rules.limit.admitted(exchange.caller()) as place:
             body = None
             if self._has_body:
                 bodies = self._rules.bodies
-                body = read_object(await exchange.read(bodies.max_bytes, self._rules.room), bodies)
+                async with place.request(self._rules.patience):
+                    data = await exchange.read(bodies.max_bytes, self._rules.room)
+                body = read_object(data, bodies)
             with self._rules.metrics.call_in_flight(HTTP):
                 async with exchange.while_connected():
                     answer = await self._handle(body)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import grpc
 
 from steer_server.caller import CALLER
-from steer_server.errors import InvalidRequestError, RequestIncompleteError, SlowReaderError
+from steer_server.errors import InvalidRequestError, SlowReaderError
 from steer_server.metrics import Metrics
 from steer_server.rpc.admission import Admission
-from steer_server.rpc.call_limit import CallLimit
+from steer_server.rpc.call_limit import CallLimit, Place
 from steer_server.rpc.caller import caller_of
 from steer_server.rpc.outcome import Context, Outcome
 
@@ -73,30 +74,31 @@ class _Call:
     async def unary(self, requests: Any, context: Context) -> Any:
         """Handles a call with one answer."""
         async with Outcome(self._metrics, self._labels, context):
-            with self._limit.admitted():
-                request = await self._request(requests, context)
+            with self._admitted(context) as place:
+                request = await self._request(requests, context, place)
                 with self._metrics.call_in_flight(self._labels[1]):
                     return await self._behaviour(request, context)
 
     async def stream(self, requests: Any, context: Context) -> None:
         """Handles a call with many."""
         async with Outcome(self._metrics, self._labels, context):
-            with self._limit.admitted():
-                request = await self._request(requests, context)
+            with self._admitted(context) as place:
+                request = await self._request(requests, context, place)
                 with self._metrics.call_in_flight(self._labels[1]):
                     produced = self._behaviour(request, context)
                     await (produced if inspect.isawaitable(produced) else self._forward(produced, context))
 
-    async def _request(self, requests: AsyncIterator[bytes], context: Context) -> Any:
+    def _admitted(self, context: Context) -> AbstractContextManager[Place]:
+        caller = caller_of(context)
+        CALLER.set(caller)
+        return self._limit.admitted(caller)
+
+    async def _request(self, requests: AsyncIterator[bytes], context: Context, place: Place) -> Any:
         """The message, or the messages as they come."""
-        CALLER.set(caller_of(context))
         if self._streams_requests:
             return self._read_each(requests)
-        try:
-            async with asyncio.timeout(self._patience):
-                received: Any = await context.read()
-        except TimeoutError:
-            raise RequestIncompleteError(self._patience) from None
+        async with place.request(self._patience):
+            received: Any = await context.read()
         if received is grpc.aio.EOF:
             raise InvalidRequestError("request", "is missing; one message is needed")
         return self._admission.read(self._method, received, self._parse)
