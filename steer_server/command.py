@@ -107,6 +107,9 @@ def serve(
             metavar="SIZE", help="For what requests in progress take on engine hf.", show_default="half of what is free"
         ),
     ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="File of tokens and what each may do.", show_default="nobody needs one")
+    ] = None,
     grace: Annotated[
         float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
     ] = None,

@@ -100,4 +100,6 @@ class ServerConfig(BaseSettings):
     until there is room, and one that needs more is refused. None: half of what is free when the model is loaded."""
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running requests get when the server is stopped."""
+    tokens: Path | None = None
+    """File of tokens, and what each may do. None: nobody needs one."""
     log_format: Literal["console", "json"] = "console"

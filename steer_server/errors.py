@@ -8,6 +8,9 @@ SteerServerError
 ├── OperatorUnusableError       it is in the store and cannot be used: damaged, or for another model
 │   └── DigestNotServedError        the request pins another version of it
 ├── QueueFullError              no room while others wait and run; says when to try again
+├── UnauthenticatedError        the server asks for tokens, and none that it knows came with the call
+├── PermissionDeniedError       the token does not allow this call, or this operator
+├── RateLimitedError            the token's calls or tokens of this minute are used up; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
 ├── EngineFailedError           the engine broke while it worked on this request
@@ -23,6 +26,7 @@ EngineDiedError                 the server cannot go on (never on the wire; runn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -114,6 +118,36 @@ class QueueFullError(SteerServerError):
         """``retry_after``: seconds."""
         super().__init__(f"{problem}; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
+
+
+class UnauthenticatedError(SteerServerError):
+    """No token that is accepted came with the call."""
+
+    def __init__(self, problem: str, *, cause: str) -> None:
+        """``cause``: one of few, for metrics and the audit log; here and in the next two."""
+        super().__init__(problem)
+        self.cause = cause
+
+
+class PermissionDeniedError(SteerServerError):
+    """The caller is known, and may not do this."""
+
+    def __init__(self, problem: str, *, cause: str) -> None:
+        super().__init__(problem)
+        self.cause = cause
+
+
+class RateLimitedError(SteerServerError):
+    """The token has used up what it may ask for in a minute."""
+
+    def __init__(self, problem: str, retry_after: float, *, cause: str) -> None:
+        """``retry_after``: seconds."""
+        super().__init__(f"{problem}; try again in {math.ceil(retry_after)} s")
+        self.retry_after, self.cause = retry_after, cause
+
+
+ACCESS_ERRORS = (UnauthenticatedError, PermissionDeniedError, RateLimitedError)
+"""What :mod:`steer_server.access` refuses. Each has a ``cause``."""
 
 
 class SteeringNotAppliedError(SteerServerError):

@@ -7,7 +7,7 @@ it gets an error. Requests keep the artifact objects of their snapshot, whatever
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -17,11 +17,13 @@ from operators.core.errors import ArtifactError, StoreError
 from operators.core.model_fingerprint import renewal_hint
 from operators.core.store import Store
 from steer_server.applications import make_application, name_of
+from steer_server.caller import CALLER
 from steer_server.errors import (
     DigestNotServedError,
     DoseTooHighError,
     InvalidRequestError,
     OperatorUnusableError,
+    PermissionDeniedError,
     StoreUnreadableError,
     UnknownOperatorError,
 )
@@ -82,12 +84,19 @@ class Registry:
         self.reload()
 
     def entries(self) -> tuple[OperatorEntry, ...]:
-        """All of the snapshot, by name."""
-        return tuple(self._entries.values())
+        """All of the snapshot that the caller may use, by name."""
+        return tuple(self._granted().values())
 
     def entry(self, name: str) -> OperatorEntry:
-        """One entry, usable or not. Raises :class:`UnknownOperatorError`."""
-        return _find(self._entries, name)
+        """One entry, usable or not. Raises :class:`UnknownOperatorError` and :class:`PermissionDeniedError`."""
+        _check_granted([name])
+        return _find(self._granted(), name)
+
+    def _granted(self) -> Mapping[str, OperatorEntry]:
+        grant = CALLER.get().grant
+        if grant.operators is None:
+            return self._entries
+        return {name: entry for name, entry in self._entries.items() if grant.may_use(name)}
 
     def reload(self) -> StoreChanges:
         """Reads the store again and replaces the snapshot in one assignment. Unchanged operators stay the same objects.
@@ -116,15 +125,17 @@ class Registry:
         """The plans of one request's groups of operators, by the field that holds each; all of one snapshot.
 
         Words, for which files are read, are worked out in a thread beside the event loop. Raises as :meth:`plan` does,
-        and :class:`QueueFullError` where too many requests wait for that.
+        :class:`QueueFullError` where too many requests wait for that, and :class:`PermissionDeniedError` for an
+        operator that the caller may not use.
         """
+        _check_granted(name_of(use) for uses in groups.values() for use in uses)
         words = {(use.name, word.text) for uses in groups.values() for use in uses for word in use.words}
         if len(words) > _MAX_DISTINCT_WORDS:
             field = next(iter(groups)) if len(groups) == 1 else "arms"
             raise InvalidRequestError(
                 field, f"have {len(words)} different words together; at most {_MAX_DISTINCT_WORDS} are accepted"
             )
-        plan_all = partial(self._plan_all, self._entries, groups)
+        plan_all = partial(self._plan_all, self._granted(), groups)
         if words:
             return await self._beside_the_loop.run(plan_all)
         return plan_all()
@@ -217,6 +228,17 @@ class Registry:
 def _describe_dose(use: Application) -> str:
     recommended = ", the recommended strength" if "strength" in use.defaulted else ""
     return f"{use.name} {abs(use.setting.strength):.12g}{recommended}"
+
+
+def _check_granted(names: Iterable[str]) -> None:
+    """Before any is looked for: whether there is one of that name is nothing that a caller without it learns."""
+    grant = CALLER.get().grant
+    for name in names:
+        if not grant.may_use(name):
+            may = ", ".join(sorted(grant.operators or ())) or "none"
+            raise PermissionDeniedError(
+                f"token {grant.token!r} may not use operator {name[:64]!r}; it may use: {may}", cause="operator"
+            )
 
 
 def _find(entries: Mapping[str, OperatorEntry], name: str) -> OperatorEntry:

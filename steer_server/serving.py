@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from steer_server.access.setup import open_tokens
 from steer_server.config import ServerConfig
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
@@ -33,6 +34,7 @@ async def run(config: ServerConfig) -> None:
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
+    tokens = open_tokens(config)
     device = config.device or _default_device()
     dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
     store = Store.default() if config.store is None else Store(config.store)
@@ -61,7 +63,7 @@ async def run(config: ServerConfig) -> None:
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
-        server = SteerServer(engine, registry, config, _doors(config))
+        server = SteerServer(engine, registry, config, _doors(config), tokens)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]

@@ -26,12 +26,16 @@ class CallRecord:
 
     is_refused: bool = False
     """Refused before anything of it was read: such calls are logged together, by their limit."""
+    token: str = ""
+    """Its name."""
     request_id: str = ""
     prompts: dict[str, int] = field(default_factory=dict)
     """Tokens, by the id of the prompt: of several one each."""
     generated_tokens: int = 0
     scored_tokens: int = 0
     """Of a text that was given."""
+    used_tokens: int = 0
+    """Generated, or read under each arm: of those that a token may ask for."""
     texts: int = 0
     """Of a comparison, or with several samples, more than one."""
     operators: dict[str, str] = field(default_factory=dict)
@@ -50,8 +54,10 @@ class CallRecord:
             self.operators.update(event.operators)
         elif isinstance(event, Delta):
             self.generated_tokens += len(event.token_ids)
+            self.used_tokens += len(event.token_ids)
         elif isinstance(event, TextScore):
             self.scored_tokens = len(event.token_ids)
+            self.used_tokens += len(event.arms) * len(event.token_ids)
             self._finish(event.timings)
         elif isinstance(event, Completion):
             self._finish(event.timings)
@@ -64,6 +70,8 @@ class CallRecord:
     def fields(self) -> dict[str, str | int | float]:
         """What is known, by the names in the log."""
         found: dict[str, str | int | float] = {}
+        if self.token:
+            found["token"] = self.token
         if self.request_id:
             found["request_id"] = self.request_id
         if self.operators:

@@ -9,7 +9,13 @@ from typing import Any, TypeAlias
 import grpc
 import structlog
 
-from steer_server.errors import EngineFailedError, InvalidRequestError, SteerServerError, UnimplementedError
+from steer_server.errors import (
+    ACCESS_ERRORS,
+    EngineFailedError,
+    InvalidRequestError,
+    SteerServerError,
+    UnimplementedError,
+)
 from steer_server.metrics import Metrics
 from steer_server.rpc.call_record import CURRENT, CallRecord
 from steer_server.rpc.status import code_of, message_of, reason_of, status_of
@@ -45,7 +51,8 @@ class Outcome:
         self._metrics.handling.labels(*self._labels).observe(seconds)
         if isinstance(failure, SteerServerError):
             self._metrics.errors.labels(self._labels[2], reason_of(failure)).inc()
-        if not self._record.is_refused:
+        # A refusal of access has a line of the audit log, which no flood of them makes longer.
+        if not self._record.is_refused and not isinstance(failure, ACCESS_ERRORS):
             self._log(code, failure, seconds)
         if isinstance(failure, SteerServerError):
             await self._context.abort_with_status(status_of(failure))

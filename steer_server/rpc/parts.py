@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from steer_server.access.control import AccessControl
 from steer_server.config import ServerConfig
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
@@ -25,6 +26,7 @@ class ServerParts:
     model: ModelInfo
     registry: Registry
     metrics: Metrics
+    access: AccessControl
     admission: Admission
     calls: CallLimit
     """Of the methods of this contract, whichever door they come by."""

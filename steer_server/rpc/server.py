@@ -18,6 +18,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
 
+from steer_server.access.control import AccessControl
+from steer_server.access.setup import open_tokens
+from steer_server.access.token_file import TokenTable
+from steer_server.access.watched import Watched, watch
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
 from steer_server.engine.prompts import max_prompt_bytes
@@ -51,6 +55,8 @@ class SteerServer:
     registry: Registry
     config: ServerConfig
     doors: Sequence[Door] = ()
+    tokens: Watched[TokenTable] | None = None
+    """None: those of the configuration, if any."""
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
@@ -70,8 +76,12 @@ class SteerServer:
         calls = self._calls = CallLimit(self.config.max_calls)
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
         limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
+        tokens = self.tokens or open_tokens(self.config)
+        access = AccessControl(tokens)
+        files = [] if tokens is None else [tokens]
+        metrics.add_access(access, files)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, admission, limits, patience=self.config.client_patience)],
+            interceptors=[CallInterceptor(metrics, admission, limits, access, patience=self.config.client_patience)],
             options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
@@ -91,7 +101,15 @@ class SteerServer:
             await self._serve_metrics()
         services = dict(zip(SERVICES, (generation, operators), strict=True))
         parts = ServerParts(
-            self.config, self.engine.model, self.registry, metrics, admission, calls, services, max_connections=most
+            self.config,
+            self.engine.model,
+            self.registry,
+            metrics,
+            access,
+            admission,
+            calls,
+            services,
+            max_connections=most,
         )
         for door in self.doors:
             await door.start(parts)
@@ -99,7 +117,8 @@ class SteerServer:
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
-        self._watching = asyncio.ensure_future(watch_connections(partial(count_connections, port), most))
+        counting = partial(count_connections, port)
+        self._watching = [asyncio.ensure_future(each) for each in (watch_connections(counting, most), watch(files))]
         return int(port)
 
     async def _serve_metrics(self) -> None:
@@ -113,7 +132,8 @@ class SteerServer:
     async def stop(self) -> None:
         """Reports NOT_SERVING, refuses new calls, lets running ones finish within the grace period, then ends them."""
         self._is_serving = False
-        self._watching.cancel()
+        for each in self._watching:
+            each.cancel()
         await self._health.enter_graceful_shutdown()
         # gRPC would cancel, without a reason, what comes in between the word to stop and a client's hearing of it.
         self._calls.close()

@@ -13,6 +13,7 @@ from steering.v1 import generation_pb2 as pb
 from steering.v1 import operators_pb2 as ops
 
 from operators.core.version import __version__
+from steer_server.caller import CALLER
 from steer_server.caps import Caps
 from steer_server.compare import compare
 from steer_server.config import ServerConfig
@@ -98,12 +99,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _observed(self, request_id: str, events: AsyncGenerator[_Event, None]) -> AsyncGenerator[_Event, None]:
         """The events, as metrics and the log see them too."""
         record, counted = current_call(), self._metrics.follow()
+        charge = CALLER.get().grant.charge
         record.request_id = request_id
-        async with aclosing(events):
-            async for event in events:
-                record.see(event)
-                counted.see(event)
-                yield event
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    record.see(event)
+                    counted.see(event)
+                    yield event
+        finally:
+            charge.settle(record.used_tokens)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""

@@ -7,6 +7,9 @@ UnknownOperatorError      NOT_FOUND            UNKNOWN_OPERATOR       ResourceIn
 OperatorUnusableError     FAILED_PRECONDITION  OPERATOR_UNUSABLE      ResourceInfo names the operator
 DigestNotServedError      FAILED_PRECONDITION  DIGEST_NOT_SERVED      ResourceInfo names the operator
 QueueFullError            RESOURCE_EXHAUSTED   QUEUE_FULL             RetryInfo says when to try again
+UnauthenticatedError      UNAUTHENTICATED      UNAUTHENTICATED
+PermissionDeniedError     PERMISSION_DENIED    PERMISSION_DENIED
+RateLimitedError          RESOURCE_EXHAUSTED   RATE_LIMITED           RetryInfo says when to try again
 SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
 StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
 EngineFailedError         INTERNAL             ENGINE_FAILED
@@ -32,8 +35,10 @@ from steer_server.errors import (
     EngineFailedError,
     InvalidRequestError,
     OperatorUnusableError,
+    PermissionDeniedError,
     PromptTooLongError,
     QueueFullError,
+    RateLimitedError,
     RequestIncompleteError,
     ShuttingDownError,
     SlowReaderError,
@@ -41,6 +46,7 @@ from steer_server.errors import (
     SteerServerError,
     StoreUnreadableError,
     TimeLimitError,
+    UnauthenticatedError,
     UnimplementedError,
     UnknownOperatorError,
 )
@@ -58,6 +64,9 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     OperatorUnusableError: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"),
     DigestNotServedError: (grpc.StatusCode.FAILED_PRECONDITION, "DIGEST_NOT_SERVED"),
     QueueFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    UnauthenticatedError: (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    PermissionDeniedError: (grpc.StatusCode.PERMISSION_DENIED, "PERMISSION_DENIED"),
+    RateLimitedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED"),
     SteeringNotAppliedError: (grpc.StatusCode.INTERNAL, "STEERING_NOT_APPLIED"),
     StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
@@ -107,7 +116,7 @@ def details_of(error: SteerServerError) -> list[AnyMessage]:
                 description=message,
             )
         )
-    if isinstance(error, QueueFullError):
+    if isinstance(error, QueueFullError | RateLimitedError):
         delay = Duration(seconds=int(error.retry_after), nanos=int(error.retry_after % 1 * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     packed = []

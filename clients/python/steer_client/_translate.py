@@ -25,6 +25,7 @@ _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
     (_Code.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"): errors.OperatorUnusableError,
     (_Code.FAILED_PRECONDITION, "DIGEST_NOT_SERVED"): errors.DigestNotServedError,
     (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"): errors.ServerBusyError,
+    (_Code.RESOURCE_EXHAUSTED, "RATE_LIMITED"): errors.ServerBusyError,
     (_Code.INTERNAL, "STEERING_NOT_APPLIED"): errors.SteeringNotAppliedError,
     (_Code.INTERNAL, "ENGINE_FAILED"): errors.EngineFailedError,
 }

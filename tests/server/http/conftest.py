@@ -63,6 +63,7 @@ class Engine:
     jobs: list = field(default_factory=list)
     running: int = 0
     waiting: int = 0
+    undelivered: int = 0
     collectors: tuple = ()
     work: WorkDone = field(default_factory=WorkDone)
     may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
@@ -141,6 +142,8 @@ class Doorway:
     engine: Engine
     server: SteerServer
     port: int
+    target: str = ""
+    """Of gRPC."""
 
     async def open(self):
         return await asyncio.open_connection("127.0.0.1", self.port)
@@ -200,9 +203,9 @@ async def start(model_info, tiny_tokenizer):
         settings = {"grace": 0.0, **settings}
         config = ServerConfig(listen="127.0.0.1:0", **settings)
         server = SteerServer(engine, Registry(), config, (door,))
-        await server.start()
+        target = f"127.0.0.1:{await server.start()}"
         servers.append(server)
-        return Doorway(engine, server, door.port)
+        return Doorway(engine, server, door.port, target)
 
     yield make
     for server in servers:

@@ -40,6 +40,13 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
         {"name": "swapped", "metadata": {"requested": "sha256:1", "served": "sha256:2"}},
     ),
     errors.QueueFullError("32 requests wait already", 2.25): (steer_client.ServerBusyError, {"retry_after": 2.25}),
+    # The SDK knows the two by their codes.
+    errors.UnauthenticatedError("the token is not accepted", cause="unknown token"): (steer_client.ServerError, {}),
+    errors.PermissionDeniedError("needs the scope admin", cause="scope"): (steer_client.ServerError, {}),
+    errors.RateLimitedError("too often", 2.25, cause="requests per minute"): (
+        steer_client.ServerBusyError,
+        {"retry_after": 2.25},
+    ),
     errors.SteeringNotAppliedError("layer 3 was not reached"): (steer_client.SteeringNotAppliedError, {}),
     # Nothing is wrong with the operator that a caller named, if any.
     errors.StoreUnreadableError("store x is not a directory"): (steer_client.ServerError, {}),
