@@ -107,6 +107,14 @@ def serve(
             metavar="SIZE", help="For what requests in progress take on engine hf.", show_default="half of what is free"
         ),
     ] = None,
+    traces: Annotated[
+        bool | None,
+        typer.Option(
+            "--traces/--no-traces",
+            help="Send OpenTelemetry traces, as OTEL_EXPORTER_OTLP_ENDPOINT and others say.",
+            show_default="off",
+        ),
+    ] = None,
     tokens: Annotated[
         Path | None, typer.Option(help="File of tokens and what each may do.", show_default="nobody needs one")
     ] = None,

@@ -98,6 +98,8 @@ class ServerConfig(BaseSettings):
     decode_memory: Annotated[int | None, BeforeValidator(_parse_size)] = Field(default=None, ge=1 << 20)
     """hf: bytes, or a size such as 4GiB, that the KV caches and logits of running requests may take; a request waits
     until there is room, and one that needs more is refused. None: half of what is free when the model is loaded."""
+    traces: bool = False
+    """Whether calls are traced for OpenTelemetry, and sent as its own OTEL_... in the environment say."""
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running requests get when the server is stopped."""
     tokens: Path | None = None

@@ -36,6 +36,7 @@ from steer_server.rpc.interceptors import CallInterceptor
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
+from steer_server.tracing.base import NO_TRACING, Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +44,8 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
+_LAST_SPANS = 2.0
+"""Seconds for what has been traced to be sent."""
 _LAST_WRITES = 0.2
 """Seconds for what has been answered to leave the socket."""
 
@@ -57,6 +60,7 @@ class SteerServer:
     doors: Sequence[Door] = ()
     tokens: Watched[TokenTable] | None = None
     """None: those of the configuration, if any."""
+    tracing: Tracing = NO_TRACING
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
@@ -81,7 +85,11 @@ class SteerServer:
         files = [] if tokens is None else [tokens]
         metrics.add_access(access, files)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, admission, limits, access, patience=self.config.client_patience)],
+            interceptors=[
+                CallInterceptor(
+                    metrics, admission, limits, access, patience=self.config.client_patience, tracing=self.tracing
+                )
+            ],
             options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
@@ -110,6 +118,7 @@ class SteerServer:
             calls,
             services,
             max_connections=most,
+            tracing=self.tracing,
         )
         for door in self.doors:
             await door.start(parts)
@@ -144,6 +153,7 @@ class SteerServer:
         await self._idle_until(deadline)
         # Calls without an end of their own (a health Watch) are not waited for.
         await asyncio.gather(self._server.stop(_LAST_WRITES), *(door.stop(_LAST_WRITES) for door in self.doors))
+        await self.tracing.close(_LAST_SPANS)
         if self._http is not None:
             self._http.close()
         log.info("stopped")

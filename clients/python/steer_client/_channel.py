@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import re
+from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -14,6 +15,7 @@ from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
 
 from steer_client._defaults import DEFAULT_TARGET
 from steer_client._errors import InvalidRequestError
+from steer_client._trace_context import trace_metadata
 
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
 # Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
@@ -60,8 +62,9 @@ class Stubs:
         }
 
     def method(self, service: str, method: str) -> Any:
-        """The callable that sends a request to `method`, a name in the contract."""
-        return getattr(self._services[service], method)
+        """The callable that sends a request to `method`, a name in the contract, as a part of the active trace."""
+        send, metadata = getattr(self._services[service], method), trace_metadata()
+        return partial(send, metadata=metadata) if metadata else send
 
 
 def target_or_default(target: str | None) -> str:
