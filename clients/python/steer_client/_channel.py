@@ -81,7 +81,7 @@ def target_or_default(target: str | None) -> str:
     return found
 
 
-def _is_local(target: str) -> bool:
+def is_local(target: str) -> bool:
     """Whether the target is on this machine, all of it."""
     scheme, colon, rest = target.partition(":")
     if colon and scheme in ("unix", "unix-abstract", "vsock"):
@@ -103,9 +103,13 @@ def is_many(target: str) -> bool:
     return _MANY_SCHEME.match(target) is not None
 
 
-def channel_options(target: str) -> tuple[tuple[str, Any], ...]:
-    """gRPC's options for a channel to the target; several servers get requests in turn."""
-    common = (_ANY_LENGTH, *((_NO_PROXY,) if _is_local(target) else ()))
+def channel_options(target: str, server_name: str | None = None) -> tuple[tuple[str, Any], ...]:
+    """gRPC's options for a channel to the target; several servers get requests in turn.
+
+    `server_name` is what their certificates are checked against, in place of the target's host.
+    """
+    named = (("grpc.default_authority", server_name),) if server_name else ()
+    common = (_ANY_LENGTH, *((_NO_PROXY,) if is_local(target) else ()), *named)
     if not is_many(target):
         return common
     return (*common, _RETRIED_LENGTH, ("grpc.service_config", json.dumps(_ROUND_ROBIN)))
