@@ -97,6 +97,12 @@ def serve(
         float | None,
         typer.Option(help="Most that |λ|/2 of a request's operators adds up to at a layer.", show_default="1"),
     ] = None,
+    operator_admin: Annotated[
+        bool | None,
+        typer.Option(
+            "--operator-admin", help="Let clients upload, load, unload and delete operators.", show_default="off"
+        ),
+    ] = None,
     operator_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="For operators beside the model, such as 4GiB.", show_default="4GiB"),

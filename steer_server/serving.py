@@ -30,6 +30,7 @@ async def run(config: ServerConfig) -> None:
     from operators.core.errors import OperatorError
     from operators.core.store import Store
     from operators.model.unembedding import find_unembedding
+    from steer_server.admin.operator_admin import OperatorAdmin
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
     from steer_server.words import WordDirections
@@ -67,7 +68,8 @@ async def run(config: ServerConfig) -> None:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
         # Not before the engine: its processes are forked, and this starts a thread.
         tracing = trace(engine.model.model)
-        server = SteerServer(engine, registry, config, _doors(config), tokens, tracing)
+        admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
+        server = SteerServer(engine, registry, config, _doors(config), tokens, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
