@@ -126,6 +126,16 @@ class ServerConfig(BaseModel):
         default=4 << 30, ge=1
     )
     """Larger files in the store are not read; bytes, or a size such as 4GiB."""
+    operator_admin: bool = False
+    """Lets clients upload, load, unload and delete operators."""
+    max_uploads: Annotated[int, Shown("uploads")] = Field(default=4, ge=1)
+    """Unfinished ones at once."""
+    max_upload_bytes: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
+        default=8 << 30, ge=1
+    )
+    """What unfinished uploads may take of the store's disk together; bytes, or a size such as 8GiB."""
+    upload_age: Annotated[float, _Seconds] = Field(default=3600.0, gt=0, le=1e6)
+    """For which an unfinished upload is kept of which nothing comes."""
     operator_memory: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
         default=OPERATOR_MEMORY, ge=1 << 20
     )
@@ -137,6 +147,8 @@ class ServerConfig(BaseModel):
     ] = Field(default=None, ge=1 << 20)
     """hf: bytes, or a size such as 4GiB, that the KV caches and logits of running requests may take; a request waits
     until there is room, and one that needs more is refused."""
+    traces: bool = False
+    """Traces calls for OpenTelemetry, and sends that as its own OTEL_EXPORTER_OTLP_ENDPOINT and others say."""
     grace: Annotated[float, _Seconds] = Field(default=10.0, ge=0)
     """What running requests get when the server is stopped."""
     tokens: Annotated[Path | None, Shown(default="nobody needs one")] = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from steer_server.errors import StartupError, StoreUnreadableError
 
 if TYPE_CHECKING:
     from steer_server.rpc.parts import Door
+    from steer_server.tracing.base import Tracing
 
 
 async def run(config: ServerConfig) -> None:
@@ -29,6 +30,7 @@ async def run(config: ServerConfig) -> None:
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.core.errors import OperatorError
     from operators.model.unembedding import find_unembedding
+    from steer_server.admin.operator_admin import OperatorAdmin
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
     from steer_server.words import WordDirections
@@ -40,6 +42,7 @@ async def run(config: ServerConfig) -> None:
     store = store_of(config)
     for option, address in addresses(config).items():
         check_port(address, option)
+    trace = _traces(config)
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
         engine, files = await ENGINES[config.engine](config, dtype, device)
@@ -56,7 +59,10 @@ async def run(config: ServerConfig) -> None:
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
-        server = SteerServer(engine, registry, config, _doors(config), tokens)
+        # Not before the engine: its processes are forked, and this starts a thread.
+        tracing = trace(engine.model.model)
+        admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
+        server = SteerServer(engine, registry, config, _doors(config), tokens, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
@@ -75,3 +81,11 @@ def _doors(config: ServerConfig) -> Sequence[Door]:
     from steer_server.http.door import HttpDoor
 
     return (HttpDoor(config.http_host, config.http_port, config.http_names),)
+
+
+def _traces(config: ServerConfig) -> Callable[[str], Tracing]:
+    """Begins to trace. Raises :class:`StartupError` before there is a model, where that is not possible."""
+    from steer_server.tracing.base import NO_TRACING
+    from steer_server.tracing.export import choose_tracing
+
+    return choose_tracing() if config.traces else lambda _model: NO_TRACING

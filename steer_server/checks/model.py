@@ -29,9 +29,13 @@ def check_model_and_store(config: ServerConfig) -> Iterator[Finding]:
     except (StartupError, StoreError) as error:
         yield Finding("problem", "store", str(error))
         return
+    unloaded = [name for name in names if store.is_unloaded(name)]
+    names = [name for name in names if name not in unloaded]
     problems = {name: problem for name in names if (problem := _problem(store, name, model, config.max_artifact_bytes))}
     for name, problem in problems.items():
         yield Finding("problem", "store", f"operator {name!r} cannot be used: {problem}")
+    if unloaded:
+        yield Finding("note", "store", f"unloaded, and not looked at: {', '.join(unloaded)}")
     if model is None:
         said = "are whole; whether they fit the model is not known without it"
     elif not model.model_fingerprint:

@@ -59,7 +59,8 @@ def _option(name: str) -> inspect.Parameter:
     annotation = bool | None if kind is bool else list[str] | None if many else str | None
     option = typer.Option(
         None,
-        flag(name),
+        # Off too: a flag beats what a file or the environment turns on.
+        f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool else flag(name),
         help=" ".join((ServerConfig.model_fields[name].description or "").split()),
         metavar=None if kind is bool else _placeholder(name, kind),
         show_default=default_text(name),
