@@ -6,6 +6,7 @@ import ipaddress
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from steering.v1 import generation_pb2_grpc, operator_admin_pb2_grpc, operators_
 
 from steer_client._defaults import DEFAULT_TARGET
 from steer_client._errors import InvalidRequestError
-from steer_client._trace_context import trace_metadata
+from steer_client._trace_context import TRACE, Metadata, trace_metadata
 
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
 # Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
@@ -64,8 +65,16 @@ class Stubs:
 
     def method(self, service: str, method: str) -> Any:
         """The callable that sends a request to `method`, a name in the contract, as a part of the active trace."""
-        send, metadata = getattr(self._services[service], method), trace_metadata()
-        return partial(send, metadata=metadata) if metadata else send
+        send, context = getattr(self._services[service], method), trace_metadata()
+        return partial(_send_traced, send, context) if context else send
+
+
+def _send_traced(
+    send: Callable[..., Any], context: Metadata, request: Any, *, metadata: Metadata = (), **options: Any
+) -> Any:
+    """Sends as a part of a trace, unless the caller names one."""
+    is_named = any(name == TRACE for name, _ in metadata)
+    return send(request, metadata=metadata if is_named else (*metadata, *context), **options)
 
 
 def target_or_default(target: str | None) -> str:
