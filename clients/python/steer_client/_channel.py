@@ -7,7 +7,6 @@ import json
 import os
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Final
 
 import grpc
@@ -16,7 +15,7 @@ from steering.v1 import generation_pb2_grpc, operator_admin_pb2_grpc, operators_
 
 from steer_client._defaults import DEFAULT_TARGET
 from steer_client._errors import InvalidRequestError
-from steer_client._trace_context import TRACE, Metadata, trace_metadata
+from steer_client._trace_context import trace_metadata
 
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
 # Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
@@ -55,7 +54,11 @@ _ROUND_ROBIN: Final = {
 class Stubs:
     """The contract's services over one channel, sync or async."""
 
-    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
+    def __init__(
+        self, channel: grpc.Channel | grpc.aio.Channel, metadata: Callable[[], tuple[tuple[str, str], ...]]
+    ) -> None:
+        """`metadata` is asked before each call for what is sent beside it."""
+        self._metadata = metadata
         self._services: dict[str, Any] = {
             "generation": generation_pb2_grpc.GenerationServiceStub(channel),
             "operators": operators_pb2_grpc.OperatorServiceStub(channel),
@@ -64,17 +67,16 @@ class Stubs:
         }
 
     def method(self, service: str, method: str) -> Any:
-        """The callable that sends a request to `method`, a name in the contract, as a part of the active trace."""
-        send, context = getattr(self._services[service], method), trace_metadata()
-        return partial(_send_traced, send, context) if context else send
+        """The callable that sends a request to `method`, a name in the contract, as a part of the active trace.
 
+        It takes the request and `timeout`, in seconds.
+        """
+        send, trace = getattr(self._services[service], method), trace_metadata()
 
-def _send_traced(
-    send: Callable[..., Any], context: Metadata, request: Any, *, metadata: Metadata = (), **options: Any
-) -> Any:
-    """Sends as a part of a trace, unless the caller names one."""
-    is_named = any(name == TRACE for name, _ in metadata)
-    return send(request, metadata=metadata if is_named else (*metadata, *context), **options)
+        def call(request: Any, *, timeout: float | None) -> Any:
+            return send(request, timeout=timeout, metadata=(*self._metadata(), *trace))
+
+        return call
 
 
 def target_or_default(target: str | None) -> str:

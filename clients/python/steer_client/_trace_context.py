@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TypeAlias
-
-Metadata: TypeAlias = tuple[tuple[str, str], ...]
-TRACE = "traceparent"
 
 
-def trace_metadata() -> Metadata:
+def trace_metadata() -> tuple[tuple[str, str], ...]:
     """What tells a server of the span that is active here, such as `traceparent`; empty where there is none."""
     # A program that has no such module has no span.
     if "opentelemetry.trace" not in sys.modules:
