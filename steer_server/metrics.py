@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from prometheus_client import (
     REGISTRY,
@@ -20,10 +21,12 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from operators.core.version import __version__
+from steer_server.access.control import AccessControl
+from steer_server.access.watched import Watched
 from steer_server.engine.base import Engine
 from steer_server.engine.work import WorkDone
 from steer_server.registry import Registry
@@ -147,6 +150,10 @@ class Metrics:
         finally:
             self.in_flight[service] -= 1
 
+    def add_access(self, access: AccessControl, files: Sequence[Watched[Any]]) -> None:
+        """Shows what becomes of callers, and of the files that say who may do what."""
+        self.registry.register(_AccessCollector(access, files))
+
     def follow(self) -> RequestMetrics:
         """What counts one request, from its events."""
         return RequestMetrics(self)
@@ -246,6 +253,33 @@ def _gauges(
         ("steer_operators", "Usable operators", lambda: _count(operators, usable=True)),
         ("steer_operators_unusable", "Operators with a problem", lambda: _count(operators, usable=False)),
     )
+
+
+class _AccessCollector(Collector):
+    """What was refused, who called, and whether the files of it could be read."""
+
+    def __init__(self, access: AccessControl, files: Sequence[Watched[Any]]) -> None:
+        self._access, self._files = access, files
+
+    def collect(self) -> Iterable[Metric]:
+        """Read when the metrics are."""
+        refusals = CounterMetricFamily("steer_access_refusals", "Calls refused, by cause", labels=["cause"])
+        for cause, count in list(self._access.refusals.items()):
+            refusals.add_metric([cause], count)
+        yield refusals
+        calls = CounterMetricFamily("steer_token_calls", "Calls with a token, by its name", labels=["token"])
+        for name, count in list(self._access.calls.items()):
+            calls.add_metric([name], count)
+        yield calls
+        taken = CounterMetricFamily("steer_access_files_taken", "Times that a file was taken", labels=["file"])
+        problem = GaugeMetricFamily(
+            "steer_access_file_problem", "1 where a file has changed and cannot be used", labels=["file"]
+        )
+        for file in self._files:
+            taken.add_metric([file.what], file.times_taken)
+            problem.add_metric([file.what], float(bool(file.problem)))
+        yield taken
+        yield problem
 
 
 class _WorkCollector(Collector):

@@ -10,7 +10,8 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from steer_server.caller import Caller, host_of
+from steer_server.access.grant import Grant
+from steer_server.caller import Caller, holder_of
 from steer_server.errors import SlowReaderError
 from steer_server.http.bodies import BodyRoom
 from steer_server.http.errors import Failure
@@ -46,9 +47,14 @@ class Exchange:
         host, port = self._scope["client"] or ("", 0)
         return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
-    def caller(self) -> Caller:
-        """Whom the work is for."""
-        return Caller(host_of(self.peer), self.peer, None)
+    @property
+    def authorization(self) -> list[str | bytes]:
+        """What came under that name, once or several times."""
+        return [value for name, value in self._scope["headers"] if name == b"authorization"]
+
+    def caller(self, grant: Grant) -> Caller:
+        """Whom the work is for, and what may be done."""
+        return Caller(holder_of(self.peer, grant), self.peer, None, grant)
 
     async def read(self, max_bytes: int, room: BodyRoom) -> bytes:
         """The body, which takes its ``room`` until it is there.
