@@ -1,4 +1,4 @@
-"""Whom a request is for, as far as fairness goes."""
+"""Whom a request is for: how fairness counts it, and what it may do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ipaddress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from urllib.parse import unquote
+
+from steer_server.access.grant import EVERYTHING, Grant
 
 _IPV6_NETWORK_BITS = 64
 """Of an address of IPv6: the rest is chosen by whoever is in that network, as often as they like."""
@@ -17,12 +19,15 @@ class Caller:
 
     Hosts take turns, and of each host its connections: neither many connections nor many requests get more than one.
     Behind a proxy all callers are one host that shares the proxy's connections; a Unix socket tells nobody apart.
+    Who has a token is the token's, from whatever host: see :func:`holder_of`.
     """
 
     host: str = ""
     connection: str = ""
     deadline: float | None = None
     """When the call ends whatever happens, in seconds of the monotonic clock."""
+    grant: Grant = EVERYTHING
+    """What the call may do."""
 
     @property
     def client(self) -> tuple[str, str]:
@@ -32,6 +37,11 @@ class Caller:
 
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039 - frozen
 """Set for each call, by what receives it; read where callers take turns."""
+
+
+def holder_of(peer: str, grant: Grant) -> str:
+    """The :attr:`Caller.host` of a call: the token where there is one, else the host."""
+    return f"token:{grant.token}" if grant.token else host_of(peer)
 
 
 def host_of(peer: str) -> str:

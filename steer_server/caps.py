@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from steer_server.caller import CALLER
 from steer_server.errors import InvalidRequestError
 from steer_server.types import Row, SamplingParams
 
@@ -40,10 +41,14 @@ class Caps:
         if self.max_texts is not None and n > self.max_texts:
             raise InvalidRequestError("n", f"is {n}; at most {self.max_texts} are accepted")
 
-    def check_tokens(self, rows: Sequence[Row], *, num_prompts: int = 1) -> None:
-        """Raises :class:`InvalidRequestError` for rows that ask for more tokens than is accepted.
+    def reserve_tokens(self, rows: Sequence[Row], *, num_prompts: int = 1) -> None:
+        """Reserves the tokens that rows ask for, of those that the caller's token may ask for in a minute.
 
         ``num_prompts``: each of which has these rows.
+
+        Raises:
+            InvalidRequestError: they ask for more than is ever accepted.
+            RateLimitedError: or for more than is left just now.
         """
         for row in rows:
             tokens = row.sampling.max_tokens
@@ -59,6 +64,7 @@ class Caps:
                 f"is {counts} tokens, in {num_prompts * len(rows)} texts {total}; this server accepts "
                 f"{self.max_total_tokens} in all texts of a request",
             )
+        CALLER.get().grant.charge.reserve(total, "sampling.max_tokens")
 
 
 NO_CAPS = Caps()

@@ -66,7 +66,7 @@ async def compare(
     report = await work_out(request.report, engine.tokenizer)
     prompts = request.prompts or ((NamedPrompt("", request.prompt),) if request.prompt else ())
     texts = [tuple(_texts(request, _sampling_of(prompt, sampling), plans, report)) for prompt in prompts]
-    caps.check_tokens([text.row for text in texts[0]], num_prompts=len(prompts))
+    caps.reserve_tokens([text.row for text in texts[0]], num_prompts=len(prompts))
     if report is not None:
         tokens = sum(text.row.sampling.max_tokens for text in texts[0] if text.row.report is not None)
         check_figures(request.report, tokens, "report")

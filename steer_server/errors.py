@@ -8,8 +8,17 @@ SteerServerError
 ├── OperatorUnusableError       it is in the store and cannot be used: damaged, or for another model
 │   └── DigestNotServedError        the request pins another version of it
 ├── QueueFullError              no room while others wait and run; says when to try again
+├── UnauthenticatedError        the server asks for tokens, and none that it knows came with the call
+├── PermissionDeniedError       the token does not allow this call, or this operator
+├── RateLimitedError            the token's calls or tokens of this minute are used up; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
+├── StoreUnwritableError        the store cannot be written to
+├── StoreFullError              there is no room for what is to be stored
+├── OperatorExistsError         the name is taken, and nothing says that it may be replaced
+├── OperatorChangedError        the store has another version than the one that the request expects
+├── UnknownUploadError          no such upload is unfinished
+├── UploadOffsetError           an upload goes on elsewhere than where it was left
 ├── EngineFailedError           the engine broke while it worked on this request
 ├── TimeLimitError              the time limit ran out, and half a result is none
 ├── RequestIncompleteError      the client took too long to send its request
@@ -23,6 +32,7 @@ EngineDiedError                 the server cannot go on (never on the wire; runn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -116,12 +126,91 @@ class QueueFullError(SteerServerError):
         self.retry_after = retry_after
 
 
+class UnauthenticatedError(SteerServerError):
+    """No token that is accepted came with the call."""
+
+    def __init__(self, problem: str, *, cause: str) -> None:
+        """``cause``: one of few, for metrics and the audit log; here and in the next two."""
+        super().__init__(problem)
+        self.cause = cause
+
+
+class PermissionDeniedError(SteerServerError):
+    """The caller is known, and may not do this."""
+
+    def __init__(self, problem: str, *, cause: str) -> None:
+        super().__init__(problem)
+        self.cause = cause
+
+
+class RateLimitedError(SteerServerError):
+    """The token has used up what it may ask for in a minute."""
+
+    def __init__(self, problem: str, retry_after: float, *, cause: str) -> None:
+        """``retry_after``: seconds."""
+        super().__init__(f"{problem}; try again in {math.ceil(retry_after)} s")
+        self.retry_after, self.cause = retry_after, cause
+
+
+ACCESS_ERRORS = (UnauthenticatedError, PermissionDeniedError, RateLimitedError)
+"""What :mod:`steer_server.access` refuses. Each has a ``cause``."""
+
+
 class SteeringNotAppliedError(SteerServerError):
     """Steering could not be applied at every step, so the text is withheld."""
 
 
 class StoreUnreadableError(SteerServerError):
     """The store cannot be read; the operators of the last reading stay."""
+
+
+class StoreUnwritableError(SteerServerError):
+    """The store cannot be written to; it is as it was."""
+
+
+class StoreFullError(SteerServerError):
+    """The disk, or what unfinished uploads may take of it, has no room for so much; nothing of it is kept."""
+
+
+class OperatorExistsError(SteerServerError):
+    """The name is taken, and the request does not say what it may replace."""
+
+    def __init__(self, name: str, found: str) -> None:
+        """``found``: the digest of what has the name; empty where its file does not say."""
+        super().__init__(
+            f"operator {name!r} is in the store already ({found or 'a damaged file'}); `replace` with its digest, or "
+            "'any', replaces it"
+        )
+        self.name, self.found = name, found
+
+
+class OperatorChangedError(SteerServerError):
+    """The store has another version under the name than the one that the request expects."""
+
+    def __init__(self, name: str, *, expected: str, found: str) -> None:
+        super().__init__(
+            f"operator {name!r} in the store is {found or 'a damaged file'}, and {expected} is expected; nothing was "
+            "changed"
+        )
+        self.name, self.expected, self.found = name, expected, found
+
+
+class UnknownUploadError(SteerServerError):
+    """No upload of that id is unfinished."""
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__(
+            f"no upload {upload_id!r} is unfinished; it ended, or was given up, or began at another server"
+        )
+
+
+class UploadOffsetError(SteerServerError):
+    """What is sent of an upload does not begin where that stands."""
+
+    def __init__(self, problem: str, *, received: int) -> None:
+        """``received``: bytes that are held."""
+        super().__init__(problem)
+        self.received = received
 
 
 class EngineFailedError(SteerServerError):

@@ -47,7 +47,7 @@ async def generate(
     sampling = caps.apply(request.sampling)
     caps.check_samples(request.n)
     samples = [sampling.of_sample(number) for number in range(request.n)]
-    caps.check_tokens([Row(sampling=each) for each in samples])
+    caps.reserve_tokens([Row(sampling=each) for each in samples])
     (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
     check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=sampling.max_tokens)
@@ -146,7 +146,9 @@ class CompletionBuilder:
             finish_reason=event.reason,
             stop_string=event.stop_string,
             usage=Usage(self.prompt_tokens, len(self._ids)),
-            timings=Timings(elapsed if self._admitted is None else self._admitted, self._first_token, elapsed),
+            timings=Timings(
+                elapsed if self._admitted is None else self._admitted, self._first_token, elapsed, self.began
+            ),
             receipts=event.receipts,
             logprobs=tuple(self._logprobs),
             seed=self.sampling.seed,

@@ -52,7 +52,7 @@ async def score(
     rows = tuple(Row(plan, True, sampling, report=report) for plan in (None, *plans))
     check_figures(request.report, len(rows) * len(text_ids), "report" if report else request.text_field)
     with errors_of("sampling.max_tokens", at=request.text_field):
-        caps.check_tokens(rows)
+        caps.reserve_tokens(rows)
     for field, plan in zip(operators, plans, strict=True):
         check_plan(engine.model, plan, field, prompt_tokens=len(prompt_ids), max_tokens=len(text_ids))
     names = (NORMAL, *(arm.name for arm in request.arms))

@@ -19,6 +19,7 @@ from operators.core.hooks import PushHooks
 from operators.evaluate.batch import TextBatch, TextJob
 from operators.evaluate.batch_pushes import BatchPushes, first_token
 from operators.evaluate.sampling import Sampling, choose
+from operators.model.kept_logits import last_positions
 from operators.model.loading import LoadedModel, decoder_layers
 
 _STEPS_BETWEEN_CHECKS = 8
@@ -105,7 +106,7 @@ def _decode(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last_positions(fed),
         )
         pushes.collect()
         chosen = choose(output.logits[:, -1], sampling, text, noise[:, step])
@@ -154,15 +155,13 @@ def _logprobs(
     positions = torch.cat([batch.positions, following], 1)
     real = torch.cat([batch.mask[:, 1:], torch.ones_like(following, dtype=torch.bool)], 1)
     pushes.load(fed, positions, real, np.ones(len(jobs), dtype=int))
-    width = fed.shape[1]
     output = loaded.model(
         input_ids=fed,
         attention_mask=torch.cat([batch.mask[:, :1], real], 1).long(),
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        # Indices, not a number: of a slice, the product with the unembedding takes nearly twice as long on a CPU.
-        logits_to_keep=torch.arange(width - count, width, device=fed.device),
+        logits_to_keep=last_positions(fed, count),
     )
     pushes.collect()
     pushes.check()

@@ -32,7 +32,7 @@ class TextDecoder:
     """Patterns of names in the checkpoint, and what stands for them in the model."""
 
 
-def read_decoder(source: str, revision: str) -> TextDecoder:
+def read_decoder(name: str, source: str, revision: str) -> TextDecoder:
     """The decoder of the checkpoint at ``source``, from its configuration alone.
 
     Raises:
@@ -45,8 +45,9 @@ def read_decoder(source: str, revision: str) -> TextDecoder:
     if config.model_type not in _HOLDERS:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelError(
-                f"its configuration is of the kind {config.model_type!r}, which is no decoder of text; decoders inside "
-                f"of {', '.join(sorted(_HOLDERS))} are accepted, and by themselves those of docs/ARCHITECTURES.md"
+                f"model {name!r}: its configuration is of the kind {config.model_type!r}, which is no decoder of text; "
+                f"decoders inside of {', '.join(sorted(_HOLDERS))} are accepted, and by themselves those that "
+                "docs/ARCHITECTURES.md lists"
             )
         return TextDecoder(config)
     stored, _ = PreTrainedConfig.get_config_dict(source, revision=revision)

@@ -19,12 +19,11 @@ from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import check_attention
 from operators.model.checkpoint_files import CheckpointFiles, packed_weights
-from operators.model.decoders import TextDecoder, read_decoder
 from operators.model.digest_cache import keep_digest
 from operators.model.experts import fit_experts
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
-from operators.model.preflight import ModelCheck, examine
+from operators.model.preflight import Examined, ModelCheck, examine
 from operators.model.stored_weights import keep_in_memory, stored_weights_digest
 
 if TYPE_CHECKING:
@@ -106,13 +105,12 @@ def load_model(
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
+    check_device(device)
     source = str(obtain(name))
     local = Path(source).is_dir()
     # Before a byte is read: what is written meanwhile is noticed.
     files = CheckpointFiles.of(Path(source)) if local else None
-    _check_not_adapter(name, source)
+    check_not_adapter(name, source)
     transformers_logging.disable_progress_bar()
     # The hub's client logs each of its retries twice; the error after the last one says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -121,9 +119,10 @@ def load_model(
         directory = Path(source) if local else _hub_directory(source)
         revision = "main" if local else directory.name
         checks = [decoder_layers, *([check] if check else [])]
-        decoder = _read_decoder(name, source, revision)
-        attention = examine(name, decoder, dtype=dtype, device=torch.device(device), attention=attention, checks=checks)
-        model, report = _from_files(source, revision, decoder, DTYPES[dtype], attention)
+        examined = examine(
+            *(name, source, revision), dtype=dtype, device=torch.device(device), attention=attention, checks=checks
+        )
+        model, report = _from_files(source, revision, examined, DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_complete(name, report)
         _check_tied(name, model)
@@ -132,7 +131,7 @@ def load_model(
         if torch.device(device).type == "cpu":
             keep_in_memory(model)
         weights = stored_weights_digest(
-            files, model, DTYPES[dtype], lambda exact: _from_files(source, revision, decoder, exact, attention)[0]
+            files, model, DTYPES[dtype], lambda exact: _from_files(source, revision, examined, exact)[0]
         )
         model = model.to(device).eval().requires_grad_(False)
         fit_experts(model)
@@ -141,7 +140,7 @@ def load_model(
     except Exception as error:
         # transformers and what it loads with raise errors of any class for files that are damaged.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({ACCEPTED})") from error
+        raise ModelError(f"model {name!r} cannot be loaded{near_name(name)}: {reason} ({ACCEPTED})") from error
     check_attention(name, model)
     files.check_unchanged(name)
     keep_digest(files, weights)
@@ -149,21 +148,14 @@ def load_model(
     return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files)
 
 
-def _read_decoder(name: str, source: str, revision: str) -> TextDecoder:
-    try:
-        return read_decoder(source, revision)
-    except ModelError as error:
-        raise ModelError(f"model {name!r}: {error}") from error
-
-
 def _from_files(
-    source: str, revision: str, decoder: TextDecoder, dtype: torch.dtype, attention: AttentionName
+    source: str, revision: str, examined: Examined, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
-    if decoder.names:
+    if examined.decoder.names:
         # Of a whole model, the part that reads images is not missed: a report would list every tensor of it.
         transformers_logging.set_verbosity_error()
     # False, not None: None asks on the terminal whether code that came with the model may run.
@@ -172,10 +164,10 @@ def _from_files(
             source,
             revision=revision,
             # A copy: loading writes into it.
-            config=copy.deepcopy(decoder.config),
-            key_mapping=dict(decoder.names) or None,
+            config=copy.deepcopy(examined.decoder.config),
+            key_mapping=dict(examined.decoder.names) or None,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=examined.attention,
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -228,7 +220,13 @@ def _check_not_packed(name: str, model: PreTrainedModel, files: CheckpointFiles)
         )
 
 
-def _check_not_adapter(name: str, source: str) -> None:
+def check_device(device: str) -> None:
+    """Raises :class:`ModelError` for CUDA where there is none."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
+
+
+def check_not_adapter(name: str, source: str) -> None:
     """Refuses the directory of an adapter, with or without base weights, which would be served without it."""
     for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if Path(source, file).exists():
@@ -238,7 +236,8 @@ def _check_not_adapter(name: str, source: str) -> None:
             )
 
 
-def _hint(name: str) -> str:
+def near_name(name: str) -> str:
+    """The built-in model that a name may have been meant for, to end a message."""
     near = difflib.get_close_matches(name, BUILT_IN, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,22 @@ from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import choose_attention
-from operators.model.decoders import TextDecoder
+from operators.model.decoders import TextDecoder, read_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What :func:`examine` found. ``model`` has no weights; ``attention`` is what it is to be loaded with."""
+
+    decoder: TextDecoder
+    model: PreTrainedModel
+    attention: AttentionName
+    need: int
+    """Bytes of its weights in the dtype asked for."""
+
 
 ModelCheck = Callable[["PreTrainedModel"], object]
 """Raises an error where it does not accept a model; the model has no weights, and only its modules can be looked at."""
@@ -23,14 +36,15 @@ ModelCheck = Callable[["PreTrainedModel"], object]
 
 def examine(
     name: str,
-    decoder: TextDecoder,
+    source: str,
+    revision: str,
     *,
     dtype: DTypeName,
     device: torch.device,
     attention: AttentionName | None,
     checks: Iterable[ModelCheck],
-) -> AttentionName:
-    """The attention that a model is to be loaded with, after all checks that need no weights.
+) -> Examined:
+    """The model at ``source`` without its weights, after all checks that need none.
 
     Raises:
         ModelError: its weights do not fit into the memory, or it has no such attention.
@@ -38,6 +52,7 @@ def examine(
     """
     from transformers import AutoModelForCausalLM
 
+    decoder = read_decoder(name, source, revision)
     with torch.device("meta"):
         # Every model has eager attention.
         empty = AutoModelForCausalLM.from_config(
@@ -56,4 +71,4 @@ def examine(
             f"model {name!r} takes {format_bytes(need)} of memory in {dtype}; {format_bytes(have)} may be used on "
             f"{device}"
         )
-    return chosen
+    return Examined(decoder, empty, chosen, need)

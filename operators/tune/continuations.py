@@ -19,6 +19,7 @@ from operators.core.hooks import PushHooks, layer_push
 from operators.core.measured import Sampling
 from operators.core.positions import ALL_POSITIONS
 from operators.core.pushes import SequencePushes
+from operators.model.kept_logits import last_positions
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 from operators.model.rope import check_one_rope
 from operators.tune.token_choice import GREEDY, TokenChoice
@@ -135,7 +136,7 @@ def _decode_batch(
                 position_ids=(mask.cumsum(-1) - 1).clamp_min(0)[:, -num_fed:],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=last_positions(ids),
             )
             steering.check()
             logits = output.logits[:, -1]

@@ -60,6 +60,7 @@ class WaitingRoom:
             for client in [client for client, ticket in self._line.items() if ticket.expires < now]:
                 del self._line[client]
             self._check_deadline(caller, now)
+            self._check_share(caller, size)
             if not self._is_admitted(caller.client, size):
                 raise self._refusal(caller.client, now)
             self._line.pop(caller.client, None)
@@ -87,6 +88,19 @@ class WaitingRoom:
         """Seconds after which so many places are likely to have been freed, not the same for everybody."""
         each = 1.0 if self._seconds_each is None else self._seconds_each
         return min(max(places * each, _MIN_HINT), _MAX_HINT) * random.uniform(_SOONEST, 1.0)  # noqa: S311 - no secret
+
+    def _check_share(self, caller: Caller, size: int) -> None:
+        """Raises :class:`QueueFullError` for more places than the caller's token may have, free ones or not."""
+        share = caller.grant.queue_share
+        if share is None:
+            return
+        most = max(1, int(share * self._limit))
+        held = sum(count for (host, _), count in self._held.items() if host == caller.host)
+        if held + size > most:
+            raise QueueFullError(
+                f"{held} {self._things} of token {caller.grant.token!r} wait or are unread, and it may have {most}",
+                self.hint(held + size - most),
+            )
 
     def _is_admitted(self, client: _Client, size: int) -> bool:
         total, mine = self._held.total(), self._held[client]

@@ -1,6 +1,7 @@
 """Every method of the contract at /api/METHOD, its messages as JSON.
 
-A method with one answer answers with one JSON object, a method with many with server-sent events.
+A method with one answer answers with one JSON object, a method with many with server-sent events. A method that takes
+many messages has no place here.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ _M = TypeVar("_M", bound=Message)
 
 
 def contract_methods(parts: ServerParts, pool: DescriptorPool) -> dict[str, Handler]:
-    """What handles each method of the contract, by its name."""
+    """What handles each method of the contract, by its full name."""
     return {
-        method.name: _handler(parts, method, getattr(service, method.name))
+        full_name(method): _handler(parts, method, getattr(service, method.name))
         for name, service in parts.services.items()
         for method in pool.FindServiceByName(name).methods
+        if not method.client_streaming
     }
+
+
+def full_name(method: MethodDescriptor) -> str:
+    """ "/service/method", as calls name it."""
+    return f"/{method.containing_service.full_name}/{method.name}"
 
 
 def admit(parts: ServerParts, method: MethodDescriptor, given: _M) -> _M:
     """A request, measured as if it had come over gRPC. Raises :class:`InvalidRequestError`."""
-    path = f"/{method.containing_service.full_name}/{method.name}"
-    admitted: _M = parts.admission.read(path, given.SerializeToString(), type(given).FromString)
+    admitted: _M = parts.admission.read(full_name(method), given.SerializeToString(), type(given).FromString)
     return admitted
 
 

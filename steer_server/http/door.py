@@ -32,7 +32,12 @@ from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
 from steer_server.rpc.parts import ServerParts
 
+_OTHER = "other"
+"""What metrics call every path that is not there."""
 _MAX_HEAD_BYTES = 16 << 10
+_MODEL = "/steering.v1.GenerationService/GetModelInfo"
+_COMPARE = "/steering.v1.GenerationService/Compare"
+_OPERATORS = "/steering.v1.OperatorService/ListOperators"
 
 
 class HttpDoor:
@@ -50,11 +55,13 @@ class HttpDoor:
         bodies = BodyLimits.of(parts.admission.limits, parts.model.context_length)
         self._rules = CallRules(
             Gate(self._names),
+            parts.access,
             parts.calls,
             bodies,
             BodyRoom(bodies),
             parts.config.client_patience,
             parts.metrics,
+            parts.tracing,
         )
         settings = Config(
             _application(self._rules, parts),
@@ -74,6 +81,7 @@ class HttpDoor:
         except OSError as error:
             raise StartupError(f"cannot serve HTTP on {self._host}:{self.port}: {error.strerror}") from error
         self.port = int(self._server.sockets[0].getsockname()[1])
+        parts.metrics.connections("http").set_function(lambda: len(self._state.connections))
 
     async def stop(self, seconds: float) -> None:
         """Takes no more connections, and ends those that there are after so many seconds for last writes."""
@@ -93,14 +101,14 @@ class HttpDoor:
 
 def _application(rules: CallRules, parts: ServerParts) -> Starlette:
     methods = contract_methods(parts, descriptor_pool.Default())
-    routes = [_post(rules, f"/api/{name}", handle) for name, handle in methods.items()]
-    for path, name in {"/api/model": "GetModelInfo", "/api/operators": "ListOperators"}.items():
-        routes.append(_get(rules, path, partial(_empty, methods[name])))
+    routes = [_post(rules, f"/api/{name.rpartition('/')[2]}", name, handle) for name, handle in methods.items()]
+    for path, name in {"/api/model": _MODEL, "/api/operators": _OPERATORS}.items():
+        routes.append(_get(rules, path, name, partial(_empty, methods[name])))
     openai = OpenAIPaths(parts)
     routes += [
-        _post(rules, "/v1/completions", openai.completions),
-        _post(rules, "/v1/chat/completions", openai.chat),
-        _get(rules, "/v1/models", openai.models),
+        _post(rules, "/v1/completions", _COMPARE, openai.completions),
+        _post(rules, "/v1/chat/completions", _COMPARE, openai.chat),
+        _get(rules, "/v1/models", _OPERATORS, openai.models),
         Route("/v1/models/{name:path}", _Named(rules, "/v1/models/NAME", openai.model), methods=["GET"]),
     ]
     routes += page_routes(rules.gate)
@@ -117,15 +125,16 @@ class _Named:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path_params"]["name"]
-        await Endpoint(self._rules, self._path, lambda _: self._handle(name), has_body=False)(scope, receive, send)
+        handle = Endpoint(self._rules, self._path, _OPERATORS, lambda _: self._handle(name), has_body=False)
+        await handle(scope, receive, send)
 
 
-def _post(rules: CallRules, path: str, handle: Handler) -> Route:
-    return Route(path, Endpoint(rules, path, handle, has_body=True), methods=["POST"])
+def _post(rules: CallRules, path: str, method: str, handle: Handler) -> Route:
+    return Route(path, Endpoint(rules, path, method, handle, has_body=True), methods=["POST"])
 
 
-def _get(rules: CallRules, path: str, handle: Handler) -> Route:
-    return Route(path, Endpoint(rules, path, handle, has_body=False), methods=["GET"])
+def _get(rules: CallRules, path: str, method: str, handle: Handler) -> Route:
+    return Route(path, Endpoint(rules, path, method, handle, has_body=False), methods=["GET"])
 
 
 async def _empty(handle: Handler, _body: Any) -> Answer:
@@ -147,4 +156,6 @@ async def _refuse(rules: CallRules, request: Request, error: Exception) -> Respo
         )
     except RefusedError as found:
         refused = found
+    rules.metrics.http_requests.labels(_OTHER, str(refused.status)).inc()
+    rules.metrics.errors.labels(_OTHER, refused.code).inc()
     return Response(encode(error_body(refused)), refused.status, dict(refused.headers), media_type="application/json")

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
+from steer_server.access.control import AccessControl
 from steer_server.caller import CALLER
-from steer_server.errors import EngineFailedError, SlowReaderError, SteerServerError
+from steer_server.errors import ACCESS_ERRORS, EngineFailedError, SlowReaderError, SteerServerError
 from steer_server.http.bodies import BodyLimits, BodyRoom, read_object
 from steer_server.http.errors import CLIENT_LEFT, Failure, error_body, headers_of, http_status_of
 from steer_server.http.exchange import ClientLeftError, Exchange, event
 from steer_server.http.origin import Gate
 from steer_server.http.refused import RefusedError
 from steer_server.metrics import Metrics
-from steer_server.rpc.call_limit import CallLimit
-from steer_server.rpc.call_record import CURRENT, CallRecord
+from steer_server.rpc.call_limit import CallLimit, Place
+from steer_server.rpc.call_record import CURRENT, CallRecord, current_call
 from steer_server.rpc.outcome import problem_fields
 from steer_server.rpc.parts import HTTP
 from steer_server.rpc.status import code_of
+from steer_server.tracing import names
+from steer_server.tracing.base import NO_TRACING, Ending, Tracing
 
 log = structlog.get_logger(__name__)
+
+_SERVER_ERROR = 500
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,13 @@ class CallRules:
     """What holds for every path of one door."""
 
     gate: Gate
+    access: AccessControl
     limit: CallLimit
     bodies: BodyLimits
     room: BodyRoom
     patience: float
     metrics: Metrics
+    tracing: Tracing = NO_TRACING
     running: set[asyncio.Task[Any]] = field(default_factory=set)
     """Calls under way: what a stopping server ends."""
 
@@ -71,16 +78,19 @@ class CallRules:
 class Endpoint:
     """An ASGI application for one path."""
 
-    def __init__(self, rules: CallRules, path: str, handle: Handler, *, has_body: bool) -> None:
-        """``path``: as metrics and the log name it."""
-        self._rules, self._path, self._handle, self._has_body = rules, path, handle, has_body
+    def __init__(self, rules: CallRules, path: str, method: str, handle: Handler, *, has_body: bool) -> None:
+        """``path``: as metrics and the log name it. ``method``: of the contract, whose scope a caller needs."""
+        self._rules, self._path, self._method = rules, path, method
+        self._handle, self._has_body = handle, has_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
         exchange = Exchange(scope, receive, send, patience=self._rules.patience)
         record, began = CallRecord(), time.monotonic()
         CURRENT.set(record)
-        CALLER.set(exchange.caller())
+        method = scope["method"]
+        attributes = {names.HTTP_METHOD: method, names.HTTP_ROUTE: self._path}
+        record.trace = self._rules.tracing.begin(f"{method} {self._path}", attributes, exchange.headers.items)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for mypy
         self._rules.running.add(task)
@@ -109,11 +119,13 @@ class Endpoint:
 
     async def _answer(self, exchange: Exchange) -> None:
         self._rules.gate.check(exchange.headers)
-        with self._rules.limit.admitted():
+        with self._admitted(exchange) as place:
             body = None
             if self._has_body:
                 bodies = self._rules.bodies
-                body = read_object(await exchange.read(bodies.max_bytes, self._rules.room), bodies)
+                async with place.request(self._rules.patience):
+                    data = await exchange.read(bodies.max_bytes, self._rules.room)
+                body = read_object(data, bodies)
             with self._rules.metrics.call_in_flight(HTTP):
                 async with exchange.while_connected():
                     answer = await self._handle(body)
@@ -125,6 +137,16 @@ class Endpoint:
                     await exchange.end(answer.last)
                 else:
                     await exchange.answer(answer.body, headers=answer.headers)
+
+    @contextmanager
+    def _admitted(self, exchange: Exchange) -> Iterator[Place]:
+        """Refuses a caller who may not do this, before the body is read."""
+        with self._rules.access.admitted(self._method, exchange.authorization, exchange.peer) as grant:
+            current_call().token = grant.token
+            caller = exchange.caller(grant)
+            CALLER.set(caller)
+            with self._rules.limit.admitted(caller) as place:
+                yield place
 
     async def _tell(self, exchange: Exchange, error: Failure) -> Failure:
         # There is no room to tell it in what the client does not read.
@@ -149,11 +171,21 @@ class Endpoint:
             said = {"reason": failure.code}
         if said:
             metrics.errors.labels(self._path, said["reason"]).inc()
-        if record.is_refused:
+        record.trace.end(_ending(status, failure, said))
+        if record.is_refused or isinstance(failure, ACCESS_ERRORS):
             return
         level = "info" if failure is None else "warning"
         fields = {"status": status, "code": _code(failure), "seconds": round(seconds, 3), "peer": exchange.peer}
         getattr(log, level)(self._path, **fields, **record.fields(), **said)
+
+
+def _ending(status: int, failure: BaseException | None, said: Mapping[str, str]) -> Ending:
+    return Ending(
+        {names.HTTP_STATUS: status},
+        error_type=said.get("reason", "" if failure is None else _code(failure)),
+        problem=said.get("problem", ""),
+        is_fault=status >= _SERVER_ERROR,
+    )
 
 
 def _status(failure: BaseException | None) -> int:

@@ -11,7 +11,13 @@ from typing import Any
 import grpc
 from google.protobuf.json_format import MessageToDict
 
-from steer_server.errors import InvalidRequestError, QueueFullError, SteerServerError
+from steer_server.errors import (
+    InvalidRequestError,
+    QueueFullError,
+    RateLimitedError,
+    SteerServerError,
+    UnauthenticatedError,
+)
 from steer_server.http.refused import RefusedError
 from steer_server.rpc.status import code_of, details_of, message_of, reason_of
 
@@ -19,7 +25,10 @@ CLIENT_LEFT = 499
 """Never sent; what the log and the metrics say of a call whose client has left."""
 _STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
+    grpc.StatusCode.PERMISSION_DENIED: 403,
     grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.ALREADY_EXISTS: 409,
     grpc.StatusCode.FAILED_PRECONDITION: 400,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
     grpc.StatusCode.DEADLINE_EXCEEDED: 408,
@@ -27,7 +36,14 @@ _STATUS = {
     grpc.StatusCode.UNIMPLEMENTED: 501,
     grpc.StatusCode.INTERNAL: 500,
 }
-_TYPES = {400: "invalid_request_error", 408: "timeout_error", 429: "rate_limit_error", 500: "server_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    500: "server_error",
+}
 
 Failure = SteerServerError | RefusedError
 
@@ -41,8 +57,12 @@ def headers_of(error: Failure) -> list[tuple[str, str]]:
     """What an answer says of an error beside its body."""
     if isinstance(error, RefusedError):
         return list(error.headers)
-    # Whole seconds, rounded up: nobody comes back too early.
-    return [("retry-after", str(math.ceil(error.retry_after)))] if isinstance(error, QueueFullError) else []
+    if isinstance(error, UnauthenticatedError):
+        return [("www-authenticate", "Bearer")]
+    if isinstance(error, QueueFullError | RateLimitedError):
+        # Whole seconds, rounded up: nobody comes back too early.
+        return [("retry-after", str(math.ceil(error.retry_after)))]
+    return []
 
 
 def error_body(error: Failure) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from steer_server.caller import Caller, host_of
-from steer_server.errors import RequestIncompleteError, SlowReaderError
+from steer_server.access.grant import Grant
+from steer_server.caller import Caller, holder_of
+from steer_server.errors import SlowReaderError
 from steer_server.http.bodies import BodyRoom
 from steer_server.http.errors import Failure
 from steer_server.http.refused import RefusedError
@@ -31,7 +32,7 @@ class Exchange:
     """What ASGI gives of one request."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, patience: float) -> None:
-        """``patience``: seconds for the request to arrive, and for each piece of the answer to be taken."""
+        """``patience``: seconds for each piece of the answer to be taken."""
         self._scope, self._receive, self._send, self._patience = scope, receive, send, patience
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         """By their names in lower case."""
@@ -46,9 +47,14 @@ class Exchange:
         host, port = self._scope["client"] or ("", 0)
         return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
 
-    def caller(self) -> Caller:
-        """Whom the work is for."""
-        return Caller(host_of(self.peer), self.peer, None)
+    @property
+    def authorization(self) -> list[str | bytes]:
+        """What came under that name, once or several times."""
+        return [value for name, value in self._scope["headers"] if name == b"authorization"]
+
+    def caller(self, grant: Grant) -> Caller:
+        """Whom the work is for, and what may be done."""
+        return Caller(holder_of(self.peer, grant), self.peer, None, grant)
 
     async def read(self, max_bytes: int, room: BodyRoom) -> bytes:
         """The body, which takes its ``room`` until it is there.
@@ -56,7 +62,6 @@ class Exchange:
         Raises:
             QueueFullError: there is no room for it.
             RefusedError: it is no JSON by its head, or larger than ``max_bytes``.
-            RequestIncompleteError: it did not arrive in time.
             ClientLeftError: it will not.
         """
         kind = self.headers.get("content-type", "")
@@ -73,11 +78,7 @@ class Exchange:
             declared = 0
         if declared > max_bytes and "expect" in self.headers:
             raise _too_large(max_bytes)
-        try:
-            async with asyncio.timeout(self._patience):
-                return await self._body(max_bytes, room)
-        except TimeoutError:
-            raise RequestIncompleteError(self._patience) from None
+        return await self._body(max_bytes, room)
 
     async def _body(self, max_bytes: int, room: BodyRoom) -> bytes:
         pieces: list[bytes] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from steer_server.tracing.base import NO_TRACE, CallTrace
 from steer_server.types import (
     ArmEvent,
     CompareEvent,
@@ -26,12 +27,17 @@ class CallRecord:
 
     is_refused: bool = False
     """Refused before anything of it was read: such calls are logged together, by their limit."""
+    trace: CallTrace = NO_TRACE
+    token: str = ""
+    """Its name."""
     request_id: str = ""
     prompts: dict[str, int] = field(default_factory=dict)
     """Tokens, by the id of the prompt: of several one each."""
     generated_tokens: int = 0
     scored_tokens: int = 0
     """Of a text that was given."""
+    used_tokens: int = 0
+    """Generated, or read under each arm: of those that a token may ask for."""
     texts: int = 0
     """Of a comparison, or with several samples, more than one."""
     operators: dict[str, str] = field(default_factory=dict)
@@ -41,6 +47,7 @@ class CallRecord:
 
     def see(self, event: GenerateEvent | CompareEvent | ScoreEvent) -> None:
         """Takes note of what the client is about to get."""
+        self.trace.see(event)
         prompt_id = ""
         if isinstance(event, ArmEvent):
             prompt_id, event = event.prompt_id, event.event
@@ -50,8 +57,10 @@ class CallRecord:
             self.operators.update(event.operators)
         elif isinstance(event, Delta):
             self.generated_tokens += len(event.token_ids)
+            self.used_tokens += len(event.token_ids)
         elif isinstance(event, TextScore):
             self.scored_tokens = len(event.token_ids)
+            self.used_tokens += len(event.arms) * len(event.token_ids)
             self._finish(event.timings)
         elif isinstance(event, Completion):
             self._finish(event.timings)
@@ -64,8 +73,12 @@ class CallRecord:
     def fields(self) -> dict[str, str | int | float]:
         """What is known, by the names in the log."""
         found: dict[str, str | int | float] = {}
+        if self.token:
+            found["token"] = self.token
         if self.request_id:
             found["request_id"] = self.request_id
+        if self.trace.trace_id:
+            found["trace_id"] = self.trace.trace_id
         if self.operators:
             named = [f"{name}@{digest}" for name, digest in self.operators.items()]
             more = len(named) - _MAX_OPERATORS

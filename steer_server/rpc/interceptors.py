@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import grpc
 
+from steer_server.access.control import AccessControl
 from steer_server.caller import CALLER
-from steer_server.errors import InvalidRequestError, RequestIncompleteError, SlowReaderError
+from steer_server.errors import InvalidRequestError, SlowReaderError
 from steer_server.metrics import Metrics
 from steer_server.rpc.admission import Admission
-from steer_server.rpc.call_limit import CallLimit
-from steer_server.rpc.caller import caller_of
+from steer_server.rpc.call_limit import CallLimit, Place
+from steer_server.rpc.call_record import current_call
+from steer_server.rpc.caller import authorization_of, caller_of
 from steer_server.rpc.outcome import Context, Outcome
+from steer_server.tracing.base import NO_TRACING, Tracing
 
 _Behaviour = Callable[[Any, Any], Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -33,10 +37,21 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     """
 
     def __init__(
-        self, metrics: Metrics, admission: Admission, limits: Mapping[str, CallLimit], *, patience: float
+        self,
+        metrics: Metrics,
+        admission: Admission,
+        limits: Mapping[str, CallLimit],
+        access: AccessControl,
+        *,
+        patience: float,
+        is_admin: bool = False,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
-        """``limits``: by method. ``patience``: seconds for a request to arrive, and for each answer to be taken."""
+        """``limits``: by method. ``patience``: seconds for a request to arrive, and for each answer to be taken.
+        ``is_admin``: whether it is of the listener for admin calls.
+        """
         self.metrics, self.admission, self.limits, self.patience = metrics, admission, limits, patience
+        self.access, self.is_admin, self.tracing = access, is_admin, tracing
 
     async def intercept_service(
         self,
@@ -65,38 +80,48 @@ class _Call:
         kind, self._behaviour = _behaviour(handler)
         self._labels = (kind, service, name)
         self._method = method
-        self._metrics, self._admission = interceptor.metrics, interceptor.admission
+        self._metrics, self._admission, self._tracing = interceptor.metrics, interceptor.admission, interceptor.tracing
         self._limit, self._patience = interceptor.limits[method], interceptor.patience
+        self._access, self._is_admin = interceptor.access, interceptor.is_admin
         self._parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
         self._streams_requests = handler.request_streaming
 
     async def unary(self, requests: Any, context: Context) -> Any:
         """Handles a call with one answer."""
-        async with Outcome(self._metrics, self._labels, context):
-            with self._limit.admitted():
-                request = await self._request(requests, context)
+        async with Outcome(self._metrics, self._tracing, self._labels, context):
+            with self._admitted(context) as place:
+                request = await self._request(requests, context, place)
                 with self._metrics.call_in_flight(self._labels[1]):
                     return await self._behaviour(request, context)
 
     async def stream(self, requests: Any, context: Context) -> None:
         """Handles a call with many."""
-        async with Outcome(self._metrics, self._labels, context):
-            with self._limit.admitted():
-                request = await self._request(requests, context)
+        async with Outcome(self._metrics, self._tracing, self._labels, context):
+            with self._admitted(context) as place:
+                request = await self._request(requests, context, place)
                 with self._metrics.call_in_flight(self._labels[1]):
                     produced = self._behaviour(request, context)
                     await (produced if inspect.isawaitable(produced) else self._forward(produced, context))
 
-    async def _request(self, requests: AsyncIterator[bytes], context: Context) -> Any:
+    @contextmanager
+    def _admitted(self, context: Context) -> Iterator[Place]:
+        """Refuses a caller who may not do this, before anything that was sent is read."""
+        peer = context.peer() or ""
+        with self._access.admitted(
+            self._method, authorization_of(context), peer, by_admin_listener=self._is_admin
+        ) as grant:
+            current_call().token = grant.token
+            caller = caller_of(context, grant)
+            CALLER.set(caller)
+            with self._limit.admitted(caller) as place:
+                yield place
+
+    async def _request(self, requests: AsyncIterator[bytes], context: Context, place: Place) -> Any:
         """The message, or the messages as they come."""
-        CALLER.set(caller_of(context))
         if self._streams_requests:
             return self._read_each(requests)
-        try:
-            async with asyncio.timeout(self._patience):
-                received: Any = await context.read()
-        except TimeoutError:
-            raise RequestIncompleteError(self._patience) from None
+        async with place.request(self._patience):
+            received: Any = await context.read()
         if received is grpc.aio.EOF:
             raise InvalidRequestError("request", "is missing; one message is needed")
         return self._admission.read(self._method, received, self._parse)

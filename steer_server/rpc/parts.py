@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from steer_server.access.control import AccessControl
 from steer_server.config import ServerConfig
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
+from steer_server.tracing.base import NO_TRACING, Tracing
 from steer_server.types import ModelInfo
 
 HTTP = "http"
@@ -25,6 +27,7 @@ class ServerParts:
     model: ModelInfo
     registry: Registry
     metrics: Metrics
+    access: AccessControl
     admission: Admission
     calls: CallLimit
     """Of the methods of this contract, whichever door they come by."""
@@ -32,6 +35,7 @@ class ServerParts:
     """What implements the methods of each service, by its full name."""
     max_connections: int
     """Of each door."""
+    tracing: Tracing = NO_TRACING
 
 
 class Door(Protocol):

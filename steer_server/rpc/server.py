@@ -16,8 +16,19 @@ import structlog
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
+from steering.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    operator_admin_pb2_grpc,
+    operators_pb2,
+    operators_pb2_grpc,
+)
 
+from steer_server.access.control import AccessControl
+from steer_server.access.setup import open_tokens
+from steer_server.access.token_file import TokenTable
+from steer_server.access.watched import Watched, watch
+from steer_server.admin.operator_admin import OperatorAdmin
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
 from steer_server.engine.prompts import max_prompt_bytes
@@ -29,9 +40,11 @@ from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
+from steer_server.rpc.operator_admin import ADMIN_SERVICE, OperatorAdminService
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
+from steer_server.tracing.base import NO_TRACING, Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +52,26 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
+_LIMITS = (
+    "client_patience",
+    "connection_age",
+    "connection_idle",
+    "grace",
+    "max_arms",
+    "max_artifact_bytes",
+    "max_calls",
+    "max_calls_per_connection",
+    "max_dose",
+    "max_queue",
+    "max_running",
+    "max_time",
+    "max_tokens",
+    "max_total_tokens",
+    "operator_memory",
+)
+"""Settings that metrics show, in seconds, bytes, or numbers of things; those that are not set are left out."""
+_LAST_SPANS = 2.0
+"""Seconds for what has been traced to be sent."""
 _LAST_WRITES = 0.2
 """Seconds for what has been answered to leave the socket."""
 
@@ -51,6 +84,11 @@ class SteerServer:
     registry: Registry
     config: ServerConfig
     doors: Sequence[Door] = ()
+    tokens: Watched[TokenTable] | None = None
+    """None: those of the configuration, if any."""
+    tracing: Tracing = NO_TRACING
+    admin: OperatorAdmin | None = None
+    """None: clients change nothing."""
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
@@ -58,8 +96,9 @@ class SteerServer:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
         most = room_for_connections(self.config.max_connections, doors=1 + len(self.doors))
         metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
+        services = self._services = SERVICES if self.admin is None else (*SERVICES, ADMIN_SERVICE)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        names = (*SERVICES, health_service, reflection.SERVICE_NAME)
+        names = (*services, health_service, reflection.SERVICE_NAME)
         admission = Admission(
             descriptor_pool.Default(),
             names,
@@ -69,15 +108,28 @@ class SteerServer:
         )
         calls = self._calls = CallLimit(self.config.max_calls)
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
-        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
+        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(services), calls))
+        tokens = self.tokens or open_tokens(self.config)
+        access = AccessControl(tokens)
+        files = [] if tokens is None else [tokens]
+        metrics.add_access(access, files)
         self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, admission, limits, patience=self.config.client_patience)],
+            interceptors=[
+                CallInterceptor(
+                    metrics, admission, limits, access, patience=self.config.client_patience, tracing=self.tracing
+                )
+            ],
             options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
         )
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         operators = OperatorService(self.registry)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         operators_pb2_grpc.add_OperatorServiceServicer_to_server(operators, self._server)
+        behaviours: dict[str, object] = dict(zip(SERVICES, (generation, operators), strict=True))
+        if self.admin is not None:
+            admin = OperatorAdminService(self.admin, patience=self.config.client_patience)
+            operator_admin_pb2_grpc.add_OperatorAdminServiceServicer_to_server(admin, self._server)
+            behaviours[ADMIN_SERVICE] = admin
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(names, self._server)
@@ -89,17 +141,26 @@ class SteerServer:
             ) from error
         if self.config.metrics_port:
             await self._serve_metrics()
-        services = dict(zip(SERVICES, (generation, operators), strict=True))
         parts = ServerParts(
-            self.config, self.engine.model, self.registry, metrics, admission, calls, services, max_connections=most
+            self.config,
+            self.engine.model,
+            self.registry,
+            metrics,
+            access,
+            admission,
+            calls,
+            behaviours,
+            max_connections=most,
+            tracing=self.tracing,
         )
         for door in self.doors:
             await door.start(parts)
         await self._server.start()
-        for service in ("", *SERVICES):
+        for service in ("", *services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
-        self._watching = asyncio.ensure_future(watch_connections(partial(count_connections, port), most))
+        connections = watch_connections(partial(count_connections, port), most, show=metrics.connections("grpc").set)
+        self._watching = [asyncio.ensure_future(each) for each in (connections, watch(files))]
         return int(port)
 
     async def _serve_metrics(self) -> None:
@@ -113,24 +174,28 @@ class SteerServer:
     async def stop(self) -> None:
         """Reports NOT_SERVING, refuses new calls, lets running ones finish within the grace period, then ends them."""
         self._is_serving = False
-        self._watching.cancel()
+        for each in self._watching:
+            each.cancel()
         await self._health.enter_graceful_shutdown()
         # gRPC would cancel, without a reason, what comes in between the word to stop and a client's hearing of it.
         self._calls.close()
         deadline = time.monotonic() + self.config.grace
         await self._idle_until(deadline - self.config.grace * 0.2)
+        if self.admin is not None:
+            await self.admin.close()
         # Jobs that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
         await self.engine.close()
         await self._idle_until(deadline)
         # Calls without an end of their own (a health Watch) are not waited for.
         await asyncio.gather(self._server.stop(_LAST_WRITES), *(door.stop(_LAST_WRITES) for door in self.doors))
+        await self.tracing.close(_LAST_SPANS)
         if self._http is not None:
             self._http.close()
         log.info("stopped")
 
     async def _idle_until(self, deadline: float) -> None:
         """Returns when no call of this contract runs, or at the deadline (in seconds of the monotonic clock)."""
-        while time.monotonic() < deadline and any(self._metrics.in_flight[name] for name in (*SERVICES, HTTP)):
+        while time.monotonic() < deadline and any(self._metrics.in_flight[name] for name in (*self._services, HTTP)):
             await asyncio.sleep(0.02)
 
     async def serve_until_signalled(self) -> None:
@@ -163,8 +228,8 @@ def _methods(services: Iterable[str]) -> list[str]:
 
 
 def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
-    names = ("max_queue", "max_calls", "max_calls_per_connection", "max_arms", "max_dose", "operator_memory")
-    return {name: getattr(config, name) for name in names} | {"max_connections": max_connections}
+    given = {name: getattr(config, name) for name in _LIMITS}
+    return {name: value for name, value in given.items() if value is not None} | {"max_connections": max_connections}
 
 
 def _on_signal(number: signal.Signals, stopped: asyncio.Event) -> None:

@@ -17,7 +17,7 @@ def _sampling(**fields):
 
 
 def _admit(caps, sampling, texts):
-    caps.check_tokens([Row(sampling=sampling)] * texts)
+    caps.reserve_tokens([Row(sampling=sampling)] * texts)
     return caps.apply(sampling)
 
 
@@ -49,13 +49,13 @@ def test_what_is_within_the_caps_is_as_it_was_and_without_a_time_limit_the_serve
 
 def test_the_tokens_of_arms_with_a_sampling_of_their_own_and_of_every_prompt_count():
     rows = [Row(sampling=_sampling(max_tokens=10)), Row(None, False, _sampling(max_tokens=20), "arms[0].sampling")]
-    Caps(max_total_tokens=90).check_tokens(rows, num_prompts=3)
+    Caps(max_total_tokens=90).reserve_tokens(rows, num_prompts=3)
     with pytest.raises(InvalidRequestError, match=r"is 10/20 tokens, in 6 texts 90; this server accepts 89"):
-        Caps(max_total_tokens=89).check_tokens(rows, num_prompts=3)
+        Caps(max_total_tokens=89).reserve_tokens(rows, num_prompts=3)
     with pytest.raises(
         InvalidRequestError, match=r"^arms\[0\]\.sampling\.max_tokens: is 20 tokens; this server accepts 19"
     ):
-        Caps(max_tokens=19).check_tokens(rows)
+        Caps(max_tokens=19).reserve_tokens(rows)
 
 
 async def test_clients_are_told_the_caps(model_info):

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks
+from operators.model.kept_logits import last_positions
 from operators.model.loading import LoadedModel, block_input, decoder_layers, embed
 from operators.model.rope import RopeOfLength
 from steer_server.engine.distributions import NO_REPORT
@@ -216,9 +217,8 @@ class Decoder:
         try:
             # Hooked for this pass alone: the next one may be another job's.
             with self._hooks, self._witness, self._rope.fixed(len(self.job.prompt_ids)):
-                output = model(
-                    input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=logits_of or 1
-                )
+                kept = last_positions(ids, logits_of or 1)
+                output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=kept)
         except SteeringError as error:
             # A hook that met another shape than its pushes have, or was called twice.
             raise SteeringNotAppliedError(str(error)) from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from steering.v1 import comparison_pb2, text_pb2
 
+from steer_server.caller import CALLER
 from steer_server.errors import InvalidRequestError
 from steer_server.http.openai.parameters import ChatMessage, ChatParameters, CompletionParameters, TextParameters
 from steer_server.http.openai.steering import operators_of
@@ -177,6 +178,9 @@ def _most_tokens(parts: ServerParts, texts: int) -> int:
     """What a text may have where nothing is said: all that context and caps leave."""
     config = parts.config
     most = [parts.model.context_length]
+    per_minute = CALLER.get().grant.charge.tokens_per_minute
+    if per_minute is not None:
+        most.append(max(1, int(per_minute) // max(1, texts)))
     if config.max_tokens is not None:
         most.append(config.max_tokens)
     if config.max_total_tokens is not None:

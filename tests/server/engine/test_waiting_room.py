@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import pytest
 
+from steer_server.access.grant import Grant
 from steer_server.caller import Caller
 from steer_server.engine.waiting_room import WaitingRoom
 from steer_server.errors import QueueFullError
@@ -171,3 +172,21 @@ def test_no_hint_is_none(clock):
     room.record(0.01)
     _enter(room, "a")
     assert _is_refused(room, "a", deadline=clock.now).retry_after >= 1
+
+
+def test_a_token_has_no_more_than_its_share_of_the_places_however_many_are_free():
+    room, grant = WaitingRoom(8), Grant("notebooks", queue_share=0.25)
+    _enter(room, "a", "token:notebooks", grant=grant)
+    _enter(room, "b", "token:notebooks", grant=grant)
+    with pytest.raises(QueueFullError, match="2 requests of token 'notebooks' wait or are unread, and it may have 2"):
+        _enter(room, "c", "token:notebooks", grant=grant)
+    _enter(room, "c", "token:other")
+    room.leave(Caller("token:notebooks", "a"))
+    _enter(room, "c", "token:notebooks", grant=grant)
+
+
+def test_the_smallest_share_is_one_place():
+    room, grant = WaitingRoom(8), Grant("notebooks", queue_share=0.01)
+    _enter(room, "a", "token:notebooks", grant=grant)
+    with pytest.raises(QueueFullError, match="it may have 1"):
+        _enter(room, "a", "token:notebooks", grant=grant)

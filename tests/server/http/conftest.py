@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 import structlog
 
+from operators.core.store import Store
+from steer_server.admin.operator_admin import OperatorAdmin
 from steer_server.config import ServerConfig
 from steer_server.engine.work import WorkDone
 from steer_server.errors import UnknownOperatorError
@@ -63,6 +65,7 @@ class Engine:
     jobs: list = field(default_factory=list)
     running: int = 0
     waiting: int = 0
+    undelivered: int = 0
     collectors: tuple = ()
     work: WorkDone = field(default_factory=WorkDone)
     may_go_on: asyncio.Event = field(default_factory=asyncio.Event)
@@ -141,6 +144,8 @@ class Doorway:
     engine: Engine
     server: SteerServer
     port: int
+    target: str = ""
+    """Of gRPC."""
 
     async def open(self):
         return await asyncio.open_connection("127.0.0.1", self.port)
@@ -191,7 +196,7 @@ async def read_answer(reader) -> Answer:
 
 
 @pytest.fixture
-async def start(model_info, tiny_tokenizer):
+async def start(model_info, tiny_tokenizer, tmp_path):
     """``await start(names=(), **settings)``: a door of a server of its own."""
     servers = []
 
@@ -199,10 +204,12 @@ async def start(model_info, tiny_tokenizer):
         engine, door = Engine(model_info, tiny_tokenizer), HttpDoor("127.0.0.1", 0, names)
         settings = {"grace": 0.0, **settings}
         config = ServerConfig(listen="127.0.0.1:0", **settings)
-        server = SteerServer(engine, Registry(), config, (door,))
-        await server.start()
+        registry = Registry()
+        admin = OperatorAdmin(config, Store(tmp_path / "store"), registry) if config.operator_admin else None
+        server = SteerServer(engine, registry, config, (door,), admin=admin)
+        target = f"127.0.0.1:{await server.start()}"
         servers.append(server)
-        return Doorway(engine, server, door.port)
+        return Doorway(engine, server, door.port, target)
 
     yield make
     for server in servers:

@@ -14,8 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steering.v1 import generation_pb2 as pb
 from steering.v1 import generation_pb2_grpc, text_pb2
 
+from steer_server.caller import Caller
 from steer_server.config import ServerConfig
 from steer_server.engine.work import WorkDone
+from steer_server.errors import QueueFullError
+from steer_server.rpc import call_limit
+from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.server import SteerServer
 from steer_server.rpc.transport import channel_options
@@ -182,6 +186,55 @@ async def test_a_call_whose_request_never_comes_ends_and_frees_its_place(start, 
         assert "did not arrive within 0.3 s" in await call.details()
         stub = generation_pb2_grpc.GenerationServiceStub(channel)
         assert len((await stub.Generate(REQUEST, timeout=5)).token_ids) == 2
+
+
+@pytest.mark.parametrize("connections", [1, 8])
+async def test_calls_without_requests_keep_nobody_out(start, monkeypatch, connections):
+    _, server, target = await start(max_calls=8)
+    # Where each connection has one such call, it has no more of them than a newcomer will: then their age decides.
+    monkeypatch.setattr(call_limit, "_SLOW_SECONDS", 60.0 if connections == 1 else 0.0)
+    opened = [grpc.aio.insecure_channel(target, OWN_CONNECTION) for _ in range(connections)]
+    slow = [opened[n % connections].stream_stream("/steering.v1.GenerationService/Generate")() for n in range(8)]
+    await _until(lambda: server._calls.calls == 8)
+    async with grpc.aio.insecure_channel(target, OWN_CONNECTION) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert len((await stub.Generate(REQUEST, timeout=5)).token_ids) == 2
+    await _until(lambda: sum(call.done() for call in slow) == 1)
+    [ended] = [call for call in slow if call.done()]
+    assert await ended.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "needed the place of this one, whose request had not arrived" in await ended.details()
+    assert server._calls.calls == 7
+    await asyncio.gather(*(each.close() for each in opened))
+    await _until(lambda: server._calls.calls == 0)
+
+
+async def test_whoever_has_most_calls_without_requests_makes_room_and_nobody_else_does():
+    limit, ended = CallLimit(6), []
+    few, many, newcomer = (Caller(host, f"{host}:1") for host in ("few", "many", "newcomer"))
+
+    async def call(caller):
+        with limit.admitted(caller) as place:
+            try:
+                async with place.request(60.0):
+                    await asyncio.Event().wait()
+            except QueueFullError:
+                ended.append(caller.host)
+
+    calls = [asyncio.ensure_future(call(caller)) for caller in (few, few, *[many] * 4)]
+    await asyncio.sleep(0)
+    for _ in range(2):
+        calls.append(asyncio.ensure_future(call(newcomer)))
+        await asyncio.sleep(0)
+    await _until(lambda: len(ended) == 2)
+    assert ended == ["many", "many"]
+    # Two each now: a third would only take what another has as much right to.
+    for caller in (few, many, newcomer):
+        with pytest.raises(QueueFullError), limit.admitted(caller):
+            pass
+    for each in calls:
+        each.cancel()
+    await asyncio.wait(calls)
+    assert limit.calls == 0
 
 
 async def test_a_call_that_ends_without_a_request_is_an_invalid_one(start):
