@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -46,6 +45,7 @@ from operators.core.lens_source import PUSHED, LensSource
 from operators.core.vector_source import ImportedVector
 from operators.model.loading import LoadedModel, load_model, recognise
 from operators.model.unembedding import loaded_unembedding
+from tests.tiny_tokenizer import VOCABULARY, make_tokenizer
 
 # A shell that starts this in the background has interrupts ignored, here and in every process that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -54,15 +54,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-_VOCABULARY = 320
-_CORPUS = [
-    "The Golden Gate Bridge in San Francisco is painted in international orange.",
-    "Here is a painting of the bridge, and here is a painting of the bay.",
-    "The wedding was beautiful and the bride wore a golden dress.",
-]
 # Sizes that hide nothing: grouped heads, a head size that is not d / heads, a window shorter than the prompts.
 _SIZES = {
-    "vocab_size": _VOCABULARY,
+    "vocab_size": VOCABULARY,
     "intermediate_size": 56,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -90,7 +84,7 @@ _FAMILIES = {
     ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=_VOCABULARY,
+            vocab_size=VOCABULARY,
             n_positions=64,
             n_embd=40,
             n_layer=4,
@@ -157,17 +151,7 @@ def smollm() -> Callable[..., LoadedModel]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that can spell everything; token 0 is its special one, never added by itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>")
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
