@@ -3,8 +3,9 @@
     python tests/bench/bench_families.py [NAME ...]
 
 Small random models in float32, of sizes that vLLM's CPU attention takes (heads of 32 numbers), greedy, 24 tokens after
-two prompts: plain, and pushed by an operator of each profile at two strengths. Each architecture boots vLLM in a process
-of its own (half a minute on two idle cores). A row that parts where float32 cannot tell two tokens apart is a tie.
+two prompts: plain, and pushed by an operator of each profile at two strengths. Each architecture boots vLLM in a
+process of its own (half a minute on two idle cores). A row that parts where float32 cannot tell two tokens apart is a
+tie.
 
 Without names: all of them. Prints a line for each, with the first lines of the reason where vLLM does not start.
 """
@@ -75,10 +76,9 @@ def save(name: str, directory: Path) -> None:
     """A model of that architecture with a head of its own; tied, it would repeat its last token."""
     tokenizer = make_tokenizer()
     sizes = {**_SIZES, **_OWN_SIZES.get(name, {}), "vocab_size": len(tokenizer), "tie_word_embeddings": False}
-    for left_out in (
-        ("hidden_size", "intermediate_size", "head_dim", "max_position_embeddings") if name == "gpt2" else ()
-    ):
-        del sizes[left_out]
+    if name == "gpt2":
+        # Its own names for them.
+        sizes = {key: value for key, value in sizes.items() if key not in _SIZES}
     model = odd_model(name, **sizes).float()
     with torch.random.fork_rng():
         torch.manual_seed(1)
