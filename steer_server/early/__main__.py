@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import json
 import signal
+import ssl
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -91,10 +92,15 @@ def _credentials(files: tuple[str, ...]) -> grpc.ServerCredentials:
     )
 
 
-def _context(files: tuple[str, ...]) -> Any:
-    from steer_server.access.certificates import read_certificates
-
-    return read_certificates([Path(file) for file in files]).context
+def _context(files: tuple[str, ...]) -> ssl.SSLContext:
+    certificate, key, *authority = files
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key)
+    if authority:
+        context.load_verify_locations(authority[0])
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
 
 
 async def _main(ports: EarlyPorts) -> None:
