@@ -110,6 +110,21 @@ def serve(
     tokens: Annotated[
         Path | None, typer.Option(help="File of tokens and what each may do.", show_default="nobody needs one")
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="This server's certificate, in PEM.", show_default="no TLS")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.", show_default="no TLS")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Authority of the certificates of clients.", show_default="they need none")
+    ] = None,
+    admin_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Of calls that change the server.", show_default="where all are"),
+    ] = None,
+    insecure: Annotated[
+        bool | None,
+        typer.Option("--insecure", help="Serve an address that others can reach without TLS and tokens."),
+    ] = None,
     grace: Annotated[
         float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
     ] = None,

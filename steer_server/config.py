@@ -102,4 +102,14 @@ class ServerConfig(BaseSettings):
     """Seconds that running requests get when the server is stopped."""
     tokens: Path | None = None
     """File of tokens, and what each may do. None: nobody needs one."""
+    tls_cert: Path | None = None
+    """Certificate of this server in PEM, with those that lead to an authority. None: no TLS."""
+    tls_key: Path | None = None
+    """Its key."""
+    tls_client_ca: Path | None = None
+    """Certificates of the authority that clients must have one of. None: they need none."""
+    admin_listen: Annotated[str, AfterValidator(_check_listen)] | None = None
+    """HOST:PORT of a listener for the calls that change the server, which the other then refuses. None: no such."""
+    insecure: bool = False
+    """Whether an address that others can reach is served without TLS and tokens."""
     log_format: Literal["console", "json"] = "console"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from steer_server.access.setup import open_tokens
+from steer_server.access.setup import open_access
 from steer_server.config import ServerConfig
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
@@ -34,7 +34,7 @@ async def run(config: ServerConfig) -> None:
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
-    tokens = open_tokens(config)
+    access = open_access(config)
     device = config.device or _default_device()
     dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
     store = Store.default() if config.store is None else Store(config.store)
@@ -43,6 +43,8 @@ async def run(config: ServerConfig) -> None:
         found = "is not a directory" if store.path.exists() else "does not exist"
         raise StartupError(f"store {store.path} {found} (--store, or STEER_STORE, names another; mkdir makes it)")
     _check_port(config.listen, "--listen")
+    if config.admin_listen is not None:
+        _check_port(config.admin_listen, "--admin-listen")
     if config.metrics_port:
         _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
     if config.http_port:
@@ -63,12 +65,12 @@ async def run(config: ServerConfig) -> None:
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
-        server = SteerServer(engine, registry, config, _doors(config), tokens)
+        server = SteerServer(engine, registry, config, _doors(config), access)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
         http = {"http": f"{config.http_host}:{config.http_port}"} if config.http_port else {}
-        log.info("serving", listen=f"{host}:{port}", **http, operators=usable, store=str(store.path))
+        log.info("serving", listen=f"{host}:{port}", **http, **_guards(config), operators=usable, store=str(store.path))
         await server.serve_until_signalled()
     except StoreUnreadableError as error:
         raise StartupError(str(error)) from error
@@ -82,6 +84,13 @@ def _doors(config: ServerConfig) -> Sequence[Door]:
     from steer_server.http.door import HttpDoor
 
     return (HttpDoor(config.http_host, config.http_port, config.http_names),)
+
+
+def _guards(config: ServerConfig) -> dict[str, str]:
+    """What asks callers who they are, for the log."""
+    tls = "off" if config.tls_cert is None else "on" if config.tls_client_ca is None else "mutual"
+    admin = {"admin": config.admin_listen} if config.admin_listen else {}
+    return {"tls": tls, "tokens": "off" if config.tokens is None else "on", **admin}
 
 
 def _check_port(listen: str, option: str) -> None:

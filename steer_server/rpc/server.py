@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import grpc
 import structlog
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,9 +18,8 @@ from grpc_reflection.v1alpha import reflection
 from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
 
 from steer_server.access.control import AccessControl
-from steer_server.access.setup import open_tokens
-from steer_server.access.token_file import TokenTable
-from steer_server.access.watched import Watched, watch
+from steer_server.access.setup import AccessFiles, open_access
+from steer_server.access.watched import watch
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
 from steer_server.engine.prompts import max_prompt_bytes
@@ -33,6 +31,7 @@ from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
+from steer_server.rpc.listener import open_listener
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
@@ -55,14 +54,16 @@ class SteerServer:
     registry: Registry
     config: ServerConfig
     doors: Sequence[Door] = ()
-    tokens: Watched[TokenTable] | None = None
-    """None: those of the configuration, if any."""
+    access_files: AccessFiles | None = None
+    """None: those of the configuration."""
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
-        most = room_for_connections(self.config.max_connections, doors=1 + len(self.doors))
+        most = room_for_connections(
+            self.config.max_connections, doors=1 + bool(self.config.admin_listen) + len(self.doors)
+        )
         metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (*SERVICES, health_service, reflection.SERVICE_NAME)
@@ -76,27 +77,31 @@ class SteerServer:
         calls = self._calls = CallLimit(self.config.max_calls)
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
         limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
-        tokens = self.tokens or open_tokens(self.config)
-        access = AccessControl(tokens)
-        files = [] if tokens is None else [tokens]
-        metrics.add_access(access, files)
-        self._server = grpc.aio.server(
-            interceptors=[CallInterceptor(metrics, admission, limits, access, patience=self.config.client_patience)],
-            options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
-        )
+        files = self.access_files or open_access(self.config)
+        access = AccessControl(files.tokens, admin_listener=self.config.admin_listen or "")
+        metrics.add_access(access, files.watched)
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         operators = OperatorService(self.registry)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        operators_pb2_grpc.add_OperatorServiceServicer_to_server(operators, self._server)
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(names, self._server)
-        try:
-            port = self._server.add_insecure_port(self.config.listen)
-        except RuntimeError as error:
-            raise StartupError(
-                f"cannot listen on {self.config.listen}: the port is in use, or this is no HOST:PORT of this machine"
-            ) from error
+        added = (
+            partial(generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation),
+            partial(operators_pb2_grpc.add_OperatorServiceServicer_to_server, operators),
+            partial(health_pb2_grpc.add_HealthServicer_to_server, self._health),
+            partial(reflection.enable_server_reflection, names),
+        )
+        options = channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes)
+        patience = self.config.client_patience
+        self._listeners = [
+            open_listener(
+                address,
+                CallInterceptor(metrics, admission, limits, access, patience=patience, is_admin=is_admin),
+                options,
+                added,
+                files.certificates,
+            )
+            for address, is_admin in ((self.config.listen, False), (self.config.admin_listen, True))
+            if address is not None
+        ]
         if self.config.metrics_port:
             await self._serve_metrics()
         services = dict(zip(SERVICES, (generation, operators), strict=True))
@@ -106,6 +111,7 @@ class SteerServer:
             self.registry,
             metrics,
             access,
+            files.certificates,
             admission,
             calls,
             services,
@@ -113,13 +119,16 @@ class SteerServer:
         )
         for door in self.doors:
             await door.start(parts)
-        await self._server.start()
+        for listener in self._listeners:
+            await listener.server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
+        port = self._listeners[0].port
         counting = partial(count_connections, port)
-        self._watching = [asyncio.ensure_future(each) for each in (watch_connections(counting, most), watch(files))]
-        return int(port)
+        watching = (watch_connections(counting, most), watch(files.watched))
+        self._watching = [asyncio.ensure_future(each) for each in watching]
+        return port
 
     async def _serve_metrics(self) -> None:
         host, port = self.config.metrics_host, self.config.metrics_port
@@ -143,7 +152,10 @@ class SteerServer:
         await self.engine.close()
         await self._idle_until(deadline)
         # Calls without an end of their own (a health Watch) are not waited for.
-        await asyncio.gather(self._server.stop(_LAST_WRITES), *(door.stop(_LAST_WRITES) for door in self.doors))
+        await asyncio.gather(
+            *(listener.server.stop(_LAST_WRITES) for listener in self._listeners),
+            *(door.stop(_LAST_WRITES) for door in self.doors),
+        )
         if self._http is not None:
             self._http.close()
         log.info("stopped")
