@@ -97,6 +97,12 @@ def serve(
         float | None,
         typer.Option(help="Most that |λ|/2 of a request's operators adds up to at a layer.", show_default="1"),
     ] = None,
+    operator_admin: Annotated[
+        bool | None,
+        typer.Option(
+            "--operator-admin", help="Let clients upload, load, unload and delete operators.", show_default="off"
+        ),
+    ] = None,
     operator_memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="For operators beside the model, such as 4GiB.", show_default="4GiB"),
@@ -105,6 +111,14 @@ def serve(
         str | None,
         typer.Option(
             metavar="SIZE", help="For what requests in progress take on engine hf.", show_default="half of what is free"
+        ),
+    ] = None,
+    traces: Annotated[
+        bool | None,
+        typer.Option(
+            "--traces/--no-traces",
+            help="Send OpenTelemetry traces, as OTEL_EXPORTER_OTLP_ENDPOINT and others say.",
+            show_default="off",
         ),
     ] = None,
     tokens: Annotated[

@@ -92,12 +92,22 @@ class ServerConfig(BaseSettings):
     """Most that the doses |strength|/2 of a request's operators at one layer may add up to."""
     max_artifact_bytes: int = Field(default=4 << 30, ge=1)
     """Larger files in the store are not read."""
+    operator_admin: bool = False
+    """Whether operators may be uploaded, loaded, unloaded and deleted over the wire."""
+    max_uploads: int = Field(default=4, ge=1)
+    """Unfinished ones at once."""
+    max_upload_bytes: Annotated[int, BeforeValidator(_parse_size)] = Field(default=8 << 30, ge=1)
+    """Bytes, or a size such as 8GiB: what unfinished uploads may take of the store's disk together."""
+    upload_age: float = Field(default=3600.0, gt=0, le=1e6)
+    """Seconds that an unfinished upload is kept of which nothing comes."""
     operator_memory: Annotated[int, BeforeValidator(_parse_size)] = Field(default=OPERATOR_MEMORY, ge=1 << 20)
     """Bytes, or a size such as 4GiB. vllm: upper bound of what operators take in each worker, beside vLLM's own memory;
     a request that needs more than is left is refused. hf: what is kept between requests."""
     decode_memory: Annotated[int | None, BeforeValidator(_parse_size)] = Field(default=None, ge=1 << 20)
     """hf: bytes, or a size such as 4GiB, that the KV caches and logits of running requests may take; a request waits
     until there is room, and one that needs more is refused. None: half of what is free when the model is loaded."""
+    traces: bool = False
+    """Whether calls are traced for OpenTelemetry, and sent as its own OTEL_... in the environment say."""
     grace: float = Field(default=10.0, ge=0)
     """Seconds that running requests get when the server is stopped."""
     tokens: Path | None = None

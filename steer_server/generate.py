@@ -146,7 +146,9 @@ class CompletionBuilder:
             finish_reason=event.reason,
             stop_string=event.stop_string,
             usage=Usage(self.prompt_tokens, len(self._ids)),
-            timings=Timings(elapsed if self._admitted is None else self._admitted, self._first_token, elapsed),
+            timings=Timings(
+                elapsed if self._admitted is None else self._admitted, self._first_token, elapsed, self.began
+            ),
             receipts=event.receipts,
             logprobs=tuple(self._logprobs),
             seed=self.sampling.seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from steer_server.errors import StartupError, StoreUnreadableError
 
 if TYPE_CHECKING:
     from steer_server.rpc.parts import Door
+    from steer_server.tracing.base import Tracing
 
 
 async def run(config: ServerConfig) -> None:
@@ -29,6 +30,7 @@ async def run(config: ServerConfig) -> None:
     from operators.core.errors import OperatorError
     from operators.core.store import Store
     from operators.model.unembedding import find_unembedding
+    from steer_server.admin.operator_admin import OperatorAdmin
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
     from steer_server.words import WordDirections
@@ -49,6 +51,7 @@ async def run(config: ServerConfig) -> None:
         _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
     if config.http_port:
         _check_port(f"{config.http_host}:{config.http_port}", "--http-port")
+    trace = _traces(config)
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
         engine, files = await ENGINES[config.engine](config, dtype, device)
@@ -65,7 +68,10 @@ async def run(config: ServerConfig) -> None:
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
-        server = SteerServer(engine, registry, config, _doors(config), access)
+        # Not before the engine: its processes are forked, and this starts a thread.
+        tracing = trace(engine.model.model)
+        admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
+        server = SteerServer(engine, registry, config, _doors(config), access, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
@@ -91,6 +97,14 @@ def _guards(config: ServerConfig) -> dict[str, str]:
     tls = "off" if config.tls_cert is None else "on" if config.tls_client_ca is None else "mutual"
     admin = {"admin": config.admin_listen} if config.admin_listen else {}
     return {"tls": tls, "tokens": "off" if config.tokens is None else "on", **admin}
+
+
+def _traces(config: ServerConfig) -> Callable[[str], Tracing]:
+    """Begins to trace. Raises :class:`StartupError` before there is a model, where that is not possible."""
+    from steer_server.tracing.base import NO_TRACING
+    from steer_server.tracing.export import choose_tracing
+
+    return choose_tracing() if config.traces else lambda _model: NO_TRACING
 
 
 def _check_port(listen: str, option: str) -> None:

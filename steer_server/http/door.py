@@ -60,6 +60,7 @@ class HttpDoor:
             BodyRoom(bodies),
             parts.config.client_patience,
             parts.metrics,
+            parts.tracing,
         )
         settings = Config(
             _application(self._rules, parts),

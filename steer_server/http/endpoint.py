@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +26,12 @@ from steer_server.rpc.call_record import CURRENT, CallRecord, current_call
 from steer_server.rpc.outcome import problem_fields
 from steer_server.rpc.parts import HTTP
 from steer_server.rpc.status import code_of
+from steer_server.tracing import names
+from steer_server.tracing.base import NO_TRACING, Ending, Tracing
 
 log = structlog.get_logger(__name__)
+
+_SERVER_ERROR = 500
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class CallRules:
     room: BodyRoom
     patience: float
     metrics: Metrics
+    tracing: Tracing = NO_TRACING
     running: set[asyncio.Task[Any]] = field(default_factory=set)
     """Calls under way: what a stopping server ends."""
 
@@ -83,6 +88,9 @@ class Endpoint:
         exchange = Exchange(scope, receive, send, patience=self._rules.patience)
         record, began = CallRecord(), time.monotonic()
         CURRENT.set(record)
+        method = scope["method"]
+        attributes = {names.HTTP_METHOD: method, names.HTTP_ROUTE: self._path}
+        record.trace = self._rules.tracing.begin(f"{method} {self._path}", attributes, exchange.headers.items)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - for mypy
         self._rules.running.add(task)
@@ -163,11 +171,21 @@ class Endpoint:
             said = {"reason": failure.code}
         if said:
             metrics.errors.labels(self._path, said["reason"]).inc()
+        record.trace.end(_ending(status, failure, said))
         if record.is_refused or isinstance(failure, ACCESS_ERRORS):
             return
         level = "info" if failure is None else "warning"
         fields = {"status": status, "code": _code(failure), "seconds": round(seconds, 3), "peer": exchange.peer}
         getattr(log, level)(self._path, **fields, **record.fields(), **said)
+
+
+def _ending(status: int, failure: BaseException | None, said: Mapping[str, str]) -> Ending:
+    return Ending(
+        {names.HTTP_STATUS: status},
+        error_type=said.get("reason", "" if failure is None else _code(failure)),
+        problem=said.get("problem", ""),
+        is_fault=status >= _SERVER_ERROR,
+    )
 
 
 def _status(failure: BaseException | None) -> int:

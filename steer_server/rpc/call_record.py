@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from steer_server.tracing.base import NO_TRACE, CallTrace
 from steer_server.types import (
     ArmEvent,
     CompareEvent,
@@ -26,6 +27,7 @@ class CallRecord:
 
     is_refused: bool = False
     """Refused before anything of it was read: such calls are logged together, by their limit."""
+    trace: CallTrace = NO_TRACE
     token: str = ""
     """Its name."""
     request_id: str = ""
@@ -45,6 +47,7 @@ class CallRecord:
 
     def see(self, event: GenerateEvent | CompareEvent | ScoreEvent) -> None:
         """Takes note of what the client is about to get."""
+        self.trace.see(event)
         prompt_id = ""
         if isinstance(event, ArmEvent):
             prompt_id, event = event.prompt_id, event.event
@@ -74,6 +77,8 @@ class CallRecord:
             found["token"] = self.token
         if self.request_id:
             found["request_id"] = self.request_id
+        if self.trace.trace_id:
+            found["trace_id"] = self.trace.trace_id
         if self.operators:
             named = [f"{name}@{digest}" for name, digest in self.operators.items()]
             more = len(named) - _MAX_OPERATORS

@@ -23,6 +23,7 @@ from steer_server.rpc.call_limit import CallLimit, Place
 from steer_server.rpc.call_record import current_call
 from steer_server.rpc.caller import authorization_of, caller_of
 from steer_server.rpc.outcome import Context, Outcome
+from steer_server.tracing.base import NO_TRACING, Tracing
 
 _Behaviour = Callable[[Any, Any], Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -44,12 +45,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         *,
         patience: float,
         is_admin: bool = False,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """``limits``: by method. ``patience``: seconds for a request to arrive, and for each answer to be taken.
         ``is_admin``: whether it is of the listener for admin calls.
         """
         self.metrics, self.admission, self.limits, self.patience = metrics, admission, limits, patience
-        self.access, self.is_admin = access, is_admin
+        self.access, self.is_admin, self.tracing = access, is_admin, tracing
 
     async def intercept_service(
         self,
@@ -78,7 +80,7 @@ class _Call:
         kind, self._behaviour = _behaviour(handler)
         self._labels = (kind, service, name)
         self._method = method
-        self._metrics, self._admission = interceptor.metrics, interceptor.admission
+        self._metrics, self._admission, self._tracing = interceptor.metrics, interceptor.admission, interceptor.tracing
         self._limit, self._patience = interceptor.limits[method], interceptor.patience
         self._access, self._is_admin = interceptor.access, interceptor.is_admin
         self._parse: Callable[[bytes], Any] = handler.request_deserializer or bytes
@@ -86,7 +88,7 @@ class _Call:
 
     async def unary(self, requests: Any, context: Context) -> Any:
         """Handles a call with one answer."""
-        async with Outcome(self._metrics, self._labels, context):
+        async with Outcome(self._metrics, self._tracing, self._labels, context):
             with self._admitted(context) as place:
                 request = await self._request(requests, context, place)
                 with self._metrics.call_in_flight(self._labels[1]):
@@ -94,7 +96,7 @@ class _Call:
 
     async def stream(self, requests: Any, context: Context) -> None:
         """Handles a call with many."""
-        async with Outcome(self._metrics, self._labels, context):
+        async with Outcome(self._metrics, self._tracing, self._labels, context):
             with self._admitted(context) as place:
                 request = await self._request(requests, context, place)
                 with self._metrics.call_in_flight(self._labels[1]):

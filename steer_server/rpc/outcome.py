@@ -19,6 +19,8 @@ from steer_server.errors import (
 from steer_server.metrics import Metrics
 from steer_server.rpc.call_record import CURRENT, CallRecord
 from steer_server.rpc.status import code_of, message_of, reason_of, status_of
+from steer_server.tracing import names
+from steer_server.tracing.base import Ending, Headers, Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -29,18 +31,33 @@ _LATE_SHARE = 0.02
 """A client cancels at its own deadline, which may come a little before the server's: gRPC rounds it up on the way."""
 
 
+_FAULTS = {
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DATA_LOSS,
+}
+"""Of the server, as OpenTelemetry counts them."""
+
+
 class Outcome:
     """Surrounds the handling of one call."""
 
-    def __init__(self, metrics: Metrics, labels: tuple[str, str, str], context: Context) -> None:
+    def __init__(self, metrics: Metrics, tracing: Tracing, labels: tuple[str, str, str], context: Context) -> None:
         """``labels``: the kind of the call, its service and its method."""
-        self._metrics, self._labels, self._context = metrics, labels, context
+        self._metrics, self._tracing, self._labels, self._context = metrics, tracing, labels, context
         self._record = CallRecord()
 
     async def __aenter__(self) -> None:
         self._began = time.monotonic()
         self._allowed = self._context.time_remaining()
         CURRENT.set(self._record)
+        if not self._is_about_health:
+            method = f"{self._labels[1]}/{self._labels[2]}"
+            attributes = {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method}
+            self._record.trace = self._tracing.begin(method, attributes, self._headers)
         self._metrics.started.labels(*self._labels).inc()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -54,10 +71,19 @@ class Outcome:
         # A refusal of access has a line of the audit log, which no flood of them makes longer.
         if not self._record.is_refused and not isinstance(failure, ACCESS_ERRORS):
             self._log(code, failure, seconds)
+        self._record.trace.end(_ending(code, failure))
         if isinstance(failure, SteerServerError):
             await self._context.abort_with_status(status_of(failure))
         if failure is not error and failure is not None:
             raise failure from None
+
+    @property
+    def _is_about_health(self) -> bool:
+        """Asked every few seconds: there is nothing to say of each."""
+        return "Health" in self._labels[1]
+
+    def _headers(self) -> Headers:
+        return self._context.invocation_metadata() or ()
 
     def _understood(self, error: BaseException | None) -> BaseException | None:
         """What an exception that nobody expected means to the caller; every other one as it is."""
@@ -72,10 +98,10 @@ class Outcome:
         return EngineFailedError(f"unexpected {type(error).__name__} in the server")
 
     def _log(self, code: grpc.StatusCode, failure: BaseException | None, seconds: float) -> None:
-        _, service, method = self._labels
+        method = self._labels[2]
         # A watch has no other end than the watcher's leaving, or the server's.
         ordinary = code is grpc.StatusCode.OK or (code is grpc.StatusCode.CANCELLED and method == "Watch")
-        level = "warning" if not ordinary else "debug" if "Health" in service else "info"
+        level = "warning" if not ordinary else "debug" if self._is_about_health else "info"
         said = {"code": code.name, "seconds": round(seconds, 3), "peer": self._context.peer()}
         getattr(log, level)(method, **said, **self._record.fields(), **problem_fields(failure))
 
@@ -94,6 +120,16 @@ class Outcome:
         if left is None or self._allowed is None:
             return False
         return left <= max(_LATE_SECONDS, _LATE_SHARE * self._allowed)
+
+
+def _ending(code: grpc.StatusCode, failure: BaseException | None) -> Ending:
+    said = problem_fields(failure)
+    return Ending(
+        {names.RPC_STATUS: code.name},
+        error_type=said.get("reason", "" if code is grpc.StatusCode.OK else code.name),
+        problem=said.get("problem", ""),
+        is_fault=code in _FAULTS,
+    )
 
 
 def problem_fields(failure: BaseException | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
+from steer_server.tracing.base import NO_TRACING, Tracing
 from steer_server.types import ModelInfo
 
 HTTP = "http"
@@ -38,6 +39,7 @@ class ServerParts:
     """What implements the methods of each service, by its full name."""
     max_connections: int
     """Of each door."""
+    tracing: Tracing = NO_TRACING
 
 
 class Door(Protocol):

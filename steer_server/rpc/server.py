@@ -7,19 +7,27 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import grpc
 import structlog
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
+from steering.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    operator_admin_pb2_grpc,
+    operators_pb2,
+    operators_pb2_grpc,
+)
 
 from steer_server.access.control import AccessControl
 from steer_server.access.setup import AccessFiles, open_access
 from steer_server.access.watched import watch
+from steer_server.admin.operator_admin import OperatorAdmin
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
 from steer_server.engine.prompts import max_prompt_bytes
@@ -32,9 +40,11 @@ from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
 from steer_server.rpc.listener import open_listener
+from steer_server.rpc.operator_admin import ADMIN_SERVICE, OperatorAdminService
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
+from steer_server.tracing.base import NO_TRACING, Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -42,6 +52,8 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
+_LAST_SPANS = 2.0
+"""Seconds for what has been traced to be sent."""
 _LAST_WRITES = 0.2
 """Seconds for what has been answered to leave the socket."""
 
@@ -56,6 +68,9 @@ class SteerServer:
     doors: Sequence[Door] = ()
     access_files: AccessFiles | None = None
     """None: those of the configuration."""
+    tracing: Tracing = NO_TRACING
+    admin: OperatorAdmin | None = None
+    """None: clients change nothing."""
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
@@ -65,8 +80,9 @@ class SteerServer:
             self.config.max_connections, doors=1 + bool(self.config.admin_listen) + len(self.doors)
         )
         metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
+        services = self._services = SERVICES if self.admin is None else (*SERVICES, ADMIN_SERVICE)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        names = (*SERVICES, health_service, reflection.SERVICE_NAME)
+        names = (*services, health_service, reflection.SERVICE_NAME)
         admission = Admission(
             descriptor_pool.Default(),
             names,
@@ -76,25 +92,30 @@ class SteerServer:
         )
         calls = self._calls = CallLimit(self.config.max_calls)
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
-        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
+        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(services), calls))
         files = self.access_files or open_access(self.config)
         access = AccessControl(files.tokens, admin_listener=self.config.admin_listen or "")
         metrics.add_access(access, files.watched)
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         operators = OperatorService(self.registry)
+        behaviours: dict[str, object] = dict(zip(SERVICES, (generation, operators), strict=True))
         self._health = health.aio.HealthServicer()
-        added = (
+        added: list[Callable[[grpc.aio.Server], object]] = [
             partial(generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation),
             partial(operators_pb2_grpc.add_OperatorServiceServicer_to_server, operators),
             partial(health_pb2_grpc.add_HealthServicer_to_server, self._health),
             partial(reflection.enable_server_reflection, names),
-        )
+        ]
+        if self.admin is not None:
+            admin = OperatorAdminService(self.admin, patience=self.config.client_patience)
+            added.append(partial(operator_admin_pb2_grpc.add_OperatorAdminServiceServicer_to_server, admin))
+            behaviours[ADMIN_SERVICE] = admin
         options = channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes)
-        patience = self.config.client_patience
+        intercept = partial(CallInterceptor, metrics, admission, limits, access, tracing=self.tracing)
         self._listeners = [
             open_listener(
                 address,
-                CallInterceptor(metrics, admission, limits, access, patience=patience, is_admin=is_admin),
+                intercept(patience=self.config.client_patience, is_admin=is_admin),
                 options,
                 added,
                 files.certificates,
@@ -104,7 +125,6 @@ class SteerServer:
         ]
         if self.config.metrics_port:
             await self._serve_metrics()
-        services = dict(zip(SERVICES, (generation, operators), strict=True))
         parts = ServerParts(
             self.config,
             self.engine.model,
@@ -114,14 +134,15 @@ class SteerServer:
             files.certificates,
             admission,
             calls,
-            services,
+            behaviours,
             max_connections=most,
+            tracing=self.tracing,
         )
         for door in self.doors:
             await door.start(parts)
         for listener in self._listeners:
             await listener.server.start()
-        for service in ("", *SERVICES):
+        for service in ("", *services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
         port = self._listeners[0].port
@@ -148,6 +169,8 @@ class SteerServer:
         self._calls.close()
         deadline = time.monotonic() + self.config.grace
         await self._idle_until(deadline - self.config.grace * 0.2)
+        if self.admin is not None:
+            await self.admin.close()
         # Jobs that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
         await self.engine.close()
         await self._idle_until(deadline)
@@ -156,13 +179,14 @@ class SteerServer:
             *(listener.server.stop(_LAST_WRITES) for listener in self._listeners),
             *(door.stop(_LAST_WRITES) for door in self.doors),
         )
+        await self.tracing.close(_LAST_SPANS)
         if self._http is not None:
             self._http.close()
         log.info("stopped")
 
     async def _idle_until(self, deadline: float) -> None:
         """Returns when no call of this contract runs, or at the deadline (in seconds of the monotonic clock)."""
-        while time.monotonic() < deadline and any(self._metrics.in_flight[name] for name in (*SERVICES, HTTP)):
+        while time.monotonic() < deadline and any(self._metrics.in_flight[name] for name in (*self._services, HTTP)):
             await asyncio.sleep(0.02)
 
     async def serve_until_signalled(self) -> None:

@@ -29,10 +29,13 @@ from steer_server.rpc.shared_run import SharedRun
 from steer_server.score import score
 from steer_server.types import (
     CompareEvent,
+    CompareRequest,
     Completion,
     GenerateEvent,
+    GenerationRequest,
     RequestLimits,
     ScoreEvent,
+    ScoreRequest,
     TextScore,
     Tokenization,
 )
@@ -60,7 +63,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if not asked.repeat_in_finished:
             raise InvalidRequestError("repeat_in_finished", "is false; an answer without deltas repeats nothing")
         async with aclosing(
-            self._observed(asked.request_id, generate(self._engine, self._registry, asked, caps=self._caps))
+            self._observed(asked, generate(self._engine, self._registry, asked, caps=self._caps))
         ) as events:
             texts = [event async for event in events if isinstance(event, Completion)]
         if len(texts) != asked.n:
@@ -71,7 +74,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Token by token."""
         asked = codec.generation_request(request)
         async with aclosing(
-            self._observed(asked.request_id, generate(self._engine, self._registry, asked, caps=self._caps))
+            self._observed(asked, generate(self._engine, self._registry, asked, caps=self._caps))
         ) as events:
             async for event in events:
                 yield codec.generate_event(event, repeats=asked.repeat_in_finished)
@@ -82,7 +85,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Arm by arm, token by token."""
         asked = codec.compare_request(request)
         compared = compare(self._engine, self._registry, asked, max_arms=self._config.max_arms, caps=self._caps)
-        async with aclosing(self._observed(asked.request_id, compared)) as events:
+        async with aclosing(self._observed(asked, compared)) as events:
             async for event in events:
                 yield codec.compare_event(event, repeats=asked.repeat_in_finished)
 
@@ -90,17 +93,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """One answer, once every arm has read the text."""
         asked = codec.score_request(request)
         scored = score(self._engine, self._registry, asked, max_arms=self._config.max_arms, caps=self._caps)
-        async with aclosing(self._observed(asked.request_id, scored)) as events:
+        async with aclosing(self._observed(asked, scored)) as events:
             async for event in events:
                 if isinstance(event, TextScore):
                     return codec.text_score(event)
         raise EngineFailedError("the engine ended without a result")
 
-    async def _observed(self, request_id: str, events: AsyncGenerator[_Event, None]) -> AsyncGenerator[_Event, None]:
-        """The events, as metrics and the log see them too."""
+    async def _observed(
+        self, asked: GenerationRequest | CompareRequest | ScoreRequest, events: AsyncGenerator[_Event, None]
+    ) -> AsyncGenerator[_Event, None]:
+        """The events, as metrics, the log and traces see them too."""
         record, counted = current_call(), self._metrics.follow()
         charge = CALLER.get().grant.charge
-        record.request_id = request_id
+        record.request_id = asked.request_id
+        record.trace.asked(asked)
         try:
             async with aclosing(events):
                 async for event in events:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from steer_server.types.events import FinishReason, Receipt, Score, TokenLogprob, TopLogprob
 
@@ -15,6 +15,8 @@ class Timings:
     time_to_first_token: float | None
     """None where there was no token."""
     total: float
+    began: float = field(default=0.0, compare=False)
+    """When it entered the queue, in seconds of the monotonic clock. Not sent."""
 
 
 @dataclass(frozen=True)

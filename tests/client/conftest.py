@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -22,6 +22,7 @@ from steering.v1 import generation_pb2_grpc, operators_pb2_grpc, score_pb2, text
 from steering.v1 import operators_pb2 as ops
 from steering.v1 import steering_pb2 as sp
 
+from tests.client.certificates import Certificates
 from tests.client.messages import (
     make_comparison,
     make_comparisons,
@@ -85,6 +86,10 @@ class FakeServer:
         self.operator: ops.Operator | None = None
         self.model = pb.GetModelInfoResponse(model="tiny", num_layers=4, eos_token_ids=[2], has_chat_template=True)
         self.requests: list = []
+        #: What came with each of them beside it.
+        self.metadata: list[dict[str, str]] = []
+        #: Who is answered; None: everybody.
+        self.token: str | None = None
         self.left = threading.Event()
         self.health = health.HealthServicer()
 
@@ -114,6 +119,9 @@ class FakeServer:
         if not context.add_callback(self.left.set):
             self.left.set()
         self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        if self.token is not None and self.metadata[-1].get("authorization") != f"Bearer {self.token}":
+            Fault(grpc.StatusCode.UNAUTHENTICATED, "the token is not known", "UNAUTHENTICATED").abort(context)
         if self.refusals:
             self.refusals.pop(0).abort(context)
 
@@ -175,7 +183,7 @@ class _Operators(operators_pb2_grpc.OperatorServiceServicer):
 
 
 @contextmanager
-def _up():
+def _up(credentials: grpc.ServerCredentials | None = None):
     script = FakeServer()
     # What steer-server takes.
     options = [("grpc.max_receive_message_length", 16 << 20)]
@@ -184,7 +192,9 @@ def _up():
     operators_pb2_grpc.add_OperatorServiceServicer_to_server(_Operators(script), server)
     health_pb2_grpc.add_HealthServicer_to_server(script.health, server)
     script.health.set("", health_pb2.HealthCheckResponse.SERVING)
-    script.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    listen = "127.0.0.1:0"
+    port = server.add_secure_port(listen, credentials) if credentials else server.add_insecure_port(listen)
+    script.target = f"127.0.0.1:{port}"
     server.start()
     yield script
     server.stop(grace=0).wait(5)
@@ -195,6 +205,19 @@ def fake():
     """A scripted server that is up."""
     with _up() as script:
         yield script
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Files of two authorities that know nothing of each other."""
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture
+def tls_server():
+    """`tls_server(credentials)`: a scripted server that is up, and speaks TLS."""
+    with ExitStack() as stack:
+        yield lambda credentials: stack.enter_context(_up(credentials))
 
 
 @pytest.fixture

@@ -7,7 +7,10 @@ from steer_client import (
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
+    OperatorChangedError,
+    OperatorExistsError,
     OperatorUnusableError,
+    PermissionDeniedError,
     PromptTooLongError,
     RequestCancelledError,
     ServerBusyError,
@@ -15,6 +18,8 @@ from steer_client import (
     ServerUnavailableError,
     SteerError,
     SteeringNotAppliedError,
+    StoreFullError,
+    UnauthenticatedError,
     UnknownOperatorError,
 )
 
@@ -26,7 +31,13 @@ TABLE = [
     (C.NOT_FOUND, "UNKNOWN_OPERATOR", UnknownOperatorError),
     (C.FAILED_PRECONDITION, "OPERATOR_UNUSABLE", OperatorUnusableError),
     (C.FAILED_PRECONDITION, "DIGEST_NOT_SERVED", DigestNotServedError),
+    (C.ALREADY_EXISTS, "OPERATOR_EXISTS", OperatorExistsError),
+    (C.FAILED_PRECONDITION, "OPERATOR_CHANGED", OperatorChangedError),
+    (C.RESOURCE_EXHAUSTED, "STORE_FULL", StoreFullError),
     (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
+    (C.UNAUTHENTICATED, "UNAUTHENTICATED", UnauthenticatedError),
+    (C.UNAUTHENTICATED, "SOMETHING_NEW", UnauthenticatedError),
+    (C.PERMISSION_DENIED, "SCOPE_MISSING", PermissionDeniedError),
     (C.INTERNAL, "STEERING_NOT_APPLIED", SteeringNotAppliedError),
     (C.INTERNAL, "ENGINE_FAILED", EngineFailedError),
     (C.UNAVAILABLE, "SHUTTING_DOWN", ServerUnavailableError),
@@ -40,6 +51,8 @@ BARE = [
     (C.NOT_FOUND, UnknownOperatorError),
     (C.FAILED_PRECONDITION, OperatorUnusableError),
     (C.RESOURCE_EXHAUSTED, ServerBusyError),
+    (C.UNAUTHENTICATED, UnauthenticatedError),
+    (C.PERMISSION_DENIED, PermissionDeniedError),
     (C.INTERNAL, ServerError),
     (C.UNAVAILABLE, ServerUnavailableError),
     (C.DEADLINE_EXCEEDED, DeadlineExceededError),
@@ -102,7 +115,7 @@ def test_a_reason_of_another_domain_is_not_taken_for_ours(fake, make, client):
 
 def test_every_exception_of_the_package_is_a_steer_error():
     kinds = [getattr(steer_client, name) for name in steer_client.__all__ if name.endswith("Error")]
-    assert len(kinds) == 16
+    assert len(kinds) == 23
     assert all(issubclass(kind, SteerError) for kind in kinds)
 
 

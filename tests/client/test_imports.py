@@ -7,7 +7,7 @@ import sys
 import pytest
 import steer_client
 
-SLOW = ("grpc", "asyncio", "google.protobuf", "numpy", "torch", "operators", "steer_server")
+SLOW = ("grpc", "asyncio", "google.protobuf", "numpy", "torch", "operators", "steer_server", "opentelemetry")
 
 
 def imported_by(program: str) -> list[str]:

@@ -18,7 +18,7 @@ from steer_client._methods import Methods
 from steer_client._pool import TaskPool
 from steer_client._retry import Retries
 from steer_client._streams import StartedCall
-from steer_client._translate import cancelled, translate_error
+from steer_client._translate import cancelled
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -39,10 +39,9 @@ class AsyncSteerClient(Methods, Asynchronous):
     ) -> None:
         await self.close()
 
-    def _connect(self, credentials: grpc.ChannelCredentials | None) -> None:
+    def _connect(self) -> None:
         # The channel itself opens on first use, because a grpc.aio channel belongs to the loop that runs when it is
         # made.
-        self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._open_stubs: Stubs | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -59,11 +58,11 @@ class AsyncSteerClient(Methods, Asynchronous):
             self._open_stubs = self._channel = None
         if self._open_stubs is None:
             self._loop = running
-            options = channel_options(self.target)
-            if self._credentials is None:
+            options, credentials = channel_options(self.target, self._access.server_name), self._access.credentials
+            if credentials is None:
                 self._channel = grpc.aio.insecure_channel(self.target, options=options)
             else:
-                self._channel = grpc.aio.secure_channel(self.target, self._credentials, options=options)
+                self._channel = grpc.aio.secure_channel(self.target, credentials, options=options)
             self._open_stubs = Stubs(self._channel)
         return self._open_stubs
 
@@ -76,9 +75,9 @@ class AsyncSteerClient(Methods, Asynchronous):
         send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
         while True:
             try:
-                answer = await send(call.request, timeout=retries.timeout)
+                answer = await send(call.request, timeout=retries.timeout, metadata=self._access.metadata.of_call())
             except grpc.RpcError as error:
-                failure = translate_error(error, target=self.target, timeout=seconds)
+                failure = self._translate(error, timeout=seconds)
                 pause = retries.pause_after(failure)
                 if pause is None:
                     raise failure from error

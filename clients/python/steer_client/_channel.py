@@ -6,14 +6,16 @@ import ipaddress
 import json
 import os
 import re
+from functools import partial
 from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
+from steering.v1 import generation_pb2_grpc, operator_admin_pb2_grpc, operators_pb2_grpc
 
 from steer_client._defaults import DEFAULT_TARGET
 from steer_client._errors import InvalidRequestError
+from steer_client._trace_context import trace_metadata
 
 _HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
 # Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
@@ -56,12 +58,14 @@ class Stubs:
         self._services: dict[str, Any] = {
             "generation": generation_pb2_grpc.GenerationServiceStub(channel),
             "operators": operators_pb2_grpc.OperatorServiceStub(channel),
+            "admin": operator_admin_pb2_grpc.OperatorAdminServiceStub(channel),
             "health": health_pb2_grpc.HealthStub(channel),
         }
 
     def method(self, service: str, method: str) -> Any:
-        """The callable that sends a request to `method`, a name in the contract."""
-        return getattr(self._services[service], method)
+        """The callable that sends a request to `method`, a name in the contract, as a part of the active trace."""
+        send, metadata = getattr(self._services[service], method), trace_metadata()
+        return partial(send, metadata=metadata) if metadata else send
 
 
 def target_or_default(target: str | None) -> str:
@@ -77,7 +81,7 @@ def target_or_default(target: str | None) -> str:
     return found
 
 
-def _is_local(target: str) -> bool:
+def is_local(target: str) -> bool:
     """Whether the target is on this machine, all of it."""
     scheme, colon, rest = target.partition(":")
     if colon and scheme in ("unix", "unix-abstract", "vsock"):
@@ -99,9 +103,13 @@ def is_many(target: str) -> bool:
     return _MANY_SCHEME.match(target) is not None
 
 
-def channel_options(target: str) -> tuple[tuple[str, Any], ...]:
-    """gRPC's options for a channel to the target; several servers get requests in turn."""
-    common = (_ANY_LENGTH, *((_NO_PROXY,) if _is_local(target) else ()))
+def channel_options(target: str, server_name: str | None = None) -> tuple[tuple[str, Any], ...]:
+    """gRPC's options for a channel to the target; several servers get requests in turn.
+
+    `server_name` is what their certificates are checked against, in place of the target's host.
+    """
+    named = (("grpc.default_authority", server_name),) if server_name else ()
+    common = (_ANY_LENGTH, *((_NO_PROXY,) if is_local(target) else ()), *named)
     if not is_many(target):
         return common
     return (*common, _RETRIED_LENGTH, ("grpc.service_config", json.dumps(_ROUND_ROBIN)))

@@ -3,14 +3,21 @@
 SteerError
 ├── InvalidRequestError        the request is at fault; `.field` names the place
 │   ├── PromptTooLongError     the prompt leaves no room in the model's context
-│   └── DoseTooHighError       the operators at one layer push more than the server admits
+│   ├── DoseTooHighError       the operators at one layer push more than the server admits
+│   └── InsecureTokenError     the token would cross a network in plaintext; nothing was sent
+├── UnauthenticatedError       the server asks for a token, or does not accept the one it got
+├── PermissionDeniedError      the token is good, and does not allow this call or this operator
 ├── UnknownOperatorError       no such operator in the server's store
 ├── OperatorUnusableError      the operator in the store does not fit the model or cannot be read
 │   └── DigestNotServedError   the server has another version of it than the one that was pinned
-├── ServerBusyError            the queue is full; `.retry_after` in seconds
+├── OperatorExistsError        the name is taken, and nothing says that it may be replaced
+├── OperatorChangedError       the store has another version than the one that was expected
+├── StoreFullError             the server's disk, or what uploads may take of it, has no room
+├── ServerBusyError            the queue is full, or the token's rate used up; `.retry_after` in seconds
 ├── SteeringNotAppliedError    a text came back without proof of its steering
 ├── EngineFailedError          decoding failed
 ├── ServerUnavailableError     nobody answers at the target
+│   └── TLSError               no TLS with whoever answers there
 ├── DeadlineExceededError      the call's own timeout ran out
 ├── RequestCancelledError      the call was cancelled before it ended
 ├── ControlChangedError        of a sweep, a text at strength 0 is not the plain one; `.result` has them all
@@ -88,6 +95,26 @@ class DoseTooHighError(InvalidRequestError):
     default_reason = "DOSE_TOO_HIGH"
 
 
+class InsecureTokenError(InvalidRequestError):
+    """A token was given for a server on another machine, without TLS. Nothing was sent."""
+
+    default_reason = "INSECURE_TOKEN"
+
+
+class UnauthenticatedError(SteerError):
+    """The server asks for a token, or does not accept the one it got: unknown, or expired."""
+
+    default_code = grpc.StatusCode.UNAUTHENTICATED
+    default_reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(SteerError):
+    """The server knows the token, and its scopes or its operators do not allow this call."""
+
+    default_code = grpc.StatusCode.PERMISSION_DENIED
+    default_reason = "PERMISSION_DENIED"
+
+
 class UnknownOperatorError(SteerError):
     """The server's store holds no operator of that name."""
 
@@ -108,8 +135,32 @@ class DigestNotServedError(OperatorUnusableError):
     default_reason = "DIGEST_NOT_SERVED"
 
 
+class OperatorExistsError(SteerError):
+    """The server's store has an operator of that name already. `metadata` has the digest "found"."""
+
+    default_code = grpc.StatusCode.ALREADY_EXISTS
+    default_reason = "OPERATOR_EXISTS"
+
+
+class OperatorChangedError(SteerError):
+    """The server's store has another version under that name. `metadata` has the digests "expected" and "found"."""
+
+    default_code = grpc.StatusCode.FAILED_PRECONDITION
+    default_reason = "OPERATOR_CHANGED"
+
+
+class StoreFullError(SteerError):
+    """The server has no room for an operator; nothing of it was kept."""
+
+    default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "STORE_FULL"
+
+
 class ServerBusyError(SteerError):
-    """The server's queue is full. `retry_after` is in seconds; None when the server gave none."""
+    """The server refuses for now: its queue is full, or the token's rate is used up (`reason` says which).
+
+    `retry_after` is in seconds; None when the server gave none.
+    """
 
     default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
     default_reason = "QUEUE_FULL"
@@ -144,6 +195,10 @@ class ServerUnavailableError(SteerError):
     def __init__(self, message: str, *, is_unsent: bool = False, **status: Unpack[Status]) -> None:
         super().__init__(message, **status)
         self.is_unsent = is_unsent
+
+
+class TLSError(ServerUnavailableError):
+    """Somebody answers at the target, and TLS with them fails: an authority that is not trusted, an old certificate."""
 
 
 class DeadlineExceededError(SteerError):

@@ -6,7 +6,8 @@ await them any number of times. `_dual_method` says how one coroutine serves the
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import copy
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,14 @@ import grpc
 
 from steer_client import _calls as calls
 from steer_client import _encode as encode
+from steer_client._access import access
+from steer_client._admin_methods import AdminMethods
 from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
+from steer_client._call_metadata import Token, call_metadata
 from steer_client._channel import Stubs, target_or_default
 from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
+from steer_client._errors import SteerError
 from steer_client._pool import Pool
 from steer_client._requests import SERVER_DEFAULTS, Arm, Operators, Prompt, Prompts, SamplingParams, TokenReport
 from steer_client._results import (
@@ -39,13 +44,14 @@ from steer_client._sweep.plan import Strengths
 from steer_client._sweep.result import SweepResult
 from steer_client._sweep.sweep import sweep
 from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
+from steer_client._tls import PathLike
 from steer_client._translate import translate_error
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Methods(ABC):
+class Methods(AdminMethods):
     """Base of SteerClient and AsyncSteerClient, whose docstrings say what the parameters are."""
 
     def __init__(
@@ -54,14 +60,23 @@ class Methods(ABC):
         *,
         timeout: float | None = DEFAULT_TIMEOUT,
         retry: bool = True,
+        tls: bool | None = None,
+        ca: PathLike | None = None,
+        cert: PathLike | None = None,
+        key: PathLike | None = None,
+        server_name: str | None = None,
+        token: Token | None = None,
+        token_file: PathLike | None = None,
+        metadata: Mapping[str, str] | None = None,
+        insecure_token: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self.target = target_or_default(target)
         self._timeout = encode.seconds(timeout)
         self._retry = retry
-        self._given_credentials = credentials
-        self._is_closed = False
-        self._connect(credentials)
+        call, files = call_metadata(token, token_file, metadata), {"ca": ca, "cert": cert, "key": key}
+        self._access = access(credentials, tls, files, server_name, call, insecure_token=insecure_token)
+        self._open()
 
     @method
     async def close(self) -> None:
@@ -310,9 +325,14 @@ class Methods(ABC):
         """
         return await self._answer(calls.health(), timeout)
 
+    def _open(self) -> None:
+        self._access.check(self.target)
+        self._is_closed = False
+        self._connect()
+
     @abstractmethod
-    def _connect(self, credentials: grpc.ChannelCredentials | None) -> None:
-        """Prepares the channel; None: plaintext. Called once, by the constructor."""
+    def _connect(self) -> None:
+        """Prepares the channel. Called once."""
 
     @abstractmethod
     async def _disconnect(self) -> None:
@@ -324,7 +344,10 @@ class Methods(ABC):
 
     def _sibling(self, target: str) -> Self:
         """A client like this one, with a connection of its own."""
-        return type(self)(target, timeout=self._timeout, retry=self._retry, credentials=self._given_credentials)
+        other = copy.copy(self)
+        other.target = target_or_default(target)
+        other._open()
+        return other
 
     @abstractmethod
     def _stubs(self) -> Stubs:
@@ -340,9 +363,17 @@ class Methods(ABC):
 
     def _start(self, call: calls.Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
         seconds = self._seconds(timeout)
-        send = partial(self._stubs().method("generation", call.method), call.request)
-        translate = partial(translate_error, target=self.target, timeout=seconds)
+        method, metadata = self._stubs().method("generation", call.method), self._access.metadata
+
+        def send(*, timeout: float | None) -> Any:
+            return method(call.request, timeout=timeout, metadata=metadata.of_call())
+
+        translate = partial(self._translate, timeout=seconds)
         return StartedCall(send, call.reducer, translate, Retries(seconds, enabled=self._retry))
+
+    def _translate(self, error: grpc.RpcError, *, timeout: float | None) -> SteerError:
+        has_tls = self._access.credentials is not None
+        return translate_error(error, target=self.target, timeout=timeout, has_tls=has_tls)
 
     def _seconds(self, timeout: Timeout) -> float | None:
         if self._is_closed:

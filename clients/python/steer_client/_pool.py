@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import queue
 import threading
 from collections.abc import Coroutine, Iterator
@@ -47,7 +48,9 @@ class ThreadPool:
 
     def start(self, key: int, work: Coroutine[Any, Any, Any]) -> None:
         # A thread that waits for a busy server must not keep the process from ending.
-        threading.Thread(target=self._run, args=(key, work), daemon=True).start()
+        # It belongs to the trace of who starts it.
+        run = contextvars.copy_context().run
+        threading.Thread(target=run, args=(self._run, key, work), daemon=True).start()
 
     def _run(self, key: int, work: Coroutine[Any, Any, Any]) -> None:
         try:

@@ -17,7 +17,6 @@ from steer_client._pool import ThreadPool
 from steer_client._retry import Retries
 from steer_client._streams import StartedCall
 from steer_client._sync_streams import SyncStream
-from steer_client._translate import translate_error
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,8 +28,17 @@ class SteerClient(Methods, Blocking):
     `target` is HOST:PORT, by default the environment's STEER_TARGET, else 127.0.0.1:50051. Several servers are
     ipv4:HOST:PORT,HOST:PORT or dns:///NAME:PORT: requests go to them in turn, skipping those that do not serve;
     a request that fails before a server began to answer goes to the next one, once. `timeout` is in seconds, for
-    a whole call with its stream; None is no limit; every method has a `timeout` of its own. The channel is
-    plaintext unless `credentials` are given.
+    a whole call with its stream; None is no limit; every method has a `timeout` of its own.
+
+    The channel is plaintext, or TLS with `tls=True` or one of the files, in PEM: `ca` has the authorities to trust, by
+    default gRPC's list of public ones, `cert` and `key` are the client's own. `server_name` is the name in the
+    server's certificate where it is not the target's host; several servers by ipv4: need it. gRPC's own `credentials`
+    may stand in place of these.
+
+    `token` says who is calling: a text, or a function that is asked for it before each call; `token_file` is a file
+    that has it, read before each call. `metadata` is sent with every call, for a proxy that asks for more. What is not
+    given is taken from STEER_TLS, STEER_CA, STEER_CERT, STEER_KEY, and STEER_TOKEN or STEER_TOKEN_FILE. A token for
+    another machine without TLS is an InsecureTokenError, unless `insecure_token=True` says that the network is private.
 
     A call that a busy server refuses is sent again when the server says so, and one that reached no server twice more,
     soon; all within `timeout`, and not after the first piece of a stream. `retry=False` raises the error instead.
@@ -48,8 +56,8 @@ class SteerClient(Methods, Blocking):
     ) -> None:
         self.close()
 
-    def _connect(self, credentials: grpc.ChannelCredentials | None) -> None:
-        options = channel_options(self.target)
+    def _connect(self) -> None:
+        options, credentials = channel_options(self.target, self._access.server_name), self._access.credentials
         if credentials is None:
             self._channel = grpc.insecure_channel(self.target, options=options)
         else:
@@ -72,9 +80,9 @@ class SteerClient(Methods, Blocking):
         send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
         while True:
             try:
-                answer = send(call.request, timeout=retries.timeout)
+                answer = send(call.request, timeout=retries.timeout, metadata=self._access.metadata.of_call())
             except grpc.RpcError as error:
-                failure = translate_error(error, target=self.target, timeout=seconds)
+                failure = self._translate(error, timeout=seconds)
                 pause = retries.pause_after(failure)
                 if pause is None:
                     raise failure from error

@@ -11,6 +11,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 from steer_client import _errors as errors
+from steer_client._tls_problems import problem_of_tls, todo_when_closed
 
 _DOMAIN = "steering.v1"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -23,6 +24,9 @@ _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
     (_Code.NOT_FOUND, "UNKNOWN_OPERATOR"): errors.UnknownOperatorError,
     (_Code.FAILED_PRECONDITION, "OPERATOR_UNUSABLE"): errors.OperatorUnusableError,
     (_Code.FAILED_PRECONDITION, "DIGEST_NOT_SERVED"): errors.DigestNotServedError,
+    (_Code.ALREADY_EXISTS, "OPERATOR_EXISTS"): errors.OperatorExistsError,
+    (_Code.FAILED_PRECONDITION, "OPERATOR_CHANGED"): errors.OperatorChangedError,
+    (_Code.RESOURCE_EXHAUSTED, "STORE_FULL"): errors.StoreFullError,
     (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"): errors.ServerBusyError,
     (_Code.RESOURCE_EXHAUSTED, "RATE_LIMITED"): errors.ServerBusyError,
     (_Code.INTERNAL, "STEERING_NOT_APPLIED"): errors.SteeringNotAppliedError,
@@ -30,6 +34,8 @@ _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
 }
 # These codes mean the same with any reason.
 _BY_CODE: dict[grpc.StatusCode, type[errors.SteerError]] = {
+    _Code.UNAUTHENTICATED: errors.UnauthenticatedError,
+    _Code.PERMISSION_DENIED: errors.PermissionDeniedError,
     _Code.UNAVAILABLE: errors.ServerUnavailableError,
     _Code.DEADLINE_EXCEEDED: errors.DeadlineExceededError,
     _Code.CANCELLED: errors.RequestCancelledError,
@@ -50,10 +56,12 @@ class _Details(NamedTuple):
     retry_after: float | None
 
 
-def translate_error(error: grpc.RpcError, *, target: str, timeout: float | None = None) -> errors.SteerError:
+def translate_error(
+    error: grpc.RpcError, *, target: str, timeout: float | None = None, has_tls: bool = False
+) -> errors.SteerError:
     """The typed error for a failed call, sync or async, unary or streaming.
 
-    `target` and `timeout` (seconds) are those of the call; they appear in the message.
+    `target`, `timeout` (seconds) and `has_tls` are those of the call; the message depends on them.
     """
     # Every RpcError that a call raises is also a grpc.Call; the base class alone carries no status.
     code: grpc.StatusCode = error.code()
@@ -61,12 +69,18 @@ def translate_error(error: grpc.RpcError, *, target: str, timeout: float | None 
     details = _details(error)
     if details.reason:
         kind = _BY_REASON.get((code, details.reason)) or _BY_CODE.get(code, errors.ServerError)
+        if code is _Code.RESOURCE_EXHAUSTED and details.retry_after is not None:
+            # Whatever is used up, it comes back.
+            kind = errors.ServerBusyError
     else:
         kind = _BY_CODE.get(code) or _WITHOUT_REASON.get(code, errors.ServerError)
         if code is _Code.RESOURCE_EXHAUSTED and "larger than max" in text:
             # gRPC uses this code for its limit on message sizes too, where waiting does not help.
             kind = errors.ServerError
-    message = _message(kind, code, text, details, target, timeout)
+    tls_problem = None if details.reason else problem_of_tls(text, target)
+    if kind is errors.ServerUnavailableError and tls_problem:
+        return errors.TLSError(tls_problem, code=code)
+    message = _message(kind, code, text, details, target, timeout, has_tls)
     status = errors.Status(code=code, reason=details.reason, metadata=details.metadata)
     if issubclass(kind, errors.InvalidRequestError):
         return kind(message, field=details.field, **status)
@@ -90,13 +104,22 @@ def _message(
     details: _Details,
     target: str,
     timeout: float | None,
+    has_tls: bool,
 ) -> str:
     if details.reason and text:
         return text
     if kind is errors.ServerUnavailableError:
         # gRPC's text names every layer that failed; the last one is the cause.
         cause = text.rsplit(": ", 1)[-1].strip()
-        return f"no answer from {target}{f' ({cause})' if cause else ''}: is steer-server running there?"
+        todo = todo_when_closed(text, has_tls=has_tls) or "is steer-server running there?"
+        return f"no answer from {target}{f' ({cause})' if cause else ''}: {todo}"
+    if kind is errors.UnauthenticatedError:
+        how = (
+            "a token is given by token= or token_file= (--token-file, STEER_TOKEN), what a proxy asks for by metadata="
+        )
+        return f"{target} asks who is calling{f' ({text})' if text else ''}: {how}"
+    if kind is errors.PermissionDeniedError:
+        return f"{target} does not allow this{f' ({text})' if text else ''}"
     if kind is errors.DeadlineExceededError:
         within = "in time" if timeout is None else f"within {timeout:g} s"
         return f"{target} did not finish the request {within}"

@@ -13,7 +13,7 @@ from steering.v1 import generation_pb2 as pb
 from steer_server.access.scopes import RPC_SCOPES, SCOPES
 from steer_server.errors import StartupError
 from tests.server.http.authority import Authority
-from tests.server.http.test_who_may_call import PATHS, bearer, call, entry, token_of
+from tests.server.http.test_who_may_call import bearer, call, entry, http_paths, token_of
 
 MODEL = "/steering.v1.GenerationService/GetModelInfo"
 
@@ -58,7 +58,7 @@ async def test_under_mutual_tls_a_call_needs_a_certificate_before_anything_else(
         "one of another authority": Authority("other").issue("client"),
         "the right one": authority.issue("client"),
     }[shown]
-    server = await start(**files)
+    server = await start(**files, operator_admin=True)
     server.tls = authority.context(certificate, tmp_path)
     async with authority.channel(server.target, certificate) as channel:
         for path, scope in RPC_SCOPES.items():
@@ -71,8 +71,7 @@ async def test_under_mutual_tls_a_call_needs_a_certificate_before_anything_else(
                 assert code is grpc.StatusCode.UNAVAILABLE, (path, words)
         if shown == "the right one":
             assert (await call(channel, MODEL, b"", None))[0] is grpc.StatusCode.UNAUTHENTICATED
-    paths = PATHS | {f"/api/{path.rpartition('/')[2]}": path for path in RPC_SCOPES if path.startswith("/steering.")}
-    for path, method in paths.items():
+    for path, method in http_paths().items():
         status = await ask(server, path, bearer(token_of(RPC_SCOPES[method])))
         assert (status is not None and status not in (401, 403)) == (shown == "the right one"), path
         assert (status is None) == (shown != "the right one"), path

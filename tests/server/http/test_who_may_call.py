@@ -11,7 +11,7 @@ from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha import reflection_pb2
 
 from steer_server.access.scopes import RPC_SCOPES, SCOPES
-from steer_server.rpc.server import SERVICES
+from steer_server.rpc.server import ADMIN_SERVICE, SERVICES
 
 REFUSED = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
 PATHS = {
@@ -45,7 +45,7 @@ async def guarded(start, tmp_path):
     """A server that asks for tokens."""
     path = tmp_path / "tokens.toml"
     path.write_text(everybody())
-    made = await start(tokens=path)
+    made = await start(tokens=path, operator_admin=True)
     made.tokens = path
     return made
 
@@ -66,8 +66,14 @@ def cases(scope: str):
 def methods():
     """Every method that the contract and the standard services have: its path and descriptor."""
     pool = descriptor_pool.Default()
-    names = (*SERVICES, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+    names = (*SERVICES, ADMIN_SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
     return {f"/{name}/{each.name}": each for name in names for each in pool.FindServiceByName(name).methods}
+
+
+def http_paths():
+    """Every path over HTTP, and the method whose scope it needs."""
+    ours = [path for path, each in methods().items() if path.startswith("/steering.") and not each.client_streaming]
+    return PATHS | {f"/api/{path.rpartition('/')[2]}": path for path in ours}
 
 
 async def call(channel, path, data: bytes, token: str | None):
@@ -141,8 +147,7 @@ async def test_over_grpc_each_call_is_served_or_refused_by_its_token(guarded, sc
 
 @pytest.mark.parametrize("scope", SCOPES)
 async def test_over_http_each_call_is_served_or_refused_by_its_token(guarded, scope):
-    paths = PATHS | {f"/api/{path.rpartition('/')[2]}": path for path in RPC_SCOPES if path.startswith("/steering.")}
-    for path, method in paths.items():
+    for path, method in http_paths().items():
         verb = "GET" if path in ("/api/model", "/api/operators") or path.startswith("/v1/models") else "POST"
         for kind, token, refusal in cases(scope):
             answer = await guarded.ask(verb, path, b"{no json" if verb == "POST" else None, **bearer(token))
@@ -229,7 +234,7 @@ async def test_with_a_listener_for_admin_calls_they_are_served_there_and_nowhere
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         admin = f"127.0.0.1:{probe.getsockname()[1]}"
-    server = await start(tokens=path, admin_listen=admin)
+    server = await start(tokens=path, admin_listen=admin, operator_admin=True)
     token = token_of("all")
     async with grpc.aio.insecure_channel(server.target) as main, grpc.aio.insecure_channel(admin) as other:
         for method, scope in RPC_SCOPES.items():

@@ -12,6 +12,7 @@ from steer_client._cli import experiment_options as x
 from steer_client._cli import json_output, model_table, operator_details, operator_table, show_streams
 from steer_client._cli import options as o
 from steer_client._cli.connection import connect
+from steer_client._cli.connection_options import ConnectionOptions
 from steer_client._cli.option_groups import expand_groups
 from steer_client._cli.score_command import score
 from steer_client._cli.sweep_command import sweep
@@ -50,7 +51,7 @@ def generate(
     steering: o.SteeringOptions,
     sampling: o.SamplingOptions,
     chat: o.ChatOptions,
-    connection: o.ConnectionOptions,
+    connection: ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Decode PROMPT, steered by the operators and words given. The text goes to stdout, a summary to stderr.
@@ -82,7 +83,7 @@ def ab(
     no_score: o.NoScoreOption = False,
     sampling: o.SamplingOptions,
     chat: o.ChatOptions,
-    connection: o.ConnectionOptions,
+    connection: ConnectionOptions,
     as_json: o.JsonOption = False,
     as_lines: x.JsonLinesOption = False,
 ) -> None:
@@ -124,7 +125,7 @@ def operators(
     name: o.NameArgument = None,
     reload: o.ReloadOption = False,
     *,
-    connection: o.ConnectionOptions,
+    connection: ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """List the operators in the server's store, or show all about one.
@@ -147,7 +148,7 @@ def operators(
 
 @app.command()
 @expand_groups
-def info(*, connection: o.ConnectionOptions, as_json: o.JsonOption = False) -> None:
+def info(*, connection: ConnectionOptions, as_json: o.JsonOption = False) -> None:
     """Describe the model, its limits and the engine that serves it.
 
     steer info --json
@@ -162,7 +163,7 @@ def info(*, connection: o.ConnectionOptions, as_json: o.JsonOption = False) -> N
 
 @app.command()
 @expand_groups
-def health(*, connection: o.ConnectionOptions) -> None:
+def health(*, connection: ConnectionOptions) -> None:
     """Ask whether the server takes requests: exit status 0 if it does, 1 if not.
 
     steer health --target 127.0.0.1:50051
@@ -180,7 +181,7 @@ def tokenize(
     prompt: o.PromptArgument,
     *,
     chat: o.ChatOptions,
-    connection: o.ConnectionOptions,
+    connection: ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Show how PROMPT reaches the model, as tokens.

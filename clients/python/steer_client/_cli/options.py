@@ -12,7 +12,6 @@ from typing import Annotated, Optional
 import typer
 
 import steer_client
-from steer_client._defaults import DEFAULT_TARGET, DEFAULT_TIMEOUT
 from steer_client._requests import LENS
 
 _STEERING = "Steering"
@@ -25,16 +24,6 @@ class RuleChoice(StrEnum):
 
     cumulative = "cumulative"
     substitute = "substitute"
-
-
-def _checked_target(target: str) -> str:
-    # Imported here because it imports gRPC, and the commands' help does without.
-    from steer_client._channel import target_or_default
-
-    try:
-        return target_or_default(target)
-    except steer_client.InvalidRequestError as error:
-        raise typer.BadParameter(error.message, param_hint="'--target'") from None
 
 
 # typer reads these annotations at run time.
@@ -169,30 +158,6 @@ TemplateOption = Annotated[
         "--template-option",
         metavar="NAME=VALUE",
         help="With --chat: what the template is told, such as enable_thinking=false. May be repeated.",
-    ),
-]
-TargetOption = Annotated[
-    str,
-    typer.Option(
-        "--target",
-        metavar="HOST:PORT",
-        envvar="STEER_TARGET",
-        help="Where the server listens; several are ipv4:HOST:PORT,HOST:PORT or dns:///NAME:PORT.",
-        show_default=True,
-        callback=_checked_target,
-        rich_help_panel=_CONNECTION,
-    ),
-]
-TimeoutOption = Annotated[
-    float,
-    typer.Option("--timeout", metavar="SECONDS", min=0, help="Give up after so long.", rich_help_panel=_CONNECTION),
-]
-NoRetryOption = Annotated[
-    bool,
-    typer.Option(
-        "--no-retry",
-        help="Fail at once where the server is busy, in place of trying again when it says.",
-        rich_help_panel=_CONNECTION,
     ),
 ]
 JsonOption = Annotated[
@@ -330,12 +295,3 @@ def _token_bias(text: str) -> steer_client.TokenBias:
     except ValueError:
         problem = f"cannot read {text!r}: write ID=BIAS, for example 42=-5"
         raise typer.BadParameter(problem, param_hint="'--logit-bias'") from None
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectionOptions:
-    """Which server answers, and within what time."""
-
-    target: TargetOption = DEFAULT_TARGET
-    timeout: TimeoutOption = DEFAULT_TIMEOUT
-    no_retry: NoRetryOption = False

@@ -12,6 +12,7 @@ from steer_client._cli import experiment_options as x
 from steer_client._cli import json_output, score_view
 from steer_client._cli import options as o
 from steer_client._cli.connection import connect
+from steer_client._cli.connection_options import ConnectionOptions
 from steer_client._cli.marked_text import read_words
 
 TextArgument = Annotated[
@@ -50,7 +51,7 @@ def score(
     doses: DosesOption = False,
     time_limit: TimeLimitOption = None,
     chat: o.ChatOptions,
-    connection: o.ConnectionOptions,
+    connection: ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Read TEXT under the plain model and steered, without decoding: log-probabilities, KL and perplexities.

@@ -12,6 +12,7 @@ import steer_client
 from steer_client._cli import json_output
 from steer_client._cli import options as o
 from steer_client._cli.connection import connect
+from steer_client._cli.connection_options import ConnectionOptions
 from steer_client._cli.console import wide_console
 from steer_client._cli.dose_chart import dose_chart
 from steer_client._cli.expectations import COUNTED, Expectation, Verdict, judge, read_expectation
@@ -122,7 +123,7 @@ def sweep(
     csv: CsvOption = None,
     expect: ExpectOption = None,
     sampling: o.SamplingOptions,
-    connection: o.ConnectionOptions,
+    connection: ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Decode the prompts of a file plain and under every operator at every strength: table, chart, files.

@@ -18,6 +18,7 @@ from steer_client._cli import experiment_options as x
 from steer_client._cli import json_output
 from steer_client._cli import options as o
 from steer_client._cli.connection import connect
+from steer_client._cli.connection_options import ConnectionOptions
 from steer_client._cli.formatting import escape_controls
 from steer_client._cli.tally import tally, tally_lines
 from steer_client._cli.vote_file import Answer, VoteFile
@@ -54,7 +55,7 @@ def vote(
     out: OutOption = None,
     close: CloseOption = False,
     sampling: o.SamplingOptions,
-    connection: o.ConnectionOptions,
+    connection: ConnectionOptions,
     as_json: o.JsonOption = False,
 ) -> None:
     """Judge two arms, or one and the plain text, without knowing which is which: answer 1, 2, tie, skip or quit.

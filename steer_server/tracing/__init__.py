@@ -1,0 +1,1 @@
+"""Traces of calls for OpenTelemetry, which is imported only where they are asked for."""
