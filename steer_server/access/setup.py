@@ -39,10 +39,11 @@ def open_access(config: ServerConfig) -> AccessFiles:
     Raises :class:`StartupError` for one that cannot be used, and for an address that is not to be served as it is.
     """
     check_addresses(config)
-    return AccessFiles(_open_tokens(config), _open_certificates(config))
+    return AccessFiles(open_tokens(config), open_certificates(config))
 
 
-def _open_tokens(config: ServerConfig) -> Watched[TokenTable] | None:
+def open_tokens(config: ServerConfig) -> Watched[TokenTable] | None:
+    """See :func:`open_access`."""
     if config.tokens is None:
         return None
     found = Watched("tokens", [config.tokens], read_tokens)
@@ -54,7 +55,8 @@ def _open_tokens(config: ServerConfig) -> Watched[TokenTable] | None:
     return found
 
 
-def _open_certificates(config: ServerConfig) -> Watched[Certificates] | None:
+def open_certificates(config: ServerConfig) -> Watched[Certificates] | None:
+    """See :func:`open_access`."""
     certificate, key, authority = config.tls_cert, config.tls_key, config.tls_client_ca
     if certificate is None or key is None:
         for option, value in (("--tls-cert", certificate), ("--tls-key", key), ("--tls-client-ca", authority)):
