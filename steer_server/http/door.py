@@ -33,6 +33,8 @@ from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
 from steer_server.rpc.parts import ServerParts
 
+_OTHER = "other"
+"""What metrics call every path that is not there."""
 _MAX_HEAD_BYTES = 16 << 10
 _MODEL = "/steering.v1.GenerationService/GetModelInfo"
 _COMPARE = "/steering.v1.GenerationService/Compare"
@@ -85,6 +87,7 @@ class HttpDoor:
             self.port = await self._listener.start(self._host, self.port)
         except OSError as error:
             raise StartupError(f"cannot serve HTTP on {self._host}:{self.port}: {error.strerror}") from error
+        parts.metrics.connections("http").set_function(lambda: len(self._state.connections))
 
     async def stop(self, seconds: float) -> None:
         """Takes no more connections, and ends those that there are after so many seconds for last writes."""
@@ -159,4 +162,6 @@ async def _refuse(rules: CallRules, request: Request, error: Exception) -> Respo
         )
     except RefusedError as found:
         refused = found
+    rules.metrics.http_requests.labels(_OTHER, str(refused.status)).inc()
+    rules.metrics.errors.labels(_OTHER, refused.code).inc()
     return Response(encode(error_body(refused)), refused.status, dict(refused.headers), media_type="application/json")

@@ -52,6 +52,24 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
+_LIMITS = (
+    "client_patience",
+    "connection_age",
+    "connection_idle",
+    "grace",
+    "max_arms",
+    "max_artifact_bytes",
+    "max_calls",
+    "max_calls_per_connection",
+    "max_dose",
+    "max_queue",
+    "max_running",
+    "max_time",
+    "max_tokens",
+    "max_total_tokens",
+    "operator_memory",
+)
+"""Settings that metrics show, in seconds, bytes, or numbers of things; those that are not set are left out."""
 _LAST_SPANS = 2.0
 """Seconds for what has been traced to be sent."""
 _LAST_WRITES = 0.2
@@ -146,8 +164,8 @@ class SteerServer:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
         port = self._listeners[0].port
-        counting = partial(count_connections, port)
-        watching = (watch_connections(counting, most), watch(files.watched))
+        counting, show = partial(count_connections, port), metrics.connections("grpc").set
+        watching = (watch_connections(counting, most, show=show), watch(files.watched))
         self._watching = [asyncio.ensure_future(each) for each in watching]
         return port
 
@@ -219,8 +237,8 @@ def _methods(services: Iterable[str]) -> list[str]:
 
 
 def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
-    names = ("max_queue", "max_calls", "max_calls_per_connection", "max_arms", "max_dose", "operator_memory")
-    return {name: getattr(config, name) for name in names} | {"max_connections": max_connections}
+    given = {name: getattr(config, name) for name in _LIMITS}
+    return {name: value for name, value in given.items() if value is not None} | {"max_connections": max_connections}
 
 
 def _on_signal(number: signal.Signals, stopped: asyncio.Event) -> None:
