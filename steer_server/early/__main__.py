@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import json
 import signal
-import ssl
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from steer_server.access.certificates import Certificates, read_certificates
 from steer_server.early.ports import OPEN, EarlyPorts
 from steer_server.errors import LoadingError
 from steer_server.lifecycle import Lifecycle
@@ -55,6 +55,8 @@ def _is_health(method: str) -> bool:
 async def serve(ports: EarlyPorts) -> list[Callable[[], object]]:
     """Listens on all ports, and returns what closes each. Raises :class:`OSError` where one is taken."""
     lifecycle, closers = Lifecycle(), list[Callable[[], object]]()
+    files = [Path(file).read_bytes() for file in ports.certificates]
+    certificates = read_certificates(*files) if files else None
     if ports.grpc:
         server = grpc.aio.server(options=_OPTIONS)
         states = health.aio.HealthServicer()
@@ -65,8 +67,8 @@ async def serve(ports: EarlyPorts) -> list[Callable[[], object]]:
         server.add_generic_rpc_handlers((_Refuse(),))
         for address in ports.grpc:
             try:
-                if ports.certificates:
-                    server.add_secure_port(address, _credentials(ports.certificates))
+                if certificates is not None:
+                    server.add_secure_port(address, _credentials(certificates))
                 else:
                     server.add_insecure_port(address)
             except RuntimeError as error:
@@ -77,30 +79,18 @@ async def serve(ports: EarlyPorts) -> list[Callable[[], object]]:
         body = json.dumps({"error": {"message": str(_LOADING), "type": "server_error", "code": "LOADING"}}).encode()
         answers = SmallHttp(lifecycle, {}, other=("503 Service Unavailable", "application/json", body))
         host, _, port = address.rpartition(":")
-        context = _context(ports.certificates) if has_tls and ports.certificates else None
+        context = certificates.context if has_tls and certificates is not None else None
         await answers.start(host.strip("[]"), int(port), context)
         closers.append(answers.close)
     return closers
 
 
-def _credentials(files: tuple[str, ...]) -> grpc.ServerCredentials:
-    certificate, key, *authority = (Path(file).read_bytes() for file in files)
+def _credentials(files: Certificates) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials(
-        [(key, certificate)],
-        root_certificates=authority[0] if authority else None,
-        require_client_auth=bool(authority),
+        [(files.key, files.certificate)],
+        root_certificates=files.client_authority,
+        require_client_auth=files.client_authority is not None,
     )
-
-
-def _context(files: tuple[str, ...]) -> ssl.SSLContext:
-    certificate, key, *authority = files
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.load_cert_chain(certificate, key)
-    if authority:
-        context.load_verify_locations(authority[0])
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
 
 
 async def _main(ports: EarlyPorts) -> None:

@@ -20,8 +20,8 @@ _SECONDS = 5.0
 def early_ports(config: ServerConfig, services: tuple[str, ...]) -> EarlyPorts:
     """Those ports of a configuration that can be known before it is served: not port 0."""
     http = ((config.metrics_host, config.metrics_port, False), (config.http_host, config.http_port, True))
-    rpc = (config.listen, getattr(config, "admin_listen", None))
-    files = [getattr(config, name, None) for name in ("tls_cert", "tls_key", "tls_client_ca")]
+    rpc = (config.listen, config.admin_listen)
+    files = (config.tls_cert, config.tls_key, config.tls_client_ca)
     return EarlyPorts(
         grpc=tuple(each for each in rpc if each is not None and not each.endswith(":0")),
         http=tuple((f"{host}:{port}", has_tls) for host, port, has_tls in http if port),
