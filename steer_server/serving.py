@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from steer_server.access.setup import open_tokens
+from steer_server.access.setup import open_access
 from steer_server.checks.ports import addresses, check_port
 from steer_server.choices import device_of, dtype_of, store_of
 from steer_server.config import ServerConfig
+from steer_server.early.holding import answered, early_ports
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
 
@@ -32,47 +33,49 @@ async def run(config: ServerConfig) -> None:
     from operators.model.unembedding import find_unembedding
     from steer_server.admin.operator_admin import OperatorAdmin
     from steer_server.registry import Registry
-    from steer_server.rpc.server import SteerServer
+    from steer_server.rpc.operator_admin import ADMIN_SERVICE
+    from steer_server.rpc.server import SERVICES, SteerServer
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
-    tokens = open_tokens(config)
+    access = open_access(config)
     device = device_of(config)
     dtype = dtype_of(config, device)
     store = store_of(config)
     for option, address in addresses(config).items():
         check_port(address, option)
     trace = _traces(config)
+    ports = early_ports(config, (*SERVICES, ADMIN_SERVICE) if config.operator_admin else SERVICES)
+    engine = None
     try:
-        log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
-        engine, files = await ENGINES[config.engine](config, dtype, device)
-    except OperatorError as error:
-        raise StartupError(str(error)) from error
-    try:
-        registry = Registry(
-            store,
-            engine.model,
-            max_bytes=config.max_artifact_bytes,
-            max_dose=config.max_dose,
-            words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
-        )
+        with answered(ports):
+            log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
+            engine, files = await ENGINES[config.engine](config, dtype, device)
+            registry = Registry(
+                store,
+                engine.model,
+                max_bytes=config.max_artifact_bytes,
+                max_dose=config.max_dose,
+                words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
+            )
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
         # Not before the engine: its processes are forked, and this starts a thread.
         tracing = trace(engine.model.model)
         admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
-        server = SteerServer(engine, registry, config, _doors(config), tokens, tracing, admin)
+        server = SteerServer(engine, registry, config, _doors(config), access, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
         http = {"http": f"{config.http_host}:{config.http_port}"} if config.http_port else {}
-        log.info("serving", listen=f"{host}:{port}", **http, operators=usable, store=str(store.path))
+        log.info("serving", listen=f"{host}:{port}", **http, **_guards(config), operators=usable, store=str(store.path))
         await server.serve_until_signalled()
-    except StoreUnreadableError as error:
+    except (OperatorError, StoreUnreadableError) as error:
         raise StartupError(str(error)) from error
     finally:
-        await engine.close()
+        if engine is not None:
+            await engine.close()
 
 
 def _doors(config: ServerConfig) -> Sequence[Door]:
@@ -81,6 +84,13 @@ def _doors(config: ServerConfig) -> Sequence[Door]:
     from steer_server.http.door import HttpDoor
 
     return (HttpDoor(config.http_host, config.http_port, config.http_names),)
+
+
+def _guards(config: ServerConfig) -> dict[str, str]:
+    """What asks callers who they are, for the log."""
+    tls = "off" if config.tls_cert is None else "on" if config.tls_client_ca is None else "mutual"
+    admin = {"admin": config.admin_listen} if config.admin_listen else {}
+    return {"tls": tls, "tokens": "off" if config.tokens is None else "on", **admin}
 
 
 def _traces(config: ServerConfig) -> Callable[[str], Tracing]:
