@@ -65,14 +65,16 @@ _SIZES: dict[str, Any] = {
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 96, "n_positions": 256},
-    "cohere2": {"logit_scale": 4.0},
+    # Its window is one token wider in vLLM.
+    "cohere2": {"logit_scale": 4.0, "sliding_window": 128},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3": {"query_pre_attn_scalar": 32},
     # vLLM has neither blocks side by side nor norms on q and k.
     "stablelm": {"use_parallel_residual": False, "qk_layernorm": False},
     "qwen3_moe": {"moe_intermediate_size": 64},
+    # As checkpoints say it, and transformers does not.
     "deepseek_v3": {"moe_intermediate_size": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
-                    "v_head_dim": 32, "q_lora_rank": 48},
+                    "v_head_dim": 32, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }  # fmt: skip
 
 
