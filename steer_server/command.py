@@ -100,7 +100,7 @@ def serve(
     operator_admin: Annotated[
         bool | None,
         typer.Option(
-            "--operator-admin", help="Let clients upload, load, unload and delete operators.", show_default="off"
+            "--operator-admin", help="Let clients upload, build, load, unload and delete operators.", show_default="off"
         ),
     ] = None,
     operator_memory: Annotated[

@@ -93,13 +93,22 @@ class ServerConfig(BaseSettings):
     max_artifact_bytes: int = Field(default=4 << 30, ge=1)
     """Larger files in the store are not read."""
     operator_admin: bool = False
-    """Whether operators may be uploaded, loaded, unloaded and deleted over the wire."""
+    """Whether operators may be uploaded, built, loaded, unloaded and deleted over the wire."""
     max_uploads: int = Field(default=4, ge=1)
     """Unfinished ones at once."""
     max_upload_bytes: Annotated[int, BeforeValidator(_parse_size)] = Field(default=8 << 30, ge=1)
     """Bytes, or a size such as 8GiB: what unfinished uploads may take of the store's disk together."""
     upload_age: float = Field(default=3600.0, gt=0, le=1e6)
     """Seconds that an unfinished upload is kept of which nothing comes."""
+    max_builds: int = Field(default=1, ge=1)
+    """At once, each in a process of its own."""
+    max_waiting_builds: int = Field(default=8, ge=1)
+    build_memory: Annotated[int, BeforeValidator(_parse_size)] = Field(default=4 << 30, ge=256 << 20)
+    """Bytes, or a size such as 4GiB, that a build's process may take, the model included."""
+    build_time: float = Field(default=3600.0, gt=0, le=1e6)
+    """Seconds that a build may take."""
+    build_threads: int = Field(default=1, ge=1)
+    """Of a build, which runs on the CPU at a low priority."""
     operator_memory: Annotated[int, BeforeValidator(_parse_size)] = Field(default=OPERATOR_MEMORY, ge=1 << 20)
     """Bytes, or a size such as 4GiB. vllm: upper bound of what operators take in each worker, beside vLLM's own memory;
     a request that needs more than is left is refused. hf: what is kept between requests."""
