@@ -130,7 +130,7 @@ class Registry:
         """What a file would be as the operator ``name``. Raises :class:`ArtifactError` where it could not be used."""
         with open_regular(path, self._max_bytes) as (file, size):
             artifact = from_bytes(file.read(size), source=name)
-        self._check_fits(name, artifact)
+        check_fits(name, artifact, self._model)
         return OperatorEntry(name, "", size, artifact)
 
     def put(self, entry: OperatorEntry) -> OperatorEntry:
@@ -237,36 +237,42 @@ class Registry:
         size = 0
         try:
             size = self._store.path_of(name).lstat().st_size
-            if size > self._max_bytes:
-                raise ArtifactError(
-                    f"{size} bytes; at most {self._max_bytes} are read (STEER_MAX_ARTIFACT_BYTES sets it)"
-                )
             if self._store.is_unloaded(name):
                 return OperatorEntry(name, _UNLOADED, size, None)
-            artifact = self._store.load(name, max_bytes=self._max_bytes)
-            self._check_fits(name, artifact)
+            artifact = read_artifact(self._store, name, self._max_bytes)
+            check_fits(name, artifact, self._model)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
             # Cut, because a hostile file chooses parts of the message.
             return OperatorEntry(name, (str(error) or type(error).__name__)[:_MAX_PROBLEM], size, None)
         return OperatorEntry(name, "", size, artifact)
 
-    def _check_fits(self, name: str, artifact: OperatorArtifact) -> None:
-        header, model = artifact.header, self._model
-        # By fingerprint, not by name: the same model may be served from a path or a mirror.
-        for what, built_for, served in (
-            ("hidden size", header.hidden_size, model.hidden_size),
-            ("number of layers", header.num_layers, model.num_layers),
-            (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
-            ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
-        ):
-            if built_for != served:
-                only_the_model = header.tokenizer_fingerprint == model.tokenizer_fingerprint
-                renewable = only_the_model and built_for == header.model_fingerprint
-                hint = renewal_hint(header.model_fingerprint, name) if renewable else ""
-                raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model}){hint}")
-        highest = max((max(text.ids) for text in header.texts), default=0)
-        if highest >= model.vocab_size:
-            raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
+
+def read_artifact(store: Store, name: str, max_bytes: int) -> OperatorArtifact:
+    """An operator, read and verified. Raises :class:`ArtifactError`, :class:`StoreError` or :class:`OSError`."""
+    size = store.path_of(name).lstat().st_size
+    if size > max_bytes:
+        raise ArtifactError(f"{size} bytes; at most {max_bytes} are read (STEER_MAX_ARTIFACT_BYTES sets it)")
+    return store.load(name, max_bytes=max_bytes)
+
+
+def check_fits(name: str, artifact: OperatorArtifact, model: ModelInfo) -> None:
+    """Raises :class:`ArtifactError` for an operator that was built for another model than the one being served."""
+    header = artifact.header
+    # By fingerprint, not by name: the same model may be served from a path or a mirror.
+    for what, built_for, served in (
+        ("hidden size", header.hidden_size, model.hidden_size),
+        ("number of layers", header.num_layers, model.num_layers),
+        (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
+        ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
+    ):
+        if built_for != served:
+            only_the_model = header.tokenizer_fingerprint == model.tokenizer_fingerprint
+            renewable = only_the_model and built_for == header.model_fingerprint
+            hint = renewal_hint(header.model_fingerprint, name) if renewable else ""
+            raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model}){hint}")
+    highest = max((max(text.ids) for text in header.texts), default=0)
+    if highest >= model.vocab_size:
+        raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
 
 
 def _describe_dose(use: Application) -> str:

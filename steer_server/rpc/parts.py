@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from steer_server.access.certificates import Certificates
 from steer_server.access.control import AccessControl
+from steer_server.access.watched import Watched
 from steer_server.config import ServerConfig
+from steer_server.lifecycle import Lifecycle
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc.admission import Admission
@@ -28,6 +31,8 @@ class ServerParts:
     registry: Registry
     metrics: Metrics
     access: AccessControl
+    certificates: Watched[Certificates] | None
+    """None: no TLS."""
     admission: Admission
     calls: CallLimit
     """Of the methods of this contract, whichever door they come by."""
@@ -35,6 +40,7 @@ class ServerParts:
     """What implements the methods of each service, by its full name."""
     max_connections: int
     """Of each door."""
+    lifecycle: Lifecycle
     tracing: Tracing = NO_TRACING
 
 

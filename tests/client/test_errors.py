@@ -37,8 +37,6 @@ TABLE = [
     (C.NOT_FOUND, "UNKNOWN_BUILD", UnknownBuildError),
     (C.RESOURCE_EXHAUSTED, "STORE_FULL", StoreFullError),
     (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
-    (C.UNAUTHENTICATED, "UNAUTHENTICATED", UnauthenticatedError),
-    (C.UNAUTHENTICATED, "SOMETHING_NEW", UnauthenticatedError),
     (C.PERMISSION_DENIED, "SCOPE_MISSING", PermissionDeniedError),
     (C.INTERNAL, "STEERING_NOT_APPLIED", SteeringNotAppliedError),
     (C.INTERNAL, "ENGINE_FAILED", EngineFailedError),

@@ -363,17 +363,13 @@ class Methods(AdminMethods):
 
     def _start(self, call: calls.Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
         seconds = self._seconds(timeout)
-        method, metadata = self._stubs().method("generation", call.method), self._access.metadata
-
-        def send(*, timeout: float | None) -> Any:
-            return method(call.request, timeout=timeout, metadata=metadata.of_call())
-
+        send = partial(self._stubs().method("generation", call.method), call.request)
         translate = partial(self._translate, timeout=seconds)
         return StartedCall(send, call.reducer, translate, Retries(seconds, enabled=self._retry))
 
     def _translate(self, error: grpc.RpcError, *, timeout: float | None) -> SteerError:
-        has_tls = self._access.credentials is not None
-        return translate_error(error, target=self.target, timeout=timeout, has_tls=has_tls)
+        has_tls, has_token = self._access.credentials is not None, self._access.metadata.has_credentials
+        return translate_error(error, target=self.target, timeout=timeout, has_tls=has_tls, has_token=has_token)
 
     def _seconds(self, timeout: Timeout) -> float | None:
         if self._is_closed:
