@@ -1,4 +1,4 @@
-"""What `deploy/` and the pages ask of a server is there: metrics, labels, settings, flags, probes. Without Prometheus."""
+"""What `deploy/` and the pages ask of a server is there: metrics, labels, settings, flags, probes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def test_every_value_that_a_query_compares_with_can_occur():
 
 
 def test_every_alert_has_a_test_of_its_own():
-    rules = {rule["alert"] for rule in yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"][0]["rules"]}
+    rules = {
+        rule["alert"] for rule in yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"][0]["rules"]
+    }
     tests = yaml.safe_load((DEPLOY / "prometheus/rules_test.yml").read_text())["tests"]
     fired = {each["alertname"] for test in tests for each in test["alert_rule_test"] if each["exp_alerts"]}
     assert fired == rules
@@ -115,7 +117,9 @@ def test_every_metric_and_variable_that_a_page_names_is_there(page):
 
 def test_the_page_names_every_metric_of_the_server():
     text = (ROOT / "docs/OBSERVABILITY.md").read_text(encoding="utf-8")
-    ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in METRICS if name.startswith(("steer_", "grpc_server_"))}
+    ours = {
+        re.sub(r"_(bucket|sum|count)$", "", name) for name in METRICS if name.startswith(("steer_", "grpc_server_"))
+    }
     assert {name for name in ours if f"`{name}`" not in text} == set()
 
 
@@ -132,15 +136,14 @@ def test_every_variable_of_deploy_is_a_setting():
     used = {name for path in deployed() for name in variables(path.read_text(encoding="utf-8"))}
     assert used - known == set()
     services = compose()["services"]
-    given = {name: value for name, value in services["steer-server"]["environment"].items()}
+    given = services["steer-server"]["environment"]
     ServerConfig(**{name.removeprefix("STEER_").lower(): value for name, value in given.items()})
 
 
 def commands(text: str) -> Iterator[str]:
     """Every command line of the server, as far as it goes."""
     for line in text.replace("\\\n", " ").splitlines():
-        for found in re.findall(r"steer-server((?: +[^\s`|;&#]+)*)", line):
-            yield found
+        yield from re.findall(r"steer-server((?: +[^\s`|;&#]+)*)", line)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *deployed()], ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -148,7 +151,9 @@ def test_every_flag_of_the_server_is_there(page):
     command: Any = typer.main.get_command(app)
     every = [command, *getattr(command, "commands", {}).values()]
     known = {option for each in every for param in each.params for option in (*param.opts, *param.secondary_opts)}
-    used = {flag for line in commands(page.read_text(encoding="utf-8")) for flag in re.findall(r"(?<= )--[a-z-]+", line)}
+    used = {
+        flag for line in commands(page.read_text(encoding="utf-8")) for flag in re.findall(r"(?<= )--[a-z-]+", line)
+    }
     assert used - known - {"--help"} == set()
 
 
