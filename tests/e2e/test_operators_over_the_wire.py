@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 
 import psutil
 import pytest
@@ -47,8 +46,6 @@ def test_a_concept_is_built_over_the_wire_and_used_and_a_killed_server_leaves_no
             assert listed == f"{build['id']}  succeeded  bay\n"
             (tmp_path / "more.safetensors").write_bytes(to_bytes(golden))
             assert steer(server.target, "upload", str(tmp_path / "more.safetensors"))["digest"] == golden.digest
-            assert "unloaded" in steer(server.target, "unload", "more")["problem"]
-            assert steer(server.target, "load", "more")["problem"] is None
             assert steer(server.target, "delete", "more", golden.digest) == {"deleted": "more"}
             assert {each.name for each in client.operators()} == {"bay", "golden"}
             job = client.build_operator("tea", ["a cup of tea"], words=["tea"], calibrate=True)
@@ -66,11 +63,3 @@ def test_a_concept_is_built_over_the_wire_and_used_and_a_killed_server_leaves_no
         assert client.generate("the bay", sampling=SHORT).token_ids == plain
         assert sorted(path.name for path in store.path.iterdir()) == ["bay.safetensors", "golden.safetensors"]
         assert client.builds() == ()
-        # A server that stops ends its builds first.
-        job = client.build_operator("tea", ["a cup of tea"], words=["tea"], calibrate=True)
-        while client.builds()[0].state == "waiting":
-            time.sleep(0.01)
-        server.signal()
-        assert server.exit_code(30) == 0
-    assert sorted(store) == ["bay", "golden"]
-    assert not list(store.path.glob(".*"))
