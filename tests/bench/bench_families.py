@@ -65,7 +65,7 @@ _SIZES: dict[str, Any] = {
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     # Wide enough for every token of the concept to be read.
-    **dict.fromkeys(("mistral", "mixtral", "phi3", "starcoder2"), {"sliding_window": 8}),
+    **{name: {"sliding_window": 8} for name in ("mistral", "mixtral", "phi3", "starcoder2")},
     "gpt2": {"n_embd": 96, "n_positions": 256},
     # Its window is one token wider in vLLM.
     "cohere2": {"logit_scale": 4.0, "sliding_window": 128},
