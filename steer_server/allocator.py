@@ -42,7 +42,7 @@ async def return_freed_memory(*, every: float = 5.0) -> None:
     """Gives the system back what was freed, whenever the process has grown by 3 % since. Runs until it is cancelled.
 
     glibc keeps freed memory that lies below some that is in use: after large requests of every kind that was an
-    eighth of a small server. Nothing happens with another C library, or where the system does not tell how much is resident.
+    eighth of a small server. Nothing happens with another C library, or where the system does not say what is resident.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     low = resident_bytes()

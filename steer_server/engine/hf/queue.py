@@ -127,6 +127,11 @@ class JobQueue:
         return self._jobs.undelivered
 
     @property
+    def memory(self) -> int:
+        """Bytes that the jobs take that are being decoded. Any thread may ask."""
+        return self._room.taken
+
+    @property
     def is_closed(self) -> bool:
         """Whether no job begins any more."""
         return self._refusal is not None
