@@ -14,6 +14,7 @@ from steer_server.allocator import return_freed_memory, settle
 from steer_server.checks.ports import addresses, check_port
 from steer_server.choices import device_of, dtype_of, store_of
 from steer_server.config import ServerConfig
+from steer_server.early.holding import answered, early_ports
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
 
@@ -34,7 +35,8 @@ async def run(config: ServerConfig) -> None:
     from operators.model.unembedding import find_unembedding
     from steer_server.admin.operator_admin import OperatorAdmin
     from steer_server.registry import Registry
-    from steer_server.rpc.server import SteerServer
+    from steer_server.rpc.operator_admin import ADMIN_SERVICE
+    from steer_server.rpc.server import SERVICES, SteerServer
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
@@ -45,19 +47,19 @@ async def run(config: ServerConfig) -> None:
     for option, address in addresses(config).items():
         check_port(address, option)
     trace = _traces(config)
+    ports = early_ports(config, (*SERVICES, ADMIN_SERVICE) if config.operator_admin else SERVICES)
+    engine = None
     try:
-        log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
-        engine, files = await ENGINES[config.engine](config, dtype, device)
-    except OperatorError as error:
-        raise StartupError(str(error)) from error
-    try:
-        registry = Registry(
-            store,
-            engine.model,
-            max_bytes=config.max_artifact_bytes,
-            max_dose=config.max_dose,
-            words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
-        )
+        with answered(ports):
+            log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
+            engine, files = await ENGINES[config.engine](config, dtype, device)
+            registry = Registry(
+                store,
+                engine.model,
+                max_bytes=config.max_artifact_bytes,
+                max_dose=config.max_dose,
+                words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
+            )
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
@@ -76,10 +78,11 @@ async def run(config: ServerConfig) -> None:
             await server.serve_until_signalled()
         finally:
             returning.cancel()
-    except StoreUnreadableError as error:
+    except (OperatorError, StoreUnreadableError) as error:
         raise StartupError(str(error)) from error
     finally:
-        await engine.close()
+        if engine is not None:
+            await engine.close()
 
 
 def _doors(config: ServerConfig) -> Sequence[Door]:
