@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from steer_server.access.setup import open_access
+from steer_server.allocator import return_freed_memory, settle
 from steer_server.checks.ports import addresses, check_port
 from steer_server.choices import device_of, dtype_of, store_of
 from steer_server.config import ServerConfig
@@ -65,12 +67,17 @@ async def run(config: ServerConfig) -> None:
         tracing = trace(engine.model.model)
         admin = OperatorAdmin(config, store, registry, engine.model) if config.operator_admin else None
         server = SteerServer(engine, registry, config, _doors(config), access, tracing, admin)
+        settle()
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
         http = {"http": f"{config.http_host}:{config.http_port}"} if config.http_port else {}
         log.info("serving", listen=f"{host}:{port}", **http, **_guards(config), operators=usable, store=str(store.path))
-        await server.serve_until_signalled()
+        returning = asyncio.ensure_future(return_freed_memory())
+        try:
+            await server.serve_until_signalled()
+        finally:
+            returning.cancel()
     except (OperatorError, StoreUnreadableError) as error:
         raise StartupError(str(error)) from error
     finally:
