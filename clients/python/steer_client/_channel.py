@@ -69,12 +69,15 @@ class Stubs:
     def method(self, service: str, method: str) -> Any:
         """The callable that sends a request to `method`, a name in the contract, as a part of the active trace.
 
-        It takes the request and `timeout`, in seconds.
+        Where the client's own metadata name a trace, of that one. It takes the request and `timeout`, in seconds.
         """
         send, trace = getattr(self._services[service], method), trace_metadata()
 
         def call(request: Any, *, timeout: float | None) -> Any:
-            return send(request, timeout=timeout, metadata=(*self._metadata(), *trace))
+            given = self._metadata()
+            names = {name for name, _ in given}
+            traced = () if names.intersection(name for name, _ in trace) else trace
+            return send(request, timeout=timeout, metadata=(*given, *traced))
 
         return call
 
