@@ -153,6 +153,9 @@ class ServerConfig(BaseModel):
     until there is room, and one that needs more is refused."""
     traces: bool = False
     """Traces calls for OpenTelemetry, and sends that as its own OTEL_EXPORTER_OTLP_ENDPOINT and others say."""
+    drain_delay: Annotated[float, _Seconds] = Field(default=0.0, ge=0, le=1e6)
+    """For which a server that is stopped says that it does not serve and yet takes new calls, so that load balancers
+    hear of it first; it is not part of the grace."""
     grace: Annotated[float, _Seconds] = Field(default=10.0, ge=0)
     """What running requests get when the server is stopped."""
     tokens: Annotated[Path | None, Shown(default="nobody needs one")] = None

@@ -23,6 +23,7 @@ SteerServerError
 ├── TimeLimitError              the time limit ran out, and half a result is none
 ├── RequestIncompleteError      the client took too long to send its request
 ├── SlowReaderError             the client took too long to read its answer
+├── LoadingError                the server does not serve yet; says when to try again
 ├── ShuttingDownError           the server is stopping
 └── UnimplementedError          a method that this server does not offer
 
@@ -236,6 +237,16 @@ class SlowReaderError(SteerServerError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"no more of the answer could be sent for {seconds:g} s, because the client did not read it")
+
+
+class LoadingError(SteerServerError):
+    """The server has not loaded its model yet."""
+
+    retry_after = 5.0
+    """Seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the server is loading its model; try again in {self.retry_after:.0f} s")
 
 
 class ShuttingDownError(SteerServerError):

@@ -22,6 +22,7 @@ EngineFailedError         INTERNAL             ENGINE_FAILED
 TimeLimitError            DEADLINE_EXCEEDED    TIME_LIMIT
 RequestIncompleteError    DEADLINE_EXCEEDED    REQUEST_INCOMPLETE
 SlowReaderError           DEADLINE_EXCEEDED    SLOW_READER
+LoadingError              UNAVAILABLE          LOADING                RetryInfo says when to try again
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
 UnimplementedError        UNIMPLEMENTED        UNIMPLEMENTED
 """
@@ -40,6 +41,7 @@ from steer_server.errors import (
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
+    LoadingError,
     OperatorChangedError,
     OperatorExistsError,
     OperatorUnusableError,
@@ -91,6 +93,7 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     TimeLimitError: (grpc.StatusCode.DEADLINE_EXCEEDED, "TIME_LIMIT"),
     RequestIncompleteError: (grpc.StatusCode.DEADLINE_EXCEEDED, "REQUEST_INCOMPLETE"),
     SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_READER"),
+    LoadingError: (grpc.StatusCode.UNAVAILABLE, "LOADING"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     UnimplementedError: (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
 }
@@ -134,7 +137,7 @@ def details_of(error: SteerServerError) -> list[AnyMessage]:
                 description=message,
             )
         )
-    if isinstance(error, QueueFullError | RateLimitedError):
+    if isinstance(error, QueueFullError | RateLimitedError | LoadingError):
         delay = Duration(seconds=int(error.retry_after), nanos=int(error.retry_after % 1 * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     packed = []

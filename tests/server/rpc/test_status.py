@@ -73,6 +73,7 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     errors.TimeLimitError(2.5): (steer_client.DeadlineExceededError, {}),
     errors.RequestIncompleteError(30.0): (steer_client.DeadlineExceededError, {}),
     errors.SlowReaderError(30.0): (steer_client.DeadlineExceededError, {}),
+    errors.LoadingError(): (steer_client.ServerUnavailableError, {}),
     errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
     errors.UnimplementedError("grpc.health.v1.Health/List"): (steer_client.ServerError, {}),
 }
