@@ -18,6 +18,7 @@ SteerServerError
 ├── OperatorExistsError         the name is taken, and nothing says that it may be replaced
 ├── OperatorChangedError        the store has another version than the one that the request expects
 ├── UnknownUploadError          no such upload is unfinished
+├── UnknownBuildError           no such build waits or runs, or is remembered
 ├── UploadOffsetError           an upload goes on elsewhere than where it was left
 ├── EngineFailedError           the engine broke while it worked on this request
 ├── TimeLimitError              the time limit ran out, and half a result is none
@@ -202,6 +203,15 @@ class UnknownUploadError(SteerServerError):
     def __init__(self, upload_id: str) -> None:
         super().__init__(
             f"no upload {upload_id!r} is unfinished; it ended, or was given up, or began at another server"
+        )
+
+
+class UnknownBuildError(SteerServerError):
+    """No build of that id waits, runs or is remembered."""
+
+    def __init__(self, build_id: str) -> None:
+        super().__init__(
+            f"no build {build_id!r} is known; ListBuilds has those that wait and run, and the last that ended"
         )
 
 

@@ -63,7 +63,7 @@ async def run(config: ServerConfig) -> None:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
         # Not before the engine: its processes are forked, and this starts a thread.
         tracing = trace(engine.model.model)
-        admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
+        admin = OperatorAdmin(config, store, registry, engine.model) if config.operator_admin else None
         server = SteerServer(engine, registry, config, _doors(config), access, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())

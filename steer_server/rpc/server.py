@@ -100,7 +100,7 @@ class SteerServer:
         most = room_for_connections(
             self.config.max_connections, doors=1 + bool(self.config.admin_listen) + len(self.doors)
         )
-        metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
+        metrics = self._metrics = Metrics(self.engine, self.registry, limits_of(self.config, most))
         services = self._services = SERVICES if self.admin is None else (*SERVICES, ADMIN_SERVICE)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (*services, health_service, reflection.SERVICE_NAME)
@@ -253,7 +253,8 @@ def _methods(services: Iterable[str]) -> list[str]:
     return [f"/{service}/{method.name}" for service in services for method in pool.FindServiceByName(service).methods]
 
 
-def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
+def limits_of(config: ServerConfig, max_connections: int) -> dict[str, float]:
+    """What metrics show as limits, by the name of the setting."""
     given = {name: getattr(config, name) for name in _LIMITS}
     return {name: value for name, value in given.items() if value is not None} | {"max_connections": max_connections}
 

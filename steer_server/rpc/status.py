@@ -17,6 +17,7 @@ StoreFullError            RESOURCE_EXHAUSTED   STORE_FULL
 OperatorExistsError       ALREADY_EXISTS       OPERATOR_EXISTS        ResourceInfo names the operator
 OperatorChangedError      FAILED_PRECONDITION  OPERATOR_CHANGED       ResourceInfo names the operator
 UnknownUploadError        NOT_FOUND            UNKNOWN_UPLOAD
+UnknownBuildError         NOT_FOUND            UNKNOWN_BUILD
 UploadOffsetError         FAILED_PRECONDITION  UPLOAD_OFFSET
 EngineFailedError         INTERNAL             ENGINE_FAILED
 TimeLimitError            DEADLINE_EXCEEDED    TIME_LIMIT
@@ -60,6 +61,7 @@ from steer_server.errors import (
     TimeLimitError,
     UnauthenticatedError,
     UnimplementedError,
+    UnknownBuildError,
     UnknownOperatorError,
     UnknownUploadError,
     UploadOffsetError,
@@ -88,6 +90,7 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     OperatorExistsError: (grpc.StatusCode.ALREADY_EXISTS, "OPERATOR_EXISTS"),
     OperatorChangedError: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATOR_CHANGED"),
     UnknownUploadError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_UPLOAD"),
+    UnknownBuildError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_BUILD"),
     UploadOffsetError: (grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_OFFSET"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     TimeLimitError: (grpc.StatusCode.DEADLINE_EXCEEDED, "TIME_LIMIT"),

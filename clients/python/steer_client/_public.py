@@ -1,9 +1,16 @@
 """Every public name of the package, which `steer_client` hands on when one is first used."""
 
+from steer_client._admin import OperatorBuild
 from steer_client._aio import AsyncSteerClient
-from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
+from steer_client._aio_streams import (
+    AsyncBuildStream,
+    AsyncComparisonsStream,
+    AsyncComparisonStream,
+    AsyncGenerationStream,
+)
 from steer_client._diff import Change, word_diff
 from steer_client._errors import (
+    BuildFailedError,
     DeadlineExceededError,
     DigestNotServedError,
     DoseTooHighError,
@@ -25,6 +32,7 @@ from steer_client._errors import (
     StoreFullError,
     TLSError,
     UnauthenticatedError,
+    UnknownBuildError,
     UnknownOperatorError,
 )
 from steer_client._positions import ALL_POSITIONS, Positions
@@ -83,7 +91,7 @@ from steer_client._sweep.result import ControlChangedError, SweepResult
 from steer_client._sweep.rows import SweepRow
 from steer_client._sweep.statistics import ArmSummary, Estimate
 from steer_client._sync import SteerClient
-from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
+from steer_client._sync_streams import BuildStream, ComparisonsStream, ComparisonStream, GenerationStream
 from steer_client._words import Word, Words
 
 __all__ = [
@@ -96,10 +104,13 @@ __all__ = [
     "ArmResult",
     "ArmScore",
     "ArmSummary",
+    "AsyncBuildStream",
     "AsyncComparisonStream",
     "AsyncComparisonsStream",
     "AsyncGenerationStream",
     "AsyncSteerClient",
+    "BuildFailedError",
+    "BuildStream",
     "Calibration",
     "CalibrationPoint",
     "Change",
@@ -127,6 +138,7 @@ __all__ = [
     "Member",
     "ModelInfo",
     "NeutralTexts",
+    "OperatorBuild",
     "OperatorChangedError",
     "OperatorExistsError",
     "OperatorInfo",
@@ -166,6 +178,7 @@ __all__ = [
     "Tokenization",
     "TopLogprob",
     "UnauthenticatedError",
+    "UnknownBuildError",
     "UnknownOperatorError",
     "Usage",
     "WeightedWord",

@@ -65,6 +65,7 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     ),
     # The SDK goes on where the server stands, or begins.
     errors.UnknownUploadError("a"): (steer_client.ServerError, {}),
+    errors.UnknownBuildError("a"): (steer_client.UnknownBuildError, {}),
     errors.UploadOffsetError("7 bytes are held", received=7): (
         steer_client.ServerError,
         {"metadata": {"received_bytes": "7"}},
