@@ -1,7 +1,8 @@
 # The server's images.
 #   docker build -t steering-operators .                        the engine hf
 #   docker build -t steering-operators-gpu --target gpu .       the engine vllm, on CUDA
-#   docker run -p 50051:50051 -p 9464:9464 -v steer:/var/lib/steer steering-operators
+#   docker run -p 127.0.0.1:50051:50051 -v steer:/var/lib/steer -e STEER_INSECURE=true steering-operators
+# So for this machine alone. For others without STEER_INSECURE, and with TLS and tokens: SECURITY.md.
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS source
@@ -43,7 +44,10 @@ RUN groupadd --gid 10001 steer \
 ENV PATH=/opt/steer/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_DATA_HOME=/var/lib/steer/data \
-    XDG_CACHE_HOME=/var/lib/steer/cache
+    XDG_CACHE_HOME=/var/lib/steer/cache \
+    STEER_LISTEN=0.0.0.0:50051 \
+    STEER_METRICS_HOST=0.0.0.0 \
+    STEER_METRICS_PORT=9464
 USER 10001:10001
 WORKDIR /var/lib/steer
 VOLUME /var/lib/steer
@@ -54,7 +58,6 @@ STOPSIGNAL SIGTERM
 # The standard gRPC health service; the start period is the model's loading time.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 CMD ["steer", "health"]
 ENTRYPOINT ["steer-server"]
-CMD ["--listen", "0.0.0.0:50051", "--metrics-host", "0.0.0.0", "--metrics-port", "9464"]
 
 # Not built so far, for want of a container engine. docs/LARGE.md says how to run it.
 # CUDA's libraries come with the wheels of torch and vLLM; the driver comes from the host, by NVIDIA's
