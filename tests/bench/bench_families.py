@@ -64,14 +64,21 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
+    # Wide enough for every token of the concept to be read.
+    **{name: {"sliding_window": 8} for name in ("mistral", "mixtral", "phi3", "starcoder2")},
     "gpt2": {"n_embd": 96, "n_positions": 256},
     # Its window is one token wider in vLLM.
     "cohere2": {"logit_scale": 4.0, "sliding_window": 128},
+    # Within its first length, where queries do not grow yet.
+    "ministral3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1,
+                                       "original_max_position_embeddings": 256}},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3": {"query_pre_attn_scalar": 32},
     # vLLM has neither blocks side by side nor norms on q and k.
     "stablelm": {"use_parallel_residual": False, "qk_layernorm": False},
     "qwen3_moe": {"moe_intermediate_size": 64},
+    # vLLM clamps at 7 whatever the configuration says.
+    "gpt_oss": {"swiglu_limit": 7.0},
     # As checkpoints say it, and transformers does not.
     "deepseek_v3": {"moe_intermediate_size": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
                     "v_head_dim": 32, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
