@@ -24,7 +24,7 @@ import torch
 from steer_client import AsyncSteerClient, SamplingParams, SteerError, UnauthenticatedError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.server.http.authority import Authority
+from tests.authority import Authority
 from tests.tiny_tokenizer import make_tokenizer
 
 SAMPLING = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)

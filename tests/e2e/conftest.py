@@ -253,7 +253,8 @@ def remake() -> Callable[..., OperatorArtifact]:
     return make
 
 
-@pytest.fixture(scope="session")
+# Of a module: while it runs there is an event loop in this thread, and no test after it could have one of its own.
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A browser without a screen; skips where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -13,7 +13,7 @@ export function askForToken(why) {
   const isNew = byId("access").hidden;
   byId("access").hidden = false;
   byId("access-readable").hidden = isSecureContext;
-  byId("token").toggleAttribute("aria-invalid", Boolean(token()));
+  byId("token").setAttribute("aria-invalid", String(Boolean(token())));
   note(why);
   if (isNew) byId("token").focus();
 }
@@ -23,12 +23,12 @@ export const isAskingForToken = () => !byId("access").hidden;
 /** Of a server that is gone nobody knows whether it takes the token. */
 export const stopAsking = () => { byId("access").hidden = true; };
 
-/** Whoever was let in needs no form. */
-export function tokenIsGood() {
-  const asked = isAskingForToken();
-  stopAsking();
+/** The server let this page in; `isAnswer` to the form, which may have come up since a question without it was asked. */
+export function tokenIsGood(isAnswer) {
   byId("forget-token").hidden = !token();
-  if (asked) byId("prompt").focus();
+  if (!isAnswer) return;
+  stopAsking();
+  byId("prompt").focus();
 }
 
 /** `again` asks the server anew, after the token was typed or forgotten. */

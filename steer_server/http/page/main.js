@@ -77,10 +77,11 @@ const marks = () => {
 // ---- the server
 
 async function meetServer() {
+  const isAnswer = isAskingForToken();
   try {
     const [model, { operators }] = await Promise.all([call("model"), call("operators")]);
     const isNew = !page.isUp;
-    tokenIsGood();
+    tokenIsGood(isAnswer);
     Object.assign(page, { model, operators: operators ?? [], isUp: true });
     byId("server").textContent = `${model.model} · ${model.engine} · ${model.dtype} on ${model.device} · ${page.operators.length} operators`;
     byId("server").dataset.kind = "up";

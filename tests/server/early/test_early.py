@@ -16,7 +16,7 @@ from steer_client import ServerUnavailableError, SteerClient
 from steer_server.config import ServerConfig
 from steer_server.early.holding import answered, early_ports
 from steer_server.errors import StartupError
-from tests.server.http.authority import Authority
+from tests.authority import Authority
 
 SERVICE = "steering.v1.GenerationService"
 STATUS = health_pb2.HealthCheckResponse

@@ -12,7 +12,7 @@ from steering.v1 import generation_pb2 as pb
 
 from steer_server.access.scopes import RPC_SCOPES, SCOPES
 from steer_server.errors import StartupError
-from tests.server.http.authority import Authority
+from tests.authority import Authority
 from tests.server.http.test_who_may_call import bearer, call, entry, http_paths, token_of
 
 MODEL = "/steering.v1.GenerationService/GetModelInfo"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,37 +21,53 @@ def _name(common: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
 
+def _host(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
 class Authority:
-    """Signs certificates for 127.0.0.1, and for clients."""
+    """Signs certificates for servers, by default at 127.0.0.1, and for clients."""
 
     def __init__(self, name: str = "authority") -> None:
         self._key, self._name = ec.generate_private_key(ec.SECP256R1()), _name(name)
-        made = self._builder(self._name, self._key.public_key(), datetime.now(UTC) + DAY)
+        made = self._builder(self._name, self._key.public_key(), -2 * DAY, DAY)
         made = made.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         self.pem = made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     def issue(
-        self, name: str = "server", *, ends: timedelta = DAY, password: bytes | None = None
+        self,
+        name: str = "server",
+        *,
+        hosts: Sequence[str] = ("127.0.0.1", "localhost"),
+        begins: timedelta = -2 * DAY,
+        ends: timedelta = DAY,
+        password: bytes | None = None,
     ) -> tuple[bytes, bytes]:
-        """A certificate and its key, in PEM; it ends so long from now."""
+        """A certificate and its key, in PEM; it begins and ends so long from now."""
         key = ec.generate_private_key(ec.SECP256R1())
-        names = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1")), x509.DNSName("localhost")])
-        made = self._builder(_name(name), key.public_key(), datetime.now(UTC) + ends).add_extension(names, False)
+        names = x509.SubjectAlternativeName([_host(host) for host in hosts])
+        made = self._builder(_name(name), key.public_key(), begins, ends).add_extension(names, False)
         certificate = made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
         locked: serialization.KeySerializationEncryption = serialization.NoEncryption()
         if password is not None:
             locked = serialization.BestAvailableEncryption(password)
         return certificate, key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, locked)
 
-    def _builder(self, subject: x509.Name, key: ec.EllipticCurvePublicKey, end: datetime) -> x509.CertificateBuilder:
+    def _builder(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, begins: timedelta, ends: timedelta
+    ) -> x509.CertificateBuilder:
+        now = datetime.now(UTC)
         return (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(datetime.now(UTC) - 2 * DAY)
-            .not_valid_after(end)
+            .not_valid_before(now + begins)
+            .not_valid_after(now + ends)
         )
 
     def context(self, shown: tuple[bytes, bytes] | None, directory: Path) -> ssl.SSLContext:
