@@ -9,16 +9,17 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import structlog
 import typer
-from pydantic import ValidationError
 
 from operators.core.version import __version__
+from steer_server.checks.finding import Finding
 from steer_server.config import ServerConfig
-from steer_server.engine.vllm.options import read_engine_args
+from steer_server.configuration.flags import given, with_settings
+from steer_server.configuration.read import Settings, SettingsError, read_settings
+from steer_server.configuration.show import as_json, as_toml
 from steer_server.errors import EngineDiedError, StartupError
 from steer_server.log_relay import drain_output, relay_output
 from steer_server.serving import run
@@ -29,121 +30,87 @@ _drain: Callable[[], object] = sys.stdout.flush
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
+@with_settings
 def serve(
-    model: Annotated[
-        str | None, typer.Option(help="Built-in name, Hugging Face id or local directory.", show_default="smollm2-135m")
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="hf: transformers, in this process; vllm: continuous batching.", show_default="hf"),
-    ] = None,
-    engine_args: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE|FILE.yaml",
-            help="An option of vLLM, such as max_model_len=4096 or tensor_parallel_size=2; may be given several times.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 or bfloat16.", show_default="float32 on CPU, bfloat16 on CUDA"),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
-    attention: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the engine hf: sdpa or eager.", show_default="sdpa, or eager where the model's own does more"
-        ),
-    ] = None,
-    store: Annotated[
-        Path | None, typer.Option(help="Directory of operators.", show_default="the user's data directory")
-    ] = None,
-    listen: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Port 0 takes a free one.", show_default="127.0.0.1:50051")
-    ] = None,
-    metrics_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Prometheus over HTTP; 0 is off.", show_default="0")] = None,
-    http_host: Annotated[str | None, typer.Option(show_default="127.0.0.1")] = None,
-    http_port: Annotated[
-        int | None, typer.Option(help="OpenAI's API and the contract as JSON, over HTTP; 0 is off.", show_default="0")
-    ] = None,
-    http_names: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--http-name",
-            metavar="NAME",
-            help="A name of this machine under which HTTP may be asked; may be given several times.",
-            show_default=False,
-        ),
-    ] = None,
-    max_queue: Annotated[int | None, typer.Option(help="Requests that may wait.", show_default="32")] = None,
-    max_running: Annotated[
-        int | None, typer.Option(help="Requests that engine hf decodes at once, in turns.", show_default="16")
-    ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of a text.", show_default="the context")] = None,
-    max_total_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of all texts of a request.", show_default="none")
-    ] = None,
-    max_time: Annotated[
-        float | None, typer.Option(help="Most seconds of a request, waiting included.", show_default="none")
-    ] = None,
-    max_calls: Annotated[
-        int | None, typer.Option(help="Calls under way at once; more are refused at once.", show_default="1024")
-    ] = None,
-    max_connections: Annotated[int | None, typer.Option(help="Connections of clients.", show_default="1024")] = None,
-    max_dose: Annotated[
-        float | None,
-        typer.Option(help="Most that |λ|/2 of a request's operators adds up to at a layer.", show_default="1"),
-    ] = None,
-    operator_memory: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="For operators beside the model, such as 4GiB.", show_default="4GiB"),
-    ] = None,
-    decode_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE", help="For what requests in progress take on engine hf.", show_default="half of what is free"
-        ),
-    ] = None,
-    traces: Annotated[
-        bool | None,
-        typer.Option(
-            "--traces/--no-traces",
-            help="Send OpenTelemetry traces, as OTEL_EXPORTER_OTLP_ENDPOINT and others say.",
-            show_default="off",
-        ),
-    ] = None,
-    tokens: Annotated[
-        Path | None, typer.Option(help="File of tokens and what each may do.", show_default="nobody needs one")
-    ] = None,
-    grace: Annotated[
-        float | None, typer.Option(help="Seconds for running requests when stopped.", show_default="10")
-    ] = None,
-    log_format: Annotated[str | None, typer.Option(help="console or json.", show_default="console")] = None,
+    context: typer.Context,
+    *,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Say what a start would meet, a line for each thing looked at, and stop."),
+    ] = False,
+    **flags: Any,
 ) -> None:
-    """Serve steered text generation. Every option is also read from the environment as STEER_NAME."""
-    options = {name: value for name, value in locals().items() if value is not None and name != "version"}
+    """Serve steered text generation. Every flag is also a key of the file, and STEER_NAME in the environment."""
     if version:
         print(f"steer-server {__version__}")
+        raise typer.Exit
+    context.obj = flags
+    if context.invoked_subcommand is not None:
         return
+    if check:
+        raise typer.Exit(_check(flags))
     has_colors = sys.stderr is not None and sys.stderr.isatty()
     global _drain
     _drain = partial(drain_output, relay_output())
     atexit.register(_drain)
+    settings = _read(flags)
+    _configure_logging(settings.config, has_colors=has_colors)
+    for warning in settings.warnings:
+        structlog.get_logger("steer_server").warning(warning)
     try:
-        if engine_args is not None:
-            options["engine_args"] = read_engine_args(engine_args)
-        config = ServerConfig(**options)
-        _configure_logging(config, has_colors=has_colors)
-        asyncio.run(_run_and_leave(config))
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        _fail(problems, code=2)
+        asyncio.run(_run_and_leave(settings.config))
     except StartupError as error:
         _fail(str(error), code=1)
+
+
+@app.command("config")
+@with_settings
+def show_config(
+    context: typer.Context,
+    *,
+    as_object: Annotated[bool, typer.Option("--json", help="Print an object: name, value, unit, origin.")] = False,
+    **flags: Any,
+) -> None:
+    """Print the effective settings, as a file that --config takes, and where each came from; secrets as ***."""
+    settings = _read({**context.obj, **{name: value for name, value in flags.items() if value is not None}})
+    for warning in settings.warnings:
+        print(f"steer-server: {warning}", file=sys.stderr)
+    print(as_json(settings) if as_object else as_toml(settings), end="")
+
+
+def _check(flags: dict[str, Any]) -> int:
+    """Prints what all checks find. Returns the exit status: 0 without a problem, else 1; of settings, 2."""
+    try:
+        settings = _read_all(flags)
+    except (SettingsError, StartupError) as error:
+        for problem in getattr(error, "problems", (str(error),)):
+            print(Finding("problem", "settings", problem))
+        return 2
+    # Imported late: --help and a mistyped option should not wait for torch.
+    from steer_server.checks.run import run_checks
+
+    logging.disable()
+    kinds = set()
+    for finding in (*(Finding("note", "settings", each) for each in settings.warnings), *run_checks(settings.config)):
+        print(finding, flush=True)
+        kinds.add(finding.kind)
+    return int("problem" in kinds)
+
+
+def _read(flags: dict[str, Any]) -> Settings:
+    """The settings; where they are not accepted, the process ends with one line that names all that is wrong."""
+    try:
+        return _read_all(flags)
+    except SettingsError as error:
+        _fail(str(error), code=2)
+    except StartupError as error:
+        _fail(str(error), code=1)
+
+
+def _read_all(flags: dict[str, Any]) -> Settings:
+    return read_settings(given({name: value for name, value in flags.items() if name != "config"}), flags["config"])
 
 
 async def _run_and_leave(config: ServerConfig) -> None:

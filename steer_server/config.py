@@ -1,13 +1,18 @@
-"""Settings of a server. The command line overrides the environment (``STEER_*``), which overrides these defaults."""
+"""Settings of a server: one field each, from which its flag, environment variable, key in a file, line of
+``steer-server config`` and row of ``docs/CONFIGURATION.md`` are made.
+
+A field needs a default, a docstring (help and table show it) and a :class:`Shown`. Where a value comes from is the
+business of ``configuration/``: this class reads nothing.
+"""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from operators.core.capacity import parse_bytes
 from operators.core.errors import BuildError
@@ -17,6 +22,22 @@ OPERATOR_MEMORY = 4 << 30
 MAX_RUNNING = 16
 """Default of the requests that are decoded at once."""
 MAX_PORT = 65535
+PREFIX = "STEER_"
+"""Of the variables in the environment."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a setting is shown to people.
+
+    ``unit``: of its value; it is the flag's placeholder too, unless ``metavar`` is. ``default``: in words, where the
+    value itself does not say it, such as None. ``flag``: where it is not the field's name.
+    """
+
+    unit: str = ""
+    default: str = ""
+    metavar: str = ""
+    flag: str = ""
 
 
 def _parse_size(value: object) -> object:
@@ -35,73 +56,118 @@ def _check_listen(value: str) -> str:
     return value
 
 
-class ServerConfig(BaseSettings):
+_Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
+_Seconds = Shown("seconds")
+
+
+class ServerConfig(BaseModel):
     """Everything that can be set, checked once at start."""
 
-    model_config = SettingsConfigDict(env_prefix="STEER_", env_ignore_empty=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str = "smollm2-135m"
+    """Built-in name, local directory, GGUF file or Hugging Face id."""
     engine: Literal["hf", "vllm"] = "hf"
     """hf: transformers, in this process. vllm: continuous batching, several devices."""
-    engine_args: dict[str, Any] = Field(default_factory=dict)
-    """Options of vLLM, by their Python names; in the environment as JSON."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """None: float32 on CPU, bfloat16 on CUDA."""
-    device: Literal["cpu", "cuda"] | None = None
-    """None: CUDA where there is one."""
-    attention: Literal["sdpa", "eager"] | None = None
-    """Of the engine hf. None: sdpa where that is the same as the model's own attention."""
-    store: Path | None = None
-    """None: the user's data directory."""
-    listen: Annotated[str, AfterValidator(_check_listen)] = "127.0.0.1:50051"
-    """HOST:PORT; port 0 takes a free one."""
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int = Field(default=0, ge=0, le=MAX_PORT)
-    """Prometheus over HTTP; 0 is off."""
-    http_host: str = "127.0.0.1"
-    http_port: int = Field(default=0, ge=0, le=MAX_PORT)
-    """OpenAI's API and the contract as JSON, over HTTP; 0 is off."""
-    http_names: tuple[str, ...] = ()
-    """Of this machine, under which HTTP may be asked beside its addresses and localhost; in the environment as JSON."""
-    max_queue: int = Field(default=32, ge=1)
+    engine_args: Annotated[dict[str, Any], Shown(metavar="KEY=VALUE|FILE.yaml")] = Field(default_factory=dict)
+    """Options of vLLM, such as max_model_len=4096 or tensor_parallel_size=2; the flag may be given several times. A
+    JSON object in the environment, a table in a file."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, Shown(default="float32 on CPU, bfloat16 on CUDA")] = None
+    """Of the model's weights and hidden states."""
+    device: Annotated[Literal["cpu", "cuda"] | None, Shown(default="cuda where there is one")] = None
+    """What the model runs on."""
+    attention: Annotated[
+        Literal["sdpa", "eager"] | None, Shown(default="sdpa, or eager where the model's own does more")
+    ] = None
+    """Of the engine hf."""
+    store: Annotated[Path | None, Shown(default="the user's data directory")] = None
+    """Directory of operators."""
+    listen: Annotated[str, AfterValidator(_check_listen), Shown(metavar="HOST:PORT")] = "127.0.0.1:50051"
+    """Where gRPC is served; port 0 takes a free one."""
+    metrics_host: Annotated[str, Shown(metavar="HOST")] = "127.0.0.1"
+    """Where the metrics are served."""
+    metrics_port: Annotated[_Port, Shown(metavar="PORT")] = 0
+    """Prometheus and health over HTTP; 0 is off."""
+    http_host: Annotated[str, Shown(metavar="HOST")] = "127.0.0.1"
+    """Where HTTP is served."""
+    http_port: Annotated[_Port, Shown(metavar="PORT")] = 0
+    """The page, OpenAI's API and the contract as JSON, over HTTP; 0 is off."""
+    http_names: Annotated[tuple[str, ...], Shown(metavar="NAME", flag="--http-name")] = ()
+    """Of this machine, under which HTTP may be asked beside its addresses and localhost; the flag may be given several
+    times. A JSON list in the environment."""
+    max_queue: Annotated[int, Shown("requests")] = Field(default=32, ge=1)
     """Requests that may wait while others are decoded, those included that are decoded and not read; a quarter as many
     more from clients that have none of either."""
-    max_running: int = Field(default=MAX_RUNNING, ge=1)
+    max_running: Annotated[int, Shown("requests")] = Field(default=MAX_RUNNING, ge=1)
     """hf: requests that are decoded at once, in turns; a quarter of them, but one at least, may be one client's."""
-    max_tokens: int | None = Field(default=None, ge=1)
-    """Most that a request may ask for in a text; None: what the context holds."""
-    max_total_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Annotated[int | None, Shown("tokens", "what the context holds")] = Field(default=None, ge=1)
+    """Most that a request may ask for in a text."""
+    max_total_tokens: Annotated[int | None, Shown("tokens", "no limit")] = Field(default=None, ge=1)
     """Most that a request may ask for in all of its texts together."""
-    max_time: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Seconds that a request may take, waiting included: a time limit may not be longer, and without one it is that."""
-    max_calls: int = Field(default=1024, ge=1)
+    max_time: Annotated[float | None, Shown("seconds", "no limit")] = Field(default=None, gt=0, allow_inf_nan=False)
+    """What a request may take, waiting included: a time limit may not be longer, and without one it is that."""
+    max_calls: Annotated[int, Shown("calls")] = Field(default=1024, ge=1)
     """Calls under way at once, whatever they wait for; more are refused at once, with a hint when to try again."""
-    max_calls_per_connection: int = Field(default=1024, ge=1)
+    max_calls_per_connection: Annotated[int, Shown("calls")] = Field(default=1024, ge=1)
     """More calls of one client wait on its side."""
-    max_connections: int = Field(default=1024, ge=1)
+    max_connections: Annotated[int, Shown("connections")] = Field(default=1024, ge=1)
     """Of clients. More are not let in, nor are more than the limit of open files has room for."""
-    connection_idle: float = Field(default=300.0, gt=0, le=1e6)
-    """Seconds after which a connection without a call is closed; clients connect again by themselves."""
-    connection_age: float = Field(default=3600.0, gt=0, le=1e6)
-    """Seconds after which a connection takes no more calls, so that clients spread over servers that were added."""
-    client_patience: float = Field(default=30.0, gt=0, le=1e6)
-    """Seconds that a client may take to send a request, or to take the next piece of its answer."""
-    max_arms: int = Field(default=16, ge=1)
+    connection_idle: Annotated[float, _Seconds] = Field(default=300.0, gt=0, le=1e6)
+    """After which a connection without a call is closed; clients connect again by themselves."""
+    connection_age: Annotated[float, _Seconds] = Field(default=3600.0, gt=0, le=1e6)
+    """After which a connection takes no more calls, so that clients spread over servers that were added."""
+    client_patience: Annotated[float, _Seconds] = Field(default=30.0, gt=0, le=1e6)
+    """What a client may take to send a request, or to take the next piece of its answer."""
+    max_arms: Annotated[int, Shown("arms")] = Field(default=16, ge=1)
     """Steered arms of one comparison: they share a batch."""
-    max_dose: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Most that the doses |strength|/2 of a request's operators at one layer may add up to."""
-    max_artifact_bytes: int = Field(default=4 << 30, ge=1)
-    """Larger files in the store are not read."""
-    operator_memory: Annotated[int, BeforeValidator(_parse_size)] = Field(default=OPERATOR_MEMORY, ge=1 << 20)
-    """Bytes, or a size such as 4GiB. vllm: upper bound of what operators take in each worker, beside vLLM's own memory;
-    a request that needs more than is left is refused. hf: what is kept between requests."""
-    decode_memory: Annotated[int | None, BeforeValidator(_parse_size)] = Field(default=None, ge=1 << 20)
+    max_dose: Annotated[float, Shown("|λ|/2")] = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Most that the |λ|/2 of a request's operators at one layer may add up to."""
+    max_artifact_bytes: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
+        default=4 << 30, ge=1
+    )
+    """Larger files in the store are not read; bytes, or a size such as 4GiB."""
+    operator_admin: bool = False
+    """Lets clients upload, load, unload and delete operators."""
+    max_uploads: Annotated[int, Shown("uploads")] = Field(default=4, ge=1)
+    """Unfinished ones at once."""
+    max_upload_bytes: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
+        default=8 << 30, ge=1
+    )
+    """What unfinished uploads may take of the store's disk together; bytes, or a size such as 8GiB."""
+    upload_age: Annotated[float, _Seconds] = Field(default=3600.0, gt=0, le=1e6)
+    """For which an unfinished upload is kept of which nothing comes."""
+    operator_memory: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
+        default=OPERATOR_MEMORY, ge=1 << 20
+    )
+    """For operators beside the model; bytes, or a size such as 4GiB. vllm: upper bound of what operators take in each
+    worker, beside vLLM's own memory; a request that needs more than is left is refused. hf: what is kept between
+    requests."""
+    decode_memory: Annotated[
+        int | None, BeforeValidator(_parse_size), Shown("bytes", "half of what is free", metavar="SIZE")
+    ] = Field(default=None, ge=1 << 20)
     """hf: bytes, or a size such as 4GiB, that the KV caches and logits of running requests may take; a request waits
-    until there is room, and one that needs more is refused. None: half of what is free when the model is loaded."""
+    until there is room, and one that needs more is refused."""
     traces: bool = False
-    """Whether calls are traced for OpenTelemetry, and sent as its own OTEL_... in the environment say."""
-    grace: float = Field(default=10.0, ge=0)
-    """Seconds that running requests get when the server is stopped."""
-    tokens: Path | None = None
-    """File of tokens, and what each may do. None: nobody needs one."""
+    """Traces calls for OpenTelemetry, and sends that as its own OTEL_EXPORTER_OTLP_ENDPOINT and others say."""
+    grace: Annotated[float, _Seconds] = Field(default=10.0, ge=0)
+    """What running requests get when the server is stopped."""
+    tokens: Annotated[Path | None, Shown(default="nobody needs one")] = None
+    """File of tokens, and what each may do."""
     log_format: Literal["console", "json"] = "console"
+    """Of the log on standard error."""
+
+
+def shown(name: str) -> Shown:
+    """What is said beside the field ``name``."""
+    found = (item for item in ServerConfig.model_fields[name].metadata if isinstance(item, Shown))
+    return next(found, Shown())
+
+
+def flag(name: str) -> str:
+    """``max_queue`` -> ``--max-queue``."""
+    return shown(name).flag or f"--{name.replace('_', '-')}"
+
+
+def variable(name: str) -> str:
+    """``max_queue`` -> ``STEER_MAX_QUEUE``."""
+    return PREFIX + name.upper()

@@ -21,8 +21,7 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Star
     from steer_server.engine.hf.engine import HFEngine
     from steer_server.engine.hf.self_test import check_steering
 
-    if config.engine_args:
-        raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
+    _refuse_hf(config)
     loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
     check_steering(loaded)
     engine = HFEngine(
@@ -36,24 +35,10 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Star
 
 
 async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Started:
-    if config.attention:
-        raise StartupError(
-            "attention goes with --engine hf; vLLM's is chosen with --engine-args attention_backend=NAME"
-        )
+    _refuse_vllm(config)
     from operators.model.loading import load_model
-    from steer_server.engine.vllm.limits import check_device
+    from steer_server.engine.vllm.engine import VLLMEngine
 
-    try:
-        from steer_server.engine.vllm.engine import VLLMEngine
-        from steer_server.engine.vllm.engine_config import DEVICE
-    except ImportError as error:
-        raise StartupError(
-            f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"
-        ) from error
-    try:
-        check_device(config.device, DEVICE)
-    except ValueError as error:
-        raise StartupError(str(error)) from error
     # On the CPU, whatever vLLM runs on: only for its fingerprints and one short prompt of the self-test.
     loaded = load_model(config.model, dtype=dtype, device="cpu")
     assert loaded.files is not None  # noqa: S101 - for the type checker; what was loaded by its name has files
@@ -69,7 +54,35 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> S
     return engine, loaded.files
 
 
+def _refuse_hf(config: ServerConfig) -> None:
+    if config.engine_args:
+        raise StartupError("engine_args are options of vLLM; they go with --engine vllm")
+
+
+def _refuse_vllm(config: ServerConfig) -> None:
+    if config.attention:
+        raise StartupError(
+            "attention goes with --engine hf; vLLM's is chosen with --engine-args attention_backend=NAME"
+        )
+    from steer_server.engine.vllm.limits import check_device
+
+    try:
+        import steer_server.engine.vllm.engine  # noqa: F401 - what the engine needs is there
+        from steer_server.engine.vllm.engine_config import DEVICE
+    except ImportError as error:
+        raise StartupError(
+            f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"
+        ) from error
+    try:
+        check_device(config.device, DEVICE)
+    except ValueError as error:
+        raise StartupError(str(error)) from error
+
+
 ENGINES: dict[str, Callable[[ServerConfig, DTypeName, str], Awaitable[Started]]] = {
     "hf": _start_hf,
     "vllm": _start_vllm,
 }
+
+REFUSALS: dict[str, Callable[[ServerConfig], None]] = {"hf": _refuse_hf, "vllm": _refuse_vllm}
+"""What an engine refuses before anything is loaded, by raising :class:`StartupError`."""

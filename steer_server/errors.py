@@ -13,6 +13,12 @@ SteerServerError
 ├── RateLimitedError            the token's calls or tokens of this minute are used up; says when to try again
 ├── SteeringNotAppliedError     a plan could not be applied in full, so there is no result
 ├── StoreUnreadableError        the store cannot be read again
+├── StoreUnwritableError        the store cannot be written to
+├── StoreFullError              there is no room for what is to be stored
+├── OperatorExistsError         the name is taken, and nothing says that it may be replaced
+├── OperatorChangedError        the store has another version than the one that the request expects
+├── UnknownUploadError          no such upload is unfinished
+├── UploadOffsetError           an upload goes on elsewhere than where it was left
 ├── EngineFailedError           the engine broke while it worked on this request
 ├── TimeLimitError              the time limit ran out, and half a result is none
 ├── RequestIncompleteError      the client took too long to send its request
@@ -156,6 +162,55 @@ class SteeringNotAppliedError(SteerServerError):
 
 class StoreUnreadableError(SteerServerError):
     """The store cannot be read; the operators of the last reading stay."""
+
+
+class StoreUnwritableError(SteerServerError):
+    """The store cannot be written to; it is as it was."""
+
+
+class StoreFullError(SteerServerError):
+    """The disk, or what unfinished uploads may take of it, has no room for so much; nothing of it is kept."""
+
+
+class OperatorExistsError(SteerServerError):
+    """The name is taken, and the request does not say what it may replace."""
+
+    def __init__(self, name: str, found: str) -> None:
+        """``found``: the digest of what has the name; empty where its file does not say."""
+        super().__init__(
+            f"operator {name!r} is in the store already ({found or 'a damaged file'}); `replace` with its digest, or "
+            "'any', replaces it"
+        )
+        self.name, self.found = name, found
+
+
+class OperatorChangedError(SteerServerError):
+    """The store has another version under the name than the one that the request expects."""
+
+    def __init__(self, name: str, *, expected: str, found: str) -> None:
+        super().__init__(
+            f"operator {name!r} in the store is {found or 'a damaged file'}, and {expected} is expected; nothing was "
+            "changed"
+        )
+        self.name, self.expected, self.found = name, expected, found
+
+
+class UnknownUploadError(SteerServerError):
+    """No upload of that id is unfinished."""
+
+    def __init__(self, upload_id: str) -> None:
+        super().__init__(
+            f"no upload {upload_id!r} is unfinished; it ended, or was given up, or began at another server"
+        )
+
+
+class UploadOffsetError(SteerServerError):
+    """What is sent of an upload does not begin where that stands."""
+
+    def __init__(self, problem: str, *, received: int) -> None:
+        """``received``: bytes that are held."""
+        super().__init__(problem)
+        self.received = received
 
 
 class EngineFailedError(SteerServerError):

@@ -7,13 +7,16 @@ it gets an error. Requests keep the artifact objects of their snapshot, whatever
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
-from operators.core.artifact import OperatorArtifact
+from operators.core.artifact import OperatorArtifact, from_bytes
 from operators.core.errors import ArtifactError, StoreError
+from operators.core.file_format import open_regular
 from operators.core.model_fingerprint import renewal_hint
 from operators.core.store import Store
 from steer_server.applications import make_application, name_of
@@ -36,6 +39,7 @@ _MAX_DISTINCT_WORDS = 128
 """In the arms of one request together: others wait while their directions are worked out."""
 _ROUNDING = 1e-9
 """Relative: the floating-point sum of strengths that add up to the limit may exceed it."""
+_UNLOADED = "it was unloaded, and its file kept; LoadOperator (steer admin load) takes it into service again"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Registry:
         self._words = words
         self._beside_the_loop = BesideTheLoop()
         self._entries: Mapping[str, OperatorEntry] = MappingProxyType({})
+        self._changing = threading.RLock()
+        """Held by whatever replaces the snapshot: each change is made to the last one."""
         self._store_existed = False
         """Whether the store's directory was there at the last reading: before the first save it need not be."""
         self.reload()
@@ -89,7 +95,7 @@ class Registry:
 
     def entry(self, name: str) -> OperatorEntry:
         """One entry, usable or not. Raises :class:`UnknownOperatorError` and :class:`PermissionDeniedError`."""
-        _check_granted([name])
+        check_granted([name])
         return _find(self._granted(), name)
 
     def _granted(self) -> Mapping[str, OperatorEntry]:
@@ -103,6 +109,42 @@ class Registry:
 
         Raises :class:`StoreUnreadableError`; the snapshot then stays.
         """
+        with self._changing:
+            return self._reload()
+
+    def reload_one(self, name: str) -> OperatorEntry:
+        """Reads one operator again, or for the first time, and leaves the others as they are.
+
+        Raises :class:`UnknownOperatorError` where the store does not have it (any more).
+        """
+        with self._changing:
+            others = {each: entry for each, entry in self._entries.items() if each != name}
+            if name not in self._store:
+                self._entries = MappingProxyType(others)
+                raise UnknownOperatorError(name, tuple(others))
+            entry = _reuse_unchanged(self._entries.get(name), self._read(name))
+            self._put(entry)
+            return entry
+
+    def examine(self, name: str, path: Path) -> OperatorEntry:
+        """What a file would be as the operator ``name``. Raises :class:`ArtifactError` where it could not be used."""
+        with open_regular(path, self._max_bytes) as (file, size):
+            artifact = from_bytes(file.read(size), source=name)
+        check_fits(name, artifact, self._model)
+        return OperatorEntry(name, "", size, artifact)
+
+    def put(self, entry: OperatorEntry) -> OperatorEntry:
+        """Takes an operator into service that was examined and is in the store by now."""
+        with self._changing:
+            entry = _reuse_unchanged(self._entries.get(entry.name), entry)
+            self._put(entry)
+            return entry
+
+    def _put(self, entry: OperatorEntry) -> None:
+        after = {**self._entries, entry.name: entry}
+        self._entries = MappingProxyType({name: after[name] for name in sorted(after)})
+
+    def _reload(self) -> StoreChanges:
         before, exists = self._entries, self._store.path.exists()
         try:
             after = {name: _reuse_unchanged(before.get(name), self._read(name)) for name in self._store.names()}
@@ -128,7 +170,7 @@ class Registry:
         :class:`QueueFullError` where too many requests wait for that, and :class:`PermissionDeniedError` for an
         operator that the caller may not use.
         """
-        _check_granted(name_of(use) for uses in groups.values() for use in uses)
+        check_granted(name_of(use) for uses in groups.values() for use in uses)
         words = {(use.name, word.text) for uses in groups.values() for use in uses for word in use.words}
         if len(words) > _MAX_DISTINCT_WORDS:
             field = next(iter(groups)) if len(groups) == 1 else "arms"
@@ -195,34 +237,42 @@ class Registry:
         size = 0
         try:
             size = self._store.path_of(name).lstat().st_size
-            if size > self._max_bytes:
-                raise ArtifactError(
-                    f"{size} bytes; at most {self._max_bytes} are read (STEER_MAX_ARTIFACT_BYTES sets it)"
-                )
-            artifact = self._store.load(name, max_bytes=self._max_bytes)
-            self._check_fits(name, artifact)
+            if self._store.is_unloaded(name):
+                return OperatorEntry(name, _UNLOADED, size, None)
+            artifact = read_artifact(self._store, name, self._max_bytes)
+            check_fits(name, artifact, self._model)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
             # Cut, because a hostile file chooses parts of the message.
             return OperatorEntry(name, (str(error) or type(error).__name__)[:_MAX_PROBLEM], size, None)
         return OperatorEntry(name, "", size, artifact)
 
-    def _check_fits(self, name: str, artifact: OperatorArtifact) -> None:
-        header, model = artifact.header, self._model
-        # By fingerprint, not by name: the same model may be served from a path or a mirror.
-        for what, built_for, served in (
-            ("hidden size", header.hidden_size, model.hidden_size),
-            ("number of layers", header.num_layers, model.num_layers),
-            (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
-            ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
-        ):
-            if built_for != served:
-                only_the_model = header.tokenizer_fingerprint == model.tokenizer_fingerprint
-                renewable = only_the_model and built_for == header.model_fingerprint
-                hint = renewal_hint(header.model_fingerprint, name) if renewable else ""
-                raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model}){hint}")
-        highest = max((max(text.ids) for text in header.texts), default=0)
-        if highest >= model.vocab_size:
-            raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
+
+def read_artifact(store: Store, name: str, max_bytes: int) -> OperatorArtifact:
+    """An operator, read and verified. Raises :class:`ArtifactError`, :class:`StoreError` or :class:`OSError`."""
+    size = store.path_of(name).lstat().st_size
+    if size > max_bytes:
+        raise ArtifactError(f"{size} bytes; at most {max_bytes} are read (STEER_MAX_ARTIFACT_BYTES sets it)")
+    return store.load(name, max_bytes=max_bytes)
+
+
+def check_fits(name: str, artifact: OperatorArtifact, model: ModelInfo) -> None:
+    """Raises :class:`ArtifactError` for an operator that was built for another model than the one being served."""
+    header = artifact.header
+    # By fingerprint, not by name: the same model may be served from a path or a mirror.
+    for what, built_for, served in (
+        ("hidden size", header.hidden_size, model.hidden_size),
+        ("number of layers", header.num_layers, model.num_layers),
+        (f"model {header.model}", header.model_fingerprint, model.model_fingerprint),
+        ("tokenizer", header.tokenizer_fingerprint, model.tokenizer_fingerprint),
+    ):
+        if built_for != served:
+            only_the_model = header.tokenizer_fingerprint == model.tokenizer_fingerprint
+            renewable = only_the_model and built_for == header.model_fingerprint
+            hint = renewal_hint(header.model_fingerprint, name) if renewable else ""
+            raise ArtifactError(f"built for {what} {built_for}; this server has {served} ({model.model}){hint}")
+    highest = max((max(text.ids) for text in header.texts), default=0)
+    if highest >= model.vocab_size:
+        raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
 
 
 def _describe_dose(use: Application) -> str:
@@ -230,7 +280,7 @@ def _describe_dose(use: Application) -> str:
     return f"{use.name} {abs(use.setting.strength):.12g}{recommended}"
 
 
-def _check_granted(names: Iterable[str]) -> None:
+def check_granted(names: Iterable[str]) -> None:
     """Before any is looked for: whether there is one of that name is nothing that a caller without it learns."""
     grant = CALLER.get().grant
     for name in names:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from steer_server.access.setup import open_tokens
+from steer_server.checks.ports import addresses, check_port
+from steer_server.choices import device_of, dtype_of, store_of
 from steer_server.config import ServerConfig
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
@@ -28,26 +29,19 @@ async def run(config: ServerConfig) -> None:
     """
     # Imported late: --help and a mistyped option should not wait for torch.
     from operators.core.errors import OperatorError
-    from operators.core.store import Store
     from operators.model.unembedding import find_unembedding
+    from steer_server.admin.operator_admin import OperatorAdmin
     from steer_server.registry import Registry
     from steer_server.rpc.server import SteerServer
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
     tokens = open_tokens(config)
-    device = config.device or _default_device()
-    dtype = config.dtype or ("float32" if device == "cpu" else "bfloat16")
-    store = Store.default() if config.store is None else Store(config.store)
-    if config.store is not None and not store.path.is_dir():
-        # The default one is made by the first operator that is saved; another one is more likely mistyped.
-        found = "is not a directory" if store.path.exists() else "does not exist"
-        raise StartupError(f"store {store.path} {found} (--store, or STEER_STORE, names another; mkdir makes it)")
-    _check_port(config.listen, "--listen")
-    if config.metrics_port:
-        _check_port(f"{config.metrics_host}:{config.metrics_port}", "--metrics-port")
-    if config.http_port:
-        _check_port(f"{config.http_host}:{config.http_port}", "--http-port")
+    device = device_of(config)
+    dtype = dtype_of(config, device)
+    store = store_of(config)
+    for option, address in addresses(config).items():
+        check_port(address, option)
     trace = _traces(config)
     try:
         log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
@@ -67,7 +61,8 @@ async def run(config: ServerConfig) -> None:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
         # Not before the engine: its processes are forked, and this starts a thread.
         tracing = trace(engine.model.model)
-        server = SteerServer(engine, registry, config, _doors(config), tokens, tracing)
+        admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
+        server = SteerServer(engine, registry, config, _doors(config), tokens, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
@@ -94,23 +89,3 @@ def _traces(config: ServerConfig) -> Callable[[str], Tracing]:
     from steer_server.tracing.export import choose_tracing
 
     return choose_tracing() if config.traces else lambda _model: NO_TRACING
-
-
-def _check_port(listen: str, option: str) -> None:
-    """Raises :class:`StartupError` for a port that is taken, before the model is loaded; it is not kept bound."""
-    host, _, port = listen.rpartition(":")
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            # As the server sets it: a port of which only closing connections are left counts as free.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise StartupError(f"cannot listen on {listen}: {reason} ({option} takes another)") from error
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,8 @@ OperatorError
 │   └── ReconstructionError     sum J x does not give back the hidden state
 ├── AnalysisError           an analysis that cannot be made, read or written
 ├── StoreError              a name that is not allowed, is missing, or is taken
+│   ├── NameTakenError          the store has an operator of that name, which may not be replaced
+│   └── OtherVersionError       it has another version under that name than the one to replace
 ├── ArtifactError           a file is not a whole, valid operator
 │   └── IncompatibleOperatorError   it is valid, and belongs to another model
 ├── VectorError             a vector, or a file of vectors or texts, that cannot be used or written
@@ -58,6 +60,18 @@ class AnalysisError(OperatorError):
 
 class StoreError(OperatorError):
     """A name in the store is not allowed, missing, or taken."""
+
+
+class NameTakenError(StoreError):
+    """The store has an operator of that name, and nothing says that it may be replaced."""
+
+
+class OtherVersionError(StoreError):
+    """The store has another version than the one that may be replaced; ``found`` is its digest."""
+
+    def __init__(self, message: str, *, found: str) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 class ArtifactError(OperatorError):

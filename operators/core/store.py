@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from operators.core.errors import ArtifactError, StoreError
+from operators.core.errors import ArtifactError, NameTakenError, OtherVersionError, StoreError
 from operators.core.file_format import MAX_BYTES, FileHeader, read_file_header
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _TEMPORARY = re.compile(r"\.[a-z0-9][a-z0-9_.-]{0,63}\.[0-9a-f]{16}\.tmp")
+_UNLOADED = ".{}.unloaded"
+"""A file that is there while servers of the store leave the operator of that name out of service."""
 
 
 def check_name(name: str) -> str:
@@ -145,44 +147,90 @@ class Store:
         """
         from operators.core.artifact import assemble, tensors_of, to_bytes
 
-        path = self.check_free(name, replace=replace or instead_of is not None)
+        self.check_free(name, replace=replace or instead_of is not None)
         # A reader's own check: a part of it may have been replaced since.
         read = assemble(artifact.header_json, tensors_of(artifact), digest=artifact.digest, source=name)
         if read.header != artifact.header:
             raise ArtifactError(f"{name}: its header is not the one that was signed (with_header signs another)")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.path)
-            with temporary_file(self.path, name) as file:
+            with self.new_file(name) as file:
                 file.write(to_bytes(artifact))
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                if instead_of is not None and (now := self.read_header(name).digest) != instead_of:
-                    raise StoreError(
-                        f"operator {name!r} is not stored: it was made from {instead_of}, and {self.path} has {now} "
-                        "under this name by now"
-                    )
-                _put(file.name, path, replace=replace or instead_of is not None)
+                return self.place(file, name, replace=replace, instead_of=instead_of)
+        except OSError as error:
+            raise StoreError(f"operator {name!r} cannot be written to {self.path}: {error.strerror}") from error
+
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[BinaryIO]:
+        """An empty file for :meth:`place`, which no reader sees; removed on exit unless it was placed.
+
+        A file that a killed writer left is removed, too. Raises :class:`OSError`.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.remove_abandoned()
+        with temporary_file(self.path, check_name(name)) as file:
+            yield file
+
+    def place(self, file: BinaryIO, name: str, *, replace: bool = False, instead_of: str | None = None) -> Path:
+        """Gives what was written to a :meth:`new_file` its name, and returns its path. See :meth:`save`.
+
+        Raises :class:`StoreError`, and :class:`OSError` where the file cannot be written to the disk.
+        """
+        path = self.path_of(name)
+        file.flush()
+        os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        if instead_of is not None and (now := self.read_header(name).digest) != instead_of:
+            raise OtherVersionError(
+                f"operator {name!r} is not stored: it was made from {instead_of}, and {self.path} has {now} "
+                "under this name by now",
+                found=now,
+            )
+        try:
+            _put(file.name, path, replace=replace or instead_of is not None)
         except FileExistsError:
             # Another writer was faster.
             raise self._taken(name) from None
-        except OSError as error:
-            raise StoreError(f"operator {name!r} cannot be written to {self.path}: {error.strerror}") from error
         return path
+
+    def remove_abandoned(self) -> None:
+        """Removes what killed writers left. Raises :class:`OSError` for a store that cannot be read."""
+        _remove_abandoned(self.path)
+
+    def is_unloaded(self, name: str) -> bool:
+        """Whether servers are to leave it out of service."""
+        return os.path.lexists(self._unloaded_mark(name))
+
+    def set_unloaded(self, name: str, unloaded: bool) -> None:
+        """Says to every server of this store, from its next reading on, whether to leave an operator out of service.
+
+        Raises :class:`StoreError` where that cannot be written, or there is no such operator.
+        """
+        self._existing(name)
+        mark = self._unloaded_mark(name)
+        try:
+            if unloaded:
+                mark.touch()
+            else:
+                mark.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"{mark} cannot be written: {error.strerror}") from error
+
+    def _unloaded_mark(self, name: str) -> Path:
+        return self.path / _UNLOADED.format(check_name(name))
 
     def delete(self, name: str) -> None:
         """Removes an operator. Raises :class:`StoreError` when it does not exist or cannot be removed."""
         path = self.path_of(name)
         try:
             path.unlink()
+            self._unloaded_mark(name).unlink(missing_ok=True)
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
             raise StoreError(f"operator {name!r} cannot be deleted: {error.strerror}") from error
 
     def _taken(self, name: str) -> StoreError:
-        return StoreError(f"operator {name!r} is already in {self.path}; delete it, or replace it (--replace)")
+        return NameTakenError(f"operator {name!r} is already in {self.path}; delete it, or replace it (--replace)")
 
     def _existing(self, name: str) -> Path:
         path = self.path_of(name)

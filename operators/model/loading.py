@@ -103,13 +103,12 @@ def load_model(
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
+    check_device(device)
     source = str(obtain(name))
     local = Path(source).is_dir()
     # Before a byte is read: what is written meanwhile is noticed.
     files = CheckpointFiles.of(Path(source)) if local else None
-    _check_not_adapter(name, source)
+    check_not_adapter(name, source)
     transformers_logging.disable_progress_bar()
     # The hub's client logs each of its retries twice; the error after the last one says the same.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -120,7 +119,7 @@ def load_model(
         checks = [decoder_layers, *([check] if check else [])]
         attention = examine(
             *(name, source, revision), dtype=dtype, device=torch.device(device), attention=attention, checks=checks
-        )
+        ).attention
         model, report = _from_files(source, revision, DTYPES[dtype], attention)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_complete(name, report)
@@ -138,7 +137,7 @@ def load_model(
     except Exception as error:
         # transformers and what it loads with raise errors of any class for files that are damaged.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"model {name!r} cannot be loaded{_hint(name)}: {reason} ({ACCEPTED})") from error
+        raise ModelError(f"model {name!r} cannot be loaded{near_name(name)}: {reason} ({ACCEPTED})") from error
     check_attention(name, model)
     files.check_unchanged(name)
     keep_digest(files, weights)
@@ -207,7 +206,13 @@ def _check_not_packed(name: str, model: PreTrainedModel, files: CheckpointFiles)
         )
 
 
-def _check_not_adapter(name: str, source: str) -> None:
+def check_device(device: str) -> None:
+    """Raises :class:`ModelError` for CUDA where there is none."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
+
+
+def check_not_adapter(name: str, source: str) -> None:
     """Refuses the directory of an adapter, with or without base weights, which would be served without it."""
     for file in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if Path(source, file).exists():
@@ -217,7 +222,8 @@ def _check_not_adapter(name: str, source: str) -> None:
             )
 
 
-def _hint(name: str) -> str:
+def near_name(name: str) -> str:
+    """The built-in model that a name may have been meant for, to end a message."""
     near = difflib.get_close_matches(name, BUILT_IN, cutoff=0.7)
     return f"; did you mean {near[0]!r}?" if near else ""
 

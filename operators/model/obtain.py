@@ -83,16 +83,46 @@ def obtain(name: str) -> Path | str:
             written to. The message says which and why.
     """
     try:
-        return _obtain(name)
+        found = _resolve(name)
+        return _converted(found) if isinstance(found, _Conversion) else found
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise ModelError(f"model {name!r}: {where}{error.strerror or error}") from error
+        raise _unreadable(name, error) from error
 
 
-def _obtain(name: str) -> Path | str:
+def locate(name: str) -> Path | str | None:
+    """What :func:`obtain` would give, where that takes no download and no conversion; else None. Raises as it does.
+
+    Of a Hugging Face id it says nothing: that is handed back.
+    """
+    try:
+        found = _resolve(name)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    if not isinstance(found, _Conversion):
+        return found
+    return found.target if found.target.exists() and is_checked(found.target) else None
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """``target``: the cache's directory for a GGUF file. ``make`` fills it, in a scratch directory."""
+
+    target: Path
+    make: Callable[[Path], Path]
+
+    @classmethod
+    def of(cls, label: str, sha256: str, make: Callable[[Path], Path]) -> _Conversion:
+        from platformdirs import user_cache_path
+
+        return cls(user_cache_path("steering-operators") / "models" / f"{label}-{sha256[:12]}", make)
+
+
+def _resolve(name: str) -> Path | str | _Conversion:
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
-        return _cached(name, built_in.sha256, lambda scratch: convert_gguf(_download(name, built_in, scratch), scratch))
+        return _Conversion.of(
+            name, built_in.sha256, lambda scratch: convert_gguf(_download(name, built_in, scratch), scratch)
+        )
     path = Path(name).expanduser()
     if name and path.is_dir():
         file = _only_gguf(name, path)
@@ -104,7 +134,12 @@ def _obtain(name: str) -> Path | str:
         raise ModelError(f"model {name!r}: there is no such directory or file ({ACCEPTED})")
     else:
         return name
-    return _cached(_slug(file.stem), _gguf_sha256(name, file), lambda scratch: convert_gguf(file, scratch))
+    return _Conversion.of(_slug(file.stem), _gguf_sha256(name, file), lambda scratch: convert_gguf(file, scratch))
+
+
+def _unreadable(name: str, error: OSError) -> ModelError:
+    where = f"{error.filename}: " if error.filename else ""
+    return ModelError(f"model {name!r}: {where}{error.strerror or error}")
 
 
 def _only_gguf(name: str, directory: Path) -> Path | None:
@@ -138,21 +173,19 @@ def _sha256(stamp: FileStamp) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cached(label: str, sha256: str, make: Callable[[Path], Path]) -> Path:
-    """The cache's directory for this file; ``make`` fills it, in a scratch directory, where it is missing.
+def _converted(conversion: _Conversion) -> Path:
+    """The directory of a conversion, made where it is missing.
 
     What another version converted is checked once more, and made again where its tokenizer spells words.
     """
-    from platformdirs import user_cache_path
-
-    target = user_cache_path("steering-operators") / "models" / f"{label}-{sha256[:12]}"
+    target = conversion.target
     if target.exists() and not is_checked(target):
-        _LOG.info("%s is converted again: its tokenizer spells the words of its vocabulary", label)
+        _LOG.info("%s is converted again: its tokenizer spells the words of its vocabulary", target.name)
         _set_aside(target)
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as scratch:
-            converted = make(Path(scratch))
+            converted = conversion.make(Path(scratch))
             try:
                 converted.rename(target)
             except OSError:

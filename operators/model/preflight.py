@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,17 @@ from operators.model.attention import choose_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """What :func:`examine` found. ``model`` has no weights; ``attention`` is what it is to be loaded with."""
+
+    model: PreTrainedModel
+    attention: AttentionName
+    need: int
+    """Bytes of its weights in the dtype asked for."""
+
 
 ModelCheck = Callable[["PreTrainedModel"], object]
 """Raises an error where it does not accept a model; the model has no weights, and only its modules can be looked at."""
@@ -29,8 +41,8 @@ def examine(
     device: torch.device,
     attention: AttentionName | None,
     checks: Iterable[ModelCheck],
-) -> AttentionName:
-    """The attention that the model at ``source`` is to be loaded with, after all checks that need no weights.
+) -> Examined:
+    """The model at ``source`` without its weights, after all checks that need none.
 
     Raises:
         ModelError: its weights do not fit into the memory, or it has no such attention.
@@ -55,4 +67,4 @@ def examine(
             f"model {name!r} takes {format_bytes(need)} of memory in {dtype}; {format_bytes(have)} may be used on "
             f"{device}"
         )
-    return chosen
+    return Examined(empty, chosen, need)

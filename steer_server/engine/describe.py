@@ -39,7 +39,7 @@ def describe_model(loaded: LoadedModel, *, engine: str) -> ModelInfo:
         has_chat_template=bool(getattr(loaded.tokenizer, "chat_template", None)),
         engine=engine,
         dtype=str(loaded.dtype).removeprefix("torch."),
-        device=str(loaded.device if loaded.device.type == "cpu" else torch.cuda.get_device_name(loaded.device)),
+        device=torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else str(loaded.device),
         attention=loaded.attention,
     )
 

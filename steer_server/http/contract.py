@@ -1,6 +1,7 @@
 """Every method of the contract at /api/METHOD, its messages as JSON.
 
-A method with one answer answers with one JSON object, a method with many with server-sent events.
+A method with one answer answers with one JSON object, a method with many with server-sent events. A method that takes
+many messages has no place here.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def contract_methods(parts: ServerParts, pool: DescriptorPool) -> dict[str, Hand
         full_name(method): _handler(parts, method, getattr(service, method.name))
         for name, service in parts.services.items()
         for method in pool.FindServiceByName(name).methods
+        if not method.client_streaming
     }
 
 

@@ -12,6 +12,7 @@ from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
 from steer_server.types import (
     MAX_ARM_NAME,
     MAX_BIASES,
+    MAX_CHUNK,
     MAX_OPERATORS,
     MAX_OPTION_NAME,
     MAX_OPTION_TEXT,
@@ -22,6 +23,7 @@ from steer_server.types import (
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
+    MAX_UPLOAD_ID,
     ModelInfo,
 )
 
@@ -80,6 +82,16 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "OperatorUse.digest": Limit(size=_MAX_DIGEST),
         "WeightedWord.text": Limit(size=_characters(MAX_LENS_WORD)),
         "GetOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
+        "UploadOperatorRequest.chunk": Limit(size=MAX_CHUNK),
+        "UploadStart.upload_id": Limit(size=_characters(MAX_UPLOAD_ID)),
+        "UploadStart.name": Limit(size=_MAX_OPERATOR_NAME),
+        "UploadStart.file_digest": Limit(size=_MAX_DIGEST),
+        "UploadStart.replace": Limit(size=_MAX_DIGEST),
+        "GetUploadRequest.upload_id": Limit(size=_characters(MAX_UPLOAD_ID)),
+        "LoadOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
+        "UnloadOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
+        "DeleteOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
+        "DeleteOperatorRequest.digest": Limit(size=_MAX_DIGEST),
     }
     standard = {
         "grpc.health.v1.HealthCheckRequest": ("service",),

@@ -16,12 +16,19 @@ import structlog
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from steering.v1 import generation_pb2, generation_pb2_grpc, operators_pb2, operators_pb2_grpc
+from steering.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    operator_admin_pb2_grpc,
+    operators_pb2,
+    operators_pb2_grpc,
+)
 
 from steer_server.access.control import AccessControl
 from steer_server.access.setup import open_tokens
 from steer_server.access.token_file import TokenTable
 from steer_server.access.watched import Watched, watch
+from steer_server.admin.operator_admin import OperatorAdmin
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
 from steer_server.engine.prompts import max_prompt_bytes
@@ -33,6 +40,7 @@ from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
+from steer_server.rpc.operator_admin import ADMIN_SERVICE, OperatorAdminService
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
@@ -61,6 +69,8 @@ class SteerServer:
     tokens: Watched[TokenTable] | None = None
     """None: those of the configuration, if any."""
     tracing: Tracing = NO_TRACING
+    admin: OperatorAdmin | None = None
+    """None: clients change nothing."""
     _is_serving: bool = field(default=False, init=False)
     _http: MetricsServer | None = field(default=None, init=False)
 
@@ -68,8 +78,9 @@ class SteerServer:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
         most = room_for_connections(self.config.max_connections, doors=1 + len(self.doors))
         metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
+        services = self._services = SERVICES if self.admin is None else (*SERVICES, ADMIN_SERVICE)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        names = (*SERVICES, health_service, reflection.SERVICE_NAME)
+        names = (*services, health_service, reflection.SERVICE_NAME)
         admission = Admission(
             descriptor_pool.Default(),
             names,
@@ -79,7 +90,7 @@ class SteerServer:
         )
         calls = self._calls = CallLimit(self.config.max_calls)
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
-        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(SERVICES), calls))
+        limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(services), calls))
         tokens = self.tokens or open_tokens(self.config)
         access = AccessControl(tokens)
         files = [] if tokens is None else [tokens]
@@ -96,6 +107,11 @@ class SteerServer:
         operators = OperatorService(self.registry)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         operators_pb2_grpc.add_OperatorServiceServicer_to_server(operators, self._server)
+        behaviours: dict[str, object] = dict(zip(SERVICES, (generation, operators), strict=True))
+        if self.admin is not None:
+            admin = OperatorAdminService(self.admin, patience=self.config.client_patience)
+            operator_admin_pb2_grpc.add_OperatorAdminServiceServicer_to_server(admin, self._server)
+            behaviours[ADMIN_SERVICE] = admin
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(names, self._server)
@@ -107,7 +123,6 @@ class SteerServer:
             ) from error
         if self.config.metrics_port:
             await self._serve_metrics()
-        services = dict(zip(SERVICES, (generation, operators), strict=True))
         parts = ServerParts(
             self.config,
             self.engine.model,
@@ -116,14 +131,14 @@ class SteerServer:
             access,
             admission,
             calls,
-            services,
+            behaviours,
             max_connections=most,
             tracing=self.tracing,
         )
         for door in self.doors:
             await door.start(parts)
         await self._server.start()
-        for service in ("", *SERVICES):
+        for service in ("", *services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
         counting = partial(count_connections, port)
@@ -148,6 +163,8 @@ class SteerServer:
         self._calls.close()
         deadline = time.monotonic() + self.config.grace
         await self._idle_until(deadline - self.config.grace * 0.2)
+        if self.admin is not None:
+            await self.admin.close()
         # Jobs that outlast most of the grace period end as CANCELLED with their text, before gRPC cuts them off.
         await self.engine.close()
         await self._idle_until(deadline)
@@ -160,7 +177,7 @@ class SteerServer:
 
     async def _idle_until(self, deadline: float) -> None:
         """Returns when no call of this contract runs, or at the deadline (in seconds of the monotonic clock)."""
-        while time.monotonic() < deadline and any(self._metrics.in_flight[name] for name in (*SERVICES, HTTP)):
+        while time.monotonic() < deadline and any(self._metrics.in_flight[name] for name in (*self._services, HTTP)):
             await asyncio.sleep(0.02)
 
     async def serve_until_signalled(self) -> None:

@@ -12,6 +12,12 @@ PermissionDeniedError     PERMISSION_DENIED    PERMISSION_DENIED
 RateLimitedError          RESOURCE_EXHAUSTED   RATE_LIMITED           RetryInfo says when to try again
 SteeringNotAppliedError   INTERNAL             STEERING_NOT_APPLIED
 StoreUnreadableError      FAILED_PRECONDITION  STORE_UNREADABLE
+StoreUnwritableError      FAILED_PRECONDITION  STORE_UNWRITABLE
+StoreFullError            RESOURCE_EXHAUSTED   STORE_FULL
+OperatorExistsError       ALREADY_EXISTS       OPERATOR_EXISTS        ResourceInfo names the operator
+OperatorChangedError      FAILED_PRECONDITION  OPERATOR_CHANGED       ResourceInfo names the operator
+UnknownUploadError        NOT_FOUND            UNKNOWN_UPLOAD
+UploadOffsetError         FAILED_PRECONDITION  UPLOAD_OFFSET
 EngineFailedError         INTERNAL             ENGINE_FAILED
 TimeLimitError            DEADLINE_EXCEEDED    TIME_LIMIT
 RequestIncompleteError    DEADLINE_EXCEEDED    REQUEST_INCOMPLETE
@@ -34,6 +40,8 @@ from steer_server.errors import (
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
+    OperatorChangedError,
+    OperatorExistsError,
     OperatorUnusableError,
     PermissionDeniedError,
     PromptTooLongError,
@@ -44,11 +52,15 @@ from steer_server.errors import (
     SlowReaderError,
     SteeringNotAppliedError,
     SteerServerError,
+    StoreFullError,
     StoreUnreadableError,
+    StoreUnwritableError,
     TimeLimitError,
     UnauthenticatedError,
     UnimplementedError,
     UnknownOperatorError,
+    UnknownUploadError,
+    UploadOffsetError,
 )
 
 DOMAIN = "steering.v1"
@@ -69,6 +81,12 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     RateLimitedError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED"),
     SteeringNotAppliedError: (grpc.StatusCode.INTERNAL, "STEERING_NOT_APPLIED"),
     StoreUnreadableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNREADABLE"),
+    StoreUnwritableError: (grpc.StatusCode.FAILED_PRECONDITION, "STORE_UNWRITABLE"),
+    StoreFullError: (grpc.StatusCode.RESOURCE_EXHAUSTED, "STORE_FULL"),
+    OperatorExistsError: (grpc.StatusCode.ALREADY_EXISTS, "OPERATOR_EXISTS"),
+    OperatorChangedError: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATOR_CHANGED"),
+    UnknownUploadError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_UPLOAD"),
+    UploadOffsetError: (grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_OFFSET"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     TimeLimitError: (grpc.StatusCode.DEADLINE_EXCEEDED, "TIME_LIMIT"),
     RequestIncompleteError: (grpc.StatusCode.DEADLINE_EXCEEDED, "REQUEST_INCOMPLETE"),
@@ -108,7 +126,7 @@ def details_of(error: SteerServerError) -> list[AnyMessage]:
     if isinstance(error, InvalidRequestError):
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, UnknownOperatorError | OperatorUnusableError):
+    if isinstance(error, UnknownOperatorError | OperatorUnusableError | OperatorExistsError | OperatorChangedError):
         details.append(
             error_details_pb2.ResourceInfo(
                 resource_type="steering.v1.Operator",
@@ -131,6 +149,12 @@ def _metadata(error: SteerServerError) -> dict[str, str]:
         return {"layer": str(error.layer), "dose": repr(error.dose), "max_dose": repr(error.max_dose)}
     if isinstance(error, DigestNotServedError):
         return {"requested": error.requested, "served": error.served}
+    if isinstance(error, OperatorExistsError):
+        return {"found": error.found}
+    if isinstance(error, OperatorChangedError):
+        return {"expected": _cut(error.expected, _MAX_NAME_BYTES), "found": error.found}
+    if isinstance(error, UploadOffsetError):
+        return {"received_bytes": str(error.received)}
     return {}
 
 

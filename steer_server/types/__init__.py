@@ -5,6 +5,7 @@ request into a :class:`DecodeJob` (:mod:`jobs`); the engine answers with :data:`
 ``generate`` and ``compare`` gather those into :class:`Completion` and :class:`Comparison` (:mod:`results`).
 """
 
+from steer_server.types.admin import ANY, MAX_CHUNK, MAX_UPLOAD_ID, UploadStart
 from steer_server.types.events import (
     Admitted,
     EngineEvent,
@@ -79,9 +80,11 @@ from steer_server.types.results import (
 )
 
 __all__ = [
+    "ANY",
     "DEFAULT_MAX_TOKENS",
     "MAX_ARM_NAME",
     "MAX_BIASES",
+    "MAX_CHUNK",
     "MAX_LOGPROBS",
     "MAX_OPERATORS",
     "MAX_OPTIONS",
@@ -93,6 +96,7 @@ __all__ = [
     "MAX_REQUEST_ID",
     "MAX_STOPS",
     "MAX_STOP_CHARACTERS",
+    "MAX_UPLOAD_ID",
     "NORMAL",
     "Admitted",
     "Application",
@@ -140,6 +144,7 @@ __all__ = [
     "Tokenization",
     "TokenizeRequest",
     "TopLogprob",
+    "UploadStart",
     "Usage",
     "WeightedWord",
     "WordMass",

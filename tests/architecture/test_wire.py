@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from steer_client import _admin as asked
 from steer_client import _decode as decode
 from steer_client import _requests as requests
 from steer_client import _results as results
@@ -24,11 +25,12 @@ from steering.convert import enum_numbers, reader, writer
 from steering.convert.fields import is_sequence, item_type, without_none
 from steering.v1 import comparison_pb2, score_pb2, steering_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
+from steering.v1 import operator_admin_pb2 as admin
 from steering.v1 import operators_pb2 as ops
 
 from steer_server import types
 from steer_server.registry import StoreChanges
-from steer_server.rpc import codec
+from steer_server.rpc import admin_codec, codec
 from steer_server.rpc.operator_codec import store_changes
 from steer_server.types.limits import Bounded, Digest, NotEmpty, Range
 
@@ -39,6 +41,7 @@ FILES = (
     score_pb2.DESCRIPTOR,
     steering_pb2.DESCRIPTOR,
     ops.DESCRIPTOR,
+    admin.DESCRIPTOR,
 )
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = results.Generation("", "", (), results.FinishReason.EOS, None, None, None, (), (), 0)
@@ -99,12 +102,22 @@ REQUESTS = {
         requests.TokenizeRequest,
         lambda message: types.TokenizeRequest(codec.prompt(message.prompt)),
     ),
+    admin.UploadStart: (types.UploadStart, asked.UploadStart, admin_codec.upload_start),
+}
+# Requests whose few fields the services take as they are.
+TAKEN = {
+    ops.GetOperatorRequest: requests.GetOperatorRequest,
+    admin.GetUploadRequest: asked.GetUploadRequest,
+    admin.LoadOperatorRequest: asked.OperatorName,
+    admin.UnloadOperatorRequest: asked.OperatorName,
+    admin.DeleteOperatorRequest: asked.DeleteOperatorRequest,
 }
 SIDES = {
     "server": {message: row[0] for message, row in (RESULTS | REQUESTS).items()},
     # Of ops.Operator, the server's side is tests/server/rpc/test_operator_codec.py: it is written from the artifact.
     "client": {message: row[1] for message, row in (RESULTS | REQUESTS).items() if row[1] is not None}
-    | {ops.Operator: store.OperatorInfo, ops.GetOperatorRequest: requests.GetOperatorRequest},
+    | {ops.Operator: store.OperatorInfo}
+    | TAKEN,
 }
 INSIDE_ITSELF = "GenerateResponse.more"
 """Other texts: the services put them together, the client's decoder takes them apart."""
@@ -122,8 +135,11 @@ NO_DATACLASS = {
     "Started",
     # Stands for a tuple.
     "TokenIds",
+    # An operator alone, a count, and a piece of a file.
+    *("UploadOperatorResponse", "LoadOperatorResponse", "UnloadOperatorResponse"),
+    *("GetUploadResponse", "UploadOperatorRequest"),
     # Empty.
-    *("ListOperatorsRequest", "ReloadOperatorsRequest", "GetModelInfoRequest"),
+    *("ListOperatorsRequest", "ReloadOperatorsRequest", "GetModelInfoRequest", "DeleteOperatorResponse"),
 }
 
 
@@ -293,7 +309,7 @@ def tie_request(made):
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
-    if message in REQUESTS:
+    if hasattr(made, "prompt"):
         tie_request(made)
     if message is comparison_pb2.CompareRequest:
         tie_comparison(made)

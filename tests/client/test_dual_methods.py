@@ -43,7 +43,8 @@ def test_both_clients_have_the_same_methods():
         "sweep",
     }
     store = {"operators", "operator", "reload_operators"}
-    assert set(BLOCKING) == texts | store | {"model_info", "tokenize", "health", "close"}
+    admin = {"upload_operator", "load_operator", "unload_operator", "delete_operator"}
+    assert set(BLOCKING) == texts | store | admin | {"model_info", "tokenize", "health", "close"}
 
 
 @pytest.mark.parametrize("name", ["__init__", *BLOCKING])

@@ -7,6 +7,8 @@ from steer_client import (
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
+    OperatorChangedError,
+    OperatorExistsError,
     OperatorUnusableError,
     PermissionDeniedError,
     PromptTooLongError,
@@ -16,6 +18,7 @@ from steer_client import (
     ServerUnavailableError,
     SteerError,
     SteeringNotAppliedError,
+    StoreFullError,
     UnauthenticatedError,
     UnknownOperatorError,
 )
@@ -28,6 +31,9 @@ TABLE = [
     (C.NOT_FOUND, "UNKNOWN_OPERATOR", UnknownOperatorError),
     (C.FAILED_PRECONDITION, "OPERATOR_UNUSABLE", OperatorUnusableError),
     (C.FAILED_PRECONDITION, "DIGEST_NOT_SERVED", DigestNotServedError),
+    (C.ALREADY_EXISTS, "OPERATOR_EXISTS", OperatorExistsError),
+    (C.FAILED_PRECONDITION, "OPERATOR_CHANGED", OperatorChangedError),
+    (C.RESOURCE_EXHAUSTED, "STORE_FULL", StoreFullError),
     (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
     (C.UNAUTHENTICATED, "UNAUTHENTICATED", UnauthenticatedError),
     (C.UNAUTHENTICATED, "SOMETHING_NEW", UnauthenticatedError),
@@ -109,7 +115,7 @@ def test_a_reason_of_another_domain_is_not_taken_for_ours(fake, make, client):
 
 def test_every_exception_of_the_package_is_a_steer_error():
     kinds = [getattr(steer_client, name) for name in steer_client.__all__ if name.endswith("Error")]
-    assert len(kinds) == 20
+    assert len(kinds) == 23
     assert all(issubclass(kind, SteerError) for kind in kinds)
 
 

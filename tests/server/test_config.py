@@ -1,36 +1,18 @@
 """Settings and their bounds."""
 
-from pathlib import Path
-
 import pytest
 from pydantic import ValidationError
 
-from steer_server.config import ServerConfig
+from steer_server.config import ServerConfig, shown
 from steer_server.errors import InvalidRequestError
 from steer_server.types import SamplingParams
 
 
-@pytest.fixture(autouse=True)
-def no_settings(monkeypatch):
-    for name in ServerConfig.model_fields:
-        monkeypatch.delenv(f"STEER_{name.upper()}", raising=False)
-
-
-def test_an_empty_variable_counts_as_unset(monkeypatch):
-    for name in ("STORE", "LISTEN", "DTYPE", "MAX_QUEUE"):
-        monkeypatch.setenv(f"STEER_{name}", "")
-    assert ServerConfig() == ServerConfig(store=None)
-    monkeypatch.setenv("STEER_STORE", "somewhere")
-    assert ServerConfig().store == Path("somewhere")
-
-
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "much"])
-def test_a_limit_of_the_dose_is_a_positive_number(monkeypatch, value):
-    monkeypatch.setenv("STEER_MAX_DOSE", "1.5")
-    assert (ServerConfig().max_dose, ServerConfig(max_dose=0.25).max_dose) == (1.5, 0.25)
-    monkeypatch.setenv("STEER_MAX_DOSE", value)
+def test_a_limit_of_the_dose_is_a_positive_number(value):
+    assert ServerConfig(max_dose="1.5").max_dose == 1.5
     with pytest.raises(ValidationError) as caught:
-        ServerConfig()
+        ServerConfig(max_dose=value)
     assert [error["loc"] for error in caught.value.errors()] == [("max_dose",)]
 
 
@@ -38,11 +20,9 @@ def test_a_limit_of_the_dose_is_a_positive_number(monkeypatch, value):
     ("given", "size"),
     [("4GiB", 4 << 30), ("1.5g", 3 << 29), ("500 MB", 500 << 20), ("1048576", 1 << 20), (1 << 31, 1 << 31)],
 )
-def test_memory_for_operators_is_a_size(monkeypatch, given, size):
+def test_memory_for_operators_is_a_size(given, size):
     assert ServerConfig().operator_memory == 4 << 30
     assert ServerConfig(operator_memory=given).operator_memory == size
-    monkeypatch.setenv("STEER_OPERATOR_MEMORY", str(given))
-    assert ServerConfig().operator_memory == size
 
 
 @pytest.mark.parametrize(
@@ -54,24 +34,18 @@ def test_memory_for_operators_that_is_no_size_is_refused_by_name(given, why):
     assert [error["loc"] for error in caught.value.errors()] == [("operator_memory",)]
 
 
-def test_the_engine_is_one_of_two(monkeypatch):
+def test_the_engine_is_one_of_two():
     assert ServerConfig().engine == "hf"
-    monkeypatch.setenv("STEER_ENGINE", "vllm")
-    assert ServerConfig().engine == "vllm"
-    assert ServerConfig(engine="hf").engine == "hf"
-    monkeypatch.setenv("STEER_ENGINE", "embedded")
+    assert ServerConfig(engine="vllm").engine == "vllm"
     with pytest.raises(ValidationError, match="'hf' or 'vllm'") as caught:
-        ServerConfig()
+        ServerConfig(engine="embedded")
     assert [error["loc"] for error in caught.value.errors()] == [("engine",)]
 
 
-def test_options_of_the_engine_are_json_in_the_environment(monkeypatch):
-    assert ServerConfig().engine_args == {}
-    monkeypatch.setenv("STEER_ENGINE_ARGS", '{"max_model_len": 4096, "enforce_eager": true}')
-    assert ServerConfig().engine_args == {"max_model_len": 4096, "enforce_eager": True}
-    # Those of the command line stand over them one by one.
-    both = ServerConfig(engine_args={"max_num_seqs": 2, "max_model_len": 64})
-    assert both.engine_args == {"max_model_len": 64, "enforce_eager": True, "max_num_seqs": 2}
+def test_every_setting_says_what_it_is_and_what_stands_for_none():
+    for name, field in ServerConfig.model_fields.items():
+        assert field.description, name
+        assert field.get_default(call_default_factory=True) is not None or shown(name).default, name
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:50051", "[::]:50051", "[::1]:1", "0.0.0.0:65535"])

@@ -131,6 +131,7 @@ def _indefinite(noun: str) -> str:
 _SCALARS: Mapping[int, Callable[[object], object]] = {
     FieldDescriptor.TYPE_DOUBLE: number,
     FieldDescriptor.TYPE_INT32: _integer(-(2**31), 2**31 - 1),
+    FieldDescriptor.TYPE_INT64: _integer(-(2**63), 2**63 - 1),
     FieldDescriptor.TYPE_UINT64: _integer(0, 2**64 - 1),
     FieldDescriptor.TYPE_BOOL: _flag,
     FieldDescriptor.TYPE_STRING: _text,

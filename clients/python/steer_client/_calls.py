@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -30,9 +30,10 @@ Result = TypeVar("Result")
 class Unary(Generic[Result]):
     """One request, one answer. `method` is its name in the contract's `service`."""
 
-    service: Literal["generation", "operators", "health"]
+    service: Literal["generation", "operators", "admin", "health"]
     method: str
-    request: Message
+    #: Where the method takes a stream: its messages, which can be iterated over more than once.
+    request: Message | Iterable[Message]
     decode: Callable[[Any], Result]
 
 
@@ -171,12 +172,17 @@ def get_operator(name: str) -> Unary[store.OperatorInfo]:
 
 def reload_operators(target: str) -> Unary[store.ReloadReport]:
     """Reads the store again. Raises InvalidRequestError for a target that may stand for several servers."""
+    refuse_many(target, "reload")
+    return Unary("operators", "ReloadOperators", operators_pb.ReloadOperatorsRequest(), decode.reload_report)
+
+
+def refuse_many(target: str, what: str) -> None:
+    """Raises InvalidRequestError for a target that may stand for several servers: one of them would do it."""
     if is_many(target):
         raise InvalidRequestError(
-            f"target: {target!r} may stand for several servers, of which one would reload; ask each by its HOST:PORT",
+            f"target: {target!r} may stand for several servers, of which one would {what}; ask each by its HOST:PORT",
             field="target",
         )
-    return Unary("operators", "ReloadOperators", operators_pb.ReloadOperatorsRequest(), decode.reload_report)
 
 
 def model_info() -> Unary[results.ModelInfo]:

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from steering.v1 import generation_pb2_grpc, operators_pb2_grpc
+from steering.v1 import generation_pb2_grpc, operator_admin_pb2_grpc, operators_pb2_grpc
 
 from steer_client._defaults import DEFAULT_TARGET
 from steer_client._errors import InvalidRequestError
@@ -58,6 +58,7 @@ class Stubs:
         self._services: dict[str, Any] = {
             "generation": generation_pb2_grpc.GenerationServiceStub(channel),
             "operators": operators_pb2_grpc.OperatorServiceStub(channel),
+            "admin": operator_admin_pb2_grpc.OperatorAdminServiceStub(channel),
             "health": health_pb2_grpc.HealthStub(channel),
         }
 

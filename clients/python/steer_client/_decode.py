@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2
 from steering.convert import FieldError, Reader, reader
 from steering.v1 import comparison_pb2, score_pb2, text_pb2
 from steering.v1 import generation_pb2 as pb
+from steering.v1 import operator_admin_pb2 as admin
 from steering.v1 import operators_pb2 as operators
 from steering.v1 import steering_pb2 as sp
 
@@ -82,8 +83,13 @@ def operator_list(message: operators.ListOperatorsResponse) -> tuple[store.Opera
     return tuple(operator_info(each) for each in message.operators)
 
 
-def one_operator(message: operators.GetOperatorResponse) -> store.OperatorInfo:
-    """The answer to a question about one name."""
+def one_operator(
+    message: operators.GetOperatorResponse
+    | admin.UploadOperatorResponse
+    | admin.LoadOperatorResponse
+    | admin.UnloadOperatorResponse,
+) -> store.OperatorInfo:
+    """The answer to a request about one name."""
     if not message.HasField("operator"):
         raise _lacks(message, "operator")
     return operator_info(message.operator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -202,6 +202,12 @@ def _items(values: Any, field: str, wanted: str) -> list[Any]:
         return items(values, wanted)
     except FieldError as error:
         raise _invalid(error.prepend(field)) from None
+
+
+def checked_writer(message: type[_M], cls: type) -> Callable[[object], _M]:
+    """What turns a request of this class into its message. It raises InvalidRequestError."""
+    write = writer(message, cls, accept)
+    return lambda request: _write(write, request)
 
 
 def _write(write: Writer[_M], request: object) -> _M:

@@ -10,6 +10,9 @@ SteerError
 ├── UnknownOperatorError       no such operator in the server's store
 ├── OperatorUnusableError      the operator in the store does not fit the model or cannot be read
 │   └── DigestNotServedError   the server has another version of it than the one that was pinned
+├── OperatorExistsError        the name is taken, and nothing says that it may be replaced
+├── OperatorChangedError       the store has another version than the one that was expected
+├── StoreFullError             the server's disk, or what uploads may take of it, has no room
 ├── ServerBusyError            the queue is full, or the token's rate used up; `.retry_after` in seconds
 ├── SteeringNotAppliedError    a text came back without proof of its steering
 ├── EngineFailedError          decoding failed
@@ -130,6 +133,27 @@ class DigestNotServedError(OperatorUnusableError):
     """The server has another version of the operator. `metadata` has the digests "requested" and "served"."""
 
     default_reason = "DIGEST_NOT_SERVED"
+
+
+class OperatorExistsError(SteerError):
+    """The server's store has an operator of that name already. `metadata` has the digest "found"."""
+
+    default_code = grpc.StatusCode.ALREADY_EXISTS
+    default_reason = "OPERATOR_EXISTS"
+
+
+class OperatorChangedError(SteerError):
+    """The server's store has another version under that name. `metadata` has the digests "expected" and "found"."""
+
+    default_code = grpc.StatusCode.FAILED_PRECONDITION
+    default_reason = "OPERATOR_CHANGED"
+
+
+class StoreFullError(SteerError):
+    """The server has no room for an operator; nothing of it was kept."""
+
+    default_code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    default_reason = "STORE_FULL"
 
 
 class ServerBusyError(SteerError):

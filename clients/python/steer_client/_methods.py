@@ -7,7 +7,7 @@ await them any number of times. `_dual_method` says how one coroutine serves the
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import grpc
 from steer_client import _calls as calls
 from steer_client import _encode as encode
 from steer_client._access import access
+from steer_client._admin_methods import AdminMethods
 from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
 from steer_client._call_metadata import Token, call_metadata
 from steer_client._channel import Stubs, target_or_default
@@ -50,7 +51,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Methods(ABC):
+class Methods(AdminMethods):
     """Base of SteerClient and AsyncSteerClient, whose docstrings say what the parameters are."""
 
     def __init__(

@@ -49,7 +49,7 @@ def make_engine_config(
     Raises:
         StartupError: an option is not accepted, or steering does not support the configuration.
     """
-    check_engine_args(engine_args, [field.name for field in dataclasses.fields(AsyncEngineArgs)])
+    check_engine_args(engine_args, known_engine_args())
     set_process_defaults(on_cpu=current_platform.is_cpu())
     required: dict[str, Any] = {
         "model": source,
@@ -73,6 +73,11 @@ def make_engine_config(
         why = str(error) or type(error).__name__
         raise StartupError(f"engine_args: they are refused: {why}") from error
     return config, {name: bool(getattr(args, name)) for name in _CONSTRUCTOR_OPTIONS}
+
+
+def known_engine_args() -> list[str]:
+    """The names of all options of the vLLM that is installed."""
+    return [field.name for field in dataclasses.fields(AsyncEngineArgs)]
 
 
 def _divide_memory(config: Any, has_share: bool, operator_memory: int | None) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 import structlog
 
+from operators.core.store import Store
+from steer_server.admin.operator_admin import OperatorAdmin
 from steer_server.config import ServerConfig
 from steer_server.engine.work import WorkDone
 from steer_server.errors import UnknownOperatorError
@@ -194,7 +196,7 @@ async def read_answer(reader) -> Answer:
 
 
 @pytest.fixture
-async def start(model_info, tiny_tokenizer):
+async def start(model_info, tiny_tokenizer, tmp_path):
     """``await start(names=(), **settings)``: a door of a server of its own."""
     servers = []
 
@@ -202,7 +204,9 @@ async def start(model_info, tiny_tokenizer):
         engine, door = Engine(model_info, tiny_tokenizer), HttpDoor("127.0.0.1", 0, names)
         settings = {"grace": 0.0, **settings}
         config = ServerConfig(listen="127.0.0.1:0", **settings)
-        server = SteerServer(engine, Registry(), config, (door,))
+        registry = Registry()
+        admin = OperatorAdmin(config, Store(tmp_path / "store"), registry) if config.operator_admin else None
+        server = SteerServer(engine, registry, config, (door,), admin=admin)
         target = f"127.0.0.1:{await server.start()}"
         servers.append(server)
         return Doorway(engine, server, door.port, target)

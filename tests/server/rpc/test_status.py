@@ -50,6 +50,22 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     errors.SteeringNotAppliedError("layer 3 was not reached"): (steer_client.SteeringNotAppliedError, {}),
     # Nothing is wrong with the operator that a caller named, if any.
     errors.StoreUnreadableError("store x is not a directory"): (steer_client.ServerError, {}),
+    errors.StoreUnwritableError("store x: permission denied"): (steer_client.ServerError, {}),
+    errors.StoreFullError("no space left"): (steer_client.StoreFullError, {}),
+    errors.OperatorExistsError("taken", "sha256:1"): (
+        steer_client.OperatorExistsError,
+        {"name": "taken", "metadata": {"found": "sha256:1"}},
+    ),
+    errors.OperatorChangedError("swapped", expected="sha256:1", found="sha256:2"): (
+        steer_client.OperatorChangedError,
+        {"name": "swapped", "metadata": {"expected": "sha256:1", "found": "sha256:2"}},
+    ),
+    # The SDK goes on where the server stands, or begins.
+    errors.UnknownUploadError("a"): (steer_client.ServerError, {}),
+    errors.UploadOffsetError("7 bytes are held", received=7): (
+        steer_client.ServerError,
+        {"metadata": {"received_bytes": "7"}},
+    ),
     errors.EngineFailedError("out of memory"): (steer_client.EngineFailedError, {}),
     errors.TimeLimitError(2.5): (steer_client.DeadlineExceededError, {}),
     errors.RequestIncompleteError(30.0): (steer_client.DeadlineExceededError, {}),

@@ -1,0 +1,76 @@
+"""Every call about a server's store: its request, and how its answer is read. Nothing is sent here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from steering.v1 import operator_admin_pb2 as pb
+
+from steer_client import _decode as decode
+from steer_client import _encode as encode
+from steer_client._admin import CHUNK, DeleteOperatorRequest, GetUploadRequest, OperatorFile, OperatorName, UploadStart
+from steer_client._calls import Unary, refuse_many
+from steer_client._store import OperatorInfo
+
+NOTHING_HELD = "UNKNOWN_UPLOAD"
+#: Reasons of errors after which an upload goes on where the server says that it stands.
+INTERRUPTED = frozenset({"UPLOAD_OFFSET", "REQUEST_INCOMPLETE"})
+
+_write_upload_start = encode.checked_writer(pb.UploadStart, UploadStart)
+_write_get_upload = encode.checked_writer(pb.GetUploadRequest, GetUploadRequest)
+_write_load = encode.checked_writer(pb.LoadOperatorRequest, OperatorName)
+_write_unload = encode.checked_writer(pb.UnloadOperatorRequest, OperatorName)
+_write_delete = encode.checked_writer(pb.DeleteOperatorRequest, DeleteOperatorRequest)
+
+
+def upload(file: OperatorFile, offset: int, replace: str, target: str) -> Unary[OperatorInfo]:
+    """A file from `offset` on."""
+    refuse_many(target, "have the operator")
+    start = _write_upload_start(
+        UploadStart(file.upload_id, file.name, file.size_bytes, file.file_digest, offset, replace)
+    )
+    return Unary("admin", "UploadOperator", _Messages(file, start, offset), decode.one_operator)
+
+
+def get_upload(upload_id: str) -> Unary[int]:
+    """How many bytes of a file are held."""
+    request = _write_get_upload(GetUploadRequest(upload_id))
+    return Unary("admin", "GetUpload", request, lambda answer: int(answer.received_bytes))
+
+
+def load(name: str, target: str) -> Unary[OperatorInfo]:
+    """Into service."""
+    refuse_many(target, "load it")
+    return Unary("admin", "LoadOperator", _write_load(OperatorName(name)), decode.one_operator)
+
+
+def unload(name: str, target: str) -> Unary[OperatorInfo]:
+    """Out of service."""
+    refuse_many(target, "unload it")
+    return Unary("admin", "UnloadOperator", _write_unload(OperatorName(name)), decode.one_operator)
+
+
+def delete(name: str, digest: str, target: str) -> Unary[None]:
+    """Out of the store."""
+    refuse_many(target, "delete it")
+    request = _write_delete(DeleteOperatorRequest(name, digest))
+    return Unary("admin", "DeleteOperator", request, lambda _: None)
+
+
+class _Messages:
+    """The messages of an upload, from its beginning each time that they are iterated over."""
+
+    def __init__(self, file: OperatorFile, start: pb.UploadStart, offset: int) -> None:
+        self._file, self._start, self._offset = file, start, offset
+
+    def __iter__(self) -> Iterator[pb.UploadOperatorRequest]:
+        yield pb.UploadOperatorRequest(start=self._start)
+        file = self._file
+        sent = self._offset
+        with open(file.path, "rb") as opened:
+            opened.seek(sent)
+            while chunk := opened.read(CHUNK):
+                yield pb.UploadOperatorRequest(chunk=chunk)
+                sent += len(chunk)
+                if file.progress is not None:
+                    file.progress(sent, file.size_bytes)

@@ -1,0 +1,100 @@
+"""What can be said of a model that is named, with no weights downloaded, converted or loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from operators.core.capacity import format_bytes
+from operators.core.errors import ModelError, OperatorError
+from operators.core.header import AttentionName, DTypeName
+from operators.model.checkpoint_files import CheckpointFiles, loaded_weights
+from operators.model.digest_cache import cached_digest
+from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
+from operators.model.loading import LoadedModel, check_device, check_not_adapter, decoder_layers, near_name
+from operators.model.obtain import ACCEPTED, BUILT_IN, locate
+from operators.model.preflight import examine
+
+
+@dataclass(frozen=True)
+class ModelSurvey:
+    """Filled by :func:`survey_model`.
+
+    ``model``: without weights, on the device "meta"; its ``fingerprint`` is empty where the weights were never
+    digested on this machine. None where the model is not on this machine.
+    """
+
+    said: str
+    """One sentence about it, without its name."""
+    model: LoadedModel | None
+
+
+def survey_model(name: str, *, dtype: DTypeName, device: str, attention: AttentionName | None) -> ModelSurvey:
+    """Looks for a model as :func:`operators.model.loading.load_model` does.
+
+    Raises:
+        ModelError: it cannot be loaded, as far as its configuration, tokenizer and the names of its files tell.
+    """
+    check_device(device)
+    found = locate(name)
+    directory = Path(found) if found is not None and Path(found).is_dir() else None
+    if directory is None and found is not None:
+        directory = _cached_hub_directory(str(found))
+    if directory is None:
+        return ModelSurvey(_how_to_get(name), None)
+    check_not_adapter(name, str(directory))
+    missing = [path.name for path in sorted(loaded_weights(directory)) if not path.is_file()]
+    if missing:
+        raise ModelError(f"model {name!r}: {directory} lacks {', '.join(missing[:3])}, which its index names")
+    try:
+        from transformers import AutoTokenizer
+
+        examined = examine(
+            *(name, str(directory), "main"),
+            dtype=dtype,
+            device=torch.device(device),
+            attention=attention,
+            checks=[decoder_layers],
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except OperatorError:
+        raise
+    except Exception as error:
+        # transformers raises errors of any class for files that are damaged.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {name!r} cannot be loaded{near_name(name)}: {reason} ({ACCEPTED})") from error
+    files = CheckpointFiles.of(directory)
+    weights = cached_digest(files)
+    fingerprint = "" if weights is None else model_fingerprint(examined.model, weights=weights)
+    said = (
+        f"is {type(examined.model).__name__} in {directory}; its weights take {format_bytes(examined.need)} in {dtype}"
+    )
+    loaded = LoadedModel(name, examined.model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files)
+    return ModelSurvey(said, loaded)
+
+
+def _cached_hub_directory(source: str) -> Path | None:
+    from transformers.utils import cached_file
+
+    try:
+        return Path(str(cached_file(source, "config.json", local_files_only=True))).parent
+    except (OSError, ValueError):
+        return None
+
+
+def _how_to_get(name: str) -> str:
+    """What a start does for a model that is not here. Raises :class:`ModelError` where it can do nothing."""
+    built_in = BUILT_IN.get(name)
+    if built_in is not None:
+        return f"is not on this machine; the first start downloads {built_in.megabytes} MB and converts them"
+    if name.lower().endswith(".gguf") or Path(name).expanduser().is_dir():
+        return "is a GGUF file; the first start converts it"
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            f"model {name!r} is not on this machine, and HF_HUB_OFFLINE is set{near_name(name)} ({ACCEPTED})"
+        )
+    return f"is not on this machine; the first start asks the Hugging Face hub for it{near_name(name)}"

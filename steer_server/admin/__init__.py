@@ -1,0 +1,1 @@
+"""What changes the store while the server runs: files that are uploaded, operators that come and go."""

@@ -1,0 +1,48 @@
+"""Whether the addresses of a configuration can be listened on."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+from steer_server.checks.finding import Finding
+from steer_server.config import ServerConfig
+from steer_server.errors import StartupError
+
+
+def check_ports(config: ServerConfig) -> Iterator[Finding]:
+    """One finding for each address."""
+    taken: dict[str, str] = {}
+    for option, address in addresses(config).items():
+        try:
+            if not address.endswith(":0") and (other := taken.setdefault(address, option)) != option:
+                raise StartupError(f"cannot listen on {address}: {other} has it ({option} takes another)")
+            check_port(address, option)
+        except StartupError as error:
+            yield Finding("problem", "port", str(error))
+        else:
+            yield Finding("ok", "port", f"{address} is free ({option})")
+
+
+def addresses(config: ServerConfig) -> dict[str, str]:
+    """HOST:PORT of everything that is to listen, by the flag that names it."""
+    found = {"--listen": config.listen}
+    if config.metrics_port:
+        found["--metrics-port"] = f"{config.metrics_host}:{config.metrics_port}"
+    if config.http_port:
+        found["--http-port"] = f"{config.http_host}:{config.http_port}"
+    return found
+
+
+def check_port(listen: str, option: str) -> None:
+    """Raises :class:`StartupError` for a port that is taken, before the model is loaded; it is not kept bound."""
+    host, _, port = listen.rpartition(":")
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            # As the server sets it: a port of which only closing connections are left counts as free.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise StartupError(f"cannot listen on {listen}: {reason} ({option} takes another)") from error
