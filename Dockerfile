@@ -18,7 +18,6 @@ ENV PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL} \
     SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH} \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
-    PIP_NO_COMPILE=1 \
     PIP_ROOT_USER_ACTION=ignore \
     PYTHONHASHSEED=0
 RUN python3 -m venv /opt/tools \
@@ -26,10 +25,11 @@ RUN python3 -m venv /opt/tools \
 WORKDIR /src
 
 # What the CPU image holds of others: a layer that changes only with the lock. Tests, headers and programs that only
-# a compiler of torch would use are left out. The bytecode is checked by no clock: files keep no time that tells.
+# a compiler of torch would use are left out. Bytecode is made here, because the root may be read-only, and believed
+# whatever the time of its source: a builder may set that.
 FROM tools AS dependencies
 COPY deploy/image/server.lock ./
-RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --require-hashes -r server.lock \
+RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --require-hashes -r server.lock \
     && cd /opt/steer/lib/python3.11/site-packages \
     && rm -r torch/test torch/include \
     && find torch/bin -mindepth 1 -maxdepth 1 -not -name torch_shm_manager -exec rm -r {} + \
@@ -38,7 +38,7 @@ RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --require-hashes -
 
 FROM tools AS gpu-dependencies
 COPY deploy/image/gpu.lock ./
-RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --require-hashes -r gpu.lock \
+RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --require-hashes -r gpu.lock \
     && /opt/steer/bin/python -m compileall -q --invalidation-mode unchecked-hash -x /py312_ /opt/steer/lib
 
 # The project's own files, under /staged.
@@ -51,7 +51,7 @@ COPY steer_server steer_server
 COPY clients clients
 COPY protos protos
 RUN /opt/tools/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /wheel . \
-    && /opt/tools/bin/pip --python /opt/steer/bin/python install --no-deps --root /staged /wheel/*.whl \
+    && /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --no-deps --root /staged /wheel/*.whl \
     && /opt/steer/bin/python -m compileall -q --invalidation-mode unchecked-hash -s /staged -p / /staged
 
 # What both images are, but for /opt/steer.
@@ -62,6 +62,9 @@ RUN groupadd --gid 10001 steer \
     && useradd --uid 10001 --gid steer --no-log-init --home-dir /var/lib/steer --shell /usr/sbin/nologin steer \
     && rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- \
     && install -d -o steer -g steer /var/lib/steer /var/lib/steer/data /var/lib/steer/cache
+# Of Python's own library, which the base may have without bytecode.
+RUN PYTHONHASHSEED=0 python3 -m compileall -qf --invalidation-mode unchecked-hash -x '/(.*-packages|ensurepip|test)/' \
+        "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 # XDG_DATA_HOME holds the operator store; it is what to back up.
 # XDG_CACHE_HOME holds downloaded models; it can be dropped and is filled again.
 # The server listens to the whole container, and the container's ports say who reaches that.

@@ -26,12 +26,13 @@ export CONTAINERS_CONF=${CONTAINERS_CONF-$PWD/deploy/image/containers.conf}
 
 say() { echo "build.sh: $*" >&2; }
 
-# Debian 12, apt and Python; no documentation, no other languages. $1: the file.
+# Debian 12, apt and Python; no documentation, no other languages, no bytecode. $1: the file.
 make_base() {
     mmdebstrap --quiet --variant=apt --include=python3,python3-venv,ca-certificates,usr-is-merged \
         --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --customize-hook='find "$1/usr" -type d -name __pycache__ -prune -exec rm -r {} +' \
         bookworm "$1" ${MIRROR:+"$MIRROR"}
 }
 
@@ -65,7 +66,7 @@ fi
 
 say "getting the wheels of the lock files ..."
 for lock in build server; do
-    "$python" -m pip download --quiet --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
+    "$python" -m pip download -qq --disable-pip-version-check --require-hashes --no-deps --only-binary :all: \
         --dest "$folder/wheels" -r deploy/image/$lock.lock
 done
 

@@ -140,7 +140,11 @@ def test_pip_installs_nothing_without_a_hash():
     installs = re.findall(r"/pip\b[^\n]* install (.*?)(?: \\)?$", dockerfile, re.MULTILINE)
     # The project's own wheel has been made a line above.
     assert sorted(installs) == sorted(
-        [*(f"--require-hashes -r {name}.lock" for name in LOCKS), "--no-deps --root /staged /wheel/*.whl"]
+        [
+            *(f"--no-compile --require-hashes -r {name}.lock" for name in ("server", "gpu")),
+            "--require-hashes -r build.lock",
+            "--no-compile --no-deps --root /staged /wheel/*.whl",
+        ]
     )
 
 
