@@ -170,10 +170,15 @@ def test_a_refusal_of_the_caller_is_not_tried_again(fake, make, client, kind):
     assert len(fake.requests) == 2
 
 
-def test_who_gets_a_bare_refusal_of_a_proxy_is_told_what_to_give(fake, make, client):
-    fake.fault = make.fault(C.UNAUTHENTICATED, "Received http2 header with status: 401")
-    with pytest.raises(UnauthenticatedError, match=r"status: 401\): a token is given by token= or .*STEER_TOKEN"):
-        client.generate("x")
+def test_who_sent_no_token_is_told_how(fake, make, client):
+    give_one = r"; give one by token= or token_file= \(--token-file, STEER_TOKEN\)$"
+    for reason, said in (("UNAUTHENTICATED", "^a token"), ("SOMETHING_NEW", "^a token"), ("", "proxy")):
+        fake.fault = make.fault(C.UNAUTHENTICATED, "a token is needed", reason)
+        with pytest.raises(UnauthenticatedError, match=f"{said}.*{give_one}"):
+            client.generate("x")
+        with SteerClient(fake.target, token=TOKEN) as known, pytest.raises(UnauthenticatedError) as caught:
+            known.generate("x")
+        assert "STEER_TOKEN" not in str(caught.value)
 
 
 def test_a_token_is_in_nothing_that_is_shown_or_logged(fake, make, caplog):
@@ -208,7 +213,10 @@ def test_the_command_sends_token_and_metadata_and_shows_neither(fake, tmp_path):
     assert run("--token-file", str(file), "--metadata", "x-key=a=b").stdout == "one two\n"
     assert fake.metadata[-1]["x-key"] == "a=b"
     refused = run("--json")
-    assert (refused.exit_code, refused.stderr) == (1, "steer: the token is not known\n")
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "steer: the token is not known; give one by token= or token_file= (--token-file, STEER_TOKEN)\n",
+    )
     assert '"reason": "UNAUTHENTICATED"' in refused.stdout
     for options in (["--metadata", TOKEN], ["--metadata", "x=1", "--metadata", f"x={TOKEN}"]):
         result = run(*options)

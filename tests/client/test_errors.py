@@ -35,8 +35,6 @@ TABLE = [
     (C.FAILED_PRECONDITION, "OPERATOR_CHANGED", OperatorChangedError),
     (C.RESOURCE_EXHAUSTED, "STORE_FULL", StoreFullError),
     (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
-    (C.UNAUTHENTICATED, "UNAUTHENTICATED", UnauthenticatedError),
-    (C.UNAUTHENTICATED, "SOMETHING_NEW", UnauthenticatedError),
     (C.PERMISSION_DENIED, "SCOPE_MISSING", PermissionDeniedError),
     (C.INTERNAL, "STEERING_NOT_APPLIED", SteeringNotAppliedError),
     (C.INTERNAL, "ENGINE_FAILED", EngineFailedError),

@@ -1,14 +1,10 @@
-"""The page of the door, in a real browser: Debian's Chromium without a screen.
-
-``PAGE_PICTURES=FOLDER`` keeps a picture of each step, to be looked at.
-"""
+"""The page of the door, in a real browser."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import urllib.error
@@ -17,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.browser import is_complaint, picture
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: apt-get install chromium")
-PICTURES = os.environ.get("PAGE_PICTURES")
 WHOLE, LATE = ".state[data-kind=done]", 30000
 FORGED = '<img src=x onerror="document.title=1">'
 
@@ -31,14 +26,6 @@ def door(start_tiny, free_ports):
     [port] = free_ports(1)
     with start_tiny("--http-port", str(port)) as running:
         yield running, f"http://127.0.0.1:{port}/"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -61,19 +48,10 @@ def opened(chromium, door):
     assert complaints == []
 
 
-def is_complaint(line):
-    return line.type in ("error", "warning") and not line.text.startswith("Failed to load resource")
-
-
 def run(page, texts=2):
     page.click("#run")
     expect(page.locator("#progress")).to_contain_text("Done", timeout=LATE)
     expect(page.locator(WHOLE)).to_have_count(texts)
-
-
-def picture(page, name):
-    if PICTURES:
-        page.screenshot(path=str(Path(PICTURES) / f"{name}.png"), full_page=True)
 
 
 def texts(page):

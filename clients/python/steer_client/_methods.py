@@ -372,8 +372,8 @@ class Methods(AdminMethods):
         return StartedCall(send, call.reducer, translate, Retries(seconds, enabled=self._retry))
 
     def _translate(self, error: grpc.RpcError, *, timeout: float | None) -> SteerError:
-        has_tls = self._access.credentials is not None
-        return translate_error(error, target=self.target, timeout=timeout, has_tls=has_tls)
+        has_tls, has_token = self._access.credentials is not None, self._access.metadata.has_credentials
+        return translate_error(error, target=self.target, timeout=timeout, has_tls=has_tls, has_token=has_token)
 
     def _seconds(self, timeout: Timeout) -> float | None:
         if self._is_closed:

@@ -57,11 +57,11 @@ class _Details(NamedTuple):
 
 
 def translate_error(
-    error: grpc.RpcError, *, target: str, timeout: float | None = None, has_tls: bool = False
+    error: grpc.RpcError, *, target: str, timeout: float | None = None, has_tls: bool = False, has_token: bool = True
 ) -> errors.SteerError:
     """The typed error for a failed call, sync or async, unary or streaming.
 
-    `target`, `timeout` (seconds) and `has_tls` are those of the call; the message depends on them.
+    `target`, `timeout` (seconds), `has_tls` and `has_token` are those of the call; the message depends on them.
     """
     # Every RpcError that a call raises is also a grpc.Call; the base class alone carries no status.
     code: grpc.StatusCode = error.code()
@@ -81,6 +81,8 @@ def translate_error(
     if kind is errors.ServerUnavailableError and tls_problem:
         return errors.TLSError(tls_problem, code=code)
     message = _message(kind, code, text, details, target, timeout, has_tls)
+    if kind is errors.UnauthenticatedError and not has_token:
+        message += "; give one by token= or token_file= (--token-file, STEER_TOKEN)"
     status = errors.Status(code=code, reason=details.reason, metadata=details.metadata)
     if issubclass(kind, errors.InvalidRequestError):
         return kind(message, field=details.field, **status)
@@ -114,10 +116,7 @@ def _message(
         todo = todo_when_closed(text, has_tls=has_tls) or "is steer-server running there?"
         return f"no answer from {target}{f' ({cause})' if cause else ''}: {todo}"
     if kind is errors.UnauthenticatedError:
-        how = (
-            "a token is given by token= or token_file= (--token-file, STEER_TOKEN), what a proxy asks for by metadata="
-        )
-        return f"{target} asks who is calling{f' ({text})' if text else ''}: {how}"
+        return f"{target}, or a proxy before it, asks for a token{f' ({text})' if text else ''}"
     if kind is errors.PermissionDeniedError:
         return f"{target} does not allow this{f' ({text})' if text else ''}"
     if kind is errors.DeadlineExceededError:

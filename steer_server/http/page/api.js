@@ -1,10 +1,12 @@
 // The server's contract as JSON: calls with one answer, and streams of server-sent events.
 
+import { token } from "./kept.js";
+
 /** What the server says is wrong, or why it could not be asked. `code` is the contract's reason. */
 export class ApiError extends Error {
-  constructor(message, { code = "", field = "", retryAfter = null, reachable = true, details = [] } = {}) {
+  constructor(message, { code = "", field = "", status = 0, retryAfter = null, reachable = true, details = [] } = {}) {
     super(message);
-    Object.assign(this, { code, field, retryAfter, reachable, details });
+    Object.assign(this, { code, field, status, retryAfter, reachable, details });
   }
 }
 
@@ -18,15 +20,17 @@ function asError(body, response = null) {
   return new ApiError(error.message ?? `The server answered ${response?.status ?? "with an error"}.`, {
     code: error.code ?? "",
     field: error.param ?? "",
+    status: response?.status ?? 0,
     retryAfter: Number.isFinite(after) ? after : null,
     details: error.details ?? [],
   });
 }
 
 async function send(path, body, signal) {
-  const options = body === undefined ? { signal } : {
+  const headers = token() ? { authorization: `Bearer ${token()}` } : {};
+  const options = body === undefined ? { headers, signal } : {
     method: "POST",
-    headers: { "content-type": "application/json" },
+    headers: { ...headers, "content-type": "application/json" },
     body: JSON.stringify(body),
     signal,
   };
@@ -37,7 +41,11 @@ async function send(path, body, signal) {
     if (error.name === "AbortError") throw error;
     throw unreachable();
   }
-  if (!response.ok) throw asError(await response.json().catch(() => null), response);
+  if (!response.ok) {
+    const error = asError(await response.json().catch(() => null), response);
+    if (error.status === 401) dispatchEvent(new CustomEvent("token-refused", { detail: error.message }));
+    throw error;
+  }
   return response;
 }
 

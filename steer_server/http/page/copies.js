@@ -30,7 +30,8 @@ export function notForCli(settings) {
   return null;
 }
 
-export function asCli(settings, target) {
+/** `where`: the server's target, this page's origin, whether it speaks TLS, and whether it asks for a token. */
+export function asCli(settings, { target, tls }) {
   const parts = ["steer ab", shell(settings.prompt)];
   if (settings.prompt.startsWith("-")) parts.splice(1, 1);
   if (settings.chat) parts.push("--chat");
@@ -47,6 +48,7 @@ export function asCli(settings, target) {
   const sampling = samplingMessage(settings);
   for (const [name, value] of Object.entries(sampling)) parts.push(`--${name.replaceAll("_", "-")}`, ...(value === true ? [] : [String(value)]));
   if (target) parts.push("--target", shell(target));
+  if (tls) parts.push("--tls");
   if (settings.prompt.startsWith("-")) parts.push("--", shell(settings.prompt));
   return parts.join(" ");
 }
@@ -65,7 +67,7 @@ function pythonUse(use) {
   return `OperatorUse(${python(use.name)}${strength}${blend}${pythonPositions(use.positions)}${worded}${digest})`;
 }
 
-export function asPython(settings, target) {
+export function asPython(settings, { target, tls }) {
   const prompt = promptMessage(settings);
   const written = prompt.token_ids ? `[${prompt.token_ids.ids.join(", ")}]`
     : prompt.chat ? `Chat((ChatMessage("user", ${python(settings.prompt)}),))` : python(settings.prompt);
@@ -79,7 +81,7 @@ export function asPython(settings, target) {
   return [
     `from steer_client import ${names.sort().join(", ")}`, "",
     `arms = {\n${code}\n}`,
-    `with SteerClient(${target ? python(target) : ""}) as client:`,
+    `with SteerClient(${[target ? python(target) : "", tls ? "tls=True" : ""].filter(Boolean).join(", ")}) as client:`,
     `    result = client.compare(${written}, arms=arms, sampling=SamplingParams(${sampling}))`,
     "print(\"plain:\", result.normal.text)",
     "for name, arm in result.steered.items():",
@@ -87,8 +89,10 @@ export function asPython(settings, target) {
   ].join("\n");
 }
 
-export function asCurl(settings, origin) {
-  return `curl -sN ${shell(`${origin}/api/Compare`)} -H 'content-type: application/json' -d ${shell(JSON.stringify(compareRequest(settings)))}`;
+export function asCurl(settings, { origin, token }) {
+  // The shell puts the token in: what is copied can be pasted anywhere.
+  const bearer = token ? ' -H "authorization: Bearer $STEER_TOKEN"' : "";
+  return `curl -sN ${shell(`${origin}/api/Compare`)}${bearer} -H 'content-type: application/json' -d ${shell(JSON.stringify(compareRequest(settings)))}`;
 }
 
 const cell = (value) => {

@@ -3,6 +3,7 @@
 const HISTORY = "steering.history";
 const VOTES = "steering.votes";
 const DRAFT = "steering.draft";
+const TOKEN = "steering.token";
 const MOST = 25;
 
 function read(storage, key, otherwise) {
@@ -54,6 +55,14 @@ export function addVote(key, label, vote) {
 }
 
 export const dropVotes = () => write(shared, VOTES, {});
+
+/** Who is calling. Of this tab alone, and never among what is shown, linked, copied or exported. */
+let ofPage = null;
+export const token = () => read(ofTab, TOKEN, ofPage);
+export function keepToken(text) {
+  ofPage = text;
+  write(ofTab, TOKEN, text);
+}
 
 /** What was typed in this tab. */
 export const draft = () => read(ofTab, DRAFT, null);

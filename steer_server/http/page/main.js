@@ -1,5 +1,6 @@
 // The page: its form, its runs and what they bring.
 
+import { askForToken, isAskingForToken, stopAsking, tokenIsGood, watchToken } from "./access.js";
 import { ApiError, call, events } from "./api.js";
 import { ArmEditor } from "./arms.js";
 import { Column } from "./column.js";
@@ -79,6 +80,7 @@ async function meetServer() {
   try {
     const [model, { operators }] = await Promise.all([call("model"), call("operators")]);
     const isNew = !page.isUp;
+    tokenIsGood();
     Object.assign(page, { model, operators: operators ?? [], isUp: true });
     byId("server").textContent = `${model.model} · ${model.engine} · ${model.dtype} on ${model.device} · ${page.operators.length} operators`;
     byId("server").dataset.kind = "up";
@@ -95,7 +97,10 @@ async function meetServer() {
     notePrompt();
   } catch (error) {
     page.isUp = false;
-    byId("server").textContent = error.reachable === false ? "The server cannot be reached; what you typed is kept." : error.message;
+    byId("server").textContent = error.reachable === false ? "The server cannot be reached; what you typed is kept."
+      : error.status === 401 ? "The server asks for a token; what you typed is kept." : error.message;
+    if (error.reachable === false) stopAsking();
+    if (error.status === 403) askForToken(`Another token is needed: ${error.message}.`);
     byId("server").dataset.kind = "down";
   }
 }
@@ -205,7 +210,8 @@ async function withPatience(work, signal) {
 }
 
 function fail(error) {
-  tell(error, action("Run again", run));
+  const other = action("Use another token", () => askForToken("Another token is needed for this."));
+  tell(error, action("Run again", run), ...(error.status === 403 ? [other] : []));
   if (error.reachable === false) meetServer();
 }
 
@@ -262,7 +268,9 @@ async function copy(kind) {
   }
   if (kind === "cli" && notForCli(settings)) return tell(new ApiError(`The command line cannot say this: ${notForCli(settings)}. Python and curl can.`));
   const texts = { cli: asCli, python: asPython, curl: asCurl };
-  return put(texts[kind](settings, kind === "curl" ? location.origin : target), { cli: "The command", python: "The script", curl: "The command" }[kind]);
+  const where = { target, origin: location.origin, tls: location.protocol === "https:", token: Boolean(kept.token()) };
+  const name = { cli: "The command", python: "The script", curl: "The command" }[kind];
+  return put(texts[kind](settings, where), where.token ? `${name}, which takes the token from STEER_TOKEN,` : name);
 }
 
 function pin(settings) {
@@ -359,9 +367,10 @@ if (!load(location.hash) && typed) {
   } catch { /* of another version of this page */ }
 }
 showForm();
+watchToken(meetServer);
 await meetServer();
 // Asked for again in a while: sooner where it could not be reached.
 for (;;) {
   await new Promise((resolve) => { setTimeout(resolve, page.isUp ? 20000 : 3000); });
-  if (!page.abort && !document.hidden) await meetServer();
+  if (!page.abort && !document.hidden && !isAskingForToken()) await meetServer();
 }
