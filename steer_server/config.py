@@ -60,6 +60,10 @@ _Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 _Seconds = Shown("seconds")
 
 
+def _check_admin_listen(value: str | None) -> str | None:
+    return None if value is None else _check_listen(value)
+
+
 class ServerConfig(BaseModel):
     """Everything that can be set, checked once at start."""
 
@@ -153,6 +157,18 @@ class ServerConfig(BaseModel):
     """What running requests get when the server is stopped."""
     tokens: Annotated[Path | None, Shown(default="nobody needs one")] = None
     """File of tokens, and what each may do."""
+    tls_cert: Annotated[Path | None, Shown(default="no TLS")] = None
+    """Certificate of this server in PEM, and behind it those that lead to an authority."""
+    tls_key: Annotated[Path | None, Shown(default="no TLS")] = None
+    """Its key in PEM, without a password."""
+    tls_client_ca: Annotated[Path | None, Shown(default="they need none")] = None
+    """Authority in PEM: clients must then show a certificate that it signed."""
+    admin_listen: Annotated[
+        str | None, AfterValidator(_check_admin_listen), Shown(metavar="HOST:PORT", default="where all others are")
+    ] = None
+    """Where calls that change the server are served, and nothing else of the contract; other listeners refuse them."""
+    insecure: bool = False
+    """Serves an address that others can reach without TLS and tokens."""
     log_format: Literal["console", "json"] = "console"
     """Of the log on standard error."""
 

@@ -6,7 +6,7 @@ Each server has a registry of its own, so several in one process do not mix.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,13 @@ from prometheus_client import (
     Info,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from operators.core.version import __version__
 from steer_server.access.control import AccessControl
 from steer_server.access.watched import Watched
+from steer_server.collectors import AccessCollector, WorkCollector, build_labels, gauges, model_labels
 from steer_server.engine.base import Engine
-from steer_server.engine.work import WorkDone
 from steer_server.registry import Registry
 from steer_server.types import (
     ArmEvent,
@@ -43,6 +41,9 @@ from steer_server.types import (
     TextScore,
     Timings,
 )
+
+# The time at which each series was made is a series too, and nobody's question.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -65,7 +66,7 @@ class Metrics:
         self._names: set[str] = set()
         self._add_calls(registry)
         self._add_texts(registry)
-        for name, text, read in _gauges(engine, operators, self.in_flight):
+        for name, text, read in gauges(engine, operators, self.in_flight):
             Gauge(name, text, registry=registry).set_function(read)
         text = "What the server admits at most, by the name of the setting"
         limit = Gauge("steer_limit", text, ("name",), registry=registry)
@@ -77,16 +78,18 @@ class Metrics:
             ProcessCollector(registry=registry)
             PlatformCollector(registry=registry)
             GCCollector(registry=registry)
-        model = engine.model
-        Info("steer_model", "The model being served", registry=registry).info(
-            {
-                "model": model.model,
-                "engine": model.engine,
-                "dtype": model.dtype,
-                "fingerprint": model.model_fingerprint,
-                "version": __version__,
-            }
+        Info("steer_model", "The model being served", registry=registry).info(model_labels(engine.model))
+        Info("steer_build", "The versions of what runs", registry=registry).info(build_labels())
+        self._connections = Gauge(
+            "steer_connections",
+            "Connections of clients, by door: http at once, grpc within seconds",
+            ("door",),
+            registry=registry,
         )
+
+    def connections(self, door: str) -> Gauge:
+        """Where a door says how many connections there are."""
+        return self._connections.labels(door)
 
     def _add_calls(self, registry: CollectorRegistry) -> None:
         self.started = Counter("grpc_server_started", "RPCs started", _CALL, registry=registry)
@@ -107,7 +110,7 @@ class Metrics:
         )
 
     def _add_texts(self, registry: CollectorRegistry) -> None:
-        registry.register(_WorkCollector(self._work))
+        registry.register(WorkCollector(self._work))
         self._requests = Counter("steer_requests", "Requests whose decoding began", registry=registry)
         self._finished = Counter(
             "steer_completions",
@@ -152,7 +155,7 @@ class Metrics:
 
     def add_access(self, access: AccessControl, files: Sequence[Watched[Any]]) -> None:
         """Shows what becomes of callers, and of the files that say who may do what."""
-        self.registry.register(_AccessCollector(access, files))
+        self.registry.register(AccessCollector(access, files))
 
     def follow(self) -> RequestMetrics:
         """What counts one request, from its events."""
@@ -236,68 +239,3 @@ class RequestMetrics:
 
 def _flag(value: bool) -> str:
     return str(value).lower()
-
-
-def _gauges(
-    engine: Engine, operators: Registry, in_flight: Mapping[str, int]
-) -> tuple[tuple[str, str, Callable[[], float]], ...]:
-    return (
-        ("steer_jobs_running", "Jobs being decoded", lambda: engine.running),
-        ("steer_jobs_waiting", "Jobs in the queue", lambda: engine.waiting),
-        ("steer_jobs_undelivered", "Jobs decoded whose readers have not taken all of it", lambda: engine.undelivered),
-        (
-            "steer_calls",
-            "Calls whose request has arrived and whose answer is not complete",
-            lambda: sum(in_flight.values()),
-        ),
-        ("steer_operators", "Usable operators", lambda: _count(operators, usable=True)),
-        ("steer_operators_unusable", "Operators with a problem", lambda: _count(operators, usable=False)),
-    )
-
-
-class _AccessCollector(Collector):
-    """What was refused, who called, and whether the files of it could be read."""
-
-    def __init__(self, access: AccessControl, files: Sequence[Watched[Any]]) -> None:
-        self._access, self._files = access, files
-
-    def collect(self) -> Iterable[Metric]:
-        """Read when the metrics are."""
-        refusals = CounterMetricFamily("steer_access_refusals", "Calls refused, by cause", labels=["cause"])
-        for cause, count in list(self._access.refusals.items()):
-            refusals.add_metric([cause], count)
-        yield refusals
-        calls = CounterMetricFamily("steer_token_calls", "Calls with a token, by its name", labels=["token"])
-        for name, count in list(self._access.calls.items()):
-            calls.add_metric([name], count)
-        yield calls
-        taken = CounterMetricFamily("steer_access_files_taken", "Times that a file was taken", labels=["file"])
-        problem = GaugeMetricFamily(
-            "steer_access_file_problem", "1 where a file has changed and cannot be used", labels=["file"]
-        )
-        for file in self._files:
-            taken.add_metric([file.what], file.times_taken)
-            problem.add_metric([file.what], float(bool(file.problem)))
-        yield taken
-        yield problem
-
-
-class _WorkCollector(Collector):
-    """Tokens as they are computed, whether or not somebody is there to get them."""
-
-    def __init__(self, work: WorkDone) -> None:
-        self._work = work
-
-    def collect(self) -> Iterable[Metric]:
-        """Read when the metrics are."""
-        yield CounterMetricFamily(
-            "steer_prompt_tokens", "Prompt tokens read, once for all texts of a prompt", self._work.prompt_tokens
-        )
-        generated = CounterMetricFamily("steer_generated_tokens", "Tokens generated", labels=["steered"])
-        generated.add_metric(["false"], self._work.plain_tokens)
-        generated.add_metric(["true"], self._work.steered_tokens)
-        yield generated
-
-
-def _count(operators: Registry, *, usable: bool) -> int:
-    return sum(usable is not bool(entry.problem) for entry in operators.entries())

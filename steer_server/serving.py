@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from steer_server.access.setup import open_tokens
+from steer_server.access.setup import open_access
 from steer_server.checks.ports import addresses, check_port
 from steer_server.choices import device_of, dtype_of, store_of
 from steer_server.config import ServerConfig
@@ -36,7 +36,7 @@ async def run(config: ServerConfig) -> None:
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
-    tokens = open_tokens(config)
+    access = open_access(config)
     device = device_of(config)
     dtype = dtype_of(config, device)
     store = store_of(config)
@@ -62,12 +62,12 @@ async def run(config: ServerConfig) -> None:
         # Not before the engine: its processes are forked, and this starts a thread.
         tracing = trace(engine.model.model)
         admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
-        server = SteerServer(engine, registry, config, _doors(config), tokens, tracing, admin)
+        server = SteerServer(engine, registry, config, _doors(config), access, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
         host = config.listen.rpartition(":")[0]
         http = {"http": f"{config.http_host}:{config.http_port}"} if config.http_port else {}
-        log.info("serving", listen=f"{host}:{port}", **http, operators=usable, store=str(store.path))
+        log.info("serving", listen=f"{host}:{port}", **http, **_guards(config), operators=usable, store=str(store.path))
         await server.serve_until_signalled()
     except StoreUnreadableError as error:
         raise StartupError(str(error)) from error
@@ -81,6 +81,13 @@ def _doors(config: ServerConfig) -> Sequence[Door]:
     from steer_server.http.door import HttpDoor
 
     return (HttpDoor(config.http_host, config.http_port, config.http_names),)
+
+
+def _guards(config: ServerConfig) -> dict[str, str]:
+    """What asks callers who they are, for the log."""
+    tls = "off" if config.tls_cert is None else "on" if config.tls_client_ca is None else "mutual"
+    admin = {"admin": config.admin_listen} if config.admin_listen else {}
+    return {"tls": tls, "tokens": "off" if config.tokens is None else "on", **admin}
 
 
 def _traces(config: ServerConfig) -> Callable[[str], Tracing]:

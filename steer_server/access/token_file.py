@@ -17,7 +17,6 @@ TOKEN = re.compile(r"steer_[A-Za-z0-9_-]{43}")
 """A token: 32 random bytes. Nothing else is even hashed, so that no password of a person can be one."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MAX_TOKENS = 1000
-MAX_FILE_BYTES = 1 << 20
 _MAX_SHOWN = 64
 _SHOWN = ("scopes", "operators", "requests_per_minute", "tokens_per_minute", "queue_share", "expires")
 """Keys whose values an error may repeat: of others it might be a token that was put into the wrong place."""
@@ -77,8 +76,6 @@ class TokenTable:
 
 def read_tokens(data: bytes) -> TokenTable:
     """The table in a file. Raises :class:`TokenFileError`."""
-    if len(data) > MAX_FILE_BYTES:
-        raise TokenFileError(f"has more than {MAX_FILE_BYTES} bytes, the most accepted")
     try:
         content = tomllib.loads(data.decode())
     except UnicodeDecodeError:

@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 
 LOOK_SECONDS = 0.2
 """Between two looks: what was written is taken, and what it replaced is not, well within a second."""
-_MAX_BYTES = (1 << 20) + 1
+_MAX_BYTES = 1 << 20
 
 _T = TypeVar("_T")
 _Contents = tuple[bytes, ...] | str
@@ -81,7 +81,10 @@ class Watched(Generic[_T]):
 
 def _content(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(_MAX_BYTES)
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise OSError(0, f"has more than {_MAX_BYTES} bytes, the most that is read", str(path))
+    return content
 
 
 async def watch(files: Sequence[Watched[Any]]) -> None:

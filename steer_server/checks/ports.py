@@ -27,6 +27,8 @@ def check_ports(config: ServerConfig) -> Iterator[Finding]:
 def addresses(config: ServerConfig) -> dict[str, str]:
     """HOST:PORT of everything that is to listen, by the flag that names it."""
     found = {"--listen": config.listen}
+    if config.admin_listen is not None:
+        found["--admin-listen"] = config.admin_listen
     if config.metrics_port:
         found["--metrics-port"] = f"{config.metrics_host}:{config.metrics_port}"
     if config.http_port:

@@ -19,7 +19,6 @@ _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 class ConnectionLimits:
     """Filled from the configuration."""
 
-    most: int
     patience: float
     """Seconds for the head of a request, and for what was answered to be taken."""
     idle: float
@@ -38,9 +37,6 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called by the transport."""
         super().connection_made(transport)
-        if len(self.connections) > self._limits.most:
-            transport.abort()
-            return
         _keep_alive(transport.get_extra_info("socket"))
         self.app_state = {"abort": transport.abort}
         self._end_in(self._limits.patience)

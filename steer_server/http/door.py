@@ -26,12 +26,15 @@ from steer_server.http.contract import contract_methods
 from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler
 from steer_server.http.errors import error_body
 from steer_server.http.exchange import encode
+from steer_server.http.listener import HttpListener
 from steer_server.http.openai.paths import OpenAIPaths
 from steer_server.http.origin import Gate
 from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
 from steer_server.rpc.parts import ServerParts
 
+_OTHER = "other"
+"""What metrics call every path that is not there."""
 _MAX_HEAD_BYTES = 16 << 10
 _MODEL = "/steering.v1.GenerationService/GetModelInfo"
 _COMPARE = "/steering.v1.GenerationService/Compare"
@@ -72,17 +75,23 @@ class HttpDoor:
         )
         settings.load()
         self._state = ServerState()
-        limits = ConnectionLimits(parts.max_connections, parts.config.client_patience, parts.config.connection_idle)
-        connect = partial(Connection, settings, self._state, limits)
+        limits = ConnectionLimits(parts.config.client_patience, parts.config.connection_idle)
+        certificates = parts.certificates
+        self._listener = HttpListener(
+            partial(Connection, settings, self._state, limits),
+            lambda: None if certificates is None else certificates.value.context,
+            lambda shaking: shaking + len(self._state.connections) < parts.max_connections,
+            handshake=parts.config.client_patience,
+        )
         try:
-            self._server = await asyncio.get_running_loop().create_server(connect, self._host, self.port)
+            self.port = await self._listener.start(self._host, self.port)
         except OSError as error:
             raise StartupError(f"cannot serve HTTP on {self._host}:{self.port}: {error.strerror}") from error
-        self.port = int(self._server.sockets[0].getsockname()[1])
+        parts.metrics.connections("http").set_function(lambda: len(self._state.connections))
 
     async def stop(self, seconds: float) -> None:
         """Takes no more connections, and ends those that there are after so many seconds for last writes."""
-        self._server.close()
+        self._listener.close()
         for connection in list(self._state.connections):
             connection.shutdown()
         deadline = time.monotonic() + seconds
@@ -153,4 +162,6 @@ async def _refuse(rules: CallRules, request: Request, error: Exception) -> Respo
         )
     except RefusedError as found:
         refused = found
+    rules.metrics.http_requests.labels(_OTHER, str(refused.status)).inc()
+    rules.metrics.errors.labels(_OTHER, refused.code).inc()
     return Response(encode(error_body(refused)), refused.status, dict(refused.headers), media_type="application/json")

@@ -48,11 +48,14 @@ def count_connections(port: int) -> int:
     return count
 
 
-async def watch_connections(count: Callable[[], int], most: int, *, every: float = 2.0) -> None:
-    """Warns, once each time, when nearly as many are open as may be. Runs until it is cancelled."""
+async def watch_connections(
+    count: Callable[[], int], most: int, *, every: float = 2.0, show: Callable[[int], None] = lambda _: None
+) -> None:
+    """Shows how many are open, and warns, once each time, when it is nearly as many as may be. Runs until cancelled."""
     warned = False
     while True:
         found = await asyncio.to_thread(count)
+        show(found)
         is_near = found >= _NEAR * most
         if is_near and not warned:
             log.warning("nearly all connections are taken", connections=found, max_connections=most)

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from steer_server.access.certificates import Certificates
 from steer_server.access.control import AccessControl
+from steer_server.access.watched import Watched
 from steer_server.config import ServerConfig
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
@@ -28,6 +30,8 @@ class ServerParts:
     registry: Registry
     metrics: Metrics
     access: AccessControl
+    certificates: Watched[Certificates] | None
+    """None: no TLS."""
     admission: Admission
     calls: CallLimit
     """Of the methods of this contract, whichever door they come by."""

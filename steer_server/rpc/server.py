@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -25,9 +25,8 @@ from steering.v1 import (
 )
 
 from steer_server.access.control import AccessControl
-from steer_server.access.setup import open_tokens
-from steer_server.access.token_file import TokenTable
-from steer_server.access.watched import Watched, watch
+from steer_server.access.setup import AccessFiles, open_access
+from steer_server.access.watched import watch
 from steer_server.admin.operator_admin import OperatorAdmin
 from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
@@ -40,6 +39,7 @@ from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
 from steer_server.rpc.connections import count_connections, room_for_connections, watch_connections
 from steer_server.rpc.interceptors import CallInterceptor
+from steer_server.rpc.listener import open_listener
 from steer_server.rpc.operator_admin import ADMIN_SERVICE, OperatorAdminService
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
@@ -52,6 +52,24 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
+_LIMITS = (
+    "client_patience",
+    "connection_age",
+    "connection_idle",
+    "grace",
+    "max_arms",
+    "max_artifact_bytes",
+    "max_calls",
+    "max_calls_per_connection",
+    "max_dose",
+    "max_queue",
+    "max_running",
+    "max_time",
+    "max_tokens",
+    "max_total_tokens",
+    "operator_memory",
+)
+"""Settings that metrics show, in seconds, bytes, or numbers of things; those that are not set are left out."""
 _LAST_SPANS = 2.0
 """Seconds for what has been traced to be sent."""
 _LAST_WRITES = 0.2
@@ -66,8 +84,8 @@ class SteerServer:
     registry: Registry
     config: ServerConfig
     doors: Sequence[Door] = ()
-    tokens: Watched[TokenTable] | None = None
-    """None: those of the configuration, if any."""
+    access_files: AccessFiles | None = None
+    """None: those of the configuration."""
     tracing: Tracing = NO_TRACING
     admin: OperatorAdmin | None = None
     """None: clients change nothing."""
@@ -76,7 +94,9 @@ class SteerServer:
 
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
-        most = room_for_connections(self.config.max_connections, doors=1 + len(self.doors))
+        most = room_for_connections(
+            self.config.max_connections, doors=1 + bool(self.config.admin_listen) + len(self.doors)
+        )
         metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
         services = self._services = SERVICES if self.admin is None else (*SERVICES, ADMIN_SERVICE)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -91,36 +111,36 @@ class SteerServer:
         calls = self._calls = CallLimit(self.config.max_calls)
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
         limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(services), calls))
-        tokens = self.tokens or open_tokens(self.config)
-        access = AccessControl(tokens)
-        files = [] if tokens is None else [tokens]
-        metrics.add_access(access, files)
-        self._server = grpc.aio.server(
-            interceptors=[
-                CallInterceptor(
-                    metrics, admission, limits, access, patience=self.config.client_patience, tracing=self.tracing
-                )
-            ],
-            options=channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes),
-        )
+        files = self.access_files or open_access(self.config)
+        access = AccessControl(files.tokens, admin_listener=self.config.admin_listen or "")
+        metrics.add_access(access, files.watched)
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         operators = OperatorService(self.registry)
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
-        operators_pb2_grpc.add_OperatorServiceServicer_to_server(operators, self._server)
         behaviours: dict[str, object] = dict(zip(SERVICES, (generation, operators), strict=True))
+        self._health = health.aio.HealthServicer()
+        added: list[Callable[[grpc.aio.Server], object]] = [
+            partial(generation_pb2_grpc.add_GenerationServiceServicer_to_server, generation),
+            partial(operators_pb2_grpc.add_OperatorServiceServicer_to_server, operators),
+            partial(health_pb2_grpc.add_HealthServicer_to_server, self._health),
+            partial(reflection.enable_server_reflection, names),
+        ]
         if self.admin is not None:
             admin = OperatorAdminService(self.admin, patience=self.config.client_patience)
-            operator_admin_pb2_grpc.add_OperatorAdminServiceServicer_to_server(admin, self._server)
+            added.append(partial(operator_admin_pb2_grpc.add_OperatorAdminServiceServicer_to_server, admin))
             behaviours[ADMIN_SERVICE] = admin
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(names, self._server)
-        try:
-            port = self._server.add_insecure_port(self.config.listen)
-        except RuntimeError as error:
-            raise StartupError(
-                f"cannot listen on {self.config.listen}: the port is in use, or this is no HOST:PORT of this machine"
-            ) from error
+        options = channel_options(self.config, max_connections=most, max_message_bytes=admission.max_received_bytes)
+        intercept = partial(CallInterceptor, metrics, admission, limits, access, tracing=self.tracing)
+        self._listeners = [
+            open_listener(
+                address,
+                intercept(patience=self.config.client_patience, is_admin=is_admin),
+                options,
+                added,
+                files.certificates,
+            )
+            for address, is_admin in ((self.config.listen, False), (self.config.admin_listen, True))
+            if address is not None
+        ]
         if self.config.metrics_port:
             await self._serve_metrics()
         parts = ServerParts(
@@ -129,6 +149,7 @@ class SteerServer:
             self.registry,
             metrics,
             access,
+            files.certificates,
             admission,
             calls,
             behaviours,
@@ -137,13 +158,16 @@ class SteerServer:
         )
         for door in self.doors:
             await door.start(parts)
-        await self._server.start()
+        for listener in self._listeners:
+            await listener.server.start()
         for service in ("", *services):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self._is_serving = True
-        counting = partial(count_connections, port)
-        self._watching = [asyncio.ensure_future(each) for each in (watch_connections(counting, most), watch(files))]
-        return int(port)
+        port = self._listeners[0].port
+        counting, show = partial(count_connections, port), metrics.connections("grpc").set
+        watching = (watch_connections(counting, most, show=show), watch(files.watched))
+        self._watching = [asyncio.ensure_future(each) for each in watching]
+        return port
 
     async def _serve_metrics(self) -> None:
         host, port = self.config.metrics_host, self.config.metrics_port
@@ -169,7 +193,10 @@ class SteerServer:
         await self.engine.close()
         await self._idle_until(deadline)
         # Calls without an end of their own (a health Watch) are not waited for.
-        await asyncio.gather(self._server.stop(_LAST_WRITES), *(door.stop(_LAST_WRITES) for door in self.doors))
+        await asyncio.gather(
+            *(listener.server.stop(_LAST_WRITES) for listener in self._listeners),
+            *(door.stop(_LAST_WRITES) for door in self.doors),
+        )
         await self.tracing.close(_LAST_SPANS)
         if self._http is not None:
             self._http.close()
@@ -210,8 +237,8 @@ def _methods(services: Iterable[str]) -> list[str]:
 
 
 def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
-    names = ("max_queue", "max_calls", "max_calls_per_connection", "max_arms", "max_dose", "operator_memory")
-    return {name: getattr(config, name) for name in names} | {"max_connections": max_connections}
+    given = {name: getattr(config, name) for name in _LIMITS}
+    return {name: value for name, value in given.items() if value is not None} | {"max_connections": max_connections}
 
 
 def _on_signal(number: signal.Signals, stopped: asyncio.Event) -> None:

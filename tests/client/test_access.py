@@ -64,6 +64,17 @@ async def test_every_method_sends_the_token_and_the_metadata_with_each_of_its_re
     assert TOKEN not in out.read_text(encoding="utf-8")
 
 
+async def test_a_call_that_belongs_to_a_trace_has_its_token_too(fake, monkeypatch):
+    monkeypatch.setattr("steer_client._channel.trace_metadata", lambda: (("traceparent", "00-1-2-01"),))
+    with SteerClient(fake.target, token=TOKEN) as client:
+        client.tokenize("x")
+        list(client.stream("x"))
+    async with AsyncSteerClient(fake.target, token=TOKEN) as client:
+        await client.tokenize("x")
+    assert sent(fake) == [f"Bearer {TOKEN}"] * 3
+    assert [each["traceparent"] for each in fake.metadata] == ["00-1-2-01"] * 3
+
+
 def test_a_function_is_asked_for_the_token_before_each_attempt(fake, make):
     tokens = iter([TOKEN, RENEWED, RENEWED])
     fake.refusals = [make.fault(C.RESOURCE_EXHAUSTED, "60 requests per minute", "RATE_LIMITED", retry_after=0.05)]

@@ -119,3 +119,12 @@ def test_the_command_prints_a_line_each_and_says_so_by_its_status(config, tmp_pa
     run = CliRunner().invoke(app, [*flags, "--max-queue", "0", "--max-arms", "0"])
     assert run.exit_code == 2
     assert [line.split(":")[1].strip() for line in run.stdout.splitlines()] == ["max_queue", "max_arms"]
+
+
+def test_an_address_for_all_without_tls_and_certificates_that_cannot_be_used_are_problems(config, tmp_path):
+    key = tmp_path / "key.pem"
+    key.write_text("no key")
+    problems = dict(_problems(config(listen="0.0.0.0:0", tls_cert=key, tls_key=key)))
+    assert problems.keys() == {"access", "certificates"}
+    assert "--tokens is missing" in problems["access"]
+    assert f"{key} cannot be used" in problems["certificates"]

@@ -63,7 +63,7 @@ class AsyncSteerClient(Methods, Asynchronous):
                 self._channel = grpc.aio.insecure_channel(self.target, options=options)
             else:
                 self._channel = grpc.aio.secure_channel(self.target, credentials, options=options)
-            self._open_stubs = Stubs(self._channel)
+            self._open_stubs = Stubs(self._channel, self._access.metadata.of_call)
         return self._open_stubs
 
     async def _disconnect(self) -> None:
@@ -75,7 +75,7 @@ class AsyncSteerClient(Methods, Asynchronous):
         send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
         while True:
             try:
-                answer = await send(call.request, timeout=retries.timeout, metadata=self._access.metadata.of_call())
+                answer = await send(call.request, timeout=retries.timeout)
             except grpc.RpcError as error:
                 failure = self._translate(error, timeout=seconds)
                 pause = retries.pause_after(failure)

@@ -6,7 +6,7 @@ import ipaddress
 import json
 import os
 import re
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Final
 
 import grpc
@@ -54,7 +54,11 @@ _ROUND_ROBIN: Final = {
 class Stubs:
     """The contract's services over one channel, sync or async."""
 
-    def __init__(self, channel: grpc.Channel | grpc.aio.Channel) -> None:
+    def __init__(
+        self, channel: grpc.Channel | grpc.aio.Channel, metadata: Callable[[], tuple[tuple[str, str], ...]]
+    ) -> None:
+        """`metadata` is asked before each call for what is sent beside it."""
+        self._metadata = metadata
         self._services: dict[str, Any] = {
             "generation": generation_pb2_grpc.GenerationServiceStub(channel),
             "operators": operators_pb2_grpc.OperatorServiceStub(channel),
@@ -63,9 +67,19 @@ class Stubs:
         }
 
     def method(self, service: str, method: str) -> Any:
-        """The callable that sends a request to `method`, a name in the contract, as a part of the active trace."""
-        send, metadata = getattr(self._services[service], method), trace_metadata()
-        return partial(send, metadata=metadata) if metadata else send
+        """The callable that sends a request to `method`, a name in the contract, as a part of the active trace.
+
+        Where the client's own metadata name a trace, of that one. It takes the request and `timeout`, in seconds.
+        """
+        send, trace = getattr(self._services[service], method), trace_metadata()
+
+        def call(request: Any, *, timeout: float | None) -> Any:
+            given = self._metadata()
+            names = {name for name, _ in given}
+            traced = () if names.intersection(name for name, _ in trace) else trace
+            return send(request, timeout=timeout, metadata=(*given, *traced))
+
+        return call
 
 
 def target_or_default(target: str | None) -> str:

@@ -363,11 +363,7 @@ class Methods(AdminMethods):
 
     def _start(self, call: calls.Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
         seconds = self._seconds(timeout)
-        method, metadata = self._stubs().method("generation", call.method), self._access.metadata
-
-        def send(*, timeout: float | None) -> Any:
-            return method(call.request, timeout=timeout, metadata=metadata.of_call())
-
+        send = partial(self._stubs().method("generation", call.method), call.request)
         translate = partial(self._translate, timeout=seconds)
         return StartedCall(send, call.reducer, translate, Retries(seconds, enabled=self._retry))
 

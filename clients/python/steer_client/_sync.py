@@ -62,7 +62,7 @@ class SteerClient(Methods, Blocking):
             self._channel = grpc.insecure_channel(self.target, options=options)
         else:
             self._channel = grpc.secure_channel(self.target, credentials, options=options)
-        self._open_stubs = Stubs(self._channel)
+        self._open_stubs = Stubs(self._channel, self._access.metadata.of_call)
 
     def _pool(self) -> ThreadPool:
         return ThreadPool()
@@ -80,7 +80,7 @@ class SteerClient(Methods, Blocking):
         send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
         while True:
             try:
-                answer = send(call.request, timeout=retries.timeout, metadata=self._access.metadata.of_call())
+                answer = send(call.request, timeout=retries.timeout)
             except grpc.RpcError as error:
                 failure = self._translate(error, timeout=seconds)
                 pause = retries.pause_after(failure)

@@ -21,8 +21,8 @@ class DecodeRoom:
     def __init__(self, max_running: int, memory: DecodeMemory | None) -> None:
         self._max_running, self._memory = max_running, memory
         self._running = 0
-        self._taken = 0
-        """Bytes."""
+        self.taken = 0
+        """Bytes. Any thread may ask."""
 
     @property
     def share(self) -> int:
@@ -33,17 +33,17 @@ class DecodeRoom:
         """Whether the job can begin; its client has ``mine`` running."""
         if self._running >= self._max_running or mine >= self.share:
             return False
-        return self._memory is None or self._memory.fits(job.need, self._taken, has_others=mine > 0)
+        return self._memory is None or self._memory.fits(job.need, self.taken, has_others=mine > 0)
 
     def add(self, job: _Needing) -> None:
         """A job begins."""
         self._running += 1
-        self._taken += job.need
+        self.taken += job.need
 
     def remove(self, job: _Needing) -> None:
         """It has ended."""
         self._running -= 1
-        self._taken -= job.need
+        self.taken -= job.need
 
     def empty(self) -> DecodeRoom:
         """The same without jobs."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -25,6 +26,7 @@ from steer_server.engine.hf.queue import JobQueue, QueuedJob
 from steer_server.engine.hf.rope_limit import check_rope
 from steer_server.engine.hf.running_job import RunningJob
 from steer_server.engine.hf.turns import FairTurns
+from steer_server.engine.memory_metrics import MemoryCollector, MemoryUse
 from steer_server.engine.prompts import PromptReader, check_sampled_ids
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.work import WorkDone
@@ -56,8 +58,15 @@ class HFEngine:
         """
         self._model = describe_model(loaded, engine="hf")
         self._loaded = loaded
-        self._operators = PreparedOperatorCache(loaded.device, budget=operator_memory)
-        self._queue = JobQueue(max_queue, max_running=max_running, memory=DecodeMemory.of(loaded, decode_memory))
+        operators = self._operators = PreparedOperatorCache(loaded.device, budget=operator_memory)
+        memory = DecodeMemory.of(loaded, decode_memory)
+        queue = self._queue = JobQueue(max_queue, max_running=max_running, memory=memory)
+        self._memory = MemoryCollector(
+            {
+                "operators": MemoryUse(lambda: operators.num_bytes, operator_memory),
+                "decode": MemoryUse(lambda: queue.memory, memory.budget),
+            }
+        )
         self._turns: FairTurns[RunningJob] = FairTurns(lambda job: (*job.queued.job.caller.client, job))
         self._paused: list[RunningJob] = []
         self._work, self._failure = WorkDone(), Failure()
@@ -122,9 +131,9 @@ class HFEngine:
         return self._queue.put(job)
 
     @property
-    def collectors(self) -> tuple[()]:
-        """None: the server's own metrics cover this engine."""
-        return ()
+    def collectors(self) -> Sequence[MemoryCollector]:
+        """Of memory; the rest is covered by the server's own metrics."""
+        return (self._memory,)
 
     @property
     def work(self) -> WorkDone:

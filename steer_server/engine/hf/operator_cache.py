@@ -23,6 +23,8 @@ class PreparedOperatorCache:
         self._device = device
         self._budget, self._max_kept = budget, max_kept
         self._operators: OrderedDict[str, PreparedOperator] = OrderedDict()
+        self.num_bytes = 0
+        """That they take now. Any thread may ask."""
 
     def __len__(self) -> int:
         return len(self._operators)
@@ -32,15 +34,15 @@ class PreparedOperatorCache:
         digest = application.artifact.digest
         if digest not in self._operators:
             try:
-                self._operators[digest] = prepare(application.artifact, self._device)
+                prepared = self._operators[digest] = prepare(application.artifact, self._device)
             except SteeringError as error:
                 raise SteeringNotAppliedError(f"{application.name}: {error}") from error
+            self.num_bytes += prepared.nbytes
         self._operators.move_to_end(digest)
         return self._operators[digest]
 
     def trim(self) -> None:
         """Drops operators until the others are within the budget."""
-        taken = sum(operator.nbytes for operator in self._operators.values())
-        while self._operators and (taken > self._budget or len(self._operators) > self._max_kept):
+        while self._operators and (self.num_bytes > self._budget or len(self._operators) > self._max_kept):
             _, dropped = self._operators.popitem(last=False)
-            taken -= dropped.nbytes
+            self.num_bytes -= dropped.nbytes

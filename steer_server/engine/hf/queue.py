@@ -87,14 +87,19 @@ class QueuedJob:
             return FinishReason.TIME_LIMIT
         return None
 
-    def post(self, message: Message) -> None:
-        """Sends a message to the stream. Called by the decoding thread."""
+    def post(self, *messages: Message) -> None:
+        """Sends messages to the stream. Called by the decoding thread."""
         try:
-            self._loop.call_soon_threadsafe(self._outbox.put, message)
-            self._loop.call_soon_threadsafe(self._taken.set)
+            # Once for all of a turn: waking the event loop costs the thread a wait for the interpreter.
+            self._loop.call_soon_threadsafe(self._receive, messages)
         except RuntimeError:
             # The event loop is closed, and with it the stream.
             self._cancelled.set()
+
+    def _receive(self, messages: tuple[Message, ...]) -> None:
+        for message in messages:
+            self._outbox.put(message)
+        self._taken.set()
 
 
 class JobQueue:
@@ -120,6 +125,11 @@ class JobQueue:
     def undelivered(self) -> int:
         """Jobs that have been decoded, and whose readers have not taken all of it."""
         return self._jobs.undelivered
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the jobs take that are being decoded. Any thread may ask."""
+        return self._room.taken
 
     @property
     def is_closed(self) -> bool:

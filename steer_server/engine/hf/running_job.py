@@ -31,9 +31,10 @@ class RunningJob:
         """
         read = self._decoder.num_prompt_tokens_read
         generated = [0, 0]
-        for event in next(self._turns):
+        events = tuple(next(self._turns))
+        for event in events:
             if isinstance(event, TokenEvent) and not self.queued.job.forced_ids:
                 generated[self.queued.job.rows[event.row].plan is not None] += 1
             self._num_rows -= isinstance(event, RowFinished)
-            self.queued.post(event)
+        self.queued.post(*events)
         return self._decoder.num_prompt_tokens_read - read, generated[0], generated[1]

@@ -22,6 +22,7 @@ from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from steer_server.engine.describe import describe_model
 from steer_server.engine.fair_queue import FairQueue
+from steer_server.engine.memory_metrics import MemoryCollector, MemoryUse
 from steer_server.engine.prompts import PromptReader
 from steer_server.engine.reference import EmbeddingRows, EmbedIds
 from steer_server.engine.special_stops import special_stops
@@ -154,8 +155,9 @@ class VLLMEngine:
 
     @property
     def collectors(self) -> Sequence[Any]:
-        """vLLM's own metrics."""
-        return (REGISTRY,)
+        """vLLM's own metrics, and what steering takes of its memory in each worker."""
+        cache = self._operator_cache
+        return (REGISTRY, MemoryCollector({"operators": MemoryUse(lambda: cache.num_bytes, self._operator_memory)}))
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """See :meth:`steer_server.engine.base.Engine.encode`."""

@@ -80,8 +80,8 @@ class OperatorCache:
 
     @property
     def num_bytes(self) -> int:
-        """What the operators take in each worker."""
-        return sum(self._sizes.values())
+        """What the operators take in each worker. Any thread may ask."""
+        return sum(tuple(self._sizes.values()))
 
     async def load(self, artifacts: Iterable[OperatorArtifact]) -> None:
         """Returns when all of them are in the workers, and what is kept beside them leaves room for what is reserved.

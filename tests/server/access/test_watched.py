@@ -54,6 +54,9 @@ def test_what_cannot_be_used_is_said_and_what_there_was_stays(path):
     look_twice(file)
     assert file.value == 1
     assert "invalid literal" in file.problem
+    path.write_bytes(b"2" + b" " * (1 << 20))
+    look_twice(file)
+    assert "has more than 1048576 bytes" in file.problem
     path.unlink()
     look_twice(file)
     assert file.value == 1

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 from dataclasses import dataclass, field
 
 import pytest
@@ -146,9 +147,11 @@ class Doorway:
     port: int
     target: str = ""
     """Of gRPC."""
+    tls: ssl.SSLContext | None = None
+    """Of whoever asks over HTTP."""
 
     async def open(self):
-        return await asyncio.open_connection("127.0.0.1", self.port)
+        return await asyncio.open_connection("127.0.0.1", self.port, ssl=self.tls)
 
     async def send(self, data: bytes) -> Answer:
         """The first answer to some bytes."""

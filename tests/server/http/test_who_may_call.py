@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from hashlib import sha256
 
 import grpc
@@ -67,6 +68,12 @@ def methods():
     pool = descriptor_pool.Default()
     names = (*SERVICES, ADMIN_SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
     return {f"/{name}/{each.name}": each for name in names for each in pool.FindServiceByName(name).methods}
+
+
+def http_paths():
+    """Every path over HTTP, and the method whose scope it needs."""
+    ours = [path for path, each in methods().items() if path.startswith("/steering.") and not each.client_streaming]
+    return PATHS | {f"/api/{path.rpartition('/')[2]}": path for path in ours}
 
 
 async def call(channel, path, data: bytes, token: str | None):
@@ -140,9 +147,7 @@ async def test_over_grpc_each_call_is_served_or_refused_by_its_token(guarded, sc
 
 @pytest.mark.parametrize("scope", SCOPES)
 async def test_over_http_each_call_is_served_or_refused_by_its_token(guarded, scope):
-    ours = [path for path, each in methods().items() if path.startswith("/steering.") and not each.client_streaming]
-    paths = PATHS | {f"/api/{path.rpartition('/')[2]}": path for path in ours}
-    for path, method in paths.items():
+    for path, method in http_paths().items():
         verb = "GET" if path in ("/api/model", "/api/operators") or path.startswith("/v1/models") else "POST"
         for kind, token, refusal in cases(scope):
             answer = await guarded.ask(verb, path, b"{no json" if verb == "POST" else None, **bearer(token))
@@ -221,3 +226,27 @@ async def test_log_and_metrics_know_the_token_by_its_name(guarded, logged):
     assert registry.get_sample_value("steer_token_calls_total", {"token": "generate"}) == 1
     assert registry.get_sample_value("steer_access_refusals_total", {"cause": "no token"}) == 1
     assert registry.get_sample_value("steer_access_file_problem", {"file": "tokens"}) == 0
+
+
+async def test_with_a_listener_for_admin_calls_they_are_served_there_and_nowhere_else(start, tmp_path):
+    path = tmp_path / "tokens.toml"
+    path.write_text(entry("all", SCOPES))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        admin = f"127.0.0.1:{probe.getsockname()[1]}"
+    server = await start(tokens=path, admin_listen=admin, operator_admin=True)
+    token = token_of("all")
+    async with grpc.aio.insecure_channel(server.target) as main, grpc.aio.insecure_channel(admin) as other:
+        for method, scope in RPC_SCOPES.items():
+            for channel, is_served in ((main, scope != "admin"), (other, scope == "admin")):
+                code, words = await call(channel, method, NO_MESSAGE, token)
+                refused = not is_served and method.startswith("/steering.")
+                assert (code is grpc.StatusCode.PERMISSION_DENIED) == refused, (method, words)
+                assert (admin in words) == (refused and scope == "admin")
+                # The admin listener asks for a token as the main one does.
+                if scope != "open":
+                    code, _ = await call(channel, method, NO_MESSAGE, None)
+                    wanted = {grpc.StatusCode.PERMISSION_DENIED} if refused else {grpc.StatusCode.UNAUTHENTICATED}
+                    assert code in wanted
+    assert (await server.post("/api/ReloadOperators", **bearer(token))).status == 403
+    assert (await server.get("/api/model", **bearer(token))).status == 200

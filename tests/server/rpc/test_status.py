@@ -40,9 +40,12 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
         {"name": "swapped", "metadata": {"requested": "sha256:1", "served": "sha256:2"}},
     ),
     errors.QueueFullError("32 requests wait already", 2.25): (steer_client.ServerBusyError, {"retry_after": 2.25}),
-    # The SDK knows the two by their codes.
-    errors.UnauthenticatedError("the token is not accepted", cause="unknown token"): (steer_client.ServerError, {}),
-    errors.PermissionDeniedError("needs the scope admin", cause="scope"): (steer_client.ServerError, {}),
+    errors.UnauthenticatedError("the token is not accepted", cause="unknown token"): (
+        steer_client.UnauthenticatedError,
+        # A client without a token says where it could have one from.
+        {"says more": True},
+    ),
+    errors.PermissionDeniedError("needs the scope admin", cause="scope"): (steer_client.PermissionDeniedError, {}),
     errors.RateLimitedError("too often", 2.25, cause="requests per minute"): (
         steer_client.ServerBusyError,
         {"retry_after": 2.25},
@@ -140,7 +143,8 @@ def _details(caught, kind):
 def _check(error, caught):
     kind, expected = ERRORS[error]
     assert type(caught) is kind
-    assert str(caught) == str(error)
+    assert str(caught).startswith(str(error))
+    assert str(caught) == str(error) or "says more" in expected
     assert (caught.code, caught.reason) == TABLE[type(error)]
     assert _details(caught, error_details_pb2.ErrorInfo).domain == DOMAIN
     for name in ("field", "retry_after", "metadata"):

@@ -130,6 +130,18 @@ async def test_a_call_of_the_sdk_is_one_trace_through_queue_and_engine(traced, l
     }
 
 
+async def test_metadata_of_the_callers_own_goes_along_and_may_name_another_trace(traced):
+    target = traced.client.target
+    with TracerProvider().get_tracer("a program").start_as_current_span("experiment") as outer:
+        for metadata in ({"x-proxy": "hush"}, {"traceparent": PARENT}):
+            async with AsyncSteerClient(target, metadata=metadata) as client:
+                await client.model_info()
+    ours, theirs = traced.spans()["steering.v1.GenerationService/GetModelInfo"]
+    assert ours.parent.span_id == outer.get_span_context().span_id
+    assert f"{theirs.context.trace_id:032x}" in PARENT
+    assert "hush" not in ours.to_json()
+
+
 async def test_every_text_of_a_comparison_and_every_arm_of_a_score_has_a_span(traced, llama):
     arms = {"private arm": [OperatorUse("golden", 0.4)], "cold": [OperatorUse("golden", -0.2)]}
     await traced.client.compare(SECRET, arms=arms, sampling=SamplingParams(max_tokens=3, ignore_eos=True), n=2)
