@@ -10,7 +10,7 @@ ARG PIP_EXTRA_INDEX_URL=
 ARG PIP_FIND_LINKS=
 ARG PIP_NO_INDEX=
 # Of the wheel that is made here.
-ARG SOURCE_DATE_EPOCH=0
+ARG SOURCE_DATE_EPOCH=315532800
 # pip reads them from here; an empty one is none. Not every builder hands an ARG to the stages that are made from its own.
 ENV PIP_EXTRA_INDEX_URL=${PIP_EXTRA_INDEX_URL} \
     PIP_FIND_LINKS=${PIP_FIND_LINKS} \
@@ -51,12 +51,13 @@ COPY steer_server steer_server
 COPY clients clients
 COPY protos protos
 RUN /opt/tools/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /wheel . \
-    && /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --no-deps --root /staged /wheel/*.whl \
+    && /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --no-deps --no-warn-script-location \
+        --root /staged /wheel/*.whl \
     && /opt/steer/bin/python -m compileall -q --invalidation-mode unchecked-hash -s /staged -p / /staged
 
 # What both images are, but for /opt/steer.
 FROM ${BASE} AS base
-ARG SOURCE_DATE_EPOCH=0
+ARG SOURCE_DATE_EPOCH=315532800
 # A fixed uid, so that the owner of a mounted volume can be set from outside.
 RUN groupadd --gid 10001 steer \
     && useradd --uid 10001 --gid steer --no-log-init --home-dir /var/lib/steer --shell /usr/sbin/nologin steer \

@@ -10,7 +10,8 @@
 #                      Python, which mmdebstrap makes in FOLDER/base.tar from the mirror that MIRROR names, if any
 #   IMAGE              the name (steering-operators), tagged with the version and as latest
 #   PYTHON             Python 3.11 (python3)
-#   SOURCE_DATE_EPOCH  the time of every file (that of the last commit)
+#   SOURCE_DATE_EPOCH  the time of every file (1980, the earliest that a wheel can have): where it is always the same, a
+#                      layer changes only with what is in it
 # FOLDER then holds image.oci.tar, sbom.cdx.json, debian.txt and report.txt.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -21,7 +22,7 @@ folder=$(mkdir -p "${1-dist/image}" && cd "${1-dist/image}" && pwd)
 image=${IMAGE-steering-operators}
 python=${PYTHON-python3}
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
-export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH-$(git log -1 --format=%ct)}
+export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH-315532800}
 export CONTAINERS_CONF=${CONTAINERS_CONF-$PWD/deploy/image/containers.conf}
 
 say() { echo "build.sh: $*" >&2; }
@@ -42,7 +43,9 @@ make_image() {
     shift 2
     podman build --quiet --format docker --network none --timestamp "$SOURCE_DATE_EPOCH" --tag "$name" \
         --volume "$folder/wheels:/wheels:ro" --build-arg "BASE=$base" --build-arg PIP_FIND_LINKS=/wheels \
-        --build-arg PIP_NO_INDEX=1 --build-arg "SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH" "$@" .
+        --build-arg PIP_NO_INDEX=1 --build-arg "SOURCE_DATE_EPOCH=$SOURCE_DATE_EPOCH" \
+        --label "org.opencontainers.image.version=$version" \
+        --label "org.opencontainers.image.revision=$(git describe --always --dirty --exclude '*')" "$@" .
 }
 
 # An image of nothing but the files of $1, by the name $2.
