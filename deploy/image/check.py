@@ -27,8 +27,6 @@ HERE = Path(__file__).resolve().parent
 PORT = 50151
 TEXT = "The golden light of the afternoon lay on the sea"
 LOCKED = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "all", "--security-opt", "no-new-privileges"]
-# podman leaves the clock of healthchecks to systemd, which may not run here.
-LOCKED += ["--health-interval", "disable"]
 COMPILERS = {"as", "c++", "cc", "clang", "g++", "gcc", "ld", "make", "nvcc", "rustc"}
 SETTINGS = os.environ | {"CONTAINERS_CONF": os.environ.get("CONTAINERS_CONF", str(HERE / "containers.conf"))}
 
@@ -119,7 +117,8 @@ def check_server(image: str, mounts: list[str], insecure: tuple[str, ...]) -> No
         require(status["Uid"].split() == ["10001"] * 4, "process 1 is user 10001")
         require(int(status["CapEff"], 16) == 0 and status["NoNewPrivs"] == "1", "it has no capability")
         processes = podman("top", container, "pid", "args").splitlines()[1:]
-        require(len(processes) == 1, "it is one process", processes)
+        others = [line for line in processes if not line.startswith("1 ") and "render_chat" not in line]
+        require(not others, "the server is process 1; another one renders chat templates, and no more run", others)
         require(True, "memory", f"{status['VmRSS']} resident, {status['VmHWM']} at most")
         for folder in ("/", "/opt/steer", "/etc"):
             refused = podman("exec", container, "touch", f"{folder}/written", check=False)
