@@ -131,7 +131,7 @@ class ServerConfig(BaseModel):
     )
     """Larger files in the store are not read; bytes, or a size such as 4GiB."""
     operator_admin: bool = False
-    """Lets clients upload, load, unload and delete operators."""
+    """Lets clients upload, build, load, unload and delete operators."""
     max_uploads: Annotated[int, Shown("uploads")] = Field(default=4, ge=1)
     """Unfinished ones at once."""
     max_upload_bytes: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
@@ -140,6 +140,18 @@ class ServerConfig(BaseModel):
     """What unfinished uploads may take of the store's disk together; bytes, or a size such as 8GiB."""
     upload_age: Annotated[float, _Seconds] = Field(default=3600.0, gt=0, le=1e6)
     """For which an unfinished upload is kept of which nothing comes."""
+    max_builds: Annotated[int, Shown("builds")] = Field(default=1, ge=1)
+    """Of operators, at once, each in a process of its own."""
+    max_waiting_builds: Annotated[int, Shown("builds")] = Field(default=8, ge=1)
+    """More are refused, with a hint when to try again."""
+    build_memory: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
+        default=4 << 30, ge=256 << 20
+    )
+    """What the process of a build may take, the model included; bytes, or a size such as 4GiB."""
+    build_time: Annotated[float, _Seconds] = Field(default=3600.0, gt=0, le=1e6)
+    """What a build may take."""
+    build_threads: Annotated[int, Shown("threads")] = Field(default=1, ge=1)
+    """Of a build, which runs on the CPU at a low priority."""
     operator_memory: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
         default=OPERATOR_MEMORY, ge=1 << 20
     )
@@ -153,6 +165,9 @@ class ServerConfig(BaseModel):
     until there is room, and one that needs more is refused."""
     traces: bool = False
     """Traces calls for OpenTelemetry, and sends that as its own OTEL_EXPORTER_OTLP_ENDPOINT and others say."""
+    drain_delay: Annotated[float, _Seconds] = Field(default=0.0, ge=0, le=1e6)
+    """For which a server that is stopped says that it does not serve and yet takes new calls, so that load balancers
+    hear of it first; it is not part of the grace."""
     grace: Annotated[float, _Seconds] = Field(default=10.0, ge=0)
     """What running requests get when the server is stopped."""
     tokens: Annotated[Path | None, Shown(default="nobody needs one")] = None

@@ -18,11 +18,13 @@ SteerServerError
 ├── OperatorExistsError         the name is taken, and nothing says that it may be replaced
 ├── OperatorChangedError        the store has another version than the one that the request expects
 ├── UnknownUploadError          no such upload is unfinished
+├── UnknownBuildError           no such build waits or runs, or is remembered
 ├── UploadOffsetError           an upload goes on elsewhere than where it was left
 ├── EngineFailedError           the engine broke while it worked on this request
 ├── TimeLimitError              the time limit ran out, and half a result is none
 ├── RequestIncompleteError      the client took too long to send its request
 ├── SlowReaderError             the client took too long to read its answer
+├── LoadingError                the server does not serve yet; says when to try again
 ├── ShuttingDownError           the server is stopping
 └── UnimplementedError          a method that this server does not offer
 
@@ -204,6 +206,15 @@ class UnknownUploadError(SteerServerError):
         )
 
 
+class UnknownBuildError(SteerServerError):
+    """No build of that id waits, runs or is remembered."""
+
+    def __init__(self, build_id: str) -> None:
+        super().__init__(
+            f"no build {build_id!r} is known; ListBuilds has those that wait and run, and the last that ended"
+        )
+
+
 class UploadOffsetError(SteerServerError):
     """What is sent of an upload does not begin where that stands."""
 
@@ -236,6 +247,16 @@ class SlowReaderError(SteerServerError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"no more of the answer could be sent for {seconds:g} s, because the client did not read it")
+
+
+class LoadingError(SteerServerError):
+    """The server has not loaded its model yet."""
+
+    retry_after = 5.0
+    """Seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the server is loading its model; try again in {self.retry_after:.0f} s")
 
 
 class ShuttingDownError(SteerServerError):

@@ -12,6 +12,7 @@ from steer_server.access.setup import open_access
 from steer_server.checks.ports import addresses, check_port
 from steer_server.choices import device_of, dtype_of, store_of
 from steer_server.config import ServerConfig
+from steer_server.early.holding import answered, early_ports
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
 
@@ -32,7 +33,8 @@ async def run(config: ServerConfig) -> None:
     from operators.model.unembedding import find_unembedding
     from steer_server.admin.operator_admin import OperatorAdmin
     from steer_server.registry import Registry
-    from steer_server.rpc.server import SteerServer
+    from steer_server.rpc.operator_admin import ADMIN_SERVICE
+    from steer_server.rpc.server import SERVICES, SteerServer
     from steer_server.words import WordDirections
 
     log = structlog.get_logger("steer_server")
@@ -43,25 +45,25 @@ async def run(config: ServerConfig) -> None:
     for option, address in addresses(config).items():
         check_port(address, option)
     trace = _traces(config)
+    ports = early_ports(config, (*SERVICES, ADMIN_SERVICE) if config.operator_admin else SERVICES)
+    engine = None
     try:
-        log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
-        engine, files = await ENGINES[config.engine](config, dtype, device)
-    except OperatorError as error:
-        raise StartupError(str(error)) from error
-    try:
-        registry = Registry(
-            store,
-            engine.model,
-            max_bytes=config.max_artifact_bytes,
-            max_dose=config.max_dose,
-            words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
-        )
+        with answered(ports):
+            log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
+            engine, files = await ENGINES[config.engine](config, dtype, device)
+            registry = Registry(
+                store,
+                engine.model,
+                max_bytes=config.max_artifact_bytes,
+                max_dose=config.max_dose,
+                words=WordDirections(partial(find_unembedding, config.model, files), engine.tokenizer),
+            )
         for entry in registry.entries():
             if entry.problem:
                 log.warning("operator cannot be used", operator=entry.name, problem=entry.problem)
         # Not before the engine: its processes are forked, and this starts a thread.
         tracing = trace(engine.model.model)
-        admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
+        admin = OperatorAdmin(config, store, registry, engine.model) if config.operator_admin else None
         server = SteerServer(engine, registry, config, _doors(config), access, tracing, admin)
         port = await server.start()
         usable = sum(not entry.problem for entry in registry.entries())
@@ -69,10 +71,11 @@ async def run(config: ServerConfig) -> None:
         http = {"http": f"{config.http_host}:{config.http_port}"} if config.http_port else {}
         log.info("serving", listen=f"{host}:{port}", **http, **_guards(config), operators=usable, store=str(store.path))
         await server.serve_until_signalled()
-    except StoreUnreadableError as error:
+    except (OperatorError, StoreUnreadableError) as error:
         raise StartupError(str(error)) from error
     finally:
-        await engine.close()
+        if engine is not None:
+            await engine.close()
 
 
 def _doors(config: ServerConfig) -> Sequence[Door]:

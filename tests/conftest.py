@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -36,15 +35,17 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from operators.core.artifact import Lens, OperatorArtifact, make_artifact, make_lens, make_vector
 from operators.core.header import NeutralTexts, OperatorHeader, Recommended
 from operators.core.lens_source import PUSHED, LensSource
 from operators.core.vector_source import ImportedVector
-from operators.maps.detach import families
 from operators.model.loading import LoadedModel, load_model, recognise
 from operators.model.unembedding import loaded_unembedding
+from tests.tiny_tokenizer import VOCABULARY, make_tokenizer
 
 # A shell that starts this in the background has interrupts ignored, here and in every process that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,15 +54,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-_VOCABULARY = 320
-_CORPUS = [
-    "The Golden Gate Bridge in San Francisco is painted in international orange.",
-    "Here is a painting of the bridge, and here is a painting of the bay.",
-    "The wedding was beautiful and the bride wore a golden dress.",
-]
 # Sizes that hide nothing: grouped heads, a head size that is not d / heads, a window shorter than the prompts.
 _SIZES = {
-    "vocab_size": _VOCABULARY,
+    "vocab_size": VOCABULARY,
     "intermediate_size": 56,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -89,7 +84,7 @@ _FAMILIES = {
     ),
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=_VOCABULARY,
+            vocab_size=VOCABULARY,
             n_positions=64,
             n_embd=40,
             n_layer=4,
@@ -99,6 +94,18 @@ _FAMILIES = {
         )
     ),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**_SIZES, hidden_size=32, num_hidden_layers=3)),
+    "qwen3_moe": lambda: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **_SIZES,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_experts=5,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            mlp_only_layers=[1],
+            norm_topk_prob=True,
+        )
+    ),
     "gemma3": lambda: Gemma3ForCausalLM(
         Gemma3TextConfig(
             **_SIZES,
@@ -113,9 +120,12 @@ _FAMILIES = {
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
-@pytest.fixture(params=[family.name for family in families()])
+@pytest.fixture(params=list(_FAMILIES))
 def family(request) -> str:
-    """Every architecture that can be built, one after the other; ``tiny`` makes a model of it."""
+    """Architectures that can be built, one after the other: every kind of block. ``tiny`` makes a model of it.
+
+    All of them, in odd sizes, are in ``tests/operators/maps/test_exactness.py``.
+    """
     return request.param
 
 
@@ -141,17 +151,7 @@ def smollm() -> Callable[..., LoadedModel]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that can spell everything; token 0 is its special one, never added by itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
-        special_tokens=["<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<end>", eos_token="<end>", pad_token="<end>")
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +173,10 @@ def tiny(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., LoadedModel]:
                 elif "embed" in name or "wte" in name or "wpe" in name:
                     torch.nn.init.normal_(parameter, std=1.0)
                 else:
-                    torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+                    torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[-1] ** 0.5)
+        if model._can_set_experts_implementation():
+            # The others are not for float64.
+            model.set_experts_implementation("eager")
         loaded = recognise(f"tiny-{family}", model.eval().requires_grad_(False), tiny_tokenizer)
         # As a checkpoint's: a dtype that it is loaded in, with rounding or not, leaves the fingerprint.
         model.to(_DTYPES[dtype]).set_attn_implementation(attention)

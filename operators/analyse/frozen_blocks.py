@@ -27,16 +27,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from operators.analyse.results import TARGETS, Target
 from operators.core.errors import AnalysisError
 from operators.core.header import Profile
-from operators.maps.detach import Family, Tape, family_of, recording, replaying
+from operators.maps.detach import FamilyRules, Tape, family_of, recording, replaying
 from operators.maps.jacobian import relative_error
 from operators.maps.replay import target_hidden_state
-from operators.model.loading import block_input, decoder_layers, embed
+from operators.model.experts import eager_experts
+from operators.model.loading import block_input, decoder_layers, embed, embedding_scale
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 POSITIONS_PER_PASS = 3072
 """Upper bound of tangents times positions in one pass: one block's temporaries are small, and each pass has a cost."""
+_NORMS_AFTER = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
+"""Norms between each part and the stream: in Gemma 2 and 3, OLMo 2 and 3 and EXAONE 4, and in GLM 4."""
 _SUM_TOLERANCE = 0.05
 """Bound of |h + a + m - h'| / |h'|: rounding is far below it, a block that is wired differently far above."""
 
@@ -125,11 +131,12 @@ def ordinary_product(model: PreTrainedModel, ids: tuple[int, ...], *, layer: int
     The same as :func:`operators.maps.jacobian.ordinary_jacobian` summed, without its d backward passes.
     """
     embeddings = embed(model, torch.tensor(ids, device=model.get_input_embeddings().weight.device))
-    x = block_input(model, embeddings)
+    # What moves the first block's input by that input itself.
+    tangent = block_input(model, embeddings) / embedding_scale(model)
     # The other kernels of scaled dot product attention have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), eager_experts(model):
         pair = torch.func.jvp(
-            lambda z: target_hidden_state(model, z[None], layer=layer, profile=profile)[0], (embeddings,), (x,)
+            lambda z: target_hidden_state(model, z[None], layer=layer, profile=profile)[0], (embeddings,), (tangent,)
         )
     product: torch.Tensor = pair[1]
     return product
@@ -159,14 +166,16 @@ class _CutTape(Tape):
 
 
 @contextmanager
-def _capturing(block: nn.Module, family: Family) -> Iterator[Callable[[], BlockOutputs]]:
+def _capturing(block: nn.Module, family: FamilyRules) -> Iterator[Callable[[], BlockOutputs]]:
     """Captures the last outputs of ``block`` and of its two parts; yields a function that returns them."""
     captured: dict[Target, torch.Tensor] = {}
+    # Granite multiplies what is added to the stream.
+    scale = float(getattr(block, "residual_multiplier", 1.0))
 
     def keep(target: Target) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: object, output: Any) -> None:
             whole = output[0] if isinstance(output, tuple) else output
-            captured[target] = whole if target == "block" else whole[:, -1]
+            captured[target] = whole if target == "block" else whole[:, -1] * scale
 
         return hook
 
@@ -178,11 +187,11 @@ def _capturing(block: nn.Module, family: Family) -> Iterator[Callable[[], BlockO
         yield lambda: BlockOutputs(**captured)
 
 
-def _contributors(block: Any, family: Family) -> tuple[nn.Module, nn.Module]:
+def _contributors(block: Any, family: FamilyRules) -> tuple[nn.Module, nn.Module]:
     """The modules whose outputs are added to the stream: attention and MLP, or the norms after them."""
-    if hasattr(block, "post_feedforward_layernorm"):
-        # Gemma 3 and OLMo 2 put a norm between each part and the stream.
-        return block.post_attention_layernorm, block.post_feedforward_layernorm
+    for after_attention, after_mlp in _NORMS_AFTER:
+        if hasattr(block, after_mlp):
+            return getattr(block, after_attention), getattr(block, after_mlp)
     attention = next(module for module in block.children() if type(module) in family.attentions)
     mlp = next(module for module in block.children() if type(module) in family.mlps)
     return attention, mlp

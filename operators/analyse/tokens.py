@@ -97,7 +97,7 @@ def norm_direction(model: PreTrainedModel, vectors: torch.Tensor) -> torch.Tenso
     The scale is positive, so that the ranking of tokens does not depend on it.
     """
     norm = final_norm(model)
-    rule = family_of(model).norms[type(norm)]
+    rule = family_of(model).forwards[type(norm)]
     unit_scale = Tape("replay", {norm: torch.ones(1, 1, dtype=vectors.dtype, device=vectors.device)})
     with torch.no_grad():
         return rule(norm, vectors, unit_scale) - rule(norm, torch.zeros_like(vectors), unit_scale)

@@ -13,7 +13,7 @@ from operators.core.errors import BuildError, ReconstructionError
 from operators.core.header import DTypeName, Profile
 from operators.maps.detach import detached
 from operators.maps.jacobian import relative_error
-from operators.maps.replay import Replay, target_hidden_state
+from operators.maps.replay import Replay, input_and_target, target_hidden_state
 from operators.model.loading import LoadedModel, embed
 
 RECONSTRUCTION_TOLERANCE = MappingProxyType({"float64": 1e-11, "float32": 5e-5, "bfloat16": 5e-2})
@@ -54,12 +54,12 @@ def check_gradients(text: Concept, loaded: LoadedModel, *, layer: int, profile: 
     """
     ids = text.ids[:_GRADIENT_TOKENS]
     replay = Replay(loaded.model, ids, layer=layer, profile=profile)
-    x = embed(loaded.model, torch.tensor(ids, device=loaded.device)).clone().requires_grad_(True)
+    embeddings = embed(loaded.model, torch.tensor(ids, device=loaded.device)).clone().requires_grad_(True)
     with detached(loaded.model), torch.enable_grad():
-        y = target_hidden_state(loaded.model, x[None], layer=layer, profile=profile)[0]
+        x, y = input_and_target(loaded.model, embeddings[None], layer=layer, profile=profile)
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
     (gradient,) = torch.autograd.grad(y, x, cotangent)
-    error, dtype = relative_error(gradient, replay.vjp(cotangent.to(replay.y)[None])[0]), dtype_name(loaded.dtype)
+    error, dtype = relative_error(gradient, replay.vjp(cotangent.to(replay.y))), dtype_name(loaded.dtype)
     if not error <= _GRADIENT_TOLERANCE[dtype]:
         raise ReconstructionError(
             f"the gradients of the detached model differ from its replay's by {error:.1e} at layer {layer}; at most "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -115,9 +115,22 @@ def _estimate_passes(loaded: LoadedModel, n: int, layer: int, texts: int) -> Mem
 
 
 def _inner_size(loaded: LoadedModel) -> int:
-    """The largest dimension of a block's weights: in practice, the width of the MLP's inner layer."""
-    weights = (parameter for parameter in decoder_layers(loaded.model)[0].parameters() if parameter.dim() == 2)
-    return max(max(weight.shape) for weight in weights)
+    """The largest inner width of a block: the largest dimension of its weights, in practice the MLP's inner layer; of
+    a mixture, what the experts of one token have together."""
+    modules = [module for block in decoder_layers(loaded.model) for module in block.modules()]
+    weights = (parameter for module in modules for parameter in module.parameters(recurse=False))
+    largest = max(max(weight.shape) for weight in weights if weight.dim() == 2)
+    chosen = int(getattr(loaded.model.config.get_text_config(), "num_experts_per_tok", None) or 0)
+    return max(largest, *(chosen * _kept_per_expert(module) for module in modules), 0)
+
+
+def _kept_per_expert(module: Any) -> int:
+    """Numbers that a tape keeps of a token and an expert of it: its gates, and constants where experts have biases."""
+    down = getattr(module, "down_proj", None)
+    if not isinstance(down, torch.nn.Parameter):
+        return 0
+    width = int(down.shape[1 if module.is_transposed else 2])
+    return 2 * width if module.has_bias else width
 
 
 def _itemsize(loaded: LoadedModel) -> int:

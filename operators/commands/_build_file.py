@@ -18,7 +18,7 @@ from operators.commands._calibration import WORK, calibrate_new, forget
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
 from operators.core.claims import claim
 from operators.core.defaults import is_default
-from operators.core.progress import ProgressLines, make_bars, silent, working
+from operators.core.progress import ProgressJson, ProgressLines, for_programs, make_bars, silent, working
 
 if TYPE_CHECKING:
     from operators.builder.spec import BuildSpec
@@ -157,6 +157,14 @@ def _shown_progress(tasks: Sequence[BuildTask], *, lines: bool) -> Iterator[Task
 
     Elsewhere lines about the current one, if ``lines``.
     """
+    if for_programs():
+        told = ProgressJson()
+
+        def tell(_: BuildTask, what: str, done: int, total: int) -> None:
+            told(what, done, total)
+
+        yield tell
+        return
     slow = [task.name for task in tasks if task.stored is None or task.calibrate]
     number = {name: index for index, name in enumerate(slow)}
     if not sys.stderr.isatty():

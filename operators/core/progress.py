@@ -1,7 +1,13 @@
-"""What long computations report while they run, and the progress bars that show it."""
+"""What long computations report while they run, and the progress bars that show it.
+
+With STEER_PROGRESS=json in the environment, lines of JSON on stderr take the place of bars and lines, for a program
+that runs the command: {"stage": "Jacobian products", "done": 64, "total": 576, "seconds_left": 12.5}.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,9 +64,20 @@ def progress_bars() -> Iterator[Progress]:
         yield update
 
 
+def for_programs() -> bool:
+    """Whether a program reads the progress, as lines of JSON."""
+    return os.environ.get("STEER_PROGRESS") == "json"
+
+
 @contextmanager
 def shown_progress(*, lines: bool, clock: Callable[[], float] = time.monotonic) -> Iterator[Progress]:
-    """:func:`progress_bars`; where stderr is no terminal, :class:`ProgressLines` if ``lines``, and else nothing."""
+    """:func:`progress_bars`; where stderr is no terminal, :class:`ProgressLines` if ``lines``, and else nothing.
+
+    :class:`ProgressJson` where a program reads it.
+    """
+    if for_programs():
+        yield ProgressJson(clock=clock)
+        return
     if lines and not sys.stderr.isatty():
         yield ProgressLines(clock=clock)
         return
@@ -74,6 +91,8 @@ class ProgressLines:
     What is done sooner than that has none.
     """
 
+    _says_what_is_new = False
+
     def __init__(self, *, every: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._every, self._clock = every, clock
         self._said = clock()
@@ -83,12 +102,33 @@ class ProgressLines:
         """Takes the progress of ``what``, and says it when it is time."""
         now = self._clock()
         # Where a computation goes on, or its first steps took no time, what was done before says nothing of its speed.
+        is_new = what not in self._began
         began, first = self._began.setdefault(what, (now, done))
-        if now - self._said < self._every:
+        if now - self._said < self._every and not (is_new and self._says_what_is_new):
             return
         self._said = now
-        left = f", {_duration((now - began) * (total - done) / (done - first))} left" if done > first else ""
+        self._say(what, done, total, (now - began) * (total - done) / (done - first) if done > first else None)
+
+    def _say(self, what: str, done: int, total: int, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f", {_duration(seconds_left)} left"
         print(f"{what}: {done}/{total}{left}", file=sys.stderr, flush=True)
+
+
+class ProgressJson(ProgressLines):
+    """The same as lines of JSON, several in a second, and one for each new thing that is counted."""
+
+    _says_what_is_new = True
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(every=0.2, clock=clock)
+
+    def _say(self, what: str, done: int, total: int, seconds_left: float | None) -> None:
+        print_stage(what, done=done, total=total, seconds_left=seconds_left)
+
+
+def print_stage(stage: str, **counted: float | None) -> None:
+    """A line of JSON on stderr."""
+    print(json.dumps({"stage": stage, **counted}), file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:
@@ -100,6 +140,10 @@ def _duration(seconds: float) -> str:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Shows ``what`` with a moving sign on stderr while the block runs; nothing where stderr is no terminal."""
+    if for_programs():
+        print_stage(what)
+        yield
+        return
     if not sys.stderr.isatty():
         yield
         return

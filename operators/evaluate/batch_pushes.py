@@ -13,7 +13,7 @@ from operators.core.errors import SteeringError
 from operators.core.hooks import LayerPush, PushHooks
 from operators.evaluate.batch import TextBatch, TextJob
 from operators.evaluate.directions import Constant, Running
-from operators.model.loading import LoadedModel, embed
+from operators.model.loading import LoadedModel, block_input, embed
 
 _NO_END = 1 << 40
 
@@ -116,9 +116,8 @@ class BatchPushes:
 
     def _embedded(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """x (R, T, d) float32 as the first block receives it, for rows whose texts are at different positions."""
-        x = embed(self._loaded.model, ids)
-        table = getattr(self._loaded.model.get_decoder(), "wpe", None)
-        return (x if table is None else x + table.weight[positions]).float()
+        model = self._loaded.model
+        return block_input(model, embed(model, ids), positions=positions).float()
 
 
 def first_token(jobs: Sequence[TextJob], batch: TextBatch, loaded: LoadedModel, pushes: BatchPushes) -> DynamicCache:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from operators.core.header import Profile
-from operators.maps.replay import VECTORS_PER_PASS, AffineMap, Replay, target_hidden_state
+from operators.maps.replay import VECTORS_PER_PASS, AffineMap, Replay, input_and_target
 from operators.model.loading import block_input, embed
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ def ordinary_jacobian(model: PreTrainedModel, ids: tuple[int, ...], *, layer: in
     # One copy of the prompt per row of a pass: each copy gets the gradient of its own output component.
     copies = embeddings.expand(rows, n, d).clone().requires_grad_(True)
     with torch.enable_grad():
-        y = target_hidden_state(model, copies, layer=layer, profile=profile)
+        received, y = input_and_target(model, copies, layer=layer, profile=profile)
 
     def vjp(cotangents: torch.Tensor) -> torch.Tensor:
-        (gradients,) = torch.autograd.grad(y, copies, cotangents, retain_graph=True)
+        (gradients,) = torch.autograd.grad(y, received, cotangents, retain_graph=True)
         return gradients
 
     x = block_input(model, embeddings)

@@ -178,23 +178,38 @@ def target_hidden_state(
     ``residual``: h^(layer), the stream entering block ``layer``. ``golden``: the model's final norm applied to
     it. Blocks from ``layer`` on are not run.
     """
+    return input_and_target(model, embeddings, layer=layer, profile=profile)[1]
+
+
+def input_and_target(
+    model: PreTrainedModel, embeddings: torch.Tensor, *, layer: int, profile: Profile
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the first block received (batch, n, d), and :func:`target_hidden_state`: the gradient of one with respect
+    to the other is J, whatever the decoder does to embeddings before its first block."""
     layers = decoder_layers(model)
+    received: list[torch.Tensor] = []
     streams: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received.append(args[0] if args else kwargs["hidden_states"])
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         streams.append(args[0] if args else kwargs["hidden_states"])
         raise _TargetReached
 
     # The stream that leaves the last block is the one that enters the final norm.
-    module = layers[layer] if layer < len(layers) else final_norm(model)
-    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    last = layers[layer] if layer < len(layers) else final_norm(model)
+    hooks = [
+        module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in ((layers[0], keep), (last, stop))
+    ]
     try:
         model.get_decoder()(inputs_embeds=embeddings, use_cache=False)
     except _TargetReached:
         pass
     finally:
-        hook.remove()
-    return _target(model, streams[0], profile)
+        for handle in hooks:
+            handle.remove()
+    return received[0], _target(model, streams[0], profile)
 
 
 def _target(model: PreTrainedModel, stream: torch.Tensor, profile: Profile) -> torch.Tensor:

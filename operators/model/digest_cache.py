@@ -19,7 +19,7 @@ from operators.core.store import temporary_file
 from operators.model.checkpoint_files import CheckpointFiles
 
 _LOG = logging.getLogger(__name__)
-_SCHEME = 1
+_SCHEME = 2
 """Goes up with every change of what a digest is taken over."""
 _SETTLED_NS = 2_000_000_000
 """A file that was changed later than this before it was read may be changed again without another time: a file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
@@ -19,9 +20,10 @@ from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import check_attention
 from operators.model.checkpoint_files import CheckpointFiles, packed_weights
 from operators.model.digest_cache import keep_digest
+from operators.model.experts import fit_experts
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
-from operators.model.preflight import ModelCheck, examine
+from operators.model.preflight import Examined, ModelCheck, examine
 from operators.model.stored_weights import keep_in_memory, stored_weights_digest
 
 if TYPE_CHECKING:
@@ -117,10 +119,10 @@ def load_model(
         directory = Path(source) if local else _hub_directory(source)
         revision = "main" if local else directory.name
         checks = [decoder_layers, *([check] if check else [])]
-        attention = examine(
+        examined = examine(
             *(name, source, revision), dtype=dtype, device=torch.device(device), attention=attention, checks=checks
-        ).attention
-        model, report = _from_files(source, revision, DTYPES[dtype], attention)
+        )
+        model, report = _from_files(source, revision, examined, DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         _check_complete(name, report)
         _check_tied(name, model)
@@ -129,9 +131,10 @@ def load_model(
         if torch.device(device).type == "cpu":
             keep_in_memory(model)
         weights = stored_weights_digest(
-            files, model, DTYPES[dtype], lambda exact: _from_files(source, revision, exact, attention)[0]
+            files, model, DTYPES[dtype], lambda exact: _from_files(source, revision, examined, exact)[0]
         )
         model = model.to(device).eval().requires_grad_(False)
+        fit_experts(model)
     except (OperatorError, MemoryError):
         raise
     except Exception as error:
@@ -146,19 +149,30 @@ def load_model(
 
 
 def _from_files(
-    source: str, revision: str, dtype: torch.dtype, attention: AttentionName
+    source: str, revision: str, examined: Examined, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    verbosity = transformers_logging.get_verbosity()
+    if examined.decoder.names:
+        # Of a whole model, the part that reads images is not missed: a report would list every tensor of it.
+        transformers_logging.set_verbosity_error()
     # False, not None: None asks on the terminal whether code that came with the model may run.
-    loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=revision,
-        dtype=dtype,
-        attn_implementation=attention,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
+    try:
+        loaded: tuple[PreTrainedModel, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=revision,
+            # A copy: loading writes into it.
+            config=copy.deepcopy(examined.decoder.config),
+            key_mapping=dict(examined.decoder.names) or None,
+            dtype=dtype,
+            attn_implementation=examined.attention,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     return loaded
 
 
@@ -234,6 +248,7 @@ def recognise(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     Raises:
         ModelError: it was loaded with an attention that is not its own.
     """
+    fit_experts(model)
     check_attention(name, model)
     return LoadedModel(name, model, tokenizer, model_fingerprint(model), tokenizer_fingerprint(tokenizer))
 
@@ -245,7 +260,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm between the last block and the head. Raises :class:`ModelError`."""
-    return _find_module(model, ("norm", "ln_f"), nn.Module)
+    return _find_module(model, ("norm", "ln_f", "final_layer_norm"), nn.Module)
 
 
 def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -255,17 +270,27 @@ def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def block_input(model: PreTrainedModel, embeddings: torch.Tensor, *, start: int = 0) -> torch.Tensor:
+def embedding_scale(model: PreTrainedModel) -> float:
+    """What a decoder multiplies embeddings by before its first block (Granite); 1 where their module gives them so."""
+    return float(getattr(model.get_decoder(), "embedding_multiplier", 1.0))
+
+
+def block_input(
+    model: PreTrainedModel, embeddings: torch.Tensor, *, start: int = 0, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """x as the first block receives it: ``embeddings`` (..., T, d) of the tokens at positions start, start+1, ...
 
-    The embeddings themselves, plus the learned positions in models that add them (GPT-2).
+    The embeddings themselves, times a constant in models that scale them, plus the learned positions in models that add
+    them (GPT-2). ``positions`` (..., T) are those of texts that begin at different ones.
     """
-    positions = getattr(model.get_decoder(), "wpe", None)
-    if positions is None:
-        return embeddings
+    scale, learned = embedding_scale(model), getattr(model.get_decoder(), "wpe", None)
     with torch.no_grad():
-        x: torch.Tensor = embeddings + positions.weight[start : start + embeddings.shape[-2]]
-    return x
+        x = embeddings if scale == 1.0 else embeddings * scale
+        if learned is None:
+            return x
+        where = slice(start, start + x.shape[-2]) if positions is None else positions
+        added: torch.Tensor = x + learned.weight[where]
+    return added
 
 
 _Module = TypeVar("_Module", bound=nn.Module)

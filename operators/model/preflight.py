@@ -13,6 +13,7 @@ from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import choose_attention
+from operators.model.decoders import TextDecoder, read_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 class Examined:
     """What :func:`examine` found. ``model`` has no weights; ``attention`` is what it is to be loaded with."""
 
+    decoder: TextDecoder
     model: PreTrainedModel
     attention: AttentionName
     need: int
@@ -48,12 +50,14 @@ def examine(
         ModelError: its weights do not fit into the memory, or it has no such attention.
         Exception: what ``checks`` raise, and transformers where it does not know the architecture.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    decoder = read_decoder(name, source, revision)
     with torch.device("meta"):
         # Every model has eager attention.
-        empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False).eval()
+        empty = AutoModelForCausalLM.from_config(
+            decoder.config, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     for check in checks:
         try:
             check(empty)
@@ -67,4 +71,4 @@ def examine(
             f"model {name!r} takes {format_bytes(need)} of memory in {dtype}; {format_bytes(have)} may be used on "
             f"{device}"
         )
-    return Examined(empty, chosen, need)
+    return Examined(decoder, empty, chosen, need)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from operators.core.errors import ModelError
 from operators.model.checkpoint_files import CheckpointFiles, FileStamp, changed_error, stamp_of
+from operators.model.decoders import stored_tie
 from operators.model.obtain import obtain
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _MAX_INDEX = 64 << 20
-_HEADS = ("lm_head.weight",)
-_TABLES = ("embed_tokens.weight", "wte.weight")
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROWS_PER_READ = 8192
 
@@ -157,9 +158,8 @@ def find_unembedding(name: str, files: CheckpointFiles | None = None) -> Unembed
 
 def _is_tied(config: dict[str, Any], text: dict[str, Any]) -> bool:
     """Whether head and table are one; where the files do not say it, what transformers takes for this kind of model."""
-    for place in (text, config):
-        if isinstance(place.get("tie_word_embeddings"), bool):
-            return bool(place["tie_word_embeddings"])
+    if (tied := stored_tie(config)) is not None:
+        return tied
     from transformers import CONFIG_MAPPING
 
     kind = text.get("model_type") or config.get("model_type")

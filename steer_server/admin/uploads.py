@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import structlog
 
 from operators.core.errors import ArtifactError
 from steer_server.admin.keeper import Keeper
+from steer_server.admin.threads import to_its_end
 from steer_server.errors import (
     InvalidRequestError,
     QueueFullError,
@@ -31,7 +32,6 @@ from steer_server.types import UploadStart
 
 log = structlog.get_logger(__name__)
 
-_T = TypeVar("_T")
 
 _AGAIN = 10.0
 """Seconds: when to try again where too many are unfinished."""
@@ -163,7 +163,7 @@ class Uploads:
                 raise InvalidRequestError("chunk", f"{found}; what has come of this upload was removed")
             try:
                 with self._keeper.store_errors():
-                    await _to_its_end(lambda: upload.write(chunk))
+                    await to_its_end(lambda: upload.write(chunk))
             except SteerServerError:
                 self._drop(upload)
                 raise
@@ -185,7 +185,7 @@ class Uploads:
             if found != start.file_digest:
                 problem = f"is {start.file_digest}, and what came has {found}: it was damaged on the way, or changed"
                 raise InvalidRequestError("start.file_digest", problem)
-            return await _to_its_end(lambda: self._keeper.place(upload.file, start.name, start.replace))
+            return await to_its_end(lambda: self._keeper.place(upload.file, start.name, start.replace))
         except ArtifactError as error:
             raise InvalidRequestError("chunk", f"is of no operator for this server: {error}"[:_MAX_PROBLEM]) from None
         finally:
@@ -208,15 +208,3 @@ class Uploads:
         # A disk that is full says so once more when the file is closed.
         with suppress(OSError):
             upload.removal.close()
-
-
-async def _to_its_end(function: Callable[[], _T]) -> _T:
-    """What a function returns that runs in a thread. Where the caller leaves, it waits for the thread all the same."""
-    running = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        if not running.cancelled():
-            running.exception()
-        raise

@@ -29,12 +29,13 @@ class EmbeddingRows:
 
     def __init__(self, model: Any) -> None:
         self._table = model.get_input_embeddings()
-        self._learned = getattr(model.get_decoder(), "wpe", None)
+        decoder = model.get_decoder()
+        self._learned, self._scale = getattr(decoder, "wpe", None), getattr(decoder, "embedding_multiplier", 1.0)
 
     def __call__(self, ids: Sequence[int], first: int) -> torch.Tensor:
         """See :data:`EmbedIds`."""
         with torch.inference_mode():
-            x: torch.Tensor = self._table(torch.tensor(ids, device=self._table.weight.device))
+            x: torch.Tensor = self._table(torch.tensor(ids, device=self._table.weight.device)) * self._scale
             if self._learned is not None:
                 x = x + self._learned.weight[first : first + len(ids)]
             return x.to(device="cpu", dtype=torch.float64)

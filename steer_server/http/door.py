@@ -31,7 +31,9 @@ from steer_server.http.openai.paths import OpenAIPaths
 from steer_server.http.origin import Gate
 from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
+from steer_server.lifecycle import PATHS, Lifecycle
 from steer_server.rpc.parts import ServerParts
+from steer_server.small_http import probe
 
 _OTHER = "other"
 """What metrics call every path that is not there."""
@@ -118,9 +120,16 @@ def _application(rules: CallRules, parts: ServerParts) -> Starlette:
         Route("/v1/models/{name:path}", _Named(rules, "/v1/models/NAME", openai.model), methods=["GET"]),
     ]
     routes += page_routes(rules.gate)
+    routes += [Route(path, partial(_probe, parts.lifecycle, path), methods=["GET", "HEAD"]) for path in PATHS]
     app = Starlette(routes=routes, exception_handlers={404: partial(_refuse, rules), 405: partial(_refuse, rules)})
     app.router.redirect_slashes = False
     return app
+
+
+async def _probe(lifecycle: Lifecycle, path: str, _request: Request) -> Response:
+    """For anybody, whatever they call this host, and without a token: it says one word."""
+    status, kind, body = probe(lifecycle, path)
+    return Response(body, int(status.split()[0]), media_type=kind)
 
 
 class _Named:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, TypeAlias
 
 import grpc
@@ -62,6 +63,28 @@ class OperatorAdminService(operator_admin_pb2_grpc.OperatorAdminServiceServicer)
         _note(request.name, request.digest)
         await asyncio.to_thread(self._admin.keeper.delete, request.name, request.digest)
         return pb.DeleteOperatorResponse()
+
+    async def BuildOperator(self, request: pb.BuildOperatorRequest, context: _Context) -> pb.OperatorBuild:
+        """Begins a job."""
+        asked = codec.build_request(request)
+        _note(asked.name)
+        return codec.build(await self._admin.builds.submit(asked))
+
+    async def WatchBuild(self, request: pb.WatchBuildRequest, context: _Context) -> AsyncIterator[pb.OperatorBuild]:
+        """A job up to its end."""
+        async with aclosing(self._admin.builds.watch(request.id)) as changes:
+            async for job, entry in changes:
+                yield codec.build(job, entry)
+
+    async def CancelBuild(self, request: pb.CancelBuildRequest, context: _Context) -> pb.OperatorBuild:
+        """Ends a job."""
+        job, entry = await self._admin.builds.cancel(request.id)
+        _note(job.name)
+        return codec.build(job, entry)
+
+    async def ListBuilds(self, request: pb.ListBuildsRequest, context: _Context) -> pb.ListBuildsResponse:
+        """All jobs."""
+        return pb.ListBuildsResponse(builds=[codec.build(job, entry) for job, entry in self._admin.builds.all()])
 
     async def _in_time(
         self, requests: AsyncIterator[pb.UploadOperatorRequest]

@@ -10,6 +10,7 @@ from steer_server.access.certificates import Certificates
 from steer_server.access.control import AccessControl
 from steer_server.access.watched import Watched
 from steer_server.config import ServerConfig
+from steer_server.lifecycle import Lifecycle
 from steer_server.metrics import Metrics
 from steer_server.registry import Registry
 from steer_server.rpc.admission import Admission
@@ -39,6 +40,7 @@ class ServerParts:
     """What implements the methods of each service, by its full name."""
     max_connections: int
     """Of each door."""
+    lifecycle: Lifecycle
     tracing: Tracing = NO_TRACING
 
 

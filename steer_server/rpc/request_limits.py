@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from steering.measure import Limit
 
-from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS
+from operators.core.header import MAX_TEXTS, MAX_WORDS
+from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS, MAX_WORD
 from steer_server.types import (
     MAX_ARM_NAME,
     MAX_BIASES,
@@ -23,6 +24,7 @@ from steer_server.types import (
     MAX_REQUEST_ID,
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
+    MAX_TEXT,
     MAX_UPLOAD_ID,
     ModelInfo,
 )
@@ -40,6 +42,10 @@ _PROMPTS = 2 << 20
 """Bytes of several prompts together, where one alone may not have more."""
 _ARMS = 2 << 20
 """Bytes of all arms together: more than their operators and words can have, and stop strings of their own."""
+_TEXTS = 1 << 20
+"""Bytes of all texts of a build."""
+_MAX_ID = 256
+"""Of a build."""
 _STANDARD = 1024
 """Bytes of the names that health and reflection are asked for."""
 
@@ -92,6 +98,12 @@ def field_limits(model: ModelInfo, *, max_prompt_bytes: int, max_arms: int) -> d
         "UnloadOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
         "DeleteOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
         "DeleteOperatorRequest.digest": Limit(size=_MAX_DIGEST),
+        "BuildOperatorRequest.name": Limit(size=_MAX_OPERATOR_NAME),
+        "BuildOperatorRequest.texts": Limit(size=_characters(MAX_TEXT), count=MAX_TEXTS, total=_TEXTS),
+        "BuildOperatorRequest.words": Limit(size=_characters(MAX_WORD), count=MAX_WORDS),
+        "BuildOperatorRequest.replace": Limit(size=_MAX_DIGEST),
+        "WatchBuildRequest.id": Limit(size=_MAX_ID),
+        "CancelBuildRequest.id": Limit(size=_MAX_ID),
     }
     standard = {
         "grpc.health.v1.HealthCheckRequest": ("service",),

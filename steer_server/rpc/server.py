@@ -32,8 +32,9 @@ from steer_server.config import ServerConfig
 from steer_server.engine.base import Engine
 from steer_server.engine.prompts import max_prompt_bytes
 from steer_server.errors import EngineDiedError, StartupError
+from steer_server.lifecycle import LIVE, READY, STARTED, Lifecycle, State, tell_systemd
 from steer_server.metrics import Metrics
-from steer_server.metrics_http import MetricsServer
+from steer_server.metrics_http import metrics_server
 from steer_server.registry import Registry
 from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit
@@ -44,6 +45,7 @@ from steer_server.rpc.operator_admin import ADMIN_SERVICE, OperatorAdminService
 from steer_server.rpc.parts import HTTP, Door, ServerParts
 from steer_server.rpc.services import GenerationService, OperatorService
 from steer_server.rpc.transport import channel_options
+from steer_server.small_http import SmallHttp
 from steer_server.tracing.base import NO_TRACING, Tracing
 
 log = structlog.get_logger(__name__)
@@ -52,6 +54,7 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     operators_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name,
 )
+_STATUS = health_pb2.HealthCheckResponse
 _LIMITS = (
     "client_patience",
     "connection_age",
@@ -89,15 +92,15 @@ class SteerServer:
     tracing: Tracing = NO_TRACING
     admin: OperatorAdmin | None = None
     """None: clients change nothing."""
-    _is_serving: bool = field(default=False, init=False)
-    _http: MetricsServer | None = field(default=None, init=False)
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    _http: SmallHttp | None = field(default=None, init=False)
 
     async def start(self) -> int:
         """Binds, reports SERVING, and returns the port. Raises :class:`StartupError` when an address is taken."""
         most = room_for_connections(
             self.config.max_connections, doors=1 + bool(self.config.admin_listen) + len(self.doors)
         )
-        metrics = self._metrics = Metrics(self.engine, self.registry, _limits(self.config, most))
+        metrics = self._metrics = Metrics(self.engine, self.registry, limits_of(self.config, most))
         services = self._services = SERVICES if self.admin is None else (*SERVICES, ADMIN_SERVICE)
         health_service = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         names = (*services, health_service, reflection.SERVICE_NAME)
@@ -154,15 +157,14 @@ class SteerServer:
             calls,
             behaviours,
             max_connections=most,
+            lifecycle=self.lifecycle,
             tracing=self.tracing,
         )
         for door in self.doors:
             await door.start(parts)
         for listener in self._listeners:
             await listener.server.start()
-        for service in ("", *services):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        self._is_serving = True
+        await self._become(State.SERVING)
         port = self._listeners[0].port
         counting, show = partial(count_connections, port), metrics.connections("grpc").set
         watching = (watch_connections(counting, most, show=show), watch(files.watched))
@@ -171,18 +173,27 @@ class SteerServer:
 
     async def _serve_metrics(self) -> None:
         host, port = self.config.metrics_host, self.config.metrics_port
-        self._http = MetricsServer(self._metrics.registry, lambda: self._is_serving)
+        self._http = metrics_server(self._metrics.registry, self.lifecycle)
         try:
             await self._http.start(host, port)
         except OSError as error:
             raise StartupError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
 
-    async def stop(self) -> None:
-        """Reports NOT_SERVING, refuses new calls, lets running ones finish within the grace period, then ends them."""
-        self._is_serving = False
+    async def _become(self, state: State) -> None:
+        """Tells whoever asks or watches the health."""
+        self.lifecycle.state = state
+        for name in ("", LIVE, READY, STARTED, *self._services):
+            holds = self.lifecycle.holds(name if name in (LIVE, STARTED) else READY)
+            await self._health.set(name, _STATUS.SERVING if holds else _STATUS.NOT_SERVING)
+
+    async def stop(self, state: State = State.STOPPING) -> None:
+        """Reports NOT_SERVING, refuses new calls, lets running ones finish within the grace period, then ends them.
+
+        The ports stay open until the end: who still comes is told that the server stops.
+        """
         for each in self._watching:
             each.cancel()
-        await self._health.enter_graceful_shutdown()
+        await self._become(state)
         # gRPC would cancel, without a reason, what comes in between the word to stop and a client's hearing of it.
         self._calls.close()
         deadline = time.monotonic() + self.config.grace
@@ -219,14 +230,20 @@ class SteerServer:
             loop.add_signal_handler(number, _on_signal, number, stopped)
         signalled = asyncio.ensure_future(stopped.wait())
         failed = asyncio.ensure_future(self.engine.failed())
+        tell_systemd("READY=1", "STATUS=serving")
         await asyncio.wait({signalled, failed}, return_when=asyncio.FIRST_COMPLETED)
+        tell_systemd("STOPPING=1", "STATUS=stopping")
+        if not failed.done():
+            log.info("stopping", drain_delay=self.config.drain_delay, grace=self.config.grace)
+            await self._become(State.STOPPING)
+            # New calls are served until load balancers have heard of it.
+            await asyncio.wait({failed}, timeout=self.config.drain_delay)
         if failed.done():
             signalled.cancel()
             log.error("the engine died", reason=failed.result())
-            await self.stop()
+            await self.stop(State.DEAD)
             raise EngineDiedError(failed.result())
         failed.cancel()
-        log.info("stopping", grace=self.config.grace)
         await self.stop()
 
 
@@ -236,7 +253,8 @@ def _methods(services: Iterable[str]) -> list[str]:
     return [f"/{service}/{method.name}" for service in services for method in pool.FindServiceByName(service).methods]
 
 
-def _limits(config: ServerConfig, max_connections: int) -> dict[str, float]:
+def limits_of(config: ServerConfig, max_connections: int) -> dict[str, float]:
+    """What metrics show as limits, by the name of the setting."""
     given = {name: getattr(config, name) for name in _LIMITS}
     return {name: value for name, value in given.items() if value is not None} | {"max_connections": max_connections}
 

@@ -17,11 +17,13 @@ StoreFullError            RESOURCE_EXHAUSTED   STORE_FULL
 OperatorExistsError       ALREADY_EXISTS       OPERATOR_EXISTS        ResourceInfo names the operator
 OperatorChangedError      FAILED_PRECONDITION  OPERATOR_CHANGED       ResourceInfo names the operator
 UnknownUploadError        NOT_FOUND            UNKNOWN_UPLOAD
+UnknownBuildError         NOT_FOUND            UNKNOWN_BUILD
 UploadOffsetError         FAILED_PRECONDITION  UPLOAD_OFFSET
 EngineFailedError         INTERNAL             ENGINE_FAILED
 TimeLimitError            DEADLINE_EXCEEDED    TIME_LIMIT
 RequestIncompleteError    DEADLINE_EXCEEDED    REQUEST_INCOMPLETE
 SlowReaderError           DEADLINE_EXCEEDED    SLOW_READER
+LoadingError              UNAVAILABLE          LOADING                RetryInfo says when to try again
 ShuttingDownError         UNAVAILABLE          SHUTTING_DOWN
 UnimplementedError        UNIMPLEMENTED        UNIMPLEMENTED
 """
@@ -40,6 +42,7 @@ from steer_server.errors import (
     DoseTooHighError,
     EngineFailedError,
     InvalidRequestError,
+    LoadingError,
     OperatorChangedError,
     OperatorExistsError,
     OperatorUnusableError,
@@ -58,6 +61,7 @@ from steer_server.errors import (
     TimeLimitError,
     UnauthenticatedError,
     UnimplementedError,
+    UnknownBuildError,
     UnknownOperatorError,
     UnknownUploadError,
     UploadOffsetError,
@@ -86,11 +90,13 @@ TABLE: dict[type[SteerServerError], tuple[grpc.StatusCode, str]] = {
     OperatorExistsError: (grpc.StatusCode.ALREADY_EXISTS, "OPERATOR_EXISTS"),
     OperatorChangedError: (grpc.StatusCode.FAILED_PRECONDITION, "OPERATOR_CHANGED"),
     UnknownUploadError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_UPLOAD"),
+    UnknownBuildError: (grpc.StatusCode.NOT_FOUND, "UNKNOWN_BUILD"),
     UploadOffsetError: (grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_OFFSET"),
     EngineFailedError: (grpc.StatusCode.INTERNAL, "ENGINE_FAILED"),
     TimeLimitError: (grpc.StatusCode.DEADLINE_EXCEEDED, "TIME_LIMIT"),
     RequestIncompleteError: (grpc.StatusCode.DEADLINE_EXCEEDED, "REQUEST_INCOMPLETE"),
     SlowReaderError: (grpc.StatusCode.DEADLINE_EXCEEDED, "SLOW_READER"),
+    LoadingError: (grpc.StatusCode.UNAVAILABLE, "LOADING"),
     ShuttingDownError: (grpc.StatusCode.UNAVAILABLE, "SHUTTING_DOWN"),
     UnimplementedError: (grpc.StatusCode.UNIMPLEMENTED, "UNIMPLEMENTED"),
 }
@@ -134,7 +140,7 @@ def details_of(error: SteerServerError) -> list[AnyMessage]:
                 description=message,
             )
         )
-    if isinstance(error, QueueFullError | RateLimitedError):
+    if isinstance(error, QueueFullError | RateLimitedError | LoadingError):
         delay = Duration(seconds=int(error.retry_after), nanos=int(error.retry_after % 1 * 1e9))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
     packed = []

@@ -5,7 +5,16 @@ request into a :class:`DecodeJob` (:mod:`jobs`); the engine answers with :data:`
 ``generate`` and ``compare`` gather those into :class:`Completion` and :class:`Comparison` (:mod:`results`).
 """
 
-from steer_server.types.admin import ANY, MAX_CHUNK, MAX_UPLOAD_ID, UploadStart
+from steer_server.types.admin import (
+    ANY,
+    MAX_CHUNK,
+    MAX_TEXT,
+    MAX_UPLOAD_ID,
+    BuildRequest,
+    BuildState,
+    OperatorBuild,
+    UploadStart,
+)
 from steer_server.types.events import (
     Admitted,
     EngineEvent,
@@ -96,6 +105,7 @@ __all__ = [
     "MAX_REQUEST_ID",
     "MAX_STOPS",
     "MAX_STOP_CHARACTERS",
+    "MAX_TEXT",
     "MAX_UPLOAD_ID",
     "NORMAL",
     "Admitted",
@@ -104,6 +114,8 @@ __all__ = [
     "ArmEvent",
     "ArmSampling",
     "ArmScore",
+    "BuildRequest",
+    "BuildState",
     "Chat",
     "ChatMessage",
     "CompareEvent",
@@ -119,6 +131,7 @@ __all__ = [
     "GenerationRequest",
     "ModelInfo",
     "NamedPrompt",
+    "OperatorBuild",
     "OperatorUse",
     "Prompt",
     "Receipt",

@@ -13,6 +13,7 @@ from typing import Annotated, get_args, get_type_hints
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steer_client import _admin as asked
@@ -91,6 +92,7 @@ RESULTS = {
         lambda it, _: store_changes(it),
         decode.reload_report,
     ),
+    admin.OperatorBuild: (types.OperatorBuild, asked.OperatorBuild, lambda it, _: admin_codec.build(it), decode.build),
 }
 # message: the server's dataclass, the client's, how the server reads it.
 REQUESTS = {
@@ -103,6 +105,7 @@ REQUESTS = {
         lambda message: types.TokenizeRequest(codec.prompt(message.prompt)),
     ),
     admin.UploadStart: (types.UploadStart, asked.UploadStart, admin_codec.upload_start),
+    admin.BuildOperatorRequest: (types.BuildRequest, asked.BuildOperatorRequest, admin_codec.build_request),
 }
 # Requests whose few fields the services take as they are.
 TAKEN = {
@@ -111,6 +114,8 @@ TAKEN = {
     admin.LoadOperatorRequest: asked.OperatorName,
     admin.UnloadOperatorRequest: asked.OperatorName,
     admin.DeleteOperatorRequest: asked.DeleteOperatorRequest,
+    admin.WatchBuildRequest: asked.BuildId,
+    admin.CancelBuildRequest: asked.BuildId,
 }
 SIDES = {
     "server": {message: row[0] for message, row in (RESULTS | REQUESTS).items()},
@@ -121,9 +126,11 @@ SIDES = {
 }
 INSIDE_ITSELF = "GenerateResponse.more"
 """Other texts: the services put them together, the client's decoder takes them apart."""
+OF_THE_STORE = "OperatorBuild.operator"
+"""Written from the registry's entry, as `ops.Operator` is."""
 LACKS = {
     # The configuration's, not the model's.
-    "server": {INSIDE_ITSELF} | {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
+    "server": {INSIDE_ITSELF, OF_THE_STORE} | {f"GetModelInfoResponse.{name}" for name in (*LIMITS, "limits")},
     # Where ABResult has it, and what ArmResult.kl has in one.
     "client": {INSIDE_ITSELF}
     | {f"Comparison.{name}" for name in ("arm", "sample", "kl_mean", "kl_p95", "kl_per_token")},
@@ -137,9 +144,10 @@ NO_DATACLASS = {
     "TokenIds",
     # An operator alone, a count, and a piece of a file.
     *("UploadOperatorResponse", "LoadOperatorResponse", "UnloadOperatorResponse"),
-    *("GetUploadResponse", "UploadOperatorRequest"),
+    *("GetUploadResponse", "UploadOperatorRequest", "ListBuildsResponse"),
     # Empty.
     *("ListOperatorsRequest", "ReloadOperatorsRequest", "GetModelInfoRequest", "DeleteOperatorResponse"),
+    "ListBuildsRequest",
 }
 
 
@@ -222,7 +230,7 @@ def messages(message, cls):
     values = {
         field.name: values_of(field, hints.get(field.name))
         for field in message.fields
-        if f"{message.name}.{field.name}" != INSIDE_ITSELF
+        if f"{message.name}.{field.name}" not in (INSIDE_ITSELF, OF_THE_STORE)
     }
     for oneof in message.oneofs:
         if len(oneof.fields) > 1:
@@ -249,6 +257,8 @@ def least_size(limits):
 def one_value(field, kind, limits):
     if field.message_type is Duration.DESCRIPTOR:
         return st.integers(1, 10**12).map(lambda us: Duration(seconds=us // 10**6, nanos=us % 10**6 * 1000))
+    if field.message_type is Timestamp.DESCRIPTOR:
+        return st.integers(0, 10**9).map(lambda seconds: Timestamp(seconds=seconds))
     if is_sequence(kind):
         [only] = field.message_type.fields
         return st.fixed_dictionaries({only.name: values_of(only, Annotated[kind, *limits] if limits else kind)})
@@ -306,11 +316,18 @@ def tie_request(made):
             prompt.chat.messages[-1].role = "assistant"
 
 
+def tie_build(made):
+    for name in ("exact", "tolerance", "calibrate", "quick"):
+        made.ClearField(name)
+
+
 def drawn(data, message, cls):
     """A message that both sides accept: what ties its fields together is here."""
     made = message(**data.draw(messages(message.DESCRIPTOR, cls)))
     if hasattr(made, "prompt"):
         tie_request(made)
+    if message is admin.BuildOperatorRequest:
+        tie_build(made)
     if message is comparison_pb2.CompareRequest:
         tie_comparison(made)
         made.score = made.score or made.HasField("report")

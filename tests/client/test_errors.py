@@ -20,6 +20,7 @@ from steer_client import (
     SteeringNotAppliedError,
     StoreFullError,
     UnauthenticatedError,
+    UnknownBuildError,
     UnknownOperatorError,
 )
 
@@ -33,6 +34,7 @@ TABLE = [
     (C.FAILED_PRECONDITION, "DIGEST_NOT_SERVED", DigestNotServedError),
     (C.ALREADY_EXISTS, "OPERATOR_EXISTS", OperatorExistsError),
     (C.FAILED_PRECONDITION, "OPERATOR_CHANGED", OperatorChangedError),
+    (C.NOT_FOUND, "UNKNOWN_BUILD", UnknownBuildError),
     (C.RESOURCE_EXHAUSTED, "STORE_FULL", StoreFullError),
     (C.RESOURCE_EXHAUSTED, "QUEUE_FULL", ServerBusyError),
     (C.PERMISSION_DENIED, "SCOPE_MISSING", PermissionDeniedError),
@@ -113,7 +115,7 @@ def test_a_reason_of_another_domain_is_not_taken_for_ours(fake, make, client):
 
 def test_every_exception_of_the_package_is_a_steer_error():
     kinds = [getattr(steer_client, name) for name in steer_client.__all__ if name.endswith("Error")]
-    assert len(kinds) == 23
+    assert len(kinds) == 25
     assert all(issubclass(kind, SteerError) for kind in kinds)
 
 

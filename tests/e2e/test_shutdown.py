@@ -2,13 +2,16 @@
 
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 
+import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steer_client import (
     FinishReason,
     OperatorUse,
@@ -162,6 +165,52 @@ def test_every_call_that_comes_during_the_drain_is_told_that_the_server_stops(st
         assert sum(1 for _ in items)
         assert server.exit_code(10) == 0
         _clean(server)
+
+
+def _watch_health(target, seen, ended):
+    """Notes each change of what the server says of itself, by the names that probes ask for."""
+    names = ("", "live", "started")
+    while not ended.is_set():
+        with grpc.insecure_channel(target) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                states = [stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5) for name in names]
+            except grpc.RpcError:
+                states = []
+            if states and (not seen or seen[-1] != [state.status for state in states]):
+                seen.append([state.status for state in states])
+        ended.wait(0.05)
+
+
+def test_a_server_says_how_it_is_from_its_first_moment_to_its_last(start_tiny, free_port, monkeypatch, tmp_path):
+    target, seen, ended = f"127.0.0.1:{free_port}", [], threading.Event()
+    watcher = threading.Thread(target=_watch_health, args=(target, seen, ended))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        watcher.start()
+        try:
+            with start_tiny("--listen", target, "--drain-delay", "2") as server:
+                assert systemd.recv(100).startswith(b"READY=1")
+                with SteerClient(target, timeout=20, retry=False) as client:
+                    client.generate("x", sampling=SamplingParams(max_tokens=1))
+                    server.signal()
+                    assert systemd.recv(100).startswith(b"STOPPING=1")
+                    # It does not want new calls, and serves them.
+                    assert not client.health()
+                    assert client.generate("x", sampling=SamplingParams(max_tokens=1)).usage.completion_tokens == 1
+                assert server.exit_code(20) == 0
+                _clean(server)
+        finally:
+            ended.set()
+            watcher.join(20)
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+    assert seen == [
+        [not_serving, serving, not_serving],  # it loads
+        [serving, serving, serving],
+        [not_serving, serving, serving],  # it stops
+    ]
 
 
 LOADING = """

@@ -7,18 +7,19 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from steer_server import metrics_http
-from steer_server.metrics_http import MetricsServer
+from steer_server import small_http
+from steer_server.lifecycle import PATHS, Lifecycle, State
+from steer_server.metrics_http import metrics_server
 
 
 @pytest.fixture
 async def ask():
-    """``await ask(bytes)``: the answer; ``ask.open()``: a connection; ``ask.serving``: whether the server serves."""
+    """``await ask(bytes)``: the answer; ``ask.open()``: a connection; ``ask.lifecycle``: of the server."""
     registry = CollectorRegistry()
     Gauge("depth", "Of a thing", registry=registry).set(7)
 
     class Asking:
-        serving = True
+        lifecycle = Lifecycle(State.SERVING)
 
         async def open(self):
             return await asyncio.open_connection("127.0.0.1", self.port)
@@ -31,7 +32,7 @@ async def ask():
             return answer
 
     asking = Asking()
-    server = MetricsServer(registry, lambda: asking.serving)
+    server = metrics_server(registry, asking.lifecycle)
     asking.port = await server.start("127.0.0.1", 0)
     yield asking
     server.close()
@@ -62,17 +63,25 @@ async def test_anything_else_is_refused(ask, request_line, status):
     assert b"depth" not in answer
 
 
-async def test_health_is_an_answer_of_its_own(ask):
-    request = b"GET /healthz HTTP/1.1\r\n\r\n"
-    answer = await ask(request)
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert answer.endswith(b"\r\n\r\nok\n")
-    ask.serving = False
-    assert (await ask(request)).startswith(b"HTTP/1.1 503 ")
+@pytest.mark.parametrize(
+    ("state", "passed"),
+    [
+        (State.LOADING, {"/livez"}),
+        (State.SERVING, {"/livez", "/readyz", "/startedz", "/healthz"}),
+        (State.STOPPING, {"/livez", "/startedz"}),
+        (State.DEAD, set()),
+    ],
+)
+async def test_each_probe_says_what_the_state_of_the_server_is(ask, state, passed):
+    ask.lifecycle.state = state
+    for path in PATHS:
+        answer = await ask(f"GET {path} HTTP/1.1\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.1 200 " if path in passed else b"HTTP/1.1 503 "), path
+        assert answer.endswith(b"\r\n\r\nok\n" if path in passed else f"\r\n\r\n{state.value}\n".encode())
 
 
 async def test_requests_that_are_never_finished_neither_pile_up_nor_last(ask, monkeypatch):
-    monkeypatch.setattr(metrics_http, "_SECONDS", 0.5)
+    monkeypatch.setattr(small_http, "_SECONDS", 0.5)
     threads = threading.active_count()
     opened = [await ask.open() for _ in range(300)]
     for _, writer in opened:

@@ -17,6 +17,7 @@ from steering.v1 import operator_admin_pb2 as admin
 from steering.v1 import operators_pb2 as operators
 from steering.v1 import steering_pb2 as sp
 
+from steer_client import _admin as asked
 from steer_client import _results as results
 from steer_client import _store as store
 from steer_client._errors import ProtocolError
@@ -30,6 +31,7 @@ _read_text_score = reader(score_pb2.ScoreResponse, results.TextScore, strict=Tru
 _read_tokenization = reader(pb.TokenizeResponse, results.Tokenization, strict=True)
 _read_model_info = reader(pb.GetModelInfoResponse, results.ModelInfo, strict=True)
 _read_operator = reader(operators.Operator, store.OperatorInfo, strict=True)
+_read_build = reader(admin.OperatorBuild, asked.OperatorBuild, strict=True)
 _read_reload_report = reader(operators.ReloadOperatorsResponse, store.ReloadReport, strict=True)
 
 
@@ -93,6 +95,13 @@ def one_operator(
     if not message.HasField("operator"):
         raise _lacks(message, "operator")
     return operator_info(message.operator)
+
+
+def build(message: admin.OperatorBuild) -> asked.OperatorBuild:
+    """A build, with what it has built."""
+    if message.HasField("operator"):
+        operator_info(message.operator)
+    return _decode(_read_build, message)
 
 
 def reload_report(message: operators.ReloadOperatorsResponse) -> store.ReloadReport:

@@ -12,6 +12,8 @@ SteerError
 │   └── DigestNotServedError   the server has another version of it than the one that was pinned
 ├── OperatorExistsError        the name is taken, and nothing says that it may be replaced
 ├── OperatorChangedError       the store has another version than the one that was expected
+├── UnknownBuildError          the server knows no such build
+├── BuildFailedError           a build failed or was cancelled; `.build` says how far it came
 ├── StoreFullError             the server's disk, or what uploads may take of it, has no room
 ├── ServerBusyError            the queue is full, or the token's rate used up; `.retry_after` in seconds
 ├── SteeringNotAppliedError    a text came back without proof of its steering
@@ -147,6 +149,21 @@ class OperatorChangedError(SteerError):
 
     default_code = grpc.StatusCode.FAILED_PRECONDITION
     default_reason = "OPERATOR_CHANGED"
+
+
+class UnknownBuildError(SteerError):
+    """The server knows no such build: it ended long ago, or before the server was started again."""
+
+    default_code = grpc.StatusCode.NOT_FOUND
+    default_reason = "UNKNOWN_BUILD"
+
+
+class BuildFailedError(SteerError):
+    """A build came to nothing. `build` is the OperatorBuild as it ended."""
+
+    def __init__(self, message: str, *, build: object = None, **status: Unpack[Status]) -> None:
+        super().__init__(message, **status)
+        self.build = build
 
 
 class StoreFullError(SteerError):

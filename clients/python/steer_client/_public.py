@@ -1,9 +1,11 @@
 """Every public name of the package, which `steer_client` hands on when one is first used."""
 
+from steer_client._admin import OperatorBuild
 from steer_client._aio import AsyncSteerClient
 from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
 from steer_client._diff import Change, word_diff
 from steer_client._errors import (
+    BuildFailedError,
     DeadlineExceededError,
     DigestNotServedError,
     DoseTooHighError,
@@ -25,6 +27,7 @@ from steer_client._errors import (
     StoreFullError,
     TLSError,
     UnauthenticatedError,
+    UnknownBuildError,
     UnknownOperatorError,
 )
 from steer_client._positions import ALL_POSITIONS, Positions
@@ -100,6 +103,7 @@ __all__ = [
     "AsyncComparisonsStream",
     "AsyncGenerationStream",
     "AsyncSteerClient",
+    "BuildFailedError",
     "Calibration",
     "CalibrationPoint",
     "Change",
@@ -127,6 +131,7 @@ __all__ = [
     "Member",
     "ModelInfo",
     "NeutralTexts",
+    "OperatorBuild",
     "OperatorChangedError",
     "OperatorExistsError",
     "OperatorInfo",
@@ -166,6 +171,7 @@ __all__ = [
     "Tokenization",
     "TopLogprob",
     "UnauthenticatedError",
+    "UnknownBuildError",
     "UnknownOperatorError",
     "Usage",
     "WeightedWord",

@@ -26,6 +26,7 @@ _BY_REASON: dict[tuple[grpc.StatusCode, str], type[errors.SteerError]] = {
     (_Code.FAILED_PRECONDITION, "DIGEST_NOT_SERVED"): errors.DigestNotServedError,
     (_Code.ALREADY_EXISTS, "OPERATOR_EXISTS"): errors.OperatorExistsError,
     (_Code.FAILED_PRECONDITION, "OPERATOR_CHANGED"): errors.OperatorChangedError,
+    (_Code.NOT_FOUND, "UNKNOWN_BUILD"): errors.UnknownBuildError,
     (_Code.RESOURCE_EXHAUSTED, "STORE_FULL"): errors.StoreFullError,
     (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"): errors.ServerBusyError,
     (_Code.RESOURCE_EXHAUSTED, "RATE_LIMITED"): errors.ServerBusyError,

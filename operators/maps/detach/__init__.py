@@ -4,28 +4,26 @@ A decoder's norms, gates and attention multiply the stream by factors that depen
 factors are constants for autograd, so that the Jacobian is that of the affine map which the model is at one prompt.
 :func:`recording` keeps the factors of a forward pass, and :func:`replaying` runs the affine map with them on any input.
 
-``rules`` holds the rules, ``families`` a table per architecture, ``context`` the ``with`` blocks that apply a table
-and undo it. docs/ARCHITECTURES.md says how another architecture gets its table; :func:`register` adds it.
+``rules`` and ``experts`` hold the rules, ``family`` says what a table is, ``tables`` has one per architecture,
+``families`` finds that of a model, and ``context`` has the ``with`` blocks that apply it and undo that.
+docs/ARCHITECTURES.md says how another architecture gets its table; :func:`register`, or an entry point of an installed
+package, adds it.
 """
 
 from operators.maps.detach.context import RULE_SET, detached, recording, replaying
-from operators.maps.detach.families import (
-    Attention,
-    Family,
-    GatedMLP,
-    PlainMLP,
-    families,
-    family_of,
-    projected_values,
-    register,
-)
+from operators.maps.detach.experts import Mixture
+from operators.maps.detach.families import FamilyRules, families, family_of, register
+from operators.maps.detach.family import Attention, Family, GatedMLP, PlainMLP
 from operators.maps.detach.rules import Tape, late_rms_norm, layer_norm, offset_rms_norm, rms_norm
+from operators.maps.detach.tables import projected_values
 
 __all__ = [
     "RULE_SET",
     "Attention",
     "Family",
+    "FamilyRules",
     "GatedMLP",
+    "Mixture",
     "PlainMLP",
     "Tape",
     "detached",

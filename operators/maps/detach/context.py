@@ -14,7 +14,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from operators.core.errors import UnsupportedModelError
-from operators.maps.detach.families import Attention, Family, GatedMLP, family_of
+from operators.maps.detach.experts import Mixture, mix_experts
+from operators.maps.detach.families import FamilyRules, family_of
+from operators.maps.detach.family import Attention, GatedMLP
 from operators.maps.detach.rules import (
     FROZEN_NOW,
     AttentionOutput,
@@ -92,7 +94,7 @@ def replaying(
     family = family_of(model)
     tape = tape.replayed()
     with ExitStack() as undo:
-        _freeze_norms_and_gates(changed, family, tape, undo)
+        _freeze_forwards_and_gates(changed, family, tape, undo)
         in_final = set() if final is None else set(final.modules())
         for module in list(changed.modules()):
             kind = type(module)
@@ -115,7 +117,7 @@ def replaying(
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "recorded"]) -> Iterator[Family]:
+def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "recorded"]) -> Iterator[FamilyRules]:
     family = family_of(model)
     implementation = model.config._attn_implementation
     if implementation not in _FROZEN_ATTENTION:
@@ -124,7 +126,7 @@ def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "re
             f"{sorted(_FROZEN_ATTENTION)}"
         )
     with ExitStack() as undo:
-        _freeze_norms_and_gates(model, family, tape, undo)
+        _freeze_forwards_and_gates(model, family, tape, undo)
         frozen: list[nn.Module] = []
         undo.callback(FROZEN_NOW.reset, FROZEN_NOW.set(frozen))
         for name, module in model.named_modules():
@@ -136,13 +138,15 @@ def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "re
         yield family
 
 
-def _freeze_norms_and_gates(model: nn.Module, family: Family, tape: Tape, undo: ExitStack) -> None:
+def _freeze_forwards_and_gates(model: nn.Module, family: FamilyRules, tape: Tape, undo: ExitStack) -> None:
     for module in list(model.modules()):
         kind = type(module)
-        if kind in family.norms:
-            _swap(module, "forward", partial(_norm, family.norms[kind], module, tape), undo)
-        elif kind in family.mlps:
-            table = family.mlps[kind]
+        table = family.mlps.get(kind)
+        if kind in family.forwards:
+            _swap(module, "forward", partial(_forward, family.forwards[kind], module, tape), undo)
+        elif isinstance(table, Mixture):
+            _swap(module, "forward", partial(mix_experts, module, table, tape), undo)
+        elif table is not None:
             frozen = FrozenGate if isinstance(table, GatedMLP) else FrozenSlope
             _swap(module, table.activation, frozen(getattr(module, table.activation), module, tape), undo)
 
@@ -155,7 +159,7 @@ def _apply_conv1d(module: Any, x: torch.Tensor) -> torch.Tensor:
     return wide_linear(x, module.weight.T, module.bias)
 
 
-def _norm(rule: Callable[..., torch.Tensor], module: nn.Module, tape: Tape, x: torch.Tensor) -> torch.Tensor:
+def _forward(rule: Callable[..., torch.Tensor], module: nn.Module, tape: Tape, x: torch.Tensor) -> torch.Tensor:
     return rule(module, x, tape)
 
 

@@ -1,161 +1,52 @@
 """One table per architecture: which rule applies to which of its module classes.
 
-Every module of a model must be in its table; a model with any other is refused, and nothing is guessed.
+Every module of a model must be in its table; a model with any other is refused, and nothing is guessed. A table names
+classes, and only that of a model's own class is looked up: no other model of transformers is imported for it.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
-from types import ModuleType
 from typing import Any
 
-import torch
 from torch import nn
+from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 
 from operators.core.errors import UnsupportedModelError
-from operators.maps.detach.rules import NormForward, late_rms_norm, layer_norm, offset_rms_norm, rms_norm, wide_linear
+from operators.maps.detach.experts import Mixture
+from operators.maps.detach.family import MLP, Attention, Family
+from operators.maps.detach.rules import ForwardRule
+from operators.maps.detach.tables import BUILT_IN
+
+ENTRY_POINTS = "steer_operators.families"
+"""The group of entry points by which an installed package brings tables: each names a :class:`Family`, or several."""
 
 _LINEAR: frozenset[type[nn.Module]] = frozenset({nn.Linear, Conv1D, nn.Embedding, nn.ModuleList, nn.Dropout})
 """Classes that need no rule: affine in their input, or before the map (embeddings), or the identity in evaluation."""
 
 
-@dataclass(frozen=True)
-class GatedMLP:
-    """``down(act(gate) * up)``: the attribute of the activation, and of the gate's own projection if it has one."""
-
-    activation: str
-    gate: str | None
-
-
-@dataclass(frozen=True)
-class PlainMLP:
-    """``down(act(up))``: the attribute of the activation."""
-
-    activation: str
-
-
-@dataclass(frozen=True)
-class Attention:
-    """``values`` gives V (l, n, K, e) of an input (l, n, d); ``output`` is the attribute of the output projection."""
-
-    values: Callable[[Any, torch.Tensor], torch.Tensor]
-    output: str
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one architecture is made affine. A module is recognised by its exact class: a subclass may compute anything.
-
-    ``norms`` maps each norm class to its detached forward; ``containers`` are the classes that only pass tensors on,
-    add them, scale them by constants or look up positions.
-    """
+@dataclass(frozen=True, eq=False)
+class FamilyRules:
+    """A table with its classes looked up. Filled by :func:`family_of`."""
 
     name: str
     causal_lm: type[nn.Module]
-    norms: Mapping[type[nn.Module], NormForward]
-    mlps: Mapping[type[nn.Module], GatedMLP | PlainMLP]
+    forwards: Mapping[type[nn.Module], ForwardRule]
+    mlps: Mapping[type[nn.Module], MLP]
     attentions: Mapping[type[nn.Module], Attention]
     containers: frozenset[type[nn.Module]]
+    unset: tuple[str, ...]
 
-
-def projected_values(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """V (l, n, K, e) of x (l, n, d), for an attention with a separate projection ``v_proj``."""
-    values: torch.Tensor = module.v_proj(x).view(*x.shape[:2], -1, module.head_dim)
-    return values
-
-
-def _phi3_values(module: Any, x: torch.Tensor) -> torch.Tensor:
-    # One projection gives Q, K and V, in this order.
-    size = module.num_key_value_heads * module.head_dim
-    return wide_linear(x, module.qkv_proj.weight[-size:], None).view(*x.shape[:2], -1, module.head_dim)
-
-
-def _gpt2_values(module: Any, x: torch.Tensor) -> torch.Tensor:
-    # One projection gives Q, K and V, in this order. It is a Conv1D, whose weight is (in, out).
-    weight, bias = module.c_attn.weight[:, -module.embed_dim :], module.c_attn.bias[-module.embed_dim :]
-    return wide_linear(x, weight.T, bias).view(*x.shape[:2], -1, module.head_dim)
-
-
-@dataclass(frozen=True)
-class _BuiltInFamily:
-    """A family of this package, before the module of transformers that has its classes is imported.
-
-    ``causal_lm`` is the name of its class there; ``fill`` makes the table out of the imported module.
-    """
-
-    name: str
-    causal_lm: str
-    fill: Callable[[ModuleType], Family]
-
-    @property
-    def module(self) -> str:
-        return f"transformers.models.{self.name}.modeling_{self.name}"
-
-    def load(self) -> Family:
-        return self.fill(importlib.import_module(self.module))
-
-
-def _llama_like(
-    name: str, norm: NormForward, *, decoder: str = "Model", containers: tuple[str, ...] = ()
-) -> _BuiltInFamily:
-    """The common shape: RMSNorm, q/k/v/o projections, SwiGLU or GeGLU, named after the family."""
-    prefix = name.capitalize()
-
-    def fill(module: ModuleType) -> Family:
-        def cls(suffix: str) -> type[nn.Module]:
-            found: type[nn.Module] = getattr(module, prefix + suffix)
-            return found
-
-        return Family(
-            name=name,
-            causal_lm=cls("ForCausalLM"),
-            norms={cls("RMSNorm"): norm},
-            mlps={cls("MLP"): GatedMLP("act_fn", gate="gate_proj")},
-            attentions={cls("Attention"): Attention(projected_values, output="o_proj")},
-            containers=frozenset(map(cls, (decoder, "DecoderLayer", "RotaryEmbedding", *containers))),
-        )
-
-    return _BuiltInFamily(name, f"{prefix}ForCausalLM", fill)
-
-
-def _phi3(module: Any) -> Family:
-    return Family(
-        name="phi3",
-        causal_lm=module.Phi3ForCausalLM,
-        norms={module.Phi3RMSNorm: rms_norm(eps="variance_epsilon")},
-        mlps={module.Phi3MLP: GatedMLP("activation_fn", gate=None)},
-        attentions={module.Phi3Attention: Attention(_phi3_values, output="o_proj")},
-        containers=frozenset({module.Phi3Model, module.Phi3DecoderLayer, module.Phi3RotaryEmbedding}),
-    )
-
-
-def _gpt2(module: Any) -> Family:
-    return Family(
-        name="gpt2",
-        causal_lm=module.GPT2LMHeadModel,
-        norms={nn.LayerNorm: layer_norm(eps="eps")},
-        mlps={module.GPT2MLP: PlainMLP("act")},
-        attentions={module.GPT2Attention: Attention(_gpt2_values, output="c_proj")},
-        containers=frozenset({module.GPT2Model, module.GPT2Block}),
-    )
-
-
-_BUILT_IN = (
-    _llama_like("llama", rms_norm(eps="variance_epsilon")),
-    _llama_like("qwen2", rms_norm(eps="variance_epsilon")),
-    _llama_like("qwen3", rms_norm(eps="variance_epsilon")),
-    _llama_like("mistral", rms_norm(eps="variance_epsilon")),
-    _llama_like("ministral", rms_norm(eps="variance_epsilon")),
-    _llama_like("olmo2", late_rms_norm(eps="variance_epsilon")),
-    _llama_like("gemma3", offset_rms_norm(eps="eps"), decoder="TextModel", containers=("TextScaledWordEmbedding",)),
-    _BuiltInFamily("phi3", "Phi3ForCausalLM", _phi3),
-    _BuiltInFamily("gpt2", "GPT2LMHeadModel", _gpt2),
-)
+    def covers(self, kind: type[nn.Module]) -> bool:
+        """Whether a module of this class has its place in the table, or needs none."""
+        known = (self.forwards, self.mlps, self.attentions, self.containers, _LINEAR)
+        return kind is self.causal_lm or any(kind in kinds for kinds in known)
 
 
 _registered: tuple[Family, ...] = ()
@@ -163,8 +54,12 @@ _GUIDE = "docs/ARCHITECTURES.md says how to add"
 
 
 def families() -> tuple[Family, ...]:
-    """Every table: those of this package, then the registered ones. Imports the model modules of all of them."""
-    return (*(_loaded(built_in) for built_in in _BUILT_IN), *_registered)
+    """Every table: those of this package, those of installed packages, then the registered ones.
+
+    Raises:
+        UnsupportedModelError: what an installed package brings is no table, or a second one for a class.
+    """
+    return (*BUILT_IN, *_installed(), *_registered)
 
 
 def register(family: Family) -> None:
@@ -175,36 +70,95 @@ def register(family: Family) -> None:
             what was imported before it was built.
     """
     global _registered
-    if _table_of(family.causal_lm) is not None:
-        raise ValueError(f"{family.causal_lm.__name__} has a detach table already; a table cannot be replaced")
+    if any(other.causal_lm == family.causal_lm for other in families()):
+        raise ValueError(f"{family.model_class} has a detach table already; a table cannot be replaced")
     _registered = (*_registered, family)
 
 
 @functools.cache
-def _loaded(built_in: _BuiltInFamily) -> Family:
-    return built_in.load()
+def _installed() -> tuple[Family, ...]:
+    """The tables of installed packages."""
+    found: list[Family] = []
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: (point.name, point.value)):
+        for family in _tables_of(point):
+            if any(other.causal_lm == family.causal_lm for other in (*BUILT_IN, *found)):
+                raise UnsupportedModelError(
+                    f"{_described(point)} brings a detach table for {family.causal_lm}, which has one already; a table "
+                    "cannot be replaced: uninstall one of the two"
+                )
+            found.append(family)
+    return tuple(found)
 
 
-def _table_of(causal_lm: type[nn.Module]) -> Family | None:
-    """The table of exactly this class; imports no module of transformers but the one that ``causal_lm`` is from."""
-    for built_in in _BUILT_IN:
-        if (built_in.module, built_in.causal_lm) == (causal_lm.__module__, causal_lm.__qualname__):
-            found = _loaded(built_in)
-            return found if found.causal_lm is causal_lm else None
-    return next((family for family in _registered if family.causal_lm is causal_lm), None)
+def _tables_of(point: EntryPoint) -> tuple[Family, ...]:
+    try:
+        value = point.load()
+    except Exception as error:
+        # Another's module, which may raise anything when it is imported.
+        raise UnsupportedModelError(
+            f"{_described(point)} cannot be loaded ({type(error).__name__}: {error}); repair or uninstall it"
+        ) from error
+    tables = (value,) if isinstance(value, Family) else tuple(value) if isinstance(value, Iterable) else (value,)
+    for table in tables:
+        if not isinstance(table, Family):
+            raise UnsupportedModelError(
+                f"{_described(point)} is {type(table).__name__}; a Family, or an iterable of them, is accepted"
+            )
+    return tables
 
 
-def family_of(model: nn.Module) -> Family:
+def _described(point: EntryPoint) -> str:
+    package = f" of the package {point.dist.name!r}" if point.dist is not None else ""
+    return f"entry point {point.name!r} = {point.value!r} in {ENTRY_POINTS!r}{package}"
+
+
+def _table_of(causal_lm: type[nn.Module]) -> FamilyRules | None:
+    """The table of exactly this class; looks no other class up than those of its name."""
+    for family in families():
+        if family.model_class == causal_lm.__name__ and _class(family, family.causal_lm) is causal_lm:
+            return _looked_up(family)
+    return None
+
+
+@functools.cache
+def _looked_up(family: Family) -> FamilyRules:
+    find = functools.partial(_class, family)
+    return FamilyRules(
+        name=family.name,
+        causal_lm=find(family.causal_lm),
+        forwards={find(name): rule for name, rule in family.forwards.items()},
+        mlps={find(name): rule for name, rule in family.mlps.items()},
+        attentions={find(name): rule for name, rule in family.attentions.items()},
+        containers=frozenset(map(find, family.containers)),
+        unset=family.unset,
+    )
+
+
+def _class(family: Family, name: str) -> type[nn.Module]:
+    """The class of this path, or of this name in the module of the model's class."""
+    module, _, attribute = name.rpartition(".")
+    module = module or family.causal_lm.rpartition(".")[0]
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"the {family.name!r} table names the class {attribute} of {module}, which is not there (transformers "
+            f"{transformers_version})"
+        ) from error
+    assert isinstance(found, type)  # noqa: S101 - for the type checker
+    return found
+
+
+def family_of(model: nn.Module) -> FamilyRules:
     """The table of this model, after checking that every module is in it.
 
     Raises:
-        UnsupportedModelError: names the first module, and its class, that no rule covers; or the model is not
-            in evaluation mode.
+        UnsupportedModelError: names the first module, and its class, that no rule covers, or a setting of the
+            configuration that the table does not cover; or the model is not in evaluation mode.
     """
     family = _table_of(type(model))
     if family is None:
-        registered = (family.causal_lm.__name__ for family in _registered)
-        known = ", ".join(sorted([*(built_in.causal_lm for built_in in _BUILT_IN), *registered]))
+        known = ", ".join(sorted(table.model_class for table in families()))
         raise UnsupportedModelError(
             f"{type(model).__name__} has no detach table; there are tables for {known}. {_GUIDE} one"
         )
@@ -212,20 +166,34 @@ def family_of(model: nn.Module) -> Family:
         raise UnsupportedModelError(
             f"{type(model).__name__} is in training mode; dropout is no linear map: call eval()"
         )
-    known_classes = {family.causal_lm, *family.norms, *family.mlps, *family.attentions, *family.containers, *_LINEAR}
-    activations = {
-        f"{name}.{table.activation}"
-        for name, module in model.named_modules()
-        for kind, table in family.mlps.items()
-        if type(module) is kind
-    }
-    for name, module in model.named_modules():
-        if type(module) not in known_classes and activations.isdisjoint(_path_and_parents(name)):
+    _check_settings(model, family)
+    modules = list(model.named_modules())
+    activations = {f"{name}.{path}" for name, module in modules for path in _activations(family.mlps.get(type(module)))}
+    for name, module in modules:
+        if not family.covers(type(module)) and activations.isdisjoint(_path_and_parents(name)):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: module {name!r} of class {type(module).__name__} is in no rule of "
                 f"the {family.name!r} table; {_GUIDE} it"
             )
     return family
+
+
+def _check_settings(model: Any, family: FamilyRules) -> None:
+    config = model.config.get_text_config()
+    for setting in family.unset:
+        # Not by its truth: a bound of 0 is a bound.
+        if (value := getattr(config, setting, None)) is not None and value is not False:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its configuration has {setting} = {value!r}, which the {family.name!r} table "
+                "does not cover; null is accepted"
+            )
+
+
+def _activations(table: MLP | None) -> tuple[str, ...]:
+    """Where the activations of an MLP are, whose classes need no rule: their ratio or value is frozen."""
+    if table is None:
+        return ()
+    return (f"{table.experts}.act_fn",) if isinstance(table, Mixture) else (table.activation,)
 
 
 def _path_and_parents(name: str) -> Iterator[str]:

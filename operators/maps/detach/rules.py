@@ -5,6 +5,7 @@
     attention    live V, output projection   frozen softmax weights (Q and K after RoPE are detached)
     gated MLP    live up                     frozen act(gate), whole
     plain MLP    live x                      frozen act(x)/x
+    experts      live up                     frozen act(gate), the choice of experts and their weights (``experts``)
 
 Frozen means that the factor is computed as the model does and then held constant. Each rule leaves the module's value
 as it was; only the gradient changes. The choices are those of Golden, section 3. Freezing up and keeping the gate live
@@ -70,11 +71,11 @@ class Tape:
         return Tape("replay", self._factors)
 
 
-NormForward = Callable[[nn.Module, torch.Tensor, Tape], torch.Tensor]
-"""The forward of a norm with its scale on the tape: (module, x, tape) -> normed, both (..., n, d)."""
+ForwardRule = Callable[[nn.Module, torch.Tensor, Tape], torch.Tensor]
+"""A module's forward with its factor on the tape: (module, x, tape) -> output, both (..., n, d)."""
 
 
-def rms_norm(*, eps: str) -> NormForward:
+def rms_norm(*, eps: str) -> ForwardRule:
     """``weight * (x * scale)``, rounded to the model's dtype before the weight; ``eps`` names the attribute."""
 
     def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
@@ -83,7 +84,7 @@ def rms_norm(*, eps: str) -> NormForward:
     return forward
 
 
-def late_rms_norm(*, eps: str) -> NormForward:
+def late_rms_norm(*, eps: str) -> ForwardRule:
     """``weight * (x * scale)``, rounded to the model's dtype after the weight (OLMo 2)."""
 
     def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
@@ -92,7 +93,7 @@ def late_rms_norm(*, eps: str) -> NormForward:
     return forward
 
 
-def offset_rms_norm(*, eps: str) -> NormForward:
+def offset_rms_norm(*, eps: str) -> ForwardRule:
     """Gemma's ``(1 + weight) * (x * scale)``, rounded to the model's dtype last."""
 
     def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
@@ -102,16 +103,16 @@ def offset_rms_norm(*, eps: str) -> NormForward:
     return forward
 
 
-def layer_norm(*, eps: str) -> NormForward:
-    """``weight * ((x - mean x) * scale) + bias``, with a bias or without, rounded to the model's dtype last.
+def layer_norm(*, eps: str, offset: float = 0.0) -> ForwardRule:
+    """``(weight + offset) * ((x - mean x) * scale) + bias``, with a bias or without, rounded to the model's dtype last.
 
-    The mean is linear and stays live.
+    The mean is linear and stays live. Nemotron's offset is 1.
     """
 
     def forward(module: nn.Module, x: torch.Tensor, tape: Tape) -> torch.Tensor:
         wide = _wide(x)
         centred = wide - wide.mean(-1, keepdim=True)
-        normed = _scaled(module, centred, eps, tape) * _weight(module).to(wide.dtype)
+        normed = _scaled(module, centred, eps, tape) * (_weight(module) + offset).to(wide.dtype)
         bias = getattr(module, "bias", None)
         return (normed if bias is None else normed + bias.to(wide.dtype)).to(x.dtype)
 
@@ -141,14 +142,14 @@ class FrozenSlope(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The activation of ``x``, linear in it."""
-        return x * self._tape.factor(self._key[0], lambda: self._ratio(x), multiplies=x)
+        return x * self._tape.factor(self._key[0], lambda: frozen_ratio(self.activation, x), multiplies=x)
 
-    def _ratio(self, x: torch.Tensor) -> torch.Tensor:
-        # At x = 0 the ratio is 0/0. Its limit is taken there, by evaluating it at a tiny x.
-        tiny = torch.finfo(x.dtype).tiny ** 0.5
-        safe = torch.where(x.abs() < tiny, torch.full_like(x, tiny), x)
-        ratio: torch.Tensor = self.activation(safe) / safe
-        return ratio
+
+def frozen_ratio(activation: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """act(x)/x, without a gradient. At x = 0, where it is 0/0, it is its limit, by evaluating it at a tiny x."""
+    tiny = torch.finfo(x.dtype).tiny ** 0.5
+    safe = torch.where(x.abs() < tiny, torch.full_like(x, tiny), x).detach()
+    return activation(safe) / safe
 
 
 FROZEN_NOW: ContextVar[list[nn.Module]] = ContextVar("frozen_now")

@@ -21,6 +21,7 @@ google.rpc.ErrorInfo with the domain "steering.v1" and one of these reasons:
   DEADLINE_EXCEEDED    TIME_LIMIT            the time limit ran out before every token had its score
   DEADLINE_EXCEEDED    REQUEST_INCOMPLETE    the client took too long to send the request
   DEADLINE_EXCEEDED    SLOW_READER           the client took too long to read the answer
+  UNAVAILABLE          LOADING               the model is not loaded yet; RetryInfo says when to try again
   UNAVAILABLE          SHUTTING_DOWN
   UNIMPLEMENTED        UNIMPLEMENTED         a method of a standard service that is not offered
 """

@@ -22,38 +22,55 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from steering.v1 import operators_pb2 as steering_dot_v1_dot_operators__pb2
+from steering.v1 import steering_pb2 as steering_dot_v1_dot_steering__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n steering/v1/operator_admin.proto\x12\x0bsteering.v1\x1a\x1bsteering/v1/operators.proto\"[\n\x15UploadOperatorRequest\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.steering.v1.UploadStartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"x\n\x0bUploadStart\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x13\n\x0b\x66ile_digest\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0f\n\x07replace\x18\x06 \x01(\t\"A\n\x16UploadOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"%\n\x10GetUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"?\n\x11GetUploadResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"#\n\x13LoadOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14LoadOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"%\n\x15UnloadOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x16UnloadOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"5\n\x15\x44\x65leteOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\x18\n\x16\x44\x65leteOperatorResponse2\xca\x03\n\x14OperatorAdminService\x12[\n\x0eUploadOperator\x12\".steering.v1.UploadOperatorRequest\x1a#.steering.v1.UploadOperatorResponse(\x01\x12J\n\tGetUpload\x12\x1d.steering.v1.GetUploadRequest\x1a\x1e.steering.v1.GetUploadResponse\x12S\n\x0cLoadOperator\x12 .steering.v1.LoadOperatorRequest\x1a!.steering.v1.LoadOperatorResponse\x12Y\n\x0eUnloadOperator\x12\".steering.v1.UnloadOperatorRequest\x1a#.steering.v1.UnloadOperatorResponse\x12Y\n\x0e\x44\x65leteOperator\x12\".steering.v1.DeleteOperatorRequest\x1a#.steering.v1.DeleteOperatorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n steering/v1/operator_admin.proto\x12\x0bsteering.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bsteering/v1/operators.proto\x1a\x1asteering/v1/steering.proto\"[\n\x15UploadOperatorRequest\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.steering.v1.UploadStartH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"x\n\x0bUploadStart\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x13\n\x0b\x66ile_digest\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x03\x12\x0f\n\x07replace\x18\x06 \x01(\t\"A\n\x16UploadOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"%\n\x10GetUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"?\n\x11GetUploadResponse\x12\x16\n\x0ereceived_bytes\x18\x01 \x01(\x03\x12\x12\n\nsize_bytes\x18\x02 \x01(\x03\"#\n\x13LoadOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x14LoadOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"%\n\x15UnloadOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"A\n\x16UnloadOperatorResponse\x12\'\n\x08operator\x18\x01 \x01(\x0b\x32\x15.steering.v1.Operator\"5\n\x15\x44\x65leteOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\x18\n\x16\x44\x65leteOperatorResponse\"\xc5\x03\n\x14\x42uildOperatorRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\r\n\x05words\x18\x03 \x03(\t\x12\x12\n\x05layer\x18\x04 \x01(\x05H\x00\x88\x01\x01\x12\x11\n\x04rank\x18\x05 \x01(\x05H\x01\x88\x01\x01\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x16\n\ttolerance\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\x08strength\x18\x08 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x04rule\x18\t \x01(\x0e\x32\x11.steering.v1.Rule\x12\x12\n\x05\x62lend\x18\n \x01(\x01H\x04\x88\x01\x01\x12)\n\tpositions\x18\x0b \x01(\x0b\x32\x16.steering.v1.Positions\x12#\n\x06\x61nchor\x18\x0c \x01(\x0e\x32\x13.steering.v1.Anchor\x12,\n\x0b\x66irst_token\x18\r \x01(\x0e\x32\x17.steering.v1.FirstToken\x12\x11\n\tcalibrate\x18\x0e \x01(\x08\x12\r\n\x05quick\x18\x0f \x01(\x08\x12\x0f\n\x07replace\x18\x10 \x01(\tB\x08\n\x06_layerB\x07\n\x05_rankB\x0c\n\n_toleranceB\x0b\n\t_strengthB\x08\n\x06_blend\"\x8d\x03\n\rOperatorBuild\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.steering.v1.BuildState\x12\r\n\x05stage\x18\x04 \x01(\t\x12\x0c\n\x04\x64one\x18\x05 \x01(\x03\x12\r\n\x05total\x18\x06 \x01(\x03\x12,\n\ttime_left\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tlast_line\x18\x08 \x01(\t\x12\x0f\n\x07problem\x18\t \x01(\t\x12\x0e\n\x06\x63\x61ller\x18\n \x01(\t\x12+\n\x07\x63reated\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12+\n\x07started\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05\x65nded\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\'\n\x08operator\x18\x0e \x01(\x0b\x32\x15.steering.v1.Operator\"\x1f\n\x11WatchBuildRequest\x12\n\n\x02id\x18\x01 \x01(\t\" \n\x12\x43\x61ncelBuildRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\x13\n\x11ListBuildsRequest\"@\n\x12ListBuildsResponse\x12*\n\x06\x62uilds\x18\x01 \x03(\x0b\x32\x1a.steering.v1.OperatorBuild*\xa9\x01\n\nBuildState\x12\x1b\n\x17\x42UILD_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x42UILD_STATE_WAITING\x10\x01\x12\x17\n\x13\x42UILD_STATE_RUNNING\x10\x02\x12\x19\n\x15\x42UILD_STATE_SUCCEEDED\x10\x03\x12\x16\n\x12\x42UILD_STATE_FAILED\x10\x04\x12\x19\n\x15\x42UILD_STATE_CANCELLED\x10\x05\x32\x81\x06\n\x14OperatorAdminService\x12[\n\x0eUploadOperator\x12\".steering.v1.UploadOperatorRequest\x1a#.steering.v1.UploadOperatorResponse(\x01\x12J\n\tGetUpload\x12\x1d.steering.v1.GetUploadRequest\x1a\x1e.steering.v1.GetUploadResponse\x12S\n\x0cLoadOperator\x12 .steering.v1.LoadOperatorRequest\x1a!.steering.v1.LoadOperatorResponse\x12Y\n\x0eUnloadOperator\x12\".steering.v1.UnloadOperatorRequest\x1a#.steering.v1.UnloadOperatorResponse\x12Y\n\x0e\x44\x65leteOperator\x12\".steering.v1.DeleteOperatorRequest\x1a#.steering.v1.DeleteOperatorResponse\x12N\n\rBuildOperator\x12!.steering.v1.BuildOperatorRequest\x1a\x1a.steering.v1.OperatorBuild\x12J\n\nWatchBuild\x12\x1e.steering.v1.WatchBuildRequest\x1a\x1a.steering.v1.OperatorBuild0\x01\x12J\n\x0b\x43\x61ncelBuild\x12\x1f.steering.v1.CancelBuildRequest\x1a\x1a.steering.v1.OperatorBuild\x12M\n\nListBuilds\x12\x1e.steering.v1.ListBuildsRequest\x1a\x1f.steering.v1.ListBuildsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'steering.v1.operator_admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPLOADOPERATORREQUEST']._serialized_start=78
-  _globals['_UPLOADOPERATORREQUEST']._serialized_end=169
-  _globals['_UPLOADSTART']._serialized_start=171
-  _globals['_UPLOADSTART']._serialized_end=291
-  _globals['_UPLOADOPERATORRESPONSE']._serialized_start=293
-  _globals['_UPLOADOPERATORRESPONSE']._serialized_end=358
-  _globals['_GETUPLOADREQUEST']._serialized_start=360
-  _globals['_GETUPLOADREQUEST']._serialized_end=397
-  _globals['_GETUPLOADRESPONSE']._serialized_start=399
-  _globals['_GETUPLOADRESPONSE']._serialized_end=462
-  _globals['_LOADOPERATORREQUEST']._serialized_start=464
-  _globals['_LOADOPERATORREQUEST']._serialized_end=499
-  _globals['_LOADOPERATORRESPONSE']._serialized_start=501
-  _globals['_LOADOPERATORRESPONSE']._serialized_end=564
-  _globals['_UNLOADOPERATORREQUEST']._serialized_start=566
-  _globals['_UNLOADOPERATORREQUEST']._serialized_end=603
-  _globals['_UNLOADOPERATORRESPONSE']._serialized_start=605
-  _globals['_UNLOADOPERATORRESPONSE']._serialized_end=670
-  _globals['_DELETEOPERATORREQUEST']._serialized_start=672
-  _globals['_DELETEOPERATORREQUEST']._serialized_end=725
-  _globals['_DELETEOPERATORRESPONSE']._serialized_start=727
-  _globals['_DELETEOPERATORRESPONSE']._serialized_end=751
-  _globals['_OPERATORADMINSERVICE']._serialized_start=754
-  _globals['_OPERATORADMINSERVICE']._serialized_end=1212
+  _globals['_BUILDSTATE']._serialized_start=1857
+  _globals['_BUILDSTATE']._serialized_end=2026
+  _globals['_UPLOADOPERATORREQUEST']._serialized_start=171
+  _globals['_UPLOADOPERATORREQUEST']._serialized_end=262
+  _globals['_UPLOADSTART']._serialized_start=264
+  _globals['_UPLOADSTART']._serialized_end=384
+  _globals['_UPLOADOPERATORRESPONSE']._serialized_start=386
+  _globals['_UPLOADOPERATORRESPONSE']._serialized_end=451
+  _globals['_GETUPLOADREQUEST']._serialized_start=453
+  _globals['_GETUPLOADREQUEST']._serialized_end=490
+  _globals['_GETUPLOADRESPONSE']._serialized_start=492
+  _globals['_GETUPLOADRESPONSE']._serialized_end=555
+  _globals['_LOADOPERATORREQUEST']._serialized_start=557
+  _globals['_LOADOPERATORREQUEST']._serialized_end=592
+  _globals['_LOADOPERATORRESPONSE']._serialized_start=594
+  _globals['_LOADOPERATORRESPONSE']._serialized_end=657
+  _globals['_UNLOADOPERATORREQUEST']._serialized_start=659
+  _globals['_UNLOADOPERATORREQUEST']._serialized_end=696
+  _globals['_UNLOADOPERATORRESPONSE']._serialized_start=698
+  _globals['_UNLOADOPERATORRESPONSE']._serialized_end=763
+  _globals['_DELETEOPERATORREQUEST']._serialized_start=765
+  _globals['_DELETEOPERATORREQUEST']._serialized_end=818
+  _globals['_DELETEOPERATORRESPONSE']._serialized_start=820
+  _globals['_DELETEOPERATORRESPONSE']._serialized_end=844
+  _globals['_BUILDOPERATORREQUEST']._serialized_start=847
+  _globals['_BUILDOPERATORREQUEST']._serialized_end=1300
+  _globals['_OPERATORBUILD']._serialized_start=1303
+  _globals['_OPERATORBUILD']._serialized_end=1700
+  _globals['_WATCHBUILDREQUEST']._serialized_start=1702
+  _globals['_WATCHBUILDREQUEST']._serialized_end=1733
+  _globals['_CANCELBUILDREQUEST']._serialized_start=1735
+  _globals['_CANCELBUILDREQUEST']._serialized_end=1767
+  _globals['_LISTBUILDSREQUEST']._serialized_start=1769
+  _globals['_LISTBUILDSREQUEST']._serialized_end=1788
+  _globals['_LISTBUILDSRESPONSE']._serialized_start=1790
+  _globals['_LISTBUILDSRESPONSE']._serialized_end=1854
+  _globals['_OPERATORADMINSERVICE']._serialized_start=2029
+  _globals['_OPERATORADMINSERVICE']._serialized_end=2798
 # @@protoc_insertion_point(module_scope)

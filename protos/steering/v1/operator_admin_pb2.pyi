@@ -5,9 +5,15 @@ Operators over the wire: what changes the server's store. A server offers it onl
 --operator-admin. Requests under way keep the operators that they started with, whatever is done here.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from steering.v1 import operators_pb2 as _operators_pb2
+from steering.v1 import steering_pb2 as _steering_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +24,29 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BuildState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BuildStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BuildState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BUILD_STATE_UNSPECIFIED: _BuildState.ValueType  # 0
+    BUILD_STATE_WAITING: _BuildState.ValueType  # 1
+    BUILD_STATE_RUNNING: _BuildState.ValueType  # 2
+    BUILD_STATE_SUCCEEDED: _BuildState.ValueType  # 3
+    BUILD_STATE_FAILED: _BuildState.ValueType  # 4
+    BUILD_STATE_CANCELLED: _BuildState.ValueType  # 5
+
+class BuildState(_BuildState, metaclass=_BuildStateEnumTypeWrapper): ...
+
+BUILD_STATE_UNSPECIFIED: BuildState.ValueType  # 0
+BUILD_STATE_WAITING: BuildState.ValueType  # 1
+BUILD_STATE_RUNNING: BuildState.ValueType  # 2
+BUILD_STATE_SUCCEEDED: BuildState.ValueType  # 3
+BUILD_STATE_FAILED: BuildState.ValueType  # 4
+BUILD_STATE_CANCELLED: BuildState.ValueType  # 5
+Global___BuildState: _TypeAlias = BuildState  # noqa: Y015
 
 @_typing.final
 class UploadOperatorRequest(_message.Message):
@@ -268,3 +297,248 @@ class DeleteOperatorResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteOperatorResponse: _TypeAlias = DeleteOperatorResponse  # noqa: Y015
+
+@_typing.final
+class BuildOperatorRequest(_message.Message):
+    """What is not set takes the default of `steer-operators build`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
+    WORDS_FIELD_NUMBER: _builtins.int
+    LAYER_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    BLEND_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    ANCHOR_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    CALIBRATE_FIELD_NUMBER: _builtins.int
+    QUICK_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """As in UploadStart."""
+    layer: _builtins.int
+    """Target layer, from 1."""
+    rank: _builtins.int
+    """Rank of the operator, or in its place `exact`, or the residual |J - U B| / |J| to reach."""
+    exact: _builtins.bool
+    tolerance: _builtins.float
+    strength: _builtins.float
+    """The setting to recommend. Not with `calibrate`, which finds it."""
+    rule: _steering_pb2.Rule.ValueType
+    blend: _builtins.float
+    anchor: _steering_pb2.Anchor.ValueType
+    first_token: _steering_pb2.FirstToken.ValueType
+    calibrate: _builtins.bool
+    """Finds rule, blend, strength and a layer that is not given by trial; needs `words`. `quick`: with fewer of each."""
+    quick: _builtins.bool
+    replace: _builtins.str
+    """As in UploadStart."""
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the operator is built from: at least one text. Several become one operator, the mean of their maps."""
+
+    @_builtins.property
+    def words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What shows the concept in a text, for a calibration."""
+
+    @_builtins.property
+    def positions(self) -> _steering_pb2.Positions: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+        words: _abc.Iterable[_builtins.str] | None = ...,
+        layer: _builtins.int | None = ...,
+        rank: _builtins.int | None = ...,
+        exact: _builtins.bool = ...,
+        tolerance: _builtins.float | None = ...,
+        strength: _builtins.float | None = ...,
+        rule: _steering_pb2.Rule.ValueType = ...,
+        blend: _builtins.float | None = ...,
+        positions: _steering_pb2.Positions | None = ...,
+        anchor: _steering_pb2.Anchor.ValueType = ...,
+        first_token: _steering_pb2.FirstToken.ValueType = ...,
+        calibrate: _builtins.bool = ...,
+        quick: _builtins.bool = ...,
+        replace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_layer", b"_layer", "_rank", b"_rank", "_strength", b"_strength", "_tolerance", b"_tolerance", "blend", b"blend", "layer", b"layer", "positions", b"positions", "rank", b"rank", "strength", b"strength", "tolerance", b"tolerance"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_blend", b"_blend", "_layer", b"_layer", "_rank", b"_rank", "_strength", b"_strength", "_tolerance", b"_tolerance", "anchor", b"anchor", "blend", b"blend", "calibrate", b"calibrate", "exact", b"exact", "first_token", b"first_token", "layer", b"layer", "name", b"name", "positions", b"positions", "quick", b"quick", "rank", b"rank", "replace", b"replace", "rule", b"rule", "strength", b"strength", "texts", b"texts", "tolerance", b"tolerance", "words", b"words"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__blend: _TypeAlias = _typing.Literal["blend"]  # noqa: Y015
+    _WhichOneofArgType__blend: _TypeAlias = _typing.Literal["_blend", b"_blend"]  # noqa: Y015
+    _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
+    _WhichOneofArgType__layer: _TypeAlias = _typing.Literal["_layer", b"_layer"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    _WhichOneofReturnType__strength: _TypeAlias = _typing.Literal["strength"]  # noqa: Y015
+    _WhichOneofArgType__strength: _TypeAlias = _typing.Literal["_strength", b"_strength"]  # noqa: Y015
+    _WhichOneofReturnType__tolerance: _TypeAlias = _typing.Literal["tolerance"]  # noqa: Y015
+    _WhichOneofArgType__tolerance: _TypeAlias = _typing.Literal["_tolerance", b"_tolerance"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__blend) -> _WhichOneofReturnType__blend | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layer) -> _WhichOneofReturnType__layer | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__strength) -> _WhichOneofReturnType__strength | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tolerance) -> _WhichOneofReturnType__tolerance | None: ...
+
+Global___BuildOperatorRequest: _TypeAlias = BuildOperatorRequest  # noqa: Y015
+
+@_typing.final
+class OperatorBuild(_message.Message):
+    """A job that builds an operator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    TIME_LEFT_FIELD_NUMBER: _builtins.int
+    LAST_LINE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    name: _builtins.str
+    """Of the operator."""
+    state: Global___BuildState.ValueType
+    stage: _builtins.str
+    """What is being done, how much of it is done, and how much there is. Of a stage that is not counted both are 0."""
+    done: _builtins.int
+    total: _builtins.int
+    last_line: _builtins.str
+    """The last line that the build has said beside its progress."""
+    problem: _builtins.str
+    """Why it failed. Empty elsewhere."""
+    caller: _builtins.str
+    """Who asked for it: the token's name, or the host."""
+    @_builtins.property
+    def time_left(self) -> _duration_pb2.Duration:
+        """Until the end of this stage, by its pace so far. Unset where that is not known."""
+
+    @_builtins.property
+    def created(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def started(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def ended(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def operator(self) -> _operators_pb2.Operator:
+        """What was built, once it has succeeded."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        state: Global___BuildState.ValueType = ...,
+        stage: _builtins.str = ...,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
+        time_left: _duration_pb2.Duration | None = ...,
+        last_line: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        caller: _builtins.str = ...,
+        created: _timestamp_pb2.Timestamp | None = ...,
+        started: _timestamp_pb2.Timestamp | None = ...,
+        ended: _timestamp_pb2.Timestamp | None = ...,
+        operator: _operators_pb2.Operator | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "ended", b"ended", "operator", b"operator", "started", b"started", "time_left", b"time_left"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "created", b"created", "done", b"done", "ended", b"ended", "id", b"id", "last_line", b"last_line", "name", b"name", "operator", b"operator", "problem", b"problem", "stage", b"stage", "started", b"started", "state", b"state", "time_left", b"time_left", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OperatorBuild: _TypeAlias = OperatorBuild  # noqa: Y015
+
+@_typing.final
+class WatchBuildRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchBuildRequest: _TypeAlias = WatchBuildRequest  # noqa: Y015
+
+@_typing.final
+class CancelBuildRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelBuildRequest: _TypeAlias = CancelBuildRequest  # noqa: Y015
+
+@_typing.final
+class ListBuildsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBuildsRequest: _TypeAlias = ListBuildsRequest  # noqa: Y015
+
+@_typing.final
+class ListBuildsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUILDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def builds(self) -> _containers.RepeatedCompositeFieldContainer[Global___OperatorBuild]: ...
+    def __init__(
+        self,
+        *,
+        builds: _abc.Iterable[Global___OperatorBuild] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["builds", b"builds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBuildsResponse: _TypeAlias = ListBuildsResponse  # noqa: Y015

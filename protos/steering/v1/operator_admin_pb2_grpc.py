@@ -59,6 +59,26 @@ class OperatorAdminServiceStub:
                 request_serializer=steering_dot_v1_dot_operator__admin__pb2.DeleteOperatorRequest.SerializeToString,
                 response_deserializer=steering_dot_v1_dot_operator__admin__pb2.DeleteOperatorResponse.FromString,
                 _registered_method=True)
+        self.BuildOperator = channel.unary_unary(
+                '/steering.v1.OperatorAdminService/BuildOperator',
+                request_serializer=steering_dot_v1_dot_operator__admin__pb2.BuildOperatorRequest.SerializeToString,
+                response_deserializer=steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.FromString,
+                _registered_method=True)
+        self.WatchBuild = channel.unary_stream(
+                '/steering.v1.OperatorAdminService/WatchBuild',
+                request_serializer=steering_dot_v1_dot_operator__admin__pb2.WatchBuildRequest.SerializeToString,
+                response_deserializer=steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.FromString,
+                _registered_method=True)
+        self.CancelBuild = channel.unary_unary(
+                '/steering.v1.OperatorAdminService/CancelBuild',
+                request_serializer=steering_dot_v1_dot_operator__admin__pb2.CancelBuildRequest.SerializeToString,
+                response_deserializer=steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.FromString,
+                _registered_method=True)
+        self.ListBuilds = channel.unary_unary(
+                '/steering.v1.OperatorAdminService/ListBuilds',
+                request_serializer=steering_dot_v1_dot_operator__admin__pb2.ListBuildsRequest.SerializeToString,
+                response_deserializer=steering_dot_v1_dot_operator__admin__pb2.ListBuildsResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorAdminServiceServicer:
@@ -103,6 +123,36 @@ class OperatorAdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BuildOperator(self, request, context):
+        """Builds an operator of texts for the model being served, beside it: as a job in a process of its own, which goes on
+        when its caller leaves. The answer comes at once. What is built is stored and in service when the job has succeeded;
+        where it fails, or is ended, the store is as it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchBuild(self, request, context):
+        """The job as it is now, and then whenever something of it has changed, up to its end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelBuild(self, request, context):
+        """Ends a job, and answers when it has ended. One that had ended before stays as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBuilds(self, request, context):
+        """The jobs that wait and run, and the last 64 that have ended since the server started, by their beginning.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorAdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +180,26 @@ def add_OperatorAdminServiceServicer_to_server(servicer, server):
                     servicer.DeleteOperator,
                     request_deserializer=steering_dot_v1_dot_operator__admin__pb2.DeleteOperatorRequest.FromString,
                     response_serializer=steering_dot_v1_dot_operator__admin__pb2.DeleteOperatorResponse.SerializeToString,
+            ),
+            'BuildOperator': grpc.unary_unary_rpc_method_handler(
+                    servicer.BuildOperator,
+                    request_deserializer=steering_dot_v1_dot_operator__admin__pb2.BuildOperatorRequest.FromString,
+                    response_serializer=steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.SerializeToString,
+            ),
+            'WatchBuild': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchBuild,
+                    request_deserializer=steering_dot_v1_dot_operator__admin__pb2.WatchBuildRequest.FromString,
+                    response_serializer=steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.SerializeToString,
+            ),
+            'CancelBuild': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelBuild,
+                    request_deserializer=steering_dot_v1_dot_operator__admin__pb2.CancelBuildRequest.FromString,
+                    response_serializer=steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.SerializeToString,
+            ),
+            'ListBuilds': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBuilds,
+                    request_deserializer=steering_dot_v1_dot_operator__admin__pb2.ListBuildsRequest.FromString,
+                    response_serializer=steering_dot_v1_dot_operator__admin__pb2.ListBuildsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -267,6 +337,114 @@ class OperatorAdminService:
             '/steering.v1.OperatorAdminService/DeleteOperator',
             steering_dot_v1_dot_operator__admin__pb2.DeleteOperatorRequest.SerializeToString,
             steering_dot_v1_dot_operator__admin__pb2.DeleteOperatorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BuildOperator(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.OperatorAdminService/BuildOperator',
+            steering_dot_v1_dot_operator__admin__pb2.BuildOperatorRequest.SerializeToString,
+            steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/steering.v1.OperatorAdminService/WatchBuild',
+            steering_dot_v1_dot_operator__admin__pb2.WatchBuildRequest.SerializeToString,
+            steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelBuild(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.OperatorAdminService/CancelBuild',
+            steering_dot_v1_dot_operator__admin__pb2.CancelBuildRequest.SerializeToString,
+            steering_dot_v1_dot_operator__admin__pb2.OperatorBuild.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBuilds(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/steering.v1.OperatorAdminService/ListBuilds',
+            steering_dot_v1_dot_operator__admin__pb2.ListBuildsRequest.SerializeToString,
+            steering_dot_v1_dot_operator__admin__pb2.ListBuildsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,17 @@ class OperatorAdminServiceStub:
     """
     DeleteOperator: _grpc.UnaryUnaryMultiCallable[_operator_admin_pb2.DeleteOperatorRequest, _operator_admin_pb2.DeleteOperatorResponse]
     """Removes an operator's file, and takes it out of service."""
+    BuildOperator: _grpc.UnaryUnaryMultiCallable[_operator_admin_pb2.BuildOperatorRequest, _operator_admin_pb2.OperatorBuild]
+    """Builds an operator of texts for the model being served, beside it: as a job in a process of its own, which goes on
+    when its caller leaves. The answer comes at once. What is built is stored and in service when the job has succeeded;
+    where it fails, or is ended, the store is as it was.
+    """
+    WatchBuild: _grpc.UnaryStreamMultiCallable[_operator_admin_pb2.WatchBuildRequest, _operator_admin_pb2.OperatorBuild]
+    """The job as it is now, and then whenever something of it has changed, up to its end."""
+    CancelBuild: _grpc.UnaryUnaryMultiCallable[_operator_admin_pb2.CancelBuildRequest, _operator_admin_pb2.OperatorBuild]
+    """Ends a job, and answers when it has ended. One that had ended before stays as it is."""
+    ListBuilds: _grpc.UnaryUnaryMultiCallable[_operator_admin_pb2.ListBuildsRequest, _operator_admin_pb2.ListBuildsResponse]
+    """The jobs that wait and run, and the last 64 that have ended since the server started, by their beginning."""
 
 @_typing.type_check_only
 class OperatorAdminServiceAsyncStub(OperatorAdminServiceStub):
@@ -71,6 +82,17 @@ class OperatorAdminServiceAsyncStub(OperatorAdminServiceStub):
     """
     DeleteOperator: _aio.UnaryUnaryMultiCallable[_operator_admin_pb2.DeleteOperatorRequest, _operator_admin_pb2.DeleteOperatorResponse]  # type: ignore[assignment]
     """Removes an operator's file, and takes it out of service."""
+    BuildOperator: _aio.UnaryUnaryMultiCallable[_operator_admin_pb2.BuildOperatorRequest, _operator_admin_pb2.OperatorBuild]  # type: ignore[assignment]
+    """Builds an operator of texts for the model being served, beside it: as a job in a process of its own, which goes on
+    when its caller leaves. The answer comes at once. What is built is stored and in service when the job has succeeded;
+    where it fails, or is ended, the store is as it was.
+    """
+    WatchBuild: _aio.UnaryStreamMultiCallable[_operator_admin_pb2.WatchBuildRequest, _operator_admin_pb2.OperatorBuild]  # type: ignore[assignment]
+    """The job as it is now, and then whenever something of it has changed, up to its end."""
+    CancelBuild: _aio.UnaryUnaryMultiCallable[_operator_admin_pb2.CancelBuildRequest, _operator_admin_pb2.OperatorBuild]  # type: ignore[assignment]
+    """Ends a job, and answers when it has ended. One that had ended before stays as it is."""
+    ListBuilds: _aio.UnaryUnaryMultiCallable[_operator_admin_pb2.ListBuildsRequest, _operator_admin_pb2.ListBuildsResponse]  # type: ignore[assignment]
+    """The jobs that wait and run, and the last 64 that have ended since the server started, by their beginning."""
 
 class OperatorAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -119,5 +141,40 @@ class OperatorAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_operator_admin_pb2.DeleteOperatorResponse, _abc.Awaitable[_operator_admin_pb2.DeleteOperatorResponse]]:
         """Removes an operator's file, and takes it out of service."""
+
+    @_abc_1.abstractmethod
+    def BuildOperator(
+        self,
+        request: _operator_admin_pb2.BuildOperatorRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_admin_pb2.OperatorBuild, _abc.Awaitable[_operator_admin_pb2.OperatorBuild]]:
+        """Builds an operator of texts for the model being served, beside it: as a job in a process of its own, which goes on
+        when its caller leaves. The answer comes at once. What is built is stored and in service when the job has succeeded;
+        where it fails, or is ended, the store is as it was.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchBuild(
+        self,
+        request: _operator_admin_pb2.WatchBuildRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_operator_admin_pb2.OperatorBuild], _abc.AsyncIterator[_operator_admin_pb2.OperatorBuild]]:
+        """The job as it is now, and then whenever something of it has changed, up to its end."""
+
+    @_abc_1.abstractmethod
+    def CancelBuild(
+        self,
+        request: _operator_admin_pb2.CancelBuildRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_admin_pb2.OperatorBuild, _abc.Awaitable[_operator_admin_pb2.OperatorBuild]]:
+        """Ends a job, and answers when it has ended. One that had ended before stays as it is."""
+
+    @_abc_1.abstractmethod
+    def ListBuilds(
+        self,
+        request: _operator_admin_pb2.ListBuildsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_operator_admin_pb2.ListBuildsResponse, _abc.Awaitable[_operator_admin_pb2.ListBuildsResponse]]:
+        """The jobs that wait and run, and the last 64 that have ended since the server started, by their beginning."""
 
 def add_OperatorAdminServiceServicer_to_server(servicer: OperatorAdminServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

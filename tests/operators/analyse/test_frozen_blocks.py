@@ -13,6 +13,7 @@ from operators.core.errors import AnalysisError
 from operators.maps.jacobian import detached_jacobian, ordinary_jacobian, relative_error
 from operators.maps.replay import Replay
 from operators.model.loading import decoder_layers
+from tests.odd_models import odd_model
 
 # Longer than the sliding window of the tiny Gemma.
 IDS = (277, 12, 290, 65, 278)
@@ -111,7 +112,7 @@ def test_a_block_whose_parts_do_not_add_up_is_refused(tiny):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3_moe"])
 def test_one_product_is_the_sum_over_the_ordinary_jacobian(tiny, family, attention):
     model = tiny(family, attention).model
     summed = ordinary_jacobian(model, IDS, layer=3, profile="golden").reconstruction
@@ -190,3 +191,15 @@ def test_the_sketch_finds_what_the_exact_spectrum_has(tiny, family):
 )
 def test_an_answer_has_settled_from_the_layer_after_which_it_never_leaves_the_top(ranks, layer):
     assert settled_layer(ranks) == layer
+
+
+@pytest.mark.parametrize("name", ["granite", "glm4", "gpt_oss", "deepseek_v3", "gpt_neox"])
+def test_parts_are_told_apart_however_a_block_adds_them(name):
+    model = odd_model(name)
+    blocks = FrozenBlocks(model, (77, 12, 90, 65))
+    for layer, state in enumerate(blocks.states, start=1):
+        parts = blocks.stream(layer - 1)[-1] + state.attention[0] + state.mlp[0]
+        assert relative_error(parts, state.block[0, -1]) <= 1e-12
+    product = ordinary_product(model, (77, 12, 90), layer=3, profile="residual")
+    summed = ordinary_jacobian(model, (77, 12, 90), layer=3, profile="residual").reconstruction
+    assert relative_error(product, summed) <= 1e-5

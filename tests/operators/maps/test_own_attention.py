@@ -49,8 +49,22 @@ def own(tiny, monkeypatch):
     """``own(attention, kind)``: a Llama with such an attention, and a table that names it."""
     monkeypatch.setattr(sys.modules["operators.maps.detach.families"], "_registered", ())
     (llama,) = (family for family in families() if family.name == "llama")
-    attentions = dict.fromkeys((OwnAttention, Elsewhere, LlamaAttention), llama.attentions[LlamaAttention])
-    register(replace(llama, name="own", causal_lm=OwnCausalLM, attentions=attentions))
+    # Every class by its path: that of the model is in another module than they are.
+    llamas = llama.causal_lm.rpartition(".")[0]
+    names = {*llama.forwards, *llama.mlps, *llama.attentions, *llama.containers}
+    own_names = ("OwnAttention", "Elsewhere")
+    at = {name: f"{llamas}.{name}" for name in names} | {name: f"{__name__}.{name}" for name in own_names}
+    (attention,) = llama.attentions.values()
+    own = replace(
+        llama,
+        name="own",
+        causal_lm=f"{__name__}.OwnCausalLM",
+        forwards={at[name]: rule for name, rule in llama.forwards.items()},
+        mlps={at[name]: rule for name, rule in llama.mlps.items()},
+        attentions=dict.fromkeys((at["OwnAttention"], at["Elsewhere"], at["LlamaAttention"]), attention),
+        containers=frozenset(at[name] for name in llama.containers),
+    )
+    register(own)
 
     def make(attention="sdpa", kind=OwnAttention):
         model = tiny("llama", attention, fresh=True).model

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from torch import nn
 
 from operators.maps import replay as replaying
 from operators.maps.jacobian import detached_jacobian, relative_error
 from operators.maps.replay import Replay
+from operators.model.loading import decoder_layers
 
 IDS = (277, 12, 290, 65, 278, 69, 317)
 
@@ -41,12 +41,11 @@ def test_the_inner_layer_of_the_last_block_sees_one_position_and_the_others_all(
     loaded = tiny(family, fresh=True)
     replay = Replay(loaded.model, IDS, layer=3, profile="residual")
     inner = [
-        module
-        for name, module in loaded.model.named_modules()
-        if name.endswith(("mlp.down_proj", "mlp.c_proj")) and isinstance(module.weight, nn.Parameter)
+        [module for name, module in block.named_modules() if name in ("mlp.down_proj", "mlp.c_proj", "mlp")][-1]
+        for block in decoder_layers(loaded.model)
     ]
     seen = []
     for module in inner[:3]:
-        module.register_forward_hook(lambda _module, args, _output: seen.append(args[0].shape[1]))
+        module.register_forward_hook(lambda _module, _args, output: seen.append(output.shape[1]))
     replay.jvp(_random(2, *replay.shape))
     assert seen == [len(IDS), len(IDS), 1]

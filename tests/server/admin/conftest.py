@@ -33,7 +33,7 @@ class Served:
 
     def files(self) -> dict[str, bytes]:
         """All that is in the store."""
-        return {path.name: path.read_bytes() for path in self.store.path.iterdir()}
+        return {path.name: b"" if path.is_dir() else path.read_bytes() for path in self.store.path.iterdir()}
 
     async def names(self) -> dict[str, bool]:
         """The operators that the server knows, and whether they can be used."""
@@ -53,7 +53,7 @@ async def serve(llama, artifact, tmp_path):
         settings = {"listen": "127.0.0.1:0", "grace": 0.0, "operator_admin": True, **settings}
         config = ServerConfig(**settings)
         registry = Registry(store, engine.model, max_bytes=config.max_artifact_bytes, max_dose=config.max_dose)
-        admin = OperatorAdmin(config, store, registry) if config.operator_admin else None
+        admin = OperatorAdmin(config, store, registry, engine.model) if config.operator_admin else None
         server = SteerServer(engine, registry, config, admin=admin)
         target = f"127.0.0.1:{await server.start()}"
         served = Served(server, store, AsyncSteerClient(target, timeout=30, retry=False), target)

@@ -208,7 +208,9 @@ async def start(model_info, tiny_tokenizer, tmp_path):
         settings = {"grace": 0.0, **settings}
         config = ServerConfig(listen="127.0.0.1:0", **settings)
         registry = Registry()
-        admin = OperatorAdmin(config, Store(tmp_path / "store"), registry) if config.operator_admin else None
+        admin = (
+            OperatorAdmin(config, Store(tmp_path / "store"), registry, model_info) if config.operator_admin else None
+        )
         server = SteerServer(engine, registry, config, (door,), admin=admin)
         target = f"127.0.0.1:{await server.start()}"
         servers.append(server)

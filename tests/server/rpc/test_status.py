@@ -65,6 +65,7 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     ),
     # The SDK goes on where the server stands, or begins.
     errors.UnknownUploadError("a"): (steer_client.ServerError, {}),
+    errors.UnknownBuildError("a"): (steer_client.UnknownBuildError, {}),
     errors.UploadOffsetError("7 bytes are held", received=7): (
         steer_client.ServerError,
         {"metadata": {"received_bytes": "7"}},
@@ -73,6 +74,7 @@ ERRORS: dict[SteerServerError, tuple[type[steer_client.SteerError], dict[str, An
     errors.TimeLimitError(2.5): (steer_client.DeadlineExceededError, {}),
     errors.RequestIncompleteError(30.0): (steer_client.DeadlineExceededError, {}),
     errors.SlowReaderError(30.0): (steer_client.DeadlineExceededError, {}),
+    errors.LoadingError(): (steer_client.ServerUnavailableError, {}),
     errors.ShuttingDownError(): (steer_client.ServerUnavailableError, {}),
     errors.UnimplementedError("grpc.health.v1.Health/List"): (steer_client.ServerError, {}),
 }

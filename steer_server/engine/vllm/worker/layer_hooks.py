@@ -2,12 +2,16 @@
 
 A layer's hook calls the op ``steering::push``, which is opaque to Dynamo. It changes the rows of the step's pushes in
 place and leaves the bits of all others alone. In most of vLLM's models a layer receives its input as
-``hidden_states + residual``; the norm is taken of the sum, and the push is added to ``hidden_states``.
+``hidden_states + residual``; the norm is taken of the sum, and the push is added to ``hidden_states``. In some it is
+handed a ``residual`` that it does not read (attention and MLP side by side, norms after them): there its input is
+``hidden_states`` alone.
 """
 
 from __future__ import annotations
 
+import dis
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +28,8 @@ from steer_server.engine.vllm.worker.version_check import require_names
 from steer_server.engine.vllm.worker.witness import LayerSight
 
 PUSH_OP = "steering::push"
+_LAYERS = ("model.layers", "transformer.h", "language_model.model.layers")
+"""Where models have their decoder layers; the last, those that have a vision tower too."""
 
 
 class ForwardPass:
@@ -116,18 +122,19 @@ def install_hooks(model: nn.Module) -> int:
 
 
 def _decoder_layers(model: nn.Module) -> nn.ModuleList:
-    for path in ("model.layers", "transformer.h"):
+    for path in _LAYERS:
         layers: Any = model
         for name in path.split("."):
             layers = getattr(layers, name, None)
         if isinstance(layers, nn.ModuleList):
             return layers
-    raise RuntimeError(f"{type(model).__name__} has its decoder layers neither in model.layers nor in transformer.h")
+    raise RuntimeError(f"{type(model).__name__} has its decoder layers in none of {', '.join(_LAYERS)}")
 
 
 def _push_hook(module: nn.Module, layer: int) -> Callable[..., None]:
     names = list(inspect.signature(module.forward).parameters)
     require_names(module, names, "hidden_states")
+    adds_residual = reads_residual(type(module).forward)
 
     def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str) -> Any:
         if name in kwargs:
@@ -144,9 +151,22 @@ def _push_hook(module: nn.Module, layer: int) -> Callable[..., None]:
             and forward_pass.expected_inputs is None
         ):
             return
-        torch.ops.steering.push(argument(args, kwargs, "hidden_states"), argument(args, kwargs, "residual"), layer)
+        residual = argument(args, kwargs, "residual") if adds_residual else None
+        torch.ops.steering.push(argument(args, kwargs, "hidden_states"), residual, layer)
 
     return hook
+
+
+def reads_residual(forward: Callable[..., Any]) -> bool:
+    """Whether a layer's forward reads the ``residual`` that it is handed, and does not write over it first."""
+    for instruction in dis.get_instructions(inspect.unwrap(forward)):
+        if "_FAST" in instruction.opname:
+            # One instruction may treat two variables, in this order.
+            names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+            for name, kind in zip(names, re.findall("LOAD|STORE", instruction.opname), strict=False):
+                if name == "residual":
+                    return bool(kind == "LOAD")
+    return False
 
 
 def _keep_states(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
@@ -160,11 +180,16 @@ def _keep_states(_module: nn.Module, _args: Any, output: torch.Tensor) -> None:
 
 
 def make_embedder(model: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``embed(ids, positions)``: (T, d) as the first block receives them, GPT-2's learned positions included."""
+    """``embed(ids, positions)``: (T, d) as the first block receives them.
+
+    That is with GPT-2's learned positions, and times what Granite's model multiplies embeddings by.
+    """
     learned_positions = getattr(getattr(model, "transformer", None), "wpe", None)
+    scale = float(getattr(getattr(model, "config", None), "embedding_multiplier", 1.0))
 
     def embed(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = model.embed_input_ids(ids)
+        x = x if scale == 1.0 else x * scale
         return x if learned_positions is None else x + learned_positions(positions)
 
     return embed

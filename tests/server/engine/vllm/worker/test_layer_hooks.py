@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.core.apply import steer
-from steer_server.engine.vllm.worker.layer_hooks import forward_pass, install_hooks
+from steer_server.engine.vllm.worker.layer_hooks import forward_pass, install_hooks, reads_residual
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 WIDTH, LAYERS, PROMPT = 5, 4, 3
@@ -70,3 +70,32 @@ def test_a_layer_is_pushed_at_the_first_token_and_no_hook_does_anything_after_it
         batch.steering.record(forward_pass.pushes)
     [measured] = batch.steering.measurement("a").layers
     assert (measured.layer, measured.first, measured.doses) == (2, 0, pytest.approx((0.25,), abs=1e-5))
+
+
+class SideBySide(nn.Module):
+    """As in Cohere: what it is handed as ``residual`` is that of the layer before, and not read."""
+
+    def forward(self, positions, hidden_states, residual):
+        residual = hidden_states
+        hidden_states, residual = self.norm(hidden_states, residual)
+        return residual + hidden_states, residual
+
+
+class Fused(nn.Module):
+    def forward(self, positions, hidden_states, residual):
+        if residual is None:
+            residual = hidden_states
+        else:
+            hidden_states, residual = self.norm(hidden_states, residual)
+        return hidden_states, residual
+
+
+class Unfused(nn.Module):
+    def forward(self, positions, hidden_states):
+        residual = hidden_states
+        return residual + hidden_states
+
+
+@pytest.mark.parametrize(("kind", "reads"), [(SideBySide, False), (Fused, True), (Unfused, False), (Layer, True)])
+def test_a_residual_that_a_layer_does_not_read_is_no_part_of_its_input(kind, reads):
+    assert reads_residual(kind.forward) is reads

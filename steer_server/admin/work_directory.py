@@ -1,0 +1,52 @@
+"""Directories of the store in which builds work. Each has a lock that its server holds, or else was left behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PREFIX = ".build-"
+_LOCK = "lock"
+
+
+@contextmanager
+def work_directory(store: Path) -> Iterator[Path]:
+    """A new, empty directory within ``store``, so that what is made in it can be renamed into the store.
+
+    It is removed on exit. Raises :class:`OSError`.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=store))
+        try:
+            # A server that starts just now may take it for one that was left behind, and be faster.
+            with suppress(FileNotFoundError), open(path / _LOCK, "wb") as lock:
+                if _is_locked(lock.fileno()) and path.exists():
+                    inner = path / "work"
+                    inner.mkdir()
+                    yield inner
+                    return
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_abandoned(store: Path) -> None:
+    """Removes the directories that no server holds. Raises :class:`OSError` for a store that cannot be read."""
+    for path in store.glob(f"{_PREFIX}*"):
+        with suppress(OSError), open(path / _LOCK, "ab") as lock:
+            if _is_locked(lock.fileno()):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_locked(descriptor: int) -> bool:
+    """Whether this process could lock it. On a file system without locks nothing is taken to be left behind."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return os.fstat(descriptor).st_nlink > 0
