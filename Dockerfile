@@ -2,6 +2,8 @@
 #   docker build -t steering-operators --build-arg PIP_EXTRA_INDEX_URL=... .     the engine hf, on CPU
 #   docker build -t steering-operators-gpu --target gpu .                        the engine vllm, on CUDA
 # The index is one that holds torch's CPU build, the only build of torch that server.lock lets in.
+#   docker run -p 127.0.0.1:50051:50051 -v steer:/var/lib/steer -e STEER_INSECURE=true steering-operators
+# So for this machine alone. For others without STEER_INSECURE, and with TLS and tokens.
 ARG BASE=python:3.11-slim-bookworm
 
 # Nothing of this stage reaches an image but the empty environment.
@@ -90,7 +92,7 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 CMD ["steer", "health"]
 ENTRYPOINT ["steer-server"]
 
-# Not built so far: deploy/README.md says which lines were run. docs/LARGE.md says how to run it.
+# Not built so far: docs/IMAGE.md says which lines were run. docs/LARGE.md says how to run it.
 # CUDA's libraries come with the wheels of torch and vLLM; the driver comes from the host, by NVIDIA's
 # container runtime.
 FROM base AS gpu

@@ -8,13 +8,16 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import structlog
 import typer
 
 from operators.core.version import __version__
+from steer_server.access.new_token import add_token, renew_token
 from steer_server.checks.finding import Finding
 from steer_server.config import ServerConfig
 from steer_server.configuration.flags import given, with_settings
@@ -78,6 +81,58 @@ def show_config(
     for warning in settings.warnings:
         print(f"steer-server: {warning}", file=sys.stderr)
     print(as_json(settings) if as_object else as_toml(settings), end="")
+
+
+@app.command("token")
+def make_token(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What logs and metrics call it.", show_default=False)],
+    scopes: Annotated[
+        str | None, typer.Option(metavar="SCOPE,…", help="Of generate, read and admin.", show_default="generate,read")
+    ] = None,
+    operators: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help='It may use and see these alone; "lens" for words.', show_default="all"),
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(metavar="N", show_default="no limit")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(metavar="N", show_default="no limit")] = None,
+    queue_share: Annotated[float | None, typer.Option(metavar="X", show_default="everybody's")] = None,
+    expires: Annotated[
+        datetime | None, typer.Option(metavar="DATE", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"], help="In UTC.")
+    ] = None,
+    renew: Annotated[bool, typer.Option("--renew", help="Give an entry that there is another token.")] = False,
+    tokens: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File of tokens.", show_default="that of the settings")
+    ] = None,
+) -> None:
+    """Add a token to the file of tokens, as a hash, and print it: this once."""
+    settings: dict[str, Any] = {
+        "scopes": tuple((scopes or "generate,read").split(",")),
+        "operators": None if operators is None else tuple(each for each in operators.split(",") if each),
+        "requests_per_minute": requests_per_minute,
+        "tokens_per_minute": tokens_per_minute,
+        "queue_share": queue_share,
+        "expires": None if expires is None else expires.replace(tzinfo=UTC),
+    }
+    if settings["expires"] is not None and settings["expires"] <= datetime.now(UTC):
+        _refuse(f"--expires {settings['expires']:%Y-%m-%dT%H:%M:%SZ} is past", code=2)
+    path = tokens or _read(context.obj).config.tokens
+    if path is None:
+        _refuse("no file of tokens is named (--tokens FILE, or STEER_TOKENS)", code=2)
+    if renew and any(value is not None for key, value in settings.items() if key != "scopes" or scopes):
+        _refuse("--renew changes nothing but the token; edit the file for the rest", code=2)
+    try:
+        token = renew_token(path, name) if renew else add_token(path, name, settings)
+    except StartupError as error:
+        _refuse(str(error), code=1)
+    print(f"[tokens.{name}] of {path} has this token, which is kept nowhere:", file=sys.stderr)
+    print(token)
+
+
+def _refuse(message: str, *, code: int) -> NoReturn:
+    """Ends a command that has begun nothing."""
+    print(f"steer-server: {message}", file=sys.stderr)
+    raise typer.Exit(code)
 
 
 def _check(flags: dict[str, Any]) -> int:

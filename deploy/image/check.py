@@ -1,4 +1,4 @@
-"""Runs the image as it is meant to be run, and holds it to what deploy/README.md says of it.
+"""Runs the image as it is meant to be run, and holds it to what docs/IMAGE.md says of it.
 
     python deploy/image/check.py MODEL [IMAGE]
 

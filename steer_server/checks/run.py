@@ -11,9 +11,10 @@ from steer_server.checks.engine import check_engine
 from steer_server.checks.finding import Check, Finding
 from steer_server.checks.model import check_model_and_store
 from steer_server.checks.ports import check_ports
+from steer_server.checks.traces import check_traces
 from steer_server.config import ServerConfig
 
-CHECKS: tuple[Check, ...] = (check_ports, check_access, check_engine, check_model_and_store)
+CHECKS: tuple[Check, ...] = (check_ports, check_access, check_engine, check_model_and_store, check_traces)
 """In the order of their lines; each says all that it finds, whatever the others found."""
 
 

@@ -1,11 +1,13 @@
 """Whether vLLM and the engine hf give the same ids for every architecture that has a table, plain and steered.
 
-    python tests/bench/bench_families.py [NAME ...]
+    python -m tests.bench.bench_families [NAME ...]
 
 Small random models in float32, of sizes that vLLM's CPU attention takes (heads of 32 numbers), greedy, 24 tokens after
 two prompts: plain, and pushed by an operator of each profile at two strengths. Each architecture boots vLLM in a
 process of its own (half a minute on two idle cores). A row that parts where float32 cannot tell two tokens apart is a
 tie.
+
+A decoder inside of a model that reads images is named in:DECODER, as in in:gemma3.
 
 Without names: all of them. Prints a line for each, with the first lines of the reason where vLLM does not start.
 """
@@ -47,7 +49,8 @@ from steer_server.types import (
     SteeringPlan,
     TokenEvent,
 )
-from tests.odd_models import ODD, odd_model
+from tests.odd_models import ODD, odd_config, odd_model
+from tests.operators.model.whole_models import HOLDERS, whole_model
 from tests.tiny_tokenizer import make_tokenizer
 
 PROMPTS = ("Here is a painting of the bridge", "The wedding was beautiful and")
@@ -61,28 +64,48 @@ _SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 _OWN_SIZES: dict[str, dict[str, Any]] = {
+    # Wide enough for every token of the concept to be read.
+    **{name: {"sliding_window": 8} for name in ("mistral", "mixtral", "phi3", "starcoder2")},
     "gpt2": {"n_embd": 96, "n_positions": 256},
+    # Its window is one token wider in vLLM.
+    "cohere2": {"logit_scale": 4.0, "sliding_window": 128},
+    # Within its first length, where queries do not grow yet.
+    "ministral3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.1,
+                                       "original_max_position_embeddings": 256}},
     "gemma2": {"query_pre_attn_scalar": 32},
     "gemma3": {"query_pre_attn_scalar": 32},
     # vLLM has neither blocks side by side nor norms on q and k.
     "stablelm": {"use_parallel_residual": False, "qk_layernorm": False},
     "qwen3_moe": {"moe_intermediate_size": 64},
+    # vLLM clamps at 7 whatever the configuration says.
+    "gpt_oss": {"swiglu_limit": 7.0},
+    # As checkpoints say it, and transformers does not.
     "deepseek_v3": {"moe_intermediate_size": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
-                    "v_head_dim": 32, "q_lora_rank": 48},
+                    "v_head_dim": 32, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }  # fmt: skip
 
 
+_TIED = frozenset({"cohere2", "gemma", "gemma2", "gemma3"})
+"""vLLM computes these with the embedding table as their head, whatever their configuration says."""
+_IN = "in:"
+
+
 def save(name: str, directory: Path) -> None:
-    """A model of that architecture with a head of its own; tied, it would repeat its last token."""
+    """A model of that architecture with a head of its own: tied to large embeddings, it would repeat its last token."""
     tokenizer = make_tokenizer()
-    sizes = {**_SIZES, **_OWN_SIZES.get(name, {}), "vocab_size": len(tokenizer), "tie_word_embeddings": False}
+    text, tied = name.removeprefix(_IN), name.removeprefix(_IN) in _TIED
+    sizes = {**_SIZES, **_OWN_SIZES.get(text, {}), "vocab_size": len(tokenizer), "tie_word_embeddings": tied}
     if name == "gpt2":
         # Its own names for them.
         sizes = {key: value for key, value in sizes.items() if key not in _SIZES}
-    model = odd_model(name, **sizes).float()
+    inside = name.startswith(_IN)
+    model = whole_model(text, odd_config(text, **sizes)) if inside else odd_model(name, **sizes).float()
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        torch.nn.init.normal_(model.get_output_embeddings().weight)
+        if tied:
+            model.get_input_embeddings().weight.mul_(0.1)
+        else:
+            torch.nn.init.normal_(model.get_output_embeddings().weight)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -153,7 +176,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures, by the name of their table")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(ODD)
+    unknown = set(arguments.names) - set(ODD) - {f"{_IN}{name}" for name in HOLDERS}
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}; {', '.join(ODD)} are accepted")
     for name in arguments.names or ODD:
@@ -161,7 +184,9 @@ def main() -> None:
             one(name)
             continue
         began = time.monotonic()
-        ran = subprocess.run([sys.executable, __file__, name, "--here"], capture_output=True, text=True)
+        ran = subprocess.run(
+            [sys.executable, "-m", "tests.bench.bench_families", name, "--here"], capture_output=True, text=True
+        )
         lines = [line for line in ran.stdout.splitlines() if line.startswith(f"{name}: ")]
         reason = " | ".join(ran.stderr.strip().splitlines()[-2:])
         print(

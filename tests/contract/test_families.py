@@ -9,8 +9,10 @@ import torch
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
 from operators.builder.spec import BuildSpec
+from operators.model.loading import recognise
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.types import Row, SamplingParams
+from tests.odd_models import odd_model
 
 PROMPT = "Here is a painting of the bridge"
 SAMPLING = SamplingParams(max_tokens=16, ignore_eos=True)
@@ -71,3 +73,24 @@ async def test_plain_rows_give_the_ids_of_transformers_generate(served, decode):
     expected = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
     [(plain, _)] = await decode(engine, PROMPT, SAMPLING, Row())
     assert plain == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["granite", "gpt_neox", "cohere2", "gpt_oss", "deepseek_v3"])
+async def test_blocks_of_every_wiring_are_pushed_where_they_are_handed_their_input(
+    name, tiny_tokenizer, decode, steered_row, recompute
+):
+    # Embeddings times a constant; attention and MLP side by side; sinks; keys and values out of a latent vector.
+    model = odd_model(name, vocab_size=len(tiny_tokenizer), tie_word_embeddings=False)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    loaded = recognise(name, model, tiny_tokenizer)
+    artifact = build_operator(BuildSpec((concept_from_text("the golden dress", loaded),), "residual", 2), loaded)
+    engine = HFEngine(loaded, max_queue=4)
+    try:
+        [(ids, end)] = await decode(engine, PROMPT, SAMPLING, steered_row(artifact, STRENGTH))
+        [(plain, _)] = await decode(engine, PROMPT, SAMPLING, Row())
+    finally:
+        await engine.close()
+    prompt_ids = loaded.tokenizer(PROMPT)["input_ids"]
+    assert [ids] == recompute(model, artifact, prompt_ids, [STRENGTH], SAMPLING.max_tokens)
+    assert end.receipts[0].generated_tokens_steered == SAMPLING.max_tokens - 1
+    assert ids != plain

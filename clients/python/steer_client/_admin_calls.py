@@ -8,8 +8,19 @@ from steering.v1 import operator_admin_pb2 as pb
 
 from steer_client import _decode as decode
 from steer_client import _encode as encode
-from steer_client._admin import CHUNK, DeleteOperatorRequest, GetUploadRequest, OperatorFile, OperatorName, UploadStart
-from steer_client._calls import Unary, refuse_many
+from steer_client._admin import (
+    CHUNK,
+    BuildId,
+    BuildOperatorRequest,
+    DeleteOperatorRequest,
+    GetUploadRequest,
+    OperatorBuild,
+    OperatorFile,
+    OperatorName,
+    UploadStart,
+)
+from steer_client._calls import Streaming, Unary, refuse_many
+from steer_client._errors import ProtocolError
 from steer_client._store import OperatorInfo
 
 NOTHING_HELD = "UNKNOWN_UPLOAD"
@@ -20,6 +31,9 @@ _write_upload_start = encode.checked_writer(pb.UploadStart, UploadStart)
 _write_get_upload = encode.checked_writer(pb.GetUploadRequest, GetUploadRequest)
 _write_load = encode.checked_writer(pb.LoadOperatorRequest, OperatorName)
 _write_unload = encode.checked_writer(pb.UnloadOperatorRequest, OperatorName)
+_write_build = encode.checked_writer(pb.BuildOperatorRequest, BuildOperatorRequest)
+_write_watch = encode.checked_writer(pb.WatchBuildRequest, BuildId)
+_write_cancel = encode.checked_writer(pb.CancelBuildRequest, BuildId)
 _write_delete = encode.checked_writer(pb.DeleteOperatorRequest, DeleteOperatorRequest)
 
 
@@ -55,6 +69,46 @@ def delete(name: str, digest: str, target: str) -> Unary[None]:
     refuse_many(target, "delete it")
     request = _write_delete(DeleteOperatorRequest(name, digest))
     return Unary("admin", "DeleteOperator", request, lambda _: None)
+
+
+def build(request: BuildOperatorRequest, target: str) -> Unary[OperatorBuild]:
+    """A job that builds an operator."""
+    refuse_many(target, "build it")
+    return Unary("admin", "BuildOperator", _write_build(request), decode.build)
+
+
+def watch(build_id: str) -> Streaming[OperatorBuild, OperatorBuild]:
+    """A job up to its end."""
+    return Streaming("WatchBuild", _write_watch(BuildId(build_id)), BuildReducer(), "admin")
+
+
+def cancel(build_id: str) -> Unary[OperatorBuild]:
+    """The end of a job."""
+    return Unary("admin", "CancelBuild", _write_cancel(BuildId(build_id)), decode.build)
+
+
+def builds() -> Unary[tuple[OperatorBuild, ...]]:
+    """All jobs."""
+    return Unary("admin", "ListBuilds", pb.ListBuildsRequest(), lambda answer: tuple(map(decode.build, answer.builds)))
+
+
+class BuildReducer:
+    """The reports of one job, the last of which is its end."""
+
+    prompt_token_ids: tuple[int, ...] | None = None
+
+    def __init__(self) -> None:
+        self._last: OperatorBuild | None = None
+
+    def feed(self, event: pb.OperatorBuild) -> OperatorBuild:
+        self._last = decode.build(event)
+        return self._last
+
+    def finish(self) -> OperatorBuild:
+        """Raises ProtocolError where the reports stop before the job has ended."""
+        if self._last is None or not self._last.has_ended:
+            raise ProtocolError("the server stopped to tell of a build before its end")
+        return self._last
 
 
 class _Messages:

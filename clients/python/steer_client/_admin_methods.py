@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import TypeVar
 
 from steer_client import _admin_calls as calls
-from steer_client._admin import operator_file
-from steer_client._calls import Unary
+from steer_client._admin import BuildOperatorRequest, OperatorBuild, operator_file
+from steer_client._aio_streams import AsyncBuildStream
+from steer_client._calls import Streaming, Unary
 from steer_client._defaults import CLIENT_TIMEOUT, Timeout
-from steer_client._dual_method import method
-from steer_client._errors import ServerUnavailableError, SteerError
+from steer_client._dual_method import method, stream_method
+from steer_client._errors import BuildFailedError, ServerUnavailableError, SteerError
+from steer_client._positions import Positions
+from steer_client._requests import Anchor, FirstToken, Rule
 from steer_client._store import OperatorInfo
+from steer_client._streams import StartedCall
+from steer_client._sync_streams import BuildStream
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 #: Of an upload: each goes on where the one before it was interrupted.
@@ -34,7 +40,7 @@ class AdminMethods(ABC):
         name: str | None = None,
         replace: str = "",
         progress: Callable[[int, int], object] | None = None,
-        timeout: Timeout = CLIENT_TIMEOUT,
+        timeout: Timeout = None,
     ) -> OperatorInfo:
         """Stores an operator's file at the server and takes it into service, whole and verified or not at all.
 
@@ -88,6 +94,76 @@ class AdminMethods(ABC):
         """
         return await self._answer(calls.delete(name, digest, self.target), timeout)
 
+    @method
+    async def build_operator(
+        self,
+        name: str,
+        texts: Sequence[str],
+        *,
+        words: Sequence[str] = (),
+        layer: int | None = None,
+        rank: int | None = None,
+        exact: bool = False,
+        tolerance: float | None = None,
+        strength: float | None = None,
+        rule: Rule | None = None,
+        blend: float | None = None,
+        positions: Positions | None = None,
+        anchor: Anchor | None = None,
+        first_token: FirstToken | None = None,
+        calibrate: bool = False,
+        quick: bool = False,
+        replace: str = "",
+        timeout: Timeout = CLIENT_TIMEOUT,
+    ) -> OperatorBuild:
+        """Begins a build of an operator at the server, from texts, and returns at once.
+
+        The job goes on when this client leaves; `watch_build` and `wait_for_build` follow it. What is None is as
+        `steer-operators build` has it. `calibrate` finds setting and layer by trial, for which `words` show the concept
+        in a text; `quick` with fewer of each. `exact` and `tolerance` take the place of a `rank`; `replace` is that of
+        `upload_operator`.
+        """
+        given = (name, texts, words, layer, rank, exact, tolerance, strength, rule, blend, positions, anchor)
+        request = BuildOperatorRequest(*given, first_token, calibrate, quick, replace)
+        return await self._answer(calls.build(request, self.target), timeout)
+
+    @stream_method(BuildStream, AsyncBuildStream)
+    def watch_build(
+        self, build: OperatorBuild | str, *, timeout: Timeout = None
+    ) -> StartedCall[OperatorBuild, OperatorBuild]:
+        """A build, or the one of an id, as it is and then whenever something of it has changed, up to its end."""
+        return self._start(calls.watch(_id_of(build)), timeout)
+
+    @method
+    async def wait_for_build(self, build: OperatorBuild | str, *, timeout: Timeout = None) -> OperatorInfo:
+        """What was built, once it is in service. Raises BuildFailedError where the build failed or was cancelled."""
+        ended = await self._read_to_end(self._start(calls.watch(_id_of(build)), timeout))
+        if ended.operator is None:
+            raise BuildFailedError(f"build of {ended.name!r} {ended.state}: {ended.problem or 'ended'}", build=ended)
+        return ended.operator
+
+    @method
+    async def cancel_build(self, build: OperatorBuild | str, *, timeout: Timeout = CLIENT_TIMEOUT) -> OperatorBuild:
+        """Ends a build, and returns it as it ended; one that had ended before stays as it is."""
+        return await self._answer(calls.cancel(_id_of(build)), timeout)
+
+    @method
+    async def builds(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> tuple[OperatorBuild, ...]:
+        """The builds that wait and run at the server, and the last that ended, by their beginning."""
+        return await self._answer(calls.builds(), timeout)
+
+    @abstractmethod
+    def _start(self, call: Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
+        """A stream that is about to be read."""
+
+    @abstractmethod
+    async def _read_to_end(self, call: StartedCall[Item, Result]) -> Result:
+        """Reads a stream to its end and returns its result. Raises a SteerError."""
+
     @abstractmethod
     async def _answer(self, call: Unary[Result], timeout: Timeout) -> Result:
         """Sends one request and decodes its answer. Raises a SteerError."""
+
+
+def _id_of(build: OperatorBuild | str) -> str:
+    return build.id if isinstance(build, OperatorBuild) else build

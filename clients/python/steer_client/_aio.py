@@ -75,7 +75,7 @@ class AsyncSteerClient(Methods, Asynchronous):
         send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
         while True:
             try:
-                answer = await send(call.request, timeout=retries.timeout)
+                answer = await send(call.sent, timeout=retries.timeout)
             except grpc.RpcError as error:
                 failure = self._translate(error, timeout=seconds)
                 pause = retries.pause_after(failure)

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
+from steer_client._admin import OperatorBuild
 from steer_client._results import ABResult, ArmDelta, Generation, PromptResult, TextDelta
 from steer_client._streams import StartedCall, Stream
 from steer_client._translate import cancelled
@@ -102,3 +103,7 @@ class AsyncComparisonsStream(AsyncStream[ArmDelta | PromptResult, Mapping[str, A
 
     Its `.result` has the results by the prompts' ids. It ends early as an AsyncGenerationStream does.
     """
+
+
+class AsyncBuildStream(AsyncStream[OperatorBuild, OperatorBuild]):
+    """A build as it goes on: iterate it once with `async for`, as a BuildStream."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -36,14 +36,20 @@ class Unary(Generic[Result]):
     request: Message | Iterable[Message]
     decode: Callable[[Any], Result]
 
+    @property
+    def sent(self) -> Message | Iterator[Message]:
+        """As gRPC takes it, for one attempt."""
+        return self.request if isinstance(self.request, Message) else iter(self.request)
+
 
 @dataclass(frozen=True, slots=True)
 class Streaming(Generic[Item, Result]):
-    """One request to the generation service, many events."""
+    """One request, many events."""
 
     method: str
     request: Message
     reducer: Reducer[Item, Result]
+    service: Literal["generation", "admin"] = "generation"
 
 
 def generate(

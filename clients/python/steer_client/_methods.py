@@ -363,7 +363,7 @@ class Methods(AdminMethods):
 
     def _start(self, call: calls.Streaming[Item, Result], timeout: Timeout) -> StartedCall[Item, Result]:
         seconds = self._seconds(timeout)
-        send = partial(self._stubs().method("generation", call.method), call.request)
+        send = partial(self._stubs().method(call.service, call.method), call.request)
         translate = partial(self._translate, timeout=seconds)
         return StartedCall(send, call.reducer, translate, Retries(seconds, enabled=self._retry))
 

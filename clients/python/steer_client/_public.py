@@ -2,7 +2,12 @@
 
 from steer_client._admin import OperatorBuild
 from steer_client._aio import AsyncSteerClient
-from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
+from steer_client._aio_streams import (
+    AsyncBuildStream,
+    AsyncComparisonsStream,
+    AsyncComparisonStream,
+    AsyncGenerationStream,
+)
 from steer_client._diff import Change, word_diff
 from steer_client._errors import (
     BuildFailedError,
@@ -86,7 +91,7 @@ from steer_client._sweep.result import ControlChangedError, SweepResult
 from steer_client._sweep.rows import SweepRow
 from steer_client._sweep.statistics import ArmSummary, Estimate
 from steer_client._sync import SteerClient
-from steer_client._sync_streams import ComparisonsStream, ComparisonStream, GenerationStream
+from steer_client._sync_streams import BuildStream, ComparisonsStream, ComparisonStream, GenerationStream
 from steer_client._words import Word, Words
 
 __all__ = [
@@ -99,11 +104,13 @@ __all__ = [
     "ArmResult",
     "ArmScore",
     "ArmSummary",
+    "AsyncBuildStream",
     "AsyncComparisonStream",
     "AsyncComparisonsStream",
     "AsyncGenerationStream",
     "AsyncSteerClient",
     "BuildFailedError",
+    "BuildStream",
     "Calibration",
     "CalibrationPoint",
     "Change",

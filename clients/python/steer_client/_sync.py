@@ -80,7 +80,7 @@ class SteerClient(Methods, Blocking):
         send, retries = self._stubs().method(call.service, call.method), Retries(seconds, enabled=self._retry)
         while True:
             try:
-                answer = send(call.request, timeout=retries.timeout)
+                answer = send(call.sent, timeout=retries.timeout)
             except grpc.RpcError as error:
                 failure = self._translate(error, timeout=seconds)
                 pause = retries.pause_after(failure)

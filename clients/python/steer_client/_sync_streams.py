@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from steer_client._admin import OperatorBuild
 from steer_client._dual_method import run_to_end
 from steer_client._results import ABResult, ArmDelta, Generation, PromptResult, TextDelta
 from steer_client._streams import Stream
@@ -75,4 +76,11 @@ class ComparisonsStream(SyncStream[ArmDelta | PromptResult, Mapping[str, ABResul
     """Every text of several prompts: ArmDelta items as they are generated, a PromptResult when a prompt is finished.
 
     Its `.result` has the results by the prompts' ids. It ends early as a GenerationStream does.
+    """
+
+
+class BuildStream(SyncStream[OperatorBuild, OperatorBuild]):
+    """A build as it goes on: iterate it once for OperatorBuild items, whose last one is its end and the `.result`.
+
+    To leave it ends nothing but the watching.
     """

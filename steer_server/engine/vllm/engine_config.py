@@ -58,7 +58,8 @@ def make_engine_config(
         # vLLM hashes this into the key of its compile cache: another version of the worker compiles anew.
         "additional_config": {**(engine_args.get("additional_config") or {}), "steering": __version__},
     }
-    defaults: dict[str, Any] = {}
+    # Nothing but text is asked for: of a model that reads images too, its decoder is enough.
+    defaults: dict[str, Any] = {"language_model_only": True}
     if not current_platform.is_cpu():
         # The op that pushes decides on the host what it does, so it must run between captured graphs, never inside one.
         defaults["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}

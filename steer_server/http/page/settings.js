@@ -43,9 +43,9 @@ export function checked(value) {
       uses: arm.uses.map((use, j) => {
         const part = `arms[${i}].uses[${j}]`;
         object(use, part);
-        if (!POSITIONS.test(use.positions ?? "")) fail(`${part}.positions`);
+        if (!POSITIONS.test(text(use.positions ?? "", `${part}.positions`))) fail(`${part}.positions`);
         const digest = use.digest ?? null;
-        if (digest !== null && !/^sha256:[0-9a-f]{64}$/.test(digest)) fail(`${part}.digest`);
+        if (digest !== null && !/^sha256:[0-9a-f]{64}$/.test(text(digest, `${part}.digest`))) fail(`${part}.digest`);
         return {
           name: text(use.name, `${part}.name`, 200),
           strength: number(use.strength ?? null, `${part}.strength`),

@@ -5,20 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AyaVisionConfig,
-    CLIPVisionConfig,
-    Gemma3Config,
-    InternVLConfig,
-    InternVLVisionConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    Mistral3Config,
-    PixtralVisionConfig,
-    SiglipVisionConfig,
-)
+from transformers import AutoModelForCausalLM, AyaVisionConfig
 
 from operators.builder.build import build_operator
 from operators.builder.concept import concept_from_text
@@ -27,45 +14,10 @@ from operators.core.errors import ModelError
 from operators.maps.detach import family_of
 from operators.model.loading import load_model, recognise
 from operators.model.unembedding import find_unembedding
-from tests.odd_models import draw_weights, odd_config
+from tests.odd_models import odd_config
+from tests.operators.model.whole_models import HOLDERS, whole_model
 
-_SIGHT = {"hidden_size": 12, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-_IMAGE = {"image_size": 8, "patch_size": 4}
 IDS = torch.arange(20)[None] + 30
-
-
-def _siglip():
-    return SiglipVisionConfig(**_SIGHT, **_IMAGE, vision_use_head=False)
-
-
-HOLDERS = {
-    "gemma3": lambda text: Gemma3Config(text_config=text, vision_config=_siglip(), mm_tokens_per_image=4),
-    "ministral3": lambda text: Mistral3Config(
-        text_config=text, vision_config=PixtralVisionConfig(**_SIGHT, **_IMAGE), tie_word_embeddings=False
-    ),
-    "llama": lambda text: LlavaConfig(
-        text_config=text, vision_config=CLIPVisionConfig(**_SIGHT, **_IMAGE), tie_word_embeddings=False
-    ),
-    "mistral": lambda text: LlavaNextConfig(
-        text_config=text,
-        vision_config=CLIPVisionConfig(**_SIGHT, **_IMAGE),
-        image_grid_pinpoints=[[8, 8]],
-        tie_word_embeddings=False,
-    ),
-    "qwen3": lambda text: InternVLConfig(
-        text_config=text,
-        vision_config=InternVLVisionConfig(**_SIGHT, image_size=(8, 8), patch_size=(4, 4)),
-        tie_word_embeddings=False,
-    ),
-}
-
-
-def _whole(config):
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
-        draw_weights(model, around_zero=config.model_type == "gemma3")
-    return model.eval()
 
 
 @pytest.fixture
@@ -73,7 +25,7 @@ def saved(tiny_tokenizer, tmp_path):
     """``saved(text)``: a whole model with such a decoder in it, and its directory."""
 
     def save(text):
-        model = _whole(HOLDERS[text](odd_config(text, vocab_size=len(tiny_tokenizer))))
+        model = whole_model(text, odd_config(text, vocab_size=len(tiny_tokenizer)))
         model.save_pretrained(tmp_path)
         tiny_tokenizer.save_pretrained(tmp_path)
         return model, tmp_path

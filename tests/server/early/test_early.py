@@ -16,6 +16,7 @@ from steer_client import ServerUnavailableError, SteerClient
 from steer_server.config import ServerConfig
 from steer_server.early.holding import answered, early_ports
 from steer_server.errors import StartupError
+from tests.server.http.authority import Authority
 
 SERVICE = "steering.v1.GenerationService"
 STATUS = health_pb2.HealthCheckResponse
@@ -88,6 +89,25 @@ def test_a_port_that_is_taken_is_named(ports):
     }.items():
         with pytest.raises(StartupError, match=str(port)), answered(early_ports(taken, ())):
             pytest.fail("it began")
+
+
+def test_it_speaks_tls_as_the_server_will(tmp_path):
+    authority, (port, http_port) = Authority(), _free_ports(2)
+    for name, data in zip(("cert", "key"), authority.issue(), strict=True):
+        (tmp_path / name).write_bytes(data)
+    files = {"tls_cert": tmp_path / "cert", "tls_key": tmp_path / "key"}
+    config = ServerConfig(listen=f"127.0.0.1:{port}", http_port=http_port, **files)
+    credentials = grpc.ssl_channel_credentials(authority.pem)
+    with (
+        answered(early_ports(config, ())),
+        grpc.secure_channel(f"127.0.0.1:{port}", credentials) as channel,
+    ):
+        request = health_pb2.HealthCheckRequest(service="live")
+        assert health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status == STATUS.SERVING
+        context = authority.context(None, tmp_path)
+        connection = http.client.HTTPSConnection("127.0.0.1", http_port, timeout=10, context=context)
+        connection.request("GET", "/livez")
+        assert connection.getresponse().status == 200
 
 
 def test_nothing_is_started_where_no_port_is_known():

@@ -250,3 +250,39 @@ async def test_with_a_listener_for_admin_calls_they_are_served_there_and_nowhere
                     assert code in wanted
     assert (await server.post("/api/ReloadOperators", **bearer(token))).status == 403
     assert (await server.get("/api/model", **bearer(token))).status == 200
+
+
+async def test_headers_that_are_meant_to_do_harm_are_refused_and_harm_nobody(guarded):
+    path, right = "/steering.v1.GenerationService/GetModelInfo", token_of("read")
+    async with grpc.aio.insecure_channel(guarded.target) as channel:
+        ask = channel.unary_unary(path)
+        for values in (
+            [f"Bearer {right}"] * 2,
+            [f"Bearer {right}", "Bearer x"],
+            [f"bearer {right} "],
+            ["Bearer " + "x" * 4000],
+            ["Bearer " + "x" * 200_000],
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(b"", metadata=[("authorization", value) for value in values], timeout=20)
+            # Of too many bytes gRPC refuses the call before anybody reads it.
+            wanted = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+            assert caught.value.code() in (wanted if len(values[0]) > 5000 else {grpc.StatusCode.UNAUTHENTICATED})
+        assert (await call(channel, path, b"", right))[0] is grpc.StatusCode.OK
+        assert (await ask(b"", metadata=[("authorization", f"bEARER {right}")])) is not None
+    head = f"GET /api/model HTTP/1.1\r\nhost: 127.0.0.1:{guarded.port}\r\n".encode()
+    for lines in (
+        [b"authorization: Bearer " + right.encode()] * 2,
+        [b"Authorization: Bearer " + right.encode(), b"AUTHORIZATION: Bearer x"],
+        ["authorization: Bearer ünicode".encode()],
+        [b"authorization: Bearer \xff\xfe"],
+        [b"authorization: Bearer\t" + right.encode()],
+        [b"authorization: Bearer " + b"x" * 15_000],
+        [b"authorization: Basic " + right.encode()],
+    ):
+        answer = await guarded.send(head + b"\r\n".join(lines) + b"\r\n\r\n")
+        assert answer.status == 401, lines
+        assert right not in answer.body.decode()
+    too_large = await guarded.send(head + b"authorization: Bearer " + b"x" * 40_000 + b"\r\n\r\n")
+    assert too_large.status in (400, 401)
+    assert (await guarded.get("/api/model", authorization=f"bEARER {right}")).status == 200

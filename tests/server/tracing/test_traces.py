@@ -20,6 +20,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from steer_client import AsyncSteerClient, InvalidRequestError, OperatorUse, SamplingParams, SteerError
 
 from operators.core.store import Store
+from steer_server.checks.traces import check_traces
 from steer_server.config import ServerConfig
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.errors import StartupError
@@ -283,6 +284,14 @@ def test_what_the_environment_asks_for_is_had_or_named(monkeypatch):
     monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
     with pytest.raises(StartupError, match="'zipkin'; otlp is accepted"):
         choose_tracing()
+
+
+def test_a_check_before_the_start_says_whether_traces_can_be_sent(monkeypatch):
+    assert list(check_traces(ServerConfig())) == []
+    assert [found.kind for found in check_traces(ServerConfig(traces=True))] == ["ok"]
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "zipkin")
+    [found] = check_traces(ServerConfig(traces=True))
+    assert (found.kind, "'zipkin'" in found.said) == ("problem", True)
 
 
 def test_without_traces_a_call_costs_next_to_nothing():

@@ -11,6 +11,7 @@ import steer_client
 from steer_client._cli import experiment_options as x
 from steer_client._cli import json_output, model_table, operator_details, operator_table, show_streams
 from steer_client._cli import options as o
+from steer_client._cli.admin_commands import admin
 from steer_client._cli.connection import connect
 from steer_client._cli.connection_options import ConnectionOptions
 from steer_client._cli.option_groups import expand_groups
@@ -114,6 +115,7 @@ def ab(
         _exit_if_cut(*(text for sample in stream.result.samples for text in _generations(sample)))
 
 
+app.add_typer(admin, name="admin")
 app.command()(expand_groups(score))
 app.command()(expand_groups(sweep))
 app.command()(expand_groups(vote))
