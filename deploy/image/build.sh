@@ -82,7 +82,7 @@ podman save --quiet --format oci-archive --output "$folder/image.oci.tar" "local
 root=$(podman image mount "localhost/$image:$version")
 "$python" deploy/image/sbom.py "$root" "$image:$version" deploy/image/server.lock >"$folder/sbom.cdx.json"
 chroot "$root" dpkg-query --show >"$folder/debian.txt"
-biggest=$(cd "$root" && du -sm usr opt/steer/lib/python3.11/site-packages/* | sort -rn | head -8)
+biggest=$(cd "$root" && du -sm usr opt/steer/lib/python3.11/site-packages/* | sort -rn | sed -n 1,8p)
 podman image unmount "localhost/$image:$version" >/dev/null
 
 {
