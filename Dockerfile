@@ -28,7 +28,8 @@ WORKDIR /src
 
 # What the CPU image holds of others: a layer that changes only with the lock. Tests, headers and programs that only
 # a compiler of torch would use are left out. Bytecode is made here, because the root may be read-only, and believed
-# whatever the time of its source: a builder may set that.
+# whatever the time of its source: a builder may set that. -S keeps what is compiled from being loaded, which would change
+# a few bits of it.
 FROM tools AS dependencies
 COPY deploy/image/server.lock ./
 RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --require-hashes -r server.lock \
@@ -36,12 +37,12 @@ RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --req
     && rm -r torch/test torch/include \
     && find torch/bin -mindepth 1 -maxdepth 1 -not -name torch_shm_manager -exec rm -r {} + \
     && find . -type d -name tests -prune -exec rm -r {} + \
-    && /opt/steer/bin/python -m compileall -q --invalidation-mode unchecked-hash -x /py312_ /opt/steer/lib
+    && /opt/steer/bin/python -S -m compileall -q --invalidation-mode unchecked-hash -x /py312_ /opt/steer/lib
 
 FROM tools AS gpu-dependencies
 COPY deploy/image/gpu.lock ./
 RUN /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --require-hashes -r gpu.lock \
-    && /opt/steer/bin/python -m compileall -q --invalidation-mode unchecked-hash -x /py312_ /opt/steer/lib
+    && /opt/steer/bin/python -S -m compileall -q --invalidation-mode unchecked-hash -x /py312_ /opt/steer/lib
 
 # The project's own files, under /staged.
 FROM tools AS project
@@ -55,7 +56,7 @@ COPY protos protos
 RUN /opt/tools/bin/pip wheel --no-build-isolation --no-deps --wheel-dir /wheel . \
     && /opt/tools/bin/pip --python /opt/steer/bin/python install --no-compile --no-deps --no-warn-script-location \
         --root /staged /wheel/*.whl \
-    && /opt/steer/bin/python -m compileall -q --invalidation-mode unchecked-hash -s /staged -p / /staged
+    && /opt/steer/bin/python -S -m compileall -q --invalidation-mode unchecked-hash -s /staged -p / /staged
 
 # What both images are, but for /opt/steer.
 FROM ${BASE} AS base
@@ -66,7 +67,7 @@ RUN groupadd --gid 10001 steer \
     && rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- \
     && install -d -o steer -g steer /var/lib/steer /var/lib/steer/data /var/lib/steer/cache
 # Of Python's own library, which the base may have without bytecode.
-RUN PYTHONHASHSEED=0 python3 -m compileall -qf --invalidation-mode unchecked-hash -x '/(.*-packages|ensurepip|test)/' \
+RUN PYTHONHASHSEED=0 python3 -S -m compileall -qf --invalidation-mode unchecked-hash -x '/(.*-packages|ensurepip|test)/' \
         "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 # XDG_DATA_HOME holds the operator store; it is what to back up.
 # XDG_CACHE_HOME holds downloaded models; it can be dropped and is filled again.
