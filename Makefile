@@ -53,10 +53,10 @@ format: $(INSTALLED) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-image: ## Build the server's container image (IMAGE names it)
-	docker build --tag $(IMAGE) .
+image: ## Build the server's CPU image without a daemon, as root (ARGS=--twice: and compare)
+	IMAGE=$(IMAGE) PYTHON=$(PYTHON) deploy/image/build.sh $(ARGS)
 
-image-gpu: ## Build the image with vLLM for CUDA ($(IMAGE)-gpu)
+image-gpu: ## Build the image with vLLM for CUDA ($(IMAGE)-gpu), with docker
 	docker build --target gpu --tag $(IMAGE)-gpu .
 
 clean: ## Remove what make made; operators and cached models stay

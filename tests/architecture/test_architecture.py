@@ -172,58 +172,6 @@ def test_every_dependency_of_server_and_dev_is_pinned(project, pins):
     assert {requirement_name(name) for name in wanted} - {project["name"]} - set(pins) == set()
 
 
-def test_the_image_installs_the_torch_that_the_tests_ran_with(pins):
-    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert re.findall(r"^ARG TORCH=(.*)$", dockerfile, re.MULTILINE) == [pins["torch"]]
-
-
-def stages() -> dict[str, tuple[str, list[str]]]:
-    """Of the Dockerfile, by name: what each is made from, and its instructions."""
-    found: dict[str, tuple[str, list[str]]] = {}
-    for line in (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines():
-        begins = re.fullmatch(r"FROM (\S+) AS ([a-z-]+)", line)
-        if begins:
-            lines: list[str] = []
-            found[begins[2]] = (begins[1], lines)
-        elif found and re.match(r"[A-Z]+ ", line):
-            lines.append(line)
-    return found
-
-
-def test_both_images_come_from_one_base_and_run_as_its_user():
-    found = stages()
-    # What is built where no target is named.
-    assert list(found)[-1] == "runtime"
-    [user] = [line for line in found["base"][1] if line.startswith("USER ")]
-    assert user == "USER 10001:10001"
-    for name in ("runtime", "gpu"):
-        base, lines = found[name]
-        assert base == "base"
-        assert [line for line in [user, *lines] if line.startswith("USER ")][-1] == user
-        assert not any(line.startswith(("ENTRYPOINT", "CMD", "VOLUME")) for line in lines)
-
-
-def test_every_stage_that_the_dockerfile_or_make_names_exists():
-    found = stages()
-    named = {part for _, lines in found.values() for line in lines for part in re.findall(r"--from=(\S+)", line)}
-    named |= set(re.findall(r"--target (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8")))
-    assert named == {"builder", "gpu-builder", "gpu"}
-    assert named <= set(found)
-
-
-def test_what_the_images_are_built_from_is_let_in():
-    let_in = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), re.MULTILINE))
-    copied = {
-        name
-        for _, lines in stages().values()
-        for line in lines
-        if line.startswith("COPY ") and "--from" not in line
-        for name in line.split()[1:-1]
-    }
-    assert copied == let_in
-    assert [name for name in copied if not (ROOT / name).exists()] == []
-
-
 def test_every_make_target_that_a_page_names_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))

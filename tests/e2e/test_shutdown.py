@@ -1,5 +1,6 @@
 """Stopping a server: what runs ends whole or is cut short with its proof, what waits is refused, the exit is clean."""
 
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 
 import grpc
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steer_client import (
@@ -296,3 +298,26 @@ def test_a_forward_pass_that_outlasts_the_grace_does_not_abort_the_process(tiny_
         assert isinstance(failures[0], ServerUnavailableError)
     finally:
         process.kill()
+
+
+@pytest.fixture
+def process_1():
+    """The front of a command that makes it process 1 of a namespace, as a container does."""
+    front = ["unshare", "--pid", "--fork", "--kill-child"]
+    if not shutil.which(front[0]) or subprocess.run([*front, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not make a namespace for processes")
+    return front
+
+
+def test_sigterm_ends_process_1_while_it_loads(process_1, tiny_model, tiny_store):
+    options = ("--model", tiny_model, "--store", tiny_store, "--listen", "127.0.0.1:0")
+    command = [*process_1, sys.executable, "-m", "steer_server", *map(str, options)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert "loading" in process.stderr.readline()
+            [server] = psutil.Process(process.pid).children()
+            server.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 143
+            assert "listen=" not in process.stderr.read()
+        finally:
+            process.kill()
