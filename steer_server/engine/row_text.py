@@ -46,8 +46,11 @@ class RowText:
         return piece, self._reason(token)
 
     def flush(self) -> str:
-        """The text still held back, once the continuation has ended otherwise than by a stop string."""
-        return self._stops.push(self.detokenizer.flush()).text + self._stops.flush()
+        """The text still held back, once the continuation has ended otherwise than by a stop string.
+
+        No stop string is looked for in it: that would cut the text, and nothing would say why it ended.
+        """
+        return self._stops.flush() + self.detokenizer.flush()
 
     def _reason(self, token: int) -> FinishReason | None:
         if token in self.sampling.stop_token_ids:

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steer_server.engine.row_text import RowText
 from steer_server.engine.text import Detokenizer, StopStrings
+from steer_server.types import FinishReason, SamplingParams
 
 # Two, three and four bytes, letters with a mark of their own, and the replacement character as an honest one.
 _TEXTS = st.text(alphabet="ab é東🌉\u0301\ufffd\n", max_size=12)
@@ -209,3 +211,17 @@ def test_the_text_held_back_for_a_stop_string_that_never_came_is_flushed_once():
 def test_of_two_stop_strings_that_end_together_the_longer_wins():
     piece = StopStrings(["c", "bc"]).push("abc")
     assert (piece.text, piece.stop_string) == ("a", "bc")
+
+
+def test_half_a_character_at_the_end_ends_no_text_by_a_stop_string(tiny_tokenizer):
+    ids = _ids(tiny_tokenizer, "a🌉")[:-1]
+    text = RowText(
+        Detokenizer(tiny_tokenizer, ()),
+        SamplingParams(max_tokens=len(ids), stop_strings=("a\ufffd",)),
+        prompt_tokens=0,
+        context_length=64,
+        eos_ids=frozenset(),
+    )
+    pieces = [text.push(token) for token in ids]
+    assert pieces[-1][1] is FinishReason.MAX_TOKENS
+    assert "".join(piece.text for piece, _ in pieces) + text.flush() == _decode(tiny_tokenizer, ids)
