@@ -25,6 +25,7 @@ from operators.commands._options import (
     parse_memory,
 )
 from operators.core.claims import claim
+from operators.core.numbers import read_whole
 from operators.core.progress import shown_progress, working
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
     from operators.core.errors import TrialError
 
     try:
-        return tuple(int(number) for number in text.split(","))
+        return tuple(read_whole(number) for number in text.split(","))
     except ValueError:
         raise TrialError(f"layers are {text!r}; whole numbers separated by commas are accepted") from None
 

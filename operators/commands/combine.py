@@ -24,6 +24,7 @@ from operators.commands._options import (
     parse_memory,
 )
 from operators.core.errors import BuildError
+from operators.core.numbers import read_decimal
 from operators.core.progress import shown_progress
 
 
@@ -79,6 +80,6 @@ def combine(
 def _parse_member(member: str) -> tuple[str, float]:
     name, equals, weight = member.partition("=")
     try:
-        return name, float(weight) if equals else 1.0
+        return name, read_decimal(weight) if equals else 1.0
     except ValueError:
         raise BuildError(f"member {member!r}: OPERATOR=WEIGHT with a number as weight is accepted") from None

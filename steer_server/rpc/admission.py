@@ -94,7 +94,7 @@ class Admission:
 
 def _of_prompt(path: str) -> str:
     """The prompt that a field is of, which may be one of several."""
-    found = re.match(r"(prompts\[\d+\]\.)?prompt", path)
+    found = re.match(r"(prompts\[[0-9]+\]\.)?prompt", path)
     return found[0] if found else path
 
 

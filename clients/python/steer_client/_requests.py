@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from steer_client._numbers import read_decimal
 from steer_client._positions import Positions
 
 #: How an operator's running direction is made from its Jacobian blocks.
@@ -95,9 +96,9 @@ class OperatorUse:
                 raise ValueError(name)
             return cls(
                 name=name,
-                strength=float(strength) if has_strength else None,
+                strength=read_decimal(strength) if has_strength else None,
                 rule=rule,
-                blend=float(blend) if has_blend else None,
+                blend=read_decimal(blend) if has_blend else None,
                 positions=where,
                 **_read_choices(choices),
                 kl=None if has_strength else kl,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from steer_client._numbers import read_decimal
 from steer_client._positions import Positions
 from steer_client._requests import LENS, OperatorUse, WeightedWord
 
@@ -48,10 +49,10 @@ class Words(OperatorUse):
                 word, has_weight, weight = part.partition("*")
                 if not word.strip() or word.strip() in words:
                     raise ValueError(word)
-                words[word.strip()] = float(weight) if has_weight else 1.0
+                words[word.strip()] = read_decimal(weight) if has_weight else 1.0
             return Words(
                 words,
-                float(strength) if has_strength else None,
+                read_decimal(strength) if has_strength else None,
                 kl=None if has_strength else kl,
                 positions=where,
                 lens=name,

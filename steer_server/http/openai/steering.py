@@ -12,6 +12,7 @@ from typing import Any
 from steering.v1 import steering_pb2 as sp
 
 from operators.core.errors import SettingError
+from operators.core.numbers import read_decimal
 from operators.core.positions import Positions
 from steer_server.errors import InvalidRequestError
 from steer_server.http.messages import read_message
@@ -62,9 +63,9 @@ def read_operator(text: str, field: str) -> sp.OperatorUse:
         if not name or name != name.strip() or "@" in name:
             raise ValueError(name)
         if has_strength:
-            use.strength = float(strength)
+            use.strength = read_decimal(strength)
         if has_blend:
-            use.blend = float(blend)
+            use.blend = read_decimal(blend)
         for choice in choices:
             _choose(use, choice)
     except ValueError:

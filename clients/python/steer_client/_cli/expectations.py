@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from steer_client._numbers import read_decimal
+
 if TYPE_CHECKING:
     from steer_client._sweep.statistics import ArmSummary
 
@@ -105,6 +107,6 @@ def arm_name(summary: ArmSummary) -> str:
 def _normal_name(arm: str) -> str:
     name, has_strength, strength = arm.rpartition("=")
     try:
-        return f"{name}={float(strength):g}" if has_strength else arm
+        return f"{name}={read_decimal(strength):g}" if has_strength else arm
     except ValueError:
         return arm

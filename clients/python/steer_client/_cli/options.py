@@ -12,6 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 import steer_client
+from steer_client._numbers import read_decimal, read_whole
 from steer_client._requests import LENS
 
 _STEERING = "Steering"
@@ -291,7 +292,7 @@ class SamplingOptions:
 def _token_bias(text: str) -> steer_client.TokenBias:
     token_id, _, bias = text.partition("=")
     try:
-        return steer_client.TokenBias(int(token_id), float(bias))
+        return steer_client.TokenBias(read_whole(token_id), read_decimal(bias))
     except ValueError:
         problem = f"cannot read {text!r}: write ID=BIAS, for example 42=-5"
         raise typer.BadParameter(problem, param_hint="'--logit-bias'") from None

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import steer_client
+from steer_client._numbers import read_decimal
 from steer_client._requests import LENS
 
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 # Strengths end where a choice such as ",anchor=concept" begins, which is no number.
 _OPERATOR = re.compile(rf"(?P<name>[^=:]+)=(?P<strengths>{_NUMBER}(?:,{_NUMBER})*)(?P<rest>(?:[@:,].*)?)")
 _WORDS = re.compile(rf"(?P<words>[^=]+)=(?P<strengths>{_NUMBER}(?:,{_NUMBER})*)(?P<rest>(?::.*)?)")
@@ -51,4 +52,4 @@ def read_words_use(text: str, *, lens: str = LENS) -> tuple[steer_client.Operato
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(each) for each in text.split(",")]
+    return [read_decimal(each) for each in text.split(",")]
