@@ -142,7 +142,7 @@ def test_build_tells_a_person_what_was_built(run, store_path):
 REFUSED_EARLY = [
     (["A/b", "--text", TEXT], "StoreError", "operator name 'A/b' is not allowed"),
     (["../a", "--text", TEXT], "StoreError", "is not allowed"),
-    (["taken", "--text", TEXT], "StoreError", "operator 'taken' is already in"),
+    (["taken", "--text", TEXT], "NameTakenError", "operator 'taken' is already in"),
     (["a", "--text", TEXT, "--strength", "nan"], "SettingError", "strength is nan; a finite number"),
     (["a", "--text", TEXT, "--strength=-inf"], "SettingError", "strength is -inf"),
     (["a", "--text", TEXT, "--blend", "1.1"], "SettingError", "blend is 1.1; a number from 0"),
