@@ -236,4 +236,4 @@ async def test_a_client_is_told_when_to_come_back_and_is_served_then(engine, mad
             assert answer.receipts[0].generated_tokens_steered == 3
     finally:
         # Not stop(): that closes the engine, which others use.
-        await server._server.stop(0)
+        await server._listeners[0].server.stop(0)
