@@ -195,6 +195,10 @@ def test_a_server_says_how_it_is_from_its_first_moment_to_its_last(start_tiny, f
                 assert systemd.recv(100).startswith(b"READY=1")
                 with SteerClient(target, timeout=20, retry=False) as client:
                     client.generate("x", sampling=SamplingParams(max_tokens=1))
+                    # The one that watches connects again after the handover, in its own time.
+                    end = time.monotonic() + 30
+                    while len(seen) < 2 and time.monotonic() < end:
+                        time.sleep(0.01)
                     server.signal()
                     assert systemd.recv(100).startswith(b"STOPPING=1")
                     # It does not want new calls, and serves them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import contextlib
 import subprocess
 import sys
 import threading
@@ -10,8 +10,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steer_client import OperatorUse, SamplingParams, SteerClient
 
 from operators.builder.build import build_operator
@@ -86,7 +88,7 @@ app()
 """A server that forgets the steering of one request of its self-test."""
 
 
-def test_a_server_whose_self_test_fails_says_why_ends_and_never_opens_its_port(free_port):
+def test_a_server_whose_self_test_fails_says_why_ends_and_never_serves(free_port):
     listen = ("--listen", f"127.0.0.1:{free_port}")
     process = subprocess.Popen(
         [sys.executable, "-c", FORGETFUL, *listen, *OPTIONS],
@@ -94,16 +96,17 @@ def test_a_server_whose_self_test_fails_says_why_ends_and_never_opens_its_port(f
         stderr=subprocess.PIPE,
         text=True,
     )
-    said, reached, end = [], [], time.monotonic() + 300
+    said, states, end = [], set(), time.monotonic() + 300
     reading = threading.Thread(target=lambda: said.append(process.stderr.read()))
     reading.start()
     while process.poll() is None and time.monotonic() < end:
-        with socket.socket() as client:
-            reached.append(client.connect_ex(("127.0.0.1", free_port)) == 0)
+        # Its port is open from the start, and says that it loads.
+        with grpc.insecure_channel(f"127.0.0.1:{free_port}") as channel, contextlib.suppress(grpc.RpcError):
+            asked = health_pb2.HealthCheckRequest()
+            states.add(health_pb2_grpc.HealthStub(channel).Check(asked, timeout=5).status)
         time.sleep(0.05)
     process.kill()
     reading.join(30)
     assert process.wait() == 1
-    assert reached
-    assert not any(reached)
+    assert states == {health_pb2.HealthCheckResponse.NOT_SERVING}
     assert "steer-server: self-test: a request steered at layer 2 failed: no worker knows of it\n" in said[0]

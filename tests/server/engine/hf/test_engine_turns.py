@@ -97,7 +97,9 @@ async def test_a_call_of_many_jobs_gives_way_and_holds_no_more_places_than_its_s
 async def test_a_short_job_is_read_beside_many_of_another_client(engine, passes):
     many = [engine.submit(_job(tokens=ALL, client="many")) for _ in range(8)]
     await _first_token(many[0])
-    assert (engine.running, engine.waiting) == (4, 4)
+    # One of them may have ended by now, and another begun.
+    assert engine.running == 4
+    assert engine.waiting
     before = len(passes)
     await _events(engine.submit(_job(client="b")))
     assert 4 <= len(passes) - before <= 40
