@@ -12,9 +12,9 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from steering.v1 import generation_pb2, operators_pb2
+from steering.v1 import generation_pb2, operator_admin_pb2, operators_pb2
 
-FILES = (generation_pb2, operators_pb2, health_pb2, reflection_pb2)
+FILES = (generation_pb2, operators_pb2, operator_admin_pb2, health_pb2, reflection_pb2)
 METHODS: tuple[MethodDescriptor, ...] = tuple(
     method for file in FILES for service in file.DESCRIPTOR.services_by_name.values() for method in service.methods
 )

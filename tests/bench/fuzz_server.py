@@ -1,11 +1,16 @@
 """A server under requests that are many, huge, extreme and malformed, while its health and a small request are timed.
 
     python tests/bench/fuzz_server.py --requests 20000
+    python tests/bench/fuzz_server.py --requests 20000 --access
     python tests/bench/fuzz_server.py --target 127.0.0.1:50051 --pid 4711 --requests 500 --json
 
 Without a target, the server is started here, on a random model of four layers with an operator. It fails where a call
 ends as INTERNAL or UNKNOWN, or the server does. STEERING_NOT_APPLIED, which is INTERNAL, is counted apart: a text may
 end before the positions that were asked for, which nobody knows beforehand.
+
+With --access the server asks for tokens, and lets operators be managed over the wire. The requests come with a token to
+generate and read, with one of an administrator, with a wrong one, with what is no token, with two, or
+without.
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -21,7 +27,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 import psutil
@@ -29,6 +35,8 @@ from fuzz_messages import Fuzz
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from steer_client import OperatorUse, SamplingParams, SteerClient
+
+from operators.core.store import Store
 
 _WORKERS = 8
 _DEADLINE = 5.0
@@ -38,6 +46,10 @@ _PERIOD = 0.2
 _QUIET = 5.0
 _REST = 8.0
 _FAULTS = ("INTERNAL", "UNKNOWN")
+_WATCHED = "watched-by-a-stranger"
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Tokens: TypeAlias = tuple[Metadata, ...]
 
 
 def main() -> None:
@@ -48,6 +60,7 @@ def main() -> None:
     parser.add_argument("--target")
     parser.add_argument("--pid", type=int)
     parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--access", action="store_true", help="with tokens, and operators managed over the wire")
     parser.add_argument("--watch", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.watch:
@@ -56,21 +69,21 @@ def main() -> None:
     if options.target:
         found = run(options.target, options.pid, options.requests, options.seed)
     else:
-        found = run_own(options.requests, options.seed)
+        found = run_own(options.requests, options.seed, access=options.access)
     print(json.dumps(found) if options.json else json.dumps(found, indent=2, ensure_ascii=False))
     if found["faults"] or not found["alive"]:
         sys.exit(1)
 
 
-def run(target: str, pid: int, requests: int, seed: int) -> dict[str, Any]:
-    """Fuzzes a server that runs."""
+def run(target: str, pid: int, requests: int, seed: int, tokens: Tokens = ()) -> dict[str, Any]:
+    """Fuzzes a server that runs. ``tokens``: what its requests are sent with, drawn for each."""
     server = psutil.Process(pid)
     load = os.getloadavg()[0]
     with SteerClient(target, timeout=60) as client:
-        names = tuple(each.name for each in client.operators() if not each.problem)
+        names = tuple(each.name for each in client.operators() if not each.problem and each.name != _WATCHED)
     started = server.memory_info().rss
     # Fills what is kept: the tokenizer's words, and kernels by the shape of what they multiply.
-    asyncio.run(fuzz(target, Fuzz(seed + 1, names), requests // 5))
+    asyncio.run(fuzz(target, Fuzz(seed + 1, names), requests // 5, tokens))
     quiet = _watched(target, lambda: time.sleep(_QUIET if requests >= 2000 else 1.0))
     before, began = server.memory_info().rss, time.monotonic()
     codes: Counter[str] = Counter()
@@ -78,7 +91,7 @@ def run(target: str, pid: int, requests: int, seed: int) -> dict[str, Any]:
 
     def attack() -> None:
         nonlocal codes, examples
-        codes, examples = asyncio.run(fuzz(target, Fuzz(seed, names), requests))
+        codes, examples = asyncio.run(fuzz(target, Fuzz(seed, names), requests, tokens))
 
     busy = _watched(target, attack)
     seconds = time.monotonic() - began
@@ -100,12 +113,13 @@ def run(target: str, pid: int, requests: int, seed: int) -> dict[str, Any]:
     }
 
 
-async def fuzz(target: str, source: Fuzz, requests: int) -> tuple[Counter[str], list[str]]:
+async def fuzz(target: str, source: Fuzz, requests: int, tokens: Tokens = ()) -> tuple[Counter[str], list[str]]:
     """Sends requests, a few at once: how many ended with each code, and what the faults were."""
     codes: Counter[str] = Counter()
     examples: list[str] = []
     supply = iter(source)
     left = requests
+    draw = random.Random(requests)
     async with grpc.aio.insecure_channel(target, options=[("grpc.max_send_message_length", -1)]) as channel:
 
         async def work() -> None:
@@ -114,7 +128,7 @@ async def fuzz(target: str, source: Fuzz, requests: int) -> tuple[Counter[str], 
                 left -= 1
                 method, data = next(supply)
                 path = f"/{method.containing_service.full_name}/{method.name}"
-                code, text = await _ask(channel, path, data)
+                code, text = await _ask(channel, path, data, draw.choice(tokens) if tokens else ())
                 codes[code] += 1
                 if code in (*_FAULTS, "STEERING_NOT_APPLIED"):
                     examples.append(f"{path} {code} {text[:200]} {data[:60].hex()} ({len(data)} bytes)")
@@ -123,9 +137,9 @@ async def fuzz(target: str, source: Fuzz, requests: int) -> tuple[Counter[str], 
     return codes, examples
 
 
-async def _ask(channel: grpc.aio.Channel, path: str, data: bytes) -> tuple[str, str]:
-    # On the wire, one message is a stream of one.
-    call = channel.stream_stream(path)(iter([data]), timeout=_DEADLINE)
+async def _ask(channel: grpc.aio.Channel, path: str, data: bytes, metadata: Metadata) -> tuple[str, str]:
+    # On the wire, a stream of one is one message. Sent in parts, it fails on the client where the server refuses early.
+    call = channel.unary_stream(path)(data, timeout=_DEADLINE, metadata=metadata)
     try:
         answers = 0
         async for _ in call:
@@ -174,7 +188,8 @@ def watch(target: str) -> None:
         checks: list[float] = []
         texts: list[float] = []
         with SteerClient(target, timeout=60) as client:
-            operator = [OperatorUse(each.name, 0.5) for each in client.operators() if not each.problem][:1]
+            operators = sorted(client.operators(), key=lambda each: each.name != _WATCHED)
+            operator = [OperatorUse(each.name, 0.5) for each in operators if not each.problem][:1]
             sampling = SamplingParams(max_tokens=4, ignore_eos=True)
 
             def small() -> None:
@@ -195,6 +210,7 @@ def watch(target: str) -> None:
             small()
             print("watching", flush=True)
             async with grpc.aio.insecure_channel(target) as channel:
+                # Health asks for no token.
                 stub = health_pb2_grpc.HealthStub(channel)
                 generating = asyncio.ensure_future(generate())
                 while not ended.is_set():
@@ -215,13 +231,18 @@ def _times(name: str, seconds: list[float]) -> dict[str, float]:
     }
 
 
-def run_own(requests: int, seed: int) -> dict[str, Any]:
+def run_own(requests: int, seed: int, *, access: bool = False) -> dict[str, Any]:
     """Fuzzes a server of its own."""
     from fuzz_model import make_model_and_store
 
     with tempfile.TemporaryDirectory() as folder:
         model, store = make_model_and_store(Path(folder))
         command = [str(Path(sys.executable).parent / "steer-server"), "--model", str(model), "--store", str(store)]
+        tokens = _tokens(Path(folder) / "tokens") if access else ()
+        if access:
+            # One that no request knows: an administrator's may well delete the others.
+            Store(store).save(_WATCHED, Store(store).load(Store(store).names()[0]))
+            command += ["--tokens", str(Path(folder) / "tokens"), "--operator-admin"]
         with open(Path(folder) / "log", "w+") as log:
             process = subprocess.Popen(
                 [*command, "--listen", "127.0.0.1:0", "--log-format", "json"],
@@ -229,12 +250,27 @@ def run_own(requests: int, seed: int) -> dict[str, Any]:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
             try:
-                found = run(_target(process, Path(folder) / "log"), process.pid, requests, seed)
+                found = run(_target(process, Path(folder) / "log"), process.pid, requests, seed, tokens)
                 found["tracebacks in the log"] = (Path(folder) / "log").read_text().count("Traceback")
             finally:
                 process.terminate()
                 found["exit"] = process.wait(30)
     return found
+
+
+def _tokens(file: Path) -> Tokens:
+    """Makes the tokens of a server; that of the watcher goes into the environment, where the SDK finds it."""
+    server = str(Path(sys.executable).parent / "steer-server")
+
+    def made(name: str, *options: str) -> str:
+        command = [server, "token", name, "--tokens", str(file), *options]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+    os.environ["STEER_TOKEN"] = made("watcher")
+    user, keeper = made("user"), made("keeper", "--scopes", "admin")
+    sent = [user] * 12 + [keeper] * 4 + ["steer_" + "A" * 43, "x", "a" * 4000]
+    one = [(("authorization", f"Bearer {each}"),) for each in sent]
+    return (*one, one[0] * 2, ())
 
 
 def _target(process: subprocess.Popen[bytes], log: Path) -> str:
