@@ -101,7 +101,14 @@ def tokenization(result: Tokenization) -> pb.TokenizeResponse:
 
 
 def model_info(
-    model: ModelInfo, *, version: str, max_queue: int, max_arms: int, max_dose: float, limits: RequestLimits
+    model: ModelInfo,
+    *,
+    version: str,
+    max_queue: int,
+    max_arms: int,
+    max_dose: float,
+    operator_admin: bool,
+    limits: RequestLimits,
 ) -> pb.GetModelInfoResponse:
     """The model being served and the server's limits."""
     return _write_model_info(
@@ -110,6 +117,7 @@ def model_info(
         max_queue=max_queue,
         max_arms=max_arms,
         max_dose=max_dose,
+        operator_admin=operator_admin,
         limits=_write_limits(limits),
     )
 

@@ -129,6 +129,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             max_queue=self._config.max_queue,
             max_arms=self._config.max_arms,
             max_dose=self._config.max_dose,
+            operator_admin=self._config.operator_admin,
             limits=self._limits,
         )
 

@@ -46,7 +46,7 @@ FILES = (
 )
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = results.Generation("", "", (), results.FinishReason.EOS, None, None, None, (), (), 0)
-LIMITS = ("server_version", "max_queue", "max_arms", "max_dose")
+LIMITS = ("server_version", "max_queue", "max_arms", "max_dose", "operator_admin")
 # Of a message that the server makes of two: where the field's type is.
 ELSEWHERE = {"GetModelInfoResponse.limits": types.RequestLimits}
 read_limits = reader(pb.RequestLimits, types.RequestLimits)

@@ -379,5 +379,7 @@ class ModelInfo:
     max_arms: int
     #: Most that |strength|/2 of a request's operators at one layer may add up to.
     max_dose: float
+    #: Whether clients may change the server's operators. Not said by an older server.
+    operator_admin: bool
     #: How much a request may hold. None from a server that does not say.
     limits: RequestLimits | None = None

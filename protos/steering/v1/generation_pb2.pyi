@@ -217,6 +217,7 @@ class GetModelInfoResponse(_message.Message):
     MAX_ARMS_FIELD_NUMBER: _builtins.int
     MAX_DOSE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
+    OPERATOR_ADMIN_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """As given to the server: a built-in name, a hub id or a directory."""
@@ -241,6 +242,10 @@ class GetModelInfoResponse(_message.Message):
     attention: _builtins.str
     """What computes attention: "sdpa" or "eager" of the engine hf; the name of vLLM's backend, such as "CPU_ATTN", and
     where layers have different ones, all of them.
+    """
+    operator_admin: _builtins.bool
+    """Whether clients may change the operators of this server, by OperatorAdminService. Where the server asks for tokens,
+    that takes the scope "admin".
     """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
@@ -267,11 +272,12 @@ class GetModelInfoResponse(_message.Message):
         max_arms: _builtins.int = ...,
         max_dose: _builtins.float = ...,
         attention: _builtins.str = ...,
+        operator_admin: _builtins.bool = ...,
         limits: Global___RequestLimits | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "limits", b"limits", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "context_length", b"context_length", "device", b"device", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "limits", b"limits", "max_arms", b"max_arms", "max_dose", b"max_dose", "max_queue", b"max_queue", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_layers", b"num_layers", "operator_admin", b"operator_admin", "server_version", b"server_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

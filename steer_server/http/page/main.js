@@ -4,6 +4,7 @@ import { askForToken, isAskingForToken, stopAsking, tokenIsGood, watchToken } fr
 import { ApiError, call, events } from "./api.js";
 import { ArmEditor } from "./arms.js";
 import { Column } from "./column.js";
+import { ConceptDialog } from "./concept.js";
 import { asCli, asCsv, asCurl, asPython, notForCli } from "./copies.js";
 import { byId, el, number, short } from "./dom.js";
 import { showHistory } from "./history.js";
@@ -21,6 +22,7 @@ const page = {
   settings: newSettings(), operators: [], model: null, columns: new Map(), ran: null, abort: null, show: "diff", isUp: null, isLinkGood: true,
 };
 const editor = new ArmEditor(byId("arms"), () => { keepTyped(); vote.refresh(); });
+const concept = new ConceptDialog(useOperator);
 const vote = new VoteView(byId("vote-view"), () => page.settings, tell);
 
 // ---- the form
@@ -83,9 +85,10 @@ async function meetServer() {
     const isNew = !page.isUp;
     tokenIsGood(isAnswer);
     Object.assign(page, { model, operators: operators ?? [], isUp: true });
-    byId("server").textContent = `${model.model} · ${model.engine} · ${model.dtype} on ${model.device} · ${page.operators.length} operators`;
+    byId("server").textContent = `${model.model} · ${model.engine} · ${model.dtype} on ${model.device} · ${page.operators.length} operator${page.operators.length === 1 ? "" : "s"}`;
     byId("server").dataset.kind = "up";
     byId("chat-field").hidden = !model.has_chat_template;
+    concept.offer(model);
     if (isNew) {
       if (!page.settings.arms.length && !page.begun) {
         const usable = page.operators.find((operator) => !operator.problem && !operator.lens) ?? page.operators.find((operator) => !operator.problem);
@@ -104,6 +107,17 @@ async function meetServer() {
     if (error.status === 403) askForToken(`Another token is needed: ${error.message}.`);
     byId("server").dataset.kind = "down";
   }
+}
+
+/** Takes an operator that has just come into service into an arm of its own, where none has it. */
+async function useOperator(name) {
+  await meetServer();
+  const { arms } = page.settings;
+  if (!arms.some((arm) => arm.uses.some((use) => use.name === name))) arms.push(newArm(arms.some((arm) => arm.name === name) ? `${name} built` : name, name));
+  for (const use of arms.flatMap((arm) => arm.uses)) if (use.name === name) use.digest = null;
+  showForm();
+  keepTyped();
+  say(`${name} is served: run to see what it does.`);
 }
 
 /** Says which operators of a link are gone, or have another version. */

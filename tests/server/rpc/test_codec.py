@@ -376,7 +376,9 @@ def test_a_comparison_says_what_was_not_measured_by_leaving_it_unset():
 
 def test_the_model_is_described_in_full(model_info):
     limits = RequestLimits(*range(1, 10))
-    message = codec.model_info(model_info, version="1.2.3", max_queue=4, max_arms=5, max_dose=1.5, limits=limits)
+    message = codec.model_info(
+        model_info, version="1.2.3", max_queue=4, max_arms=5, max_dose=1.5, operator_admin=True, limits=limits
+    )
     assert {descriptor.name for descriptor, _ in message.ListFields()} | {"has_chat_template"} == {
         field.name for field in message.DESCRIPTOR.fields
     }
