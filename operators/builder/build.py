@@ -14,7 +14,7 @@ from operators.builder.checks import (
     dtype_name,
     worst_reconstruction_error,
 )
-from operators.builder.neutral import check_contrast_anchor, kept_neutral_mean, tokenise_neutral
+from operators.builder.neutral import check_contrast_anchor, neutral_mean, tokenise_neutral
 from operators.builder.spec import BuildSpec, resolve_spec, vectors_per_pass
 from operators.core import capacity
 from operators.core.artifact import OperatorArtifact, make_artifact
@@ -92,7 +92,7 @@ def build_operator(
     check_reconstruction(error, layer, dtype_name(loaded.dtype))
     y = weighted_map.y
     texts = tokenise_neutral(loaded) if spec.neutral is None else spec.neutral
-    neutral = sum(spec.shares) * kept_neutral_mean(texts, loaded, layer=layer, profile=spec.profile).to(y)
+    neutral = sum(spec.shares) * neutral_mean(texts, loaded, layer=layer, profile=spec.profile).to(y)
     check_contrast_anchor(y, neutral, spec.texts)
     header = _header(spec, loaded, layer, low_rank_map, y.dtype, error, texts)
     offset = weighted_map.offset if bool(weighted_map.offset.any()) else None

@@ -76,7 +76,7 @@ def is_shipped(neutral: NeutralTexts) -> bool:
     return neutral.digest == f"sha256:{shipped}"
 
 
-def neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
+def compute_neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
     """m (d,) float64 on the model's device. Texts of one length go through the model together: nothing is padded."""
     total = torch.zeros(loaded.hidden_size, dtype=torch.float64, device=loaded.device)
     by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
@@ -88,15 +88,15 @@ def neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, prof
     return total / len(neutral.ids)
 
 
-def kept_neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
-    """:func:`neutral_mean`, computed once for each layer of a model: every operator of a file needs it.
+def neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
+    """:func:`compute_neutral_mean`, once for each layer of a model: every operator of a file needs it.
 
     For a model whose weights stay as they are; a check of a model computes it anew.
     """
     kept = _kept.setdefault(loaded, {})
     key = (neutral.ids, layer, profile)
     if key not in kept:
-        kept[key] = neutral_mean(neutral, loaded, layer=layer, profile=profile)
+        kept[key] = compute_neutral_mean(neutral, loaded, layer=layer, profile=profile)
     return kept[key]
 
 
