@@ -286,3 +286,9 @@ async def test_headers_that_are_meant_to_do_harm_are_refused_and_harm_nobody(gua
     too_large = await guarded.send(head + b"authorization: Bearer " + b"x" * 40_000 + b"\r\n\r\n")
     assert too_large.status in (400, 401)
     assert (await guarded.get("/api/model", authorization=f"bEARER {right}")).status == 200
+
+
+async def test_a_caller_is_whom_the_socket_names_whatever_a_header_says(guarded, logged):
+    assert (await guarded.get("/api/model", x_forwarded_for="10.9.9.9", forwarded="for=10.9.9.9")).status == 401
+    [refusal] = [line for line in logged if line["event"] == "audit"]
+    assert refusal["peer"].startswith("ipv4:127.0.0.1:")
