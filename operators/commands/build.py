@@ -21,6 +21,7 @@ from operators.commands._options import (
     StoreOption,
 )
 from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, Profile, Rule
+from operators.core.numbers import read_whole
 
 
 def build(
@@ -108,6 +109,14 @@ def build(
     quick: Annotated[
         bool, typer.Option("--quick", help="With --calibrate: fewer layers, prompts and strengths.")
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --file: processes that build at once, each with its share of cores and --max-memory.",
+        ),
+    ] = 1,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -117,7 +126,9 @@ def build(
     same command goes on where it was stopped. With --calibrate, those whose setting the file leaves open are
     calibrated; a calibration that is stopped goes on, too.
     """
-    options = BuildOptions(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json)
+    options = BuildOptions(
+        model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json, jobs
+    )
     described = {
         "name": name,
         "texts": text or None,
@@ -129,7 +140,7 @@ def build(
         "positions": positions,
         "anchor": anchor,
         "first_token": first_token,
-        "rank": int(rank) if rank and rank.removeprefix("-").isdecimal() else rank,
+        "rank": _rank(rank),
         "tolerance": tol,
         "words": None if words is None else [word.strip() for word in words.split(",")],
     }
@@ -137,6 +148,8 @@ def build(
     if quick and not calibrate:
         raise typer.BadParameter("--quick is of --calibrate, which was not given")
     if file is None:
+        if jobs != 1:
+            raise typer.BadParameter("--jobs is of --file: one operator is built by one process")
         _check_usage(described, only, calibrate)
         build_one(described, options, neutral)
     elif described or neutral is not None:
@@ -144,6 +157,14 @@ def build(
         raise typer.BadParameter(f"{given} is for one operator; with --file, the file says it")
     else:
         build_file(file, only or [], options)
+
+
+def _rank(text: str | None) -> int | str | None:
+    """The number that a text is; a word such as "full" stays."""
+    try:
+        return None if text is None else read_whole(text)
+    except ValueError:
+        return text
 
 
 def _check_usage(described: dict[str, Any], only: list[str] | None, calibrate: bool) -> None:
