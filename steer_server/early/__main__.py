@@ -80,7 +80,10 @@ async def serve(ports: EarlyPorts) -> list[Callable[[], object]]:
         answers = SmallHttp(lifecycle, {}, other=("503 Service Unavailable", "application/json", body))
         host, _, port = address.rpartition(":")
         context = certificates.context if has_tls and certificates is not None else None
-        await answers.start(host.strip("[]"), int(port), context)
+        try:
+            await answers.start(host.strip("[]"), int(port), context)
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}: {error.strerror}") from error
         closers.append(answers.close)
     return closers
 
