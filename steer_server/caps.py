@@ -41,6 +41,18 @@ class Caps:
         if self.max_texts is not None and n > self.max_texts:
             raise InvalidRequestError("n", f"is {n}; at most {self.max_texts} are accepted")
 
+    def fit(self, rows: Sequence[Row], *, num_prompts: int = 1) -> tuple[Row, ...]:
+        """The rows; those that may have fewer tokens than they ask for share what the caps leave them.
+
+        ``num_prompts``: each of which has these rows.
+        """
+        fitting = sum(row.sampling.fit_max_tokens for row in rows)
+        fixed = sum(row.sampling.max_tokens for row in rows if not row.sampling.fit_max_tokens)
+        in_all = (self.max_total_tokens, CALLER.get().grant.charge.tokens_per_minute)
+        shares = [(int(most) // num_prompts - fixed) // max(1, fitting) for most in in_all if most is not None]
+        most = min((*shares, *(() if self.max_tokens is None else (self.max_tokens,))), default=None)
+        return tuple(rows) if most is None else tuple(row.of_at_most(most) for row in rows)
+
     def reserve_tokens(self, rows: Sequence[Row], *, num_prompts: int = 1) -> None:
         """Reserves the tokens that rows ask for, of those that the caller's token may ask for in a minute.
 

@@ -65,7 +65,10 @@ async def compare(
     plans = await registry.plan_beside(operators)
     report = await work_out(request.report, engine.tokenizer)
     prompts = request.prompts or ((NamedPrompt("", request.prompt),) if request.prompt else ())
-    texts = [tuple(_texts(request, _sampling_of(prompt, sampling), plans, report)) for prompt in prompts]
+    texts = [
+        _fitted(caps, tuple(_texts(request, _sampling_of(prompt, sampling), plans, report)), len(prompts))
+        for prompt in prompts
+    ]
     caps.reserve_tokens([text.row for text in texts[0]], num_prompts=len(prompts))
     if report is not None:
         tokens = sum(text.row.sampling.max_tokens for text in texts[0] if text.row.report is not None)
@@ -74,11 +77,12 @@ async def compare(
     for index, prompt in enumerate(prompts):
         with _of_several(request, index):
             ids = await engine.encode(prompt.prompt)
+            job = engine.fit(DecodeJob(ids, tuple(text.row for text in texts[index]), sampling.time_limit))
+            lengths = {text.arm: row.sampling.max_tokens for text, row in zip(texts[index], job.rows, strict=True)}
             for field, plan, arm in zip(operators, plans, request.arms, strict=True):
-                max_tokens = (arm.sampling or sampling).max_tokens
-                check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=max_tokens)
-            jobs.append(DecodeJob(ids, tuple(text.row for text in texts[index]), sampling.time_limit))
-            engine.check(jobs[-1])
+                check_plan(engine.model, plan, field, prompt_tokens=len(ids), max_tokens=lengths[arm.name])
+            engine.check(job)
+            jobs.append(job)
     comparisons: dict[int, _Comparison] = {}
     run = JobRun(engine, jobs)
     try:
@@ -210,6 +214,11 @@ def _texts(
     for name, row in rows:
         for sample in range(request.n):
             yield _Text(name, sample, replace(row, sampling=row.sampling.of_sample(sample)))
+
+
+def _fitted(caps: Caps, texts: Sequence[_Text], num_prompts: int) -> tuple[_Text, ...]:
+    rows = caps.fit([text.row for text in texts], num_prompts=num_prompts)
+    return tuple(replace(text, row=row) for text, row in zip(texts, rows, strict=True))
 
 
 def compare_completions(normal: Completion | None, steered: Completion, arm: str) -> Comparison:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from steer_server.caps import NO_CAPS, Caps
 from steer_server.engine.base import Engine
@@ -46,17 +46,18 @@ async def generate(
     """
     sampling = caps.apply(request.sampling)
     caps.check_samples(request.n)
-    samples = [sampling.of_sample(number) for number in range(request.n)]
-    caps.reserve_tokens([Row(sampling=each) for each in samples])
+    rows = caps.fit([Row(sampling=sampling.of_sample(number)) for number in range(request.n)])
+    caps.reserve_tokens(rows)
     (plan,) = await registry.plan_beside({"operators": request.operators})
     ids = await engine.encode(request.prompt)
-    check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=sampling.max_tokens)
+    job = engine.fit(DecodeJob(ids, tuple(replace(row, plan=plan) for row in rows), sampling.time_limit))
+    max_tokens = job.rows[0].sampling.max_tokens
+    check_plan(engine.model, plan, "operators", prompt_tokens=len(ids), max_tokens=max_tokens)
     builders = [
-        CompletionBuilder(request.request_id, len(ids), each, plan, sample=number)
-        for number, each in enumerate(samples)
+        CompletionBuilder(request.request_id, len(ids), row.sampling, plan, sample=number)
+        for number, row in enumerate(job.rows)
     ]
-    rows = tuple(Row(plan, sampling=each) for each in samples)
-    stream = engine.submit(DecodeJob(ids, rows, sampling.time_limit))
+    stream = engine.submit(job)
     try:
         for builder in builders:
             yield builder.started(ids)

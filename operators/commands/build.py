@@ -21,6 +21,7 @@ from operators.commands._options import (
     StoreOption,
 )
 from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, Profile, Rule
+from operators.core.numbers import read_whole
 
 
 def build(
@@ -129,7 +130,7 @@ def build(
         "positions": positions,
         "anchor": anchor,
         "first_token": first_token,
-        "rank": int(rank) if rank and rank.removeprefix("-").isdecimal() else rank,
+        "rank": _rank(rank),
         "tolerance": tol,
         "words": None if words is None else [word.strip() for word in words.split(",")],
     }
@@ -144,6 +145,14 @@ def build(
         raise typer.BadParameter(f"{given} is for one operator; with --file, the file says it")
     else:
         build_file(file, only or [], options)
+
+
+def _rank(text: str | None) -> int | str | None:
+    """The number that a text is; a word such as "full" stays."""
+    try:
+        return None if text is None else read_whole(text)
+    except ValueError:
+        return text
 
 
 def _check_usage(described: dict[str, Any], only: list[str] | None, calibrate: bool) -> None:

@@ -79,6 +79,14 @@ class Engine(Protocol):
         """Each token decoded on its own, in another thread. Raises :class:`QueueFullError` as ``encode`` does."""
         ...
 
+    def fit(self, job: DecodeJob) -> DecodeJob:
+        """The job; its texts that may have fewer tokens than they ask for (``fit_max_tokens``) ask for as many as this
+        engine has room for.
+
+        Raises :class:`InvalidRequestError` where there is none.
+        """
+        ...
+
     def check(self, job: DecodeJob) -> None:
         """Raises :class:`InvalidRequestError` for a job that asks for more than this engine can do."""
         ...

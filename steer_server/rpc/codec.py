@@ -12,6 +12,7 @@ from steering.v1 import generation_pb2 as pb
 
 from steer_server.errors import InvalidRequestError
 from steer_server.types import (
+    ArmSampling,
     Compared,
     CompareEvent,
     CompareRequest,
@@ -30,6 +31,7 @@ from steer_server.types import (
 )
 
 _T = TypeVar("_T")
+_S = TypeVar("_S", bound=ArmSampling)
 _GENERATE_EVENTS = {Started: "started", Delta: "delta", Completion: "finished"}
 
 _read_generation_request = reader(pb.GenerateRequest, GenerationRequest)
@@ -50,12 +52,18 @@ _write_model_info = writer(pb.GetModelInfoResponse, ModelInfo)
 
 def generation_request(message: pb.GenerateRequest) -> GenerationRequest:
     """Raises :class:`InvalidRequestError` naming the field at fault, as do all decoders here."""
-    return _decode(_read_generation_request, message)
+    asked = _decode(_read_generation_request, message)
+    return replace(asked, sampling=_that_fits(asked.sampling, message.sampling))
 
 
 def compare_request(message: comparison_pb2.CompareRequest) -> CompareRequest:
     """See :func:`generation_request`."""
-    return _decode(_read_compare_request, message)
+    asked = _decode(_read_compare_request, message)
+    arms = tuple(
+        arm if arm.sampling is None else replace(arm, sampling=_that_fits(arm.sampling, given.sampling))
+        for arm, given in zip(asked.arms, message.arms, strict=True)
+    )
+    return replace(asked, sampling=_that_fits(asked.sampling, message.sampling), arms=arms)
 
 
 def score_request(message: score_pb2.ScoreRequest) -> ScoreRequest:
@@ -120,6 +128,13 @@ def model_info(
         operator_admin=operator_admin,
         limits=_write_limits(limits),
     )
+
+
+def _that_fits(sampling: _S, message: text_pb2.SamplingParams) -> _S:
+    """A text whose length the request leaves to the server is never one that the server has no room for."""
+    if message.HasField("max_tokens") or message.HasField("fit_max_tokens"):
+        return sampling
+    return replace(sampling, fit_max_tokens=True)
 
 
 def _decode(read: Reader[_T], message: Message) -> _T:

@@ -89,6 +89,13 @@ class Row:
         """Whether the row is scored and its own log-probabilities are all that its score needs."""
         return self.score and self.plan is None and not (self.report and self.report.words)
 
+    def of_at_most(self, tokens: int) -> Row:
+        """The row with so many tokens, where it asks for more and may have fewer (``fit_max_tokens``)."""
+        sampling = self.sampling
+        if not sampling.fit_max_tokens or sampling.max_tokens <= tokens:
+            return self
+        return replace(self, sampling=replace(sampling, max_tokens=max(tokens, sampling.min_tokens, 1)))
+
 
 @dataclass(frozen=True, eq=False)
 class DecodeJob:

@@ -139,6 +139,8 @@ class ArmSampling:
     min_tokens: Annotated[int, Range(0)] = 0
     """Before so many, neither a token nor a stop string ends the text."""
     skip_special_tokens: bool = True
+    fit_max_tokens: bool = False
+    """Whether ``max_tokens`` is lowered to what there is room for, in place of refusing."""
 
     def check_ties(self, path: str) -> None:
         """See :class:`~steer_server.types.limits.Tied`."""

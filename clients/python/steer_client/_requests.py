@@ -153,7 +153,7 @@ class SamplingParams:
     repetition_penalty: float | None = None
     #: Default: drawn by the server and reported in the result.
     seed: int | None = None
-    #: At least 1. Default 128.
+    #: At least 1. Default 128, or as many fewer as the server has room for.
     max_tokens: int | None = None
     #: A special token such as "<|im_end|>" is one too, alone; with other text beside it, it is refused.
     stop_strings: Sequence[str] = ()
@@ -174,6 +174,9 @@ class SamplingParams:
     min_tokens: int | None = None
     #: False leaves special tokens in the text, the one that ended it too. Default True.
     skip_special_tokens: bool | None = None
+    #: Take fewer than `max_tokens` where the server has no room for more, in place of an error. Default: whether
+    #: `max_tokens` is None.
+    fit_max_tokens: bool | None = None
 
 
 #: Every choice left to the server.

@@ -18,6 +18,7 @@ import structlog
 from operators.model.loading import LoadedModel
 from steer_server.config import MAX_RUNNING, OPERATOR_MEMORY
 from steer_server.engine.describe import describe_model
+from steer_server.engine.fit import fitted
 from steer_server.engine.hf.decode import Decoder
 from steer_server.engine.hf.failure import Failure, is_lost
 from steer_server.engine.hf.memory import DecodeMemory
@@ -112,14 +113,17 @@ class HFEngine:
         """Each token decoded on its own."""
         return await self._prompts.texts(ids)
 
+    def fit(self, job: DecodeJob) -> DecodeJob:
+        """See :meth:`steer_server.engine.base.Engine.fit`."""
+        return fitted(job, self._check_length)
+
     def check(self, job: DecodeJob) -> None:
         """See :meth:`steer_server.engine.base.Engine.check`."""
         for field, sampling in job.samplings.items():
             with errors_of("sampling", at=field):
                 check_sampled_ids(sampling, self._model.vocab_size)
                 special_stops(sampling, self._loaded.tokenizer)
-        check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
-        self._queue.check(job)
+        self._check_length(job)
 
     def jobs_at_once(self, job: DecodeJob) -> int:  # noqa: ARG002 - on another engine its rows count
         """Two: one is decoded, and the next begins when it ends. More would take turns, and end no sooner."""
@@ -129,6 +133,10 @@ class HFEngine:
         """See :meth:`steer_server.engine.base.Engine.submit`."""
         self.check(job)
         return self._queue.put(job)
+
+    def _check_length(self, job: DecodeJob) -> None:
+        check_rope(job, self._loaded.model.config.get_text_config(), self._model.context_length)
+        self._queue.check(job)
 
     @property
     def collectors(self) -> Sequence[MemoryCollector]:

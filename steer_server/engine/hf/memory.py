@@ -11,12 +11,17 @@ from operators.core.capacity import format_bytes, free_memory
 from operators.model.loading import LoadedModel
 from steer_server.errors import InvalidRequestError
 from steer_server.types import DecodeJob
+from steer_server.types.requests import DEFAULT_MAX_TOKENS
 
 _SHARE_OF_FREE = 0.5
 _LOGITS_COPIES = 4
 """Of the logits of a step in float32: as the model gives them, as scored, sorted and drawn from."""
 _KEPT_FOR_OTHERS = 4
 """One part in so many is left to clients that have nothing running."""
+
+
+_KEPT_BESIDE_LONGEST = 4
+"""One part in so many may be taken by a text that is as long as there is room for: others run beside it."""
 
 
 _SCORED_LOGITS = 64 << 20
@@ -78,7 +83,9 @@ class DecodeMemory:
         if job.forced_ids:
             positions = min(scored_positions(rows, self.per_row // (4 * _LOGITS_COPIES)), len(job.forced_ids))
         need = sum(lengths) * self.per_token + rows * positions * self.per_row
-        if need > self.budget:
+        # A text that may have fewer tokens, and is longer than the usual one, leaves room for others beside it.
+        leaves = any(row.sampling.fit_max_tokens and row.sampling.max_tokens > DEFAULT_MAX_TOKENS for row in job.rows)
+        if need > self.budget // (_KEPT_BESIDE_LONGEST if leaves else 1):
             most = max(0, (self.budget // rows - positions * self.per_row) // self.per_token - len(job.prompt_ids))
             raise InvalidRequestError(
                 "sampling.max_tokens",

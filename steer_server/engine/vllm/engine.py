@@ -22,6 +22,7 @@ from operators.core.header import DTypeName
 from operators.model.loading import LoadedModel
 from steer_server.engine.describe import describe_model
 from steer_server.engine.fair_queue import FairQueue
+from steer_server.engine.fit import fitted
 from steer_server.engine.memory_metrics import MemoryCollector, MemoryUse
 from steer_server.engine.prompts import PromptReader
 from steer_server.engine.reference import EmbeddingRows, EmbedIds
@@ -170,6 +171,10 @@ class VLLMEngine:
     async def token_texts(self, ids: tuple[int, ...]) -> tuple[str, ...]:
         """Each token on its own, as text."""
         return await self._prompts.texts(ids)
+
+    def fit(self, job: DecodeJob) -> DecodeJob:
+        """See :meth:`steer_server.engine.base.Engine.fit`."""
+        return fitted(job, self._needs)
 
     def check(self, job: DecodeJob) -> None:
         """See :meth:`steer_server.engine.base.Engine.check`."""

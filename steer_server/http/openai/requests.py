@@ -11,7 +11,6 @@ from typing import Any
 
 from steering.v1 import comparison_pb2, text_pb2
 
-from steer_server.caller import CALLER
 from steer_server.errors import InvalidRequestError
 from steer_server.http.openai.parameters import ChatMessage, ChatParameters, CompletionParameters, TextParameters
 from steer_server.http.openai.steering import operators_of
@@ -19,7 +18,8 @@ from steer_server.rpc.parts import ServerParts
 
 _ARM = "steered"
 _COMPLETION_TOKENS = 16
-"""OpenAI's default of completions. A chat has none: it may go on until the context is full."""
+"""OpenAI's default of completions. A chat has none: it may go on until the context is full, or what there is room for
+is used."""
 _SEED_BITS = 53
 """Of a seed that is drawn: a number that every reader of JSON keeps."""
 _WHOLE = 2**53
@@ -63,13 +63,10 @@ class Asked:
 
 def asked_completion(parts: ServerParts, given: CompletionParameters) -> Asked:
     """Raises :class:`InvalidRequestError` and :class:`RefusedError`."""
-    prompts, most = _prompts(given.prompt), given.max_tokens
-    if most is None:
-        most = min(_COMPLETION_TOKENS, _most_tokens(parts, (given.n or 1) * len(prompts)))
-    sampling = _sampling(given, most, "max_tokens")
+    sampling = _sampling(given, given.max_tokens, "max_tokens", otherwise=_COMPLETION_TOKENS)
     if given.logprobs is not None:
         sampling.logprobs = _number(given.logprobs, "logprobs")
-    return _asked(parts, given, sampling, prompts, names=_NAMES)
+    return _asked(parts, given, sampling, _prompts(given.prompt), names=_NAMES)
 
 
 def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
@@ -78,7 +75,7 @@ def asked_chat(parts: ServerParts, given: ChatParameters) -> Asked:
         raise InvalidRequestError("max_tokens", "is given beside max_completion_tokens; one is accepted")
     name = "max_tokens" if given.max_tokens is not None else "max_completion_tokens"
     most = given.max_tokens if given.max_tokens is not None else given.max_completion_tokens
-    sampling = _sampling(given, _most_tokens(parts, given.n or 1) if most is None else most, name)
+    sampling = _sampling(given, most, name, otherwise=parts.model.context_length)
     if given.logprobs:
         sampling.logprobs = _number(given.top_logprobs or 0, "top_logprobs")
     elif given.top_logprobs is not None:
@@ -148,8 +145,12 @@ def _named(prompts: Sequence[text_pb2.Prompt], *, is_seeded: bool) -> Iterator[c
         yield comparison_pb2.NamedPrompt(id=str(number), prompt=prompt, seed=seed)
 
 
-def _sampling(given: TextParameters, max_tokens: int, name: str) -> text_pb2.SamplingParams:
-    """OpenAI's defaults where they are others than the contract's."""
+def _sampling(given: TextParameters, most: int | None, name: str, *, otherwise: int) -> text_pb2.SamplingParams:
+    """OpenAI's defaults where they are others than the contract's.
+
+    ``most``: tokens, which the parameter ``name`` asks for. None: as many as the server has room for, up to
+    ``otherwise``.
+    """
     seed = secrets.randbits(_SEED_BITS) if given.seed is None else given.seed
     if not 0 <= seed < _UINT64:
         raise InvalidRequestError("seed", f"is {seed}; 0 to {_UINT64 - 1} is accepted")
@@ -162,7 +163,8 @@ def _sampling(given: TextParameters, max_tokens: int, name: str) -> text_pb2.Sam
         min_p=given.min_p,
         repetition_penalty=given.repetition_penalty,
         seed=seed,
-        max_tokens=_number(max_tokens, name),
+        max_tokens=otherwise if most is None else _number(most, name),
+        fit_max_tokens=most is None,
         stop_strings=_stops(given.stop),
         stop_token_ids=_numbers(given.stop_token_ids or (), "stop_token_ids"),
         ignore_eos=given.ignore_eos,
@@ -172,20 +174,6 @@ def _sampling(given: TextParameters, max_tokens: int, name: str) -> text_pb2.Sam
         min_tokens=None if given.min_tokens is None else _number(given.min_tokens, "min_tokens"),
         skip_special_tokens=given.skip_special_tokens,
     )
-
-
-def _most_tokens(parts: ServerParts, texts: int) -> int:
-    """What a text may have where nothing is said: all that context and caps leave."""
-    config = parts.config
-    most = [parts.model.context_length]
-    per_minute = CALLER.get().grant.charge.tokens_per_minute
-    if per_minute is not None:
-        most.append(max(1, int(per_minute) // max(1, texts)))
-    if config.max_tokens is not None:
-        most.append(config.max_tokens)
-    if config.max_total_tokens is not None:
-        most.append(max(1, config.max_total_tokens // max(1, texts)))
-    return min(most)
 
 
 def _prompts(value: Any) -> list[text_pb2.Prompt]:

@@ -102,3 +102,14 @@ def test_trials_of_texts_that_cross_are_refused_too(phi3):
         decode_continuations([ContinuationRequest(_ids(20)), ContinuationRequest(_ids(40))], phi3, tokens=10)
     found = decode_continuations([ContinuationRequest(_ids(40))], phi3, tokens=10)
     assert list(found[0].ids) == _generated(phi3, _ids(40), 10)
+
+
+async def test_a_text_that_may_be_shorter_ends_before_the_factors_change(phi3):
+    engine = HFEngine(phi3, max_queue=2)
+    try:
+        for prompt, most in ((20, _ORIGINAL + 1 - 20), (_ORIGINAL + 1, 90)):
+            job = DecodeJob.of(_ids(prompt), SamplingParams(max_tokens=90, fit_max_tokens=True), (Row(),))
+            assert engine.fit(job).rows[0].sampling.max_tokens == most
+            engine.check(engine.fit(job))
+    finally:
+        await engine.close()
