@@ -184,7 +184,7 @@ class Decoder:
                 unique.append(slot)
         rows = torch.tensor(source, device=self.loaded.device)
         tokens = max(1, prefill_positions(self.loaded.device) // len(unique))
-        *chunks, last = torch.tensor(self.job.prompt_ids, device=self.loaded.device).split(tokens)
+        *chunks, last = torch.split(torch.tensor(self.job.prompt_ids, device=self.loaded.device), tokens)
         for chunk in chunks:
             if interruption := self.check_interruption():
                 return interruption
