@@ -62,6 +62,8 @@ class BuildOptions:
     quick: bool
     """Of the calibration."""
     as_json: bool
+    jobs: int = 1
+    """Processes that build the operators of a file."""
 
 
 def open_store(path: Path | None) -> Store:

@@ -109,6 +109,14 @@ def build(
     quick: Annotated[
         bool, typer.Option("--quick", help="With --calibrate: fewer layers, prompts and strengths.")
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --file: processes that build at once, each with its share of cores and --max-memory.",
+        ),
+    ] = 1,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -118,7 +126,9 @@ def build(
     same command goes on where it was stopped. With --calibrate, those whose setting the file leaves open are
     calibrated; a calibration that is stopped goes on, too.
     """
-    options = BuildOptions(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json)
+    options = BuildOptions(
+        model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json, jobs
+    )
     described = {
         "name": name,
         "texts": text or None,
@@ -138,6 +148,8 @@ def build(
     if quick and not calibrate:
         raise typer.BadParameter("--quick is of --calibrate, which was not given")
     if file is None:
+        if jobs != 1:
+            raise typer.BadParameter("--jobs is of --file: one operator is built by one process")
         _check_usage(described, only, calibrate)
         build_one(described, options, neutral)
     elif described or neutral is not None:
