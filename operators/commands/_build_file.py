@@ -15,7 +15,7 @@ import typer
 from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._calibration import WORK, calibrate_new, forget
-from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.commands._options import BuildOptions, default_device, open_store, parse_memory, streaming_warnings
 from operators.core.claims import claim
 from operators.core.defaults import is_default
 from operators.core.progress import ProgressJson, ProgressLines, for_programs, make_bars, silent, working
@@ -52,7 +52,15 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         device = options.device or default_device()
         name = options.model or default_model()
         with working(f"loading {name}"):
-            loaded = load_model(name, dtype=options.dtype, device=device, attention=options.attention, check=family_of)
+            loaded = load_model(
+                name,
+                dtype=options.dtype,
+                device=device,
+                attention=options.attention,
+                check=family_of,
+                stream=options.may_stream,
+            )
+        output.print_warnings(streaming_warnings(loaded, options))
         tasks = prepare_tasks(
             entries, loaded, store, replace=options.replace, calibrate=options.calibrate, max_memory=memory
         )

@@ -93,6 +93,18 @@ def build(
         typer.Option(help="In place of a rank: the residual |J - U B| / |J| to reach.", show_default=False),
     ] = None,
     max_memory: MaxMemoryOption = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read the blocks of the model one at a time from its files, within --max-memory in all (default: "
+            "where they do not fit into the memory).",
+            show_default=False,
+        ),
+    ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take: passes, products, memory, time; and leave.")
+    ] = False,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
     attention: AttentionOption = None,
@@ -117,7 +129,15 @@ def build(
     same command goes on where it was stopped. With --calibrate, those whose setting the file leaves open are
     calibrated; a calibration that is stopped goes on, too.
     """
-    options = BuildOptions(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json)
+    options = BuildOptions(
+        *(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json),
+        stream=stream,
+        plan=plan,
+    )
+    if calibrate and (stream or plan):
+        raise typer.BadParameter("--calibrate writes texts, which needs the whole model: neither --stream nor --plan")
+    if plan and file is not None:
+        raise typer.BadParameter("--plan is of one operator, and not of --file")
     described = {
         "name": name,
         "texts": text or None,
