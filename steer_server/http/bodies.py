@@ -10,13 +10,15 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from steer_server.errors import InvalidRequestError, QueueFullError
 from steer_server.types import RequestLimits
 
-_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TEXT = re.compile(rb'"[^"]*"?')
 """Of what has no escapes any more. One without an end has all that is left."""
 _LONG_NUMBER = re.compile(rb"(?<![0-9.])[0-9]{309}")
@@ -52,21 +54,34 @@ class BodyLimits:
 
 
 class BodyRoom:
-    """What all bodies together may hold while they come: a thousand of the largest would take gigabytes."""
+    """What all bodies together may hold until they are read: a thousand of the largest would take gigabytes."""
 
     def __init__(self, limits: BodyLimits) -> None:
         self.left = max(_LEAST_ROOM, _LARGEST_AT_ONCE * limits.max_bytes)
         """Bytes."""
 
+    @contextmanager
+    def held(self) -> Iterator[HeldRoom]:
+        """What one body takes until it is gone, or has become a request."""
+        mine = HeldRoom(self)
+        try:
+            yield mine
+        finally:
+            self.left += mine.size
+
+
+class HeldRoom:
+    """What one body takes of the room."""
+
+    def __init__(self, room: BodyRoom) -> None:
+        self._room, self.size = room, 0
+
     def take(self, size: int) -> None:
         """Raises :class:`QueueFullError` where there is not so much left."""
-        if size > self.left:
+        if size > self._room.left:
             raise QueueFullError("the bodies of other requests, which come just now, take all the room there is", 1.0)
-        self.left -= size
-
-    def give_back(self, size: int) -> None:
-        """Of a body that is gone, or has become a request."""
-        self.left += size
+        self._room.left -= size
+        self.size += size
 
 
 def read_object(data: bytes, limits: BodyLimits) -> dict[str, Any]:
@@ -74,9 +89,13 @@ def read_object(data: bytes, limits: BodyLimits) -> dict[str, Any]:
     _check_size(data, limits)
     try:
         value = json.loads(
-            data.decode(), object_pairs_hook=_members, parse_constant=_refuse_constant, parse_float=_finite
+            data.decode(),
+            object_pairs_hook=_members,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_whole,
         )
-        if b"\\u" in data:
+        if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode()
     except _ProblemError as error:
         raise InvalidRequestError("request", str(error)) from None
@@ -98,7 +117,9 @@ class _ProblemError(Exception):
 
 def _check_size(data: bytes, limits: BodyLimits) -> None:
     outside = _outside_texts(data, limits)
-    for most, signs, kind in ((limits.max_values, b",[{", "values"), (limits.max_objects, b"{", "objects")):
+    kinds = ((limits.max_values, b",[{", "values"), (limits.max_objects, b"{", "objects"))
+    # As many ends as beginnings, or it is no JSON.
+    for most, signs, kind in (*kinds, (limits.max_values, b"]}", "ends of values")):
         found = sum(map(outside.count, signs))
         if found > most:
             raise InvalidRequestError("request", f"has {found} {kind} or more; at most {most} are accepted")
@@ -114,8 +135,9 @@ def _check_size(data: bytes, limits: BodyLimits) -> None:
 def _outside_texts(data: bytes, limits: BodyLimits) -> bytes:
     """What is no text, be it a value or the name of a member. Ends at the first text that is one too many."""
     pieces, at = [], 0
+    # Of escapes those that matter to where a text ends. Pairs go first, so that no half of one is taken for a whole.
     # No JSON has a backslash outside of a text: what follows one is never parsed, however it is read here.
-    data = _ESCAPE.sub(b"", data)
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     for count, text in enumerate(_TEXT.finditer(data)):
         if count > 2 * limits.max_values:
             raise InvalidRequestError("request", f"has {count} texts or more; at most {count - 1} are accepted")
@@ -134,6 +156,11 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(text: str) -> float:
     raise _ProblemError(f"has {text}, which is no number of JSON")
+
+
+def _whole(text: str) -> int:
+    # As the parser does it by itself, but that other threads may go on in between.
+    return int(text)
 
 
 def _finite(text: str) -> float:

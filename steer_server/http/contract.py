@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import MethodDescriptor
@@ -15,7 +16,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from steer_server.http.endpoint import Answer, Events, Handler, Value
+from steer_server.http.endpoint import Answer, Events, Handler, Read, Value
 from steer_server.http.exchange import event
 from steer_server.http.messages import read_message, to_json
 from steer_server.rpc.parts import ServerParts
@@ -23,10 +24,18 @@ from steer_server.rpc.parts import ServerParts
 _M = TypeVar("_M", bound=Message)
 
 
-def contract_methods(parts: ServerParts, pool: DescriptorPool) -> dict[str, Handler]:
-    """What handles each method of the contract, by its full name."""
+@dataclass(frozen=True)
+class Method:
+    """How a body becomes a message, and the message an answer."""
+
+    read: Read
+    handle: Handler
+
+
+def contract_methods(parts: ServerParts, pool: DescriptorPool) -> dict[str, Method]:
+    """Each method of the contract, by its full name."""
     return {
-        full_name(method): _handler(parts, method, getattr(service, method.name))
+        full_name(method): _method(parts, method, getattr(service, method.name))
         for name, service in parts.services.items()
         for method in pool.FindServiceByName(name).methods
         if not method.client_streaming
@@ -44,16 +53,19 @@ def admit(parts: ServerParts, method: MethodDescriptor, given: _M) -> _M:
     return admitted
 
 
-def _handler(parts: ServerParts, method: MethodDescriptor, behaviour: Callable[[Any, Any], Any]) -> Handler:
+def _method(parts: ServerParts, method: MethodDescriptor, behaviour: Callable[[Any, Any], Any]) -> Method:
     cls = GetMessageClass(method.input_type)
 
-    async def one(body: Any) -> Answer:
-        return Value(to_json(await behaviour(admit(parts, method, read_message(cls, body)), None)))
+    def read(body: Any) -> Message:
+        return admit(parts, method, read_message(cls, body))
 
-    async def many(body: Any) -> Answer:
-        return Events(_events(behaviour(admit(parts, method, read_message(cls, body)), None)))
+    async def one(message: Message) -> Answer:
+        return Value(to_json(await behaviour(message, None)))
 
-    return many if method.server_streaming else one
+    async def many(message: Message) -> Answer:
+        return Events(_events(behaviour(message, None)))
+
+    return Method(read, many if method.server_streaming else one)
 
 
 async def _events(messages: AsyncGenerator[Message, None]) -> AsyncGenerator[bytes, None]:

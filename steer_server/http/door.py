@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 from google.protobuf import descriptor_pool
 from starlette.applications import Starlette
@@ -20,10 +19,11 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from steer_server.errors import StartupError
-from steer_server.http.bodies import BodyLimits, BodyRoom
+from steer_server.http.bodies import BodyLimits
+from steer_server.http.body_reader import BodyReader
 from steer_server.http.connection import Connection, ConnectionLimits
-from steer_server.http.contract import contract_methods
-from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler
+from steer_server.http.contract import Method, contract_methods
+from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler, Read
 from steer_server.http.errors import error_body
 from steer_server.http.exchange import encode
 from steer_server.http.listener import HttpListener
@@ -55,13 +55,12 @@ class HttpDoor:
         # What clients send wrong is answered, and no line of the log each.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.parts = parts
-        bodies = BodyLimits.of(parts.admission.limits, parts.model.context_length)
+        self._bodies = BodyReader(BodyLimits.of(parts.admission.limits, parts.model.context_length))
         self._rules = CallRules(
             Gate(self._names),
             parts.access,
             parts.calls,
-            bodies,
-            BodyRoom(bodies),
+            self._bodies,
             parts.config.client_patience,
             parts.metrics,
             parts.tracing,
@@ -105,17 +104,20 @@ class HttpDoor:
         await asyncio.gather(*running, return_exceptions=True)
         for connection in list(self._state.connections):
             connection.transport.abort()
+        self._bodies.close()
 
 
 def _application(rules: CallRules, parts: ServerParts) -> Starlette:
     methods = contract_methods(parts, descriptor_pool.Default())
-    routes = [_post(rules, f"/api/{name.rpartition('/')[2]}", name, handle) for name, handle in methods.items()]
+    routes = [
+        _post(rules, f"/api/{name.rpartition('/')[2]}", name, each.handle, each.read) for name, each in methods.items()
+    ]
     for path, name in {"/api/model": _MODEL, "/api/operators": _OPERATORS}.items():
         routes.append(_get(rules, path, name, partial(_empty, methods[name])))
     openai = OpenAIPaths(parts)
     routes += [
-        _post(rules, "/v1/completions", _COMPARE, openai.completions),
-        _post(rules, "/v1/chat/completions", _COMPARE, openai.chat),
+        _post(rules, "/v1/completions", _COMPARE, openai.answer, openai.read_completion),
+        _post(rules, "/v1/chat/completions", _COMPARE, openai.answer, openai.read_chat),
         _get(rules, "/v1/models", _OPERATORS, openai.models),
         Route("/v1/models/{name:path}", _Named(rules, "/v1/models/NAME", openai.model), methods=["GET"]),
     ]
@@ -140,20 +142,20 @@ class _Named:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path_params"]["name"]
-        handle = Endpoint(self._rules, self._path, _OPERATORS, lambda _: self._handle(name), has_body=False)
+        handle = Endpoint(self._rules, self._path, _OPERATORS, lambda _: self._handle(name))
         await handle(scope, receive, send)
 
 
-def _post(rules: CallRules, path: str, method: str, handle: Handler) -> Route:
-    return Route(path, Endpoint(rules, path, method, handle, has_body=True), methods=["POST"])
+def _post(rules: CallRules, path: str, method: str, handle: Handler, read: Read) -> Route:
+    return Route(path, Endpoint(rules, path, method, handle, read), methods=["POST"])
 
 
 def _get(rules: CallRules, path: str, method: str, handle: Handler) -> Route:
-    return Route(path, Endpoint(rules, path, method, handle, has_body=False), methods=["GET"])
+    return Route(path, Endpoint(rules, path, method, handle), methods=["GET"])
 
 
-async def _empty(handle: Handler, _body: Any) -> Answer:
-    return await handle({})
+async def _empty(method: Method, _: None) -> Answer:
+    return await method.handle(method.read({}))
 
 
 async def _refuse(rules: CallRules, request: Request, error: Exception) -> Response:

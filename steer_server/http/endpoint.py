@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from steer_server.access.control import AccessControl
 from steer_server.caller import CALLER
 from steer_server.errors import ACCESS_ERRORS, EngineFailedError, SlowReaderError, SteerServerError
-from steer_server.http.bodies import BodyLimits, BodyRoom, read_object
+from steer_server.http.body_reader import BodyReader
 from steer_server.http.errors import CLIENT_LEFT, Failure, error_body, headers_of, http_status_of
 from steer_server.http.exchange import ClientLeftError, Exchange, event
 from steer_server.http.origin import Gate
@@ -56,7 +56,11 @@ class Value:
 
 Answer = Events | Value
 Handler = Callable[[Any], Awaitable[Answer]]
-"""Given the body, where there is one; raises any :class:`SteerServerError` or :class:`RefusedError`."""
+"""Given what was read of the body, None where there is none; raises any :class:`SteerServerError` or
+:class:`RefusedError`.
+"""
+Read = Callable[[Any], Any]
+"""Makes of a body, a JSON object, what a handler is given; raises as a handler does. Called in any thread."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,7 @@ class CallRules:
     gate: Gate
     access: AccessControl
     limit: CallLimit
-    bodies: BodyLimits
-    room: BodyRoom
+    bodies: BodyReader
     patience: float
     metrics: Metrics
     tracing: Tracing = NO_TRACING
@@ -78,10 +81,13 @@ class CallRules:
 class Endpoint:
     """An ASGI application for one path."""
 
-    def __init__(self, rules: CallRules, path: str, method: str, handle: Handler, *, has_body: bool) -> None:
-        """``path``: as metrics and the log name it. ``method``: of the contract, whose scope a caller needs."""
+    def __init__(self, rules: CallRules, path: str, method: str, handle: Handler, read: Read | None = None) -> None:
+        """``path``: as metrics and the log name it. ``method``: of the contract, whose scope a caller needs.
+
+        ``read``: what reads the body; None where there is none.
+        """
         self._rules, self._path, self._method = rules, path, method
-        self._handle, self._has_body = handle, has_body
+        self._handle, self._read = handle, read
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request."""
@@ -120,15 +126,10 @@ class Endpoint:
     async def _answer(self, exchange: Exchange) -> None:
         self._rules.gate.check(exchange.headers)
         with self._admitted(exchange) as place:
-            body = None
-            if self._has_body:
-                bodies = self._rules.bodies
-                async with place.request(self._rules.patience):
-                    data = await exchange.read(bodies.max_bytes, self._rules.room)
-                body = read_object(data, bodies)
+            asked = None if self._read is None else await self._asked(exchange, place, self._read)
             with self._rules.metrics.call_in_flight(HTTP):
                 async with exchange.while_connected():
-                    answer = await self._handle(body)
+                    answer = await self._handle(asked)
                     if isinstance(answer, Events):
                         exchange.failed = answer.failed
                         async with aclosing(answer.events) as events:
@@ -137,6 +138,14 @@ class Endpoint:
                     await exchange.end(answer.last)
                 else:
                     await exchange.answer(answer.body, headers=answer.headers)
+
+    async def _asked(self, exchange: Exchange, place: Place, read: Read) -> Any:
+        bodies = self._rules.bodies
+        with bodies.room.held() as room:
+            async with place.request(self._rules.patience):
+                data = await exchange.read(bodies.limits.max_bytes, room)
+            async with exchange.while_connected():
+                return await bodies.read(data, read)
 
     @contextmanager
     def _admitted(self, exchange: Exchange) -> Iterator[Place]:

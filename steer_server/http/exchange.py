@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from steer_server.access.grant import Grant
 from steer_server.caller import Caller, holder_of
 from steer_server.errors import SlowReaderError
-from steer_server.http.bodies import BodyRoom
+from steer_server.http.bodies import HeldRoom
 from steer_server.http.errors import Failure
 from steer_server.http.refused import RefusedError
 
@@ -56,8 +56,8 @@ class Exchange:
         """Whom the work is for, and what may be done."""
         return Caller(holder_of(self.peer, grant), self.peer, None, grant)
 
-    async def read(self, max_bytes: int, room: BodyRoom) -> bytes:
-        """The body, which takes its ``room`` until it is there.
+    async def read(self, max_bytes: int, room: HeldRoom) -> bytes:
+        """The body, which takes its ``room`` as it comes.
 
         Raises:
             QueueFullError: there is no room for it.
@@ -80,29 +80,25 @@ class Exchange:
             raise _too_large(max_bytes)
         return await self._body(max_bytes, room)
 
-    async def _body(self, max_bytes: int, room: BodyRoom) -> bytes:
+    async def _body(self, max_bytes: int, room: HeldRoom) -> bytes:
         pieces: list[bytes] = []
-        size = held = 0
-        try:
-            while True:
-                message = await self._receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeftError
-                piece = message.get("body", b"")
-                size += len(piece)
-                if size <= max_bytes:
-                    room.take(len(piece))
-                    held += len(piece)
-                    pieces.append(piece)
-                else:
-                    pieces.clear()
-                is_whole = not message.get("more_body", False)
-                if size > max_bytes and (is_whole or size > _DISCARDED * max_bytes):
-                    raise _too_large(max_bytes)
-                if is_whole:
-                    return b"".join(pieces)
-        finally:
-            room.give_back(held)
+        size = 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientLeftError
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size <= max_bytes:
+                room.take(len(piece))
+                pieces.append(piece)
+            else:
+                pieces.clear()
+            is_whole = not message.get("more_body", False)
+            if size > max_bytes and (is_whole or size > _DISCARDED * max_bytes):
+                raise _too_large(max_bytes)
+            if is_whole:
+                return b"".join(pieces)
 
     @asynccontextmanager
     async def while_connected(self) -> AsyncIterator[None]:

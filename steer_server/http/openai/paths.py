@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from google.protobuf.descriptor import MethodDescriptor
@@ -46,17 +47,22 @@ class OpenAIPaths:
             raise RefusedError(404, "model_not_found", f"there is no model {name[:256]!r}", param="model")
         return Value(self._model(name))
 
-    async def completions(self, body: Any) -> Answer:
+    def read_completion(self, body: Any) -> Asked:
         """Texts that go on from a prompt."""
-        given = read_parameters(CompletionParameters, body)
-        return await self._answer(asked_completion(self._parts, given))
+        return self._admitted(asked_completion(self._parts, read_parameters(CompletionParameters, body)))
 
-    async def chat(self, body: Any) -> Answer:
+    def read_chat(self, body: Any) -> Asked:
         """The next turn of a conversation."""
-        given = read_parameters(ChatParameters, body)
-        return await self._answer(asked_chat(self._parts, given))
+        return self._admitted(asked_chat(self._parts, read_parameters(ChatParameters, body)))
 
-    async def _answer(self, asked: Asked) -> Answer:
+    def _admitted(self, asked: Asked) -> Asked:
+        try:
+            return replace(asked, message=admit(self._parts, _COMPARE, asked.message))
+        except InvalidRequestError as error:
+            raise asked.renamed(error) from None
+
+    async def answer(self, asked: Asked) -> Answer:
+        """What was asked for, whole or in pieces."""
         answers = Answers(asked, self._parts.model.model_fingerprint)
         headers = (("x-request-id", asked.request_id),)
         if asked.streams:
@@ -68,8 +74,7 @@ class OpenAIPaths:
             raise asked.renamed(error) from None
 
     async def _events(self, asked: Asked) -> AsyncGenerator[comparison_pb2.CompareEvent, None]:
-        message = admit(self._parts, _COMPARE, asked.message)
-        async with aclosing(self._service.Compare(message, None)) as events:
+        async with aclosing(self._service.Compare(asked.message, None)) as events:
             async for each in events:
                 yield each
 

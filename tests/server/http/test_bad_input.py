@@ -53,6 +53,7 @@ async def _until(condition, seconds=5.0):
         (b'{"prompt": {"text": "a\nb"}}', "is not JSON"),
         (b'{"prompt": {"token_ids": {"ids": [' + b"1," * 400_000 + b"1]}}}", "values or more"),
         (b'{"a":[' + b"{}," * 9000 + b"1]}", "9001 objects or more"),
+        (b'{"a":' + b"]" * 400_000, "400000 ends of values or more"),
         (b"[" + b'"",' * 10**6 + b"1]", "texts or more"),
         (b'{"a":{' + b",".join(b'"%d":1' % n for n in range(400_000)) + b"}}", "values or more"),
     ],
@@ -65,7 +66,7 @@ async def test_what_is_no_object_of_json_is_refused_by_what_is_wrong(door, body,
 
 async def test_many_prompts_may_be_token_ids(door):
     text = json.dumps({"prompt": [[7] * 200] * 256}).encode()
-    assert len(read_object(text, door.server.doors[0]._rules.bodies)["prompt"]) == 256
+    assert len(read_object(text, door.server.doors[0]._rules.bodies.limits)["prompt"]) == 256
 
 
 def test_a_text_without_an_end_takes_no_longer_than_it_is_long():
@@ -116,7 +117,7 @@ async def test_a_body_that_does_not_come_is_given_up(start, logged):
 
 async def test_bodies_that_come_at_once_share_one_room(start):
     door = await start()
-    room = door.server.doors[0]._rules.room
+    room = door.server.doors[0]._rules.bodies.room
     room.left = whole = 3000
     slow = [await door.open() for _ in range(2)]
     for _, writer in slow:
