@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-_LARGEST = 1 << 26
+_LARGEST = 1 << 24
 """Numbers of the weight that is multiplied with."""
 _FEW = 8
 _READ = 16 << 20
@@ -51,7 +51,7 @@ def measure_machine(
     x, few = torch.randn(rows, inner).to(dtype), torch.randn(_FEW, inner).to(dtype)
     back = x @ weight.T
     there_and_back = _seconds(lambda: (x @ weight.T, back @ weight))
-    side = min(1024, inner)
+    side = min(768, inner)
     square = torch.randn(side, side, dtype=torch.float64)
     tall = torch.randn(8 * side, side, dtype=torch.float64)
     numbers = torch.zeros(1 << 24, dtype=stored)

@@ -3,7 +3,7 @@
 Time is the sum of what a build does, each part at a speed that is measured here (:mod:`operators.builder.machine`):
 
     start      modules are imported
-    read       bytes that come from the files, in every pass over streamed blocks, less what the system's cache holds
+    read       bytes from the files that are waited for: streamed blocks are read while others are worked on
     cast       bytes of weights that are copied, into the model's dtype and that of the vectors
     digest     sha256 over all weights, where this machine does not have it yet
     texts      the texts themselves and the neutral ones; for few rows, a weight takes as long as its bytes
@@ -23,7 +23,6 @@ from torch import nn
 
 from operators.builder.machine import Machine
 from operators.builder.spec import BuildSpec, estimate_memory, resolve_spec
-from operators.core import capacity
 from operators.maps.detach import FamilyRules, GatedMLP, Mixture, family_of
 from operators.maps.sketch import num_products
 from operators.maps.sweeps import GRADIENT_TOKENS
@@ -92,21 +91,30 @@ def plan_build(
     # Read: what stays, the blocks in every pass; all of it where its digest is not known, or where it is not streamed.
     numbers = table.numel() + passes * block_numbers if streamed else model_numbers
     read = stored_itemsize * (numbers + (0 if digested or not streamed else model_numbers))
-    cached = _cached_share(stored_itemsize * block_numbers, held) if streamed else 0.0
-    from_disk = read - cached * stored_itemsize * max(0, passes - 1) * block_numbers
     # Beside the products: each text recorded, in every pass of streamed blocks; plain texts; the check of gradients.
     recorded = sum(len(text.ids) for text in spec.texts) * (passes if streamed else 1)
     few = texts * (passes if streamed else 1) + 1 + _GRADIENT_PASSES
     plain = neutral_tokens + sum(len(text.ids) for text in spec.texts)
     forward = sum(count.forward for count in counted)
+    turns = passes if streamed else 1
+    texts_seconds = 2 * forward * (recorded + plain + _GRADIENT_PASSES * GRADIENT_TOKENS) / machine.flop
+    texts_seconds += few * wide * forward / machine.weights
+    cast = wide * (table.numel() + turns * (block_numbers if streamed else model_numbers)) / machine.cast
+    products_seconds = flop / machine.flop
+    reading = stored_itemsize * (passes * block_numbers if streamed else model_numbers) / machine.read
+    if streamed:
+        # A block is read while the one before is worked on.
+        reading = max(reading / (passes * layer), reading - cast - texts_seconds - products_seconds)
+        reading += stored_itemsize * table.numel() / machine.read
+    all_bytes = stored_itemsize * model_numbers
+    digest = max(all_bytes / machine.hashed, all_bytes / machine.read if streamed else 0.0)
     parts = {
         "start": machine.start,
-        "read": from_disk / machine.read,
-        "cast": wide * (table.numel() + (passes if streamed else 1) * block_numbers) / machine.cast,
-        "digest": 0.0 if digested else stored_itemsize * model_numbers / machine.hashed,
-        "texts": 2 * forward * (recorded + plain + _GRADIENT_PASSES * GRADIENT_TOKENS) / machine.flop
-        + few * wide * forward / machine.weights,
-        "products": flop / machine.flop,
+        "read": reading,
+        "cast": cast,
+        "digest": 0.0 if digested else digest,
+        "texts": texts_seconds,
+        "products": products_seconds,
         "root": 0.0 if rank is None or spec.weighting == "white" else _root_seconds(table.shape, machine),
         "algebra": 0.0 if rank is None else _algebra_flop(spec, rank, n, d) / machine.flop,
     }
@@ -171,11 +179,6 @@ def _positions(counted: list[_Count], n: int) -> float:
     """Weights times positions of one product; in the last block the values of all of them, and else the last one."""
     *inner, last = counted
     return n * (sum(count.replayed for count in inner) + last.values) + last.replayed - last.values
-
-
-def _cached_share(size: int, held: int) -> float:
-    """How much of the blocks' files the system holds from one pass to the next, which goes the other way."""
-    return min(1.0, max(0.0, capacity.available_memory() - held) / size)
 
 
 def _root_seconds(table: Any, machine: Machine) -> float:

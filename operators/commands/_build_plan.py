@@ -27,7 +27,7 @@ def print_plan(entry: ConceptEntry, options: BuildOptions, neutral: tuple[str, .
     from operators.builder.machine import measure_machine
     from operators.builder.neutral import tokenise_neutral
     from operators.builder.plan import plan_build
-    from operators.builder.spec import BuildSpec
+    from operators.builder.spec import BuildSpec, resolve_spec
     from operators.core.neutral_texts import neutral_texts
     from operators.maps.detach import family_of
     from operators.model.loading import decoder_layers, default_model
@@ -48,6 +48,10 @@ def print_plan(entry: ConceptEntry, options: BuildOptions, neutral: tuple[str, .
         texts = tuple(Concept(text, (0,) * _guessed_tokens(text)) for text in entry.texts)
         plain = sum(map(_guessed_tokens, neutral or neutral_texts()))
     spec = BuildSpec(texts, entry.profile or "residual", layer=entry.layer, rank=entry.rank, tolerance=entry.tolerance)
+    streamed = options.stream if options.stream is not None else not outline.fits
+    memory = parse_memory(options.max_memory)
+    # What is refused is, before a second is spent.
+    resolve_spec(spec, loaded, max_memory=memory, streamed=streamed)
     weights = (weight for weight in decoder_layers(loaded.model)[-1].parameters() if weight.dim() > 1)
     largest = max(weights, key=torch.Tensor.numel)
     wide = torch.promote_types(loaded.dtype, torch.float32)
@@ -60,8 +64,8 @@ def print_plan(entry: ConceptEntry, options: BuildOptions, neutral: tuple[str, .
         machine,
         stored_itemsize=outline.stored.itemsize,
         digested=outline.digested,
-        streamed=options.stream if options.stream is not None else not outline.fits,
-        max_memory=parse_memory(options.max_memory),
+        streamed=streamed,
+        max_memory=memory,
         neutral_tokens=plain,
     )
     answer = _plan_json(plan, outline)
