@@ -18,6 +18,7 @@ from operators.commands.lens import lens
 from operators.commands.store import delete, list_operators, show
 from operators.commands.vectors import export, import_vectors
 from operators.commands.verify import renew, verify
+from operators.core.number_options import decimal_numbers
 from operators.core.version import __version__
 
 app = typer.Typer(
@@ -28,20 +29,20 @@ app = typer.Typer(
     # A programming error is shown as Python shows it; what a user can cause is one line.
     pretty_exceptions_enable=False,
 )
-app.command()(build)
-app.command("list")(list_operators)
-app.command()(show)
-app.command()(verify)
-app.command()(renew)
-app.command()(delete)
-app.command()(calibrate)
-app.command()(combine)
-app.command("import")(import_vectors)
-app.command()(export)
-app.command()(contrast)
-app.command()(lens)
-app.command()(analyse)
-app.command("eval")(evaluate)
+app.command()(decimal_numbers(build))
+app.command("list")(decimal_numbers(list_operators))
+app.command()(decimal_numbers(show))
+app.command()(decimal_numbers(verify))
+app.command()(decimal_numbers(renew))
+app.command()(decimal_numbers(delete))
+app.command()(decimal_numbers(calibrate))
+app.command()(decimal_numbers(combine))
+app.command("import")(decimal_numbers(import_vectors))
+app.command()(decimal_numbers(export))
+app.command()(decimal_numbers(contrast))
+app.command()(decimal_numbers(lens))
+app.command()(decimal_numbers(analyse))
+app.command("eval")(decimal_numbers(evaluate))
 
 
 def _print_version(requested: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 import structlog
 import typer
 
+from operators.core.number_options import decimal_numbers
 from operators.core.version import __version__
 from steer_server.access.new_token import add_token, renew_token
 from steer_server.checks.finding import Finding
@@ -84,6 +85,7 @@ def show_config(
 
 
 @app.command("token")
+@decimal_numbers
 def make_token(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="What logs and metrics call it.", show_default=False)],

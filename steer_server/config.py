@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from operators.core.capacity import parse_bytes
 from operators.core.errors import BuildError
+from operators.core.numbers import read_decimal, read_whole
 
 OPERATOR_MEMORY = 4 << 30
 """Default of the memory for operators, in bytes."""
@@ -68,6 +69,21 @@ class ServerConfig(BaseModel):
     """Everything that can be set, checked once at start."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_number(cls, value: object, info: ValidationInfo) -> object:
+        """Of a flag, a variable, or a text in a file: pydantic takes 0_4 for 4, as Python does."""
+        field = cls.model_fields[info.field_name or ""]
+        is_size = any(isinstance(each, BeforeValidator) for each in field.metadata)
+        kinds = get_args(field.annotation) or (field.annotation,)
+        if isinstance(value, str) and not is_size and (int in kinds or float in kinds):
+            try:
+                (read_decimal if float in kinds else read_whole)(value)
+            except ValueError:
+                kind = "number" if float in kinds else "whole number"
+                raise ValueError(f"is {value[:80]!r}; a {kind} in decimal digits is accepted") from None
+        return value
 
     model: str = "smollm2-135m"
     """Built-in name, local directory, GGUF file or Hugging Face id."""

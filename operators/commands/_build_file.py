@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,18 +14,19 @@ import typer
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
-from operators.commands._calibration import WORK, calibrate_new, forget
+from operators.commands._calibration import calibrate_new, forget
+from operators.commands._file_progress import joint_progress, progress_by_turns
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory, streaming_warnings
-from operators.core.claims import claim
 from operators.core.defaults import is_default
-from operators.core.progress import ProgressJson, ProgressLines, for_programs, make_bars, silent, working
+from operators.core.progress import working
 
 if TYPE_CHECKING:
     from operators.builder.spec import BuildSpec
     from operators.core.artifact import OperatorArtifact
+    from operators.core.progress import Progress
     from operators.core.store import Store
     from operators.model.loading import LoadedModel
-    from operators.recipes.run import BuildOutcome, TaskProgress
+    from operators.recipes.run import BuildOutcome
     from operators.recipes.tasks import BuildTask
 
 _STATUSES = ("built", "updated", "up to date", "failed")
@@ -46,6 +47,7 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         from operators.model.loading import default_model, load_model
         from operators.recipes.run import run_tasks
         from operators.recipes.tasks import check_words, prepare_tasks
+        from operators.recipes.workers import devices_of, run_tasks_in_workers, share_of_memory
 
         if options.calibrate:
             check_words(entries, store)
@@ -55,39 +57,43 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
             loaded = load_model(
                 name,
                 dtype=options.dtype,
-                device=device,
+                # Workers take it to their devices.
+                device=device if options.jobs == 1 else "cpu",
                 attention=options.attention,
                 check=family_of,
                 stream=options.may_stream,
             )
         output.print_warnings(streaming_warnings(loaded, options))
+        devices = devices_of(device)
+        if options.jobs > 1:
+            memory = share_of_memory(memory, devices, options.jobs)
         tasks = prepare_tasks(
             entries, loaded, store, replace=options.replace, calibrate=options.calibrate, max_memory=memory
         )
         operators: list[dict[str, Any]] = []
         specs = {task.name: task.spec for task in tasks}
         width = max(len(task.name) for task in tasks)
+        calibrate = functools.partial(_calibrated, store=store, quick=options.quick, max_memory=memory)
         try:
-            with _shown_progress(tasks, lines=not options.as_json) as progress:
-
-                def calibrate(artifact: OperatorArtifact, task: BuildTask) -> OperatorArtifact:
-                    # On the bars that exist: a second set of bars would write over these.
-                    update = functools.partial(progress, task)
-                    with claim(store, task.name, WORK):
-                        return calibrate_new(
-                            task.name,
-                            artifact,
-                            loaded,
-                            store,
-                            layers=task.layers,
-                            quick=options.quick,
-                            max_memory=memory,
-                            progress=update,
-                        )
-
-                for outcome in run_tasks(
-                    tasks, loaded, store, max_memory=memory, progress=progress, calibrate=calibrate
-                ):
+            with ExitStack() as held:
+                if options.jobs > 1 and memory is not None:
+                    progress = held.enter_context(joint_progress(tasks, lines=not options.as_json))
+                    outcomes = run_tasks_in_workers(
+                        *(tasks, loaded, store),
+                        jobs=options.jobs,
+                        devices=devices,
+                        max_memory=memory,
+                        progress=progress,
+                        calibrate=calibrate,
+                    )
+                    # Its workers end with it, whatever ends this.
+                    held.enter_context(closing(outcomes))
+                else:
+                    progress = held.enter_context(progress_by_turns(tasks, lines=not options.as_json))
+                    outcomes = run_tasks(
+                        tasks, loaded, store, max_memory=memory, progress=progress, calibrate=calibrate
+                    )
+                for outcome in outcomes:
                     if outcome.status in ("built", "updated") and options.calibrate:
                         forget(store, outcome.name)
                     operators.append(_outcome_json(outcome, store, specs[outcome.name], loaded))
@@ -103,6 +109,8 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
             )
             raise
     seconds = round(time.monotonic() - start, 2)
+    order = list(specs)
+    operators.sort(key=lambda operator: order.index(operator["name"]))
     counts = {status: sum(operator["status"] == status for operator in operators) for status in _STATUSES}
     summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     answer = {"store": str(store.path), "model": loaded.name, "operators": operators, "seconds": seconds}
@@ -111,6 +119,22 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         if not options.as_json:
             _print_problems(operators)
         raise typer.Exit(1)
+
+
+def _calibrated(
+    artifact: OperatorArtifact,
+    task: BuildTask,
+    loaded: LoadedModel,
+    progress: Progress,
+    *,
+    store: Store,
+    quick: bool,
+    max_memory: int | None,
+) -> OperatorArtifact:
+    """A :data:`~operators.recipes.run.Calibrator`. On the bars that exist: other ones would write over these."""
+    return calibrate_new(
+        task.name, artifact, loaded, store, layers=task.layers, quick=quick, max_memory=max_memory, progress=progress
+    )
 
 
 def _print_problems(operators: Sequence[dict[str, Any]]) -> None:
@@ -157,45 +181,3 @@ def _outcome_line(operator: dict[str, Any], width: int) -> str:
         return f"{line}  {describe.setting_line(recommended)} ({describe.DEFAULT_NOTE})" if shown else line
     result = "recommended" if operator["found"] else describe.nothing_found_line(recommended)
     return f"{line}  {result}: layer {operator['layer']}, {describe.setting_line(recommended)}"
-
-
-@contextmanager
-def _shown_progress(tasks: Sequence[BuildTask], *, lines: bool) -> Iterator[TaskProgress]:
-    """Two bars with the time left, of all operators and of the current one, where stderr is a terminal.
-
-    Elsewhere lines about the current one, if ``lines``.
-    """
-    if for_programs():
-        told = ProgressJson()
-
-        def tell(_: BuildTask, what: str, done: int, total: int) -> None:
-            told(what, done, total)
-
-        yield tell
-        return
-    slow = [task.name for task in tasks if task.stored is None or task.calibrate]
-    number = {name: index for index, name in enumerate(slow)}
-    if not sys.stderr.isatty():
-        say = ProgressLines() if lines else silent
-
-        def report(task: BuildTask, what: str, done: int, total: int) -> None:
-            say(f"{task.name} ({number[task.name] + 1} of {len(number)}): {what}", done, total)
-
-        yield report
-        return
-    # The lines for people must not be drawn on stderr when stdout goes elsewhere.
-    with make_bars(redirect_stdout=sys.stdout.isatty()) as bars:
-        all_operators = bars.add_task("operators", total=len(number))
-        current = bars.add_task("", total=None)
-
-        def update(task: BuildTask, what: str, done: int, total: int) -> None:
-            # How much of a calibration is done is not known: it counts several things one after another.
-            share = 0.0 if task.calibrate else done / max(total, 1)
-            bars.update(all_operators, completed=number[task.name] + share)
-            description = f"{task.name}: {what}"
-            if bars.tasks[current].description != description:
-                # Its time left must not be estimated from what was counted before.
-                bars.reset(current, description=description)
-            bars.update(current, completed=done, total=total)
-
-        yield update

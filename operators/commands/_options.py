@@ -65,6 +65,8 @@ class BuildOptions:
     quick: bool
     """Of the calibration."""
     as_json: bool
+    jobs: int = 1
+    """Processes that build the operators of a file."""
     stream: bool | None = None
     """Whether the weights of the blocks stay in the files; None means where they do not fit into the memory."""
     plan: bool = False
@@ -72,8 +74,8 @@ class BuildOptions:
 
     @property
     def may_stream(self) -> bool | None:
-        """``stream``, of a run that may: a calibration writes texts, which needs the whole model."""
-        return False if self.calibrate else self.stream
+        """``stream``, of a run that may: calibrations write texts, and several processes share one model in memory."""
+        return False if self.calibrate or self.jobs > 1 else self.stream
 
 
 def open_store(path: Path | None) -> Store:

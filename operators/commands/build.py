@@ -21,6 +21,7 @@ from operators.commands._options import (
     StoreOption,
 )
 from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, Profile, Rule
+from operators.core.numbers import read_whole
 
 
 def build(
@@ -120,6 +121,14 @@ def build(
     quick: Annotated[
         bool, typer.Option("--quick", help="With --calibrate: fewer layers, prompts and strengths.")
     ] = False,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --file: processes that build at once, each with its share of cores and --max-memory.",
+        ),
+    ] = 1,
     replace: ReplaceOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -132,12 +141,15 @@ def build(
     options = BuildOptions(
         *(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json),
         stream=stream,
+        jobs=jobs,
         plan=plan,
     )
     if calibrate and (stream or plan):
         raise typer.BadParameter("--calibrate writes texts, which needs the whole model: neither --stream nor --plan")
     if plan and file is not None:
         raise typer.BadParameter("--plan is of one operator, and not of --file")
+    if stream and jobs > 1:
+        raise typer.BadParameter("--jobs shares one model in memory: with --stream, one is accepted")
     described = {
         "name": name,
         "texts": text or None,
@@ -149,7 +161,7 @@ def build(
         "positions": positions,
         "anchor": anchor,
         "first_token": first_token,
-        "rank": int(rank) if rank and rank.removeprefix("-").isdecimal() else rank,
+        "rank": _rank(rank),
         "tolerance": tol,
         "words": None if words is None else [word.strip() for word in words.split(",")],
     }
@@ -157,6 +169,8 @@ def build(
     if quick and not calibrate:
         raise typer.BadParameter("--quick is of --calibrate, which was not given")
     if file is None:
+        if jobs != 1:
+            raise typer.BadParameter("--jobs is of --file: one operator is built by one process")
         _check_usage(described, only, calibrate)
         build_one(described, options, neutral)
     elif described or neutral is not None:
@@ -164,6 +178,14 @@ def build(
         raise typer.BadParameter(f"{given} is for one operator; with --file, the file says it")
     else:
         build_file(file, only or [], options)
+
+
+def _rank(text: str | None) -> int | str | None:
+    """The number that a text is; a word such as "full" stays."""
+    try:
+        return None if text is None else read_whole(text)
+    except ValueError:
+        return text
 
 
 def _check_usage(described: dict[str, Any], only: list[str] | None, calibrate: bool) -> None:

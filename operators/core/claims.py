@@ -1,4 +1,6 @@
-"""Names of a store that long work is under way for: two calibrations of one operator at once would undo each other.
+"""Names of a store that work is under way for: two calibrations of one operator at once would undo each other.
+
+Builds of files claim each operator too, so that several processes, on one machine or on many, share a file of concepts.
 
 A claim is a lock on a hidden file of the store. The system releases it with the process that holds it, however that
 ends; the file is removed where the work ends by itself, and is as good as none where it was left behind.
@@ -29,6 +31,26 @@ def claim(store: Store, name: str, work: str) -> Iterator[None]:
         StoreError: the name is not allowed; or something is under way for it already, here or in another process; or
             the store cannot be written to.
     """
+    with claim_if_free(store, name, work) as holder:
+        if holder is not None:
+            raise in_use(store, name, holder)
+        yield
+
+
+def in_use(store: Store, name: str, holder: str) -> StoreError:
+    """What is said where a name is claimed by ``holder``."""
+    return StoreError(
+        f"operator {name!r} in {store.path} is in use: {holder or 'other work'} is under way; wait for its end, or "
+        "take another name"
+    )
+
+
+@contextmanager
+def claim_if_free(store: Store, name: str, work: str) -> Iterator[str | None]:
+    """Like :func:`claim`, and None in the block; where ``name`` is claimed, nothing is, and its holder's words are.
+
+    They are empty where it has not said anything yet. Raises :class:`StoreError`, but not for a name in use.
+    """
     path = store.path / f".{check_name(name)}.lock"
     try:
         store.path.mkdir(parents=True, exist_ok=True)
@@ -36,15 +58,13 @@ def claim(store: Store, name: str, work: str) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"operator {name!r}: {path} cannot be written: {error.strerror}") from error
     if isinstance(held, str):
-        raise StoreError(
-            f"operator {name!r} in {store.path} is in use: {held or 'other work'} is under way; wait for its end, or "
-            "take another name"
-        )
+        yield held
+        return
     with os.fdopen(held, "w", encoding="utf-8") as file:
         try:
             file.write(f"{work} by process {os.getpid()}")
             file.flush()
-            yield
+            yield None
         finally:
             # While it is locked: nobody can have locked this file in the meantime.
             with suppress(OSError):

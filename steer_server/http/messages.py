@@ -13,6 +13,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 
+from operators.core.numbers import read_decimal
 from steer_server.errors import InvalidRequestError
 
 _M = TypeVar("_M", bound=Message)
@@ -22,6 +23,17 @@ _OURS = "steering.v1"
 _ROOT = "request"
 _MAX_PROBLEM = 256
 """Characters."""
+_NUMBERS = {
+    FieldDescriptor.CPPTYPE_INT32,
+    FieldDescriptor.CPPTYPE_INT64,
+    FieldDescriptor.CPPTYPE_UINT32,
+    FieldDescriptor.CPPTYPE_UINT64,
+    FieldDescriptor.CPPTYPE_FLOAT,
+    FieldDescriptor.CPPTYPE_DOUBLE,
+    FieldDescriptor.CPPTYPE_ENUM,
+}
+_NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
+"""As protobuf writes them."""
 
 
 def read_message(cls: type[_M], value: Any, path: str = "") -> _M:
@@ -63,13 +75,46 @@ def _check_shape(message: Descriptor, value: Any, path: str) -> None:
         fields[field.name] = field
         if field.is_repeated and member is not None and not isinstance(member, list):
             raise InvalidRequestError(place, f"is {_kind(member)}; a list is accepted")
-        if field.message_type is None or field.message_type.file.package != _OURS or member is None:
+        if member is None:
+            continue
+        _check_number(field, member, place)
+        if field.message_type is None or field.message_type.file.package != _OURS:
             continue
         if field.is_repeated:
             for index, each in enumerate(member):
                 _check_shape(field.message_type, each, f"{place}[{index}]")
         else:
             _check_shape(field.message_type, member, place)
+
+
+def _check_number(field: FieldDescriptor, value: Any, place: str) -> None:
+    """Raises for what protobuf takes for another number than is there: the text 0_4 for 4, true for 1."""
+    is_duration = field.message_type is not None and field.message_type.full_name == "google.protobuf.Duration"
+    if field.cpp_type not in _NUMBERS and not is_duration:
+        return
+    for index, each in enumerate(value) if field.is_repeated else ((None, value),):
+        if isinstance(each, str):
+            is_other = _reads_otherwise(each.removesuffix("s") if is_duration else each)
+        else:
+            is_other = isinstance(each, bool) or (isinstance(each, float) and field.enum_type is not None)
+        if is_other:
+            at = place if index is None else f"{place}[{index}]"
+            raise InvalidRequestError(at, f"is {repr(each)[:_MAX_PROBLEM]}; a number in decimal digits is accepted")
+
+
+def _reads_otherwise(text: str) -> bool:
+    """Whether Python reads a number in a text that is none in decimal digits, or is more than a double holds."""
+    if text in _NOT_FINITE:
+        return False
+    try:
+        read_decimal(text)
+    except ValueError:
+        try:
+            float(text)
+        except ValueError:
+            return False
+        return True
+    return False
 
 
 def _join(path: str, name: str) -> str:

@@ -17,7 +17,7 @@ from steer_client._defaults import DEFAULT_TARGET
 from steer_client._errors import InvalidRequestError
 from steer_client._trace_context import trace_metadata
 
-_HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):\d{1,5}")
+_HOST_AND_PORT: Final = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):[0-9]{1,5}")
 # Names that gRPC resolves by other rules: unix:PATH, dns:///NAME, ...
 _NAME_SCHEME: Final = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):.")
 # Those that may stand for several servers and bring no load balancing rules of their own, as xds does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -10,9 +11,11 @@ _WHOLE = re.compile(r"[+-]?[0-9]+")
 
 def read_decimal(text: str) -> float:
     """A number as it is written in JSON or on paper: 0.4, .4, -5, 1e-3. Raises ValueError for anything else."""
-    if not _DECIMAL.fullmatch(text.strip(" ")):
+    value = float(text) if _DECIMAL.fullmatch(text.strip(" ")) else math.inf
+    # Digits of more than a double holds would be infinity.
+    if math.isinf(value):
         raise ValueError(text)
-    return float(text)
+    return value
 
 
 def read_whole(text: str) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from operators.core.numbers import read_decimal
 from steer_server.errors import StartupError
 
 SERVER_OPTIONS = {
@@ -52,7 +54,7 @@ def read_engine_args(arguments: Iterable[str]) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         try:
             if equals:
-                options[key.strip().replace("-", "_")] = yaml.safe_load(value)
+                options[key.strip().replace("-", "_")] = _value(value)
                 continue
             content = yaml.safe_load(Path(item).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -63,6 +65,19 @@ def read_engine_args(arguments: Iterable[str]) -> dict[str, Any]:
             raise StartupError(f"engine_args: {item} does not hold KEY: VALUE lines")
         options |= {str(key).replace("-", "_"): value for key, value in content.items()}
     return options
+
+
+def _value(text: str) -> Any:
+    """A value in YAML, but for what that takes for another number: 010 for 8, 1:30 for 90, 4_0 for 40."""
+    value = yaml.safe_load(text)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            as_written = read_decimal(text)
+        except ValueError:
+            as_written = math.nan
+        if as_written != value:
+            raise yaml.YAMLError(f"{text!r} is no number in decimal digits")
+    return value
 
 
 def check_engine_args(options: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -313,7 +313,7 @@ def test_a_name_that_was_taken_meanwhile_is_not_replaced(tiny, shelf, make_opera
     Store(shelf).save("a", make_operator())
     (outcome,) = run_tasks(tasks, loaded, Store(shelf))
     assert outcome.status == "failed"
-    assert "is already in" in str(outcome.problem)
+    assert "is another one: its texts are others" in str(outcome.problem)
     assert Store(shelf).load("a").digest == make_operator().digest
 
 

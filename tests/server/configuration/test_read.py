@@ -128,7 +128,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(monkeypatch, fi
         "engine_args: STEER_ENGINE_ARGS is not JSON": "is accepted",
         "listen: is 'h'; HOST:PORT": f"({path}:2)",
         "max_arms: Input should be greater than or equal to 1, not '0'": f"({path}:1)",
-        "grace: Input should be a valid number": "not 'soon' (env STEER_GRACE)",
+        "grace: is 'soon'; a number in decimal digits": "is accepted (env STEER_GRACE)",
         "max_dose: Input should be greater than 0, not '0'": "(flag --max-dose)",
     }.items():
         assert any(each.startswith(begin) and each.endswith(end) for each in problems), (begin, problems)

@@ -69,9 +69,7 @@ def read_expectation(text: str) -> Expectation:
     try:
         if found is None:
             raise ValueError(text)
-        number = float(found["number"])
-        if number != number:
-            raise ValueError(text)
+        number = read_decimal(found["number"])
     except ValueError:
         raise ValueError(
             f"cannot read {text!r}: write METRIC>=NUMBER or ARM:METRIC>=NUMBER, for example useful_hits>=0.5 or "

@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, cast, get_type_hints
 
+from steer_client._cli.number_options import decimal_numbers
+
 
 def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
     """The same command, taking the fields of each dataclass parameter as parameters of its own, in their order."""
@@ -32,7 +34,7 @@ def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     cast("Any", expanded).__signature__ = inspect.Signature(parameters)
-    return expanded
+    return decimal_numbers(expanded)
 
 
 def _fields_as_parameters(group: type[Any]) -> list[inspect.Parameter]:

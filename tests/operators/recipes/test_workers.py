@@ -1,0 +1,139 @@
+"""``build --file --jobs``: several processes, and the operators, answers and errors of one."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from operators.core.claims import claim
+from operators.core.store import Store
+from operators.model.shared import pack, unpack
+from operators.recipes import run
+from operators.recipes.concept_file import parse_concepts
+from operators.recipes.run import run_tasks
+from operators.recipes.tasks import prepare_tasks
+from operators.recipes.workers import run_tasks_in_workers, share_of_memory
+
+TEXTS = {"a": "golden gate", "b": "The bay", "c": "My dress", "d": "The Golden Gate Bridge"}
+FILE = "".join(f'[[concept]]\nname = "{name}"\ntext = "{text}"\nrank = 5\n' for name, text in TEXTS.items())
+UNTIMED = {"seconds", "path", "digest"}
+
+
+def _told(result):
+    return [{key: one[key] for key in one.keys() - UNTIMED} for one in json.loads(result.stdout)["operators"]]
+
+
+def test_two_processes_build_what_one_builds_and_tell_it_alike(build_file, shelf, tmp_path):
+    joint = build_file(FILE, "--json", "--jobs", "2", "--max-memory", "2GiB")
+    assert (joint.exit_code, joint.stderr) == (0, "")
+    alone = build_file(FILE, "--json", "--store", str(tmp_path / "alone"))
+    assert _told(joint) == _told(alone)
+    assert sorted(os.listdir(shelf)) == [f"{name}.safetensors" for name in TEXTS]
+    for name in TEXTS:
+        one, other = Store(shelf).load(name), Store(tmp_path / "alone").load(name)
+        assert one.header == other.header.model_copy(update={"created": one.header.created})
+        torch.testing.assert_close(one.factors, other.factors)
+    # Nothing is left to do, and no process is started for it.
+    assert [one["status"] for one in _told(build_file(FILE, "--json", "--jobs", "2"))] == ["up to date"] * 4
+
+
+def test_a_worker_that_dies_is_named_and_the_others_are_built_and_ctrl_c_loses_nothing(tiny, shelf):
+    loaded = tiny("llama", dtype="float32", fresh=True)
+    store = Store(shelf)
+    tasks = prepare_tasks(parse_concepts(FILE, "c.toml"), loaded, store)
+
+    def progress(task, _what, _done, _total):
+        (worker,) = multiprocessing.active_children()
+        if task.name == "b" and worker.pid not in killed:
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+        if task.name == "d":
+            raise KeyboardInterrupt
+
+    killed, outcomes = [], {}
+    working = run_tasks_in_workers(tasks, loaded, store, jobs=1, devices=["cpu"], max_memory=1 << 30, progress=progress)
+    with pytest.raises(KeyboardInterrupt):
+        outcomes.update((outcome.name, outcome) for outcome in working)
+    assert {name: outcome.status for name, outcome in outcomes.items()} == {"a": "built", "b": "failed", "c": "built"}
+    assert f"the worker process {killed[0]} was ended by SIGKILL" in str(outcomes["b"].problem)
+    assert "at work on 'b'" in str(outcomes["b"].problem)
+    assert multiprocessing.active_children() == []
+    # What the killed one left of its claim is as good as none.
+    left = prepare_tasks(parse_concepts(FILE, "c.toml"), loaded, store)
+    assert [task.name for task in left if task.stored is None] in (["b", "d"], ["b"])
+    assert {outcome.status for outcome in run_tasks(left, loaded, store)} == {"up to date", "built"}
+    assert store.names() == list(TEXTS)
+
+
+def test_what_another_process_builds_is_waited_for_and_not_built_again(tiny, shelf, monkeypatch):
+    loaded, store = tiny("llama"), Store(shelf)
+    monkeypatch.setattr(run, "WAIT", 0.01)
+    tasks = prepare_tasks(parse_concepts(FILE, "c.toml")[:2], loaded, store)
+    other = prepare_tasks(parse_concepts(FILE, "c.toml")[:1], loaded, Store(shelf / "other"))
+    (done,) = run_tasks(other, loaded, Store(shelf / "other"))
+    finished = threading.Event()
+
+    def elsewhere():
+        with claim(store, "a", run.BUILD):
+            claimed.set()
+            finished.wait()
+            store.save("a", Store(shelf / "other").load("a"))
+
+    claimed = threading.Event()
+    holder = threading.Thread(target=elsewhere)
+    holder.start()
+    claimed.wait()
+    outcomes = run_tasks(tasks, loaded, store)
+    first = next(outcomes)
+    finished.set()
+    (second,) = outcomes
+    holder.join()
+    assert [(one.name, one.status) for one in (first, second)] == [("b", "built"), ("a", "up to date")]
+    assert store.load("a").digest == done.stored.digest
+    # Other work on the name is no build of this file: nobody knows what will come of it.
+    store.delete("a")
+    with claim(store, "a", "a calibration"):
+        (refused,) = run_tasks(tasks[:1], loaded, store)
+    assert "'a' in" in str(refused.problem)
+    assert "in use: a calibration by process" in str(refused.problem)
+
+
+def test_shared_weights_are_the_same_numbers_once_and_what_is_written_to_them_stays_here(tiny):
+    loaded = tiny("gemma3", dtype="float32", fresh=True)
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    shared = pack(loaded, loaded.model)
+    assert len(shared.pickled) < shared.size
+    other = unpack(shared)
+    for name, tensor in other.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert torch.equal(tensor, loaded.model.state_dict()[name])
+    tied = other.model.get_input_embeddings().weight
+    assert (tied is other.model.get_output_embeddings().weight) is (
+        loaded.model.get_input_embeddings().weight is loaded.model.get_output_embeddings().weight
+    )
+    tied.zero_()
+    assert torch.equal(loaded.model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
+    ids = loaded.tokenizer("golden gate")["input_ids"]
+    assert other.tokenizer("golden gate")["input_ids"] == ids
+
+
+def test_memory_is_shared_out_among_the_workers_of_a_device():
+    assert share_of_memory(100, ["cpu"], 3) == 33
+    free = share_of_memory(None, ["cpu"], 1)
+    assert 0 < share_of_memory(None, ["cpu"], 2) < 0.7 * free
+    assert share_of_memory(None, ["cpu", "cpu"], 2) > 0.7 * free
+
+
+def test_one_operator_has_no_jobs(build_file):
+    result = build_file(FILE, "--jobs", "0")
+    assert result.exit_code == 2
+    from typer.testing import CliRunner
+
+    from operators.__main__ import app
+
+    one = CliRunner().invoke(app, ["build", "a", "--text", "bay", "--jobs", "2"])
+    assert (one.exit_code, "--jobs is of --file" in one.stderr) == (2, True)
