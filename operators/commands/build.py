@@ -95,14 +95,16 @@ def build(
     ] = None,
     max_memory: MaxMemoryOption = None,
     stream: Annotated[
-        bool | None,
+        bool,
         typer.Option(
-            "--stream/--no-stream",
+            "--stream",
             help="Read the blocks of the model one at a time from its files, within --max-memory in all (default: "
             "where they do not fit into the memory).",
-            show_default=False,
         ),
-    ] = None,
+    ] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Refuse a model that does not fit into the memory.")
+    ] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what it would take: passes, products, memory, time; and leave.")
     ] = False,
@@ -140,10 +142,12 @@ def build(
     """
     options = BuildOptions(
         *(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json),
-        stream=stream,
+        stream=True if stream else False if no_stream else None,
         jobs=jobs,
         plan=plan,
     )
+    if stream and no_stream:
+        raise typer.BadParameter("--stream and --no-stream were both given; one is accepted")
     if calibrate and (stream or plan):
         raise typer.BadParameter("--calibrate writes texts, which needs the whole model: neither --stream nor --plan")
     if plan and file is not None:

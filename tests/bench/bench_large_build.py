@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     shape = SHAPES[options.shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+    options.directory = options.directory.absolute()
     try:
         if not (options.directory / "model.safetensors.index.json").is_file():
             make_model(options.directory, shape)
@@ -122,11 +123,13 @@ def measure(directory: Path, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "operators", "build", "large", "--text", text, "--rank", str(options.rank)]
     command += ["--model", str(directory), "--dtype", options.dtype, "--store", str(directory / "store")]
     command += ["--stream", "--max-memory", options.limit, "--replace", "--json"]
-    planned = subprocess.run([*command, "--plan"], stdout=subprocess.PIPE, text=True, check=True)
+    # A cache of its own: the digest of the weights is part of what is measured.
+    cache = {**os.environ, "XDG_CACHE_HOME": str(directory / "cache")}
+    planned = subprocess.run([*command, "--plan"], stdout=subprocess.PIPE, text=True, check=True, env=cache)
     plan = json.loads(planned.stdout)
     start = time.monotonic()
     group = _group(parse_bytes(options.limit))
-    build = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_joining(group))
+    build = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_joining(group), env=cache)
     peaks: dict[str, int] = {}
     watching = threading.Thread(target=_watch, args=(build.pid, peaks))
     watching.start()
