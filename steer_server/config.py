@@ -148,6 +148,10 @@ class ServerConfig(BaseModel):
     """Larger files in the store are not read; bytes, or a size such as 4GiB."""
     operator_admin: bool = False
     """Lets clients upload, build, load, unload and delete operators."""
+    max_served_bytes: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(
+        default=8 << 30, ge=1
+    )
+    """Of memory, beyond which clients bring no operator into service; bytes, or a size such as 8GiB."""
     max_uploads: Annotated[int, Shown("uploads")] = Field(default=4, ge=1)
     """Unfinished ones at once."""
     max_upload_bytes: Annotated[int, BeforeValidator(_parse_size), Shown("bytes", metavar="SIZE")] = Field(

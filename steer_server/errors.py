@@ -171,7 +171,7 @@ class StoreUnwritableError(SteerServerError):
 
 
 class StoreFullError(SteerServerError):
-    """The disk, or what unfinished uploads may take of it, has no room for so much; nothing of it is kept."""
+    """The disk, what uploads may take of it, or what may be in service has no room for it; nothing of it is kept."""
 
 
 class OperatorExistsError(SteerServerError):

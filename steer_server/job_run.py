@@ -15,10 +15,11 @@ from steer_server.types import DecodeJob, EngineEvent, FinishReason, RowFinished
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job has entered the queue: its first event."""
+    """A job has entered the engine: its first event."""
 
     at: float
-    """When, in seconds of the monotonic clock: before any of its other events, however late this one is read."""
+    """When the call began to wait for it, in seconds of the monotonic clock: of all its jobs this is one moment, from
+    which their time limit counts too, whether they wait in the engine or for a place there."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,6 @@ class JobRun:
         self._engine, self._jobs = engine, jobs
         self._began = time.monotonic()
         self._streams: dict[int, JobStream] = {0: engine.submit(jobs[0])}
-        self._submitted = {0: self._began}
-        """When each job entered the queue."""
         self._next = 0
         # What is not read waits with the engine, which gives a reader up that stops reading.
         self._events: asyncio.Queue[JobEvent | Exception | None] = asyncio.Queue(maxsize=1)
@@ -89,7 +88,7 @@ class JobRun:
 
     async def _decode(self, index: int) -> None:
         stream = self._streams.get(index) or await self._submit(index)
-        await self._events.put(JobEvent(index, Submitted(self._submitted.pop(index, time.monotonic()))))
+        await self._events.put(JobEvent(index, Submitted(self._began)))
         if stream is None:
             for place, row in enumerate(self._jobs[index].rows):
                 end = RowFinished(place, FinishReason.TIME_LIMIT, "", "", empty_receipts(row.plan))
@@ -106,8 +105,7 @@ class JobRun:
         """The stream of a job, once there is a place for it; None where the time limit comes first."""
         job = self._jobs[index]
         while True:
-            now = self._submitted[index] = time.monotonic()
-            left = None if job.time_limit is None else job.time_limit - (now - self._began)
+            left = None if job.time_limit is None else job.time_limit - (time.monotonic() - self._began)
             if left is not None and left <= 0.0:
                 return None
             try:

@@ -16,7 +16,8 @@ from types import MappingProxyType
 
 from operators.core.artifact import OperatorArtifact, from_bytes
 from operators.core.errors import ArtifactError, StoreError
-from operators.core.file_format import open_regular
+from operators.core.file_format import open_regular, parse_file_header
+from operators.core.header import OperatorHeader
 from operators.core.model_fingerprint import renewal_hint
 from operators.core.store import Store
 from steer_server.applications import make_application, name_of
@@ -85,6 +86,8 @@ class Registry:
         self._entries: Mapping[str, OperatorEntry] = MappingProxyType({})
         self._changing = threading.RLock()
         """Held by whatever replaces the snapshot: each change is made to the last one."""
+        self._examining = threading.Lock()
+        """Held while a file is read that is not in service yet: of such there is one in memory at a time."""
         self._store_existed = False
         """Whether the store's directory was there at the last reading: before the first save it need not be."""
         self.reload()
@@ -129,9 +132,19 @@ class Registry:
     def examine(self, name: str, path: Path) -> OperatorEntry:
         """What a file would be as the operator ``name``. Raises :class:`ArtifactError` where it could not be used."""
         with open_regular(path, self._max_bytes) as (file, size):
-            artifact = from_bytes(file.read(size), source=name)
-        check_fits(name, artifact, self._model)
+            # What does not belong here mostly says so in its first bytes, and is read no further.
+            check_fits(name, parse_file_header(file, size, source=name).header, self._model)
+            with self._examining:
+                file.seek(0)
+                artifact = from_bytes(file.read(size), source=name)
+        check_fits(name, artifact.header, self._model)
         return OperatorEntry(name, "", size, artifact)
+
+    def bytes_beside(self, name: str) -> int:
+        """What all other operators in service take."""
+        return sum(
+            each.size_bytes for each in self._entries.values() if each.artifact is not None and each.name != name
+        )
 
     def put(self, entry: OperatorEntry) -> OperatorEntry:
         """Takes an operator into service that was examined and is in the store by now."""
@@ -240,7 +253,7 @@ class Registry:
             if self._store.is_unloaded(name):
                 return OperatorEntry(name, _UNLOADED, size, None)
             artifact = read_artifact(self._store, name, self._max_bytes)
-            check_fits(name, artifact, self._model)
+            check_fits(name, artifact.header, self._model)
         except (ArtifactError, StoreError, OSError, MemoryError) as error:
             # Cut, because a hostile file chooses parts of the message.
             return OperatorEntry(name, (str(error) or type(error).__name__)[:_MAX_PROBLEM], size, None)
@@ -255,9 +268,8 @@ def read_artifact(store: Store, name: str, max_bytes: int) -> OperatorArtifact:
     return store.load(name, max_bytes=max_bytes)
 
 
-def check_fits(name: str, artifact: OperatorArtifact, model: ModelInfo) -> None:
+def check_fits(name: str, header: OperatorHeader, model: ModelInfo) -> None:
     """Raises :class:`ArtifactError` for an operator that was built for another model than the one being served."""
-    header = artifact.header
     # By fingerprint, not by name: the same model may be served from a path or a mirror.
     for what, built_for, served in (
         ("hidden size", header.hidden_size, model.hidden_size),

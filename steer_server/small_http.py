@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 
+from steer_server.http_listener import HttpListener
 from steer_server.lifecycle import PATHS, Lifecycle
 
 _MAX_CONNECTIONS = 32
@@ -33,12 +34,18 @@ class SmallHttp:
 
     async def start(self, host: str, port: int, context: ssl.SSLContext | None = None) -> int:
         """Listens, and returns the port. Raises :class:`OSError` where that is not possible."""
-        self._server = await asyncio.start_server(self._serve, host, port, limit=_MAX_HEAD_BYTES, ssl=context)
-        return int(self._server.sockets[0].getsockname()[1])
+        # Bounded from the moment that a connection is taken: its handshake is a part of it.
+        self._listener = HttpListener(
+            lambda: asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=_MAX_HEAD_BYTES), self._serve),
+            lambda: context,
+            lambda shaking: shaking + self._open < _MAX_CONNECTIONS,
+            handshake=_SECONDS,
+        )
+        return await self._listener.start(host, port)
 
     def close(self) -> None:
         """Stops listening."""
-        self._server.close()
+        self._listener.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._open >= _MAX_CONNECTIONS:

@@ -10,8 +10,10 @@ weights, so that y - m is the weighted sum of the texts' contrast anchors.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -24,8 +26,10 @@ from operators.maps.replay import target_hidden_state
 from operators.model.loading import LoadedModel, embed
 
 _MAX_FILE_BYTES = 1 << 20
+_TEXTS_AT_ONCE = 16
 _VANISHED = 1e-4
 """The contrast anchor has no direction where |y - m| is below this share of |y|: it is made of rounding errors."""
+_kept: WeakKeyDictionary[LoadedModel, dict[tuple[object, ...], torch.Tensor]] = WeakKeyDictionary()
 
 
 def read_neutral_texts(path: Path) -> tuple[str, ...]:
@@ -72,20 +76,42 @@ def is_shipped(neutral: NeutralTexts) -> bool:
     return neutral.digest == f"sha256:{shipped}"
 
 
-def neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
-    """m (d,) float64 on the model's device: one text at a time, so that no padding changes its rounding."""
+def compute_neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
+    """m (d,) float64 on the model's device. Texts of one length go through the model together: nothing is padded."""
     total = torch.zeros(loaded.hidden_size, dtype=torch.float64, device=loaded.device)
+    by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for ids in neutral.ids:
-        total += last_target(ids, loaded, layer=layer, profile=profile)
+        by_length[len(ids)].append(ids)
+    for texts in by_length.values():
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            total += _last_targets(texts[start : start + _TEXTS_AT_ONCE], loaded, layer, profile).sum(0)
     return total / len(neutral.ids)
+
+
+def neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
+    """:func:`compute_neutral_mean`, once for each layer of a model: every operator of a file needs it.
+
+    For a model whose weights stay as they are; a check of a model computes it anew.
+    """
+    kept = _kept.setdefault(loaded, {})
+    key = (neutral.ids, layer, profile)
+    if key not in kept:
+        kept[key] = compute_neutral_mean(neutral, loaded, layer=layer, profile=profile)
+    return kept[key]
 
 
 def last_target(ids: Sequence[int], loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
     """y (d,) float64 of one text."""
+    return _last_targets([ids], loaded, layer, profile)[0]
+
+
+def _last_targets(texts: Sequence[Sequence[int]], loaded: LoadedModel, layer: int, profile: Profile) -> torch.Tensor:
+    """y (texts, d) float64 of texts of one length."""
     # Not by output_hidden_states: what transformers captures them with stays on the model's modules.
-    embeddings = embed(loaded.model, torch.tensor([ids], device=loaded.device))
+    embeddings = embed(loaded.model, torch.tensor(texts, device=loaded.device))
     with torch.inference_mode():
-        return target_hidden_state(loaded.model, embeddings, layer=layer, profile=profile)[0].double()
+        targets = target_hidden_state(loaded.model, embeddings, layer=layer, profile=profile).double()
+    return targets.clone()
 
 
 def check_contrast_anchor(y: torch.Tensor, neutral: torch.Tensor, texts: Sequence[Concept]) -> None:

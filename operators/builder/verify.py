@@ -13,7 +13,7 @@ from operators.builder.checks import (
     worst_reconstruction_error,
 )
 from operators.builder.concept import Concept
-from operators.builder.neutral import neutral_mean
+from operators.builder.neutral import compute_neutral_mean
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import BuildError, IncompatibleOperatorError, ReconstructionError
 from operators.core.header import DTypeName, OperatorHeader
@@ -81,7 +81,7 @@ def _neutral(artifact: OperatorArtifact, loaded: LoadedModel) -> list[tuple[str,
     header = artifact.header
     if header.neutral is None:
         return []
-    mean = neutral_mean(header.neutral, loaded, layer=header.layer, profile=header.profile)
+    mean = compute_neutral_mean(header.neutral, loaded, layer=header.layer, profile=header.profile)
     return [("neutral", artifact.neutral, sum(header.shares) * mean)]
 
 

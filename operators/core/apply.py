@@ -240,9 +240,12 @@ class Direction:
 def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """B_{j mod n} x_j, (T, r): ``x`` (T, d) float32, ``positions`` (T,) = j on the CPU, of any sequences."""
     n, rank, _ = operator.factors.shape
-    products = x.new_empty(x.shape[0], rank)
     blocks = positions % n
-    for block in sorted(set(blocks.tolist())):
+    used = sorted(set(blocks.tolist()))
+    if len(used) == 1:
+        return x @ operator.factors[used[0]].T
+    products = x.new_empty(x.shape[0], rank)
+    for block in used:
         rows = (blocks == block).nonzero().squeeze(-1).to(x.device)
         products[rows] = x[rows] @ operator.factors[block].T
     return products
@@ -289,12 +292,11 @@ def steer(
 
 def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    usable = torch.isfinite(norms) & (norms > 0)
-    if not bool(usable.all()):
-        bad = int((~usable.squeeze(-1)).nonzero()[0])
-        raise SteeringError(
-            f"the steering direction at position {first + bad} has norm {float(norms[bad])}; a positive, finite "
-            "one is needed"
-        )
+    for position, norm in enumerate(norms.squeeze(-1).tolist(), start=first):
+        # Negated, so that NaN is none as well.
+        if not 0.0 < norm < math.inf:
+            raise SteeringError(
+                f"the steering direction at position {position} has norm {norm}; a positive, finite one is needed"
+            )
     unit: torch.Tensor = vectors / norms
     return unit

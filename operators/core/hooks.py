@@ -42,6 +42,10 @@ def layer_push(pieces: Mapping[int, Sequence[tuple[slice, torch.Tensor]]], token
             Those of one row add up.
     """
     first = next(push for row in pieces.values() for _, push in row)
+    if all(len(part) == tokens for row in pieces.values() for _, part in row):
+        # As after the prompt, token by token, in every row that is here.
+        whole = torch.stack([sum((part for _, part in row[1:]), start=row[0][1]) for row in pieces.values()])
+        return LayerPush(torch.tensor(list(pieces), device=first.device), whole)
     push = first.new_zeros(len(pieces), tokens, first.shape[-1])
     where = torch.zeros(len(pieces), tokens, dtype=torch.bool)
     for place, row in enumerate(pieces.values()):

@@ -5,7 +5,8 @@ All positions share the left space: with J = [J_0 ... J_{n-1}] (d, n d), U (d, r
     J_i  ~  U B_i.
 
 Weighting. The operator only ever multiplies token embeddings, so what should be small is (J - U B) C^{1/2}, with C the
-second moment of the embedding table (or C = 1, "white").
+second moment of the embedding table (or C = 1, "white"). For C^{1/2} any R with R R^T = C will do: (J R)(J R)^T is the
+same, and so are the norm, the range and the singular values of J R. It is Cholesky's factor where C has one.
 
 Range. With l = min(r + OVERSAMPLE, d) Gaussian columns G (d, l) and q power iterations, the range of J C^{1/2} is
 approximated by that of
@@ -98,7 +99,7 @@ def sketch(
     """The map approximated with ``rank``.
 
     Args:
-        root: C^{1/2} (d, d), symmetric; None for white test vectors (C = 1).
+        root: C^{1/2} (d, d) of :func:`embedding_root`; None for white test vectors (C = 1).
 
     Raises:
         ValueError: the rank is not from 1 to d.
@@ -123,7 +124,7 @@ def sketch_within(
     with a sketch of its own, and the first sufficient one is truncated.
 
     Args:
-        root: C^{1/2} (d, d), symmetric; None for white test vectors (C = 1).
+        root: C^{1/2} (d, d) of :func:`embedding_root`; None for white test vectors (C = 1).
         check_rank: called with every rank before it is tried; may raise to end the search.
 
     Raises:
@@ -149,21 +150,30 @@ def sketch_within(
 
 
 def embedding_root(table: torch.Tensor) -> torch.Tensor:
-    """C^{1/2} (d, d) in float64, for C = E x x^T over the rows x of ``table`` (V, d), scaled to unit mean variance.
+    """R (d, d) in float64 with R R^T = C, for C = E x x^T over the rows x of ``table`` (V, d), scaled to unit mean
+    variance: lower triangular, or symmetric where C is singular.
+
+    Sums over a table that is not float64 are float32's: they weigh what a sketch approximates, and no value of a map.
 
     Raises:
         BuildError: the table has values that are not finite.
     """
     moment = torch.zeros(table.shape[1], table.shape[1], dtype=torch.float64, device=table.device)
     for rows in torch.split(table, TABLE_ROWS_AT_ONCE):
-        wide = rows.double()
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
         moment += wide.T @ wide
     moment /= len(table)
     if not bool(torch.isfinite(moment).all()):
         raise BuildError("the embedding table has values that are not finite; a sketch cannot be weighted with it")
+    factor, failed = torch.linalg.cholesky_ex(moment)
+    root: torch.Tensor = factor if not int(failed) else _symmetric_root(moment)
+    return root / math.sqrt(float(moment.diagonal().mean()))
+
+
+def _symmetric_root(moment: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(moment)
     root: torch.Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    return root / math.sqrt(float(moment.diagonal().mean()))
+    return root
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +219,7 @@ def _sketch(
     d = affine_map.shape[1]
     columns = _num_columns(rank, d)
     generator = torch.Generator(affine_map.y.device).manual_seed(seed)
-    weight = _weighting(root)
+    weight, weight_back = _weighting(root), _weighting(None if root is None else root.T)
 
     def gaussian(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=affine_map.y.dtype, device=affine_map.y.device)
@@ -218,7 +228,7 @@ def _sketch(
     samples = gaussian(columns, d)
     for _ in range(power_iterations):
         products = weight(affine_map.vjp(_orthonormal_rows(samples)))
-        samples = affine_map.jvp(weight(_orthonormal_rows(products.flatten(1)).view_as(products)))
+        samples = affine_map.jvp(weight_back(_orthonormal_rows(products.flatten(1)).view_as(products)))
         del products
     # y - c comes first, so that it survives any truncation.
     anchor = (affine_map.y - affine_map.offset)[None]
@@ -276,7 +286,7 @@ def _orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _weighting(root: torch.Tensor | None) -> _Transform:
-    """v -> C^{1/2} v on the last axis; the identity where ``root`` is None. Keeps ``root`` in the dtypes it met."""
+    """v -> R^T v on the last axis; the identity where ``root`` is None. Keeps ``root`` in the dtypes it met."""
     if root is None:
         return lambda vectors: vectors
     by_dtype: dict[torch.dtype, torch.Tensor] = {}

@@ -77,7 +77,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
     An operator holds token ids, and the vocabulary says what each of them stands for. How texts are cut into tokens
     shows in the probe alone: tokenizers of one vocabulary that cut only other texts otherwise have one fingerprint.
-    They give prompts other ids, for which the operators are right all the same.
+    They give prompts other ids, for which the operators are right all the same. So what stays unseen is how texts are
+    cut that the probe has no example of (a normalizer of compatibility forms, flags of added tokens), how ids become
+    text again, and the template of chats: none of them changes what an id stands for.
 
     Not over the serialised tokenizer, which its library may write in other words in its next version; and to read every
     token's text takes seconds at each start (49152 tokens: 4 s of CPU time, 262144: 15 s).

@@ -30,14 +30,14 @@ class AccessControl:
         self,
         tokens: Watched[TokenTable] | None = None,
         *,
-        admin_listener: str = "",
+        has_admin_listener: bool = False,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """``tokens``: without them everybody may do everything. ``admin_listener``: where calls of the scope admin are
-        served, if that is not where all others are.
+        """``tokens``: without them everybody may do everything. ``has_admin_listener``: calls of the scope admin are
+        served by a listener of their own.
         """
-        self._tokens, self._admin_listener, self._clock, self._now = tokens, admin_listener, clock, now
+        self._tokens, self._has_admin_listener, self._clock, self._now = tokens, has_admin_listener, clock, now
         self._latest = now()
         self._accounts: dict[str, Account] = {}
         self._audit = AuditLog(clock=clock)
@@ -64,10 +64,12 @@ class AccessControl:
         grant, outcome = EVERYTHING, "OK"
         is_refused = False
         try:
-            self._check_listener(method, by_admin_listener=by_admin_listener)
             if RPC_SCOPES.get(method) != OPEN:
                 grant = self._grant(authorization)
                 self._count(grant)
+            # Behind the token: what is served where is nothing that a caller without one learns.
+            self._check_listener(method, by_admin_listener=by_admin_listener)
+            if RPC_SCOPES.get(method) != OPEN:
                 self._check_scope(method, grant)
                 grant.charge.count_request()
             yield grant
@@ -86,10 +88,10 @@ class AccessControl:
     def _check_listener(self, method: str, *, by_admin_listener: bool) -> None:
         scope = RPC_SCOPES.get(method)
         # Health and reflection are of a listener, not of the model.
-        if not self._admin_listener or not method.startswith("/steering."):
+        if not self._has_admin_listener or not method.startswith("/steering."):
             return
         if (scope == ADMIN) != by_admin_listener:
-            where = f"by the admin listener, {self._admin_listener}" if scope == ADMIN else "by the main listener"
+            where = f"by the {'admin' if scope == ADMIN else 'main'} listener"
             raise PermissionDeniedError(f"{method[1:]} is served {where}, and not by this one", cause="listener")
 
     def _grant(self, authorization: Sequence[str | bytes]) -> Grant:
@@ -117,11 +119,14 @@ class AccessControl:
             # The same for all that is no token of ours, so that nothing can be learnt from it.
             raise UnauthenticatedError("the token is not accepted", cause="unknown token")
         entry = table.entries[name]
-        # A clock that is set back brings no token back.
-        self._latest = max(self._latest, self._now())
+        self.look_at_clock()
         if entry.expires is not None and entry.expires <= self._latest:
             raise UnauthenticatedError(f"the token expired at {entry.expires.isoformat()}", cause="expired token")
         return name, entry
+
+    def look_at_clock(self) -> None:
+        """Called again and again: a clock that is set back brings no token back that expired, called or not."""
+        self._latest = max(self._latest, self._now())
 
     def _check_scope(self, method: str, grant: Grant) -> None:
         scope = RPC_SCOPES.get(method)

@@ -6,9 +6,10 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +19,8 @@ from steer_server.access.token_file import NAME, TokenFileError, read_tokens
 from steer_server.errors import StartupError
 
 _BYTES = 32
+_MODE = 0o640
+"""What is kept of the mode that a file had: nobody else may read or write it."""
 
 
 def add_token(path: Path, name: str, settings: Mapping[str, Any]) -> str:
@@ -94,7 +97,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    # Made with mode 0600; whoever owned the file owns it still: a server that runs as another user reads it.
+    # Made with mode 0600. Whoever owned the file and could read it still does: a server that runs as another user, or
+    # reads it through its group, would go on with the old one, and a token that was renewed would end nowhere.
     descriptor, made = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -102,9 +106,15 @@ def _replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            owner = path.stat()
-            with suppress(PermissionError):
-                os.chown(made, owner.st_uid, owner.st_gid)
+            before = path.stat()
+            try:
+                os.chown(made, before.st_uid, before.st_gid)
+            except PermissionError:
+                found = f"{before.st_uid}:{before.st_gid}"
+                raise TokenFileError(
+                    f"belongs to {found}, which only that user or root can keep it; change it as one"
+                ) from None
+            os.chmod(made, stat.S_IMODE(before.st_mode) & _MODE | 0o600)
         Path(made).replace(path)
     except BaseException:
         Path(made).unlink(missing_ok=True)

@@ -88,7 +88,7 @@ class Charge:
 
     def __init__(self, account: Account | None = None) -> None:
         """None: of nobody, who may have all."""
-        self._account, self._reserved = account, 0
+        self._account, self._reserved, self._used = account, 0, 0
 
     @property
     def tokens_per_minute(self) -> float | None:
@@ -106,8 +106,13 @@ class Charge:
         if self._account is not None:
             self._account.count_request()
 
-    def settle(self, used: int) -> None:
-        """The call is over, and has used so many tokens: the others are given back."""
+    def use(self, tokens: int) -> None:
+        """Called by engines, from their threads, for what they compute: whether or not anybody is there to get it."""
         if self._account is not None:
-            self._account.give_back(max(0, self._reserved - used))
-        self._reserved = 0
+            self._used += tokens
+
+    def settle(self) -> None:
+        """The call is over: what was reserved and not used is given back."""
+        if self._account is not None:
+            self._account.give_back(max(0, self._reserved - self._used))
+        self._reserved = self._used = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -87,9 +88,15 @@ def _content(path: Path) -> bytes:
     return content
 
 
-async def watch(files: Sequence[Watched[Any]]) -> None:
-    """Looks at all of them again and again, beside the event loop. Runs until it is cancelled."""
-    while files:
-        await asyncio.sleep(LOOK_SECONDS)
-        for each in files:
-            await asyncio.to_thread(each.look)
+async def watch(files: Sequence[Watched[Any]], tick: Callable[[], None] = lambda: None) -> None:
+    """Looks at all of them again and again, beside the event loop, and calls ``tick``. Runs until it is cancelled."""
+    # A thread of its own: a token that was revoked is refused however many others wait for a thread.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="watch")
+    try:
+        while files:
+            await asyncio.sleep(LOOK_SECONDS)
+            tick()
+            for each in files:
+                await asyncio.get_running_loop().run_in_executor(thread, each.look)
+    finally:
+        thread.shutdown(wait=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import string
 import sys
@@ -31,6 +32,11 @@ _BUILDER = ("-P", "-m", "operators")
 _SHARE_OF_WORK = 0.5
 """Of a process's memory: the rest is the model, and what torch is."""
 _CONCEPT = "concept.toml"
+_KEPT = re.compile(
+    r"PATH|PYTHON\w*|VIRTUAL_ENV|LD_LIBRARY_PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|XDG_CACHE_HOME|HF_HOME|HF_HUB_CACHE"
+    r"|OMP_\w+|MKL_\w+|MALLOC_\w+|SSL_CERT_\w+"
+)
+"""Variables of the server's environment that a build gets."""
 
 Report = Callable[[Mapping[str, Any]], None]
 """Called with a line of progress as :mod:`operators.core.progress` has them, or with {"line": ...}."""
@@ -129,10 +135,14 @@ def _toml(value: str | float | list[str]) -> str:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The server's own, without what it was told by: some of that is secret."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("STEER_")}
+    """Of the server's own what a program needs to run and to find the model; secrets may be in all the others."""
+    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
     few = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    return kept | few | {"STEER_PROGRESS": "json", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    return (
+        kept
+        | few
+        | {"STEER_PROGRESS": "json", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    )
 
 
 async def _follow(stream: asyncio.StreamReader, report: Report) -> str:

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -16,7 +17,7 @@ from operators.core.apply import Setting
 from operators.core.errors import ArtifactError, SettingError
 from steer_server.admin.build_process import BuildFailedError, BuildLimits, run_build, write_concept
 from steer_server.admin.keeper import Keeper
-from steer_server.admin.threads import until_done
+from steer_server.admin.threads import FileThreads, until_done
 from steer_server.admin.work_directory import work_directory
 from steer_server.caller import CALLER
 from steer_server.errors import (
@@ -72,9 +73,16 @@ class Builds:
     """All of one server. Belongs to one event loop."""
 
     def __init__(
-        self, keeper: Keeper, model: ModelInfo, limits: BuildLimits, *, at_once: int, max_waiting: int
+        self,
+        keeper: Keeper,
+        threads: FileThreads,
+        model: ModelInfo,
+        limits: BuildLimits,
+        *,
+        at_once: int,
+        max_waiting: int,
     ) -> None:
-        self._keeper, self._model, self._limits = keeper, model, limits
+        self._keeper, self._threads, self._model, self._limits = keeper, threads, model, limits
         self._places = asyncio.Semaphore(at_once)
         self._max_waiting = max_waiting
         self._jobs: dict[str, _Job] = {}
@@ -89,7 +97,7 @@ class Builds:
             OperatorExistsError, OperatorChangedError, UnknownOperatorError: see :meth:`Keeper.check`.
         """
         self._check(request)
-        await asyncio.to_thread(self._keeper.check, request.name, request.replace)
+        await self._threads.ask(lambda: self._keeper.check(request.name, request.replace))
         if self._is_closed:
             raise ShuttingDownError
         waiting = sum(job.build.state == "waiting" for job in self._jobs.values())
@@ -155,27 +163,38 @@ class Builds:
         except asyncio.CancelledError:
             self._end(job, "cancelled")
         except (SteerServerError, ArtifactError, BuildFailedError) as error:
-            self._end(job, "failed", str(error))
+            self._end(job, "failed", str(error), type(error).__name__)
         except OSError as error:
-            self._end(job, "failed", f"its process cannot be started: {error.strerror or error}")
+            said = f"its process cannot be started: {error.strerror or error}"
+            self._end(job, "failed", said, type(error).__name__)
         except Exception as error:
             log.exception("build broke", build=job.build.id, exc_info=error)
-            self._end(job, "failed", f"unexpected {type(error).__name__} in the server")
+            self._end(job, "failed", f"unexpected {type(error).__name__} in the server", type(error).__name__)
 
     async def _build(self, job: _Job, request: BuildRequest) -> OperatorEntry:
-        with ExitStack() as stack:
-            with self._keeper.store_errors():
-                work = stack.enter_context(work_directory(self._keeper.store.path))
-                write_concept(request, work)
+        stack = ExitStack()
+        try:
+            work = await self._threads.to_its_end(lambda: self._begin(request, stack))
             path = await run_build(request, self._limits, work, job.hear)
-            try:
-                file = stack.enter_context(open(path, "r+b"))
-            except FileNotFoundError:
-                raise BuildFailedError("its process ended well and left no operator") from None
-            placing = asyncio.ensure_future(asyncio.to_thread(self._keeper.place, file, request.name, request.replace))
+            placing = self._threads.start(lambda: self._place(request, path))
             # What is cancelled here is stored all the same, or not at all.
             await until_done(placing)
             return placing.result()
+        finally:
+            await self._threads.to_its_end(stack.close)
+
+    def _begin(self, request: BuildRequest, stack: ExitStack) -> Path:
+        """The directory in which it works, which the end of ``stack`` removes."""
+        with self._keeper.store_errors():
+            work = stack.enter_context(work_directory(self._keeper.store.path))
+            write_concept(request, work)
+        return work
+
+    def _place(self, request: BuildRequest, path: Path) -> OperatorEntry:
+        if not path.exists():
+            raise BuildFailedError("its process ended well and left no operator")
+        with open(path, "r+b") as file:
+            return self._keeper.place(file, request.name, request.replace)
 
     async def _cancel(self, job: _Job) -> None:
         if job.task is not None and not job.task.done():
@@ -185,11 +204,12 @@ class Builds:
             # It had not begun.
             self._end(job, "cancelled")
 
-    def _end(self, job: _Job, state: BuildState, problem: str = "") -> None:
+    def _end(self, job: _Job, state: BuildState, problem: str = "", error: str = "") -> None:
         job.change(state=state, problem=problem[:1024], ended=_now(), time_left=None)
         build = job.build
         say = log.warning if problem else log.info
-        fields = {"problem": build.problem} if problem else {}
+        # What the builder said may repeat the texts: it is for whoever may watch the build, and the log has its kind.
+        fields = {"error": error} if error else {}
         say("build ended", build=build.id, operator=build.name, caller=build.caller, state=state, **fields)
         ended = [each for each, other in self._jobs.items() if other.build.has_ended]
         for each in ended[: max(0, len(ended) - _REMEMBERED)]:

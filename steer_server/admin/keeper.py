@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -33,8 +34,9 @@ _MAX_PROBLEM = 1024
 class Keeper:
     """A store and the registry that serves it. Its methods read and write files: call them beside the event loop."""
 
-    def __init__(self, store: Store, registry: Registry) -> None:
-        self.store, self._registry = store, registry
+    def __init__(self, store: Store, registry: Registry, *, max_served: int) -> None:
+        """``max_served``: bytes of all operators in service; none comes into service beyond them."""
+        self.store, self._registry, self._max_served = store, registry, max_served
         self._one_at_a_time = threading.Lock()
 
     def check(self, name: str, replace: str, *, field: str = "") -> None:
@@ -67,12 +69,16 @@ class Keeper:
 
         Raises as :meth:`check` does, and:
             ArtifactError: it is no whole operator, or not of the model being served.
-            StoreFullError, StoreUnwritableError: it cannot be stored. The store is as it was, here as above.
+            StoreFullError: the disk has no room, or with it too much would be in service.
+            StoreUnwritableError: it cannot be stored. The store is as it was, here as above.
         """
         file.flush()
+        # Before it is read; and once more when nobody else can change what is in service.
+        self._check_room(name, os.fstat(file.fileno()).st_size)
         entry = self._registry.examine(name, Path(file.name))
         with self._one_at_a_time, self.store_errors():
             self.check(name, replace)
+            self._check_room(name, entry.size_bytes)
             instead_of = replace if replace not in ("", ANY) else None
             try:
                 self.store.place(file, name, replace=replace == ANY, instead_of=instead_of)
@@ -87,11 +93,13 @@ class Keeper:
     def load(self, name: str) -> OperatorEntry:
         """Takes an operator of the store into service.
 
-        Raises :class:`UnknownOperatorError`, and :class:`OperatorUnusableError` where its file cannot be used.
+        Raises :class:`UnknownOperatorError`, :class:`OperatorUnusableError` where its file cannot be used, and
+        :class:`StoreFullError` where with it too much would be in service.
         """
         self._check_name(name)
         with self._one_at_a_time, self.store_errors():
             if name in self.store:
+                self._check_room(name, self.store.path_of(name).lstat().st_size)
                 self.store.set_unloaded(name, False)
             entry = self._registry.reload_one(name)
         if entry.problem:
@@ -137,6 +145,14 @@ class Keeper:
                 raise StoreFullError(problem) from error
             said = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             raise StoreUnwritableError(f"the store cannot be written to: {said}") from error
+
+    def _check_room(self, name: str, size: int) -> None:
+        others = self._registry.bytes_beside(name)
+        if others + size > self._max_served:
+            raise StoreFullError(
+                f"operators in service take {others} bytes; with {size} more they would pass the {self._max_served} "
+                "accepted (STEER_MAX_SERVED_BYTES); UnloadOperator (steer admin unload) makes room"
+            )
 
     def _check_name(self, name: str, field: str = "") -> None:
         try:

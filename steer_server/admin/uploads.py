@@ -18,7 +18,7 @@ import structlog
 
 from operators.core.errors import ArtifactError
 from steer_server.admin.keeper import Keeper
-from steer_server.admin.threads import to_its_end
+from steer_server.admin.threads import FileThreads
 from steer_server.errors import (
     InvalidRequestError,
     QueueFullError,
@@ -57,21 +57,39 @@ class _Upload:
         self.so_far.update(chunk)
         self.received += len(chunk)
 
+    def remove(self) -> None:
+        """The file, unless it was placed."""
+        # A disk that is full says so once more when the file is closed.
+        with suppress(OSError):
+            self.removal.close()
+
 
 class Uploads:
     """Those that are not finished. Belongs to one event loop."""
 
-    def __init__(self, keeper: Keeper, *, max_file: int, max_uploads: int, max_bytes: int, keep_seconds: float) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        threads: FileThreads,
+        *,
+        max_file: int,
+        max_uploads: int,
+        max_bytes: int,
+        keep_seconds: float,
+    ) -> None:
         """
         Args:
             max_file: bytes of one file.
             max_uploads, max_bytes: how many may be unfinished at once, and the bytes that all of them will have.
             keep_seconds: how long one is kept that nothing comes of.
         """
-        self._keeper = keeper
+        self._keeper, self._threads = keeper, threads
         self._max_file, self._max_uploads, self._max_bytes = max_file, max_uploads, max_bytes
         self._keep_seconds = keep_seconds
         self._unfinished: dict[str, _Upload] = {}
+        self._opening = asyncio.Lock()
+        """Held while a new one gets its file: another call of the same id then finds it."""
+        self._expiring: set[asyncio.Future[None]] = set()
 
     def find(self, upload_id: str) -> tuple[int, int]:
         """Bytes held of an unfinished one, and of the whole file. Raises :class:`UnknownUploadError`."""
@@ -99,19 +117,21 @@ class Uploads:
             return await self._finish(upload, sender)
         except InvalidRequestError:
             if upload.sender is sender:
-                self._drop(upload)
+                await self._drop(upload)
             raise
         finally:
             self._rest(upload, sender)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Removes what has come of all that are not finished."""
         for upload in tuple(self._unfinished.values()):
-            self._drop(upload)
+            await self._drop(upload)
+        await asyncio.gather(*self._expiring, return_exceptions=True)
 
     async def _begin(self, start: UploadStart, sender: object) -> _Upload:
-        await asyncio.to_thread(self._keeper.check, start.name, start.replace, field="start.")
-        upload = self._unfinished.get(start.upload_id) or self._new(start)
+        await self._threads.ask(lambda: self._keeper.check(start.name, start.replace, field="start."))
+        async with self._opening:
+            upload = self._unfinished.get(start.upload_id) or await self._new(start)
         if replace(start, offset=0) != replace(upload.start, offset=0):
             raise InvalidRequestError("start.upload_id", "is that of another upload, which is not finished")
         async with upload.turn:
@@ -132,7 +152,7 @@ class Uploads:
         if sender is not None and upload.sender is not sender:
             raise UploadOffsetError("another call goes on with this upload", received=upload.received)
 
-    def _new(self, start: UploadStart) -> _Upload:
+    async def _new(self, start: UploadStart) -> _Upload:
         if start.size_bytes > self._max_file:
             raise InvalidRequestError(
                 "start.size_bytes",
@@ -149,8 +169,14 @@ class Uploads:
                 f"{self._max_bytes} accepted (STEER_MAX_UPLOAD_BYTES)"
             )
         removal = ExitStack()
-        with self._keeper.store_errors():
-            file = removal.enter_context(self._keeper.store.new_file(start.name))
+        try:
+            with self._keeper.store_errors():
+                file = await self._threads.to_its_end(
+                    lambda: removal.enter_context(self._keeper.store.new_file(start.name))
+                )
+        except asyncio.CancelledError:
+            await self._threads.to_its_end(removal.close)
+            raise
         upload = self._unfinished[start.upload_id] = _Upload(start, file, removal)
         return upload
 
@@ -163,9 +189,9 @@ class Uploads:
                 raise InvalidRequestError("chunk", f"{found}; what has come of this upload was removed")
             try:
                 with self._keeper.store_errors():
-                    await to_its_end(lambda: upload.write(chunk))
+                    await self._threads.to_its_end(lambda: upload.write(chunk))
             except SteerServerError:
-                self._drop(upload)
+                await self._drop(upload)
                 raise
 
     async def _finish(self, upload: _Upload, sender: object) -> OperatorEntry:
@@ -185,11 +211,11 @@ class Uploads:
             if found != start.file_digest:
                 problem = f"is {start.file_digest}, and what came has {found}: it was damaged on the way, or changed"
                 raise InvalidRequestError("start.file_digest", problem)
-            return await to_its_end(lambda: self._keeper.place(upload.file, start.name, start.replace))
+            return await self._threads.to_its_end(lambda: self._keeper.place(upload.file, start.name, start.replace))
         except ArtifactError as error:
             raise InvalidRequestError("chunk", f"is of no operator for this server: {error}"[:_MAX_PROBLEM]) from None
         finally:
-            self._drop(upload)
+            await self._drop(upload)
 
     def _rest(self, upload: _Upload, sender: object) -> None:
         if upload.sender is sender and self._unfinished.get(upload.start.upload_id) is upload:
@@ -198,13 +224,17 @@ class Uploads:
 
     def _expire(self, upload: _Upload) -> None:
         log.info("upload given up", operator=upload.start.name, received=upload.received)
-        self._drop(upload)
+        self._forget(upload)
+        removing = self._threads.start(upload.remove)
+        self._expiring.add(removing)
+        removing.add_done_callback(self._expiring.discard)
 
-    def _drop(self, upload: _Upload) -> None:
+    async def _drop(self, upload: _Upload) -> None:
+        self._forget(upload)
+        await self._threads.to_its_end(upload.remove)
+
+    def _forget(self, upload: _Upload) -> None:
         if self._unfinished.get(upload.start.upload_id) is upload:
             del self._unfinished[upload.start.upload_id]
         if upload.expiry is not None:
             upload.expiry.cancel()
-        # A disk that is full says so once more when the file is closed.
-        with suppress(OSError):
-            upload.removal.close()

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 
 _PREFIX = ".build-"
@@ -26,7 +27,8 @@ def work_directory(store: Path) -> Iterator[Path]:
         try:
             # A server that starts just now may take it for one that was left behind, and be faster.
             with suppress(FileNotFoundError), open(path / _LOCK, "wb") as lock:
-                if _is_locked(lock.fileno()) and path.exists():
+                # Where the file system has no locks, nobody takes it for abandoned either.
+                if _lock(lock.fileno()) is not _Lock.ANOTHERS and path.exists():
                     inner = path / "work"
                     inner.mkdir()
                     yield inner
@@ -39,14 +41,24 @@ def remove_abandoned(store: Path) -> None:
     """Removes the directories that no server holds. Raises :class:`OSError` for a store that cannot be read."""
     for path in store.glob(f"{_PREFIX}*"):
         with suppress(OSError), open(path / _LOCK, "ab") as lock:
-            if _is_locked(lock.fileno()):
+            if _lock(lock.fileno()) is _Lock.OURS:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_locked(descriptor: int) -> bool:
-    """Whether this process could lock it. On a file system without locks nothing is taken to be left behind."""
+class _Lock(Enum):
+    """Whose a file is."""
+
+    OURS = "ours"
+    ANOTHERS = "another's"
+    UNKNOWN = "unknown"
+    """The file system has no locks."""
+
+
+def _lock(descriptor: int) -> _Lock:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _Lock.ANOTHERS
     except OSError:
-        return False
-    return os.fstat(descriptor).st_nlink > 0
+        return _Lock.UNKNOWN
+    return _Lock.OURS if os.fstat(descriptor).st_nlink > 0 else _Lock.ANOTHERS

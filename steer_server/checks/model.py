@@ -68,7 +68,7 @@ def _problem(store: Store, name: str, model: ModelInfo | None, max_bytes: int) -
             # Where the weights were never digested on this machine, all but their digest is compared.
             model = replace(model, model_fingerprint=signed_for)
         if model is not None:
-            check_fits(name, artifact, model)
+            check_fits(name, artifact.header, model)
     except (ArtifactError, StoreError, OSError, MemoryError) as error:
         return str(error) or type(error).__name__
     return ""

@@ -21,7 +21,7 @@ from steer_server.early.ports import OPEN, EarlyPorts
 from steer_server.errors import LoadingError
 from steer_server.lifecycle import Lifecycle
 from steer_server.rpc.status import status_of
-from steer_server.small_http import SmallHttp
+from steer_server.small_http import Answer, SmallHttp
 
 _OPTIONS = (
     ("grpc.so_reuseport", 0),
@@ -36,6 +36,19 @@ _LAST_WRITES = 0.1
 """Seconds for what has been answered to leave the socket."""
 _PR_SET_PDEATHSIG = 1
 _LOADING = LoadingError()
+_PAGE = b"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="refresh" content="2">
+<title>Steering, side by side</title>
+<style>
+:root { color-scheme: light dark; }
+body { font: 16px system-ui, sans-serif; margin: 20vh auto; max-width: 30em; padding: 0 1em; }
+</style>
+<p>The server is loading its model. This page opens by itself when it is ready.</p>
+</html>
+"""
 
 
 class _Refuse(grpc.GenericRpcHandler):
@@ -75,14 +88,22 @@ async def serve(ports: EarlyPorts) -> list[Callable[[], object]]:
                 raise OSError(f"cannot listen on {address}: the port is in use") from error
         await server.start()
         closers.append(partial(server.stop, _LAST_WRITES))
-    for address, has_tls in ports.http:
+    for address, is_door in ports.http:
         body = json.dumps({"error": {"message": str(_LOADING), "type": "server_error", "code": "LOADING"}}).encode()
-        answers = SmallHttp(lifecycle, {}, other=("503 Service Unavailable", "application/json", body))
+        paths = {"/": _loading_page} if is_door else {}
+        answers = SmallHttp(lifecycle, paths, other=("503 Service Unavailable", "application/json", body))
         host, _, port = address.rpartition(":")
-        context = certificates.context if has_tls and certificates is not None else None
-        await answers.start(host.strip("[]"), int(port), context)
+        context = certificates.context if is_door and certificates is not None else None
+        try:
+            await answers.start(host.strip("[]"), int(port), context)
+        except OSError as error:
+            raise OSError(f"cannot listen on {address}: {error.strerror}") from error
         closers.append(answers.close)
     return closers
+
+
+async def _loading_page(_accept: str) -> Answer:
+    return "503 Service Unavailable", "text/html; charset=utf-8", _PAGE
 
 
 def _credentials(files: Certificates) -> grpc.ServerCredentials:

@@ -24,7 +24,7 @@ def early_ports(config: ServerConfig, services: tuple[str, ...]) -> EarlyPorts:
     files = (config.tls_cert, config.tls_key, config.tls_client_ca)
     return EarlyPorts(
         grpc=tuple(each for each in rpc if each is not None and not each.endswith(":0")),
-        http=tuple((f"{host}:{port}", has_tls) for host, port, has_tls in http if port),
+        http=tuple((f"{host}:{port}", is_door) for host, port, is_door in http if port),
         services=("", LIVE, READY, STARTED, *services),
         certificates=tuple(str(file) for file in files if file is not None),
     )

@@ -16,7 +16,7 @@ class EarlyPorts:
 
     grpc: tuple[str, ...]
     http: tuple[tuple[str, bool], ...]
-    """Each with whether it has TLS."""
+    """Each with whether it is the door, which has TLS and a page for people; the other is that of metrics."""
     services: tuple[str, ...]
     """The names that the health service knows."""
     certificates: tuple[str, ...]

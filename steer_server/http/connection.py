@@ -23,6 +23,8 @@ class ConnectionLimits:
     """Seconds for the head of a request, and for what was answered to be taken."""
     idle: float
     """Seconds between two requests."""
+    age: float
+    """Seconds after which it takes no more requests: who comes again shows a certificate that is good then."""
 
 
 class Connection(H11Protocol):
@@ -32,6 +34,7 @@ class Connection(H11Protocol):
         super().__init__(config, state, {})
         self._limits = limits
         self._timer: asyncio.TimerHandle | None = None
+        self._aging: asyncio.TimerHandle | None = None
         self._head_began = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -40,10 +43,14 @@ class Connection(H11Protocol):
         _keep_alive(transport.get_extra_info("socket"))
         self.app_state = {"abort": transport.abort}
         self._end_in(self._limits.patience)
+        # Closes it, or has the answer under way be its last.
+        self._aging = self.loop.call_later(self._limits.age, self.shutdown)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the transport."""
         self._stop_timer()
+        if self._aging is not None:
+            self._aging.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -26,11 +26,11 @@ from steer_server.http.contract import Method, contract_methods
 from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler, Read
 from steer_server.http.errors import error_body
 from steer_server.http.exchange import encode
-from steer_server.http.listener import HttpListener
 from steer_server.http.openai.paths import OpenAIPaths
 from steer_server.http.origin import Gate
 from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
+from steer_server.http_listener import HttpListener
 from steer_server.lifecycle import PATHS, Lifecycle
 from steer_server.rpc.parts import ServerParts
 from steer_server.small_http import probe
@@ -72,11 +72,16 @@ class HttpDoor:
             access_log=False,
             log_config=None,
             h11_max_incomplete_event_size=_MAX_HEAD_BYTES,
+            # Who calls is whom the socket names, whatever a header says.
+            proxy_headers=False,
             timeout_keep_alive=int(parts.config.connection_idle) + 1,
         )
         settings.load()
         self._state = ServerState()
-        limits = ConnectionLimits(parts.config.client_patience, parts.config.connection_idle)
+        settings_of = parts.config
+        limits = ConnectionLimits(
+            settings_of.client_patience, settings_of.connection_idle, age=settings_of.connection_age
+        )
         certificates = parts.certificates
         self._listener = HttpListener(
             partial(Connection, settings, self._state, limits),

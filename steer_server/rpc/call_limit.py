@@ -23,6 +23,8 @@ _Key = TypeVar("_Key")
 _REPORT_SECONDS = 1.0
 _HINT_SECONDS = (1.0, 4.0)
 """Drawn from, so that those who were refused together do not come back together."""
+_KEPT = 4
+"""One part in so many of the places is for hosts that hold few."""
 _SLOW_SECONDS = 2.0
 """What a request may take to arrive, where its place is needed and nobody has more such calls."""
 
@@ -30,14 +32,16 @@ _SLOW_SECONDS = 2.0
 class CallLimit:
     """At most ``most`` calls at once. Belongs to one event loop.
 
-    Where they are all taken, a call whose request has not arrived gives its place to a new one: the oldest of the host
+    The last quarter of the places is for hosts that hold few: nobody keeps others out by calls that take long.
+    Where there is no place, a call whose request has not arrived gives its place to a new one: the oldest of the host
     that has the most of those, and there of the connection that has, if the new call's has fewer; else one that waits
     for its request for two seconds. So nobody keeps others out by calls without requests, however many.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._calls = 0
+        self._calls: Counter[str] = Counter()
+        """Under way, by host."""
         self._arriving: dict[Place, None] = {}
         """Calls whose request has not arrived, in the order in which they began."""
         self._of_host: Counter[str] = Counter()
@@ -50,34 +54,48 @@ class CallLimit:
     @property
     def calls(self) -> int:
         """Calls under way."""
-        return self._calls
+        return self._calls.total()
 
     @contextmanager
     def admitted(self, caller: Caller) -> Iterator[Place]:
         """Counts a call while the block runs.
 
         Raises:
-            QueueFullError: it is one too many.
+            QueueFullError: it is one too many, or one of a host that has its part.
             ShuttingDownError: the limit was closed before.
         """
         if self._is_closed:
             raise ShuttingDownError
-        if self._calls >= self._most:
+        if problem := self._problem(caller.host):
             slow = self._slow(caller)
             if slow is None:
-                raise self._refuse(f"{self._most} calls are under way already, the most admitted")
-            self._calls -= 1
+                raise self._refuse(problem)
+            _take_one(self._calls, slow.caller.host)
             slow.give_up()
         place = Place(self, caller)
-        self._calls += 1
+        self._calls[caller.host] += 1
         try:
             yield place
         finally:
-            self._calls -= not place.is_taken
+            if not place.is_taken:
+                _take_one(self._calls, caller.host)
 
     def close(self) -> None:
         """Refuses all calls from here on; those under way go on."""
         self._is_closed = True
+
+    def _problem(self, host: str) -> str:
+        """Why there is no place for one more of a host; empty where there is."""
+        calls, own, kept = self.calls, self._calls[host], self._most // _KEPT
+        if calls >= self._most:
+            return f"{self._most} calls are under way already, the most admitted"
+        # Who has less than a part of those that are kept gets one of them; at least one.
+        if calls < self._most - kept or own < max(1, kept // len(self._calls.keys() | {host})):
+            return ""
+        return (
+            f"{calls} calls are under way, {own} of them from where this one comes; the last {kept} of the "
+            f"{self._most} that are admitted are for others"
+        )
 
     def _slow(self, caller: Caller) -> Place | None:
         """The call that gives its place to one of this caller."""

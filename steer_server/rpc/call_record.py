@@ -36,8 +36,6 @@ class CallRecord:
     generated_tokens: int = 0
     scored_tokens: int = 0
     """Of a text that was given."""
-    used_tokens: int = 0
-    """Generated, or read under each arm: of those that a token may ask for."""
     texts: int = 0
     """Of a comparison, or with several samples, more than one."""
     operators: dict[str, str] = field(default_factory=dict)
@@ -57,10 +55,8 @@ class CallRecord:
             self.operators.update(event.operators)
         elif isinstance(event, Delta):
             self.generated_tokens += len(event.token_ids)
-            self.used_tokens += len(event.token_ids)
         elif isinstance(event, TextScore):
             self.scored_tokens = len(event.token_ids)
-            self.used_tokens += len(event.arms) * len(event.token_ids)
             self._finish(event.timings)
         elif isinstance(event, Completion):
             self._finish(event.timings)

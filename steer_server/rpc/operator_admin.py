@@ -49,19 +49,19 @@ class OperatorAdminService(operator_admin_pb2_grpc.OperatorAdminServiceServicer)
     async def LoadOperator(self, request: pb.LoadOperatorRequest, context: _Context) -> pb.LoadOperatorResponse:
         """Into service."""
         _note(request.name)
-        entry = await asyncio.to_thread(self._admin.keeper.load, request.name)
+        entry = await self._admin.threads.ask(lambda: self._admin.keeper.load(request.name))
         return pb.LoadOperatorResponse(operator=_told(entry))
 
     async def UnloadOperator(self, request: pb.UnloadOperatorRequest, context: _Context) -> pb.UnloadOperatorResponse:
         """Out of service."""
         _note(request.name)
-        entry = await asyncio.to_thread(self._admin.keeper.unload, request.name)
+        entry = await self._admin.threads.ask(lambda: self._admin.keeper.unload(request.name))
         return pb.UnloadOperatorResponse(operator=_told(entry))
 
     async def DeleteOperator(self, request: pb.DeleteOperatorRequest, context: _Context) -> pb.DeleteOperatorResponse:
         """Out of the store."""
         _note(request.name, request.digest)
-        await asyncio.to_thread(self._admin.keeper.delete, request.name, request.digest)
+        await self._admin.threads.ask(lambda: self._admin.keeper.delete(request.name, request.digest))
         return pb.DeleteOperatorResponse()
 
     async def BuildOperator(self, request: pb.BuildOperatorRequest, context: _Context) -> pb.OperatorBuild:

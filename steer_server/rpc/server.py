@@ -115,7 +115,7 @@ class SteerServer:
         # Watching the health must not take places from texts, nor the other way round, nor from those who ask once.
         limits = defaultdict(lambda: CallLimit(most), dict.fromkeys(_methods(services), calls))
         files = self.access_files or open_access(self.config)
-        access = AccessControl(files.tokens, admin_listener=self.config.admin_listen or "")
+        access = AccessControl(files.tokens, has_admin_listener=self.config.admin_listen is not None)
         metrics.add_access(access, files.watched)
         generation = GenerationService(self.engine, self.registry, metrics, self.config, admission.limits)
         operators = OperatorService(self.registry)
@@ -167,7 +167,7 @@ class SteerServer:
         await self._become(State.SERVING)
         port = self._listeners[0].port
         counting, show = partial(count_connections, port), metrics.connections("grpc").set
-        watching = (watch_connections(counting, most, show=show), watch(files.watched))
+        watching = (watch_connections(counting, most, show=show), watch(files.watched, access.look_at_clock))
         self._watching = [asyncio.ensure_future(each) for each in watching]
         return port
 

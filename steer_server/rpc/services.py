@@ -114,7 +114,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     counted.see(event)
                     yield event
         finally:
-            charge.settle(record.used_tokens)
+            charge.settle()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Prompt to token ids."""

@@ -32,6 +32,7 @@ with atheris.instrument_imports(include=["operators.core", "steer_server.admin"]
     from operators.core.store import Store
     from operators.core.vector_source import ImportedVector
     from steer_server.admin.keeper import Keeper
+    from steer_server.admin.threads import FileThreads
     from steer_server.admin.uploads import Uploads
     from steer_server.errors import SteerServerError
     from steer_server.registry import Registry
@@ -145,8 +146,9 @@ class UploadCalls:
         for path in self._store.path.iterdir():
             path.unlink()
         registry = Registry(self._store, self._model, max_bytes=1 << 20, max_dose=1.0)
-        keeper = Keeper(self._store, registry)
-        uploads = Uploads(keeper, max_file=1 << 17, max_uploads=2, max_bytes=1 << 18, keep_seconds=60)
+        keeper = Keeper(self._store, registry, max_served=1 << 30)
+        threads = FileThreads()
+        uploads = Uploads(keeper, threads, max_file=1 << 17, max_uploads=2, max_bytes=1 << 18, keep_seconds=60)
         for _ in range(given.ConsumeIntInRange(1, 6)):
             try:
                 await self._call(given, keeper, uploads)
@@ -154,7 +156,8 @@ class UploadCalls:
                 str(error).encode()
         unfinished = sum(path.suffix == ".tmp" for path in self._store.path.iterdir())
         assert unfinished <= 2
-        uploads.close()
+        await uploads.close()
+        threads.close()
         for path in self._store.path.iterdir():
             assert path.suffix in (".safetensors", ".unloaded"), path
         for name in self._store:

@@ -17,6 +17,7 @@ from steer_client import (
     SteerClient,
     UnauthenticatedError,
 )
+from steer_client._channel import is_local
 from steer_client._cli.app import app
 from typer.testing import CliRunner
 
@@ -259,3 +260,24 @@ def test_every_command_takes_the_options_of_access_and_none_a_token_itself():
             *("--token-file", "--metadata", "--insecure-token"),
         } <= options, name
         assert "--token" not in options
+
+
+@pytest.mark.parametrize(
+    ("target", "local"),
+    [
+        ("127.0.0.1:1", True),
+        ("[::1]:1", True),
+        ("dns:localhost:1", True),
+        ("dns:///localhost:1", True),
+        ("dns://10.0.0.53/localhost:1", True),
+        ("ipv4:127.0.0.1:1,127.0.0.2:1", True),
+        ("unix:/run/steer", True),
+        # Whom names are asked of is not who is called.
+        ("dns://127.0.0.1:53/remote:1", False),
+        ("dns://127.0.0.1:8600/remote", False),
+        ("ipv4:127.0.0.1:1,10.0.0.1:1", False),
+        ("remote:1", False),
+    ],
+)
+def test_a_target_is_local_where_what_it_names_is(target, local):
+    assert is_local(target) == local

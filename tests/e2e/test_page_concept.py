@@ -49,6 +49,8 @@ def test_a_concept_is_built_named_anew_where_it_is_taken_used_and_cancelled(open
     expect(problem.locator("button")).to_have_text("Replace it")
     picture(opened, "concept-taken")
     opened.fill("#concept-name", "bay")
+    # What would be replaced is not what stands there now.
+    expect(problem).to_be_hidden()
     opened.fill("#concept-texts", "the bay\nthe other bay\n")
     opened.click("#concept-build")
     expect(opened.locator("#concept-progress")).to_be_visible()
@@ -83,3 +85,37 @@ def test_a_server_whose_operators_stay_offers_no_building(chromium, start_tiny, 
         assert page.locator("#add-arm").is_visible()
         assert not page.locator("#add-concept").is_visible()
         page.close()
+
+
+def test_a_build_is_looked_for_again_and_only_what_was_refused_is_replaced(chromium, start_tiny, free_ports):
+    [port] = free_ports(1)
+    asked = []
+
+    def answer(route):
+        name, body = route.request.url.rsplit("/", 1)[-1], route.request.post_data_json
+        asked.append((name, body))
+        if name == "BuildOperator" and "replace" not in body:
+            found = {"metadata": {"found": "sha256:" + "1" * 64}}
+            error = {"code": "OPERATOR_EXISTS", "message": "operator 'ocean' is there", "details": [found]}
+            route.fulfill(status=409, json={"error": error})
+        elif name == "BuildOperator":
+            route.fulfill(json={"id": "b1", "name": "ocean", "state": "BUILD_STATE_RUNNING"})
+        elif [each for each, _ in asked].count("WatchBuild") < 3:
+            error = {"code": "RATE_LIMITED", "message": "too many calls", "details": []}
+            route.fulfill(status=429, headers={"retry-after": "0"}, json={"error": error})
+        else:
+            report = '{"id": "b1", "name": "ocean", "state": "BUILD_STATE_FAILED", "problem": "no such layer"}'
+            route.fulfill(content_type="text/event-stream", body=f"data: {report}\n\n")
+
+    with start_tiny("--http-port", str(port), "--operator-admin"):
+        page = chromium.new_page()
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.wait_for_selector("#server[data-kind=up]")
+        page.route("**/api/*Build*", answer)
+        fill(page, "ocean", "the sea")
+        page.click("#concept-build")
+        page.click("#concept-problem button")
+        expect(page.locator("#concept-problem")).to_have_text("no such layer", timeout=LATE)
+        page.close()
+    assert [body.get("replace") for name, body in asked if name == "BuildOperator"] == [None, "sha256:" + "1" * 64]
+    assert [body["id"] for name, body in asked if name == "WatchBuild"] == ["b1"] * 3

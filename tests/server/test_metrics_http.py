@@ -8,8 +8,10 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from steer_server import small_http
+from steer_server.access.certificates import read_certificates
 from steer_server.lifecycle import PATHS, Lifecycle, State
 from steer_server.metrics_http import metrics_server
+from tests.authority import Authority
 
 
 @pytest.fixture
@@ -104,3 +106,22 @@ async def test_a_head_without_an_end_is_cut_off(ask):
 async def test_an_accept_header_that_makes_no_sense_gets_the_usual_format(ask, accept):
     answer = await ask(f"GET /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode("latin-1"))
     assert answer.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4")
+
+
+async def test_connections_that_never_shake_hands_are_bounded_and_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(small_http, "_MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(small_http, "_SECONDS", 0.5)
+    authority = Authority()
+    server = small_http.SmallHttp(Lifecycle(State.SERVING), {})
+    files = read_certificates(*authority.issue())
+    port = await server.start("127.0.0.1", 0, files.context)
+    silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(6)]
+    assert [await asyncio.wait_for(reader.read(), 0.4) for reader, _ in silent[4:]] == [b"", b""]
+    # The others are given up after the time that an exchange may take.
+    await asyncio.wait_for(asyncio.gather(*(reader.read() for reader, _ in silent), return_exceptions=True), 5)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=authority.context(None, tmp_path))
+    writer.write(b"GET /livez HTTP/1.1\r\n\r\n")
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+    for _, each in (*silent, (reader, writer)):
+        each.close()
+    server.close()

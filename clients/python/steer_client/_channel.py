@@ -100,7 +100,10 @@ def is_local(target: str) -> bool:
     scheme, colon, rest = target.partition(":")
     if colon and scheme in ("unix", "unix-abstract", "vsock"):
         return True
-    addresses = rest.lstrip("/") if _MANY_SCHEME.match(target) else target
+    addresses = target
+    if _MANY_SCHEME.match(target):
+        # dns://AUTHORITY/NAME: the authority is who is asked for the name's addresses.
+        addresses = rest.removeprefix("//").partition("/")[2] if rest.startswith("//") else rest
     hosts = {each.strip().rpartition(":")[0].strip("[]").lower() for each in addresses.split(",")}
     return all(host == "localhost" or _is_loopback(host) for host in hosts)
 

@@ -418,7 +418,9 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):
-    """From the moment the request entered the queue. Always set, but for time_to_first_token where there was no token."""
+    """From the moment the request entered the queue: of all its prompts and texts this is one, from which its time limit
+    counts too. Always set, but for time_to_first_token where there was no token.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

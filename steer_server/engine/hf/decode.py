@@ -107,7 +107,7 @@ class Decoder:
                 return
             if logits is None:
                 # A token is fed back only to choose another: the last one of a text never is, however it ends.
-                last = torch.stack([slot.state.sequence[-1:] for slot in slots])
+                last = torch.tensor([slot.state.sequence[-1:] for slot in slots], device=self.loaded.device)
                 logits = self._forward(slots, last, prompt=False)
             events = list(self._choose_tokens(slots, logits))
             logits = None
@@ -151,7 +151,7 @@ class Decoder:
             report=report,
             sampler=Sampler(sampling, device, prompt_tokens=len(prompt), ending_ids=text.ending_ids),
             text=text,
-            sequence=torch.tensor(prompt, device=device),
+            sequence=list(prompt),
         )
 
     def _steering(self, plan: SteeringPlan, *, traces: bool) -> RowSteering:
@@ -184,7 +184,7 @@ class Decoder:
                 unique.append(slot)
         rows = torch.tensor(source, device=self.loaded.device)
         tokens = max(1, prefill_positions(self.loaded.device) // len(unique))
-        *chunks, last = torch.split(slots[0].state.sequence, tokens)
+        *chunks, last = torch.split(torch.tensor(self.job.prompt_ids, device=self.loaded.device), tokens)
         for chunk in chunks:
             if interruption := self.check_interruption():
                 return interruption
@@ -206,12 +206,9 @@ class Decoder:
         model, start = self.loaded.model, self._cache.get_seq_length()
         steered = {row: slot.steering for row, slot in enumerate(slots) if slot.steering is not None}
         # No embedding, direction or hook for what is over: pushing the first token alone costs nothing after it.
-        x = {
-            row: block_input(model, embed(model, ids[row]), start=start)
-            for row, steering in steered.items()
-            if not steering.over
-        }
-        load_pushes(self._hooks, steered, x)
+        pushed = [row for row, steering in steered.items() if not steering.over]
+        x = block_input(model, embed(model, ids[pushed]), start=start) if pushed else ()
+        load_pushes(self._hooks, steered, dict(zip(pushed, x, strict=True)))
         proofs = {row: proof for row, slot in enumerate(slots) if slot.steering and (proof := slot.state.proof)}
         witnessed = WitnessedPass(self._witness, proofs, ids, start=start)
         try:
@@ -237,13 +234,17 @@ class Decoder:
 
     def _choose_tokens(self, slots: list[BatchSlot], logits: torch.Tensor) -> Iterator[EngineEvent]:
         """The next token of every row of the job, from its logits in (B, V); and the end of those that it ends."""
+        # Of all rows at once: one operation, and one wait for the device.
+        likeliest = logits.argmax(-1).tolist()
         plain = {slot.state.index: logits[row] for row, slot in enumerate(slots) if slot.reference}
         for row, slot in enumerate(slots):
             if slot.reference:
                 continue
             state = slot.state
-            token = state.sampler.choose(state.sequence, logits[row])
-            state.sequence = torch.cat([state.sequence, state.sequence.new_tensor([token])])
+            token = likeliest[row]
+            if not state.sampler.takes_likeliest:
+                token = state.sampler.choose(torch.tensor(state.sequence, device=logits.device), logits[row])
+            state.sequence.append(token)
             piece, reason = state.text.push(token)
             yield TokenEvent(
                 row=state.index,

@@ -29,9 +29,9 @@ def read_text(
         chunk: tokens of a pass, at most.
         forward: a pass over ids (T,), the same for every row; its logits (B, T, V).
     """
-    ids = slots[0].state.sequence.new_tensor(text)
+    ids = torch.tensor(text, device=logits.device)
     begin, end, logits = 0, 1, logits[:, None]
-    _append(slots, ids[:1])
+    _append(slots, text[:1])
     while True:
         yield list(_score(slots, text[begin:end], logits))
         if end == len(text):
@@ -41,14 +41,14 @@ def read_text(
             return
         begin, end = end, min(end + chunk, len(text))
         # Before the pass, whose states are held against them. The last token of all is never fed.
-        _append(slots, ids[begin:end])
+        _append(slots, text[begin:end])
         del logits
         logits = forward(ids[begin - 1 : end - 1])
 
 
-def _append(slots: list[BatchSlot], ids: torch.Tensor) -> None:
+def _append(slots: list[BatchSlot], ids: Sequence[int]) -> None:
     for slot in slots:
-        slot.state.sequence = torch.cat([slot.state.sequence, ids])
+        slot.state.sequence.extend(ids)
 
 
 def _score(slots: list[BatchSlot], tokens: Sequence[int], logits: torch.Tensor) -> Iterator[EngineEvent]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from steer_server.types import FinishReason, Receipt, Report, RowFinished, Score
 
 @dataclass(eq=False)
 class RowState:
-    """One row of the job while it is being decoded. ``sequence``: prompt and generated tokens, (T,)."""
+    """One row of the job while it is being decoded. ``sequence``: ids of prompt and generated tokens."""
 
     index: int
     steering: RowSteering | None
@@ -31,7 +32,7 @@ class RowState:
     """What a score says."""
     sampler: Sampler
     text: RowText
-    sequence: torch.Tensor
+    sequence: list[int]
 
     @property
     def num_generated(self) -> int:
@@ -59,9 +60,10 @@ def check_finite(slots: list[BatchSlot], logits: torch.Tensor) -> None:
         SteeringNotAppliedError: a steered row's.
         EngineFailedError: a plain row's.
     """
-    finite = torch.isfinite(logits).flatten(1).all(-1).tolist()
-    for slot, row_is_finite in zip(slots, finite, strict=True):
-        if row_is_finite:
+    # What is not a number is both the least and the greatest. Looking at every number takes fifty times as long.
+    least, greatest = (found.tolist() for found in (logits.flatten(1).amin(-1), logits.flatten(1).amax(-1)))
+    for slot, low, high in zip(slots, least, greatest, strict=True):
+        if math.isfinite(low) and math.isfinite(high):
             continue
         if slot.steering is None:
             raise EngineFailedError(f"the model's logits of token {slot.state.num_generated} are not finite")

@@ -17,6 +17,7 @@ class RunningJob:
         self._decoder = decoder
         self._turns = decoder.turns()
         self._num_rows = len(queued.job.rows)
+        queued.job.caller.grant.charge.use(len(queued.job.forced_ids) * self._num_rows)
 
     @property
     def has_ended(self) -> bool:
@@ -36,5 +37,6 @@ class RunningJob:
             if isinstance(event, TokenEvent) and not self.queued.job.forced_ids:
                 generated[self.queued.job.rows[event.row].plan is not None] += 1
             self._num_rows -= isinstance(event, RowFinished)
+        self.queued.job.caller.grant.charge.use(sum(generated))
         self.queued.post(*events)
         return self._decoder.num_prompt_tokens_read - read, generated[0], generated[1]

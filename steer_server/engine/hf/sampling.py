@@ -54,6 +54,11 @@ class Sampler:
             self._processors.extend(_warpers(params))
             self._generator = torch.Generator(device).manual_seed(params.seed)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether it always chooses the token with the highest logit."""
+        return not self._random and not self._processors
+
     def choose(self, sequence: torch.Tensor, logits: torch.Tensor) -> int:
         """The next token of ``sequence`` (T,), given its logits (V,) in float32."""
         scores = self._processors(sequence[None], logits[None])[0]

@@ -24,7 +24,7 @@ _BLOCK = re.compile(r"(?:layers|h)\.(\d+)")
 
 
 class Witness:
-    """``with Witness(model, layers) as witness:``, entered after the hooks that push; leaves nothing behind."""
+    """``with witness:`` after :meth:`watch`, entered after the hooks that push; leaves nothing behind."""
 
     def __init__(self, model: Any, layers: Iterable[int]) -> None:
         named = ((_BLOCK.fullmatch(name), module) for name, module in model.get_decoder().named_modules())
@@ -37,7 +37,7 @@ class Witness:
 
     def __enter__(self) -> Witness:
         with ExitStack() as removal:
-            for layer, block in self._blocks.items():
+            for layer, block in ((layer, self._blocks[layer]) for layer in self._places):
                 for first in (True, False):
                     handle = block.register_forward_pre_hook(self._hook(layer), prepend=first, with_kwargs=True)
                     removal.callback(handle.remove)
@@ -71,11 +71,9 @@ class Witness:
 
     def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(_block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            places = self._places.get(layer)
-            if places:
-                hidden = args[0] if args else kwargs["hidden_states"]
-                rows, tokens = zip(*places, strict=True)
-                self._seen[layer].append(hidden[list(rows), list(tokens)])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rows, tokens = zip(*self._places[layer], strict=True)
+            self._seen[layer].append(hidden[list(rows), list(tokens)])
 
         return hook
 
@@ -97,22 +95,21 @@ class WitnessedPass:
                 self._places[layer].append((row, position - start))
         witness.watch(self._places)
 
-    def check(self, texts: Mapping[int, torch.Tensor]) -> None:
+    def check(self, texts: Mapping[int, Sequence[int]]) -> None:
         """Holds what was seen against the reference.
 
         Args:
-            texts: the ids (K,) of the same rows' texts, by the same index, up to the pass's last position.
+            texts: the ids of the same rows' texts, by the same index, up to the pass's last position.
 
         Raises:
             SteeringNotAppliedError: what was added in a row is not what its plan adds.
         """
         if not self._places:
             return
-        known = {row: texts[row].tolist() for places in self._places.values() for row, _ in places}
         for layer, seen in self._witness.seen().items():
             samples: dict[int, list[Sample]] = defaultdict(list)
             for (row, token), (before, after, norm) in zip(self._places[layer], seen, strict=True):
                 fed = int(self._ids[row, token])
                 samples[row].append(Sample(self._start + token, fed, norm, before, after))
             for row, of_row in samples.items():
-                self._proofs[row].check(layer, of_row, known[row])
+                self._proofs[row].check(layer, of_row, texts[row])

@@ -173,6 +173,7 @@ class VLLMJob:
         if isinstance(event, TokenEvent) and not self._job.forced_ids:
             is_steered = self._job.rows[event.row].plan is not None
             self._context.work.add(0, not is_steered, is_steered)
+            self._job.caller.grant.charge.use(1)
         self._outbox.put(event)
 
     def _admit(self, metrics: object) -> None:
@@ -180,6 +181,7 @@ class VLLMJob:
         if self._admitted:
             return
         self._admitted = True
+        self._job.caller.grant.charge.use(len(self._job.forced_ids) * self.size)
         # The last token of a text is never fed.
         self._context.work.add(len(self._job.prompt_ids) + max(0, len(self._job.forced_ids) - 1), 0, 0)
         # The engine core runs on this machine, on the same monotonic clock. Where vLLM keeps no statistics, the time of

@@ -8,12 +8,21 @@ const ENDS = {
   BUILD_STATE_SUCCEEDED: "It is there", BUILD_STATE_FAILED: "It failed", BUILD_STATE_CANCELLED: "It was cancelled",
 };
 
+const WAIT = 2;
+/** Answers after which there is nothing to look for: it is not known, or not to be seen by this token. */
+const LOST = [400, 403, 404];
+
 const lines = (text) => text.split("\n").map((line) => line.trim()).filter(Boolean);
 
 /** The seconds of a duration such as "12.5s", as people read them. */
 function duration(text) {
   const seconds = Math.round(Number.parseFloat(text));
   return seconds < 90 ? `${seconds} s` : `${Math.round(seconds / 60)} min`;
+}
+
+/** The version that has the name, where the server says which: a later one is not replaced unseen. */
+function taken(error) {
+  return error.details.map((detail) => detail.metadata?.found).find(Boolean) ?? "any";
 }
 
 export class ConceptDialog {
@@ -26,7 +35,9 @@ export class ConceptDialog {
     byId("add-concept").addEventListener("click", () => this.dialog.showModal());
     byId("concept-close").addEventListener("click", () => this.dialog.close());
     byId("concept-cancel").addEventListener("click", () => this.#cancel());
-    this.form.addEventListener("submit", (event) => { event.preventDefault(); this.#submit(""); });
+    this.form.addEventListener("submit", (event) => { event.preventDefault(); this.#submit(this.#request()); });
+    // What is wrong, and what may be done about it, is of what was sent.
+    this.form.addEventListener("input", () => this.#problem(""));
   }
 
   /** `model` as the server describes it; where its operators cannot be changed, there is nothing to open. */
@@ -34,17 +45,16 @@ export class ConceptDialog {
     byId("add-concept").hidden = !model.operator_admin;
   }
 
-  #request(replace) {
+  #request() {
     const words = byId("concept-words").value.split(",").map((word) => word.trim()).filter(Boolean);
     const calibrate = byId("concept-calibrate").checked;
     return {
       name: byId("concept-name").value.trim(), texts: lines(byId("concept-texts").value), words,
-      ...(calibrate ? { calibrate, quick: true } : {}), ...(replace ? { replace } : {}),
+      ...(calibrate ? { calibrate, quick: true } : {}),
     };
   }
 
-  async #submit(replace) {
-    const request = this.#request(replace);
+  async #submit(request) {
     if (!request.name || !request.texts.length) return this.#problem("A name and at least one text are needed.");
     if (request.calibrate && !request.words.length) return this.#problem("Trials count words of the concept: give some, or build without trials.");
     this.#problem("");
@@ -52,15 +62,31 @@ export class ConceptDialog {
     this.#say("Asking the server …");
     try {
       this.build = await call("BuildOperator", request);
-      for await (const report of events("WatchBuild", { id: this.build.id })) this.#show(report);
+      await this.#watch();
       await this.#end();
     } catch (error) {
       this.#say("");
-      if (error.code === "OPERATOR_EXISTS") return this.#problem(`There is an operator '${request.name}' already.`, action("Replace it", () => this.#submit("any")));
-      this.#problem(error.reachable === false && this.build ? `${error.message} The build goes on at the server.` : error.message);
+      if (error.code === "OPERATOR_EXISTS") return this.#problem(`There is an operator '${request.name}' already.`, action("Replace it", () => this.#submit({ ...request, replace: taken(error) })));
+      this.#problem(error.message);
     } finally {
       this.build = null;
       this.#busy(false);
+    }
+  }
+
+  /** Shows how far the build is, up to its end, however often the connection breaks or the server asks to come again. */
+  async #watch() {
+    for (;;) {
+      let wait = WAIT;
+      try {
+        for await (const report of events("WatchBuild", { id: this.build.id })) this.#show(report);
+      } catch (error) {
+        if (LOST.includes(error.status)) throw error;
+        wait = error.retryAfter ?? WAIT;
+        this.#say(`${error.message} The build goes on at the server; it is looked for again …`);
+      }
+      if (this.build.state in ENDS) return;
+      await new Promise((resume) => { setTimeout(resume, 1000 * wait); });
     }
   }
 

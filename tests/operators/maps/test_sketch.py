@@ -117,7 +117,7 @@ def test_singular_values_that_have_converged_are_those_of_scipy(make_case, famil
     operator = LinearOperator(
         shape=(d, n * d),
         dtype="float64",
-        matvec=lambda v: case.replay.jvp(torch.from_numpy(v).view(1, n, d) @ root)[0].numpy(),
+        matvec=lambda v: case.replay.jvp(torch.from_numpy(v).view(1, n, d) @ root.T)[0].numpy(),
         rmatvec=lambda u: (case.replay.vjp(torch.from_numpy(u).view(1, d)) @ root).flatten().numpy(),
     )
     values = svds(operator, k=rank, tol=1e-12, rng=0, return_singular_vectors=False)
@@ -162,8 +162,16 @@ def test_the_root_squared_is_the_second_moment_of_the_table(tiny):
     table = tiny("llama").model.get_input_embeddings().weight
     root = embedding_root(table)
     moment = torch.einsum("vi,vj->ij", table, table) / len(table)
-    assert relative_error(root @ root, moment / moment.diagonal().mean()) <= 1e-12
-    assert torch.allclose(root, root.T, atol=1e-12)
+    assert relative_error(root @ root.T, moment / moment.diagonal().mean()) <= 1e-12
+    assert torch.equal(root, root.tril())
+    # Fewer rows than columns: the moment is singular, and has no factor of Cholesky's.
+    few = table[:5]
+    root = embedding_root(few)
+    moment = torch.einsum("vi,vj->ij", few, few) / 5
+    assert relative_error(root @ root.T, moment / moment.diagonal().mean()) <= 1e-7
+    # In float32 the sums are float32's.
+    single = embedding_root(table.float())
+    assert relative_error(single @ single.T, embedding_root(table) @ embedding_root(table).T) <= 1e-6
 
 
 @pytest.mark.model

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -32,6 +32,17 @@ def test_a_tokenizer_that_adds_a_token_has_another_fingerprint(tiny_tokenizer):
         single="<end> $A", special_tokens=[("<end>", 0)]
     )
     assert tokenizer_fingerprint(adding) != tokenizer_fingerprint(tiny_tokenizer)
+
+
+def test_a_tokenizer_that_cuts_other_texts_otherwise_has_the_same_ids_and_fingerprint(tiny_tokenizer):
+    # An operator is of ids: it is right for whatever texts they are made of.
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=type(tiny_tokenizer.backend_tokenizer).from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    )
+    other.backend_tokenizer.normalizer = normalizers.NFKC()
+    assert other("\ufb01sh")["input_ids"] != tiny_tokenizer("\ufb01sh")["input_ids"]
+    assert other.get_vocab() == tiny_tokenizer.get_vocab()
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tiny_tokenizer)
 
 
 def test_a_tokenizer_with_a_new_word_has_another_fingerprint(tiny_tokenizer, tiny_directory):

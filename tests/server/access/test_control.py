@@ -161,9 +161,9 @@ def test_what_was_reserved_and_not_used_is_given_back(control, clock):
     with pytest.raises(RateLimitedError) as caught:
         other.reserve(30, "sampling.max_tokens")
     assert caught.value.retry_after == pytest.approx(6.0)
-    charge.settle(10)
+    charge.use(10), charge.settle()
     other.reserve(90, "sampling.max_tokens")
-    other.settle(90)
+    other.use(90), other.settle()
     # Of what was used nothing comes back but by time.
     with pytest.raises(RateLimitedError):
         enter(access).charge.reserve(1, "sampling.max_tokens")
@@ -200,9 +200,12 @@ def test_a_file_that_is_broken_while_the_server_runs_changes_nothing(control, li
 
 
 def test_admin_calls_are_served_by_their_listener_alone(control):
-    access = control(table(), admin_listener="127.0.0.1:50052")
-    with pytest.raises(PermissionDeniedError, match=r"by the admin listener, 127\.0\.0\.1:50052"):
+    access = control(table(), has_admin_listener=True)
+    with pytest.raises(PermissionDeniedError, match="by the admin listener, and not by this one"):
         enter(access, RELOAD)
+    # Where what is served is nothing that those learn who have no token.
+    with pytest.raises(UnauthenticatedError, match="a token is needed"), access.admitted(RELOAD, [], "peer"):
+        pass
     with pytest.raises(PermissionDeniedError, match="by the main listener"):
         enter(access, MODEL, by_admin_listener=True)
     enter(access, RELOAD, by_admin_listener=True)
@@ -260,3 +263,12 @@ def test_names_are_counted_up_to_a_bound(control):
         enter(access, MODEL, f"Bearer {token}")
     assert len(access.calls) == 101
     assert access.calls[OTHERS] == MAX_TOKENS - 100
+
+
+def test_a_clock_that_is_set_back_between_calls_brings_no_token_back(control, clock):
+    access = control(table(more="expires = 2030-01-01T00:00:10Z"))
+    clock.date = datetime(2030, 1, 1, 0, 0, 11, tzinfo=UTC)
+    access.look_at_clock()
+    clock.date = datetime(2030, 1, 1, tzinfo=UTC)
+    with pytest.raises(UnauthenticatedError, match="expired"):
+        enter(access)

@@ -52,7 +52,7 @@ def test_what_was_in_the_file_stays_as_it_was_written(path):
     path.chmod(0o640)
     add_token(path, "two.b", {**READ, "operators": ("ocean", 'a"b')})
     assert path.read_text().startswith(before)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert read_tokens(path.read_bytes()).entries["two.b"].operators == ("ocean", 'a"b')
     assert [each.name for each in path.parent.iterdir()] == ["tokens.toml"]
 
@@ -110,3 +110,25 @@ def test_tokens_that_are_added_at_once_are_all_there(path):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda number: add_token(path, f"t{number}", READ), range(12)))
     assert len(read_tokens(path.read_bytes()).entries) == 12
+
+
+@pytest.mark.parametrize(("before", "after"), [(0o640, 0o640), (0o664, 0o640), (0o600, 0o600), (0o440, 0o640)])
+def test_whoever_could_read_the_file_by_its_group_still_can_and_nobody_else(path, before, after):
+    add_token(path, "one", READ)
+    path.chmod(before)
+    renew_token(path, "one")
+    assert stat.S_IMODE(path.stat().st_mode) == after
+
+
+def test_a_file_whose_owner_cannot_be_kept_is_left_as_it_is(path, monkeypatch):
+    add_token(path, "one", READ)
+    before = path.read_bytes()
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("os.chown", refuse)
+    with pytest.raises(StartupError, match=r"belongs to \d+:\d+, which only that user or root can keep"):
+        renew_token(path, "one")
+    assert path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == [path.name]

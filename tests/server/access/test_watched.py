@@ -1,10 +1,13 @@
 """Files that change while the server runs: taken when they are whole, kept out when they cannot be used."""
 
+import asyncio
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from steer_server.access.watched import Watched
+from steer_server.access.watched import Watched, watch
 from steer_server.errors import StartupError
 
 
@@ -98,3 +101,19 @@ def test_what_cannot_be_used_at_the_start_is_an_error_with_its_path(tmp_path, co
         path.write_text(content)
     with pytest.raises(StartupError, match=f"number {path} cannot be used: "):
         Watched("number", [path], number)
+
+
+async def test_files_are_looked_at_while_all_other_threads_are_taken(path):
+    file, hangs = Watched("number", [path], number), threading.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    taken = asyncio.ensure_future(asyncio.to_thread(hangs.wait))
+    ticks = []
+    watching = asyncio.ensure_future(watch([file], lambda: ticks.append(1)))
+    path.write_bytes(b"8")
+    async with asyncio.timeout(10):
+        while file.value != 8:
+            await asyncio.sleep(0.02)
+    assert ticks
+    watching.cancel()
+    hangs.set()
+    await taken

@@ -1,6 +1,8 @@
 """Operators that are taken out of service, into it, and out of the store, while requests use them."""
 
 import asyncio
+import threading
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -11,9 +13,12 @@ from steer_client import (
     OperatorUse,
     SamplingParams,
     SteerError,
+    StoreFullError,
     UnknownOperatorError,
 )
 
+from operators.core.artifact import to_bytes
+from operators.core.store import Store
 from steer_server.access.grant import Grant
 from steer_server.caller import CALLER, Caller
 from steer_server.errors import PermissionDeniedError
@@ -134,3 +139,45 @@ async def test_a_token_for_some_operators_changes_those_alone(served):
     finally:
         CALLER.reset(caller)
     assert await served.names() == {"golden": True}
+
+
+async def test_so_much_is_in_service_and_no_more(serve, artifact, other_artifact, file_of):
+    size = len(to_bytes(artifact))
+    served = await serve(max_served_bytes=size + len(to_bytes(other_artifact)) - 1)
+    with pytest.raises(StoreFullError, match=f"operators in service take {size} bytes; with .*STEER_MAX_SERVED_BYTES"):
+        await served.client.upload_operator(file_of(other_artifact))
+    assert set(served.files()) == {"golden.safetensors"}
+    served.store.save("dress", other_artifact)
+    with pytest.raises(StoreFullError):
+        await served.client.load_operator("dress")
+    # One for another is no more than before.
+    await served.client.load_operator("golden")
+    await served.client.unload_operator("golden")
+    assert (await served.client.load_operator("dress")).usable
+
+
+async def test_what_is_of_another_model_is_refused_by_its_first_bytes(serve, artifact, remake, file_of, monkeypatch):
+    other = remake(artifact, model="other", model_fingerprint="sha256:" + "0" * 64)
+    served = await serve()
+
+    def read(*_, **__):
+        raise AssertionError("read to its end")
+
+    monkeypatch.setattr("steer_server.registry.from_bytes", read)
+    with pytest.raises(InvalidRequestError, match="built for model"):
+        await served.client.upload_operator(file_of(other))
+
+
+async def test_files_are_changed_beside_the_event_loop(served, other_artifact, file_of, monkeypatch):
+    new_file, threads = Store.new_file, set()
+
+    @contextmanager
+    def seen(store, name):
+        threads.add(threading.current_thread().name)
+        with new_file(store, name) as file:
+            yield file
+        threads.add(threading.current_thread().name)
+
+    monkeypatch.setattr(Store, "new_file", seen)
+    await served.client.upload_operator(file_of(other_artifact))
+    assert {name.split("_")[0] for name in threads} == {"store"}

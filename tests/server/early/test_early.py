@@ -82,6 +82,13 @@ def test_the_probes_are_answered_and_other_paths_told_to_come_again(ports, place
     assert json.loads(body)["error"]["code"] == "LOADING"
 
 
+def test_a_person_is_shown_a_page_that_opens_by_itself(ports):
+    status, again, body = _get(ports[2], "/")
+    assert (status, again) == (503, "5")
+    assert b'<meta http-equiv="refresh"' in body
+    assert b"loading its model" in body
+
+
 def test_a_port_that_is_taken_is_named(ports):
     for port, taken in {
         ports[0]: ServerConfig(listen=f"127.0.0.1:{ports[0]}"),

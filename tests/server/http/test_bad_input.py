@@ -291,13 +291,14 @@ async def test_calls_are_limited_together_with_those_over_grpc(start, logged):
     door = await start(max_calls=5)
     door.engine.may_go_on.clear()
     calls = [asyncio.ensure_future(door.post(PATH, PROMPT)) for _ in range(40)]
-    await _until(lambda: sum(call.done() for call in calls) == 35)
+    # One host gets four of five.
+    await _until(lambda: sum(call.done() for call in calls) == 36)
     door.engine.may_go_on.set()
     answers = await asyncio.gather(*calls)
     busy = [answer for answer in answers if answer.status == 429]
-    assert (len(busy), {answer.error["code"] for answer in busy}) == (35, {"QUEUE_FULL"})
+    assert (len(busy), {answer.error["code"] for answer in busy}) == (36, {"QUEUE_FULL"})
     assert all(1 <= int(answer.headers["retry-after"]) <= 5 for answer in busy)
-    await _until(lambda: sum(line.get("refused", 0) for line in logged) == 35)
+    await _until(lambda: sum(line.get("refused", 0) for line in logged) == 36)
 
 
 async def test_while_the_server_drains_new_requests_are_told_and_what_runs_ends(start):

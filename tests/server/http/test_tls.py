@@ -13,6 +13,7 @@ from steering.v1 import generation_pb2 as pb
 from steer_server.access.scopes import RPC_SCOPES, SCOPES
 from steer_server.errors import StartupError
 from tests.authority import Authority
+from tests.server.http.conftest import read_answer
 from tests.server.http.test_who_may_call import bearer, call, entry, http_paths, token_of
 
 MODEL = "/steering.v1.GenerationService/GetModelInfo"
@@ -198,3 +199,16 @@ async def test_files_that_do_not_belong_together_are_an_error_at_the_start(start
             files[name].write_bytes(value)
     with pytest.raises(StartupError, match=said):
         await start(**without(files, *(name for name, value in change.items() if value is None)))
+
+
+async def test_a_connection_takes_no_calls_beyond_its_age(start, authority, files, tmp_path):
+    server = await start(**files, connection_age=0.6)
+    server.tls = authority.context(authority.issue("client"), tmp_path)
+    reader, writer = await server.open()
+    request = server.request("GET", "/api/model", connection="keep-alive", **bearer(token_of("read")))
+    for _ in range(2):
+        writer.write(request)
+        assert (await read_answer(reader)).status == 200
+    # Whoever comes again shows a certificate that is good by then.
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()

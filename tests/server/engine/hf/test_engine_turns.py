@@ -6,6 +6,8 @@ import time
 import pytest
 import torch
 
+from steer_server.access.grant import Grant
+from steer_server.access.rates import Account, Charge
 from steer_server.caller import Caller
 from steer_server.engine.hf.engine import HFEngine
 from steer_server.engine.hf.failure import is_lost
@@ -14,6 +16,7 @@ from steer_server.errors import (
     EngineFailedError,
     InvalidRequestError,
     QueueFullError,
+    RateLimitedError,
     ShuttingDownError,
     SlowReaderError,
 )
@@ -289,3 +292,36 @@ async def test_texts_that_nobody_reads_count_until_they_are_read(engine):
     for stream in streams[1:]:
         stream.cancel()
     assert engine.undelivered == 0
+
+
+@pytest.mark.parametrize("forced", [(), (5,) * 20], ids=["generated", "given"])
+async def test_what_was_computed_is_charged_whether_or_not_anybody_takes_it(engine, forced):
+    account = Account("one", tokens_per_minute=100, clock=lambda: 0.0)
+    charge = Charge(account)
+    rows = (Row(score=True), Row(score=True)) if forced else (Row(), Row())
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True)
+    charge.reserve(60, "max_tokens")
+    caller = Caller("h", "c", grant=Grant(charge=charge))
+    stream = engine.submit(DecodeJob.of((1, 2), sampling, rows, forced_ids=forced, caller=caller))
+    async with asyncio.timeout(20):
+        while engine.running or engine.waiting:
+            await asyncio.sleep(0.01)
+    # Nobody has taken an event of it.
+    stream.cancel()
+    charge.settle()
+    account.reserve(60, "max_tokens")
+    with pytest.raises(RateLimitedError):
+        account.reserve(1, "max_tokens")
+
+
+async def test_what_never_began_is_charged_nothing(engine):
+    account = Account("one", tokens_per_minute=100, clock=lambda: 0.0)
+    charge = Charge(account)
+    charge.reserve(100, "max_tokens")
+    running = engine.submit(_job(tokens=ALL))
+    caller = Caller("h", "c", grant=Grant(charge=charge))
+    waiting = engine.submit(DecodeJob.of((1, 2), SamplingParams(max_tokens=100), (Row(),), caller=caller))
+    waiting.cancel()
+    charge.settle()
+    account.reserve(100, "max_tokens")
+    running.cancel()
