@@ -30,8 +30,6 @@ class Machine:
     """FLOP of a GEMM of a block's shape, with as many rows as a pass has."""
     flop_double: float
     """The same in float64."""
-    eigh: float
-    """FLOP of eigenvectors, counted as 10 d^3."""
     weights: float
     """Bytes of weights that a product of a few rows goes through."""
     cast: float
@@ -52,7 +50,6 @@ def measure_machine(
     back = x @ weight.T
     there_and_back = _seconds(lambda: (x @ weight.T, back @ weight))
     side = min(768, inner)
-    square = torch.randn(side, side, dtype=torch.float64)
     tall = torch.randn(8 * side, side, dtype=torch.float64)
     numbers = torch.zeros(1 << 24, dtype=stored)
     content = bytes(1 << 25)
@@ -61,7 +58,6 @@ def measure_machine(
         start=start,
         flop=4 * rows * weight.numel() / there_and_back,
         flop_double=2 * tall.shape[0] * side**2 / _seconds(lambda: tall.T @ tall),
-        eigh=10 * side**3 / _seconds(lambda: torch.linalg.eigh(square @ square.T)),
         weights=weight.numel() * weight.itemsize / _seconds(lambda: few @ weight.T),
         cast=numbers.numel() * dtype.itemsize / _seconds(lambda: numbers.to(dtype, copy=True)),
         read=_read_speed(files),

@@ -115,7 +115,7 @@ def plan_build(
         "digest": 0.0 if digested else digest,
         "texts": texts_seconds,
         "products": products_seconds,
-        "root": 0.0 if rank is None or spec.weighting == "white" else _root_seconds(table.shape, machine),
+        "root": 0.0 if rank is None or spec.weighting == "white" else _root_seconds(table.shape, wide, machine),
         "algebra": 0.0 if rank is None else _algebra_flop(spec, rank, n, d) / machine.flop,
     }
     return BuildPlan(
@@ -181,10 +181,11 @@ def _positions(counted: list[_Count], n: int) -> float:
     return n * (sum(count.replayed for count in inner) + last.values) + last.replayed - last.values
 
 
-def _root_seconds(table: Any, machine: Machine) -> float:
+def _root_seconds(table: Any, wide: int, machine: Machine) -> float:
+    """The second moment in the dtype of the vectors, and its Cholesky factor."""
     vocabulary, d = map(int, table)
-    seconds: float = (2 * vocabulary * d * d + 4 * d**3) / machine.flop_double + 10 * d**3 / machine.eigh
-    return seconds
+    seconds: float = 2 * vocabulary * d * d / machine.flop + d**3 / 3 / machine.flop_double
+    return seconds + wide * vocabulary * d / machine.cast
 
 
 def _algebra_flop(spec: BuildSpec, rank: int, n: int, d: int) -> float:

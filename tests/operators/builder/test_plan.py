@@ -19,7 +19,7 @@ from tests.odd_models import odd_model
 from tests.tiny_tokenizer import make_tokenizer
 
 IDS = (5, 7, 9, 11, 2)
-MACHINE = Machine(start=1, flop=1e9, flop_double=1e9, eigh=1e9, weights=1e9, cast=1e9, read=1e9, hashed=1e9)
+MACHINE = Machine(start=1, flop=1e9, flop_double=1e9, weights=1e9, cast=1e9, read=1e9, hashed=1e9)
 
 
 # Plain; one projection for queries, keys and values; its gate in one with up; a plain MLP; experts.
