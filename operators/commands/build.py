@@ -94,6 +94,20 @@ def build(
         typer.Option(help="In place of a rank: the residual |J - U B| / |J| to reach.", show_default=False),
     ] = None,
     max_memory: MaxMemoryOption = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read the blocks of the model one at a time from its files, within --max-memory in all (default: "
+            "where they do not fit into the memory).",
+        ),
+    ] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Refuse a model that does not fit into the memory.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take: passes, products, memory, time; and leave.")
+    ] = False,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
     attention: AttentionOption = None,
@@ -127,8 +141,19 @@ def build(
     calibrated; a calibration that is stopped goes on, too.
     """
     options = BuildOptions(
-        model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json, jobs
+        *(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json),
+        stream=True if stream else False if no_stream else None,
+        jobs=jobs,
+        plan=plan,
     )
+    if stream and no_stream:
+        raise typer.BadParameter("--stream and --no-stream were both given; one is accepted")
+    if calibrate and (stream or plan):
+        raise typer.BadParameter("--calibrate writes texts, which needs the whole model: neither --stream nor --plan")
+    if plan and file is not None:
+        raise typer.BadParameter("--plan is of one operator, and not of --file")
+    if stream and jobs > 1:
+        raise typer.BadParameter("--jobs shares one model in memory: with --stream, one is accepted")
     described = {
         "name": name,
         "texts": text or None,
