@@ -73,9 +73,8 @@ async def boot_vllm(
     check_same_weights(source, config.load_config)
     prompt = text_ids(loaded.tokenizer, _PROMPT)[:_MAX_PROMPT]
     tolerance = logprob_tolerance(config)
-    text = text_ids(loaded.tokenizer, " ".join(neutral_texts()))[
-        : min(_MAX_TEXT, config.model_config.max_model_len - 1)
-    ]
+    most = min(_MAX_TEXT, config.model_config.max_model_len - 1)
+    text = text_ids(loaded.tokenizer, " ".join(neutral_texts()))[:most]
     expected = None if tolerance is None else await asyncio.to_thread(transformers_logprobs, loaded, text)
     with problem_file() as problem:
         try:

@@ -31,8 +31,8 @@ USAGE = UsageContext.OPENAI_API_SERVER
 WORKER = "steer_server.engine.vllm.worker.worker.SteeringWorker"
 _EXACT_TOLERANCE, _ROUNDED_TOLERANCE = 0.005, 0.15
 """Nats, see :func:`logprob_tolerance`: for float32 on a CPU, and where anything is rounded to fewer bits. Measured:
-bfloat16 changes SmolLM2 and Gemma 3 270M by 0.04; rotary factors of another scale change SmolLM2 by 0.28 (1.5 times) and 0.58
-(twice), and one MLP of 30 that is left out by 0.64."""
+bfloat16 changes SmolLM2 and Gemma 3 270M by 0.04; rotary factors of another scale change SmolLM2 by 0.28 (1.5 times)
+and 0.58 (twice), and one MLP of 30 that is left out by 0.64."""
 _UNQUANTISED_CACHES = ("auto", "float32", "float16", "bfloat16")
 _CONSTRUCTOR_OPTIONS = ("disable_log_stats", "enable_log_requests", "aggregate_engine_logging")
 """Options that vLLM's constructor takes itself: they are no part of its configuration."""
