@@ -71,7 +71,8 @@ def _refuse_vllm(config: ServerConfig) -> None:
         from steer_server.engine.vllm.engine_config import DEVICE
     except ImportError as error:
         raise StartupError(
-            f"engine 'vllm' needs vLLM 0.32, which cannot be imported: {error} (see the README, or use --engine hf)"
+            f"engine 'vllm' needs vLLM 0.32 or 0.33, which cannot be imported: {error} (see the README, or use "
+            "--engine hf)"
         ) from error
     try:
         check_device(config.device, DEVICE)

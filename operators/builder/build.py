@@ -8,13 +8,13 @@ import torch
 
 from operators.builder.checks import (
     check_basis,
-    check_gradients,
     check_reconstruction,
-    check_replay,
     dtype_name,
     worst_reconstruction_error,
 )
-from operators.builder.neutral import check_contrast_anchor, neutral_mean, tokenise_neutral
+from operators.builder.mapped import map_texts
+from operators.builder.memory import range_dtype
+from operators.builder.neutral import check_contrast_anchor, tokenise_neutral
 from operators.builder.spec import BuildSpec, resolve_spec, vectors_per_pass
 from operators.core import capacity
 from operators.core.artifact import OperatorArtifact, make_artifact
@@ -24,7 +24,7 @@ from operators.core.progress import Progress, silent
 from operators.core.version import __version__
 from operators.maps.detach import RULE_SET
 from operators.maps.jacobian import exact_jacobian
-from operators.maps.replay import Replay
+from operators.maps.replay import VECTORS_PER_PASS, AffineMap
 from operators.maps.sketch import (
     OVERSAMPLE,
     LowRankMap,
@@ -32,7 +32,6 @@ from operators.maps.sketch import (
     sketch,
     sketch_within,
 )
-from operators.maps.weighted_map import WeightedMap
 from operators.model.loading import LoadedModel
 
 
@@ -50,8 +49,8 @@ def build_operator(
     Args:
         root: C^{1/2} (d, d) of :func:`~operators.maps.sketch.embedding_root`, shared by many builds on one model; None
             means that it is computed where the sketch needs it.
-        max_memory: bound of the bytes that the build takes beside the loaded model (its weights and the program);
-            None means most of what is free.
+        max_memory: bound of the bytes that the build takes beside the loaded model (its weights and the program), or
+            beside the program where the model's blocks are streamed; None means most of what is free.
         progress: receives the JVPs and VJPs done, and how many there will be; the total grows while the rank for a
             tolerance is searched for.
 
@@ -64,45 +63,35 @@ def build_operator(
     parameters = resolve_spec(spec, loaded, max_memory=max_memory)
     layer, rank, d = parameters.layer, parameters.rank, loaded.hidden_size
     products = _ProductProgress(progress, (d if rank is None else spec.num_products(rank, d)) * len(spec.texts))
-    replays = [
-        Replay(
-            loaded.model,
-            text.ids,
-            layer=layer,
-            profile=spec.profile,
-            vectors_per_pass=parameters.vectors_per_pass,
-            on_products=products.add,
-        )
-        for text in spec.texts
-    ]
-    for text, replay in zip(spec.texts, replays, strict=True):
-        check_replay(text, replay, loaded, layer=layer, profile=spec.profile)
-    check_gradients(spec.texts[0], loaded, layer=layer, profile=spec.profile)
-    weighted_map = WeightedMap(replays, spec.shares)
+    neutral = tokenise_neutral(loaded) if spec.neutral is None else spec.neutral
+    mapped = map_texts(spec, loaded, parameters, neutral, on_products=products.add, progress=progress)
+    weighted_map = mapped.summed
     low_rank_map = _approximate(spec, weighted_map, loaded, layer, rank, root, max_memory)
     if low_rank_map is None:
-        factors, basis = exact_jacobian(weighted_map), None
+        # Of streamed blocks, each product is a pass over all of them.
+        rows = VECTORS_PER_PASS if loaded.blocks is None else d
+        factors, basis = exact_jacobian(weighted_map, rows_per_pass=rows), None
     else:
         factors, basis = low_rank_map.factors, low_rank_map.basis
-    products.finish()
+    if loaded.blocks is None:
+        products.finish()
     _check_factors(factors, spec, layer)
     if basis is not None:
         check_basis(basis, weighted_map.y - weighted_map.offset, dtype_name(loaded.dtype))
-    error = worst_reconstruction_error(replays, factors, basis)
+    error = worst_reconstruction_error(mapped.texts, factors, basis)
     check_reconstruction(error, layer, dtype_name(loaded.dtype))
     y = weighted_map.y
-    texts = tokenise_neutral(loaded) if spec.neutral is None else spec.neutral
-    neutral = sum(spec.shares) * neutral_mean(texts, loaded, layer=layer, profile=spec.profile).to(y)
-    check_contrast_anchor(y, neutral, spec.texts)
-    header = _header(spec, loaded, layer, low_rank_map, y.dtype, error, texts)
+    mean = sum(spec.shares) * mapped.neutral.to(y)
+    check_contrast_anchor(y, mean, spec.texts)
+    header = _header(spec, loaded, layer, low_rank_map, y.dtype, error, neutral)
     offset = weighted_map.offset if bool(weighted_map.offset.any()) else None
     base = weighted_map.substitute_base(basis)
-    return make_artifact(header, factors, y, base, offset, basis=basis, neutral=neutral)
+    return make_artifact(header, factors, y, base, offset, basis=basis, neutral=mean)
 
 
 def _approximate(
     spec: BuildSpec,
-    weighted_map: WeightedMap,
+    weighted_map: AffineMap,
     loaded: LoadedModel,
     layer: int,
     rank: int | None,
@@ -117,7 +106,7 @@ def _approximate(
     elif root is None:
         root = embedding_root(loaded.model.get_input_embeddings().weight)
     if spec.tolerance is None:
-        return sketch(weighted_map, rank, root=root, seed=spec.seed)
+        return sketch(weighted_map, rank, root=root, seed=spec.seed, rounded_to=range_dtype(loaded, layer))
 
     def check_rank(rank: int | None) -> None:
         vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 
@@ -29,19 +30,44 @@ _GRADIENT_TOLERANCE = MappingProxyType({"float64": 1e-5, "float32": 1e-3, "bfloa
 _GRADIENT_TOKENS = 8
 
 
+class MappedText(Protocol):
+    """What is known of a text's map: a replay, or what a pass over streamed blocks recorded."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    offset: torch.Tensor
+
+    def reconstruction(self) -> torch.Tensor:
+        """sum_i J_i x_i + c, shape (d,)."""
+        ...
+
+
 def check_replay(text: Concept, replay: Replay, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
     """Holds the replay of a text to the model: same target as the plain forward pass, and given back by the map.
 
     Raises:
         ReconstructionError: the target is not finite, or one of the two is off.
     """
+    embeddings = embed(loaded.model, torch.tensor(text.ids, device=loaded.device))
+    with torch.no_grad():
+        plain = target_hidden_state(loaded.model, embeddings[None], layer=layer, profile=profile)[0]
+    check_mapped(text, replay, plain, loaded, layer=layer)
+
+
+def check_mapped(text: Concept, mapped: MappedText, plain: torch.Tensor, loaded: LoadedModel, *, layer: int) -> None:
+    """The same, with the target ``plain`` (d,) of the plain forward pass. Raises :class:`ReconstructionError`."""
     dtype = dtype_name(loaded.dtype)
-    if not bool(torch.isfinite(replay.y).all()):
+    if not bool(torch.isfinite(mapped.y).all()):
         raise ReconstructionError(
             f"the hidden state of {text.text!r} at layer {layer} of {loaded.name} is not finite in {dtype}"
         )
-    _check_forward(text.ids, replay.y, loaded, layer=layer, profile=profile)
-    check_reconstruction(relative_error(replay.reconstruction(), replay.y), layer, dtype)
+    error = relative_error(mapped.y, plain)
+    if not error <= _FORWARD_TOLERANCE[dtype]:
+        raise ReconstructionError(
+            f"the detached forward pass differs from the plain one by {error:.1e} at layer {layer}; at most "
+            f"{_FORWARD_TOLERANCE[dtype]:.0e} is accepted in {dtype}"
+        )
+    check_reconstruction(relative_error(mapped.reconstruction(), mapped.y), layer, dtype)
 
 
 def check_gradients(text: Concept, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
@@ -59,7 +85,12 @@ def check_gradients(text: Concept, loaded: LoadedModel, *, layer: int, profile: 
         x, y = input_and_target(loaded.model, embeddings[None], layer=layer, profile=profile)
     cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
     (gradient,) = torch.autograd.grad(y, x, cotangent)
-    error, dtype = relative_error(gradient, replay.vjp(cotangent.to(replay.y))), dtype_name(loaded.dtype)
+    error = relative_error(gradient, replay.vjp(cotangent.to(replay.y)))
+    check_gradient_error(error, layer, dtype_name(loaded.dtype))
+
+
+def check_gradient_error(error: float, layer: int, dtype: DTypeName) -> None:
+    """Raises :class:`ReconstructionError` unless ``error`` is within the bound of ``dtype``; NaN is not."""
     if not error <= _GRADIENT_TOLERANCE[dtype]:
         raise ReconstructionError(
             f"the gradients of the detached model differ from its replay's by {error:.1e} at layer {layer}; at most "
@@ -77,7 +108,9 @@ def check_basis(basis: torch.Tensor, point: torch.Tensor, dtype: DTypeName) -> N
             raise ReconstructionError(f"tensor 'basis' {problem}: it is off by {error:.1e}")
 
 
-def worst_reconstruction_error(replays: Sequence[Replay], factors: torch.Tensor, basis: torch.Tensor | None) -> float:
+def worst_reconstruction_error(
+    replays: Sequence[MappedText], factors: torch.Tensor, basis: torch.Tensor | None
+) -> float:
     """|sum_i J_i x_i + c - y| / |y| of the text where it is largest, for J_i = U B_i.
 
     Args:
@@ -100,18 +133,6 @@ def check_reconstruction(error: float, layer: int, dtype: DTypeName) -> None:
         raise ReconstructionError(
             f"sum J x misses the hidden state by {error:.1e} at layer {layer}; at most "
             f"{RECONSTRUCTION_TOLERANCE[dtype]:.0e} is accepted in {dtype}"
-        )
-
-
-def _check_forward(ids: tuple[int, ...], y: torch.Tensor, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
-    embeddings = embed(loaded.model, torch.tensor(ids, device=loaded.device))
-    with torch.no_grad():
-        plain = target_hidden_state(loaded.model, embeddings[None], layer=layer, profile=profile)[0]
-    error, dtype = relative_error(y, plain), dtype_name(loaded.dtype)
-    if not error <= _FORWARD_TOLERANCE[dtype]:
-        raise ReconstructionError(
-            f"the detached forward pass differs from the plain one by {error:.1e} at layer {layer}; at most "
-            f"{_FORWARD_TOLERANCE[dtype]:.0e} is accepted in {dtype}"
         )
 
 

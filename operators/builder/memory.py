@@ -16,6 +16,7 @@ import torch
 from operators.core.capacity import format_bytes
 from operators.core.errors import BuildError
 from operators.maps.sketch import TABLE_ROWS_AT_ONCE
+from operators.maps.sweeps import PLAIN_POSITIONS
 from operators.model.loading import decoder_layers
 
 if TYPE_CHECKING:
@@ -32,10 +33,16 @@ _ROOT_KEPT = 2
 _RECORDED_COPIES = 5
 """Arrays of a block's attention weights while they are recorded: scores, softmax, the identity for each head, and what
 comes of it, twice."""
+_STORED = 4
+"""Bytes of a number in the files: at most this, but of a model that is stored in float64."""
 _ALLOCATOR = 1.1
 """What is resident over what is in use, of the large arrays."""
 _LIBRARIES = 48 << 20
 """Bytes that the first build of a process takes for good, whatever its size: modules, kernels, their buffers."""
+
+
+_MAX_ROUNDED = 1 << 30
+"""Bytes of rounded weights that a sketch may take to be faster."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,26 @@ def estimate_sketch(loaded: LoadedModel, n: int, layer: int, width: int, texts: 
     # C^{1/2} is made before the sketch begins, so that the larger of the two counts.
     sketch = _SKETCH_COPIES * width * n * d * _itemsize(loaded) + _ROOT_KEPT * square
     root = _ROOT_COPIES * square + 8 * rows * d
-    return _with_allowance(passes.fixed + max(sketch, root, _recording(loaded, n)), passes.per_row)
+    rounded = 0 if range_dtype(loaded, layer) is None else _rounded_bytes(loaded, layer)
+    return _with_allowance(passes.fixed + max(sketch + rounded, root, _recording(loaded, n)), passes.per_row)
+
+
+def range_dtype(loaded: LoadedModel, layer: int) -> torch.dtype | None:
+    """In what a sketch at ``layer`` multiplies with weights to find its range: bfloat16 or, by None, as elsewhere.
+
+    bfloat16 where it was measured to be faster, which is on CPUs that have instructions for it (AVX-512 BF16), and its
+    rounded weights take little. Of machine and model alone, so that these build the same twice, streamed or not.
+    """
+    if loaded.device.type != "cpu" or _itemsize(loaded) != torch.float32.itemsize:
+        return None
+    fast = torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and _rounded_bytes(loaded, layer) <= _MAX_ROUNDED else None
+
+
+def _rounded_bytes(loaded: LoadedModel, layer: int) -> int:
+    """Of the weights of the blocks before ``layer``, those that are not bfloat16 already."""
+    weights = (weight for block in decoder_layers(loaded.model)[:layer] for weight in block.parameters())
+    return sum(torch.bfloat16.itemsize * weight.numel() for weight in weights if weight.dtype != torch.bfloat16)
 
 
 def estimate_exact(loaded: LoadedModel, n: int, layer: int, texts: int = 1) -> MemoryEstimate:
@@ -63,12 +89,41 @@ def estimate_exact(loaded: LoadedModel, n: int, layer: int, texts: int = 1) -> M
     return _with_allowance(passes.fixed + max(_EXACT_COPIES * operator, _recording(loaded, n)), passes.per_row)
 
 
+def estimate_streamed(
+    loaded: LoadedModel, n: int, layer: int, width: int, texts: int = 1, *, sketched: bool = True
+) -> MemoryEstimate:
+    """All that a build with streamed blocks takes beside the program: what stays of the model, and a block of it."""
+    passes, d, itemsize = _estimate_passes(loaded, n, 1, texts), loaded.hidden_size, _itemsize(loaded)
+    table = loaded.model.get_input_embeddings().weight
+    block = block_bytes(loaded)
+    # Every text's stream at every block; neutral texts side by side.
+    streams = texts * (layer + 1) * n * d * loaded.dtype.itemsize
+    plain = PLAIN_POSITIONS * (6 * d + 4 * _inner_size(loaded)) * loaded.dtype.itemsize
+    # Each text's vectors are kept from block to block.
+    arrays = (texts - 1 + (_SKETCH_COPIES if sketched else _EXACT_COPIES)) * width * n * d * itemsize
+    square, rows = 8 * d * d, min(TABLE_ROWS_AT_ONCE, int(table.shape[0]))
+    kept, root = (_ROOT_KEPT * square, _ROOT_COPIES * square + 8 * rows * d) if sketched else (0, 0)
+    at_once = max(block + kept + passes.fixed + max(arrays, plain, _recording(loaded, n)), root)
+    return _with_allowance(table.numel() * table.dtype.itemsize + streams + at_once, passes.per_row)
+
+
+def block_bytes(loaded: LoadedModel) -> int:
+    """The largest block of a streamed model while it is in memory.
+
+    As it is in the files, and the next one, which is read meanwhile; in the model's dtype; and in that of the vectors.
+    """
+    largest = max(sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(loaded.model))
+    own, wide = loaded.dtype.itemsize, _itemsize(loaded)
+    return largest * (2 * max(_STORED, own) + own + (wide if wide > own else 0))
+
+
 def rows_within(
     budget: int,
     estimate: MemoryEstimate,
     limit: int,
     subject: str,
     remedy: str = "a lower rank or a shorter concept needs less",
+    beside: str = "the model",
 ) -> int:
     """How many rows, up to ``limit``, a pass may have within ``budget`` bytes.
 
@@ -82,7 +137,7 @@ def rows_within(
     rows = (budget - estimate.fixed) // estimate.per_row
     if rows < 1:
         raise BuildError(
-            f"{subject} needs about {format_bytes(estimate.fixed + estimate.per_row)} of memory beside the model; "
+            f"{subject} needs about {format_bytes(estimate.fixed + estimate.per_row)} of memory beside {beside}; "
             f"{format_bytes(max(budget, 0))} may be used (--max-memory; {remedy})"
         )
     return int(min(rows, limit))

@@ -78,6 +78,10 @@ class BuildSpec:
         """JVPs and VJPs of a sketch of this rank."""
         return num_products(rank, d, power_iterations=self.power_iterations, probes=self.num_probes)
 
+    def num_passes(self, rank: int | None) -> int:
+        """Passes over the blocks of a streamed model: one to record, one for each product of the sketch."""
+        return 2 if rank is None else 2 + 2 * self.power_iterations
+
     @property
     def num_positions(self) -> int:
         """n, the number of blocks: the tokens of the longest text."""
@@ -95,11 +99,14 @@ class BuildParameters:
     """Tangents or cotangents that go through the model at a time, within the memory."""
 
 
-def resolve_spec(spec: BuildSpec, loaded: LoadedModel, *, max_memory: int | None = None) -> BuildParameters:
+def resolve_spec(
+    spec: BuildSpec, loaded: LoadedModel, *, max_memory: int | None = None, streamed: bool | None = None
+) -> BuildParameters:
     """What the defaults of ``spec`` come to on this model, after checking all that can be checked before the build.
 
     Args:
         max_memory: bytes beside the model; None means most of what is free.
+        streamed: whether its blocks will be read one at a time; None means as it was loaded.
 
     Raises:
         BuildError: the layer, rank or tolerance is out of range; or the operator takes more memory than there is,
@@ -108,7 +115,8 @@ def resolve_spec(spec: BuildSpec, loaded: LoadedModel, *, max_memory: int | None
     check_first_token(spec.setting_on(loaded))
     layer = resolve_layer(spec.layer, spec.profile, loaded)
     rank = _resolve_rank(spec, loaded)
-    return BuildParameters(layer, rank, vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory))
+    vectors = vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory, streamed=streamed)
+    return BuildParameters(layer, rank, vectors)
 
 
 def check_first_token(setting: Recommended) -> None:
@@ -132,7 +140,13 @@ def resolve_layer(layer: int | None, profile: Profile, loaded: LoadedModel) -> i
 
 
 def vectors_per_pass(
-    spec: BuildSpec, loaded: LoadedModel, layer: int, rank: int | None, *, max_memory: int | None
+    spec: BuildSpec,
+    loaded: LoadedModel,
+    layer: int,
+    rank: int | None,
+    *,
+    max_memory: int | None,
+    streamed: bool | None = None,
 ) -> int:
     """How many tangents or cotangents fit into one pass of a build at ``layer`` with ``rank`` (None: exact).
 
@@ -146,15 +160,28 @@ def vectors_per_pass(
         raise BuildError(
             f"the operator of {n} tokens at hidden size {d} takes {num_bytes} bytes; at most {MAX_BYTES} are accepted"
         )
-    if rank is None:
-        estimate = memory.estimate_exact(loaded, n, layer, len(spec.texts))
-    else:
-        # The widest product is the last one: the basis and the probes.
-        width = num_products(rank, d, power_iterations=0, probes=spec.num_probes)
-        estimate = memory.estimate_sketch(loaded, n, layer, width, len(spec.texts))
-    budget = capacity.free_memory(loaded.device) if max_memory is None else max_memory
+    streamed = loaded.blocks is not None if streamed is None else streamed
+    estimate = estimate_memory(spec, loaded, layer, rank, streamed=streamed)
+    # Shapes alone are planned for this machine's memory.
+    device = torch.device("cpu") if loaded.device.type == "meta" else loaded.device
+    budget = capacity.free_memory(device) if max_memory is None else max_memory
     subject = f"the operator of {n} tokens of {loaded.name} at layer {layer}"
-    return memory.rows_within(budget, estimate, VECTORS_PER_PASS, subject)
+    beside = "the program" if streamed else "the model"
+    return memory.rows_within(budget, estimate, VECTORS_PER_PASS, subject, beside=beside)
+
+
+def estimate_memory(
+    spec: BuildSpec, loaded: LoadedModel, layer: int, rank: int | None, *, streamed: bool
+) -> memory.MemoryEstimate:
+    """What a build takes beside the model, and beside the program where the model's blocks are streamed."""
+    n, d, texts = spec.num_positions, loaded.hidden_size, len(spec.texts)
+    # The widest product is the last one: the basis and the probes.
+    width = d if rank is None else num_products(rank, d, power_iterations=0, probes=spec.num_probes)
+    if streamed:
+        return memory.estimate_streamed(loaded, n, layer, width, texts, sketched=rank is not None)
+    if rank is None:
+        return memory.estimate_exact(loaded, n, layer, texts)
+    return memory.estimate_sketch(loaded, n, layer, width, texts)
 
 
 def _resolve_rank(spec: BuildSpec, loaded: LoadedModel) -> int | None:

@@ -16,7 +16,7 @@ from operators.commands import _describe as describe
 from operators.commands import _output as output
 from operators.commands._calibration import calibrate_new, forget
 from operators.commands._file_progress import joint_progress, progress_by_turns
-from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.commands._options import BuildOptions, default_device, open_store, parse_memory, streaming_warnings
 from operators.core.defaults import is_default
 from operators.core.progress import working
 
@@ -61,7 +61,9 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
                 device=device if options.jobs == 1 else "cpu",
                 attention=options.attention,
                 check=family_of,
+                stream=options.may_stream,
             )
+        output.print_warnings(streaming_warnings(loaded, options))
         devices = devices_of(device)
         if options.jobs > 1:
             memory = share_of_memory(memory, devices, options.jobs)

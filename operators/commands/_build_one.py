@@ -11,8 +11,15 @@ from typing import Any
 
 from operators.commands import _describe as describe
 from operators.commands import _output as output
+from operators.commands._build_plan import print_plan
 from operators.commands._calibration import WORK, calibrate_new, forget
-from operators.commands._options import BuildOptions, default_device, open_store, parse_memory
+from operators.commands._options import (
+    BuildOptions,
+    default_device,
+    open_store,
+    parse_memory,
+    streaming_warnings,
+)
 from operators.core.claims import claim
 from operators.core.progress import shown_progress, working
 
@@ -30,7 +37,8 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
         # Everything that can be refused without the model is refused before it is loaded.
         store = open_store(options.store_path)
         entry = ConceptEntry(**{key: validate_value(key, value) for key, value in described.items()})
-        store.check_free(entry.name, replace=options.replace)
+        if not options.plan:
+            store.check_free(entry.name, replace=options.replace)
         if options.calibrate:
             held.enter_context(claim(store, entry.name, WORK))
         memory = parse_memory(options.max_memory)
@@ -43,6 +51,9 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
 
         neutral_texts = None if neutral is None else read_neutral_texts(neutral)
 
+        if options.plan:
+            print_plan(entry, options, neutral_texts, start)
+            return
         with working("loading torch and the model"):
             from operators.builder.build import build_operator
             from operators.maps.detach import family_of
@@ -55,10 +66,11 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
                 device=device,
                 attention=options.attention,
                 check=family_of,
+                stream=options.may_stream,
             )
         spec = dataclasses.replace(build_spec(entry, loaded), neutral=tokenise_neutral(loaded, neutral_texts))
         # Before minutes go into a calibration.
-        warnings = describe.build_warnings(spec, loaded)
+        warnings = [*describe.build_warnings(spec, loaded), *streaming_warnings(loaded, options)]
         output.print_warnings(warnings)
         with shown_progress(lines=not options.as_json) as progress:
             artifact = build_operator(spec, loaded, max_memory=memory, progress=progress)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from operators.core.header import AttentionName, DTypeName
 from operators.core.store import Store
+
+if TYPE_CHECKING:
+    from operators.model.loading import LoadedModel
 
 DeviceName = Literal["cpu", "cuda"]
 
@@ -64,6 +67,15 @@ class BuildOptions:
     as_json: bool
     jobs: int = 1
     """Processes that build the operators of a file."""
+    stream: bool | None = None
+    """Whether the weights of the blocks stay in the files; None means where they do not fit into the memory."""
+    plan: bool = False
+    """Whether only to say what it would take."""
+
+    @property
+    def may_stream(self) -> bool | None:
+        """``stream``, of a run that may: calibrations write texts, and several processes share one model in memory."""
+        return False if self.calibrate or self.jobs > 1 else self.stream
 
 
 def open_store(path: Path | None) -> Store:
@@ -83,3 +95,13 @@ def parse_memory(size: str | None) -> int | None:
     from operators.core.capacity import parse_bytes
 
     return None if size is None else parse_bytes(size)
+
+
+def streaming_warnings(loaded: LoadedModel, options: BuildOptions) -> list[str]:
+    """What is to be known of a build that was not asked to stream the model, and does."""
+    if loaded.blocks is None or options.stream:
+        return []
+    return [
+        f"{loaded.name} does not fit into the memory: its blocks are read from the files in every pass (--plan says "
+        "how many, --no-stream refuses)"
+    ]

@@ -48,14 +48,19 @@ def build(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Recommended strength; negative pushes away (default: 0.5).", show_default=False),
+        typer.Option(
+            help="Recommended strength; negative pushes away (default: the model's, mostly 0.3; golden: 0.5).",
+            show_default=False,
+        ),
     ] = None,
     rule: Annotated[
         Rule | None, typer.Option(help="Recommended rule (default: cumulative).", show_default=False)
     ] = None,
     blend: Annotated[
         float | None,
-        typer.Option(help="Recommended blend, from 0 (operator) to 1 (anchor) (default: 0).", show_default=False),
+        typer.Option(
+            help="Recommended blend, from 0 (operator) to 1 (anchor) (default: 1; golden: 0).", show_default=False
+        ),
     ] = None,
     positions: Annotated[
         str | None,
@@ -94,6 +99,20 @@ def build(
         typer.Option(help="In place of a rank: the residual |J - U B| / |J| to reach.", show_default=False),
     ] = None,
     max_memory: MaxMemoryOption = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read the blocks of the model one at a time from its files, within --max-memory in all (default: "
+            "where they do not fit into the memory).",
+        ),
+    ] = False,
+    no_stream: Annotated[
+        bool, typer.Option("--no-stream", help="Refuse a model that does not fit into the memory.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it would take: passes, products, memory, time; and leave.")
+    ] = False,
     dtype: DTypeOption = "float32",
     device: DeviceOption = None,
     attention: AttentionOption = None,
@@ -127,8 +146,19 @@ def build(
     calibrated; a calibration that is stopped goes on, too.
     """
     options = BuildOptions(
-        model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json, jobs
+        *(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json),
+        stream=True if stream else False if no_stream else None,
+        jobs=jobs,
+        plan=plan,
     )
+    if stream and no_stream:
+        raise typer.BadParameter("--stream and --no-stream were both given; one is accepted")
+    if calibrate and (stream or plan):
+        raise typer.BadParameter("--calibrate writes texts, which needs the whole model: neither --stream nor --plan")
+    if plan and file is not None:
+        raise typer.BadParameter("--plan is of one operator, and not of --file")
+    if stream and jobs > 1:
+        raise typer.BadParameter("--jobs shares one model in memory: with --stream, one is accepted")
     described = {
         "name": name,
         "texts": text or None,

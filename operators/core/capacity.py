@@ -27,8 +27,13 @@ def free_memory(device: torch.device) -> int:
         import torch
 
         return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
+    return int(_SHARE_OF_FREE * available_memory())
+
+
+def available_memory() -> int:
+    """Bytes of the machine, or of the container, that are not taken; what files are cached in is not."""
     left = memory_left()
-    return int(_SHARE_OF_FREE * (_available() if left is None else min(left, _available())))
+    return _available() if left is None else min(left, _available())
 
 
 @contextmanager

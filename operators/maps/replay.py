@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from operators.core.header import Profile
-from operators.maps.detach import recording, replaying
+from operators.maps.detach import recording, replaying, rounded_to
 from operators.model.loading import block_input, decoder_layers, embed, final_norm
 
 if TYPE_CHECKING:
@@ -105,8 +105,9 @@ class Replay:
         dtype = torch.promote_types(y.dtype, torch.float32)
         self.y = y.to(dtype)
         self.x = block_input(model, embeddings).to(dtype)
-        self._vectors_per_pass = max(1, min(vectors_per_pass, _POSITIONS_PER_PASS // len(ids)))
+        self._vectors_per_pass = group_size(vectors_per_pass, len(ids))
         self._graph: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._graph_rounded_to: torch.dtype | None = None
         self._on_products = on_products
         self.products = 0
         with torch.no_grad():
@@ -130,8 +131,10 @@ class Replay:
 
     def vjp(self, cotangents: torch.Tensor) -> torch.Tensor:
         """J^T U, shape (l, n, d), for U (l, d)."""
-        if self._graph is None:
+        if self._graph is None or self._graph_rounded_to != rounded_to():
             # The graph of an affine map holds only constants, so that one made at zero serves every cotangent.
+            self._graph = None
+            self._graph_rounded_to = rounded_to()
             zero = self.x.new_zeros(1, *self.shape, requires_grad=True)
             with torch.enable_grad():
                 self._graph = zero, self._forward(zero)
@@ -149,6 +152,12 @@ class Replay:
     def reconstruction(self) -> torch.Tensor:
         """sum_i J_i x_i + c, shape (d,), by one JVP: equal to ``y`` up to rounding."""
         return self.jvp(self.x[None])[0] + self.offset
+
+    def last_term(self) -> torch.Tensor:
+        """J_{n-1} x_{n-1}, shape (d,)."""
+        only_last = torch.zeros_like(self.x)
+        only_last[-1] = self.x[-1]
+        return self.jvp(only_last[None])[0]
 
     def _split(self, vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Groups of even size: a short last pass would take nearly as long as a full one."""
@@ -168,6 +177,11 @@ class Replay:
             for block in blocks:
                 hidden = block(hidden)
             return _target(self._model, hidden, self._profile)
+
+
+def group_size(vectors_per_pass: int, n: int) -> int:
+    """How many vectors of a text of n tokens go through the model at a time, of at most ``vectors_per_pass``."""
+    return max(1, min(vectors_per_pass, _POSITIONS_PER_PASS // n))
 
 
 def target_hidden_state(

@@ -80,6 +80,25 @@ def changed_error(name: str, file: Path | str) -> ModelError:
     )
 
 
+def check_complete(name: str, *, missing: list[str], shapes: list[str]) -> None:
+    """Refuses a checkpoint that lacks a parameter: transformers makes a random one, another at every start."""
+    for problem, keys in (("has no", missing), ("has another shape of", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ModelError(
+                f"model {name!r}: its checkpoint {problem} {', '.join(keys[:3])}{more}; weights for every parameter, "
+                "not quantised in a way that transformers cannot read, are needed"
+            )
+
+
+def tied_error(name: str) -> ModelError:
+    """What is said of a head that is tied by the configuration and has numbers of its own in the files."""
+    return ModelError(
+        f"model {name!r}: its configuration ties the head to the embedding table (tie_word_embeddings), and its "
+        "checkpoint has other numbers for the two; set it to false, or remove the head from the checkpoint"
+    )
+
+
 def loaded_weights(directory: Path) -> frozenset[Path]:
     """Of all weights in a directory, those that transformers loads. Raises :class:`ModelError` where it has none."""
     try:

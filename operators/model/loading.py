@@ -18,13 +18,14 @@ from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import check_attention
-from operators.model.checkpoint_files import CheckpointFiles, packed_weights
+from operators.model.block_weights import BlockWeights, without_weights
+from operators.model.checkpoint_files import CheckpointFiles, check_complete, packed_weights, tied_error
 from operators.model.digest_cache import keep_digest
 from operators.model.experts import fit_experts
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
-from operators.model.preflight import Examined, ModelCheck, examine
-from operators.model.stored_weights import keep_in_memory, stored_weights_digest
+from operators.model.preflight import Examined, ModelCheck, check_fits, examine
+from operators.model.stored_weights import keep_in_memory, stored_weights_digest, streamed_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,8 @@ class LoadedModel:
     tokenizer_fingerprint: str
     files: CheckpointFiles | None = None
     """As they were when the model was loaded; None for a model that was made in memory."""
+    blocks: BlockWeights | None = None
+    """Where the weights of the decoder blocks are, of a model that is streamed; None where they are in memory."""
 
     @property
     def device(self) -> torch.device:
@@ -92,12 +95,15 @@ def load_model(
     device: str = "cpu",
     attention: AttentionName | None = None,
     check: ModelCheck | None = None,
+    stream: bool | None = False,
 ) -> LoadedModel:
     """Loads a model by built-in name, local directory or GGUF file (de-quantised once), or Hugging Face id.
 
     Args:
         attention: None means sdpa where that is the same as the model's own attention.
         check: raises an error for a model that the caller cannot use; called before the weights are read.
+        stream: leave the weights of the blocks in the files, for callers that read them block by block; None means
+            where they do not fit into the memory.
 
     Raises:
         ModelError: it cannot be found or loaded, or its files were changed meanwhile; the message says what was tried.
@@ -122,9 +128,13 @@ def load_model(
         examined = examine(
             *(name, source, revision), dtype=dtype, device=torch.device(device), attention=attention, checks=checks
         )
+        streamed = examined.need > examined.have if stream is None else stream
+        if streamed:
+            return _streamed(name, directory, examined, DTYPES[dtype], torch.device(device))
+        check_fits(name, examined, dtype, device)
         model, report = _from_files(source, revision, examined, DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        _check_complete(name, report)
+        _check_report(name, report)
         _check_tied(name, model)
         files = files or CheckpointFiles.of(directory)
         _check_not_packed(name, model, files)
@@ -146,6 +156,32 @@ def load_model(
     keep_digest(files, weights)
     fingerprint = model_fingerprint(model, weights=weights)
     return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files)
+
+
+def _streamed(name: str, directory: Path, examined: Examined, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """The model with the weights of its blocks in the files."""
+    from transformers import AutoTokenizer
+
+    files = CheckpointFiles.of(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    _check_not_packed(name, examined.model, files)
+
+    def blocks_in(dtype: torch.dtype) -> BlockWeights:
+        model = without_weights(examined, dtype)
+        blocks = BlockWeights(name, model, decoder_layers(model), directory, examined.decoder.names, device)
+        blocks.load_resident()
+        return blocks
+
+    weights = streamed_digest(files, blocks_in)
+    blocks = blocks_in(dtype)
+    model = blocks.model
+    fit_experts(model)
+    with blocks.zeros():
+        check_attention(name, model)
+    files.check_unchanged(name)
+    keep_digest(files, weights)
+    fingerprint = model_fingerprint(model, weights=weights)
+    return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files, blocks)
 
 
 def _from_files(
@@ -183,17 +219,10 @@ def _hub_directory(source: str) -> Path:
     return Path(str(cached_file(source, "config.json"))).parent
 
 
-def _check_complete(name: str, report: Mapping[str, Iterable[Any]]) -> None:
-    """Refuses a checkpoint that lacks a parameter: transformers makes a random one, another at every start."""
+def _check_report(name: str, report: Mapping[str, Iterable[Any]]) -> None:
     # A weight of another shape comes with both shapes behind its name.
     shapes = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    for problem, keys in (("has no", sorted(report["missing_keys"])), ("has another shape of", sorted(shapes))):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ModelError(
-                f"model {name!r}: its checkpoint {problem} {', '.join(keys[:3])}{more}; weights for every parameter, "
-                "not quantised in a way that transformers cannot read, are needed"
-            )
+    check_complete(name, missing=sorted(report["missing_keys"]), shapes=sorted(shapes))
 
 
 def _check_tied(name: str, model: PreTrainedModel) -> None:
@@ -205,10 +234,7 @@ def _check_tied(name: str, model: PreTrainedModel) -> None:
     # That of the whole model, by which transformers ties; a part that is text only may say something else.
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     if tied and head is not None and head.weight is not table.weight:
-        raise ModelError(
-            f"model {name!r}: its configuration ties the head to the embedding table (tie_word_embeddings), and its "
-            "checkpoint has other numbers for the two; set it to false, or remove the head from the checkpoint"
-        )
+        raise tied_error(name)
 
 
 def _check_not_packed(name: str, model: PreTrainedModel, files: CheckpointFiles) -> None:

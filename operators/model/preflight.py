@@ -28,6 +28,8 @@ class Examined:
     attention: AttentionName
     need: int
     """Bytes of its weights in the dtype asked for."""
+    have: int
+    """Bytes that they may take."""
 
 
 ModelCheck = Callable[["PreTrainedModel"], object]
@@ -47,7 +49,7 @@ def examine(
     """The model at ``source`` without its weights, after all checks that need none.
 
     Raises:
-        ModelError: its weights do not fit into the memory, or it has no such attention.
+        ModelError: it has no such attention.
         Exception: what ``checks`` raise, and transformers where it does not know the architecture.
     """
     from transformers import AutoModelForCausalLM
@@ -65,10 +67,13 @@ def examine(
             raise type(error)(f"model {name!r}: {error}") from error
     chosen = choose_attention(empty, attention)
     need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
-    have = free_memory(device)
-    if need > have:
+    return Examined(decoder, empty, chosen, need, free_memory(device))
+
+
+def check_fits(name: str, examined: Examined, dtype: DTypeName, device: str) -> None:
+    """Raises :class:`ModelError` where its weights do not fit into the memory."""
+    if examined.need > examined.have:
         raise ModelError(
-            f"model {name!r} takes {format_bytes(need)} of memory in {dtype}; {format_bytes(have)} may be used on "
-            f"{device}"
+            f"model {name!r} takes {format_bytes(examined.need)} of memory in {dtype}; {format_bytes(examined.have)} "
+            f"may be used on {device}"
         )
-    return Examined(decoder, empty, chosen, need)

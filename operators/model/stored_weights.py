@@ -14,6 +14,8 @@ from operators.model.weights_digest import weights_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from operators.model.block_weights import BlockWeights
+
 _EXACT_IN = {
     torch.float64: {torch.float64, torch.float32, torch.float16, torch.bfloat16},
     torch.float32: {torch.float32, torch.float16, torch.bfloat16},
@@ -38,6 +40,16 @@ def stored_weights_digest(
     if stored <= _EXACT_IN[dtype]:
         return weights_digest(model)
     return weights_digest(load(_dtype_of_all(stored)))
+
+
+def streamed_digest(files: CheckpointFiles, blocks_in: Callable[[torch.dtype], BlockWeights]) -> str:
+    """The same, of a model whose blocks are in the files: part by part where it is not in the cache.
+
+    Args:
+        blocks_in: the model in another dtype: numbers are read as they are stored.
+    """
+    kept = cached_digest(files)
+    return kept if kept is not None else blocks_in(_dtype_of_all(stored_dtypes(files.weights))).digest()
 
 
 def _dtype_of_all(stored: frozenset[torch.dtype]) -> torch.dtype:

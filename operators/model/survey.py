@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from operators.core.capacity import format_bytes
+from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
-from operators.model.checkpoint_files import CheckpointFiles, loaded_weights
+from operators.model.block_weights import without_weights
+from operators.model.checkpoint_files import CheckpointFiles, loaded_weights, stored_dtypes
 from operators.model.digest_cache import cached_digest
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.loading import LoadedModel, check_device, check_not_adapter, decoder_layers, near_name
 from operators.model.obtain import ACCEPTED, BUILT_IN, locate
-from operators.model.preflight import examine
+from operators.model.preflight import ModelCheck, check_fits, examine
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,76 @@ class ModelSurvey:
     said: str
     """One sentence about it, without its name."""
     model: LoadedModel | None
+
+
+@dataclass(frozen=True, eq=False)
+class ModelOutline:
+    """A model by its configuration. Filled by :func:`outline_model`.
+
+    ``model`` is without weights, on the device "meta", and ``tokenizer`` None where its directory has none. ``fits``
+    says whether its weights fit into the memory; ``digested`` whether they have been digested on this machine;
+    ``stored`` is the dtype of its files, or of its configuration where it has no files.
+    """
+
+    loaded: LoadedModel
+    has_tokenizer: bool
+    fits: bool
+    digested: bool
+    stored: torch.dtype
+    files: tuple[Path, ...]
+
+
+def outline_model(
+    name: str, *, dtype: DTypeName, device: str, attention: AttentionName | None, checks: Sequence[ModelCheck] = ()
+) -> ModelOutline:
+    """What a configuration says of a model, whether its weights are there or not.
+
+    Raises:
+        ModelError: its configuration is not on this machine, or it cannot be loaded as far as that tells.
+    """
+    check_device(device)
+    found = locate(name)
+    directory = Path(found) if found is not None and Path(found).is_dir() else None
+    if directory is None and found is not None:
+        directory = _cached_hub_directory(str(found))
+    if directory is None:
+        raise ModelError(f"model {name!r} {_how_to_get(name)}: a plan needs its configuration here")
+    try:
+        examined = examine(
+            *(name, str(directory), "main"),
+            dtype=dtype,
+            device=torch.device(device),
+            attention=attention,
+            checks=[decoder_layers, *checks],
+        )
+    except OperatorError:
+        raise
+    except Exception as error:
+        # transformers raises errors of any class for files that are damaged.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"model {name!r} cannot be planned for{near_name(name)}: {reason} ({ACCEPTED})") from error
+    model = without_weights(examined, DTYPES[dtype])
+    tokenizer = _tokenizer(directory)
+    files = CheckpointFiles.of(directory)
+    dtypes = stored_dtypes(files.weights) or {model.config.get_text_config().dtype or torch.bfloat16}
+    loaded = LoadedModel(name, model, tokenizer, "", "", files)
+    return ModelOutline(
+        loaded,
+        has_tokenizer=tokenizer is not None,
+        fits=examined.need <= examined.have,
+        digested=cached_digest(files) is not None,
+        stored=max(dtypes, key=lambda stored: stored.itemsize),
+        files=files.weights,
+    )
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except Exception:  # noqa: BLE001 - of any class, for files that are missing or damaged: a plan does without
+        return None
 
 
 def survey_model(name: str, *, dtype: DTypeName, device: str, attention: AttentionName | None) -> ModelSurvey:
@@ -58,6 +132,7 @@ def survey_model(name: str, *, dtype: DTypeName, device: str, attention: Attenti
             attention=attention,
             checks=[decoder_layers],
         )
+        check_fits(name, examined, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except OperatorError:
         raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -25,23 +25,39 @@ _HIGH_HALF = 16
 """Bits by which a float32 is shifted to give the bfloat16 of its upper half."""
 
 
+TensorDigest = tuple[tuple[int, ...], bytes]
+"""The shape of a tensor, and the digests of its blocks one after the other."""
+
+
 def weights_digest(model: PreTrainedModel) -> str:
     """64 hexadecimal digits over every parameter and every buffer that belongs to a checkpoint.
 
     A tensor that has two names counts under both. Buffers that a model works out from its configuration are not
     numbers of its checkpoint, and do not count.
     """
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return combined_digest(tensor_digests({name: tensor.detach() for name, tensor in model.state_dict().items()}))
+
+
+def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorDigest]:
+    """The digest of each tensor by its name."""
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
         # Tied tensors are one piece of memory with two names: it is read once.
         digests = {
-            _place(tensor): [threads.submit(_block_digest, block) for block in _blocks(tensor)]
+            _place(tensor): [threads.submit(_block_digest, block) for block in _blocks(tensor.detach())]
             for tensor in tensors.values()
         }
-        total = hashlib.sha256()
-        for name in sorted(tensors):
-            blocks = b"".join(digest.result() for digest in digests[_place(tensors[name])])
-            total.update(f"{name} {tuple(tensors[name].shape)} {len(blocks)}\n".encode() + blocks)
+        return {
+            name: (tuple(tensor.shape), b"".join(digest.result() for digest in digests[_place(tensor)]))
+            for name, tensor in tensors.items()
+        }
+
+
+def combined_digest(tensors: Mapping[str, TensorDigest]) -> str:
+    """The digest of a model of these tensors."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        shape, blocks = tensors[name]
+        total.update(f"{name} {shape} {len(blocks)}\n".encode() + blocks)
     return total.hexdigest()
 
 

@@ -90,13 +90,16 @@ def _content(path: Path) -> bytes:
 
 async def watch(files: Sequence[Watched[Any]], tick: Callable[[], None] = lambda: None) -> None:
     """Looks at all of them again and again, beside the event loop, and calls ``tick``. Runs until it is cancelled."""
-    # A thread of its own: a token that was revoked is refused however many others wait for a thread.
-    thread = ThreadPoolExecutor(1, thread_name_prefix="watch")
+    # A thread of its own for each: a token that was revoked is refused however many others wait for a thread, and where
+    # the disk of a certificate hangs.
+    threads = ThreadPoolExecutor(max(1, len(files)), thread_name_prefix="watch")
+    looking: dict[Watched[Any], asyncio.Future[None]] = {}
     try:
         while files:
             await asyncio.sleep(LOOK_SECONDS)
             tick()
             for each in files:
-                await asyncio.get_running_loop().run_in_executor(thread, each.look)
+                if each not in looking or looking[each].done():
+                    looking[each] = asyncio.get_running_loop().run_in_executor(threads, each.look)
     finally:
-        thread.shutdown(wait=False)
+        threads.shutdown(wait=False, cancel_futures=True)

@@ -34,6 +34,7 @@ _SHARE_OF_WORK = 0.5
 _CONCEPT = "concept.toml"
 _KEPT = re.compile(
     r"PATH|PYTHON\w*|VIRTUAL_ENV|LD_LIBRARY_PATH|HOME|USER|LOGNAME|LANG|LC_\w+|TZ|TMPDIR|XDG_CACHE_HOME|HF_HOME|HF_HUB_CACHE"
+    r"|HUGGINGFACE_HUB_CACHE"
     r"|OMP_\w+|MKL_\w+|MALLOC_\w+|SSL_CERT_\w+"
 )
 """Variables of the server's environment that a build gets."""

@@ -74,11 +74,11 @@ class Keeper:
         """
         file.flush()
         # Before it is read; and once more when nobody else can change what is in service.
-        self._check_room(name, os.fstat(file.fileno()).st_size)
+        self.check_room(name, os.fstat(file.fileno()).st_size)
         entry = self._registry.examine(name, Path(file.name))
         with self._one_at_a_time, self.store_errors():
             self.check(name, replace)
-            self._check_room(name, entry.size_bytes)
+            self.check_room(name, entry.size_bytes)
             instead_of = replace if replace not in ("", ANY) else None
             try:
                 self.store.place(file, name, replace=replace == ANY, instead_of=instead_of)
@@ -99,7 +99,7 @@ class Keeper:
         self._check_name(name)
         with self._one_at_a_time, self.store_errors():
             if name in self.store:
-                self._check_room(name, self.store.path_of(name).lstat().st_size)
+                self.check_room(name, self.store.path_of(name).lstat().st_size)
                 self.store.set_unloaded(name, False)
             entry = self._registry.reload_one(name)
         if entry.problem:
@@ -146,7 +146,8 @@ class Keeper:
             said = error.strerror or str(error) if isinstance(error, OSError) else str(error)
             raise StoreUnwritableError(f"the store cannot be written to: {said}") from error
 
-    def _check_room(self, name: str, size: int) -> None:
+    def check_room(self, name: str, size: int) -> None:
+        """Whether so many bytes may come into service under a name; reads no file. Raises :class:`StoreFullError`."""
         others = self._registry.bytes_beside(name)
         if others + size > self._max_served:
             raise StoreFullError(

@@ -158,6 +158,7 @@ class Uploads:
                 "start.size_bytes",
                 f"is {start.size_bytes}; at most {self._max_file} are read (STEER_MAX_ARTIFACT_BYTES)",
             )
+        self._keeper.check_room(start.name, start.size_bytes)
         if start.offset:
             raise UploadOffsetError("nothing of this upload is held; it begins at 0", received=0)
         if len(self._unfinished) >= self._max_uploads:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
 _PREFIX = ".build-"
 _LOCK = "lock"
+_TRIES = 100
+"""Each fails only where another server takes the directory that was just made."""
 
 
 @contextmanager
@@ -22,19 +25,22 @@ def work_directory(store: Path) -> Iterator[Path]:
     It is removed on exit. Raises :class:`OSError`.
     """
     store.mkdir(parents=True, exist_ok=True)
-    while True:
+    for _ in range(_TRIES):
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=store))
-        try:
-            # A server that starts just now may take it for one that was left behind, and be faster.
-            with suppress(FileNotFoundError), open(path / _LOCK, "wb") as lock:
-                # Where the file system has no locks, nobody takes it for abandoned either.
-                if _lock(lock.fileno()) is not _Lock.ANOTHERS and path.exists():
-                    inner = path / "work"
-                    inner.mkdir()
-                    yield inner
-                    return
-        finally:
-            shutil.rmtree(path, ignore_errors=True)
+        # A server that starts just now may take it for one that was left behind, and be faster.
+        with ExitStack() as made, suppress(FileNotFoundError):
+            made.callback(shutil.rmtree, path, ignore_errors=True)
+            lock = made.enter_context(open(path / _LOCK, "wb"))
+            # Where the file system has no locks, nobody takes it for abandoned either.
+            if _lock(lock.fileno()) is not _Lock.ANOTHERS and path.exists():
+                inner = path / "work"
+                inner.mkdir()
+                kept = made.pop_all()
+                break
+    else:
+        raise OSError(errno.EAGAIN, f"{_TRIES} new directories were taken away at once", str(store))
+    with kept:
+        yield inner
 
 
 def remove_abandoned(store: Path) -> None:

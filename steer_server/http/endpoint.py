@@ -144,8 +144,9 @@ class Endpoint:
         with bodies.room.held() as room:
             async with place.request(self._rules.patience):
                 data = await exchange.read(bodies.limits.max_bytes, room)
-            async with exchange.while_connected():
-                return await bodies.read(data, read)
+            with self._rules.metrics.call_in_flight(HTTP):
+                async with exchange.while_connected():
+                    return await bodies.read(data, read)
 
     @contextmanager
     def _admitted(self, exchange: Exchange) -> Iterator[Place]:

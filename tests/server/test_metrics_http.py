@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
@@ -106,6 +107,17 @@ async def test_a_head_without_an_end_is_cut_off(ask):
 async def test_an_accept_header_that_makes_no_sense_gets_the_usual_format(ask, accept):
     answer = await ask(f"GET /metrics HTTP/1.1\r\nAccept: {accept}\r\n\r\n".encode("latin-1"))
     assert answer.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4")
+
+
+async def test_metrics_are_there_while_all_other_threads_are_taken(ask):
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    hangs = threading.Event()
+    taken = asyncio.ensure_future(asyncio.to_thread(hangs.wait))
+    try:
+        assert b"depth" in await ask(b"GET /metrics HTTP/1.1\r\n\r\n")
+    finally:
+        hangs.set()
+        await taken
 
 
 async def test_connections_that_never_shake_hands_are_bounded_and_end(monkeypatch, tmp_path):

@@ -45,7 +45,7 @@ for _name, _function in _FROZEN_ATTENTION.items():
 
 
 @contextmanager
-def detached(model: PreTrainedModel) -> Iterator[None]:
+def detached(model: PreTrainedModel, *, within: nn.Module | None = None) -> Iterator[None]:
     """Inside the block, gradients of ``model`` follow the detached rules; values stay what they were.
 
     The gradient of a hidden state h (d,) with respect to the embeddings x_i (d,) is then J_i with sum_i J_i x_i + c = h
@@ -53,23 +53,26 @@ def detached(model: PreTrainedModel) -> Iterator[None]:
 
     The model is restored however the block ends. Two threads must not do this to one model at a time.
 
+    Args:
+        within: the part of the model that will be called, where it is one: no other module is changed.
+
     Raises:
         UnsupportedModelError: a module is in no table, or the attention implementation is neither sdpa nor
             eager. The model is untouched. Inside the block: an attention module computes its weights itself.
     """
-    with _frozen(model, Tape("live", {}), "detached"):
+    with _frozen(model, Tape("live", {}), "detached", within):
         yield
 
 
 @contextmanager
-def recording(model: PreTrainedModel) -> Iterator[Tape]:
+def recording(model: PreTrainedModel, *, within: nn.Module | None = None) -> Iterator[Tape]:
     """Like :func:`detached`; the tape keeps every frozen factor of the last forward pass, for :func:`replaying`.
 
     The forward pass must have a batch of one prompt.
     """
     tape = Tape("record", {})
-    with _frozen(model, tape, "recorded") as family, ExitStack() as undo:
-        for module in model.modules():
+    with _frozen(model, tape, "recorded", within) as family, ExitStack() as undo:
+        for module in (model if within is None else within).modules():
             if type(module) in family.attentions:
                 undo.callback(module.register_forward_hook(partial(_keep_weights, tape)).remove)
         yield tape
@@ -117,8 +120,11 @@ def replaying(
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "recorded"]) -> Iterator[FamilyRules]:
+def _frozen(
+    model: PreTrainedModel, tape: Tape, variant: Literal["detached", "recorded"], within: nn.Module | None
+) -> Iterator[FamilyRules]:
     family = family_of(model)
+    changed: nn.Module = model if within is None else within
     implementation = model.config._attn_implementation
     if implementation not in _FROZEN_ATTENTION:
         raise UnsupportedModelError(
@@ -126,10 +132,10 @@ def _frozen(model: PreTrainedModel, tape: Tape, variant: Literal["detached", "re
             f"{sorted(_FROZEN_ATTENTION)}"
         )
     with ExitStack() as undo:
-        _freeze_forwards_and_gates(model, family, tape, undo)
+        _freeze_forwards_and_gates(changed, family, tape, undo)
         frozen: list[nn.Module] = []
         undo.callback(FROZEN_NOW.reset, FROZEN_NOW.set(frozen))
-        for name, module in model.named_modules():
+        for name, module in changed.named_modules():
             if type(module) in family.attentions:
                 check = partial(_check_frozen, name, frozen)
                 undo.callback(module.register_forward_hook(check).remove)

@@ -123,7 +123,7 @@ def test_an_operator_larger_than_any_reader_accepts_is_refused_before_it_is_comp
 
 
 def test_memory_that_runs_out_during_a_build_is_a_build_error(tiny, monkeypatch):
-    monkeypatch.setattr(builder, "exact_jacobian", lambda _map: torch.empty(1 << 50))
+    monkeypatch.setattr(builder, "exact_jacobian", lambda _map, **_: torch.empty(1 << 50))
     with pytest.raises(BuildError, match=r"there is not enough memory: [0-9]+ bytes more are needed; .*--max-memory"):
         build_operator(BuildSpec((Concept("x", (1, 2)),), rank="full"), tiny("llama"))
 

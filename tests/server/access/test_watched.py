@@ -117,3 +117,18 @@ async def test_files_are_looked_at_while_all_other_threads_are_taken(path):
     watching.cancel()
     hangs.set()
     await taken
+
+
+async def test_a_file_whose_disk_hangs_holds_up_no_other(path, tmp_path, monkeypatch):
+    (tmp_path / "far").write_text("1")
+    far, near, hangs = Watched("far", [tmp_path / "far"], number), Watched("near", [path], number), threading.Event()
+    monkeypatch.setattr(far, "look", hangs.wait)
+    watching = asyncio.ensure_future(watch([far, near]))
+    path.write_text("2")
+    try:
+        async with asyncio.timeout(5):
+            while near.value != 2:
+                await asyncio.sleep(0.02)
+    finally:
+        watching.cancel()
+        hangs.set()

@@ -289,10 +289,18 @@ def test_a_child_gets_nothing_that_was_told_to_the_server(monkeypatch):
     secrets = ("STEER_TOKENS", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "SSH_AUTH_SOCK")
     for name in secrets:
         monkeypatch.setenv(name, "secret")
-    monkeypatch.setenv("HF_HOME", "/models")
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, f"/models/{name}")
     environment = build_process._environment(2)
     assert not environment.keys() & set(secrets)
-    assert (environment["HF_HOME"], environment["PATH"]) == ("/models", os.environ["PATH"])
+    # It finds the model that the server found, wherever that has it.
+    assert {name for name, value in environment.items() if value == f"/models/{name}"} == {
+        "HF_HOME",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "XDG_CACHE_HOME",
+    }
+    assert environment["PATH"] == os.environ["PATH"]
     assert environment["OMP_NUM_THREADS"] == "2"
     assert os.environ["STEER_TOKENS"] == "secret"
 

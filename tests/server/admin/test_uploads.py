@@ -277,3 +277,17 @@ async def test_too_many_at_once_are_told_when_to_come_back(serve, other_artifact
     with pytest.raises(ServerBusyError) as caught:
         await served.client.upload_operator(file_of(other_artifact))
     assert caught.value.retry_after == 10.0
+
+
+async def test_what_would_be_too_much_in_service_is_refused_before_it_is_sent(serve, other_artifact):
+    served = await serve(max_served_bytes=1)
+    data = to_bytes(other_artifact)
+    async with grpc.aio.insecure_channel(served.target) as channel:
+        call = operator_admin_pb2_grpc.OperatorAdminServiceStub(channel).UploadOperator()
+        await call.write(start_of(data))
+        # Of the file itself nothing was sent.
+        assert await asyncio.wait_for(call.code(), 10) is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "STEER_MAX_SERVED_BYTES" in await call.details()
+    # What makes room is done all the same.
+    await served.client.delete_operator("golden", "any")
+    assert served.files() == {}

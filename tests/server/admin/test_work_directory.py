@@ -36,3 +36,15 @@ def test_a_directory_that_another_server_was_faster_to_take_is_left_to_it(tmp_pa
         assert work.is_dir()
         assert len(list(tmp_path.iterdir())) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_where_all_are_taken_there_is_an_error_in_the_end(tmp_path, monkeypatch):
+    failing(monkeypatch, errno.EWOULDBLOCK)
+    with pytest.raises(OSError, match="taken away"), work_directory(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_missing_in_the_work_is_an_error_of_the_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match="mine"), work_directory(tmp_path):
+        raise FileNotFoundError("mine")

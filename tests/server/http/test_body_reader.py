@@ -10,6 +10,7 @@ from steer_server.caller import CALLER, Caller
 from steer_server.http import body_reader
 from steer_server.http.bodies import BodyLimits
 from steer_server.http.body_reader import BodyReader
+from steer_server.rpc.parts import HTTP
 
 PATH = "/api/Generate"
 LARGE = {"prompt": {"text": "x"}, "request_id": "x" * (17 << 10)}
@@ -47,6 +48,7 @@ async def test_requests_are_answered_while_a_long_body_is_read(start, gate):
         assert await asyncio.to_thread(gate.entered.acquire, timeout=10)
     assert (await door.post(PATH, {"prompt": {"text": "x"}})).status == 200
     assert (await door.get("/api/model")).status == 200
+    assert door.server._metrics.in_flight[HTTP] == 3, "a stopping server waits for them"
     assert room.left == whole - 3 * len(json.dumps(LARGE)), "those that wait take their room"
     assert not any(each.done() for each in long)
     gate.opened.set()

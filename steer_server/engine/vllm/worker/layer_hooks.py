@@ -1,4 +1,4 @@
-"""Hooks on the model in a vLLM worker (0.32): the push into each layer's input, and the last hidden states kept.
+"""Hooks on the model in a vLLM worker (0.32, 0.33): the push into each layer's input, and the last hidden states kept.
 
 A layer's hook calls the op ``steering::push``, which is opaque to Dynamo. It changes the rows of the step's pushes in
 place and leaves the bits of all others alone. In most of vLLM's models a layer receives its input as

@@ -1,4 +1,4 @@
-"""Where vLLM's model runners (0.32) can be told of a step before its forward pass. One class per runner.
+"""Where vLLM's model runners (0.32, 0.33) can be told of a step before its forward pass. One class per runner.
 
 Only the worker's own instances are changed, never vLLM's classes.
 """

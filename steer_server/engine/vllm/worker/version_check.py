@@ -14,7 +14,7 @@ def require_names(owner: object, available: Iterable[str], *names: str) -> None:
 
         raise RuntimeError(
             f"{type(owner).__name__} of vLLM {__version__} has no {', '.join(missing)}: "
-            "something moved since 0.32, for which this worker was written"
+            "something moved since 0.32 and 0.33, for which this worker was written"
         )
 
 

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from operators.core.apply import prepared_bytes
+from steer_server.engine.fit import fitted
 from steer_server.engine.vllm.job_memory import JobMemory, StepSizes, job_memory
 from steer_server.engine.vllm.memory import CHUNK_BYTES, SCORE_BYTES
 from steer_server.engine.vllm.operator_cache import OperatorCache, required_operators
@@ -62,6 +63,17 @@ def test_a_plain_text_is_kept_where_the_probability_of_words_is_reported():
     assert job_memory(job(row), SIZES, budget=GIB, context_length=4096).held == 2 * 100 * 4096 * 2
     own = Row(score=True, report=Report(top=3))
     assert job_memory(job(own), SIZES, budget=GIB, context_length=4096).held == 0
+
+
+def test_a_scored_text_of_no_given_length_is_as_long_as_its_states_fit():
+    sampling = SamplingParams(max_tokens=4000, fit_max_tokens=True)
+    row = Row(score=True, report=Report(top=3, words=((5,),)))
+
+    def check(job):
+        return job_memory(job, SIZES, budget=2 * 300 * 4096 * 2, context_length=4096)
+
+    found = fitted(DecodeJob.of((1,) * 10, sampling, (row,)), check)
+    assert found.rows[0].sampling.max_tokens == 300
 
 
 def test_what_alone_takes_too_much_is_refused_by_name(made, plan_of, other_layer):
