@@ -190,10 +190,20 @@ class Registry:
             raise InvalidRequestError(
                 field, f"have {len(words)} different words together; at most {_MAX_DISTINCT_WORDS} are accepted"
             )
-        plan_all = partial(self._plan_all, self._granted(), groups)
-        if words:
-            return await self._beside_the_loop.run(plan_all)
-        return plan_all()
+        entries = self._granted()
+        if not words:
+            return self._plan_all(entries, groups)
+        plans = []
+        with self._beside_the_loop.place():
+            for field, uses in groups.items():
+                # Use by use, so that another caller's words come in between; what is refused by its dose, as it comes.
+                check_count(uses, field)
+                made = [
+                    await self._beside_the_loop.run(partial(self._application, entries, use, f"{field}[{index}]"))
+                    for index, use in enumerate(uses)
+                ]
+                plans.append(self._checked(tuple(made), field))
+        return tuple(plans)
 
     def plan(self, uses: tuple[OperatorUse, ...], *, field: str = "operators") -> SteeringPlan | None:
         """The plan for the operators of one request; None when it names none.
@@ -213,9 +223,11 @@ class Registry:
     def _plan(
         self, entries: Mapping[str, OperatorEntry], uses: tuple[OperatorUse, ...], field: str
     ) -> SteeringPlan | None:
-        if len(uses) > MAX_OPERATORS:
-            raise InvalidRequestError(field, f"has {len(uses)} operators; at most {MAX_OPERATORS} are accepted")
-        applications = tuple(self._application(entries, use, f"{field}[{index}]") for index, use in enumerate(uses))
+        check_count(uses, field)
+        made = tuple(self._application(entries, use, f"{field}[{index}]") for index, use in enumerate(uses))
+        return self._checked(made, field)
+
+    def _checked(self, applications: tuple[Application, ...], field: str) -> SteeringPlan | None:
         if not applications:
             return None
         plan = SteeringPlan(applications)
@@ -290,6 +302,12 @@ def check_fits(name: str, header: OperatorHeader, model: ModelInfo) -> None:
 def _describe_dose(use: Application) -> str:
     recommended = ", the recommended strength" if "strength" in use.defaulted else ""
     return f"{use.name} {abs(use.setting.strength):.12g}{recommended}"
+
+
+def check_count(uses: tuple[OperatorUse, ...], field: str) -> None:
+    """Raises :class:`InvalidRequestError` for more operators than a text may have."""
+    if len(uses) > MAX_OPERATORS:
+        raise InvalidRequestError(field, f"has {len(uses)} operators; at most {MAX_OPERATORS} are accepted")
 
 
 def check_granted(names: Iterable[str]) -> None:

@@ -1,4 +1,5 @@
-"""Directions of words, by lens: each is worked out once, in a thread beside the event loop, and kept for the next time.
+"""Directions of words, by lens: each is worked out once, in a thread beside the event loop, and kept for the next time;
+so is the direction of each single word, of which the others are mixed.
 
 A direction is a vector with a digest of its own, so that whatever holds, sends or salts operators by digest takes it as
 it takes any other.
@@ -6,17 +7,16 @@ it takes any other.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 from operators.core.artifact import OperatorArtifact
 from operators.core.errors import VectorError
-from operators.model.words import UnembeddingRows, word_operator
-from steer_server.errors import QueueFullError
+from operators.model.words import LensWords, UnembeddingRows
+from steer_server.fair_threads import FairRoom, FairThreads
 from steer_server.types import WeightedWord
 
 MAX_KEPT = 1024
@@ -47,7 +47,7 @@ class WordDirections:
     ) -> None:
         """``find_unembedding`` is called with the first word: a server without a lens reads nothing."""
         self._find_unembedding, self._tokenizer, self._max_kept = find_unembedding, tokenizer, max_kept
-        self._unembedding: UnembeddingRows | None = None
+        self._lens_words: LensWords | None = None
         self._kept: OrderedDict[tuple[str, tuple[WeightedWord, ...]], OperatorArtifact] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -66,28 +66,26 @@ class WordDirections:
             return self._kept[key]
 
     def _make(self, lens: OperatorArtifact, words: tuple[WeightedWord, ...]) -> OperatorArtifact:
-        if self._unembedding is None:
-            self._unembedding = self._find_unembedding()
+        if self._lens_words is None:
+            self._lens_words = LensWords(self._find_unembedding(), self._tokenizer, max_kept=self._max_kept)
         weights = {word.text: word.weight for word in words}
         if len(weights) < len(words):
             twice = next(word.text for index, word in enumerate(words) if word.text in {w.text for w in words[:index]})
             raise VectorError(f"word {twice!r} is there twice")
-        return word_operator(lens, weights, self._unembedding, self._tokenizer)
+        return self._lens_words.operator(lens, weights)
 
 
 class BesideTheLoop:
-    """Runs functions one after the other in a thread of its own; so many may wait for it."""
+    """Works out the words of requests in a thread of its own, piece by piece: callers take turns with each piece."""
 
     def __init__(self, *, max_waiting: int = _MAX_WAITING) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="words")
-        self._waiting, self._max_waiting = 0, max_waiting
+        self._thread = FairThreads(1, "words")
+        self._room = FairRoom(max_waiting, "requests wait for their words")
 
-    async def run(self, function: Callable[[], _T]) -> _T:
-        """Its result, or its error. Raises :class:`QueueFullError` where too many wait."""
-        if self._waiting >= self._max_waiting:
-            raise QueueFullError(f"{self._max_waiting} requests wait for their words, the most admitted", 1.0)
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
-        finally:
-            self._waiting -= 1
+    def place(self) -> AbstractContextManager[None]:
+        """Around all pieces of a request. Raises :class:`QueueFullError` where too many wait."""
+        return self._room.place()
+
+    async def run(self, piece: Callable[[], _T]) -> _T:
+        """Its result, or its error."""
+        return await self._thread.run(piece)

@@ -13,6 +13,7 @@ from operators.builder.checks import (
     worst_reconstruction_error,
 )
 from operators.builder.mapped import map_texts
+from operators.builder.memory import range_dtype
 from operators.builder.neutral import check_contrast_anchor, tokenise_neutral
 from operators.builder.spec import BuildSpec, resolve_spec, vectors_per_pass
 from operators.core import capacity
@@ -105,7 +106,7 @@ def _approximate(
     elif root is None:
         root = embedding_root(loaded.model.get_input_embeddings().weight)
     if spec.tolerance is None:
-        return sketch(weighted_map, rank, root=root, seed=spec.seed)
+        return sketch(weighted_map, rank, root=root, seed=spec.seed, rounded_to=range_dtype(loaded, layer))
 
     def check_rank(rank: int | None) -> None:
         vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory)

@@ -18,6 +18,7 @@ from operators.commands._options import (
     ModelOption,
     default_device,
 )
+from operators.core.numbers import read_decimal, read_whole
 from operators.core.progress import shown_progress, working
 
 if TYPE_CHECKING:
@@ -139,9 +140,9 @@ def evaluate(
             num_development=num_development_prompts,
             num_held_out=num_prompts,
             regimes=_names(regimes),
-            doses=_numbers("doses", doses, float),
-            lengths=_numbers("tokens", tokens, int),
-            strengths=_numbers("strengths", strengths, float),
+            doses=_numbers("doses", doses, read_decimal),
+            lengths=_numbers("tokens", tokens, read_whole),
+            strengths=_numbers("strengths", strengths, read_decimal),
         )
         if minutes is not None and not minutes > 0:
             raise TrialError(f"minutes is {minutes:g}; a positive number is accepted")

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from operators.core.header import Profile
-from operators.maps.detach import recording, replaying
+from operators.maps.detach import recording, replaying, rounded_to
 from operators.model.loading import block_input, decoder_layers, embed, final_norm
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class Replay:
         self.x = block_input(model, embeddings).to(dtype)
         self._vectors_per_pass = group_size(vectors_per_pass, len(ids))
         self._graph: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._graph_rounded_to: torch.dtype | None = None
         self._on_products = on_products
         self.products = 0
         with torch.no_grad():
@@ -130,8 +131,10 @@ class Replay:
 
     def vjp(self, cotangents: torch.Tensor) -> torch.Tensor:
         """J^T U, shape (l, n, d), for U (l, d)."""
-        if self._graph is None:
+        if self._graph is None or self._graph_rounded_to != rounded_to():
             # The graph of an affine map holds only constants, so that one made at zero serves every cotangent.
+            self._graph = None
+            self._graph_rounded_to = rounded_to()
             zero = self.x.new_zeros(1, *self.shape, requires_grad=True)
             with torch.enable_grad():
                 self._graph = zero, self._forward(zero)

@@ -16,6 +16,10 @@ approximated by that of
 orthonormalised by QR after every half step (subspace iteration; Halko, Martinsson and Tropp 2011, algorithm 4.4, begun
 on the left side, which has d rows and not n d). B is one more VJP of the basis.
 
+Products with weights may be made in bfloat16 for this (``rounded_to``), but for the last VJP: they decide which range
+is found, and how good it is the certificate says, which is of the last VJP. Where a tolerance is asked for, they are
+not: it may be below what bfloat16 resolves.
+
 Anchor. y - c is the first vector of the basis, whatever the rank, so that for the map of one text
 U sum_i B_i x_i + c = y up to rounding.
 
@@ -39,6 +43,7 @@ from dataclasses import dataclass
 import torch
 
 from operators.core.errors import BuildError
+from operators.maps.detach import products_in
 from operators.maps.replay import AffineMap
 
 OVERSAMPLE = 12
@@ -95,11 +100,13 @@ def sketch(
     root: torch.Tensor | None,
     power_iterations: int = POWER_ITERATIONS,
     seed: int = 0,
+    rounded_to: torch.dtype | None = None,
 ) -> LowRankMap:
     """The map approximated with ``rank``.
 
     Args:
         root: C^{1/2} (d, d) of :func:`embedding_root`; None for white test vectors (C = 1).
+        rounded_to: the dtype of the range's products with weights; None means that of the map.
 
     Raises:
         ValueError: the rank is not from 1 to d.
@@ -107,7 +114,7 @@ def sketch(
     _, d = affine_map.shape
     if not 1 <= rank <= d:
         raise ValueError(f"rank is {rank}; 1 to {d} are accepted")
-    return _truncate(_sketch(affine_map, rank, root, power_iterations, seed), rank)
+    return _truncate(_sketch(affine_map, rank, root, power_iterations, seed, rounded_to=rounded_to), rank)
 
 
 def sketch_within(
@@ -214,6 +221,7 @@ def _sketch(
     *,
     probes: int = PROBES,
     by_weight: bool = True,
+    rounded_to: torch.dtype | None = None,
 ) -> _Sketch:
     """``by_weight``: order the basis by what its vectors hold of J C^{1/2}, in place of J."""
     d = affine_map.shape[1]
@@ -226,10 +234,11 @@ def _sketch(
 
     # The l columns of the equations are rows here: samples (l, d), products (l, n, d).
     samples = gaussian(columns, d)
-    for _ in range(power_iterations):
-        products = weight(affine_map.vjp(_orthonormal_rows(samples)))
-        samples = affine_map.jvp(weight_back(_orthonormal_rows(products.flatten(1)).view_as(products)))
-        del products
+    with products_in(rounded_to):
+        for _ in range(power_iterations):
+            products = weight(affine_map.vjp(_orthonormal_rows(samples)))
+            samples = affine_map.jvp(weight_back(_orthonormal_rows(products.flatten(1)).view_as(products)))
+            del products
     # y - c comes first, so that it survives any truncation.
     anchor = (affine_map.y - affine_map.offset)[None]
     leading = torch.linalg.svd(samples.T, full_matrices=False).U.T

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -31,6 +32,8 @@ from operators.core.vector_source import MAX_LENS_WORD, MAX_LENS_WORDS, MAX_WORD
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_Key = TypeVar("_Key", bound=Hashable)
+_Value = TypeVar("_Value")
 _CANCELS = 1e-3
 """Of the sum of the weights' sizes: a shorter sum of directions is rounding and not a direction."""
 _LOST = 1e-6
@@ -71,11 +74,48 @@ def word_operator(
         IncompatibleOperatorError: the unembedding has another size than the lens was built with.
         ModelError: the unembedding cannot be read.
     """
-    return operator_of(lens, lens_words(words, tokenizer), unembedding)
+    return LensWords(unembedding, tokenizer).operator(lens, words)
 
 
-def lens_words(words: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -> tuple[LensWord, ...]:
-    """The words with the tokens that stand for them, in the order given. Raises :class:`VectorError`."""
+class LensWords:
+    """:func:`word_operator` for one model, again and again: what single words come to is kept, and mixed anew."""
+
+    def __init__(
+        self, unembedding: UnembeddingRows, tokenizer: PreTrainedTokenizerBase, *, max_kept: int = 1024
+    ) -> None:
+        """``max_kept``: words, each with d numbers in float64."""
+        self._unembedding, self._tokenizer, self._max_kept = unembedding, tokenizer, max_kept
+        self._ids: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._units: OrderedDict[tuple[str, tuple[int, ...]], torch.Tensor] = OrderedDict()
+        """(d,) float64, by the lens's digest and the tokens of the word."""
+
+    def operator(self, lens: OperatorArtifact, words: Mapping[str, float]) -> OperatorArtifact:
+        """Raises as :func:`word_operator` does."""
+        return _mixture(lens, lens_words(words, self._find_ids), self._unembedding, self._unit)
+
+    def _find_ids(self, text: str) -> tuple[int, ...]:
+        return self._kept(self._ids, text, lambda: word_ids(text, self._tokenizer))
+
+    def _unit(self, lens: Lens, digest: str, word: LensWord) -> torch.Tensor:
+        def make() -> torch.Tensor:
+            return _unit(word_direction(lens, self._unembedding.rows(word.ids)), word)
+
+        return self._kept(self._units, (digest, word.ids), make)
+
+    def _kept(self, kept: OrderedDict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
+        if key not in kept:
+            kept[key] = make()
+            if len(kept) > self._max_kept:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
+
+
+def lens_words(words: Mapping[str, float], find_ids: Callable[[str], tuple[int, ...]]) -> tuple[LensWord, ...]:
+    """The words with the tokens that stand for them, in the order given. Raises :class:`VectorError`.
+
+    ``find_ids``: :func:`word_ids` with the model's tokenizer.
+    """
     if not 1 <= len(words) <= MAX_LENS_WORDS:
         raise VectorError(f"{len(words)} words; 1 to {MAX_LENS_WORDS} are accepted")
     found: dict[str, LensWord] = {}
@@ -85,7 +125,7 @@ def lens_words(words: Mapping[str, float], tokenizer: PreTrainedTokenizerBase) -
             raise VectorError(f"word {text!r} is there twice")
         if not math.isfinite(weight) or weight == 0.0:
             raise VectorError(f"word {text!r} has the weight {weight:g}; a finite number other than 0 is accepted")
-        found[text] = LensWord(text=text, weight=weight, ids=word_ids(text, tokenizer))
+        found[text] = LensWord(text=text, weight=weight, ids=find_ids(text))
     return tuple(found.values())
 
 
@@ -156,7 +196,12 @@ def _proper_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in ids if str(tokenizer.decode([token])).strip()]
 
 
-def operator_of(lens: OperatorArtifact, words: Sequence[LensWord], unembedding: UnembeddingRows) -> OperatorArtifact:
+def _mixture(
+    lens: OperatorArtifact,
+    words: Sequence[LensWord],
+    unembedding: UnembeddingRows,
+    unit_of: Callable[[Lens, str, LensWord], torch.Tensor],
+) -> OperatorArtifact:
     """The vector of words whose tokens are known. Raises as :func:`word_operator` does."""
     if lens.lens is None or lens.header.lens is None:
         raise VectorError("words are for a lens; this operator is none")
@@ -167,10 +212,7 @@ def operator_of(lens: OperatorArtifact, words: Sequence[LensWord], unembedding: 
             f"the model's unembedding has the shape {found}; the lens was built with {expected}"
         )
     shares = _shares(words)
-    parts = [
-        share * _unit(word_direction(lens.lens, unembedding.rows(word.ids)), word)
-        for word, share in zip(words, shares, strict=True)
-    ]
+    parts = [share * unit_of(lens.lens, lens.digest, word) for word, share in zip(words, shares, strict=True)]
     total = torch.stack(parts).sum(0)
     if float(torch.linalg.vector_norm(total)) < _CANCELS * sum(map(abs, shares)):
         raise VectorError(f"the directions of {', '.join(repr(word.text) for word in words)} cancel")

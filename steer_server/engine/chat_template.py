@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from steer_server.engine.fair_threads import FairThreads
 from steer_server.errors import InvalidRequestError, ShuttingDownError
+from steer_server.fair_threads import FairThreads
 from steer_server.types import Chat
 
 _SCRIPT = Path(__file__).with_name("render_chat.py")

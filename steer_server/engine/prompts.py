@@ -6,16 +6,14 @@ Texts of a page or two have threads of their own, so that none of them waits for
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from operators.model.text_ids import following_ids, text_ids
-from steer_server.caller import CALLER
 from steer_server.engine.chat_template import ChatTemplate
-from steer_server.engine.fair_threads import FairThreads
-from steer_server.errors import InvalidRequestError, PromptTooLongError, QueueFullError, ShuttingDownError, errors_of
+from steer_server.errors import InvalidRequestError, PromptTooLongError, ShuttingDownError, errors_of
+from steer_server.fair_threads import FairRoom, FairThreads
 from steer_server.types import ModelInfo, Prompt, SamplingParams
 
 _SHORT_THREADS, _LONG_THREADS = 2, 1
@@ -49,9 +47,7 @@ class PromptReader:
         self._short = FairThreads(_SHORT_THREADS, "encode-short")
         self._long = FairThreads(_LONG_THREADS, "encode-long")
         self._template = ChatTemplate(tokenizer, max_characters=self._max_bytes) if model.has_chat_template else None
-        self._reading: Counter[str] = Counter()
-        """Prompts that are read or wait for it, by caller."""
-        self._max_reading = max_waiting
+        self._room = FairRoom(max_waiting, "prompts wait to be read")
         self._closed = False
 
     async def encode(self, prompt: Prompt) -> tuple[int, ...]:
@@ -75,20 +71,15 @@ class PromptReader:
     async def _in_turn(self, work: Callable[[], Awaitable[_T]]) -> _T:
         if self._closed:
             raise ShuttingDownError
-        caller = CALLER.get().host
-        self._check_room(caller)
-        self._reading[caller] += 1
-        try:
-            return await work()
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closed and not (task and task.cancelling()):
-                # The caller did not give up: closing cancelled the waiting prompts.
-                raise ShuttingDownError from None
-            raise
-        finally:
-            self._reading[caller] -= 1
-            self._reading += Counter()  # without callers that have none
+        with self._room.place():
+            try:
+                return await work()
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if self._closed and not (task and task.cancelling()):
+                    # The caller did not give up: closing cancelled the waiting prompts.
+                    raise ShuttingDownError from None
+                raise
 
     def _decode_each(self, ids: Sequence[int]) -> tuple[str, ...]:
         return tuple(str(self._tokenizer.decode([token])) for token in ids)
@@ -100,14 +91,6 @@ class PromptReader:
         self._long.close()
         if self._template is not None:
             self._template.close()
-
-    def _check_room(self, caller: str) -> None:
-        total = self._reading.total()
-        # The last quarter is for others than the one who has all the rest.
-        own = max(1, self._max_reading - self._max_reading // 4)
-        if total >= self._max_reading or self._reading[caller] >= own:
-            problem = f"{total} prompts wait to be read; at most {self._max_reading} are admitted, {own} of one caller"
-            raise QueueFullError(problem, retry_after=1.0)
 
     async def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         if prompt.token_ids is not None:

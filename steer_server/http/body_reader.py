@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from steer_server.engine.fair_threads import FairThreads
+from steer_server.fair_threads import FairThreads
 from steer_server.http.bodies import BodyLimits, BodyRoom, read_object
 
 _T = TypeVar("_T")

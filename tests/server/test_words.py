@@ -3,8 +3,7 @@
 import asyncio
 import math
 import threading
-import time
-from functools import partial
+from contextlib import ExitStack
 
 import pytest
 
@@ -15,7 +14,8 @@ from operators.core.header import Recommended
 from operators.core.positions import Positions
 from operators.core.store import Store
 from operators.model.unembedding import LoadedUnembedding, loaded_unembedding
-from operators.model.words import word_operator
+from operators.model.words import word_direction, word_operator
+from steer_server.caller import CALLER, Caller
 from steer_server.errors import (
     DigestNotServedError,
     InvalidRequestError,
@@ -256,12 +256,64 @@ async def test_only_so_many_different_words_are_read_for_one_request(registry):
     assert len(await registry.plan_beside(dict.fromkeys(groups, (uses[0],)))) == 9
 
 
-async def test_only_so_many_requests_wait_for_their_words():
-    beside, gate = BesideTheLoop(max_waiting=2), threading.Event()
-    running = [asyncio.ensure_future(beside.run(partial(gate.wait, 5))) for _ in range(2)]
+def of_host(host):
+    """What follows in this task is called from there."""
+    CALLER.set(Caller(host, f"{host}:1"))
+
+
+async def test_only_so_many_requests_wait_for_their_words_and_not_all_of_one_caller():
+    beside = BesideTheLoop(max_waiting=4)
+    with ExitStack() as waiting:
+        for _ in range(3):
+            waiting.enter_context(beside.place())
+        with pytest.raises(QueueFullError, match="3 requests wait for their words; at most 4 are admitted, 3 of one"):
+            beside.place().__enter__()
+        of_host("another")
+        waiting.enter_context(beside.place())
+        of_host("a third")
+        with pytest.raises(QueueFullError, match="4 requests wait"):
+            beside.place().__enter__()
+    with beside.place():
+        assert await beside.run(lambda: 7) == 7
+
+
+async def test_the_words_of_one_come_between_those_of_another(registry, directions, monkeypatch):
+    original, order, gate = directions.direction, [], threading.Event()
+
+    def seen(lens, words):
+        assert gate.wait(5)
+        order.append(words[0].text)
+        return original(lens, words)
+
+    monkeypatch.setattr(directions, "direction", seen)
+
+    async def plan(host, groups):
+        of_host(host)
+        return await registry.plan_beside(groups)
+
+    arms = {f"arms[{n}].operators": (OperatorUse("lens", words=words(f"many {n}")),) for n in range(6)}
+    tasks = [asyncio.ensure_future(plan("many", arms)) for _ in range(3)]
     await asyncio.sleep(0)
-    with pytest.raises(QueueFullError, match="2 requests wait for their words"):
-        await beside.run(time.monotonic)
+    tasks.append(asyncio.ensure_future(plan("few", {"operators": (OperatorUse("lens", words=words("bridge")),)})))
+    await asyncio.sleep(0)
     gate.set()
-    assert await asyncio.gather(*running) == [True, True]
-    assert await beside.run(lambda: 7) == 7
+    await asyncio.gather(*tasks)
+    # Behind the piece that was begun before, and at most one more.
+    assert order.index("bridge") <= 2
+
+
+async def test_a_word_is_worked_out_once_whatever_its_weight(registry, monkeypatch):
+    worked = []
+
+    def seen(lens, rows):
+        worked.append(1)
+        return word_direction(lens, rows)
+
+    monkeypatch.setattr("operators.model.words.word_direction", seen)
+    arms = {
+        f"arms[{n}].operators": (OperatorUse("lens", words=(WeightedWord("bridge", n + 1.0), WeightedWord("bay"))),)
+        for n in range(8)
+    }
+    plans = await registry.plan_beside(arms)
+    assert len({plan.applications[0].artifact.digest for plan in plans}) == 8
+    assert len(worked) == 2

@@ -14,7 +14,15 @@ from operators.maps.detach.context import RULE_SET, detached, recording, replayi
 from operators.maps.detach.experts import Mixture
 from operators.maps.detach.families import FamilyRules, families, family_of, register
 from operators.maps.detach.family import Attention, Family, GatedMLP, PlainMLP
-from operators.maps.detach.rules import Tape, late_rms_norm, layer_norm, offset_rms_norm, rms_norm
+from operators.maps.detach.rules import (
+    Tape,
+    late_rms_norm,
+    layer_norm,
+    offset_rms_norm,
+    products_in,
+    rms_norm,
+    rounded_to,
+)
 from operators.maps.detach.tables import projected_values
 
 __all__ = [
@@ -32,9 +40,11 @@ __all__ = [
     "late_rms_norm",
     "layer_norm",
     "offset_rms_norm",
+    "products_in",
     "projected_values",
     "recording",
     "register",
     "replaying",
     "rms_norm",
+    "rounded_to",
 ]

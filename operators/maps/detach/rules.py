@@ -19,13 +19,15 @@ prompt, and replaying them on other inputs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from operators.core.errors import UnsupportedModelError
 
@@ -226,12 +228,50 @@ class _WideLinear(torch.autograd.Function):
 
 
 def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x W^T + bias, with ``weight`` (out, in), in the precision of ``x``."""
+    """x W^T + bias, with ``weight`` (out, in), in the precision of ``x``, or in that of :func:`products_in`."""
+    dtype = rounded_to()
+    if dtype is not None:
+        rounded = F.linear(x.to(dtype).reshape(-1, x.shape[-1]), _rounded(weight, dtype))
+        single = rounded.to(x.dtype).view(*x.shape[:-1], -1)
+        return single if bias is None else single + bias.to(x.dtype)
     if weight.dtype == x.dtype:
         # Flattened to two dimensions: for many inputs of one position each, torch would do as many small products.
         return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
     product: torch.Tensor = _WideLinear.apply(x, weight)  # type: ignore[no-untyped-call]
     return product if bias is None else product + bias.to(x.dtype)
+
+
+_ROUNDED_TO: ContextVar[torch.dtype | None] = ContextVar("rounded_to", default=None)
+_ROUNDED: ContextVar[WeakTensorKeyDictionary] = ContextVar("rounded")
+
+
+@contextmanager
+def products_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside the block, a replay's products with weights are made in ``dtype``; sums, factors and attention are not.
+
+    Rounded weights are kept until the block ends. None means the precision of the vectors, as outside.
+    """
+    tokens = _ROUNDED_TO.set(dtype), _ROUNDED.set(WeakTensorKeyDictionary())
+    try:
+        yield
+    finally:
+        _ROUNDED_TO.reset(tokens[0])
+        _ROUNDED.reset(tokens[1])
+
+
+def rounded_to() -> torch.dtype | None:
+    """The dtype of the innermost :func:`products_in`."""
+    return _ROUNDED_TO.get()
+
+
+def _rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if weight.dtype == dtype:
+        return weight
+    kept = _ROUNDED.get()
+    if weight not in kept:
+        kept[weight] = weight.to(dtype)
+    rounded: torch.Tensor = kept[weight]
+    return rounded
 
 
 def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,7 @@ def check_supported(config: Any) -> None:
         # Captured pieces of a breakable graph end at vLLM's own operations only, so a push would be captured.
         "VLLM_USE_BREAKABLE_CUDAGRAPH=1": captured and os.environ.get("VLLM_USE_BREAKABLE_CUDAGRAPH") == "1",
         **_rope(model),
+        **_otherwise_in_vllm(model),
         **_offloading(config.offload_config),
     }
     requested = [name for name, is_requested in refused.items() if is_requested]
@@ -53,6 +54,22 @@ def _rope(model: Any) -> dict[str, bool]:
     return {
         f"max_model_len above {change.length} for this model, whose rotary factors ({change.rope_type}) change there "
         "(the engine hf serves longer texts)": True
+    }
+
+
+def _otherwise_in_vllm(model: Any) -> dict[str, bool]:
+    """Lengths beyond which vLLM computes something else than the model in transformers, plain."""
+    config = model.hf_text_config
+    kind, rope = getattr(config, "model_type", ""), getattr(config, "rope_parameters", None) or {}
+    found: dict[int, str] = {}
+    if rope.get("llama_4_scaling_beta") and not getattr(config, "llama_4_scaling", None):
+        found[int(rope["original_max_position_embeddings"])] = "scales its queries beyond, which vLLM does not"
+    if kind == "cohere2" and getattr(config, "sliding_window", None):
+        found[int(config.sliding_window)] = "has a window of so many tokens, which in vLLM is one wider"
+    return {
+        f"max_model_len above {length} for this model, which {why} (the engine hf serves longer texts)": True
+        for length, why in found.items()
+        if model.max_model_len > length
     }
 
 

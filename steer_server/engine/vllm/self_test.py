@@ -37,24 +37,24 @@ RunPrompt = Callable[[OperatorSetting | None, str], Awaitable[SelfTestOutput]]
 """``await run(setting, key)``: continues the self-test's prompt, steered by one operator or by none."""
 
 
-def check_same_model(logprobs: Mapping[int, float], expected: Sequence[float], *, tolerance: float) -> None:
-    """Checks that vLLM serves the weights whose fingerprints operators are checked against.
+def check_same_model(logprobs: Sequence[float], expected: Sequence[float], *, tolerance: float) -> None:
+    """Checks that vLLM computes with the weights whose fingerprints operators are checked against what they mean.
 
     Args:
-        logprobs: log-probabilities, in nats, of vLLM's likeliest tokens after a prompt.
-        expected: those of every token after the same prompt, from the model that was fingerprinted.
+        logprobs: log-probabilities (T,), in nats, of a text's tokens in vLLM, each after those before it.
+        expected: the same, from the model that was fingerprinted.
         tolerance: by how much they may differ on average.
 
     Raises:
         StartupError: they differ by more; says by how much.
     """
-    difference = sum(abs(logprob - expected[token]) for token, logprob in logprobs.items()) / len(logprobs)
+    difference = sum(abs(one - other) for one, other in zip(logprobs, expected, strict=True)) / len(expected)
     # Negated, so that NaN is refused as well.
     if not difference <= tolerance:
         raise StartupError(
             f"self-test: vLLM serves another model than the one that operators are checked against: the "
-            f"log-probabilities of its {len(logprobs)} likeliest tokens differ by {difference:.3g} nats on average "
-            f"from those in transformers; at most {tolerance:g} is rounding"
+            f"log-probabilities of {len(expected)} tokens of a text differ by {difference:.3g} nats on average from "
+            f"those in transformers; at most {tolerance:g} is rounding"
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from operators.builder import spec as build_spec
 from operators.builder.build import build_operator
 from operators.builder.concept import Concept, concept_from_text
-from operators.builder.memory import MemoryEstimate, estimate_exact, estimate_sketch, rows_within
+from operators.builder.memory import MemoryEstimate, estimate_exact, estimate_sketch, range_dtype, rows_within
 from operators.builder.spec import BuildSpec
 from operators.builder.verify import verify_operator
 from operators.core.apply import Direction, Setting, prepare
@@ -146,15 +146,23 @@ def test_little_memory_gives_the_same_operator_in_more_passes(tiny, size):
     torch.testing.assert_close(little.jacobian(), plenty.jacobian(), rtol=1e-9, atol=1e-11)
 
 
-def test_the_arrays_that_are_alive_at_once_are_counted(tiny):
+def test_the_arrays_that_are_alive_at_once_are_counted(tiny, monkeypatch):
     loaded, n, d, size = tiny("llama", dtype="float32"), 3, 40, 4
     # The tape of two blocks: attention weights of four heads, the inner layer, two norms' scales.
     tape = 2 * n * (4 * n + 56 + 2) * size
     assert estimate_exact(loaded, n, 2).fixed == _resident(tape + 3 * n * d * d * size)
     # C^(1/2) is made from the whole table of 320 tokens, in float64, before the smallest of sketches begins.
     assert estimate_sketch(loaded, n, 2, 1).fixed == _resident(tape + 8 * (5 * d * d + 320 * d))
-    # A large one meets it when it is there: in float64, and as narrow as what it weighs.
-    assert estimate_sketch(loaded, n, 2, 1000).fixed == _resident(tape + 5 * 1000 * n * d * size + 2 * 8 * d * d)
+    # A large one meets it when it is there: in float64, and as narrow as what it weighs; and rounded weights of blocks.
+    blocks = sum(weight.numel() for block in loaded.model.model.layers[:2] for weight in block.parameters())
+    large = tape + 5 * 1000 * n * d * size + 2 * 8 * d * d
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert range_dtype(loaded, 2) == torch.bfloat16
+    assert estimate_sketch(loaded, n, 2, 1000).fixed == _resident(large + 2 * blocks)
+    monkeypatch.setattr("operators.builder.memory._MAX_ROUNDED", 2 * blocks - 1)
+    assert range_dtype(loaded, 2) is None
+    assert range_dtype(tiny("llama"), 1) is None  # in float64
+    assert estimate_sketch(loaded, n, 2, 1000).fixed == _resident(large)
     # Of a long text, recording the attention weights of a block takes more than all that follows.
     long = 4000
     tape = 2 * long * (4 * long + 56 + 2) * size

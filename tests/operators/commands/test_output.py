@@ -15,7 +15,7 @@ from rich.console import Console
 from operators.builder.concept import Concept
 from operators.builder.spec import BuildSpec
 from operators.builder.stored import StoredOperator
-from operators.commands import _build_file, _describe, _output
+from operators.commands import _describe, _file_progress, _output
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, LowRank, Recommended
 from operators.core.progress import ProgressLines, make_bars, progress_bars, shown_progress, working
@@ -104,9 +104,9 @@ def test_lines_are_for_logs_and_not_for_json(capfd, lines):
 
 def test_a_log_of_a_batch_says_which_operator_it_is_at(capfd, monkeypatch):
     clock = iter([0.0, 11.0, 22.0]).__next__
-    monkeypatch.setattr(_build_file, "ProgressLines", functools.partial(ProgressLines, clock=clock))
+    monkeypatch.setattr(_file_progress, "ProgressLines", functools.partial(ProgressLines, clock=clock))
     tasks = [BuildTask(name, BuildSpec((Concept("x", (1,)),)), None, replace=False) for name in ("a", "b")]
-    with _build_file._shown_progress(tasks, lines=True) as progress:
+    with _file_progress.progress_by_turns(tasks, lines=True) as progress:
         progress(tasks[1], "Jacobian products", 3, 9)
         progress(tasks[1], "Jacobian products", 6, 9)
     assert capfd.readouterr().err.splitlines() == [
@@ -142,7 +142,7 @@ def test_the_bars_of_a_batch_are_drawn_beside_lines_that_go_where_they_belong(ca
         # Nothing is built of it, and it takes its time all the same.
         dataclasses.replace(there, name="second", calibrate=True),
     ]
-    with _terminal(monkeypatch) as drawn, _build_file._shown_progress(tasks, lines=True) as progress:
+    with _terminal(monkeypatch) as drawn, _file_progress.progress_by_turns(tasks, lines=True) as progress:
         progress(tasks[1], "Jacobian products", 3, 7)
         print("first  built")
         progress(tasks[2], "texts written", 5, 9)

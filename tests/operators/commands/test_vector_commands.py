@@ -120,7 +120,7 @@ def test_what_is_wrong_with_an_import_is_said_before_a_model_is_loaded(run, gguf
     assert "about has 0 characters" in _error(blank)["message"]
     assert run("import", "a", "happy.gguf", "--layer", "1").exit_code == 2
     endless = run("import", "a", "happy.gguf", "--layer", "1", "--about", "x", "--strength", "inf", "--json")
-    assert "strength is inf" in _error(endless)["message"]
+    assert endless.exit_code == 2
 
 
 def test_a_file_of_another_kind_of_model_is_taken_only_when_told(run, tmp_path, gguf):

@@ -174,6 +174,25 @@ def test_the_root_squared_is_the_second_moment_of_the_table(tiny):
     assert relative_error(single @ single.T, embedding_root(table) @ embedding_root(table).T) <= 1e-6
 
 
+@pytest.mark.parametrize("family", SOME_FAMILIES)
+def test_a_range_found_in_bfloat16_is_as_good_and_its_certificate_is_of_products_in_float32(tiny, family):
+    loaded = tiny(family, dtype="float32")
+    case = _case(loaded, "weighted")
+    rounded = sketch(case.replay, 8, root=case.root, rounded_to=torch.bfloat16)
+    exact = case.sketch(8)
+    assert not torch.equal(rounded.basis, exact.basis)
+    error, least = _error(case, rounded)
+    assert error <= 1.2 * least
+    # The factors are U^T J of the map in float32, and the residual is what they leave.
+    torch.testing.assert_close(
+        rounded.factors.double(), torch.einsum("dr,nde->nre", rounded.basis.double(), case.dense), rtol=0, atol=2e-5
+    )
+    left = (case.dense - rounded.basis.double() @ rounded.factors.double()).norm() / case.dense.norm()
+    assert rounded.residual == pytest.approx(float(left), rel=0.3)
+    # Outside of the sketch nothing is rounded any more.
+    assert torch.equal(case.sketch(8).factors, exact.factors)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_default_model_is_sketched_as_well(smollm, kind):

@@ -1,6 +1,7 @@
 """Words -> operator: the word rule, the numbers, and what is refused."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def test_what_is_no_word_is_refused(of, words, message):
 
 def test_a_word_of_too_many_tokens_is_refused(loaded):
     with pytest.raises(VectorError, match=r"tokens; at most 32"):
-        lens_words({"".join(map(chr, range(0x100, 0x140))): 1.0}, loaded.tokenizer)
+        lens_words({"".join(map(chr, range(0x100, 0x140))): 1.0}, partial(word_ids, tokenizer=loaded.tokenizer))
 
 
 def test_an_operator_is_no_lens_and_a_lens_of_another_vocabulary_does_not_fit(loaded, lens, make_rank_0):

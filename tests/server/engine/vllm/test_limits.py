@@ -139,3 +139,29 @@ def test_texts_of_other_rotary_factors_than_their_own_are_refused(rope, length, 
         return
     with pytest.raises(ValueError, match=r"max_model_len above \d+ for this model, whose rotary factors"):
         check_supported(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "length"),
+    [
+        (
+            {
+                "model_type": "ministral3",
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "llama_4_scaling_beta": 0.1,
+                    "original_max_position_embeddings": 512,
+                },
+            },
+            512,
+        ),
+        ({"model_type": "cohere2", "sliding_window": 256, "rope_parameters": {"rope_type": "default"}}, 256),
+    ],
+    ids=["ministral3", "cohere2"],
+)
+def test_a_model_is_served_no_further_than_vllm_computes_what_it_is(model, length):
+    config = _config(model_config__hf_text_config=SimpleNamespace(**model), model_config__max_model_len=length)
+    check_supported(config)
+    config.model_config.max_model_len = length + 1
+    with pytest.raises(ValueError, match=rf"max_model_len above {length} for this model, which .* engine hf"):
+        check_supported(config)

@@ -214,17 +214,17 @@ async def test_operators_of_the_test_go_when_a_request_breaks(engine):
 
 
 EXPECTED = [-9.0, -0.5, -2.0, -1.0]
-"""Log-probabilities of four tokens in transformers."""
+"""Log-probabilities of a text's four tokens in transformers."""
 
 
-@pytest.mark.parametrize("found", [{1: -0.5, 3: -1.0}, {1: -0.5, 3: -1.125}, {1: -0.375, 3: -1.0, 2: -2.125}])
+@pytest.mark.parametrize("found", [EXPECTED, [-9.0, -0.5, -2.0, -1.25], [-9.125, -0.375, -2.0, -1.0]])
 def test_weights_whose_log_probabilities_differ_by_rounding_pass(found):
     check_same_model(found, EXPECTED, tolerance=0.1)
 
 
 @pytest.mark.parametrize(
     ("found", "apart"),
-    [({1: -0.5, 3: -1.25}, "0.125"), ({0: -1.0, 2: -2.0}, "4"), ({1: float("nan"), 3: -1.0}, "nan")],
+    [([-9.0, -0.5, -2.0, -1.5], "0.125"), ([-1.0, -0.5, -2.0, -9.0], "4"), ([float("nan"), *EXPECTED[1:]], "nan")],
 )
 def test_weights_of_another_model_are_refused_with_the_figures(found, apart):
     with pytest.raises(

@@ -4,8 +4,8 @@ import threading
 import pytest
 
 from steer_server.caller import CALLER, Caller, host_of
-from steer_server.engine.fair_threads import FairThreads
 from steer_server.errors import ShuttingDownError
+from steer_server.fair_threads import FairThreads
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from steer_server.caller import CALLER
-from steer_server.errors import ShuttingDownError
+from steer_server.errors import QueueFullError, ShuttingDownError
 
 _T = TypeVar("_T")
 
@@ -94,3 +94,28 @@ class FairThreads:
                 turn.set_result(None)
                 return
         self._free += 1
+
+
+class FairRoom:
+    """Places for those who wait or are served. The last quarter is for others than the one who has all the rest."""
+
+    def __init__(self, most: int, what: str) -> None:
+        """``what``: what those do who have a place, for the error of one too many."""
+        self._most, self._what = most, what
+        self._own = max(1, most - most // 4)
+        self._taken: Counter[str] = Counter()
+        """By caller."""
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Held while the block runs. Raises :class:`QueueFullError` where there is none for this caller."""
+        caller, total = CALLER.get().host, self._taken.total()
+        if total >= self._most or self._taken[caller] >= self._own:
+            problem = f"{total} {self._what}; at most {self._most} are admitted, {self._own} of one caller"
+            raise QueueFullError(problem, retry_after=1.0)
+        self._taken[caller] += 1
+        try:
+            yield
+        finally:
+            self._taken[caller] -= 1
+            self._taken += Counter()  # without callers that have none
