@@ -48,14 +48,19 @@ def build(
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="Recommended strength; negative pushes away (default: 0.5).", show_default=False),
+        typer.Option(
+            help="Recommended strength; negative pushes away (default: the model's, mostly 0.3; golden: 0.5).",
+            show_default=False,
+        ),
     ] = None,
     rule: Annotated[
         Rule | None, typer.Option(help="Recommended rule (default: cumulative).", show_default=False)
     ] = None,
     blend: Annotated[
         float | None,
-        typer.Option(help="Recommended blend, from 0 (operator) to 1 (anchor) (default: 0).", show_default=False),
+        typer.Option(
+            help="Recommended blend, from 0 (operator) to 1 (anchor) (default: 1; golden: 0).", show_default=False
+        ),
     ] = None,
     positions: Annotated[
         str | None,

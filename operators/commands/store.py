@@ -40,7 +40,8 @@ def list_operators(store_path: StoreOption = None, as_json: JsonOption = False) 
                 entries.append(_unverified_json(store, name, store.read_header(name)))
             except OperatorError as error:
                 entries.append({"name": name, "problem": output.error_json(error)})
-        lines = describe.list_lines(entries) or [f"no operators in {store.path}"]
+        none = f"no operators in {store.path}" + ("" if store.path.exists() else ", which does not exist yet")
+        lines = describe.list_lines(entries) or [none]
         output.print_answer({"store": str(store.path), "operators": entries}, lines, as_json=as_json)
 
 

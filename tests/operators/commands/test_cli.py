@@ -248,6 +248,8 @@ def test_the_help_says_what_a_model_may_be(run, command):
 
 def test_an_empty_store_is_listed_as_empty(run, store_path):
     assert _json(run("list", "--json")) == {"store": str(store_path), "operators": []}
+    assert run("list").stdout == f"no operators in {store_path}, which does not exist yet\n"
+    store_path.mkdir()
     assert run("list").stdout == f"no operators in {store_path}\n"
 
 

@@ -85,7 +85,9 @@ def read_prompts(path: str | Path) -> dict[str, Prompt]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeError) as error:
-        raise InvalidRequestError(f"prompts: cannot read {path}: {error}", field="prompts") from None
+        raise InvalidRequestError(
+            f"prompts: cannot read {path}: {getattr(error, 'strerror', None) or error}", field="prompts"
+        ) from None
     found: dict[str, Prompt] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
