@@ -99,6 +99,10 @@ def plan_build(
     turns = passes if streamed else 1
     texts_seconds = 2 * forward * (recorded + plain + _GRADIENT_PASSES * GRADIENT_TOKENS) / machine.flop
     texts_seconds += few * wide * forward / machine.weights
+    if streamed:
+        # The attention of the first blocks is compared with the model's own, with zeros for their weights.
+        compared = wide * _COMPARED_BLOCKS * block_numbers / layer
+        texts_seconds += compared / machine.weights + compared / machine.cast
     cast = wide * (table.numel() + turns * (block_numbers if streamed else model_numbers)) / machine.cast
     products_seconds = flop / machine.flop
     reading = stored_itemsize * (passes * block_numbers if streamed else model_numbers) / machine.read
@@ -137,6 +141,9 @@ def plan_build(
 
 _GRADIENT_PASSES = 5
 """Passes of few rows by which the gradients are checked: recorded, there and back, twice."""
+
+
+_COMPARED_BLOCKS = 8
 
 
 @dataclass(frozen=True)
