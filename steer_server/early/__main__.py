@@ -29,6 +29,7 @@ _OPTIONS = (
     ("grpc.max_concurrent_streams", 64),
     ("grpc.max_allowed_incoming_connections", 1024),
     ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )

@@ -269,7 +269,9 @@ def test_every_command_takes_the_options_of_access_and_none_a_token_itself():
         ("[::1]:1", True),
         ("dns:localhost:1", True),
         ("dns:///localhost:1", True),
-        ("dns://10.0.0.53/localhost:1", True),
+        ("dns://10.0.0.53/127.0.0.1:1", True),
+        ("dns://10.0.0.53/localhost:1", False),
+        ("vsock:3:1", False),
         ("ipv4:127.0.0.1:1,127.0.0.2:1", True),
         ("unix:/run/steer", True),
         # Whom names are asked of is not who is called.

@@ -98,14 +98,16 @@ def target_or_default(target: str | None) -> str:
 def is_local(target: str) -> bool:
     """Whether the target is on this machine, all of it."""
     scheme, colon, rest = target.partition(":")
-    if colon and scheme in ("unix", "unix-abstract", "vsock"):
+    if colon and scheme in ("unix", "unix-abstract"):
         return True
-    addresses = target
+    addresses, authority = target, ""
     if _MANY_SCHEME.match(target):
         # dns://AUTHORITY/NAME: the authority is who is asked for the name's addresses.
-        addresses = rest.removeprefix("//").partition("/")[2] if rest.startswith("//") else rest
+        authority, _, name = rest.removeprefix("//").partition("/")
+        authority, addresses = (authority, name) if rest.startswith("//") else ("", rest)
     hosts = {each.strip().rpartition(":")[0].strip("[]").lower() for each in addresses.split(",")}
-    return all(host == "localhost" or _is_loopback(host) for host in hosts)
+    # What "localhost" is for another name server, it alone knows; and a vsock may lead to another virtual machine.
+    return all((host == "localhost" and not authority) or _is_loopback(host) for host in hosts)
 
 
 def _is_loopback(host: str) -> bool:
