@@ -196,6 +196,9 @@ class SteerServer:
         await self._become(state)
         # gRPC would cancel, without a reason, what comes in between the word to stop and a client's hearing of it.
         self._calls.close()
+        if self.admin is not None:
+            # Whoever watches one would hold up the end for nothing.
+            await self.admin.builds.close()
         deadline = time.monotonic() + self.config.grace
         await self._idle_until(deadline - self.config.grace * 0.2)
         if self.admin is not None:

@@ -130,3 +130,11 @@ def test_an_address_for_all_without_tls_and_certificates_that_cannot_be_used_are
     assert problems.keys() == {"access", "certificates"}
     assert "--tokens is missing" in problems["access"]
     assert f"{key} cannot be used" in problems["certificates"]
+
+
+def test_addresses_that_cannot_be_listened_on_together_are_a_problem(config):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    [(check, said)] = _problems(config(listen=f"0.0.0.0:{port}", insecure=True, http_port=port))
+    assert check == "port"
+    assert f"cannot listen on 127.0.0.1:{port}" in said

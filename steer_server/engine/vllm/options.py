@@ -58,13 +58,27 @@ def read_engine_args(arguments: Iterable[str]) -> dict[str, Any]:
                 continue
             content = yaml.safe_load(Path(item).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            # YAML draws its errors on several lines.
-            why = " ".join(str(error).split())
-            raise StartupError(f"engine_args: {item!r} is neither KEY=VALUE nor a YAML file: {why}") from error
+            raise StartupError(
+                f"engine_args: {_named(item)} is neither KEY=VALUE nor a YAML file: {_why(error)}"
+            ) from None
         if not isinstance(content, dict):
             raise StartupError(f"engine_args: {item} does not hold KEY: VALUE lines")
         options |= {str(key).replace("-", "_"): value for key, value in content.items()}
     return options
+
+
+def _named(item: str) -> str:
+    """An option without its value, which may be a secret."""
+    name, sign, _ = item.replace(":", "=", 1).partition("=")
+    return repr(name + "=…" if sign else item)
+
+
+def _why(error: Exception) -> str:
+    """Without the text that was read: YAML's own message repeats it."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = "" if error.problem_mark is None else f" (line {error.problem_mark.line + 1})"
+        return f"{error.problem}{line}"
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def _value(text: str) -> Any:

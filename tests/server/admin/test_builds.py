@@ -322,3 +322,13 @@ async def test_an_operator_that_came_meanwhile_is_not_overwritten(
     assert last.state == pb.BUILD_STATE_FAILED
     assert "is in the store already" in last.problem
     assert served.store.load("bay").digest == artifact.digest
+
+
+async def test_whoever_watches_a_build_does_not_hold_up_the_end(serve, stub_of, slow):
+    served = await serve(grace=60.0)
+    stub = stub_of(served)
+    build = await stub.BuildOperator(request())
+    watching = asyncio.ensure_future(watched(stub, build))
+    await watched(stub, build, lambda job: job.state == pb.BUILD_STATE_RUNNING)
+    await asyncio.wait_for(served.server.stop(), 10)
+    assert (await watching)[-1].state == pb.BUILD_STATE_CANCELLED

@@ -81,3 +81,17 @@ def test_no_secret_is_printed():
     for printed in (as_toml(settings), as_json(settings)):
         assert "geheim" not in printed
         assert printed.count("***") == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "shown"),
+    [
+        (5, "engine_args.api_key", "***"),
+        (5, "engine_args.max_model_len", 5),
+        (["hf_token=hunter2", "a=b"], "engine_args", ["hf_token=***", "a=b"]),
+        ("['hf_token: hunter2', 'a: b']", "engine_args", "['hf_token: ***', 'a: b']"),
+        ("https://models.example/a:b", "model", "https://models.example/a:b"),
+    ],
+)
+def test_secrets_within_texts_and_numbers_that_are_secrets_are_masked(value, name, shown):
+    assert masked(value, name) == shown
