@@ -68,6 +68,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip || { echo "Creating .venv ..."; $(PYTHON) -m venv --clear .venv; }
 	@echo "Installing $(TORCH) (the largest download) ..."
 	@$(BIN)/pip install $(QUIET) --disable-pip-version-check $(TORCH) -c constraints.txt
-	@echo "Installing steering-operators and its tools (about a minute) ..."
+	@echo "Installing steering-operators and its tools (a minute, or a few on a busy machine) ..."
 	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[server,dev]' -c constraints.txt
 	@touch $@

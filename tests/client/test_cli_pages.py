@@ -15,7 +15,7 @@ COMMANDS = re.findall(r"^\$ steer (.*)$", PAGE.read_text(encoding="utf-8"), re.M
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_page_is_right_usage(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("prompts.jsonl").write_text('{"id": "sea", "prompt": "The sea"}\n')
+    (tmp_path / "examples").symlink_to(Path(__file__).parents[2] / "examples")
     result = CliRunner().invoke(app, [*shlex.split(command), "--target", "127.0.0.1:1", "--no-retry"])
     assert result.exit_code == 1
     assert "is steer-server running there?" in result.stderr

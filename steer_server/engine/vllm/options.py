@@ -90,7 +90,7 @@ def _value(text: str) -> Any:
         except ValueError:
             as_written = math.nan
         if as_written != value:
-            raise yaml.YAMLError(f"{text!r} is no number in decimal digits")
+            raise yaml.MarkedYAMLError(problem="its value is no number in decimal digits")
     return value
 
 
