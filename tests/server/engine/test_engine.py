@@ -135,7 +135,7 @@ async def test_one_caller_leaves_room_for_others(engine, slow):
     await asyncio.sleep(0.05)
     gate.set()
     assert await asyncio.gather(*tasks) == [(1,)] * 7
-    assert not engine._prompts._reading
+    assert not engine._prompts._room._taken
 
 
 async def test_a_prompt_that_is_given_up_frees_its_place(engine, slow):
