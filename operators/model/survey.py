@@ -61,10 +61,7 @@ def outline_model(
         ModelError: its configuration is not on this machine, or it cannot be loaded as far as that tells.
     """
     check_device(device)
-    found = locate(name)
-    directory = Path(found) if found is not None and Path(found).is_dir() else None
-    if directory is None and found is not None:
-        directory = _cached_hub_directory(str(found))
+    directory = _directory_here(name)
     if directory is None:
         raise ModelError(f"model {name!r} {_how_to_get(name)}: a plan needs its configuration here")
     try:
@@ -96,6 +93,14 @@ def outline_model(
     )
 
 
+def _directory_here(name: str) -> Path | None:
+    """Where the files of a model are on this machine; None where they are not."""
+    found = locate(name)
+    if found is None or Path(found).is_dir():
+        return None if found is None else Path(found)
+    return _cached_hub_directory(str(found))
+
+
 def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
@@ -112,10 +117,7 @@ def survey_model(name: str, *, dtype: DTypeName, device: str, attention: Attenti
         ModelError: it cannot be loaded, as far as its configuration, tokenizer and the names of its files tell.
     """
     check_device(device)
-    found = locate(name)
-    directory = Path(found) if found is not None and Path(found).is_dir() else None
-    if directory is None and found is not None:
-        directory = _cached_hub_directory(str(found))
+    directory = _directory_here(name)
     if directory is None:
         return ModelSurvey(_how_to_get(name), None)
     check_not_adapter(name, str(directory))
