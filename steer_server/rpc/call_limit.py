@@ -103,15 +103,17 @@ class CallLimit:
             return None
         host, calls = max(self._of_host.items(), key=lambda item: item[1])
         if host != caller.host:
-            if calls > self._of_host[caller.host] + 1:
+            # Of calls that have come too: who holds many takes no place from one who holds few.
+            if calls > self._of_host[caller.host] + 1 and self._calls[host] > self._calls[caller.host] + 1:
                 return next(place for place in self._arriving if place.caller.host == host)
         else:
             own = ((count, client) for client, count in self._of_client.items() if client[0] == host)
             calls, client = max(own)
             if calls > self._of_client[caller.client] + 1:
                 return next(place for place in self._arriving if place.caller.client == client)
-        oldest = next(iter(self._arriving))
-        return oldest if time.monotonic() - oldest.since > _SLOW_SECONDS else None
+        holding = self._calls[caller.host]
+        oldest = next((place for place in self._arriving if self._calls[place.caller.host] >= holding), None)
+        return oldest if oldest is not None and time.monotonic() - oldest.since > _SLOW_SECONDS else None
 
     @contextmanager
     def _arrives(self, place: Place) -> Iterator[None]:

@@ -376,3 +376,28 @@ async def test_calls_that_take_long_keep_no_other_host_out():
         with pytest.raises(QueueFullError, match="16 calls are under way already"), limit.admitted(Caller("e", "e:1")):
             pass
     assert limit.calls == 0
+
+
+@pytest.mark.parametrize("slow_seconds", [60.0, 0.0])
+async def test_who_holds_many_calls_takes_no_place_from_requests_that_arrive(monkeypatch, slow_seconds):
+    monkeypatch.setattr(call_limit, "_SLOW_SECONDS", slow_seconds)
+    limit, many, few = CallLimit(16), Caller("many", "many:1"), Caller("few", "few:1")
+
+    async def arrive():
+        with limit.admitted(few) as place:
+            async with place.request(60.0):
+                await asyncio.Event().wait()
+
+    with ExitStack() as running:
+        for _ in range(12):
+            running.enter_context(limit.admitted(many))
+        arriving = [asyncio.ensure_future(arrive()) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert limit.calls == 14
+        with pytest.raises(QueueFullError, match="are for others"), limit.admitted(many):
+            pass
+        await asyncio.sleep(0.01)
+        assert not any(each.done() for each in arriving)
+        for each in arriving:
+            each.cancel()
+        await asyncio.gather(*arriving, return_exceptions=True)
