@@ -51,7 +51,8 @@ _DOSES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
 _MAX_NAMES = 100
 """Operators with a series of their own; the others, should a store ever hold more, share one."""
-_OTHER = "other"
+OTHER = "other"
+"""What metrics call all that has no name of its own."""
 
 
 class Metrics:
@@ -166,7 +167,7 @@ class Metrics:
         if operator in self._names or len(self._names) < _MAX_NAMES:
             self._names.add(operator)
             return operator
-        return _OTHER
+        return OTHER
 
     def prompt_read(self) -> None:
         """Counts a request whose prompt has been read by the model."""
