@@ -8,7 +8,7 @@ it gets an error. Requests keep the artifact objects of their snapshot, whatever
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,6 +95,10 @@ class Registry:
     def entries(self) -> tuple[OperatorEntry, ...]:
         """All of the snapshot that the caller may use, by name."""
         return tuple(self._granted().values())
+
+    def names(self) -> Set[str]:
+        """All of the snapshot, whoever asks: for the server's own books."""
+        return self._entries.keys()
 
     def entry(self, name: str) -> OperatorEntry:
         """One entry, usable or not. Raises :class:`UnknownOperatorError` and :class:`PermissionDeniedError`."""
