@@ -46,8 +46,8 @@ def read_message(cls: type[_M], value: Any, path: str = "") -> _M:
     value = _without_long_texts(cast("Descriptor", cls.DESCRIPTOR), value, (), long_texts)
     try:
         message = ParseDict(value, cls())
-        for inside, name, text in long_texts:
-            setattr(reduce(_inside, inside, message), name, text)
+        for way, name, text in long_texts:
+            setattr(reduce(_inside, way, message), name, text)
         return message
     except ParseError as error:
         text = str(error)
