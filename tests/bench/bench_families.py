@@ -66,7 +66,7 @@ _SIZES: dict[str, Any] = {
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     # Wide enough for every token of the concept to be read.
     **{name: {"sliding_window": 8} for name in ("mistral", "mixtral", "phi3", "starcoder2")},
-    "gpt2": {"n_embd": 96, "n_positions": 256},
+    "gpt2": {"n_embd": 96, "n_positions": 256, "max_position_embeddings": 256},
     # Its window is one token wider in vLLM.
     "cohere2": {"logit_scale": 4.0, "sliding_window": 128},
     # Within its first length, where queries do not grow yet.
@@ -96,8 +96,8 @@ def save(name: str, directory: Path) -> None:
     text, tied = name.removeprefix(_IN), name.removeprefix(_IN) in _TIED
     sizes = {**_SIZES, **_OWN_SIZES.get(text, {}), "vocab_size": len(tokenizer), "tie_word_embeddings": tied}
     if name == "gpt2":
-        # Its own names for them.
-        sizes = {key: value for key, value in sizes.items() if key not in _SIZES}
+        # Its own names for them; the odd model has one by the common name.
+        sizes = {key: value for key, value in sizes.items() if key not in _SIZES or key in _OWN_SIZES[name]}
     inside = name.startswith(_IN)
     model = whole_model(text, odd_config(text, **sizes)) if inside else odd_model(name, **sizes).float()
     with torch.random.fork_rng():
