@@ -146,8 +146,8 @@ def plan_build(
     )
 
 
-_GRADIENT_PASSES = 5
-"""Passes of few rows by which the gradients are checked: recorded, there and back, twice."""
+_GRADIENT_PASSES = 4
+"""Passes of few rows by which the gradients are checked: recorded, and replayed, each there and back."""
 
 
 _COMPARED_BLOCKS = 8
