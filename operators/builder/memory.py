@@ -90,12 +90,22 @@ def estimate_exact(loaded: LoadedModel, n: int, layer: int, texts: int = 1) -> M
 
 
 def estimate_streamed(
-    loaded: LoadedModel, n: int, layer: int, width: int, texts: int = 1, *, sketched: bool = True
+    loaded: LoadedModel,
+    n: int,
+    layer: int,
+    width: int,
+    texts: int = 1,
+    *,
+    sketched: bool = True,
+    on_accelerator: bool = False,
 ) -> MemoryEstimate:
-    """All that a build with streamed blocks takes beside the program: what stays of the model, and a block of it."""
+    """All that a build with streamed blocks takes beside the program: what stays of the model, and a block of it.
+
+    ``on_accelerator``: only what is in the memory of one; :func:`host_bytes` is what is not.
+    """
     passes, d, itemsize = _estimate_passes(loaded, n, 1, texts), loaded.hidden_size, _itemsize(loaded)
     table = loaded.model.get_input_embeddings().weight
-    block = block_bytes(loaded)
+    block = block_bytes(loaded, on_accelerator=on_accelerator)
     # Every text's stream at every block; neutral texts side by side.
     streams = texts * (layer + 1) * n * d * loaded.dtype.itemsize
     plain = PLAIN_POSITIONS * (6 * d + 4 * _inner_size(loaded)) * loaded.dtype.itemsize
@@ -107,14 +117,35 @@ def estimate_streamed(
     return _with_allowance(table.numel() * table.dtype.itemsize + streams + at_once, passes.per_row)
 
 
-def block_bytes(loaded: LoadedModel) -> int:
+def host_bytes(loaded: LoadedModel, n: int, rank: int | None) -> int:
+    """What a build with streamed blocks takes of the host's memory where it computes on an accelerator.
+
+    What is read from the files, and then the operator (``rank`` None: exact).
+    """
+    d, table = loaded.hidden_size, loaded.model.get_input_embeddings().weight
+    operator = n * d * d if rank is None else (n + 1) * rank * d
+    read = max(_read_block_bytes(loaded), max(_STORED, loaded.dtype.itemsize) * table.numel())
+    return _with_allowance(max(read, _EXACT_COPIES * operator * _itemsize(loaded)), 0).fixed
+
+
+def block_bytes(loaded: LoadedModel, *, on_accelerator: bool = False) -> int:
     """The largest block of a streamed model while it is in memory.
 
-    As it is in the files, and the next one, which is read meanwhile; in the model's dtype; and in that of the vectors.
+    In the model's dtype, and in that of the vectors; and as it is in the files, with the next one, which is read
+    meanwhile: these are elsewhere for an accelerator, where tensors that are put together of others are there twice.
     """
-    largest = max(sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(loaded.model))
     own, wide = loaded.dtype.itemsize, _itemsize(loaded)
-    return largest * (2 * max(_STORED, own) + own + (wide if wide > own else 0))
+    widened = wide if wide > own else 0
+    computed = own + (max(own, widened) if on_accelerator else widened)
+    return _largest_block(loaded) * computed + (0 if on_accelerator else _read_block_bytes(loaded))
+
+
+def _read_block_bytes(loaded: LoadedModel) -> int:
+    return 2 * max(_STORED, loaded.dtype.itemsize) * _largest_block(loaded)
+
+
+def _largest_block(loaded: LoadedModel) -> int:
+    return max(sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(loaded.model))
 
 
 def rows_within(
@@ -123,13 +154,15 @@ def rows_within(
     limit: int,
     subject: str,
     remedy: str = "a lower rank or a shorter concept needs less",
-    beside: str = "the model",
+    where: str = "beside the model",
+    option: str = "--max-memory",
 ) -> int:
     """How many rows, up to ``limit``, a pass may have within ``budget`` bytes.
 
     Args:
         subject: what needs the memory, for the error.
         remedy: what would take less, for the error.
+        where: what the memory is, for the error; ``option``: what bounds it.
 
     Raises:
         BuildError: not even one row fits; says how much is needed.
@@ -137,8 +170,8 @@ def rows_within(
     rows = (budget - estimate.fixed) // estimate.per_row
     if rows < 1:
         raise BuildError(
-            f"{subject} needs about {format_bytes(estimate.fixed + estimate.per_row)} of memory beside {beside}; "
-            f"{format_bytes(max(budget, 0))} may be used (--max-memory; {remedy})"
+            f"{subject} needs about {format_bytes(estimate.fixed + estimate.per_row)} of memory {where}; "
+            f"{format_bytes(max(budget, 0))} may be used ({option}; {remedy})"
         )
     return int(min(rows, limit))
 

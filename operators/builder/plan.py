@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from operators.builder.machine import Machine
+from operators.builder.memory import host_bytes
 from operators.builder.spec import BuildSpec, estimate_memory, resolve_spec
 from operators.maps.detach import FamilyRules, GatedMLP, Mixture, family_of
 from operators.maps.sketch import num_products
@@ -47,7 +48,9 @@ class BuildPlan:
     read: int
     """From the files in all."""
     memory: int
-    """The most that is held beside the program."""
+    """The most that is held beside the program; of the host's memory where blocks are streamed to an accelerator."""
+    device_memory: int | None
+    """The most that is held on the accelerator, weights included; None where there is none."""
     seconds: float
     parts: dict[str, float]
     """The seconds by what takes them."""
@@ -80,12 +83,15 @@ def plan_build(
     texts, passes = len(spec.texts), spec.num_passes(rank) if streamed else 1
     products = (d if rank is None else spec.num_products(rank, d)) * texts
     estimate = estimate_memory(spec, loaded, layer, rank, streamed=streamed)
-    held = estimate.fixed + parameters.vectors_per_pass * estimate.per_row
+    held, on_device = estimate.fixed + parameters.vectors_per_pass * estimate.per_row, None
     blocks = decoder_layers(loaded.model)[:layer]
     counted = [_count(block, family_of(loaded.model), loaded) for block in blocks]
     flop = 2 * products * _positions(counted, n)
     model_numbers = sum(weight.numel() for weight in loaded.model.parameters())
     block_numbers = sum(weight.numel() for block in blocks for weight in block.parameters())
+    if loaded.runs_on.type != "cpu":
+        on_device = held if streamed else held + model_numbers * loaded.dtype.itemsize
+        held = host_bytes(loaded, n, rank) if streamed else held
     table = loaded.model.get_input_embeddings().weight
     wide = max(loaded.dtype.itemsize, 4)
     # Read: what stays, the blocks in every pass; all of it where its digest is not known, or where it is not streamed.
@@ -134,13 +140,14 @@ def plan_build(
         weights=model_numbers * loaded.dtype.itemsize,
         read=read,
         memory=held,
+        device_memory=on_device,
         seconds=sum(parts.values()),
         parts=parts,
     )
 
 
-_GRADIENT_PASSES = 5
-"""Passes of few rows by which the gradients are checked: recorded, there and back, twice."""
+_GRADIENT_PASSES = 4
+"""Passes of few rows by which the gradients are checked: recorded, and replayed, each there and back."""
 
 
 _COMPARED_BLOCKS = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -105,7 +106,8 @@ def resolve_spec(
     """What the defaults of ``spec`` come to on this model, after checking all that can be checked before the build.
 
     Args:
-        max_memory: bytes beside the model; None means most of what is free.
+        max_memory: bytes beside the model, and of the host where its blocks are streamed to an accelerator, whose own
+            bound the model has; None means most of what is free.
         streamed: whether its blocks will be read one at a time; None means as it was loaded.
 
     Raises:
@@ -151,7 +153,8 @@ def vectors_per_pass(
     """How many tangents or cotangents fit into one pass of a build at ``layer`` with ``rank`` (None: exact).
 
     Raises:
-        BuildError: not even one fits into ``max_memory``, or the operator's file would exceed MAX_BYTES.
+        BuildError: not even one fits into ``max_memory`` and the device's, or the operator's file would exceed
+            MAX_BYTES.
     """
     n, d = spec.num_positions, loaded.hidden_size
     itemsize = torch.promote_types(loaded.dtype, torch.float32).itemsize
@@ -162,23 +165,42 @@ def vectors_per_pass(
         )
     streamed = loaded.blocks is not None if streamed is None else streamed
     estimate = estimate_memory(spec, loaded, layer, rank, streamed=streamed)
-    # Shapes alone are planned for this machine's memory.
-    device = torch.device("cpu") if loaded.device.type == "meta" else loaded.device
-    budget = capacity.free_memory(device) if max_memory is None else max_memory
     subject = f"the operator of {n} tokens of {loaded.name} at layer {layer}"
-    beside = "the program" if streamed else "the model"
-    return memory.rows_within(budget, estimate, VECTORS_PER_PASS, subject, beside=beside)
+    device, bound = loaded.runs_on, loaded.device_memory
+    fit = partial(memory.rows_within, limit=VECTORS_PER_PASS, subject=subject)
+    if streamed and device.type != "cpu":
+        # Two memories, each with its bound.
+        host = memory.MemoryEstimate(memory.host_bytes(loaded, n, rank), per_row=1)
+        fit(_budget(max_memory, torch.device("cpu")), host, where="of the host beside the program")
+        return fit(_budget(bound, device), estimate, where=f"of {device} beside the program", option="--device-memory")
+    if bound is not None:
+        weights = sum(weight.numel() * weight.itemsize for weight in loaded.model.parameters())
+        fit(bound - weights, estimate, option="--device-memory")
+        bound = min(bound - weights, _budget(max_memory, device))
+    where = f"beside the {'program' if streamed else 'model'}"
+    return fit(_budget(max_memory, device) if bound is None else bound, estimate, where=where)
+
+
+def _budget(bound: int | None, device: torch.device) -> int:
+    return capacity.free_memory(device) if bound is None else bound
 
 
 def estimate_memory(
     spec: BuildSpec, loaded: LoadedModel, layer: int, rank: int | None, *, streamed: bool
 ) -> memory.MemoryEstimate:
-    """What a build takes beside the model, and beside the program where the model's blocks are streamed."""
+    """What a build takes beside the model, and beside the program where the model's blocks are streamed.
+
+    For an accelerator, of its memory; :func:`~operators.builder.memory.host_bytes` is what streamed blocks take of the
+    host's.
+    """
     n, d, texts = spec.num_positions, loaded.hidden_size, len(spec.texts)
     # The widest product is the last one: the basis and the probes.
     width = d if rank is None else num_products(rank, d, power_iterations=0, probes=spec.num_probes)
     if streamed:
-        return memory.estimate_streamed(loaded, n, layer, width, texts, sketched=rank is not None)
+        on_accelerator, sketched = loaded.runs_on.type != "cpu", rank is not None
+        return memory.estimate_streamed(
+            *(loaded, n, layer, width, texts), sketched=sketched, on_accelerator=on_accelerator
+        )
     if rank is None:
         return memory.estimate_exact(loaded, n, layer, texts)
     return memory.estimate_sketch(loaded, n, layer, width, texts)

@@ -42,6 +42,7 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         if only:
             entries = select_entries(entries, only)
         store, memory = open_store(options.store_path), parse_memory(options.max_memory)
+        device_memory = parse_memory(options.device_memory)
 
         from operators.maps.detach import family_of
         from operators.model.loading import default_model, load_model
@@ -62,6 +63,7 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
                 attention=options.attention,
                 check=family_of,
                 stream=options.may_stream,
+                device_memory=device_memory,
             )
         output.print_warnings(streaming_warnings(loaded, options))
         devices = devices_of(device)

@@ -41,9 +41,9 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
             store.check_free(entry.name, replace=options.replace)
         if options.calibrate:
             held.enter_context(claim(store, entry.name, WORK))
-        memory = parse_memory(options.max_memory)
+        memory, device_memory = parse_memory(options.max_memory), parse_memory(options.device_memory)
         from operators.builder.neutral import read_neutral_texts, tokenise_neutral
-        from operators.builder.spec import check_first_token
+        from operators.builder.spec import check_first_token, resolve_spec
         from operators.recipes.tasks import build_spec, recommended_of
 
         # Of whatever model: it is only the strength that depends on it.
@@ -67,6 +67,11 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
                 attention=options.attention,
                 check=family_of,
                 stream=options.may_stream,
+                device_memory=device_memory,
+                # Before gigabytes are read for their digest.
+                check_streamed=lambda outline: resolve_spec(
+                    build_spec(entry, outline), outline, max_memory=memory, streamed=True
+                ),
             )
         spec = dataclasses.replace(build_spec(entry, loaded), neutral=tokenise_neutral(loaded, neutral_texts))
         # Before minutes go into a calibration.

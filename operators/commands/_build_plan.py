@@ -39,6 +39,7 @@ def print_plan(entry: ConceptEntry, options: BuildOptions, neutral: tuple[str, .
         device=options.device or default_device(),
         attention=options.attention,
         checks=[family_of],
+        device_memory=parse_memory(options.device_memory),
     )
     loaded = outline.loaded
     if outline.has_tokenizer:
@@ -99,6 +100,8 @@ def _plan_lines(answer: dict[str, Any], *, guessed: bool) -> list[str]:
     way = f"streamed in {answer['passes']} passes over the blocks" if answer["streamed"] else "in memory"
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in answer["parts"].items() if seconds >= 1)
     held = "in all" if answer["streamed"] else "beside the model"
+    if answer["device_memory"] is not None:
+        held += f", and {format_bytes(answer['device_memory'])} of the device's"
     return [
         f"{answer['model']}: weights of {format_bytes(answer['weights'])}, {way}",
         f"layer {answer['layer']}, {rank}, {answer['texts']} text(s) of at most {tokens}: "

@@ -69,6 +69,7 @@ class BuildOptions:
     """Processes that build the operators of a file."""
     stream: bool | None = None
     """Whether the weights of the blocks stay in the files; None means where they do not fit into the memory."""
+    device_memory: str | None = None
     plan: bool = False
     """Whether only to say what it would take."""
 

@@ -99,6 +99,15 @@ def build(
         typer.Option(help="In place of a rank: the residual |J - U B| / |J| to reach.", show_default=False),
     ] = None,
     max_memory: MaxMemoryOption = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bound of the memory that a build takes of a CUDA device, with the weights there; a model that is "
+            "larger is streamed (default: most of what is free there).",
+            show_default=False,
+        ),
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option(
@@ -149,12 +158,15 @@ def build(
         *(model, dtype, device, attention, store_path, max_memory, replace, calibrate, quick, as_json),
         stream=True if stream else False if no_stream else None,
         jobs=jobs,
+        device_memory=device_memory,
         plan=plan,
     )
     if stream and no_stream:
         raise typer.BadParameter("--stream and --no-stream were both given; one is accepted")
     if calibrate and (stream or plan):
         raise typer.BadParameter("--calibrate writes texts, which needs the whole model: neither --stream nor --plan")
+    if device_memory is not None and (calibrate or jobs > 1):
+        raise typer.BadParameter("--device-memory bounds one build: neither --calibrate nor --jobs above 1 is accepted")
     if plan and file is not None:
         raise typer.BadParameter("--plan is of one operator, and not of --file")
     if stream and jobs > 1:

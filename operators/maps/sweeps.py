@@ -25,7 +25,7 @@ import torch
 
 from operators.core.header import Profile
 from operators.core.progress import Progress, silent
-from operators.maps.detach import Tape, detached, replaying
+from operators.maps.detach import Tape, recording, replaying
 from operators.maps.frozen_block import BlockCall, FrozenBlock, block_calls, record
 from operators.maps.jacobian import relative_error
 from operators.maps.replay import VECTORS_PER_PASS, group_size
@@ -148,7 +148,8 @@ def record_texts(
     model, layer = sweeps.model, sweeps.layer
     recorded = [_start(sweeps, ids) for ids in texts]
     columns = [_columns(text) for text in recorded]
-    probe = _start(sweeps, texts[0][:GRADIENT_TOKENS])
+    # A short text is itself what gradients are checked with, and is recorded on the way.
+    probe = recorded[0] if len(texts[0]) <= GRADIENT_TOKENS else _start(sweeps, texts[0][:GRADIENT_TOKENS])
     errors: list[float] = []
     batches = [_plain(sweeps, group) for group in _groups([*texts, *others], together=together)]
 
@@ -156,12 +157,16 @@ def record_texts(
         with torch.no_grad():
             for batch in batches:
                 batch.stream = batch.calls[index](block, batch.stream)
-        error, output = _gradient_error(model, block, probe.calls[index], probe.streams[-1])
-        errors.append(error)
-        probe.streams[:] = [output]
+        checked = _check_gradient(model, block, probe.calls[index], probe.streams[-1])
+        errors.append(checked.error)
+        if probe is not recorded[0]:
+            probe.streams[:] = [checked.output]
         tapes = []
         for text in recorded:
-            tape, output = record(model, block, text.calls[index], text.streams[index])
+            if text is probe:
+                tape, output = checked.tape, checked.output
+            else:
+                tape, output = record(model, block, text.calls[index], text.streams[index])
             text.streams.append(output)
             tapes.append(tape)
         block.to(sweeps.wide)
@@ -170,10 +175,10 @@ def record_texts(
             columns[which] = frozen.push(columns[which])
 
     sweeps.forward(visit)
+    if sweeps.profile == "golden":
+        errors.append(_check_gradient(model, final_norm(model), BlockCall((), {}), probe.streams[-1]).error)
     for text, values in zip(recorded, columns, strict=True):
         _finish(sweeps, text, values)
-    if sweeps.profile == "golden":
-        errors.append(_gradient_error(model, final_norm(model), BlockCall((), {}), probe.streams[-1])[0])
     targets = torch.cat([_targets(sweeps, batch) for batch in batches])
     for text, plain in zip(recorded, targets[: len(texts)], strict=True):
         text.plain = plain
@@ -248,21 +253,28 @@ def _targets(sweeps: Sweeps, batch: _Plain) -> torch.Tensor:
     return target
 
 
-def _gradient_error(
-    model: PreTrainedModel, block: nn.Module, call: BlockCall, stream: torch.Tensor
-) -> tuple[float, torch.Tensor]:
-    """How far the detached block's gradients are from its replay's, for a random cotangent, relative; and its output.
+@dataclass(frozen=True, eq=False)
+class _Checked:
+    """A block recorded at a text (:func:`~operators.maps.frozen_block.record`), and how far its gradients are off."""
+
+    tape: Tape
+    output: torch.Tensor
+    error: float
+
+
+def _check_gradient(model: PreTrainedModel, block: nn.Module, call: BlockCall, stream: torch.Tensor) -> _Checked:
+    """How far the detached block's gradients are from its replay's, for a random cotangent, relative.
 
     Two ways to the same map: what one of them leaves live that the other froze shows here.
     """
-    tape, output = record(model, block, call, stream)
     wide = torch.promote_types(stream.dtype, torch.float32)
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     with torch.enable_grad():
         live = stream.detach().clone().requires_grad_(True)
-        with detached(model, within=block):
-            (gradient,) = torch.autograd.grad(call(block, live), live, cotangent)
+        with recording(model, within=block) as tape:
+            output = call(block, live)
+        cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        (gradient,) = torch.autograd.grad(output, live, cotangent)
         zero = torch.zeros_like(stream, dtype=wide, requires_grad=True)
         with replaying(model, tape, within=block):
             (expected,) = torch.autograd.grad(block(zero), zero, cotangent.to(wide))
-    return relative_error(gradient, expected), output
+    return _Checked(tape, output.detach(), relative_error(gradient, expected))

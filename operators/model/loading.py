@@ -6,14 +6,15 @@ import copy
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
+from operators.core.capacity import format_bytes
 from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
@@ -49,12 +50,21 @@ class LoadedModel:
     """As they were when the model was loaded; None for a model that was made in memory."""
     blocks: BlockWeights | None = None
     """Where the weights of the decoder blocks are, of a model that is streamed; None where they are in memory."""
+    device_memory: int | None = None
+    """Bytes that all work with it may take on its accelerator; None means most of what is free, or that it has none."""
+    meant_for: torch.device | None = None
+    """Where the weights of a model would be that has none."""
 
     @property
     def device(self) -> torch.device:
         """Where the embedding table is."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    @property
+    def runs_on(self) -> torch.device:
+        """:attr:`device`, or where it would be: without anything said, on the CPU."""
+        return self.device if self.device.type != "meta" else self.meant_for or torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +106,8 @@ def load_model(
     attention: AttentionName | None = None,
     check: ModelCheck | None = None,
     stream: bool | None = False,
+    device_memory: int | None = None,
+    check_streamed: Callable[[LoadedModel], object] | None = None,
 ) -> LoadedModel:
     """Loads a model by built-in name, local directory or GGUF file (de-quantised once), or Hugging Face id.
 
@@ -104,6 +116,8 @@ def load_model(
         check: raises an error for a model that the caller cannot use; called before the weights are read.
         stream: leave the weights of the blocks in the files, for callers that read them block by block; None means
             where they do not fit into the memory.
+        device_memory: bound of the bytes on the accelerator that ``device`` is; None means most of what is free.
+        check_streamed: the same as ``check``, for a model that will be streamed, with its tokenizer.
 
     Raises:
         ModelError: it cannot be found or loaded, or its files were changed meanwhile; the message says what was tried.
@@ -111,7 +125,7 @@ def load_model(
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
-    check_device(device)
+    check_device(device, device_memory)
     source = str(obtain(name))
     local = Path(source).is_dir()
     # Before a byte is read: what is written meanwhile is noticed.
@@ -126,11 +140,23 @@ def load_model(
         revision = "main" if local else directory.name
         checks = [decoder_layers, *([check] if check else [])]
         examined = examine(
-            *(name, source, revision), dtype=dtype, device=torch.device(device), attention=attention, checks=checks
+            *(name, source, revision),
+            dtype=dtype,
+            device=torch.device(device),
+            device_memory=device_memory,
+            attention=attention,
+            checks=checks,
         )
         streamed = examined.need > examined.have if stream is None else stream
         if streamed:
-            return _streamed(name, directory, examined, DTYPES[dtype], torch.device(device))
+            outline = LoadedModel(
+                *(name, without_weights(examined, DTYPES[dtype]), _tokenizer(directory), "", ""),
+                device_memory=device_memory,
+                meant_for=torch.device(device),
+            )
+            if check_streamed is not None:
+                check_streamed(outline)
+            return _streamed(outline, directory, examined)
         check_fits(name, examined, dtype, device)
         model, report = _from_files(source, revision, examined, DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
@@ -155,15 +181,22 @@ def load_model(
     files.check_unchanged(name)
     keep_digest(files, weights)
     fingerprint = model_fingerprint(model, weights=weights)
-    return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files)
+    return LoadedModel(
+        *(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files), device_memory=device_memory
+    )
 
 
-def _streamed(name: str, directory: Path, examined: Examined, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """The model with the weights of its blocks in the files."""
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    return tokenizer
+
+
+def _streamed(outline: LoadedModel, directory: Path, examined: Examined) -> LoadedModel:
+    """The model with the weights of its blocks in the files; ``outline`` has none."""
+    name, device = outline.name, outline.runs_on
     files = CheckpointFiles.of(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     _check_not_packed(name, examined.model, files)
 
     def blocks_in(dtype: torch.dtype) -> BlockWeights:
@@ -173,7 +206,7 @@ def _streamed(name: str, directory: Path, examined: Examined, dtype: torch.dtype
         return blocks
 
     weights = streamed_digest(files, blocks_in)
-    blocks = blocks_in(dtype)
+    blocks = blocks_in(outline.dtype)
     model = blocks.model
     fit_experts(model)
     with blocks.zeros():
@@ -181,7 +214,14 @@ def _streamed(name: str, directory: Path, examined: Examined, dtype: torch.dtype
     files.check_unchanged(name)
     keep_digest(files, weights)
     fingerprint = model_fingerprint(model, weights=weights)
-    return LoadedModel(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files, blocks)
+    return replace(
+        outline,
+        model=model,
+        fingerprint=fingerprint,
+        tokenizer_fingerprint=tokenizer_fingerprint(outline.tokenizer),
+        files=files,
+        blocks=blocks,
+    )
 
 
 def _from_files(
@@ -246,8 +286,13 @@ def _check_not_packed(name: str, model: PreTrainedModel, files: CheckpointFiles)
         )
 
 
-def check_device(device: str) -> None:
-    """Raises :class:`ModelError` for CUDA where there is none."""
+def check_device(device: str, device_memory: int | None = None) -> None:
+    """Raises :class:`ModelError` for CUDA where there is none, and for a bound of its memory without it."""
+    if device_memory is not None and torch.device(device).type == "cpu":
+        raise ModelError(
+            f"device memory {format_bytes(device_memory)} on device {device!r}, which has none of its own: there, "
+            "--max-memory bounds everything; device memory is accepted for 'cuda'"
+        )
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {device!r}: this machine has no CUDA device that torch can use; 'cpu' is accepted")
 

@@ -45,8 +45,12 @@ def examine(
     device: torch.device,
     attention: AttentionName | None,
     checks: Iterable[ModelCheck],
+    device_memory: int | None = None,
 ) -> Examined:
     """The model at ``source`` without its weights, after all checks that need none.
+
+    Args:
+        device_memory: bound of the bytes on ``device``; None means most of what is free.
 
     Raises:
         ModelError: it has no such attention.
@@ -67,7 +71,8 @@ def examine(
             raise type(error)(f"model {name!r}: {error}") from error
     chosen = choose_attention(empty, attention)
     need = sum(parameter.numel() for parameter in empty.parameters()) * DTYPES[dtype].itemsize
-    return Examined(decoder, empty, chosen, need, free_memory(device))
+    have = free_memory(device)
+    return Examined(decoder, empty, chosen, need, have if device_memory is None else min(have, device_memory))
 
 
 def check_fits(name: str, examined: Examined, dtype: DTypeName, device: str) -> None:

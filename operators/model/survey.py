@@ -53,14 +53,20 @@ class ModelOutline:
 
 
 def outline_model(
-    name: str, *, dtype: DTypeName, device: str, attention: AttentionName | None, checks: Sequence[ModelCheck] = ()
+    name: str,
+    *,
+    dtype: DTypeName,
+    device: str,
+    attention: AttentionName | None,
+    checks: Sequence[ModelCheck] = (),
+    device_memory: int | None = None,
 ) -> ModelOutline:
     """What a configuration says of a model, whether its weights are there or not.
 
     Raises:
         ModelError: its configuration is not on this machine, or it cannot be loaded as far as that tells.
     """
-    check_device(device)
+    check_device(device, device_memory)
     directory = _directory_here(name)
     if directory is None:
         raise ModelError(f"model {name!r} {_how_to_get(name)}: a plan needs its configuration here")
@@ -69,6 +75,7 @@ def outline_model(
             *(name, str(directory), "main"),
             dtype=dtype,
             device=torch.device(device),
+            device_memory=device_memory,
             attention=attention,
             checks=[decoder_layers, *checks],
         )
@@ -82,7 +89,9 @@ def outline_model(
     tokenizer = _tokenizer(directory)
     files = CheckpointFiles.of(directory)
     dtypes = stored_dtypes(files.weights) or {model.config.get_text_config().dtype or torch.bfloat16}
-    loaded = LoadedModel(name, model, tokenizer, "", "", files)
+    loaded = LoadedModel(
+        *(name, model, tokenizer, "", "", files), device_memory=device_memory, meant_for=torch.device(device)
+    )
     return ModelOutline(
         loaded,
         has_tokenizer=tokenizer is not None,

@@ -66,7 +66,11 @@ _SIZES: dict[str, Any] = {
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     # Wide enough for every token of the concept to be read.
     **{name: {"sliding_window": 8} for name in ("mistral", "mixtral", "phi3", "starcoder2")},
-    "gpt2": {"n_embd": 96, "n_positions": 256},
+    # By the names that the odd model has for them.
+    # transformers takes no account of the number of key heads here, and vLLM does.
+    "gpt2": {"hidden_size": 96, "n_embd": 96, "max_position_embeddings": 256, "n_positions": 256,
+             "num_key_value_heads": 3},
+    "gpt_neox": {"num_key_value_heads": 3},
     # Its window is one token wider in vLLM.
     "cohere2": {"logit_scale": 4.0, "sliding_window": 128},
     # Within its first length, where queries do not grow yet.
@@ -77,10 +81,10 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
     # vLLM has neither blocks side by side nor norms on q and k.
     "stablelm": {"use_parallel_residual": False, "qk_layernorm": False},
     "qwen3_moe": {"moe_intermediate_size": 64},
-    # vLLM clamps at 7 whatever the configuration says.
-    "gpt_oss": {"swiglu_limit": 7.0},
-    # As checkpoints say it, and transformers does not.
-    "deepseek_v3": {"moe_intermediate_size": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+    # vLLM clamps at 7 and has windows on every other layer, whatever the configuration says.
+    "gpt_oss": {"swiglu_limit": 7.0, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    # As checkpoints say it, and transformers does not; the latent vector and its rotary part are 576 wide on a CPU.
+    "deepseek_v3": {"moe_intermediate_size": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
                     "v_head_dim": 32, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }  # fmt: skip
 
@@ -96,8 +100,8 @@ def save(name: str, directory: Path) -> None:
     text, tied = name.removeprefix(_IN), name.removeprefix(_IN) in _TIED
     sizes = {**_SIZES, **_OWN_SIZES.get(text, {}), "vocab_size": len(tokenizer), "tie_word_embeddings": tied}
     if name == "gpt2":
-        # Its own names for them.
-        sizes = {key: value for key, value in sizes.items() if key not in _SIZES}
+        # It has no others.
+        sizes = {key: value for key, value in sizes.items() if key not in _SIZES or key in _OWN_SIZES[name]}
     inside = name.startswith(_IN)
     model = whole_model(text, odd_config(text, **sizes)) if inside else odd_model(name, **sizes).float()
     with torch.random.fork_rng():

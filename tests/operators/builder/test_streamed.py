@@ -66,6 +66,20 @@ def test_a_streamed_build_is_the_build_in_memory(family, stored):
             assert found.header.low_rank.residuals == pytest.approx(expected.header.low_rank.residuals, rel=1e-12)
 
 
+def test_a_router_that_is_computed_in_float32_rounds_by_the_number_of_rows(stored):
+    """DeepSeek V3 multiplies by its router's weights in float32, in a float64 model too."""
+    streamed, whole = (load_model(stored("deepseek_v3"), dtype="float64", stream=stream) for stream in (True, False))
+    found, expected = (build_operator(SPEC, loaded) for loaded in (streamed, whole))
+    for one, other in zip(*((made.anchor, jacobian(made)) for made in (found, expected)), strict=True):
+        assert float((one - other).norm()) <= 1e-12 * float(other.norm())
+    # Neutral texts are side by side with others here, and not there.
+    assert float((found.neutral - expected.neutral).norm()) <= 1e-6 * float(expected.neutral.norm())
+    router, x = whole.model.model.layers[1].mlp.gate, torch.randn(7, 42, dtype=torch.float64)
+    together, alone = router(x)[0], torch.cat([router(row[None])[0] for row in x])
+    assert together.dtype == torch.float32
+    assert 0 < float((together - alone).norm()) <= 1e-6 * float(alone.norm())
+
+
 @pytest.mark.parametrize("profile", ["residual", "golden"])
 def test_pushes_and_pulls_are_adjoint(profile, stored):
     loaded = load_model(stored("qwen3_moe"), dtype="float64", stream=True)
@@ -96,6 +110,17 @@ def test_one_block_is_in_memory_at_a_time_and_none_beyond_the_layer(stored, monk
     assert all(present == [part] for part, present in visited)
     assert with_weights() == []
     assert loaded.model.lm_head.weight.is_meta
+
+
+def test_a_block_is_run_four_times_to_record_a_short_text(stored):
+    loaded = load_model(stored("llama"), dtype="float64", stream=True)
+    runs = []
+    for index, block in enumerate(loaded.model.model.layers):
+        block.self_attn.register_forward_hook(lambda *_, index=index: runs.append(index))
+    sweeps = Sweeps(loaded, layer=LAYER, profile="residual")
+    # Plain texts side by side; recorded, which its gradients are checked with; their replay; c and the rest.
+    record_texts(sweeps, [TEXTS[0].ids], [(3, 4), (7,)])
+    assert runs == [index for index in range(LAYER) for _ in range(4)]
 
 
 def test_a_bfloat16_model_is_recorded_as_such_and_multiplied_in_float32(stored):

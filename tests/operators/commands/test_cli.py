@@ -373,7 +373,9 @@ def test_verify_refuses_a_damaged_file_without_loading_a_model(run, store_path, 
 
 
 @pytest.mark.parametrize(("option", "type_"), [("profile", Profile), ("rule", Rule), ("dtype", DTypeName)])
-def test_the_choices_of_the_command_are_those_of_the_artifact(run, option, type_):
+def test_the_choices_of_the_command_are_those_of_the_artifact(run, option, type_, monkeypatch):
+    # Wide enough for them to be on one line.
+    monkeypatch.setenv("COLUMNS", "100")
     words = re.sub(r"[│\s]+", " ", run("build", "--help").stdout)
     assert f"--{option} <{'|'.join(get_args(type_))}>" in words
 
