@@ -124,9 +124,7 @@ def _last_targets(texts: Sequence[Sequence[int]], loaded: LoadedModel, layer: in
     # Not by output_hidden_states: what transformers captures them with stays on the model's modules.
     embeddings = embed(loaded.model, torch.tensor(padded, device=loaded.device))
     with torch.inference_mode():
-        targets = target_hidden_state(
-            loaded.model, embeddings, layer=layer, profile=profile, lengths=lengths
-        ).double()
+        targets = target_hidden_state(loaded.model, embeddings, layer=layer, profile=profile, lengths=lengths).double()
     return targets.clone()
 
 

@@ -14,10 +14,11 @@ and at the prompt's own block input it is the model's hidden state (Golden, sect
 When it holds: the equality is exact up to rounding, for tangents and cotangents of any size. For an X other than the
 prompt's, f(X) is not what the model computes: there the factors would be others.
 
-Cost: one forward pass of the model to record, one of f for c, the reconstruction and the last term. Then l vectors take ceil(l / g) passes of f, where g is
-``vectors_per_pass`` or fewer for a long prompt. A pass of f is matrix products only: no queries, keys, gates, softmax
-or norm statistics, and in the last block only the last position beyond the values of attention. ``torch.func.jvp``
-through the detached model gives the same numbers and computes all of these again for every tangent.
+Cost: one forward pass of the model to record, one of f for c, the reconstruction and the last term. Then l vectors
+take ceil(l / g) passes of f, where g is ``vectors_per_pass`` or fewer for a long prompt. A pass of f is matrix products
+only: no queries, keys, gates, softmax or norm statistics, and in the last block only the last position beyond the
+values of attention. ``torch.func.jvp`` through the detached model gives the same numbers and computes all of these
+again for every tangent.
 """
 
 from __future__ import annotations
