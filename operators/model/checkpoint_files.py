@@ -174,7 +174,10 @@ def _named_elsewhere(top: Iterable[Path]) -> Iterable[Path]:
     for path in top:
         if path.suffix.lower() == ".json" and path.stat().st_size <= _MAX_INDEX:
             with suppress(OSError, ValueError, RecursionError):
-                yield from (path.parent / name for name in _file_names(json.loads(path.read_bytes())))
+                content = path.read_bytes()
+                # A tokenizer's vocabulary takes a while to parse, and names no file.
+                if any(key in content for key in (b"weight_map", b"transformers_weights")):
+                    yield from (path.parent / name for name in _file_names(json.loads(content)))
 
 
 def _file_names(content: Any) -> set[str]:

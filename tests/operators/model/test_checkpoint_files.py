@@ -54,6 +54,16 @@ def _flip(directory, back=100):
     os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
+def test_of_json_files_those_are_parsed_that_name_others(directory, monkeypatch):
+    parsed, loads = [], json.loads
+    (directory / "part.index.json").write_text('{"weight_map": {"a": "below/a.safetensors"}}')
+    (directory / "below").mkdir()
+    (directory / "below/a.safetensors").touch()
+    monkeypatch.setattr("operators.model.checkpoint_files.json.loads", lambda data: parsed.append(1) or loads(data))
+    assert "a.safetensors" in {Path(stamp.path).name for stamp in CheckpointFiles.of(directory).stamps}
+    assert len(list(directory.glob("*.json"))) > len(parsed) == 1
+
+
 def test_a_second_start_reads_no_weights(directory, reads, cache):
     first = load_model(str(directory))
     assert (len(reads), len(list(cache.iterdir()))) == (1, 1)
