@@ -70,7 +70,7 @@ def check_mapped(text: Concept, mapped: MappedText, plain: torch.Tensor, loaded:
     check_reconstruction(relative_error(mapped.reconstruction(), mapped.y), layer, dtype)
 
 
-def check_gradients(text: Concept, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
+def check_gradients(text: Concept, replay: Replay, loaded: LoadedModel, *, layer: int, profile: Profile) -> None:
     """Holds the replay to the gradients of the detached model, for the first tokens of a text and a random cotangent.
 
     Two ways to the same J: what one of them leaves live that the other froze shows here, and in no reconstruction.
@@ -79,7 +79,8 @@ def check_gradients(text: Concept, loaded: LoadedModel, *, layer: int, profile: 
         ReconstructionError: they differ.
     """
     ids = text.ids[:_GRADIENT_TOKENS]
-    replay = Replay(loaded.model, ids, layer=layer, profile=profile)
+    if len(ids) < len(text.ids):
+        replay = Replay(loaded.model, ids, layer=layer, profile=profile)
     embeddings = embed(loaded.model, torch.tensor(ids, device=loaded.device)).clone().requires_grad_(True)
     with detached(loaded.model), torch.enable_grad():
         x, y = input_and_target(loaded.model, embeddings[None], layer=layer, profile=profile)

@@ -77,7 +77,7 @@ def _in_memory(
     ]
     for text, replay in zip(spec.texts, replays, strict=True):
         check_replay(text, replay, loaded, layer=layer, profile=spec.profile)
-    check_gradients(spec.texts[0], loaded, layer=layer, profile=spec.profile)
+    check_gradients(spec.texts[0], replays[0], loaded, layer=layer, profile=spec.profile)
     mean = neutral_mean(neutral, loaded, layer=layer, profile=spec.profile)
     return Mapped(replays, WeightedMap(replays, spec.shares), mean)
 

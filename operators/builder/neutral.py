@@ -10,7 +10,6 @@ weights, so that y - m is the weighted sum of the texts' contrast anchors.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -23,7 +22,9 @@ from operators.core.file_format import open_regular
 from operators.core.header import MAX_CONCEPT, MAX_NEUTRAL_TEXTS, NeutralTexts, Profile
 from operators.core.neutral_texts import neutral_texts
 from operators.maps.replay import target_hidden_state
+from operators.maps.sweeps import PLAIN_POSITIONS
 from operators.model.loading import LoadedModel, embed
+from operators.model.rope import rope_changes
 
 _MAX_FILE_BYTES = 1 << 20
 _TEXTS_AT_ONCE = 16
@@ -77,15 +78,26 @@ def is_shipped(neutral: NeutralTexts) -> bool:
 
 
 def compute_neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
-    """m (d,) float64 on the model's device. Texts of one length go through the model together: nothing is padded."""
+    """m (d,) float64 on the model's device."""
     total = torch.zeros(loaded.hidden_size, dtype=torch.float64, device=loaded.device)
-    by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
-    for ids in neutral.ids:
-        by_length[len(ids)].append(ids)
-    for texts in by_length.values():
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            total += _last_targets(texts[start : start + _TEXTS_AT_ONCE], loaded, layer, profile).sum(0)
+    # Factors that depend on the length of a text are those of the longest of texts side by side.
+    padded = not rope_changes(loaded.model.config.get_text_config())
+    for texts in _side_by_side(neutral.ids, padded=padded):
+        total += _last_targets(texts, loaded, layer, profile).sum(0)
     return total / len(neutral.ids)
+
+
+def _side_by_side(texts: Sequence[tuple[int, ...]], *, padded: bool) -> list[list[tuple[int, ...]]]:
+    """The texts in groups that go through the model together, of one length each unless ``padded``."""
+    groups: list[list[tuple[int, ...]]] = []
+    for ids in sorted(texts, key=len):
+        last = groups[-1] if groups else []
+        fits = len(last) < _TEXTS_AT_ONCE and len(ids) * (len(last) + 1) <= PLAIN_POSITIONS
+        if last and fits and (padded or len(ids) == len(last[0])):
+            last.append(ids)
+        else:
+            groups.append([ids])
+    return groups
 
 
 def neutral_mean(neutral: NeutralTexts, loaded: LoadedModel, *, layer: int, profile: Profile) -> torch.Tensor:
@@ -106,11 +118,13 @@ def last_target(ids: Sequence[int], loaded: LoadedModel, *, layer: int, profile:
 
 
 def _last_targets(texts: Sequence[Sequence[int]], loaded: LoadedModel, layer: int, profile: Profile) -> torch.Tensor:
-    """y (texts, d) float64 of texts of one length."""
+    """y (texts, d) float64. Shorter texts are padded at their end, which no token before it sees."""
+    lengths = [len(ids) for ids in texts]
+    padded = [(*ids, *[ids[-1]] * (max(lengths) - len(ids))) for ids in texts]
     # Not by output_hidden_states: what transformers captures them with stays on the model's modules.
-    embeddings = embed(loaded.model, torch.tensor(texts, device=loaded.device))
+    embeddings = embed(loaded.model, torch.tensor(padded, device=loaded.device))
     with torch.inference_mode():
-        targets = target_hidden_state(loaded.model, embeddings, layer=layer, profile=profile).double()
+        targets = target_hidden_state(loaded.model, embeddings, layer=layer, profile=profile, lengths=lengths).double()
     return targets.clone()
 
 

@@ -14,16 +14,17 @@ and at the prompt's own block input it is the model's hidden state (Golden, sect
 When it holds: the equality is exact up to rounding, for tangents and cotangents of any size. For an X other than the
 prompt's, f(X) is not what the model computes: there the factors would be others.
 
-Cost: one forward pass of the model to record, one of f for c. Then l vectors take ceil(l / g) passes of f, where g is
-``vectors_per_pass`` or fewer for a long prompt. A pass of f is matrix products only: no queries, keys, gates, softmax
-or norm statistics, and in the last block only the last position beyond the values of attention. ``torch.func.jvp``
-through the detached model gives the same numbers and computes all of these again for every tangent.
+Cost: one forward pass of the model to record, one of f for c, the reconstruction and the last term. Then l vectors
+take ceil(l / g) passes of f, where g is ``vectors_per_pass`` or fewer for a long prompt. A pass of f is matrix products
+only: no queries, keys, gates, softmax or norm statistics, and in the last block only the last position beyond the
+values of attention. ``torch.func.jvp`` through the detached model gives the same numbers and computes all of these
+again for every tangent.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -110,8 +111,13 @@ class Replay:
         self._graph_rounded_to: torch.dtype | None = None
         self._on_products = on_products
         self.products = 0
+        # In one pass, which takes hardly longer than that of one of them: the weights are read once.
+        columns = torch.zeros_like(self.x).repeat(3, 1, 1)
+        columns[1], columns[2, -1] = self.x, self.x[-1]
         with torch.no_grad():
-            self.offset = self._forward(torch.zeros_like(self.x)[None])[0]
+            values = torch.cat([self._forward(group) for group in self._split(columns)])
+        self.offset, self._value = values[0], values[1]
+        self._last_term = values[2] - values[0]
         self._has_offset = bool(self.offset.any())
 
     @property
@@ -150,14 +156,12 @@ class Replay:
         return products
 
     def reconstruction(self) -> torch.Tensor:
-        """sum_i J_i x_i + c, shape (d,), by one JVP: equal to ``y`` up to rounding."""
-        return self.jvp(self.x[None])[0] + self.offset
+        """sum_i J_i x_i + c = f(x), shape (d,): equal to ``y`` up to rounding."""
+        return self._value
 
     def last_term(self) -> torch.Tensor:
         """J_{n-1} x_{n-1}, shape (d,)."""
-        only_last = torch.zeros_like(self.x)
-        only_last[-1] = self.x[-1]
-        return self.jvp(only_last[None])[0]
+        return self._last_term
 
     def _split(self, vectors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Groups of even size: a short last pass would take nearly as long as a full one."""
@@ -185,18 +189,29 @@ def group_size(vectors_per_pass: int, n: int) -> int:
 
 
 def target_hidden_state(
-    model: PreTrainedModel, embeddings: torch.Tensor, *, layer: int, profile: Profile
+    model: PreTrainedModel,
+    embeddings: torch.Tensor,
+    *,
+    layer: int,
+    profile: Profile,
+    lengths: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """The map's target at the last position, (batch, d), for token embeddings (batch, n, d).
 
     ``residual``: h^(layer), the stream entering block ``layer``. ``golden``: the model's final norm applied to
-    it. Blocks from ``layer`` on are not run.
+    it. Blocks from ``layer`` on are not run. ``lengths``: of each text, where shorter ones are padded at their end;
+    None means n.
     """
-    return input_and_target(model, embeddings, layer=layer, profile=profile)[1]
+    return input_and_target(model, embeddings, layer=layer, profile=profile, lengths=lengths)[1]
 
 
 def input_and_target(
-    model: PreTrainedModel, embeddings: torch.Tensor, *, layer: int, profile: Profile
+    model: PreTrainedModel,
+    embeddings: torch.Tensor,
+    *,
+    layer: int,
+    profile: Profile,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the first block received (batch, n, d), and :func:`target_hidden_state`: the gradient of one with respect
     to the other is J, whatever the decoder does to embeddings before its first block."""
@@ -223,12 +238,16 @@ def input_and_target(
     finally:
         for handle in hooks:
             handle.remove()
-    return received[0], _target(model, streams[0], profile)
+    return received[0], _target(model, streams[0], profile, lengths)
 
 
-def _target(model: PreTrainedModel, stream: torch.Tensor, profile: Profile) -> torch.Tensor:
+def _target(
+    model: PreTrainedModel, stream: torch.Tensor, profile: Profile, lengths: Sequence[int] | None = None
+) -> torch.Tensor:
     """The target, (batch, d), of a stream (batch, n, d)."""
     last = stream[:, -1]
+    if lengths is not None:
+        last = stream[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
     target: torch.Tensor = final_norm(model)(last) if profile == "golden" else last
     return target
 

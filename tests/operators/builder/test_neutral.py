@@ -10,7 +10,13 @@ from operators.__main__ import app
 from operators.builder.build import build_operator
 from operators.builder.combine import WeightedOperator, combine
 from operators.builder.concept import concept_from_text
-from operators.builder.neutral import is_shipped, read_neutral_texts, tokenise_neutral
+from operators.builder.neutral import (
+    compute_neutral_mean,
+    is_shipped,
+    last_target,
+    read_neutral_texts,
+    tokenise_neutral,
+)
 from operators.builder.spec import BuildSpec
 from operators.builder.stored import differences
 from operators.builder.verify import verify_operator
@@ -18,9 +24,10 @@ from operators.core.apply import prepare
 from operators.core.artifact import from_bytes, make_artifact, to_bytes
 from operators.core.defaults import NEW_OPERATORS
 from operators.core.errors import ArtifactError, BuildError, ReconstructionError
+from operators.core.header import NeutralTexts
 from operators.core.neutral_texts import neutral_texts
 from operators.maps.replay import target_hidden_state
-from operators.model.loading import embed
+from operators.model.loading import decoder_layers, embed
 
 TEXTS = ("the bay", "a wedding in the bay")
 
@@ -53,6 +60,21 @@ def test_the_neutral_mean_is_that_of_the_target_at_the_last_token_of_each_text(t
     assert (is_shipped(shipped.header.neutral), is_shipped(other.header.neutral)) == (True, False)
     assert (shipped.header.recommended.anchor, verify_operator(other, loaded) < 1e-11) == ("contrast", True)
     assert from_bytes(to_bytes(other), source="x").digest == other.digest != shipped.digest
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("default", 2), ("longrope", 5)])
+def test_neutral_texts_go_through_the_model_together_where_their_length_changes_no_factor(
+    tiny, monkeypatch, kind, passes
+):
+    loaded, seen = tiny("llama", fresh=True), []
+    monkeypatch.setattr("operators.builder.neutral.rope_changes", lambda _config: [kind] if kind != "default" else [])
+    decoder_layers(loaded.model)[0].register_forward_hook(lambda *_: seen.append(1))
+    # 16 go together.
+    ids = tuple(tuple(range(20, 20 + 3 + number % 5)) for number in range(20))
+    found = compute_neutral_mean(NeutralTexts(digest=f"sha256:{'0' * 64}", ids=ids), loaded, layer=2, profile="golden")
+    assert len(seen) == passes
+    alone = [last_target(each, loaded, layer=2, profile="golden") for each in ids]
+    torch.testing.assert_close(found, torch.stack(alone).mean(0), rtol=1e-10, atol=1e-12)
 
 
 def test_a_mean_of_other_texts_is_refused_by_verify_and_told_in_the_store(tiny):

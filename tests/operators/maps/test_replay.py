@@ -37,6 +37,17 @@ def test_products_are_counted_and_reported_pass_by_pass(tiny):
     assert replay.products == 11
 
 
+def test_offset_reconstruction_and_last_term_take_one_pass_beside_the_recording(tiny):
+    loaded, passes = tiny("gpt2", fresh=True), []
+    decoder_layers(loaded.model)[0].register_forward_hook(lambda *_: passes.append(1))
+    replay = Replay(loaded.model, IDS, layer=2, profile="golden")
+    found = replay.reconstruction(), replay.last_term(), replay.offset
+    assert len(passes) == 2
+    dense = detached_jacobian(loaded.model, IDS, layer=2, profile="golden")
+    for value, expected in zip(found, (dense.y, dense.jacobian[-1] @ dense.x[-1], dense.offset), strict=True):
+        assert relative_error(value, expected) <= 1e-12
+
+
 def test_the_inner_layer_of_the_last_block_sees_one_position_and_the_others_all(tiny, family):
     loaded = tiny(family, fresh=True)
     replay = Replay(loaded.model, IDS, layer=3, profile="residual")
