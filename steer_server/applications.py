@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,8 +27,9 @@ def name_of(use: OperatorUse) -> str:
     return use.name or (LENS if use.words else "")
 
 
-def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words | None, field: str) -> Application:
-    """What applies ``artifact``, an operator or a lens, as ``use`` asks for it.
+def draft_application(use: OperatorUse, artifact: OperatorArtifact, words: Words | None, field: str) -> Application:
+    """What applies ``artifact``, an operator or a lens, as ``use`` asks for it. Words are not read yet: the lens stands
+    for their direction.
 
     Args:
         words: reads those of a lens; None in a server that cannot.
@@ -34,16 +37,15 @@ def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words 
 
     Raises:
         InvalidRequestError: a value is not accepted; names the field.
-        OperatorUnusableError: a lens does not fit the model's files, or they cannot be read.
     """
     name, header = name_of(use), artifact.header
     if use.kl is not None and use.strength is not None:
         raise InvalidRequestError(f"{field}.kl", "is given beside a strength; one of the two is accepted")
-    direction = artifact if header.lens is None and not use.words else _direction(use, artifact, words, field)
+    _check_words(use, header, words, field)
     try:
         setting, kl = _setting(use, header)
         _check_first_token(use, setting)
-        check_setting(setting, direction.header, f"operator {name!r}")
+        check_setting(setting, header, f"operator {name!r}")
     except SettingError as error:
         raise InvalidRequestError(f"{field}.{error.field}", error.problem) from error
     defaulted = [name for name in SETTING_FIELDS if getattr(use, name) is None]
@@ -51,14 +53,37 @@ def make_application(use: OperatorUse, artifact: OperatorArtifact, words: Words 
         defaulted.remove("strength")
     return Application(
         name,
-        direction,
+        artifact,
         setting,
         tuple(defaulted),
         calibrated=setting == Setting.of(header.recommended) and header.calibrated_point is not None,
-        words=_steered_words(direction),
         lens_digest="" if header.lens is None else artifact.digest,
         kl=kl,
     )
+
+
+def finish_application(drafted: Application, use: OperatorUse, words: Words, field: str) -> Application:
+    """The application of a lens, with the direction of its words.
+
+    Raises:
+        InvalidRequestError: the words make none.
+        OperatorUnusableError: a lens does not fit the model's files, or they cannot be read.
+    """
+    with reading_words(drafted.name, field):
+        direction = words.direction(drafted.artifact, use.words)
+    return replace(drafted, artifact=direction, words=_steered_words(direction))
+
+
+@contextmanager
+def reading_words(name: str, field: str) -> Iterator[None]:
+    """Names what is wrong with the words of a use, or with the lens ``name`` that reads them."""
+    try:
+        yield
+    except VectorError as error:
+        raise InvalidRequestError(f"{field}.words", str(error)) from error
+    except OperatorError as error:
+        # Of the lens or of the model's files, whatever the words are.
+        raise OperatorUnusableError(name, str(error)) from error
 
 
 def measured_at(header: OperatorHeader, setting: Setting) -> tuple[CalibrationPoint, ...]:
@@ -70,21 +95,17 @@ def _but_strength(setting: Setting) -> dict[str, Any]:
     return {name: getattr(setting, name) for name in SETTING_FIELDS if name != "strength"}
 
 
-def _direction(use: OperatorUse, artifact: OperatorArtifact, words: Words | None, field: str) -> OperatorArtifact:
+def _check_words(use: OperatorUse, header: OperatorHeader, words: Words | None, field: str) -> None:
+    """Raises for words where none are accepted, and for none where they are needed."""
     name = name_of(use)
-    if artifact.header.lens is None:
+    if header.lens is None:
+        if not use.words:
+            return
         raise InvalidRequestError(f"{field}.words", f"are given to {name!r}, which is no lens; none are accepted")
     if not use.words:
         raise InvalidRequestError(f"{field}.words", f"are missing; {name!r} is a lens, and at least one is needed")
     if words is None:
         raise InvalidRequestError(f"{field}.words", "are not read by this server")
-    try:
-        return words.direction(artifact, use.words)
-    except VectorError as error:
-        raise InvalidRequestError(f"{field}.words", str(error)) from error
-    except OperatorError as error:
-        # Of the lens or of the model's files, whatever the words are.
-        raise OperatorUnusableError(name, str(error)) from error
 
 
 def _setting(use: OperatorUse, header: OperatorHeader) -> tuple[Setting, float | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from prometheus_client import (
@@ -50,8 +50,9 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 _DOSES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
 _CALL = ("grpc_type", "grpc_service", "grpc_method")
 _MAX_NAMES = 100
-"""Operators with a series of their own; the others, should a store ever hold more, share one."""
-_OTHER = "other"
+"""Operators with a series of their own; the others, should a store hold more at once, share one."""
+OTHER = "other"
+"""What metrics call all that has no name of its own."""
 
 
 class Metrics:
@@ -60,7 +61,7 @@ class Metrics:
     def __init__(self, engine: Engine, operators: Registry, limits: Mapping[str, float] | None = None) -> None:
         """``limits``: what the server admits at most, by name."""
         registry = self.registry = CollectorRegistry()
-        self._work = engine.work
+        self._work, self._operators = engine.work, operators
         self.in_flight: dict[str, int] = defaultdict(int)
         """Calls by service whose request has arrived and whose answer is not complete."""
         self._names: set[str] = set()
@@ -163,10 +164,23 @@ class Metrics:
 
     def name_of(self, operator: str) -> str:
         """The label of an operator."""
-        if operator in self._names or len(self._names) < _MAX_NAMES:
-            self._names.add(operator)
+        if operator in self._names:
             return operator
-        return _OTHER
+        if len(self._names) >= _MAX_NAMES:
+            self._forget_gone()
+        if len(self._names) >= _MAX_NAMES:
+            return OTHER
+        self._names.add(operator)
+        return operator
+
+    def _forget_gone(self) -> None:
+        """Ends the series of operators that are not in service any more: others need the room."""
+        for name in self._names - self._operators.names():
+            self._names.remove(name)
+            for metric in (self._applied, self._dose):
+                # It has no doses where it pushed nothing.
+                with suppress(KeyError):
+                    metric.remove(name)
 
     def prompt_read(self) -> None:
         """Counts a request whose prompt has been read by the model."""

@@ -8,11 +8,12 @@ it gets an error. Requests keep the artifact objects of their snapshot, whatever
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeVar
 
 from operators.core.artifact import OperatorArtifact, from_bytes
 from operators.core.errors import ArtifactError, StoreError
@@ -20,7 +21,7 @@ from operators.core.file_format import open_regular, parse_file_header
 from operators.core.header import OperatorHeader
 from operators.core.model_fingerprint import renewal_hint
 from operators.core.store import Store
-from steer_server.applications import make_application, name_of
+from steer_server.applications import draft_application, finish_application, name_of, reading_words
 from steer_server.caller import CALLER
 from steer_server.errors import (
     DigestNotServedError,
@@ -41,6 +42,11 @@ _MAX_DISTINCT_WORDS = 128
 _ROUNDING = 1e-9
 """Relative: the floating-point sum of strengths that add up to the limit may exceed it."""
 _UNLOADED = "it was unloaded, and its file kept; LoadOperator (steer admin load) takes it into service again"
+
+
+_T = TypeVar("_T")
+_Applications = dict[str, tuple[Application, ...]]
+"""By the field that holds their uses."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,10 @@ class Registry:
     def entries(self) -> tuple[OperatorEntry, ...]:
         """All of the snapshot that the caller may use, by name."""
         return tuple(self._granted().values())
+
+    def names(self) -> Set[str]:
+        """All of the snapshot, whoever asks: for the server's own books."""
+        return self._entries.keys()
 
     def entry(self, name: str) -> OperatorEntry:
         """One entry, usable or not. Raises :class:`UnknownOperatorError` and :class:`PermissionDeniedError`."""
@@ -191,19 +201,37 @@ class Registry:
                 field, f"have {len(words)} different words together; at most {_MAX_DISTINCT_WORDS} are accepted"
             )
         entries = self._granted()
-        if not words:
-            return self._plan_all(entries, groups)
-        plans = []
-        with self._beside_the_loop.place():
-            for field, uses in groups.items():
-                # Use by use, so that another caller's words come in between; what is refused by its dose, as it comes.
-                check_count(uses, field)
-                made = [
-                    await self._beside_the_loop.run(partial(self._application, entries, use, f"{field}[{index}]"))
-                    for index, use in enumerate(uses)
+        drafts = self._drafts(entries, groups)
+        if words:
+            with self._beside_the_loop.place():
+                drafts = await self._read_words(drafts, groups)
+        return tuple(map(_plan_of, drafts.values()))
+
+    async def _read_words(self, drafts: _Applications, groups: Mapping[str, tuple[OperatorUse, ...]]) -> _Applications:
+        """The drafts with the directions of their words; all are checked before the first is worked out."""
+        assert self._words is not None  # noqa: S101 - drafts with words are refused without
+        run, read = self._beside_the_loop.run, self._words
+        uses = [
+            (name_of(use), use.words, f"{field}[{index}]", drafted.artifact)
+            for field, group in groups.items()
+            for index, (use, drafted) in enumerate(zip(group, drafts[field], strict=True))
+            if use.words
+        ]
+        for name, words, field, _ in uses:
+            await run(partial(_name_errors, name, field, partial(read.check, words)))
+        # Word by word, so that another caller's come in between.
+        for name, words, field, lens in uses:
+            for word in words if len(words) > 1 else ():
+                await run(partial(_name_errors, name, field, partial(read.learn, lens, word)))
+        return {
+            field: tuple(
+                [
+                    await run(partial(self._finished, drafted, use, f"{field}[{index}]")) if use.words else drafted
+                    for index, (use, drafted) in enumerate(zip(group, drafts[field], strict=True))
                 ]
-                plans.append(self._checked(tuple(made), field))
-        return tuple(plans)
+            )
+            for field, group in groups.items()
+        }
 
     def plan(self, uses: tuple[OperatorUse, ...], *, field: str = "operators") -> SteeringPlan | None:
         """The plan for the operators of one request; None when it names none.
@@ -213,26 +241,25 @@ class Registry:
             InvalidRequestError: a strength, rule, blend, anchor, range, word or KL is not accepted; names the field.
             DoseTooHighError: the doses of the operators at one layer add up to more than ``max_dose``.
         """
-        return self._plan_all(self._entries, {field: uses})[0]
+        drafts = self._drafts(self._entries, {field: uses})[field]
+        made = [
+            self._finished(each, use, f"{field}[{n}]") for n, (each, use) in enumerate(zip(drafts, uses, strict=True))
+        ]
+        return _plan_of(tuple(made))
 
-    def _plan_all(
+    def _drafts(
         self, entries: Mapping[str, OperatorEntry], groups: Mapping[str, tuple[OperatorUse, ...]]
-    ) -> tuple[SteeringPlan | None, ...]:
-        return tuple(self._plan(entries, uses, field) for field, uses in groups.items())
+    ) -> _Applications:
+        """Every use, with its dose, before the words of any are read."""
+        drafts = {}
+        for field, uses in groups.items():
+            check_count(uses, field)
+            drafts[field] = tuple(self._draft(entries, use, f"{field}[{index}]") for index, use in enumerate(uses))
+            self._check_doses(SteeringPlan(drafts[field]), field)
+        return drafts
 
-    def _plan(
-        self, entries: Mapping[str, OperatorEntry], uses: tuple[OperatorUse, ...], field: str
-    ) -> SteeringPlan | None:
-        check_count(uses, field)
-        made = tuple(self._application(entries, use, f"{field}[{index}]") for index, use in enumerate(uses))
-        return self._checked(made, field)
-
-    def _checked(self, applications: tuple[Application, ...], field: str) -> SteeringPlan | None:
-        if not applications:
-            return None
-        plan = SteeringPlan(applications)
-        self._check_doses(plan, field)
-        return plan
+    def _finished(self, drafted: Application, use: OperatorUse, field: str) -> Application:
+        return drafted if self._words is None or not use.words else finish_application(drafted, use, self._words, field)
 
     def _check_doses(self, plan: SteeringPlan, field: str) -> None:
         for layer in sorted({use.layer for use in plan.applications}):
@@ -248,7 +275,7 @@ class Registry:
                 parts=tuple(_describe_dose(plan.applications[index]) for index in indices),
             )
 
-    def _application(self, entries: Mapping[str, OperatorEntry], use: OperatorUse, field: str) -> Application:
+    def _draft(self, entries: Mapping[str, OperatorEntry], use: OperatorUse, field: str) -> Application:
         name = name_of(use)
         entry = _find(entries, name)
         if entry.artifact is None:
@@ -256,7 +283,7 @@ class Registry:
         served = entry.artifact.digest
         if use.digest is not None and use.digest != served:
             raise DigestNotServedError(name, requested=use.digest, served=served)
-        return make_application(use, entry.artifact, self._words, field)
+        return draft_application(use, entry.artifact, self._words, field)
 
     def _read(self, name: str) -> OperatorEntry:
         size = 0
@@ -297,6 +324,16 @@ def check_fits(name: str, header: OperatorHeader, model: ModelInfo) -> None:
     highest = max((max(text.ids) for text in header.texts), default=0)
     if highest >= model.vocab_size:
         raise ArtifactError(f"its concept has token {highest}; the model has {model.vocab_size}")
+
+
+def _plan_of(applications: tuple[Application, ...]) -> SteeringPlan | None:
+    return SteeringPlan(applications) if applications else None
+
+
+def _name_errors(name: str, field: str, piece: Callable[[], _T]) -> _T:
+    """A piece of the reading of a use's words."""
+    with reading_words(name, field):
+        return piece()
 
 
 def _describe_dose(use: Application) -> str:

@@ -30,6 +30,14 @@ _T = TypeVar("_T")
 class Words(Protocol):
     """What makes directions of words."""
 
+    def check(self, words: tuple[WeightedWord, ...]) -> None:
+        """Raises as :meth:`direction` does for words that make none of any lens; works none out."""
+        ...
+
+    def learn(self, lens: OperatorArtifact, word: WeightedWord) -> None:
+        """Works out and keeps what one word comes to, whatever its weight. Raises as :meth:`direction` does."""
+        ...
+
     def direction(self, lens: OperatorArtifact, words: tuple[WeightedWord, ...]) -> OperatorArtifact:
         """The vector of some words; may read files.
 
@@ -65,14 +73,32 @@ class WordDirections:
             self._kept.move_to_end(key)
             return self._kept[key]
 
+    def check(self, words: tuple[WeightedWord, ...]) -> None:
+        """See :meth:`Words.check`."""
+        with self._lock:
+            self._of_model().check(_weights(words))
+
+    def learn(self, lens: OperatorArtifact, word: WeightedWord) -> None:
+        """See :meth:`Words.learn`."""
+        with self._lock:
+            self._of_model().learn(lens, word.text)
+
     def _make(self, lens: OperatorArtifact, words: tuple[WeightedWord, ...]) -> OperatorArtifact:
+        return self._of_model().operator(lens, _weights(words))
+
+    def _of_model(self) -> LensWords:
         if self._lens_words is None:
             self._lens_words = LensWords(self._find_unembedding(), self._tokenizer, max_kept=self._max_kept)
-        weights = {word.text: word.weight for word in words}
-        if len(weights) < len(words):
-            twice = next(word.text for index, word in enumerate(words) if word.text in {w.text for w in words[:index]})
-            raise VectorError(f"word {twice!r} is there twice")
-        return self._lens_words.operator(lens, weights)
+        return self._lens_words
+
+
+def _weights(words: tuple[WeightedWord, ...]) -> dict[str, float]:
+    """Raises :class:`VectorError` for a word that is there twice."""
+    weights = {word.text: word.weight for word in words}
+    if len(weights) < len(words):
+        twice = next(word.text for index, word in enumerate(words) if word.text in {w.text for w in words[:index]})
+        raise VectorError(f"word {twice!r} is there twice")
+    return weights
 
 
 class BesideTheLoop:

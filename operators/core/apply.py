@@ -124,7 +124,8 @@ _ONLY_CONCEPT = "the operator has no neutral mean, so that only 'concept' is acc
 
 def check_setting(setting: Setting, header: OperatorHeader, name: str) -> None:
     """Raises :class:`SettingError` where ``setting`` asks the operator ``name`` for what it does not have."""
-    if header.vector is not None:
+    # What steers of a lens are the vectors of its words.
+    if header.vector is not None or header.lens is not None:
         check_blend(setting, name)
         if setting.anchor == "contrast":
             raise SettingError("anchor", f"is 'contrast'; {name} is a vector (rank 0), and only 'concept' is accepted")

@@ -114,6 +114,32 @@ def loaded_weights(directory: Path) -> frozenset[Path]:
         raise ModelError(f"{directory}: its list of weights cannot be read: {error}") from error
 
 
+def check_shards(name: str, directory: Path) -> None:
+    """Refuses a checkpoint whose index names files that are not there, or that are cut short, before any is loaded.
+
+    Raises:
+        ModelError: names the files; also where the directory has no weights.
+    """
+    try:
+        files = sorted(loaded_weights(directory))
+    except ModelError as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {error}") from error
+    if missing := [file.name for file in files if not file.is_file()]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(
+            f"model {name!r} cannot be loaded: {directory} lacks {', '.join(missing[:3])}{more}, which its index names"
+        )
+    for file in files:
+        if file.suffix.lower() == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise ModelError(
+                    f"model {name!r} cannot be loaded: {file.name} is no whole safetensors file ({error})"
+                ) from error
+
+
 def stored_dtypes(files: Iterable[Path]) -> frozenset[torch.dtype]:
     """The floating-point dtypes of all tensors in these files; those of a file that is no checkpoint do not count."""
     return frozenset(_FLOATS[dtype] for file in files for dtype in _tensors(file).values() if dtype in _FLOATS)

@@ -20,7 +20,7 @@ from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.attention import check_attention
 from operators.model.block_weights import BlockWeights, without_weights
-from operators.model.checkpoint_files import CheckpointFiles, check_complete, packed_weights, tied_error
+from operators.model.checkpoint_files import CheckpointFiles, check_complete, check_shards, packed_weights, tied_error
 from operators.model.digest_cache import keep_digest
 from operators.model.experts import fit_experts
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -147,6 +147,8 @@ def load_model(
             attention=attention,
             checks=checks,
         )
+        if local:
+            check_shards(name, directory)
         streamed = examined.need > examined.have if stream is None else stream
         if streamed:
             outline = LoadedModel(

@@ -14,7 +14,7 @@ from operators.core.dtypes import DTYPES
 from operators.core.errors import ModelError, OperatorError
 from operators.core.header import AttentionName, DTypeName
 from operators.model.block_weights import without_weights
-from operators.model.checkpoint_files import CheckpointFiles, loaded_weights, stored_dtypes
+from operators.model.checkpoint_files import CheckpointFiles, check_shards, stored_dtypes
 from operators.model.digest_cache import cached_digest
 from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprint
 from operators.model.loading import LoadedModel, check_device, check_not_adapter, decoder_layers, near_name
@@ -130,9 +130,7 @@ def survey_model(name: str, *, dtype: DTypeName, device: str, attention: Attenti
     if directory is None:
         return ModelSurvey(_how_to_get(name), None)
     check_not_adapter(name, str(directory))
-    missing = [path.name for path in sorted(loaded_weights(directory)) if not path.is_file()]
-    if missing:
-        raise ModelError(f"model {name!r}: {directory} lacks {', '.join(missing[:3])}, which its index names")
+    check_shards(name, directory)
     try:
         from transformers import AutoTokenizer
 

@@ -91,7 +91,18 @@ class LensWords:
 
     def operator(self, lens: OperatorArtifact, words: Mapping[str, float]) -> OperatorArtifact:
         """Raises as :func:`word_operator` does."""
-        return _mixture(lens, lens_words(words, self._find_ids), self._unembedding, self._unit)
+        return _mixture(lens, self.check(words), self._unembedding, self._unit)
+
+    def check(self, words: Mapping[str, float]) -> tuple[LensWord, ...]:
+        """The words and their tokens, before any direction is worked out. Raises :class:`VectorError`."""
+        found = lens_words(words, self._find_ids)
+        _shares(found)
+        return found
+
+    def learn(self, lens: OperatorArtifact, word: str) -> None:
+        """Works out the direction of one word, and keeps it. Raises as :func:`word_operator` does."""
+        [found] = lens_words({word: 1.0}, self._find_ids)
+        self._unit(_lens_of(lens, self._unembedding), lens.digest, found)
 
     def _find_ids(self, text: str) -> tuple[int, ...]:
         return self._kept(self._ids, text, lambda: word_ids(text, self._tokenizer))
@@ -203,16 +214,8 @@ def _mixture(
     unit_of: Callable[[Lens, str, LensWord], torch.Tensor],
 ) -> OperatorArtifact:
     """The vector of words whose tokens are known. Raises as :func:`word_operator` does."""
-    if lens.lens is None or lens.header.lens is None:
-        raise VectorError("words are for a lens; this operator is none")
-    expected = (lens.header.lens.vocabulary, lens.header.hidden_size)
-    found = (unembedding.vocabulary, unembedding.hidden_size)
-    if found != expected:
-        raise IncompatibleOperatorError(
-            f"the model's unembedding has the shape {found}; the lens was built with {expected}"
-        )
-    shares = _shares(words)
-    parts = [share * unit_of(lens.lens, lens.digest, word) for word, share in zip(words, shares, strict=True)]
+    matrix, shares = _lens_of(lens, unembedding), _shares(words)
+    parts = [share * unit_of(matrix, lens.digest, word) for word, share in zip(words, shares, strict=True)]
     total = torch.stack(parts).sum(0)
     if float(torch.linalg.vector_norm(total)) < _CANCELS * sum(map(abs, shares)):
         raise VectorError(f"the directions of {', '.join(repr(word.text) for word in words)} cancel")
@@ -221,6 +224,19 @@ def _mixture(
     if not 0.0 < norm < float("inf"):
         raise VectorError(f"the sum of the words has norm {norm:g} in float32; a positive, finite one is needed")
     return make_vector(_header(lens, WordVector(norm=norm, lens=lens.digest, words=tuple(words))), vector)
+
+
+def _lens_of(lens: OperatorArtifact, unembedding: UnembeddingRows) -> Lens:
+    """The matrix and the mean of a lens that belongs to this unembedding."""
+    if lens.lens is None or lens.header.lens is None:
+        raise VectorError("words are for a lens; this operator is none")
+    expected = (lens.header.lens.vocabulary, lens.header.hidden_size)
+    found = (unembedding.vocabulary, unembedding.hidden_size)
+    if found != expected:
+        raise IncompatibleOperatorError(
+            f"the model's unembedding has the shape {found}; the lens was built with {expected}"
+        )
+    return lens.lens
 
 
 def word_direction(lens: Lens, rows: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,21 @@ class AccessControl:
             if RPC_SCOPES.get(method) == ADMIN and not is_refused:
                 self._audit.called(method, token=grant.token, peer=peer, outcome=outcome)
 
+    @contextmanager
+    def recognised(self, method: str, authorization: Sequence[str | bytes], peer: str) -> Iterator[Grant]:
+        """Surrounds what is no call of the contract: that it is none is told to those who have a token only.
+
+        ``method``: what the audit log calls it. Raises :class:`UnauthenticatedError`.
+        """
+        try:
+            grant = self._grant(authorization)
+        except UnauthenticatedError as error:
+            self.refusals[error.cause] += 1
+            self._audit.refused(method, token="", peer=peer, cause=error.cause)
+            raise
+        self._count(grant)
+        yield grant
+
     def _check_listener(self, method: str, *, by_admin_listener: bool) -> None:
         scope = RPC_SCOPES.get(method)
         # Health and reflection are of a listener, not of the model.

@@ -18,25 +18,25 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from steer_server.errors import StartupError
+from steer_server.errors import StartupError, UnauthenticatedError
 from steer_server.http.bodies import BodyLimits
 from steer_server.http.body_reader import BodyReader
 from steer_server.http.connection import Connection, ConnectionLimits
 from steer_server.http.contract import Method, contract_methods
 from steer_server.http.endpoint import Answer, CallRules, Endpoint, Handler, Read
-from steer_server.http.errors import error_body
-from steer_server.http.exchange import encode
+from steer_server.http.errors import Failure, error_body, headers_of, http_status_of
+from steer_server.http.exchange import authorization_of, encode, peer_of
 from steer_server.http.openai.paths import OpenAIPaths
 from steer_server.http.origin import Gate
 from steer_server.http.page import page_routes
 from steer_server.http.refused import RefusedError
 from steer_server.http_listener import HttpListener
 from steer_server.lifecycle import PATHS, Lifecycle
+from steer_server.metrics import OTHER
 from steer_server.rpc.parts import ServerParts
+from steer_server.rpc.status import reason_of
 from steer_server.small_http import probe
 
-_OTHER = "other"
-"""What metrics call every path that is not there."""
 _MAX_HEAD_BYTES = 16 << 10
 _MODEL = "/steering.v1.GenerationService/GetModelInfo"
 _COMPARE = "/steering.v1.GenerationService/Compare"
@@ -164,20 +164,26 @@ async def _empty(method: Method, _: None) -> Answer:
 
 
 async def _refuse(rules: CallRules, request: Request, error: Exception) -> Response:
-    """A path that is not there, or a method that it does not take."""
-    status = error.status_code if isinstance(error, HTTPException) else 404
+    """A path that is not there, or a method that it does not take; told to those who may call only."""
+    refused: Failure
     try:
         rules.gate.check(request.headers)
-        headers = dict(getattr(error, "headers", None) or {})
-        said = "is not served here" if status == 404 else f"does not take {request.method[:32]}"
-        refused = RefusedError(
-            status,
-            "NOT_FOUND" if status == 404 else "METHOD_NOT_ALLOWED",
-            f"{request.url.path[:200]} {said}",
-            headers=tuple(headers.items()),
-        )
-    except RefusedError as found:
+        with rules.access.recognised(OTHER, authorization_of(request.scope), peer_of(request.scope)):
+            refused = _not_served(request, error)
+    except (RefusedError, UnauthenticatedError) as found:
         refused = found
-    rules.metrics.http_requests.labels(_OTHER, str(refused.status)).inc()
-    rules.metrics.errors.labels(_OTHER, refused.code).inc()
-    return Response(encode(error_body(refused)), refused.status, dict(refused.headers), media_type="application/json")
+    status, reason = http_status_of(refused), refused.code if isinstance(refused, RefusedError) else reason_of(refused)
+    rules.metrics.http_requests.labels(OTHER, str(status)).inc()
+    rules.metrics.errors.labels(OTHER, reason).inc()
+    return Response(encode(error_body(refused)), status, dict(headers_of(refused)), media_type="application/json")
+
+
+def _not_served(request: Request, error: Exception) -> RefusedError:
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    said = "is not served here" if status == 404 else f"does not take {request.method[:32]}"
+    return RefusedError(
+        status,
+        "NOT_FOUND" if status == 404 else "METHOD_NOT_ALLOWED",
+        f"{request.url.path[:200]} {said}",
+        headers=tuple(dict(getattr(error, "headers", None) or {}).items()),
+    )

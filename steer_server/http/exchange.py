@@ -28,6 +28,17 @@ class ClientLeftError(Exception):
     """Nobody waits for the answer any more."""
 
 
+def peer_of(scope: Scope) -> str:
+    """Who is at the other end of a connection, as gRPC names it."""
+    host, port = scope["client"] or ("", 0)
+    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
+def authorization_of(scope: Scope) -> list[str | bytes]:
+    """What came under that name, once or several times."""
+    return [value for name, value in scope["headers"] if name == b"authorization"]
+
+
 class Exchange:
     """What ASGI gives of one request."""
 
@@ -44,13 +55,12 @@ class Exchange:
     @property
     def peer(self) -> str:
         """As gRPC names it."""
-        host, port = self._scope["client"] or ("", 0)
-        return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+        return peer_of(self._scope)
 
     @property
     def authorization(self) -> list[str | bytes]:
         """What came under that name, once or several times."""
-        return [value for name, value in self._scope["headers"] if name == b"authorization"]
+        return authorization_of(self._scope)
 
     def caller(self, grant: Grant) -> Caller:
         """Whom the work is for, and what may be done."""

@@ -10,14 +10,15 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
 
 from steer_server.access.control import AccessControl
 from steer_server.caller import CALLER
-from steer_server.errors import InvalidRequestError, SlowReaderError
-from steer_server.metrics import Metrics
+from steer_server.errors import InvalidRequestError, SlowReaderError, UnimplementedError
+from steer_server.metrics import OTHER, Metrics
 from steer_server.rpc.admission import Admission
 from steer_server.rpc.call_limit import CallLimit, Place
 from steer_server.rpc.call_record import current_call
@@ -27,6 +28,10 @@ from steer_server.tracing.base import NO_TRACING, Tracing
 
 _Behaviour = Callable[[Any, Any], Any]
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_NO_METHOD = ("stream_stream", OTHER, OTHER)
+"""What metrics, logs and traces call every method that is not served, whatever its caller does."""
+_MAX_METHOD = 200
+"""Characters of it that a refusal repeats."""
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -61,7 +66,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Wraps the handler of one call."""
         handler = await continuation(handler_call_details)
         if handler is None:
-            return handler
+            # Registered as what takes any number of messages, none of which is read.
+            return grpc.stream_stream_rpc_method_handler(partial(self._refuse, handler_call_details.method))
         call = _Call(self, handler_call_details.method, handler)
         streams = handler.response_streaming
         make = grpc.stream_stream_rpc_method_handler if streams else grpc.stream_unary_rpc_method_handler
@@ -72,6 +78,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
         return wrapped
+
+    async def _refuse(self, method: str, _requests: object, context: Context) -> None:
+        """Answers a call of a method that is not served."""
+        async with Outcome(self.metrics, self.tracing, _NO_METHOD, context):
+            with self.access.recognised(OTHER, authorization_of(context), context.peer() or "") as grant:
+                current_call().token = grant.token
+                raise UnimplementedError(method[1:_MAX_METHOD])
 
 
 class _Call:

@@ -84,7 +84,8 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
     # vLLM clamps at 7 and has windows on every other layer, whatever the configuration says.
     "gpt_oss": {"swiglu_limit": 7.0, "layer_types": ["sliding_attention", "full_attention"] * 2},
     # As checkpoints say it, and transformers does not; the latent vector and its rotary part are 576 wide on a CPU.
-    "deepseek_v3": {"moe_intermediate_size": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32,
+    "deepseek_v3": {"moe_intermediate_size": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64,
+                    "qk_nope_head_dim": 32,
                     "v_head_dim": 32, "q_lora_rank": 48, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }  # fmt: skip
 

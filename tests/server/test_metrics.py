@@ -3,6 +3,7 @@
 import asyncio
 import re
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 
 import grpc
@@ -110,26 +111,47 @@ async def test_clients_add_no_series_by_what_they_name(served):
     assert served.read("steer_errors_total", **unknown) == 2 * 15
 
 
-async def test_of_many_operators_only_some_have_series_of_their_own(served):
-    metrics = Metrics(served.server.engine, served.server.registry)
-    for place in range(300):
+def _count_texts(metrics: Metrics, names: Iterable[str]) -> list[str]:
+    """Counts a text steered by each; the labels of operators that there are then."""
+    for name in names:
         counted = metrics.follow()
         positions = {"prompt_tokens_steered": 1, "generated_tokens_steered": 1, "prompt_tokens_cached": 0}
         doses = {"mean_dose": 0.2, "max_dose": 0.2, "dose_bound": 0.2}
         setting = ("cumulative", 0.4, 0.0, Positions(), "concept", "operator")
-        receipt = Receipt(f"op{place}", "sha256:0", 1, *setting, **positions, **doses, defaulted=(), calibrated=False)
+        receipt = Receipt(name, "sha256:0", 1, *setting, **positions, **doses, defaulted=(), calibrated=False)
         usage, timings = Usage(1, 1), Timings(0.0, 0.1, 0.2)
         counted.see(Started("id", (1,)))
         counted.see(Completion("id", "", (1,), FinishReason.EOS, "", usage, timings, (receipt,), (), 0))
-    read = metrics.registry.get_sample_value
-    names = [
-        sample.labels["operator"]
-        for family in metrics.registry.collect()
-        if family.name == "steer_positions_steered"
-        for sample in family.samples
+    families = {family.name: family for family in metrics.registry.collect()}
+    found = [
+        {sample.labels["operator"] for sample in families[name].samples}
+        for name in ("steer_positions_steered", "steer_dose_ratio")
     ]
-    assert len(names) == 101
+    assert found[0] == found[1]
+    return sorted(found[0])
+
+
+async def test_of_many_operators_only_some_have_series_of_their_own(served, monkeypatch):
+    names = [f"op{place}" for place in range(300)]
+    monkeypatch.setattr(served.server.registry, "names", lambda: set(names))
+    metrics = Metrics(served.server.engine, served.server.registry)
+    assert len(_count_texts(metrics, names)) == 101
+    read = metrics.registry.get_sample_value
     assert read("steer_positions_steered_total", {"operator": "other"}) == 2 * 200
+
+
+async def test_operators_that_are_gone_leave_their_series_to_those_that_come(served, monkeypatch):
+    in_service = {"stays"}
+    monkeypatch.setattr(served.server.registry, "names", lambda: in_service)
+    metrics = Metrics(served.server.engine, served.server.registry)
+    _count_texts(metrics, ["stays"])
+    for place in range(250):
+        in_service = {"stays", f"op{place}"}
+        found = _count_texts(metrics, [f"op{place}"])
+        assert {"stays", f"op{place}"} <= set(found)
+        assert len(found) <= 100
+    assert "other" not in found
+    assert metrics.registry.get_sample_value("steer_positions_steered_total", {"operator": "stays"}) == 2
 
 
 async def test_every_metric_keeps_the_conventions(served):

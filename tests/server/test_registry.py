@@ -204,7 +204,7 @@ def test_a_file_that_is_repaired_can_be_used_after_a_reload(registry, tmp_path, 
 
 async def test_the_arms_of_a_request_are_of_one_snapshot(registry, tmp_path, artifact, other_artifact, monkeypatch):
     store = Store(tmp_path)
-    made, original = registry(), registry_module.make_application
+    made, original = registry(), registry_module.draft_application
 
     def reload_in_between(*args):
         application = original(*args)
@@ -212,7 +212,7 @@ async def test_the_arms_of_a_request_are_of_one_snapshot(registry, tmp_path, art
         made.reload()
         return application
 
-    monkeypatch.setattr(registry_module, "make_application", reload_in_between)
+    monkeypatch.setattr(registry_module, "draft_application", reload_in_between)
     uses = (OperatorUse("good"),)
     plans = await made.plan_beside({"arms[0].operators": uses, "arms[1].operators": uses})
     assert [plan.applications[0].artifact.digest for plan in plans] == [artifact.digest] * 2

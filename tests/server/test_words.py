@@ -21,6 +21,7 @@ from steer_server.errors import (
     InvalidRequestError,
     OperatorUnusableError,
     QueueFullError,
+    SteerServerError,
     UnknownOperatorError,
 )
 from steer_server.registry import Registry
@@ -317,3 +318,52 @@ async def test_a_word_is_worked_out_once_whatever_its_weight(registry, monkeypat
     plans = await registry.plan_beside(arms)
     assert len({plan.applications[0].artifact.digest for plan in plans}) == 8
     assert len(worked) == 2
+
+
+@pytest.mark.parametrize(
+    ("last", "refused"),
+    [
+        (OperatorUse("lens", strength=3.0, words=words("bridge")), "DoseTooHighError"),
+        (OperatorUse("lens", kl=7.0, words=words("bridge")), "InvalidRequestError"),
+        (OperatorUse("lens", words=(*words("bridge"), WeightedWord("bay", 0.0))), "InvalidRequestError"),
+        (OperatorUse("nobody"), "UnknownOperatorError"),
+    ],
+)
+async def test_no_direction_is_worked_out_before_the_last_arm_is_accepted(registry, monkeypatch, last, refused):
+    monkeypatch.setattr("operators.model.words.word_direction", lambda *_: pytest.fail("worked out"))
+    first = (OperatorUse("lens", words=words("bridge", "bay")),)
+    with pytest.raises(SteerServerError) as caught:
+        await registry.plan_beside({"arms[0].operators": first, "arms[1].operators": (last,)})
+    assert type(caught.value).__name__ == refused
+
+
+async def test_a_word_of_one_comes_between_the_words_of_one_use_of_another(registry, directions, monkeypatch):
+    learn, direction, order = directions.learn, directions.direction, []
+    begun, gate = threading.Event(), threading.Event()
+
+    def learned(lens, word):
+        begun.set()
+        assert gate.wait(5)
+        order.append(word.text)
+        learn(lens, word)
+
+    def directed(lens, many):
+        order.append(len(many))
+        return direction(lens, many)
+
+    monkeypatch.setattr(directions, "learn", learned)
+    monkeypatch.setattr(directions, "direction", directed)
+
+    async def plan(host, *texts):
+        of_host(host)
+        return await registry.plan_beside({"operators": (OperatorUse("lens", words=words(*texts)),)})
+
+    many = asyncio.ensure_future(plan("many", *(f"many {n}" for n in range(16))))
+    while not begun.is_set():
+        await asyncio.sleep(0.001)
+    few = asyncio.ensure_future(plan("few", "bridge"))
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(many, few)
+    # Its words are checked, then read, each behind one piece of the other's.
+    assert order.index(1) < 8 < order.index(16)

@@ -15,6 +15,8 @@ from operators.model import digest_cache, stored_weights
 from operators.model.checkpoint_files import CheckpointFiles, stored_dtypes
 from operators.model.digest_cache import cached_digest, keep_digest
 from operators.model.loading import load_model
+from tests.odd_models import odd_model
+from tests.tiny_tokenizer import make_tokenizer
 
 DIGEST = "1" * 64
 
@@ -202,3 +204,27 @@ def test_the_dtypes_of_damaged_files_are_none(tmp_path):
 def test_a_directory_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"none cannot be read: No such file"):
         CheckpointFiles.of(tmp_path / "none")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_shard_that_is_missing_or_cut_is_named_before_anything_is_loaded(stream, tmp_path, monkeypatch):
+    odd_model("llama").float().save_pretrained(tmp_path, max_shard_size="40KB")
+    make_tokenizer().save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), stream=stream).num_layers == 4
+    monkeypatch.setattr("operators.model.loading._from_files", lambda *_: pytest.fail("it was loaded"))
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    with pytest.raises(
+        ModelError, match=rf"^model '{tmp_path}' cannot be loaded: {shard.name} is no whole safetensors file"
+    ):
+        load_model(str(tmp_path), stream=stream)
+    shard.unlink()
+    with pytest.raises(
+        ModelError, match=rf"^model '{tmp_path}' cannot be loaded: .* lacks {shard.name}, which its index names"
+    ):
+        load_model(str(tmp_path), stream=stream)
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=rf"^model '{tmp_path}' cannot be loaded: .* has none of model\.safetensors, "):
+        load_model(str(tmp_path), stream=stream)

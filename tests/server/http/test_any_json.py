@@ -1,10 +1,12 @@
 """Whatever JSON comes, it is read or refused by name: nothing else is raised."""
 
+import json
 from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
 from google.protobuf.descriptor import Descriptor
+from google.protobuf.json_format import ParseDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from steering.v1 import comparison_pb2
@@ -12,6 +14,7 @@ from steering.v1 import generation_pb2 as pb
 
 from steer_server.config import ServerConfig
 from steer_server.errors import InvalidRequestError
+from steer_server.http import messages
 from steer_server.http.messages import read_message
 from steer_server.http.openai.parameters import ChatParameters, CompletionParameters, read_parameters
 from steer_server.http.openai.requests import asked_chat, asked_completion
@@ -82,3 +85,33 @@ def test_any_json_is_parameters_or_is_refused_by_name(kind, asked, data):
     body = valid | data.draw(values(names))
     with suppress(InvalidRequestError, RefusedError):
         asked(PARTS, read_parameters(kind, body)).message.SerializeToString()
+
+
+def longest_text(value) -> int:
+    if isinstance(value, dict | list):
+        return max(map(longest_text, value.values() if isinstance(value, dict) else value), default=0)
+    return len(value) if isinstance(value, str) else 0
+
+
+def test_a_long_text_is_read_as_it_is_and_past_the_mapping_that_searches_it(monkeypatch):
+    given = []
+
+    def seen(value, message):
+        given.append(longest_text(value))
+        return ParseDict(value, message)
+
+    monkeypatch.setattr(messages, "ParseDict", seen)
+    text = "bay \u2603" * (40 << 10)
+    prompts = [
+        {"id": "a", "prompt": {"text": text}},
+        {"id": text, "prompt": {"chat": {"messages": [{"content": text}]}}},
+    ]
+    for value in ({"prompts": prompts}, {"prompt": {"text": text}, "requestId": text}):
+        whole = json.dumps(value)
+        assert read_message(comparison_pb2.CompareRequest, value) == ParseDict(value, comparison_pb2.CompareRequest())
+        assert json.dumps(value) == whole, "what was given stays as it is"
+    assert max(given) < 100
+    with pytest.raises(InvalidRequestError, match="oneof"):
+        read_message(pb.GenerateRequest, {"prompt": {"text": text, "chat": {}}})
+    with pytest.raises(InvalidRequestError, match="surrogates not allowed"):
+        read_message(pb.GenerateRequest, {"prompt": {"text": text + "\ud800"}})

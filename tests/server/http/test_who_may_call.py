@@ -168,6 +168,25 @@ async def test_the_page_is_for_everybody_and_what_it_asks_is_not(guarded):
     assert (await guarded.get("/api/model")).status == 401
 
 
+async def test_only_who_may_call_learns_what_is_not_served(guarded):
+    async with grpc.aio.insecure_channel(guarded.target) as channel:
+        for path in ("/steering.v1.GenerationService/Guess", "/nothing.at.All/Here", "/grpc.health.v1.Health/Guess"):
+            for token, wanted in (
+                (None, grpc.StatusCode.UNAUTHENTICATED),
+                (token_of("wrong"), grpc.StatusCode.UNAUTHENTICATED),
+                (token_of("old-read"), grpc.StatusCode.UNAUTHENTICATED),
+                (token_of("read"), grpc.StatusCode.UNIMPLEMENTED),
+            ):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await channel.unary_unary(path)(NO_MESSAGE, metadata=tuple(bearer(token).items()), timeout=20)
+                assert caught.value.code() is wanted, (path, token)
+    for verb, path, status in (("GET", "/api/nothing", 404), ("GET", "/api/Generate", 405)):
+        for token, wanted in ((None, 401), (token_of("wrong"), 401), (token_of("read"), status)):
+            answer = await guarded.ask(verb, path, None, **bearer(token))
+            assert answer.status == wanted, (path, token)
+            assert answer.headers.get("www-authenticate") == ("Bearer" if wanted == 401 else None)
+
+
 async def test_a_refused_body_is_not_waited_for(guarded):
     reader, writer = await guarded.open()
     head = f"POST /api/Generate HTTP/1.1\r\nhost: 127.0.0.1:{guarded.port}\r\ncontent-length: 1000\r\n\r\n"
