@@ -2,10 +2,10 @@
 
     python tests/bench/bench_jobs.py [--concepts 64] [--rank 8] [--jobs 1 2] [--rounds 1]
 
-Each run is the whole command in a process of its own, into an empty store: seconds by the clock, and CPU seconds (user and
-system) of the command and all its workers. N workers share the threads that one process has, so that two cores are two
-threads of one, or one of each of two. The order alternates from round to round. The concepts are texts of five words.
-Not a test; nothing here passes or fails. Run it on a quiet machine, or by CPU seconds.
+Each run is the whole command in a process of its own, into an empty store: seconds by the clock, and CPU seconds (user
+and system) of the command and all its workers. N workers share the threads that one process has, so that two cores are
+two threads of one, or one of each of two. The order alternates from round to round. The concepts are texts of five
+words. Not a test; nothing here passes or fails. Run it on a quiet machine, or by CPU seconds.
 """
 
 from __future__ import annotations
