@@ -67,7 +67,7 @@ def options(
 def main() -> None:
     """Entry point of the command; Ctrl-C exits with 130."""
     # Read by torch when it is imported. By default its threads wait for each other at work: on a machine that does
-    # other things too, a command took two to six times as many CPU seconds as with threads that sleep.
+    # other things too, a build took five times as many CPU seconds as with threads that sleep.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # To import torch and transformers makes half a million objects and no garbage; Python looks after every 700.
     gc.set_threshold(_OBJECTS_PER_COLLECTION)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from steer_server.config import ServerConfig
 from steer_server.errors import StartupError
+from steer_server.parallel import in_own_thread
 
 if TYPE_CHECKING:
     from operators.core.header import DTypeName
@@ -22,16 +23,20 @@ async def _start_hf(config: ServerConfig, dtype: DTypeName, device: str) -> Star
     from steer_server.engine.hf.self_test import check_steering
 
     _refuse_hf(config)
-    loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
-    check_steering(loaded)
-    engine = HFEngine(
-        loaded,
-        max_queue=config.max_queue,
-        max_running=config.max_running,
-        operator_memory=config.operator_memory,
-        decode_memory=config.decode_memory,
-    )
-    return engine, loaded.files
+
+    def start() -> Started:
+        loaded = load_model(config.model, dtype=dtype, device=device, attention=config.attention)
+        check_steering(loaded)
+        engine = HFEngine(
+            loaded,
+            max_queue=config.max_queue,
+            max_running=config.max_running,
+            operator_memory=config.operator_memory,
+            decode_memory=config.decode_memory,
+        )
+        return engine, loaded.files
+
+    return await in_own_thread(start)
 
 
 async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> Started:

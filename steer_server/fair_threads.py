@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from steer_server.caller import CALLER
 from steer_server.errors import QueueFullError, ShuttingDownError
+from steer_server.parallel import settle_cores
 
 _T = TypeVar("_T")
 
@@ -22,7 +23,7 @@ class FairThreads:
     """
 
     def __init__(self, count: int, name: str) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name)
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=settle_cores)
         self._free = count
         self._closed = False
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}

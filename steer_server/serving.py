@@ -17,6 +17,7 @@ from steer_server.config import ServerConfig
 from steer_server.early.holding import answered, early_ports
 from steer_server.engines import ENGINES
 from steer_server.errors import StartupError, StoreUnreadableError
+from steer_server.parallel import others_work_on_one_core
 
 if TYPE_CHECKING:
     from steer_server.rpc.parts import Door
@@ -53,6 +54,7 @@ async def run(config: ServerConfig) -> None:
         with answered(ports):
             log.info("loading", model=config.model, engine=config.engine, dtype=dtype, device=device)
             engine, files = await ENGINES[config.engine](config, dtype, device)
+            others_work_on_one_core()
             registry = Registry(
                 store,
                 engine.model,

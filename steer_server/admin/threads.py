@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from steer_server.errors import QueueFullError, ShuttingDownError
+from steer_server.parallel import settle_cores
 
 _T = TypeVar("_T")
 _THREADS = 4
@@ -36,7 +37,7 @@ class FileThreads:
     """Belongs to one event loop."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="store")
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="store", initializer=settle_cores)
         self._running, self._is_closed = 0, False
 
     async def ask(self, function: Callable[[], _T]) -> _T:

@@ -32,6 +32,7 @@ from steer_server.engine.prompts import PromptReader, check_sampled_ids
 from steer_server.engine.special_stops import special_stops
 from steer_server.engine.work import WorkDone
 from steer_server.errors import EngineFailedError, ShuttingDownError, SteerServerError, errors_of
+from steer_server.parallel import settle_cores
 from steer_server.types import Admitted, DecodeJob, ModelInfo, Prompt
 
 log = structlog.get_logger(__name__)
@@ -73,8 +74,11 @@ class HFEngine:
         self._work, self._failure = WorkDone(), Failure()
         # Encoding a prompt is quick compared to decoding a job: the queue of jobs should fill first.
         self._prompts = PromptReader(loaded.tokenizer, self._model, max_waiting=4 * max_queue)
-        self._thread = threading.Thread(target=self._run, name="hf-engine", daemon=True)
+        has_cores = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(has_cores,), name="hf-engine", daemon=True)
         self._thread.start()
+        # What is said afterwards of other threads does not hold for this one.
+        has_cores.wait()
 
     @property
     def model(self) -> ModelInfo:
@@ -161,8 +165,10 @@ class HFEngine:
         self._queue.abandon(ShuttingDownError())
         await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS - _TELL_SECONDS)
 
-    def _run(self) -> None:
-        """The decoding thread."""
+    def _run(self, has_cores: threading.Event) -> None:
+        """The decoding thread. Tells when it has settled on how many cores it works."""
+        settle_cores()
+        has_cores.set()
         try:
             while (job := self._next()) is not None:
                 self._take_turn(job)
