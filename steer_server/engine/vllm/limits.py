@@ -29,6 +29,8 @@ def check_supported(config: Any) -> None:
         "diffusion_config": config.diffusion_config is not None,
         "models that do not generate (runner)": model.runner_type != "generate",
         "encoder-decoder models": model.is_encoder_decoder,
+        # In vLLM 0.32 a plain text is another one there when others are beside it; the engine hf serves such models.
+        "latent attention (MLA) on a CPU": _has_latent_attention(model) and config.device_config.device_type == "cpu",
         "enable_lora": config.lora_config is not None,
         "enable_prompt_embeds": model.enable_prompt_embeds,
         "sequence-parallel mixtures of experts": parallel.use_sequence_parallel_moe,
@@ -44,6 +46,10 @@ def check_supported(config: Any) -> None:
     requested = [name for name, is_requested in refused.items() if is_requested]
     if requested:
         raise ValueError(f"steering does not support {', '.join(requested)}")
+
+
+def _has_latent_attention(model: Any) -> bool:
+    return bool(getattr(model, "use_mla", False))
 
 
 def _rope(model: Any) -> dict[str, bool]:

@@ -100,6 +100,17 @@ def test_what_is_not_steered_is_refused_by_name(changed, said):
         check_supported(_config(**changed))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_latent_attention_is_refused_on_a_cpu(device):
+    config = _config(model_config__use_mla=True)
+    config.device_config = SimpleNamespace(device_type=device)
+    if device == "cuda":
+        check_supported(config)
+        return
+    with pytest.raises(ValueError, match=r"does not support latent attention \(MLA\) on a CPU$"):
+        check_supported(config)
+
+
 def test_breakable_graphs_are_refused_where_graphs_are_captured(monkeypatch):
     monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
     check_supported(_config(compilation_config__cudagraph_mode=Graphs()))
