@@ -288,7 +288,23 @@ def test_nobody_at_the_target_is_exit_status_1(steer):
 def test_health_is_an_exit_status(steer, fake):
     assert steer("health").exit_code == 0
     fake.health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-    assert steer("health").exit_code == 1
+    result = steer("health")
+    assert (result.exit_code, result.stdout) == (1, "not serving\n"), "of a server without the other probes"
+
+
+@pytest.mark.parametrize(
+    ("live", "started", "said"),
+    [
+        ("SERVING", "NOT_SERVING", "not serving: it is loading its model\n"),
+        ("SERVING", "SERVING", "not serving: it is stopping\n"),
+        ("NOT_SERVING", "NOT_SERVING", "not serving: its engine can decode nothing any more\n"),
+    ],
+)
+def test_health_says_why_it_is_not_serving(steer, fake, live, started, said):
+    for name, state in {"": "NOT_SERVING", "live": live, "started": started}.items():
+        fake.health.set(name, health_pb2.HealthCheckResponse.ServingStatus.Value(state))
+    result = steer("health")
+    assert (result.exit_code, result.stdout) == (1, said)
 
 
 def test_operators_are_listed_with_the_problems_of_the_broken(steer, fake):

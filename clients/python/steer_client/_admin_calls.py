@@ -20,12 +20,15 @@ from steer_client._admin import (
     UploadStart,
 )
 from steer_client._calls import Streaming, Unary, refuse_many
-from steer_client._errors import ProtocolError
+from steer_client._errors import ProtocolError, ServerError, ServerUnavailableError, SteerError
 from steer_client._store import OperatorInfo
 
 NOTHING_HELD = "UNKNOWN_UPLOAD"
 #: Reasons of errors after which an upload goes on where the server says that it stands.
-INTERRUPTED = frozenset({"UPLOAD_OFFSET", "REQUEST_INCOMPLETE"})
+_INTERRUPTED = frozenset({"UPLOAD_OFFSET", "REQUEST_INCOMPLETE"})
+
+# What grpc.aio makes of a call that the server ended while a message was written to it, in place of its status.
+_ENDED_MEANWHILE = "Internal error from Core"
 
 _write_upload_start = encode.checked_writer(pb.UploadStart, UploadStart)
 _write_get_upload = encode.checked_writer(pb.GetUploadRequest, GetUploadRequest)
@@ -44,6 +47,13 @@ def upload(file: OperatorFile, offset: int, replace: str, target: str) -> Unary[
         UploadStart(file.upload_id, file.name, file.size_bytes, file.file_digest, offset, replace)
     )
     return Unary("admin", "UploadOperator", _Messages(file, start, offset), decode.one_operator)
+
+
+def was_interrupted(error: SteerError) -> bool:
+    """Whether an upload that failed goes on where the server says that it stands, or hears from it why not."""
+    if isinstance(error, ServerUnavailableError) or error.reason in _INTERRUPTED:
+        return True
+    return isinstance(error, ServerError) and not error.reason and _ENDED_MEANWHILE in str(error)
 
 
 def get_upload(upload_id: str) -> Unary[int]:

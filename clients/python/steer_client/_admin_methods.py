@@ -13,7 +13,7 @@ from steer_client._aio_streams import AsyncBuildStream
 from steer_client._calls import Streaming, Unary
 from steer_client._defaults import CLIENT_TIMEOUT, Timeout
 from steer_client._dual_method import method, stream_method
-from steer_client._errors import BuildFailedError, ServerUnavailableError, SteerError
+from steer_client._errors import BuildFailedError, SteerError
 from steer_client._positions import Positions
 from steer_client._requests import Anchor, FirstToken, Rule
 from steer_client._store import OperatorInfo
@@ -57,8 +57,7 @@ class AdminMethods(ABC):
             try:
                 return await self._answer(calls.upload(file, offset, replace, self.target), timeout)
             except SteerError as error:
-                interrupted = isinstance(error, ServerUnavailableError) or error.reason in calls.INTERRUPTED
-                if not interrupted or left == 0:
+                if not calls.was_interrupted(error) or left == 0:
                     raise
         raise AssertionError("the last attempt returns or raises")
 

@@ -201,6 +201,6 @@ def tokenize(prompt: Prompt) -> Unary[results.Tokenization]:
     return Unary("generation", "Tokenize", encode.tokenize_request(prompt), decode.tokenization)
 
 
-def health() -> Unary[bool]:
-    """The standard health service, for the server as a whole."""
-    return Unary("health", "Check", health_pb2.HealthCheckRequest(), decode.healthy)
+def health(probe: str = "") -> Unary[bool]:
+    """The standard health service, for the server as a whole or one of its probes."""
+    return Unary("health", "Check", health_pb2.HealthCheckRequest(service=probe), decode.healthy)

@@ -21,4 +21,6 @@ class Default(Enum):
 
 
 CLIENT_TIMEOUT: Final = Default.TIMEOUT
+#: What the health of a server is asked for.
+Probe: TypeAlias = Literal["ready", "started", "live"]
 Timeout: TypeAlias = float | Literal[Default.TIMEOUT] | None

@@ -22,7 +22,7 @@ from steer_client._admin_methods import AdminMethods
 from steer_client._aio_streams import AsyncComparisonsStream, AsyncComparisonStream, AsyncGenerationStream
 from steer_client._call_metadata import Token, call_metadata
 from steer_client._channel import Stubs, target_or_default
-from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Timeout
+from steer_client._defaults import CLIENT_TIMEOUT, DEFAULT_TIMEOUT, Probe, Timeout
 from steer_client._dual_method import method, stream_method
 from steer_client._errors import SteerError
 from steer_client._pool import Pool
@@ -318,12 +318,14 @@ class Methods(AdminMethods):
         return await self._answer(calls.tokenize(prompt), timeout)
 
     @method
-    async def health(self, *, timeout: Timeout = CLIENT_TIMEOUT) -> bool:
+    async def health(self, *, probe: Probe = "ready", timeout: Timeout = CLIENT_TIMEOUT) -> bool:
         """Whether the server takes requests. Raises ServerUnavailableError when nobody answers.
 
-        With several servers, one that takes requests answers; the error is raised when there is none.
+        `probe` asks something else: "started", whether it has loaded its model, which stays true while it stops;
+        "live", whether it need not be ended. With several servers, one that takes requests answers; the error is raised
+        when there is none.
         """
-        return await self._answer(calls.health(), timeout)
+        return await self._answer(calls.health("" if probe == "ready" else probe), timeout)
 
     def _open(self) -> None:
         self._access.check(self.target)

@@ -166,15 +166,25 @@ def info(*, connection: ConnectionOptions, as_json: o.JsonOption = False) -> Non
 @app.command()
 @expand_groups
 def health(*, connection: ConnectionOptions) -> None:
-    """Ask whether the server takes requests: exit status 0 if it does, 1 if not.
+    """Ask whether the server takes requests: exit status 0 if it does; 1 if not, which says why, or if nobody answers.
 
     steer health --target 127.0.0.1:50051
     """
     with connect(connection, as_json=False) as client:
         serving = client.health()
-        print("serving" if serving else "not serving")
+        print("serving" if serving else f"not serving{_why_not(client)}")
         if not serving:
             raise typer.Exit(1)
+
+
+def _why_not(client: steer_client.SteerClient) -> str:
+    try:
+        if not client.health(probe="live"):
+            return ": its engine can decode nothing any more"
+        return ": it is stopping" if client.health(probe="started") else ": it is loading its model"
+    except steer_client.SteerError:
+        # A server of another kind has no such probes, and one that stops may be gone.
+        return ""
 
 
 @app.command()
