@@ -32,10 +32,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from operators.builder.memory import range_dtype
 from operators.maps.detach import detached
 from operators.maps.replay import Replay, target_hidden_state
 from operators.maps.sketch import OVERSAMPLE, sketch
-from operators.model.loading import embed, load_model
+from operators.model.loading import LoadedModel, embed, load_model
 
 RANK = 64
 # name: (tokens, layer, rows of the chunk that the paper's way computes where all rows do not fit)
@@ -173,7 +174,14 @@ def sketch_side(case: str, _chunk: bool) -> dict[str, float]:
     """One sketch, from the ids; then the replay alone, between two measurements of the machine's peak."""
     model, ids, layer = prepare(case)
     warm_up(model, ids)
-    found = measure(lambda: sketch(Replay(model, ids, layer=layer, profile="residual"), RANK, root=None))
+    # Its range is found in what a build finds it in: bfloat16 where the CPU multiplies faster in it.
+    loaded = LoadedModel(case, model, None, "", "")
+    rounded_to = range_dtype(loaded, layer)
+
+    def whole() -> object:
+        return sketch(Replay(model, ids, layer=layer, profile="residual"), RANK, root=None, rounded_to=rounded_to)
+
+    found = measure(whole)
     replay = Replay(model, ids, layer=layer, profile="residual")
     n, d = replay.shape
     tangents, cotangents = torch.randn(RANK + OVERSAMPLE, n, d), torch.randn(RANK + OVERSAMPLE, d)
