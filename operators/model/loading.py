@@ -122,7 +122,6 @@ def load_model(
     Raises:
         ModelError: it cannot be found or loaded, or its files were changed meanwhile; the message says what was tried.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     check_device(device, device_memory)
@@ -152,16 +151,18 @@ def load_model(
         streamed = examined.need > examined.have if stream is None else stream
         if streamed:
             outline = LoadedModel(
-                *(name, without_weights(examined, DTYPES[dtype]), _tokenizer(directory), "", ""),
+                *(name, without_weights(examined, DTYPES[dtype]), _tokenizer(source, revision), "", ""),
                 device_memory=device_memory,
                 meant_for=torch.device(device),
             )
             if check_streamed is not None:
                 check_streamed(outline)
+            if not local:
+                _fetch_weights(source, revision)
             return _streamed(outline, directory, examined)
         check_fits(name, examined, dtype, device)
         model, report = _from_files(source, revision, examined, DTYPES[dtype])
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = _tokenizer(source, revision)
         _check_report(name, report)
         _check_tied(name, model)
         files = files or CheckpointFiles.of(directory)
@@ -188,10 +189,12 @@ def load_model(
     )
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(source: str, revision: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source, revision=revision, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -259,6 +262,13 @@ def _hub_directory(source: str) -> Path:
     from transformers.utils import cached_file
 
     return Path(str(cached_file(source, "config.json"))).parent
+
+
+def _fetch_weights(source: str, revision: str) -> None:
+    """Puts the weights of a Hugging Face id beside its configuration, for who reads them from the files."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
 
 
 def _check_report(name: str, report: Mapping[str, Iterable[Any]]) -> None:

@@ -1,7 +1,9 @@
 """Which version of a Hugging Face id is loaded, and checkpoints of which there are two readings."""
 
 import shutil
+from fnmatch import fnmatch
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -39,6 +41,23 @@ def test_one_version_of_a_hub_id_is_loaded_though_a_newer_one_comes_meanwhile(hu
     newer = load_model("somebody/tiny")
     assert newer.files.directory == second
     assert newer.fingerprint == load_model(str(second)).fingerprint != loaded.fingerprint
+
+
+def test_the_weights_of_a_hub_id_are_fetched_to_be_streamed(hub_model, tmp_path, monkeypatch):
+    snapshot = hub_model / "snapshots" / _COMMITS[0]
+    whole = load_model("somebody/tiny")
+    away = (snapshot / "model.safetensors").rename(tmp_path / "away")
+    checked = []
+
+    def fetch(source, *, revision, allow_patterns):
+        assert (source, revision) == ("somebody/tiny", _COMMITS[0])
+        assert checked, "nothing is fetched for what does not fit"
+        assert any(fnmatch("model.safetensors", pattern) for pattern in allow_patterns)
+        away.rename(snapshot / "model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    streamed = load_model("somebody/tiny", stream=True, check_streamed=checked.append)
+    assert streamed.fingerprint == whole.fingerprint
 
 
 def test_a_tied_head_with_numbers_of_its_own_is_refused(tiny, tmp_path):
