@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from typing import Annotated
 
@@ -21,6 +20,7 @@ from operators.commands.store import delete, list_operators, show
 from operators.commands.vectors import export, import_vectors
 from operators.commands.verify import renew, verify
 from operators.core.number_options import decimal_numbers
+from operators.core.openmp import wait_briefly
 from operators.core.version import __version__
 
 _OBJECTS_PER_COLLECTION = 50_000
@@ -66,9 +66,7 @@ def options(
 
 def main() -> None:
     """Entry point of the command; Ctrl-C exits with 130."""
-    # Read by torch when it is imported. By default its threads wait for each other at work: on a machine that does
-    # other things too, a build took five times as many CPU seconds as with threads that sleep.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly()
     # To import torch and transformers makes half a million objects and no garbage; Python looks after every 700.
     gc.set_threshold(_OBJECTS_PER_COLLECTION)
     try:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 
+from operators.core.openmp import wait_briefly
 from steer_server.allocator import share_arenas
 
 
@@ -13,6 +14,7 @@ def main() -> None:
     """Entry point of the command."""
     _end_when_asked()
     share_arenas()
+    wait_briefly()
     try:
         from steer_server.command import app
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from operators.core.openmp import wait_as_usual
 from steer_server.config import ServerConfig
 from steer_server.errors import StartupError
 from steer_server.parallel import in_own_thread
@@ -46,6 +47,7 @@ async def _start_vllm(config: ServerConfig, dtype: DTypeName, _device: str) -> S
 
     # On the CPU, whatever vLLM runs on: only for its fingerprints and one short prompt of the self-test.
     loaded = load_model(config.model, dtype=dtype, device="cpu")
+    wait_as_usual()
     assert loaded.files is not None  # noqa: S101 - for the type checker; what was loaded by its name has files
     engine = await VLLMEngine.start(
         loaded,

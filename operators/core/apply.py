@@ -268,10 +268,8 @@ def _expand(operator: PreparedOperator, coefficients: torch.Tensor) -> torch.Ten
     return coefficients if operator.basis is None else coefficients @ operator.basis.T
 
 
-def steer(
-    hidden: torch.Tensor, push: torch.Tensor, residual: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds |h_k| push_k to each hidden state, in float32, and measures what that did.
+def steer(hidden: torch.Tensor, push: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Adds |h_k| push_k to each hidden state, in float32. What that did is measured by :mod:`operators.core.movement`.
 
     Args:
         hidden: (..., d) in the model's dtype.
@@ -279,16 +277,12 @@ def steer(
         residual: (..., d), where a model hands the hidden state on in two parts: h = hidden + residual.
 
     Returns:
-        The steered ``hidden`` (..., d) in the model's dtype, and the relative dose (...) =
-        |h' - h| / |h| after rounding to that dtype.
+        The steered ``hidden`` (..., d) in the model's dtype.
     """
     before = hidden.to(torch.float32)
     whole = before if residual is None else before + residual.to(torch.float32)
     norm = torch.linalg.vector_norm(whole, dim=-1, keepdim=True)
-    after = (before + norm * push).to(hidden.dtype)
-    moved = torch.linalg.vector_norm(after.to(torch.float32) - before, dim=-1)
-    # A hidden state of zero is not moved: its dose is 0, not 0/0. What is not finite stays so.
-    return after, moved / norm.squeeze(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return (before + norm * push).to(hidden.dtype)
 
 
 def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:

@@ -124,7 +124,7 @@ class PushHooks:
                 f"layer {layer}: pushes have the shape {tuple(loaded.push.shape)}; its input has rows of the shape "
                 f"{tuple(before.shape)}"
             )
-        after, _ = steer(before, loaded.push)
+        after = steer(before, loaded.push)
         if loaded.where is not None:
             # Not a push of 0: float32 holds no float64, and -0.0 + 0.0 is 0.0.
             after = torch.where(loaded.where[..., None], after, before)

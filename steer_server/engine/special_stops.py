@@ -14,7 +14,9 @@ def special_stops(sampling: SamplingParams, tokenizer: Any) -> dict[int, str]:
     Raises, unless the text is to have special tokens:
         InvalidRequestError: one has a special token beside other text, and would be met in no text.
     """
-    stops, special = sampling.stop_strings, _special_tokens(tokenizer)
+    stops = sampling.stop_strings
+    # A tokenizer may have thousands of added tokens, and this is asked on the event loop, for every row.
+    special = _special_tokens(tokenizer) if stops else {}
     for index, stop in enumerate(stops):
         within = next((token for token in special if token in stop and stop not in special), None)
         if within is not None and sampling.skip_special_tokens:

@@ -116,7 +116,7 @@ def _directions(operator: PreparedOperator, ids: torch.Tensor, loaded: LoadedMod
 @contextmanager
 def _steering(loaded: LoadedModel, layer: int, push: torch.Tensor) -> Iterator[None]:
     def hook(_module: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (steer(args[0], push)[0], *args[1:])
+        return (steer(args[0], push), *args[1:])
 
     handle = decoder_layers(loaded.model)[layer].register_forward_pre_hook(hook)
     try:

@@ -31,7 +31,7 @@ MUTATIONS = {
 
 def mutated(hidden, push, residual=None):
     done = MUTATIONS[Path(os.environ[CHOSEN]).read_text()](push)
-    return steer(hidden, done, residual)[0], steer(hidden, push, residual)[1]
+    return steer(hidden, done, residual)
 
 
 class MutatedWorker(SteeringWorker):

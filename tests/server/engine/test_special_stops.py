@@ -112,3 +112,7 @@ async def test_the_engine_refuses_it_before_the_request_waits(tiny):
         assert (engine.running, engine.waiting) == (0, 0)
     finally:
         await engine.close()
+
+
+def test_without_stop_strings_the_tokens_of_a_tokenizer_are_not_gone_through():
+    assert special_stops(SamplingParams(), None) == {}

@@ -87,7 +87,7 @@ def _push_part(
     step_push: StepPush, rows: torch.Tensor, residual: torch.Tensor | None, places: torch.Tensor, push: torch.Tensor
 ) -> PushedStates:
     before, others = rows[places], None if residual is None else residual[places]
-    after, _ = steer(before, push, others)
+    after = steer(before, push, others)
     rows.index_copy_(0, places, after)
     # Read again: what is measured is what the layer is handed, whatever was said of it.
     return PushedStates(step_push, push, before, rows[places], others)

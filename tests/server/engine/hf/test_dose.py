@@ -142,7 +142,7 @@ def test_layers_are_bounded_each_by_its_own_strengths(llama, artifact, low_artif
 @pytest.mark.parametrize("factor", [0.0, 0.01, 0.9, 1.1, 2.0])
 def test_a_state_that_moves_by_another_dose_is_an_error(tiny, artifact, plan_of, decode, monkeypatch, dtype, factor):
     steer = hooks.steer
-    monkeypatch.setattr(hooks, "steer", lambda hidden, push: (steer(hidden, factor * push)[0], steer(hidden, push)[1]))
+    monkeypatch.setattr(hooks, "steer", lambda hidden, push: steer(hidden, factor * push))
     with pytest.raises(SteeringNotAppliedError, match=r"operator-0=0\.5 at layer 2: the hidden state moved as by "):
         decode(tiny("llama", dtype=dtype), plan_of((artifact, 0.5)))
 

@@ -18,10 +18,10 @@ STEER, LAYER_PUSH, ADVANCE = hooks.steer, hooks.layer_push, Direction.advance
 
 
 def _steered_by(change):
-    """A ``steer`` that applies changed pushes, and says that it applied the right ones."""
+    """A ``steer`` that applies changed pushes."""
 
     def steer(hidden, push):
-        return STEER(hidden, change(push))[0], STEER(hidden, push)[1]
+        return STEER(hidden, change(push))
 
     return lambda patch: patch.setattr(hooks, "steer", steer)
 
@@ -33,7 +33,7 @@ def _random(push):
 
 def _twice(patch):
     def steer(hidden, push):
-        return STEER(STEER(hidden, push)[0], push)
+        return STEER(STEER(hidden, push), push)
 
     patch.setattr(hooks, "steer", steer)
 

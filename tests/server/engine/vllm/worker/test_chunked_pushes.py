@@ -74,7 +74,7 @@ def test_a_layer_is_pushed_in_parts_as_it_is_at_once(monkeypatch):
         push_rows(step_push, pushed[-1][0], residual, movements)
         movements.measure()
     close(pushed[1][0], pushed[0][0])
-    close(pushed[1][0][rows], steer(hidden[rows], 0.1 * push[:17], residual[rows])[0])
+    close(pushed[1][0][rows], steer(hidden[rows], 0.1 * push[:17], residual[rows]))
     (at_once, _), (in_parts, _) = read_movements([step_push for _, step_push in pushed])
     close(torch.tensor(in_parts), torch.tensor(at_once))
 

@@ -59,7 +59,7 @@ def test_a_layer_is_pushed_at_the_first_token_and_no_hook_does_anything_after_it
         hidden = torch.randn(count + 2, WIDTH, generator=torch.Generator().manual_seed(first))
         expected = hidden.clone()
         if first == 0:
-            expected[1:2] = steer(hidden[1:2], batch.expected("a", 2)[:1])[0]
+            expected[1:2] = steer(hidden[1:2], batch.expected("a", 2)[:1])
         with Operations() as operations:
             model(hidden)
         assert operations.names.count("steering.push.default") == (first == 0)

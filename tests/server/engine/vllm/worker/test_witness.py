@@ -129,7 +129,7 @@ class Worker:
 
 def _steered_by(change):
     def steer(hidden, push, residual=None):
-        return STEER(hidden, change(push), residual)[0], STEER(hidden, push, residual)[1]
+        return STEER(hidden, change(push), residual)
 
     return lambda patch: patch.setattr(layer_hooks, "steer", steer)
 
@@ -143,7 +143,7 @@ def _twice(patch):
     patch.setattr(
         layer_hooks,
         "steer",
-        lambda hidden, push, residual=None: STEER(STEER(hidden, push, residual)[0], push, residual),
+        lambda hidden, push, residual=None: STEER(STEER(hidden, push, residual), push, residual),
     )
 
 
