@@ -282,7 +282,8 @@ def steer(hidden: torch.Tensor, push: torch.Tensor, residual: torch.Tensor | Non
     before = hidden.to(torch.float32)
     whole = before if residual is None else before + residual.to(torch.float32)
     norm = torch.linalg.vector_norm(whole, dim=-1, keepdim=True)
-    return (before + norm * push).to(hidden.dtype)
+    after: torch.Tensor = (before + norm * push).to(hidden.dtype)
+    return after
 
 
 def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:
