@@ -18,5 +18,5 @@ def test_it_is_now_to_the_second_unless_the_environment_says_when(monkeypatch):
 @pytest.mark.parametrize("given", ["yesterday", "-1", "1.5", "1_0", "\u0661", "9" * 30])
 def test_another_time_is_refused_by_name(monkeypatch, given):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", given)
-    with pytest.raises(OperatorError, match="SOURCE_DATE_EPOCH is .*whole seconds since 1970 are accepted"):
+    with pytest.raises(OperatorError, match="whole seconds since 1970 are accepted"):
         built_at()
