@@ -8,12 +8,12 @@ client = OpenAI(base_url=os.environ.get("STEER_HTTP", "http://127.0.0.1:8000/v1"
 model = client.models.list().data[0].id
 
 for name in (model, f"{model}+ocean=0.4"):
-    answer = client.completions.create(model=name, prompt="I went to see the", max_tokens=24, temperature=0)
+    answer = client.completions.create(model=name, prompt="The view from the window was", max_tokens=24, temperature=0)
     print(f"{name}: {answer.choices[0].text}")
 
 stream = client.completions.create(
     model=model,
-    prompt="I went to see the",
+    prompt="The view from the window was",
     max_tokens=24,
     temperature=0,
     stream=True,

@@ -12,8 +12,8 @@ with grpc.insecure_channel(os.environ.get("STEER_TARGET", "127.0.0.1:50051")) as
     service = generation_pb2_grpc.GenerationServiceStub(channel)
     ocean = steering_pb2.OperatorUse(name="ocean", strength=0.4)
     request = comparison_pb2.CompareRequest(
-        prompt=text_pb2.Prompt(text="I went to see the"),
-        sampling=text_pb2.SamplingParams(max_tokens=24),
+        prompt=text_pb2.Prompt(text="The view from the window was"),
+        sampling=text_pb2.SamplingParams(max_tokens=24, repetition_penalty=1.2),
         arms=[comparison_pb2.Arm(name="ocean", operators=[ocean])],
     )
     for event in service.Compare(request, timeout=120):

@@ -3,7 +3,8 @@
 from steer_client import SamplingParams, SteerClient
 
 with SteerClient() as client:
-    result = client.compare("I went to see the", operators="ocean=0.4", sampling=SamplingParams(max_tokens=24))
+    sampling = SamplingParams(max_tokens=24, repetition_penalty=1.2)
+    result = client.compare("The view from the window was", operators="ocean=0.4", sampling=sampling)
     arm = result.steered["steered"]
     print("plain:  ", result.normal.text)
     print("steered:", arm.generation.text)

@@ -22,7 +22,7 @@ const client = new GenerationService(
 
 const call = client.GenerateStream(
   {
-    prompt: { text: "I went to see the" },
+    prompt: { text: "The view from the window was" },
     operators: [{ name: "ocean", strength: 0.4 }],
     sampling: { max_tokens: 24 },
   },

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import torch
 
 from operators.builder.checks import (
@@ -18,6 +16,7 @@ from operators.builder.neutral import check_contrast_anchor, tokenise_neutral
 from operators.builder.spec import BuildSpec, resolve_spec, vectors_per_pass
 from operators.core import capacity
 from operators.core.artifact import OperatorArtifact, make_artifact
+from operators.core.built_at import built_at
 from operators.core.errors import BuildError, ReconstructionError
 from operators.core.header import ConceptText, LowRank, NeutralTexts, OperatorHeader, injection_layer
 from operators.core.progress import Progress, silent
@@ -164,7 +163,7 @@ def _header(
         recommended=spec.setting_on(loaded),
         reconstruction_error=reconstruction_error,
         builder_version=__version__,
-        created=datetime.now(UTC).replace(microsecond=0),
+        created=built_at(),
     )
 
 

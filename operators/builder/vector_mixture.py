@@ -6,11 +6,11 @@ Nothing is computed from a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import torch
 
 from operators.core.artifact import OperatorArtifact, make_vector
+from operators.core.built_at import built_at
 from operators.core.header import MAX_CONCEPT, Member
 from operators.core.vector_source import VectorMixture
 from operators.core.version import __version__
@@ -39,7 +39,7 @@ def mix_vectors(members: Sequence[tuple[Member, OperatorArtifact]]) -> OperatorA
             "words": (),
             "calibration": None,
             "builder_version": __version__,
-            "created": datetime.now(UTC).replace(microsecond=0),
+            "created": built_at(),
         }
     )
     return make_vector(header, mixture)

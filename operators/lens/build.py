@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 
 import torch
 
 from operators.builder.checks import dtype_name
 from operators.core.artifact import Lens, OperatorArtifact, make_lens
+from operators.core.built_at import built_at
 from operators.core.dose_curve import DoseCurve
 from operators.core.errors import ModelError
 from operators.core.header import OperatorHeader, Recommended
@@ -92,6 +92,6 @@ def lens_artifact(
         attention=loaded.attention,
         recommended=Recommended(strength=strength or 0.0, blend=1.0, positions=PUSHED[positions]),
         builder_version=__version__,
-        created=datetime.now(UTC).replace(microsecond=0),
+        created=built_at(),
     )
     return make_lens(header, Lens(matrices.pull(positions, layer), vocabulary_mean))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import torch
 
 from operators.builder.checks import dtype_name
 from operators.builder.spec import resolve_layer
 from operators.core.apply import Setting
 from operators.core.artifact import OperatorArtifact, make_vector
+from operators.core.built_at import built_at
 from operators.core.defaults import new_vectors
 from operators.core.errors import VectorError
 from operators.core.header import MAX_CONCEPT, OperatorHeader, Recommended
@@ -105,6 +104,6 @@ def vector_operator(
         attention=loaded.attention,
         recommended=recommended,
         builder_version=__version__,
-        created=datetime.now(UTC).replace(microsecond=0),
+        created=built_at(),
     )
     return make_vector(header, vector)

@@ -99,7 +99,8 @@ def test_openais_client_gets_plain_and_steered_texts(example, environment):
     with SteerClient(environment["STEER_TARGET"]) as client:
         sampling = SamplingParams(max_tokens=24, temperature=0.0)
         texts = [
-            client.generate("I went to see the", operators=each, sampling=sampling).text for each in ((), "ocean=0.4")
+            client.generate("The view from the window was", operators=each, sampling=sampling).text
+            for each in ((), "ocean=0.4")
         ]
     assert texts[0] in plain
     # Once by the model's name, once streamed.
@@ -153,5 +154,5 @@ def test_node_streams_a_steered_text(environment, tmp_path):
     assert receipt.endswith("λ 0.400")
     with SteerClient(environment["STEER_TARGET"]) as client:
         sampling = SamplingParams(max_tokens=24)
-        assert client.generate("I went to see the", operators="ocean=0.4", sampling=sampling).text == text
+        assert client.generate("The view from the window was", operators="ocean=0.4", sampling=sampling).text == text
     assert json.loads((NODE / "package.json").read_text(encoding="utf-8"))["private"] is True

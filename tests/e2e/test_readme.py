@@ -99,6 +99,8 @@ def test_the_python_runs_and_prints_a_line_per_strength(environment, target):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("plain: ")
     assert re.findall(r"^λ = (\S+):.*, λ 0\.\d+$", done.stdout, flags=re.MULTILINE) == ["0.3", "0.4", "0.5"]
+    texts = re.findall(r"^λ = .*", done.stdout, flags=re.MULTILINE)
+    assert all("ocean" in text for text in texts), "what is shown first shows what steering does"
 
 
 def test_the_library_builds_keeps_and_steers_in_twelve_lines(environment, tmp_path):
