@@ -85,6 +85,10 @@ def shown_progress(*, lines: bool, clock: Callable[[], float] = time.monotonic) 
         yield progress
 
 
+_MEASURED = 5.0
+"""Seconds that a stage is measured before its time left is told: the pace of its first steps is not that of all."""
+
+
 class ProgressLines:
     """Progress for a log: what is done and the time left, on stderr, at most a line in ``every`` seconds.
 
@@ -107,7 +111,8 @@ class ProgressLines:
         if now - self._said < self._every and not (is_new and self._says_what_is_new):
             return
         self._said = now
-        self._say(what, done, total, (now - began) * (total - done) / (done - first) if done > first else None)
+        known = done > first and now - began >= _MEASURED
+        self._say(what, done, total, (now - began) * (total - done) / (done - first) if known else None)
 
     def _say(self, what: str, done: int, total: int, seconds_left: float | None) -> None:
         left = "" if seconds_left is None else f", {_duration(seconds_left)} left"

@@ -94,6 +94,48 @@ def test_strengths_are_slid_and_what_is_asked_is_what_the_receipt_says(opened):
     assert opened.input_value("#prompt") == "the golden gate"
 
 
+def test_what_is_refused_leaves_the_texts_that_are_there(opened):
+    problem = opened.locator("#problem")
+    opened.fill("#max_tokens", "-4")
+    opened.click("#run")
+    expect(problem).to_contain_text("max_tokens")
+    expect(opened.locator("#columns article")).to_have_count(0)
+    expect(opened.locator("#bar")).to_be_hidden()
+    expect(opened.locator("#reroll")).to_be_disabled()
+    opened.fill("#max_tokens", "12")
+    run(opened)
+    before = texts(opened)
+    for field, typed, said in (("#max_tokens", "-4", "max_tokens"), ("#prompt", "", "The prompt is empty")):
+        opened.fill(field, typed)
+        opened.click("#run")
+        expect(problem).to_contain_text(said)
+        expect(opened.locator(WHOLE)).to_have_count(2)
+        assert texts(opened) == before
+        picture(opened, f"refused-{field[1:]}")
+    opened.click("#view-vote")
+    opened.fill("#prompt", "the golden gate")
+    opened.click("#vote-next")
+    expect(problem).to_contain_text("max_tokens")
+
+
+def test_on_a_phone_what_was_asked_for_comes_into_sight(opened):
+    opened.set_viewport_size({"width": 390, "height": 844})
+    run(opened)
+    expect(opened.locator("#columns article").first).to_be_in_viewport()
+    for view in ("history", "vote", "compare"):
+        opened.locator("header").scroll_into_view_if_needed()
+        opened.click(f"#view-{view}")
+        expect(opened.locator(f"#{view}-view")).to_be_in_viewport(ratio=0.3)
+        # What became of the texts is said above them alone.
+        expect(opened.locator("#progress")).to_be_visible(visible=view == "compare")
+    opened.click("#view-history")
+    opened.locator("#history-view").get_by_text("Open").click()
+    expect(opened.locator("#prompt")).to_be_in_viewport()
+    opened.fill("#max_tokens", "-4")
+    opened.locator("#prompt").press("Control+Enter")
+    expect(opened.locator("#problem")).to_be_in_viewport()
+
+
 def test_a_text_is_stopped_and_says_that_nothing_proves_it(opened):
     opened.fill("#max_tokens", "100000")
     opened.fill("#temperature", "1")
@@ -166,6 +208,10 @@ def test_a_vote_is_blind_and_counted(opened):
     assert "golden" not in shown.replace("the golden gate", "")
     assert not [name for name in ("arm 1", "plain", "normal") if name in shown]
     picture(opened, "vote")
+    opened.fill("#max_tokens", "-4")
+    opened.click("#vote-next")
+    expect(opened.locator("#problem")).to_contain_text("max_tokens")
+    expect(opened.locator("[data-vote]")).to_have_count(3)
     opened.keyboard.press("1")
     opened.click("#vote-tally summary")
     expect(opened.locator("#vote-tally td")).to_have_count(7)

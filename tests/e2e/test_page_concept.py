@@ -38,6 +38,7 @@ def fill(page, name, texts):
 def test_a_concept_is_built_named_anew_where_it_is_taken_used_and_cancelled(opened, tmp_path):
     before = (tmp_path / "golden.safetensors").read_bytes()
     fill(opened, "", "the bay")
+    expect(opened.locator("#concept .note").first).to_contain_text("end on the concept's own word, without a full stop")
     opened.click("#concept-build")
     expect(opened.locator("#concept-problem")).to_have_text("A name and at least one text are needed.")
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()

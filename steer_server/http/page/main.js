@@ -10,7 +10,8 @@ import { byId, el, number, short } from "./dom.js";
 import { showHistory } from "./history.js";
 import * as kept from "./kept.js";
 import { action, put, say, tell, tip } from "./messages.js";
-import { checked, compareRequest, fromFragment, newArm, newSettings, toFragment } from "./settings.js";
+import { withPatience } from "./patience.js";
+import { checked, compareRequest, emptyPrompt, fromFragment, newArm, newSettings, toFragment } from "./settings.js";
 import { VoteView } from "./vote.js";
 
 const NORMAL = "normal";
@@ -150,30 +151,25 @@ function busy(is) {
 async function run() {
   readForm();
   keepTyped();
-  const tooLong = notePrompt();
-  if (tooLong) return tell(new ApiError(tooLong));
   view("compare");
+  say("");
+  const wrong = emptyPrompt(page.settings) || notePrompt();
+  if (wrong) return tell(new ApiError(wrong));
   page.abort?.abort();
   const abort = new AbortController();
   page.abort = abort;
-  page.ran = structuredClone(page.settings);
+  const asked = structuredClone(page.settings);
+  let columns = new Map();
   tell(null);
-  const names = [NORMAL, ...page.ran.arms.map((arm) => arm.name)];
-  page.columns = new Map(names.map((name) => [name, new Column(name === NORMAL ? "plain" : name, { fork, tip, isDrawn: () => page.ran.sampling.temperature > 0 })]));
-  byId("columns").replaceChildren(...[...page.columns.values()].map((column) => column.element));
-  byId("columns").style.setProperty("--count", names.length);
-  byId("empty").hidden = true;
-  byId("bar").hidden = false;
-  byId("legend").hidden = true;
   busy(true);
   say("Waiting for the server …");
   try {
-    await withPatience(() => follow(abort.signal), abort.signal);
-    say(`Done: ${names.length} texts.`);
+    await withPatience(() => follow(asked, abort.signal, () => { columns = begin(asked); }), abort.signal);
+    say(`Done: ${columns.size} texts.`);
     finishRun();
   } catch (error) {
     const stopped = error.name === "AbortError";
-    for (const column of page.columns.values()) column.broken(stopped ? "stopped" : "cut off");
+    for (const column of columns.values()) column.broken(stopped ? "stopped" : "cut off");
     say(stopped ? "Stopped." : "");
     if (!stopped) fail(error);
   } finally {
@@ -184,12 +180,30 @@ async function run() {
   }
 }
 
-async function follow(signal) {
+/** Puts columns for the texts of these settings in the place of those that were there. */
+function begin(asked) {
+  page.ran = asked;
+  const names = [NORMAL, ...asked.arms.map((arm) => arm.name)];
+  page.columns = new Map(names.map((name) => [name, new Column(name === NORMAL ? "plain" : name, { fork, tip, isDrawn: () => asked.sampling.temperature > 0 })]));
+  byId("columns").replaceChildren(...[...page.columns.values()].map((column) => column.element));
+  byId("columns").style.setProperty("--count", names.length);
+  byId("empty").hidden = true;
+  byId("bar").hidden = false;
+  byId("legend").hidden = true;
+  goTo("results");
+  return page.columns;
+}
+
+/** Shows the texts as they come. `began` is called before the first: what is refused leaves the earlier texts in place. */
+async function follow(asked, signal, began) {
   // What each token gained and lost; for a long text of many arms that is more than the server reports.
-  const request = compareRequest(page.ran);
+  const request = compareRequest(asked);
   if (request.arms.length && (request.sampling.max_tokens ?? 128) * request.arms.length <= MAX_REPORTED) request.report = { top: 5 };
   const seen = new Set();
+  let isFirst = true;
   for await (const event of events("Compare", request, signal)) {
+    if (isFirst) began();
+    isFirst = false;
     if (event.compared) {
       for (const comparison of event.compared.comparisons ?? []) page.columns.get(comparison.arm)?.compared(comparison);
       continue;
@@ -203,24 +217,6 @@ async function follow(signal) {
       seen.add(event.arm);
     }
     say(seen.size ? `${seen.size} of ${page.columns.size} texts are whole …` : "Writing …");
-  }
-}
-
-/** Where the server is busy, waits as long as it says and asks again. */
-async function withPatience(work, signal) {
-  for (let tries = 0; ; tries++) {
-    try {
-      return await work();
-    } catch (error) {
-      if (error.retryAfter === null || error.retryAfter === undefined || tries === 8) throw error;
-      for (let left = Math.max(1, Math.ceil(error.retryAfter)); left > 0; left--) {
-        say(`The server is busy; asking again in ${left} s …`);
-        await new Promise((resolve, reject) => {
-          const timer = setTimeout(resolve, 1000);
-          signal.addEventListener("abort", () => { clearTimeout(timer); reject(new DOMException("stopped", "AbortError")); }, { once: true });
-        });
-      }
-    }
   }
 }
 
@@ -305,6 +301,11 @@ function save(kind) {
 
 // ---- views
 
+/** On a narrow screen form and texts are one below the other: what somebody asked to see may be out of sight. */
+function goTo(id) {
+  if (matchMedia("(max-width: 820px)").matches) byId(id).scrollIntoView();
+}
+
 function view(name) {
   for (const each of ["compare", "vote", "history"]) {
     byId(`${each}-view`).hidden = each !== name;
@@ -319,6 +320,7 @@ function open(settings) {
   showForm();
   keepTyped();
   view("compare");
+  goTo("settings");
   checkDigests();
 }
 
@@ -359,7 +361,7 @@ byId("reroll").addEventListener("click", () => {
   run();
   if (!page.settings.sampling.temperature) say("At temperature 0 every seed gives the same text.");
 });
-for (const name of ["compare", "vote", "history"]) byId(`view-${name}`).addEventListener("click", () => view(name));
+for (const name of ["compare", "vote", "history"]) byId(`view-${name}`).addEventListener("click", () => { view(name); goTo("results"); });
 for (const button of document.querySelectorAll("[data-show]")) {
   button.addEventListener("click", () => {
     page.show = button.dataset.show;

@@ -20,6 +20,8 @@ export function tell(error, ...actions) {
   box.append(el("p", {}, error.message));
   if (error.code && !OF_THE_PAGE.includes(error.code)) box.append(el("p", { className: "note" }, [error.code, error.field].filter(Boolean).join(" · ")));
   if (actions.length) box.append(el("div", { className: "actions" }, ...actions));
+  // It may be above or below what is in sight.
+  box.scrollIntoView({ block: "nearest" });
 }
 
 /** One line on what is going on. */

@@ -122,6 +122,9 @@ function useMessage(use) {
   return message;
 }
 
+/** Why there is nothing to go on from; empty where there is. */
+export const emptyPrompt = (settings) => (settings.ids || settings.prompt ? "" : "The prompt is empty: type what the texts go on from.");
+
 /** The contract's prompt. */
 export function promptMessage(settings) {
   if (settings.ids) return { token_ids: { ids: settings.ids } };

@@ -3,7 +3,7 @@
 import { ApiError, events } from "./api.js";
 import { el, number } from "./dom.js";
 import { addVote, dropVotes, votes } from "./kept.js";
-import { compareRequest } from "./settings.js";
+import { compareRequest, emptyPrompt } from "./settings.js";
 import { signTest, wilson } from "./statistics.js";
 
 const PLAIN = "";
@@ -50,21 +50,26 @@ export class VoteView {
       settings.ids = null;
       settings.prompt = lines[this.round % lines.length];
     }
+    const nothing = emptyPrompt(settings);
+    if (nothing) return this.tell(new ApiError(nothing));
     settings.sampling.seed = String(crypto.getRandomValues(new Uint32Array(1))[0]);
     settings.arms = settings.arms.filter((arm) => sides.includes(arm.name));
     // The pair is known by what was asked for, so that votes of other strengths are another tally.
     const key = JSON.stringify([sides.map((name) => settings.arms.find((arm) => arm.name === name)?.uses ?? "plain"), { ...settings.sampling, seed: null }]);
     this.tell(null);
     this.next.disabled = true;
-    this.pair.replaceChildren();
+    const before = this.status.textContent;
     this.status.textContent = "Two texts are on their way; they appear together.";
     const texts = new Map();
     try {
       for await (const event of events("Compare", { ...compareRequest(settings), score: false })) {
+        // What is refused leaves the earlier pair in place; from here on nobody votes on it unseen.
+        this.answer = null;
+        this.pair.replaceChildren();
         if (event.finished) texts.set(event.arm === "normal" ? PLAIN : event.arm, event.finished.text);
       }
     } catch (error) {
-      this.status.textContent = "";
+      this.status.textContent = this.answer ? before : "";
       return this.tell(error);
     } finally {
       this.next.disabled = false;

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import json
 import os
 import sys
 
@@ -18,7 +19,7 @@ from operators.builder.stored import StoredOperator
 from operators.commands import _describe, _file_progress, _output
 from operators.core.artifact import make_artifact
 from operators.core.header import Calibration, CalibrationPoint, LowRank, Recommended
-from operators.core.progress import ProgressLines, make_bars, progress_bars, shown_progress, working
+from operators.core.progress import ProgressJson, ProgressLines, make_bars, progress_bars, shown_progress, working
 from operators.core.store import Store
 from operators.recipes.tasks import BuildTask
 
@@ -93,6 +94,22 @@ def test_what_takes_less_than_ten_seconds_says_nothing_in_a_log(capfd):
         now += 1.0
         say("rows", done, 9)
     assert capfd.readouterr().err == ""
+
+
+def test_no_time_left_is_told_from_the_pace_of_the_first_steps(capfd):
+    now = 0.0
+    say = ProgressJson(clock=lambda: now)
+    for done in range(100):
+        # The first ten steps are ten times as slow.
+        now += 1.0 if done < 10 else 0.1
+        say("rows", done, 100)
+    told = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    assert {line["done"]: line["seconds_left"] for line in told if line["done"] <= 5} == {
+        0: None, 1: None, 2: None, 3: None, 4: None, 5: pytest.approx(95),
+    }  # fmt: skip
+    now += 1.0
+    say("texts", 1, 2)
+    assert json.loads(capfd.readouterr().err)["seconds_left"] is None
 
 
 @pytest.mark.parametrize("lines", [True, False])
