@@ -10,10 +10,12 @@ from pathlib import Path
 from steer_client import OperatorUse, SamplingParams, SteerClient, SteerError
 
 try:
+    if len(sys.argv) < 4:
+        raise ValueError(f"an operator, a share and a word are needed; there are {len(sys.argv) - 1} arguments")
     use, wanted, words = OperatorUse.parse(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    if use.strength is None or not words:
-        raise ValueError("a strength and a word are needed")
-except (IndexError, ValueError) as error:
+    if use.strength is None:
+        raise ValueError(f"the operator {sys.argv[1]!r} has no strength")
+except ValueError as error:
     print(f"{error}\n{__doc__}", file=sys.stderr)
     sys.exit(2)
 

@@ -94,11 +94,13 @@ class DoseTooHighError(InvalidRequestError):
 class UnknownOperatorError(SteerServerError):
     """No operator of that name is in the store."""
 
-    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+    def __init__(self, name: str, known: tuple[str, ...], *, has_words: bool = False) -> None:
+        """``has_words``: it was named for words, or by default, by somebody who may know of no lens."""
         names = ", ".join(known) if known else "none"
+        hint = "; words need a lens, which `steer-operators lens` builds" if has_words else ""
         super().__init__(
             f"no operator {name!r} has been read from the store; there are: {names} "
-            "(steer operators --reload reads new ones)"
+            f"(steer operators --reload reads new ones){hint}"
         )
         self.name = name
 

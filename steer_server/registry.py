@@ -277,7 +277,7 @@ class Registry:
 
     def _draft(self, entries: Mapping[str, OperatorEntry], use: OperatorUse, field: str) -> Application:
         name = name_of(use)
-        entry = _find(entries, name)
+        entry = _find(entries, name, has_words=bool(use.words))
         if entry.artifact is None:
             raise OperatorUnusableError(name, entry.problem)
         served = entry.artifact.digest
@@ -358,10 +358,10 @@ def check_granted(names: Iterable[str]) -> None:
             )
 
 
-def _find(entries: Mapping[str, OperatorEntry], name: str) -> OperatorEntry:
+def _find(entries: Mapping[str, OperatorEntry], name: str, *, has_words: bool = False) -> OperatorEntry:
     entry = entries.get(name)
     if entry is None:
-        raise UnknownOperatorError(name, tuple(entries))
+        raise UnknownOperatorError(name, tuple(entries), has_words=has_words)
     return entry
 
 

@@ -22,6 +22,7 @@ from operators.commands._options import (
 )
 from operators.core.claims import claim
 from operators.core.progress import shown_progress, working
+from operators.core.store import check_name
 
 
 def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path | None) -> None:
@@ -32,13 +33,14 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
     """
     start = time.monotonic()
     with output.exit_on_error(options.as_json), ExitStack() as held:
+        # Everything that can be refused without the model is refused before it is loaded, and a name before torch is.
+        store = open_store(options.store_path)
+        check_name(described["name"])
+        if not options.plan:
+            store.check_free(described["name"], replace=options.replace)
         from operators.recipes.concept_entry import ConceptEntry, validate_value
 
-        # Everything that can be refused without the model is refused before it is loaded.
-        store = open_store(options.store_path)
         entry = ConceptEntry(**{key: validate_value(key, value) for key, value in described.items()})
-        if not options.plan:
-            store.check_free(entry.name, replace=options.replace)
         if options.calibrate:
             held.enter_context(claim(store, entry.name, WORK))
         memory, device_memory = parse_memory(options.max_memory), parse_memory(options.device_memory)

@@ -17,7 +17,6 @@ from operators.commands._options import (
     JsonOption,
     MaxMemoryOption,
     ModelOption,
-    ReplaceOption,
     StoreOption,
 )
 from operators.core.header import SETTING_FIELDS, Anchor, FirstToken, Profile, Rule
@@ -145,7 +144,14 @@ def build(
             help="With --file: processes that build at once, each with its share of cores and --max-memory.",
         ),
     ] = 1,
-    replace: ReplaceOption = False,
+    replace: Annotated[
+        bool,
+        typer.Option(
+            "--replace",
+            help="Replace an operator of that name; with --file, those whose entries have changed (an unchanged one is "
+            "up to date, and stays).",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compute the operator of a concept, check it against the model, and store it.

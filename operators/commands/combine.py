@@ -51,14 +51,15 @@ def combine(
     """Build one operator from several of one layer and profile. It has one direction, and so one operator's dose."""
     start = time.monotonic()
     with output.exit_on_error(as_json):
+        # Before torch is loaded.
+        store = open_store(store_path)
+        store.check_free(name, replace=replace)
         from operators.builder.combine import WeightedOperator
         from operators.builder.combine import combine as combine_operators
         from operators.builder.guidance import strength_warnings
         from operators.maps.detach import family_of
         from operators.model.loading import load_model
 
-        store = open_store(store_path)
-        store.check_free(name, replace=replace)
         weights = [_parse_member(member) for member in members]
         weighted = [WeightedOperator(member, store.load(member), weight) for member, weight in weights]
         memory = parse_memory(max_memory)

@@ -46,13 +46,13 @@ def contrast(
     """Make a vector: the mean hidden state of some texts' last tokens, minus that of others'."""
     start = time.monotonic()
     with output.exit_on_error(as_json):
+        # Everything that can be refused without the model is refused before it is loaded, and a name before torch is.
+        store = open_store(store_path)
+        store.check_free(name, replace=replace)
         from operators.builder.guidance import strength_warnings
         from operators.vectors.contrast import check_disjoint, contrast_operator, read_texts
         from operators.vectors.vector_operator import check_description
 
-        # Everything that can be refused without the model is refused before it is loaded.
-        store = open_store(store_path)
-        store.check_free(name, replace=replace)
         check_description(about, strength)
         towards, away = read_texts(positive), read_texts(negative)
         check_disjoint(towards, away)

@@ -66,12 +66,12 @@ def lens(
     """
     start = time.monotonic()
     with output.exit_on_error(as_json), ExitStack() as held:
+        # Everything that can be refused without the model is refused before it is loaded, and a name before torch is.
+        store = open_store(store_path)
+        store.check_free(name, replace=replace)
         from operators.core.neutral_texts import neutral_texts
         from operators.vectors.contrast import read_texts
 
-        # Everything that can be refused without the model is refused before it is loaded.
-        store = open_store(store_path)
-        store.check_free(name, replace=replace)
         if not dry_run:
             held.enter_context(claim(store, name, "a search for a lens"))
         neutral = neutral_texts() if texts is None else read_texts(texts).texts

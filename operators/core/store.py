@@ -230,7 +230,9 @@ class Store:
             raise StoreError(f"operator {name!r} cannot be deleted: {error.strerror}") from error
 
     def _taken(self, name: str) -> StoreError:
-        return NameTakenError(f"operator {name!r} is already in {self.path}; delete it, or replace it (--replace)")
+        return NameTakenError(
+            f"operator {name!r} is already in {self.path}; delete it, or replace it (--replace; Python: replace=True)"
+        )
 
     def _existing(self, name: str) -> Path:
         path = self.path_of(name)

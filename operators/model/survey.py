@@ -181,4 +181,6 @@ def _how_to_get(name: str) -> str:
         raise ModelError(
             f"model {name!r} is not on this machine, and HF_HUB_OFFLINE is set{near_name(name)} ({ACCEPTED})"
         )
+    if "/" not in name and (near := near_name(name)):
+        raise ModelError(f"model {name!r} is not on this machine, and is no built-in one{near} ({ACCEPTED})")
     return f"is not on this machine; the first start asks the Hugging Face hub for it{near_name(name)}"

@@ -21,14 +21,16 @@ def check_addresses(config: ServerConfig) -> None:
         listeners["--admin-listen"] = config.admin_listen
     if config.http_port:
         listeners["--http-host"] = config.http_host
-    missing = " and ".join(
-        name for name, value in (("--tls-cert", config.tls_cert), ("--tokens", config.tokens)) if value is None
-    )
+    missing = {
+        (True, True): "--tls-cert, --tls-key and --tokens are missing",
+        (True, False): "--tls-cert and --tls-key are missing",
+        (False, True): "--tokens is missing",
+    }[config.tls_cert is None, config.tokens is None]
     for option, address in listeners.items():
         host = address if option == "--http-host" else address.rpartition(":")[0]
         if not is_loopback(host):
             raise StartupError(
-                f"{option} {address} can be reached by others, and {missing} is missing: they could read what is sent, "
+                f"{option} {address} can be reached by others, and {missing}: they could read what is sent, "
                 "or ask for anything (--insecure serves all the same)"
             )
 

@@ -107,7 +107,9 @@ def _entry(name: str, table: Any) -> TokenEntry:
     try:
         entry = TokenEntry(**table)
     except ValidationError as error:
-        raise TokenFileError("; ".join(_problem(name, each) for each in error.errors())) from None
+        # One of each key: of a list with a bad item, it also says that too few are left.
+        first = {each["loc"][:1]: each for each in reversed(error.errors())}
+        raise TokenFileError("; ".join(_problem(name, each) for each in reversed(first.values()))) from None
     if ADMIN in entry.scopes and entry.operators is not None:
         raise TokenFileError(
             f"tokens.{name}.operators: is given beside the scope {ADMIN!r}, whose calls are of the whole store; "

@@ -14,8 +14,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 
-from operators.core.numbers import read_decimal
 from steer_server.errors import InvalidRequestError
+from steer_server.http.scalars import check_scalar, kind_of
 
 _M = TypeVar("_M", bound=Message)
 _FAILED = re.compile(r"Failed to parse (\w+) field: ")
@@ -24,19 +24,8 @@ _OURS = "steering.v1"
 _ROOT = "request"
 _MAX_PROBLEM = 256
 """Characters."""
-_NUMBERS = {
-    FieldDescriptor.CPPTYPE_INT32,
-    FieldDescriptor.CPPTYPE_INT64,
-    FieldDescriptor.CPPTYPE_UINT32,
-    FieldDescriptor.CPPTYPE_UINT64,
-    FieldDescriptor.CPPTYPE_FLOAT,
-    FieldDescriptor.CPPTYPE_DOUBLE,
-    FieldDescriptor.CPPTYPE_ENUM,
-}
 _LONG_TEXT = 64 << 10
 """Characters."""
-_NOT_FINITE = {"NaN", "Infinity", "-Infinity"}
-"""As protobuf writes them."""
 
 
 def read_message(cls: type[_M], value: Any, path: str = "") -> _M:
@@ -68,7 +57,7 @@ def to_json(message: Message) -> dict[str, Any]:
 def _check_shape(message: Descriptor, value: Any, path: str) -> None:
     """Raises for what is no object, or has members that are no fields of the message."""
     if not isinstance(value, dict):
-        raise InvalidRequestError(path or _ROOT, f"is {_kind(value)}; an object is accepted")
+        raise InvalidRequestError(path or _ROOT, f"is {kind_of(value)}; an object is accepted")
     fields: dict[str, FieldDescriptor] = {}
     for name, member in value.items():
         field = message.fields_by_name.get(name) or message.fields_by_camelcase_name.get(name)
@@ -82,10 +71,10 @@ def _check_shape(message: Descriptor, value: Any, path: str) -> None:
             raise InvalidRequestError(place, "is there under both of its names; one is accepted")
         fields[field.name] = field
         if field.is_repeated and member is not None and not isinstance(member, list):
-            raise InvalidRequestError(place, f"is {_kind(member)}; a list is accepted")
+            raise InvalidRequestError(place, f"is {kind_of(member)}; a list is accepted")
         if member is None:
             continue
-        _check_number(field, member, place)
+        check_scalar(field, member, place)
         if field.message_type is None or field.message_type.file.package != _OURS:
             continue
         if field.is_repeated:
@@ -131,42 +120,5 @@ def _inside(message: Any, step: str | int) -> Any:
     return message[step] if isinstance(step, int) else getattr(message, step)
 
 
-def _check_number(field: FieldDescriptor, value: Any, place: str) -> None:
-    """Raises for what protobuf takes for another number than is there: the text 0_4 for 4, true for 1."""
-    is_duration = field.message_type is not None and field.message_type.full_name == "google.protobuf.Duration"
-    if field.cpp_type not in _NUMBERS and not is_duration:
-        return
-    for index, each in enumerate(value) if field.is_repeated else ((None, value),):
-        if isinstance(each, str):
-            is_other = _reads_otherwise(each.removesuffix("s") if is_duration else each)
-        else:
-            is_other = isinstance(each, bool) or (isinstance(each, float) and field.enum_type is not None)
-        if is_other:
-            at = place if index is None else f"{place}[{index}]"
-            raise InvalidRequestError(at, f"is {repr(each)[:_MAX_PROBLEM]}; a number in decimal digits is accepted")
-
-
-def _reads_otherwise(text: str) -> bool:
-    """Whether Python reads a number in a text that is none in decimal digits, or is more than a double holds."""
-    if text in _NOT_FINITE:
-        return False
-    try:
-        read_decimal(text)
-    except ValueError:
-        try:
-            float(text)
-        except ValueError:
-            return False
-        return True
-    return False
-
-
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "true or false"
-    kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds[type(value)]

@@ -38,7 +38,8 @@ def _draw_request_id() -> str:
 
 
 def _draw_seed() -> int:
-    return secrets.randbits(63)
+    # A number that every reader of JSON keeps: many hold whole numbers as doubles.
+    return secrets.randbits(53)
 
 
 @dataclass(frozen=True)

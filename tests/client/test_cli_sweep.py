@@ -50,6 +50,26 @@ def test_an_operator_has_several_strengths(text, key, strengths):
     assert read_operator(text) == (key, strengths)
 
 
+@pytest.mark.parametrize(
+    ("read", "text", "problem"),
+    [
+        (read_operator, "ocean=0.5,x", "the strength 'x' is no number; write NAME=λ,λ,λ"),
+        (read_operator, "ocean=hot", "the strength 'hot' is no number; write NAME=λ,λ,λ"),
+        (read_operator, "ocean=0.5,@0.2", "the strength '' is no number; write NAME=λ,λ,λ"),
+        (read_operator, "ocean=0.5@much", "write NAME=λ,λ,λ"),
+        (read_operator, "ocean=0.5,anchor=none", "write NAME=λ,λ,λ"),
+        (read_operator, "ocean", "write NAME=λ,λ,λ"),
+        (read_words_use, "tea=0.1,x:first", "the strength 'x' is no number; write WORD=λ,λ"),
+    ],
+)
+def test_what_cannot_be_read_is_quoted_as_it_was_written(read, text, problem):
+    with pytest.raises(ValueError, match="cannot read") as caught:
+        read(text)
+    assert str(caught.value).startswith(f"cannot read {text!r}: {problem}")
+    with pytest.raises(ValueError, match="cannot read the positions 'nowhere'"):
+        read(f"{text.partition('=')[0]}=0.5:nowhere")
+
+
 def test_words_have_several_strengths():
     assert read_words_use("hot air, storm*-0.5=0.1,0.2") == (Words({"hot air": 1, "storm": -0.5}), [0.1, 0.2])
     assert read_operator("ocean=0.2", rule="substitute")[0] == OperatorUse("ocean", rule="substitute")

@@ -117,6 +117,35 @@ def test_no_value_of_an_enum_is_another_number(value):
     assert caught.value.field == "operators[0].rule"
 
 
+@pytest.mark.parametrize(
+    ("request_json", "said"),
+    [
+        *(
+            ({"sampling": {"seed": value}}, f"sampling.seed: is {shown}; a whole number is accepted")
+            for value, shown in (("abc", "'abc'"), ("1.5", "'1.5'"), (1.5, "1.5"), ([], "a list"), (True, "true"))
+        ),
+        ({"sampling": {"seed": 2**64}}, f"sampling.seed: is {2**64}; at most {2**64 - 1} is accepted"),
+        (
+            {"sampling": {"temperature": "hot"}},
+            "sampling.temperature: is 'hot'; a number in decimal digits is accepted",
+        ),
+        ({"sampling": {"ignore_eos": "yes"}}, "is 'yes'; true or false, without quotes, is accepted"),
+        ({"sampling": {"time_limit": "5"}}, "is '5'; a text of seconds, such as \"1.5s\", is accepted"),
+        ({"sampling": {"stop_token_ids": [1, "a"]}}, "sampling.stop_token_ids[1]: is 'a'; a whole number is accepted"),
+        ({"sampling": {"stop_strings": ["a", 1]}}, "sampling.stop_strings[1]: is 1; a text is accepted"),
+        ({"prompt": {"token_ids": {"ids": ["a"]}}}, "prompt.token_ids.ids[0]: is 'a'; a whole number is accepted"),
+        *(
+            ({"operators": [{"rule": value}]}, f"is {shown}; RULE_CUMULATIVE or RULE_SUBSTITUTE is accepted")
+            for value, shown in (("foo", "'foo'"), ({}, "an object"), (1.0, "1.0"))
+        ),
+    ],
+)
+def test_a_wrong_value_in_json_is_told_in_the_contracts_words(request_json, said):
+    with pytest.raises(InvalidRequestError) as caught:
+        read_message(pb.GenerateRequest, request_json)
+    assert str(caught.value).endswith(said)
+
+
 def test_numbers_in_json_are_read():
     sampling = {"top_k": "4", "temperature": "1e-1", "seed": "18446744073709551615", "time_limit": "1.5s", "min_p": 0}
     asked = read_message(pb.GenerateRequest, {"sampling": sampling, "operators": [{"rule": "RULE_CUMULATIVE"}]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,21 @@ def test_the_gate_is_open_or_shut(example):
     assert "0.00" in example("ci_gate.py", "ocean=0.4", "0.5", "ꙮ", status=1)
     example("ci_gate.py", "ocean", "0.5", "sea", status=2)
     example("ci_gate.py", "nobody=0.4", "0.5", "sea", status=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "an operator, a share and a word are needed; there are 0 arguments\nFails a build"),
+        (["ocean=0.4", "0.5"], "there are 2 arguments"),
+        (["ocean", "0.5", "sea"], "the operator 'ocean' has no strength"),
+    ],
+)
+def test_the_gate_says_what_it_needs(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["ci_gate.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "ci_gate.py"))
+    assert said in capsys.readouterr().err
 
 
 def test_openais_client_gets_plain_and_steered_texts(example, environment):

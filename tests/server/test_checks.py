@@ -86,6 +86,9 @@ def test_a_model_that_is_not_here_is_a_note_unless_nothing_can_be_downloaded(con
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("transformers.utils.cached_file", lambda *_, **__: (_ for _ in ()).throw(OSError("not here")))
     assert ("note", "model") in [(kind, check) for kind, check, _ in _found(config(model="some/model"))]
+    assert ("note", "model") in [(kind, check) for kind, check, _ in _found(config(model="some/smollm2-135m"))]
+    [(check, said)] = _problems(config(model="smolm2-135m"))
+    assert (check, "did you mean 'smollm2-135m'?" in said) == ("model", True)
 
 
 def test_operators_that_cannot_be_used_are_named(config, artifact, remake, monkeypatch):

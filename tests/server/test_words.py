@@ -88,8 +88,11 @@ def test_a_word_becomes_the_vector_of_the_lens(registry, lens, llama):
 
 def test_words_without_a_name_are_for_the_lens_of_that_name(registry):
     assert applied(registry, "", words=words("bridge")).name == "lens"
-    with pytest.raises(UnknownOperatorError, match="no operator ''"):
+    with pytest.raises(UnknownOperatorError, match="no operator ''") as caught:
         registry.plan((OperatorUse(""),))
+    assert "lens`" not in str(caught.value)
+    with pytest.raises(UnknownOperatorError, match="words need a lens, which `steer-operators lens` builds"):
+        registry.plan((OperatorUse("none", words=words("bridge")),))
 
 
 def test_weights_are_signed_and_make_another_direction(registry):

@@ -35,13 +35,16 @@ def test_loopback_is_what_only_this_machine_reaches(host, is_ours):
 def test_a_public_address_needs_tls_and_tokens(name, address):
     given = {name: address.rpartition(":")[0] if name == "http_host" else address, "http_port": 8000}
     option = f"--{name.replace('_', '-')}"
-    for missing in (("tls_cert",), ("tokens",), ("tls_cert", "tokens")):
+    for missing, said in (
+        (("tls_cert", "tls_key"), "--tls-cert and --tls-key are missing"),
+        (("tokens",), "--tokens is missing"),
+        (tuple(GUARDED), "--tls-cert, --tls-key and --tokens are missing"),
+    ):
         settings = {key: value for key, value in GUARDED.items() if key not in missing}
         with pytest.raises(StartupError) as caught:
             check_addresses(ServerConfig(**given, **settings))
         assert str(caught.value).startswith(option)
-        said = " and ".join(f"--{key.replace('_', '-')}" for key in missing)
-        assert f"{said} is missing" in str(caught.value)
+        assert f" and {said}: " in str(caught.value)
         assert "--insecure serves all the same" in str(caught.value)
     check_addresses(ServerConfig(**given, **GUARDED))
     check_addresses(ServerConfig(**given, insecure=True))

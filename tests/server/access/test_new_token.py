@@ -74,7 +74,7 @@ def test_a_renewed_token_replaces_the_old_one_and_keeps_what_it_may(path):
         (["none", "--renew"], "has no [tokens.none]"),
         (["one", "--renew", "--scopes", "read"], "--renew changes nothing but the token"),
         (["a b"], "may not be named 'a b'"),
-        (["two", "--scopes", "write"], "'generate', 'read' or 'admin'"),
+        (["two", "--scopes", "write"], "'generate', 'read' or 'admin' (is 'write')\n"),
         (["two", "--scopes", "admin", "--operators", "ocean"], "is given beside the scope 'admin'"),
         (["two", "--queue-share", "2"], "queue_share"),
         (["two", "--expires", "2020-01-01"], "is past"),
