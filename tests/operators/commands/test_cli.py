@@ -394,5 +394,5 @@ def test_the_module_is_the_command(store_path, tiny_directory):
     assert (again.returncode, again.stdout) == (1, "")
     assert (
         again.stderr
-        == f"steer-operators: operator 'a' is already in {store_path}; delete it, or replace it (--replace)\n"
+        == f"steer-operators: operator 'a' is already in {store_path}; delete it, or replace it (--replace; Python: replace=True)\n"
     )
