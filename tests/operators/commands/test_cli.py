@@ -392,7 +392,5 @@ def test_the_module_is_the_command(store_path, tiny_directory):
     assert json.loads(built.stdout)["name"] == "a"
     again = _process("build", "a", "--text", TEXT, STEER_STORE=str(store_path))
     assert (again.returncode, again.stdout) == (1, "")
-    assert (
-        again.stderr
-        == f"steer-operators: operator 'a' is already in {store_path}; delete it, or replace it (--replace; Python: replace=True)\n"
-    )
+    remedy = "delete it, or replace it (--replace; Python: replace=True)"
+    assert again.stderr == f"steer-operators: operator 'a' is already in {store_path}; {remedy}\n"
