@@ -214,3 +214,26 @@ def test_a_layer_that_was_not_reached_in_a_steady_step_is_a_failure(batch):
         step(batch, ("a", at, 1))
     batch.step(("a", 2, 1), change=lambda pushes: setattr(pushes[2], "moved", None))
     assert batch.failure("a") == "layer 2 was not reached: the model did not call its hook"
+
+
+@pytest.mark.parametrize("column", ["dose", "due", "rounding"])
+@pytest.mark.parametrize("value", [0.0, 0.29, 0.3001, 9.0, float("nan"), float("inf")])
+def test_what_was_measured_in_a_steady_step_is_judged_as_in_any_other(make_batch, column, value):
+    def failures(*steps):
+        batch = make_batch()
+        batch.begin("a", SETTING)
+        batch.begin("b", replace(SETTING, digest="affine"), seed=1)
+        for at in steps:
+            batch.step(("a", at, 1), ("b", at, 1))
+        last = len(steps)
+
+        def change(pushes):
+            getattr(pushes[2].moved, column)[pushes[2].spans.index(("a", 1, last, 1))] = value
+
+        batch.step(("a", last, 1), ("b", last, 1), change=change)
+        return batch.failure("a").replace(f"position {last}", "position"), batch.failure("b")
+
+    steady, alone = failures(0, 1), failures()
+    assert steady == alone
+    assert bool(steady[0]) == (column != "rounding" or value != value)
+    assert steady[1] == ""
