@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -56,17 +57,11 @@ class ChatTemplate:
         """The text of a conversation, generation prompt appended; or up to the end of the turn that is continued.
 
         Raises:
-            InvalidRequestError: the template refuses it, takes too long or makes too much of it, lacks an option, or
-                does not have the turn that is to be continued in its text.
+            InvalidRequestError: the template refuses it, takes too long or makes too much of it, lacks an option,
+                leaves a turn out, or does not have the turn that is to be continued in its text.
             ShuttingDownError: this was closed.
         """
-        conversation = {
-            "messages": [{"role": turn.role, "content": turn.content} for turn in chat.messages],
-            "options": {option.name: option.value for option in chat.template_options},
-            # Put behind the turn that is continued, to find its end: nobody can have written it.
-            "mark": secrets.token_hex(16) + "end" if chat.continue_final_message else "",
-        }
-        return await self._threads.run(partial(self._render, json.dumps(conversation) + "\n"))
+        return await self._threads.run(partial(self._render, chat))
 
     def close(self) -> None:
         """Ends the processes, whatever they do."""
@@ -76,24 +71,24 @@ class ChatTemplate:
                 process.end()
         self._threads.close()
 
-    def _render(self, line: str) -> str:
-        answer = self._ask(line)
+    def _render(self, chat: Chat) -> str:
+        asked = _question(chat)
+        answer = self._ask(asked)
         if answer is None:
             # Not for its time: something killed the process, which may have happened long ago.
-            answer = self._ask(line) or {"problem": "ends the process that renders it"}
-        if "option" in answer:
-            option = f"prompt.chat.template_options[{answer['option']}].name"
-            raise InvalidRequestError(option, str(answer["problem"]))
+            answer = self._ask(asked) or {"problem": "ends the process that renders it"}
+        if "part" in answer:
+            raise InvalidRequestError(f"prompt.chat.{answer['part']}", str(answer["problem"]))
         if "problem" in answer:
             raise InvalidRequestError("prompt.chat", f"the chat template {answer['problem']}")
         return str(answer["text"])
 
-    def _ask(self, line: str) -> dict[str, Any] | None:
+    def _ask(self, asked: Sequence[bytes]) -> dict[str, Any] | None:
         """The answer of a process; None of one that was killed."""
         with self._lock:
             process = self._idle.pop() if self._idle else None
         process = process or self._start()
-        answer = process.ask(line)
+        answer = process.ask(asked)
         with self._lock:
             if answer is None or process.took_too_long:
                 # Also of one that was given up at the moment it answered.
@@ -115,6 +110,18 @@ class ChatTemplate:
         return process
 
 
+def _question(chat: Chat) -> list[bytes]:
+    """What a process is asked, in pieces. See :mod:`steer_server.engine.render_chat`."""
+    texts = [turn.content.encode() for turn in chat.messages]
+    asked = {
+        "messages": [{"role": turn.role, "size": len(text)} for turn, text in zip(chat.messages, texts, strict=True)],
+        "options": {option.name: option.value for option in chat.template_options},
+        # Put behind the turn that is continued, to find its end: nobody can have written it.
+        "mark": secrets.token_hex(16) + "end" if chat.continue_final_message else "",
+    }
+    return [json.dumps(asked).encode(), b"\n", *texts]
+
+
 class _Process:
     """One process, asked by one thread at a time."""
 
@@ -129,38 +136,41 @@ class _Process:
             # Ctrl-C is for the server, which ends this itself.
             start_new_session=True,
         )
-        self._setup = setup
+        self._setup = setup.encode()
         self.took_too_long = False
         """Whether that is why it ended."""
 
-    def ask(self, line: str) -> dict[str, Any] | None:
+    def ask(self, asked: Sequence[bytes]) -> dict[str, Any] | None:
         """Its answer; None where it ended without one."""
         guard = threading.Timer(_MAX_WAIT, self._give_up)
         guard.start()
         try:
-            answer = self._exchange((self._setup + line).encode())
+            answer = self._exchange((self._setup, *asked))
         finally:
             guard.cancel()
             guard.join()
-        self._setup = ""
-        if not answer.endswith(b"\n"):
+        self._setup = b""
+        if answer is None:
             self.end()
             self.took_too_long |= self._process.returncode == -signal.SIGXCPU
-            return None
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        return answer
 
-    def _exchange(self, lines: bytes) -> bytes:
+    def _exchange(self, pieces: Sequence[bytes]) -> dict[str, Any] | None:
         to, back = self._process.stdin, self._process.stdout
         if to is None or back is None:
-            return b""
+            return None
         try:
-            to.write(lines)
+            to.writelines(pieces)
             to.flush()
-            return back.readline()
+            line = back.readline()
+            if not line.endswith(b"\n"):
+                return None
+            answer: dict[str, Any] = json.loads(line)
+            text = back.read(answer["size"])
         except (OSError, ValueError):
             # A pipe to a process that has ended.
-            return b""
+            return None
+        return answer | {"text": text.decode()} if len(text) == answer["size"] else None
 
     def _give_up(self) -> None:
         self.took_too_long = True

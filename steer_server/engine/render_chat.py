@@ -1,20 +1,24 @@
-"""Run as a process of its own: renders conversations with one chat template, a line of JSON in, a line of JSON out.
+"""Run as a process of its own: renders conversations with one chat template.
 
 A template is a program of the model's author, fed by whoever asks. It gets a share of time and memory here, and a
 process that has used up its time is ended by the system; so nothing but Jinja is imported, and nothing of the server.
 
-The first line has ``template``, ``variables``, ``max_characters``, ``max_memory`` in bytes and ``max_seconds`` of
-computing; every other has ``messages``, ``options`` and ``mark``, which is empty where no turn is continued. Answers
-have ``text`` or ``problem``, and with it ``option`` where that is what is wrong: its index.
+The first line of JSON has ``template``, ``variables``, ``max_characters``, ``max_memory`` in bytes and ``max_seconds``
+of computing; every other has ``messages``, ``options`` and ``mark``, which is empty where no turn is continued. A
+message has a ``role`` and the ``size`` in bytes of its text: all texts follow the line, one behind another. The answer
+is a line with ``size`` and so many bytes of text behind it; or with ``problem``, and ``part`` where one part of the
+conversation is what is wrong: its path. No text is in the JSON: nothing else runs in the server while it makes or reads
+JSON of a long one.
 """
 
 import json
 import math
+import os
 import resource
 import sys
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any
+from typing import Any, BinaryIO
 
 from jinja2 import Environment, Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -59,16 +63,32 @@ def render(template: Template, given: dict[str, Any], mark: str, max_characters:
             if size > max_characters:
                 return {"problem": f"makes more than {max_characters} characters of it"}
             pieces.append(piece)
+        text = "".join(pieces)
+        text.encode()
     except MemoryError:
         return {"problem": "needs more memory than it may have"}
     except Exception as error:  # noqa: BLE001 - a template may raise anything
         return {"problem": f"refuses it: {str(error)[:500] or type(error).__name__}"}
-    text = "".join(pieces)
     if not mark:
         return {"text": text}
     if text.count(mark) != 1:
         return {"problem": "does not show the last turn as it is, so that it cannot be continued"}
     return {"text": text[: text.index(mark)]}
+
+
+def left_out(template: Template, given: dict[str, Any], max_characters: int) -> int | None:
+    """The first turn whose end is in no text that the template makes; None where it shows them all, or cannot tell.
+
+    Each turn gets a number behind it, which nobody can have written and a template has no reason to change.
+    """
+    turns = given["messages"]
+    numbers = {
+        place: f"{int.from_bytes(os.urandom(16)):039}" for place, turn in enumerate(turns) if turn["content"].strip()
+    }
+    marked = [turn | {"content": turn["content"] + numbers.get(place, "")} for place, turn in enumerate(turns)]
+    longer = max_characters + sum(map(len, numbers.values()))
+    text = render(template, given | {"messages": marked}, "", longer).get("text")
+    return None if text is None else next((place for place, number in numbers.items() if number not in text), None)
 
 
 def answer(template: Template, used: set[str], setup: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
@@ -80,15 +100,32 @@ def answer(template: Template, used: set[str], setup: dict[str, Any], asked: dic
     for index, name in enumerate(options):
         if name not in accepted:
             which = f"accepted: {', '.join(accepted)}" if accepted else "it has none"
-            return {"option": index, "problem": f"is {name!r}, which is no option of this chat template; {which}"}
+            part, problem = f"template_options[{index}].name", f"is {name!r}, which is no option of this chat template"
+            return {"part": part, "problem": f"{problem}; {which}"}
     if mark:
         messages[-1]["content"] += mark
-    return render(template, options | own, mark, setup["max_characters"])
+    given = options | own
+    rendered = render(template, given, mark, setup["max_characters"])
+    lost = None if "problem" in rendered else left_out(template, given, setup["max_characters"])
+    if lost is None:
+        return rendered
+    role = messages[lost]["role"]
+    problem = f"is left out by the chat template, wholly or its end (its role is {role!r}): the model would not read it"
+    return {"part": f"messages[{lost}]", "problem": problem}
 
 
-def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """One for each line after the first."""
-    setup = json.loads(next(lines))
+def read(source: BinaryIO) -> Iterator[dict[str, Any]]:
+    """Every conversation, with the texts of its turns."""
+    for line in iter(source.readline, b""):
+        asked = json.loads(line)
+        for turn in asked["messages"]:
+            turn["content"] = source.read(turn.pop("size")).decode()
+        yield asked
+
+
+def answers(source: BinaryIO) -> Iterator[dict[str, Any]]:
+    """One for each conversation."""
+    setup = json.loads(source.readline())
     resource.setrlimit(resource.RLIMIT_AS, (setup["max_memory"], setup["max_memory"]))
     template, used, problem = None, set[str](), ""
     try:
@@ -96,18 +133,22 @@ def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         used = meta.find_undeclared_variables(environment().parse(setup["template"]))
     except Exception as error:  # noqa: BLE001 - a broken template is no broken process
         problem = f"cannot be read: {str(error)[:500]}"
-    for line in lines:
+    for asked in read(source):
         usage = resource.getrusage(resource.RUSAGE_SELF)
         # The system counts whole seconds, and ends this process when they are over.
         end = math.ceil(usage.ru_utime + usage.ru_stime) + setup["max_seconds"]
         resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))
-        if template is None:
-            yield {"problem": problem}
-        else:
-            yield answer(template, used, setup, json.loads(line))
+        yield {"problem": problem} if template is None else answer(template, used, setup, asked)
+
+
+def write(said: dict[str, Any], to: BinaryIO) -> None:
+    """One answer."""
+    text = said.pop("text", "").encode()
+    to.write(json.dumps(said | {"size": len(text)}).encode() + b"\n")
+    to.write(text)
+    to.flush()
 
 
 if __name__ == "__main__":
-    for each in answers(iter(sys.stdin)):
-        sys.stdout.write(json.dumps(each) + "\n")
-        sys.stdout.flush()
+    for each in answers(sys.stdin.buffer):
+        write(each, sys.stdout.buffer)

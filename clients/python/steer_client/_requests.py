@@ -22,7 +22,7 @@ LENS: Final = "lens"
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One turn of a chat. `role` is "system", "user" or "assistant"."""
+    """One turn of a chat. `role` is one of the model's template, mostly "system", "user" or "assistant"."""
 
     role: str
     content: str

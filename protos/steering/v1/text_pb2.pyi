@@ -87,7 +87,9 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """As the model's template knows it: "system", "user", "assistant", ..."""
+    """As the model's template knows it: "system", "user", "assistant", ... A turn that the template would leave out is
+    INVALID_ARGUMENT.
+    """
     content: _builtins.str
     def __init__(
         self,

@@ -1,6 +1,7 @@
 """Chat templates in processes that can be ended, held against what transformers makes of the same templates."""
 
 import asyncio
+import json
 import time
 
 import psutil
@@ -50,16 +51,18 @@ def children():
     [
         "{{ bos_token }}{% for m in messages %}\n  {%- if not loop.first %}|{% endif %}{{ m.role }}: "
         "{{ m['content'] | trim }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
-        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{% endfor %}"
-        "{{ tools is none }}",
+        "{% for m in messages %}{% if not m.content %}{% continue %}{% endif %}{{ m | tojson }}{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content }}"
+        "{% endfor %}{{ tools is none }}",
         "{% for m in messages %}{% generation %}{% set x = m.content %}{{ x }}{% endgeneration %}{% endfor %}"
         "{{ x is defined }}",
+        # As models do that show their last thoughts alone.
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] | upper }}{% endfor %}",
         "{{ messages | tojson(indent=2) }}{{ strftime_now('%Y') }}{{ documents }}"
         "{{ messages | map(attribute='role') | join(',') }}",
         "{% macro turn(m) %}<{{ m.role }}>{{ m.content }}{% endmacro %}"
         "{% for m in messages %}{{ turn(m) }}{% endfor %}",
-        "   {% if true %}   \n  x\n   {% endif %}   \n",
+        "   {% if true %}   \n  {{ messages | map(attribute='content') | join }}\n   {% endif %}   \n",
     ],
 )
 async def test_a_conversation_reads_as_transformers_renders_it(make, tiny_tokenizer, template):
@@ -81,6 +84,29 @@ async def test_the_default_models_template_renders_as_in_transformers(smollm):
         chat.close()
 
 
+async def test_no_text_is_in_the_json_that_the_server_makes_and_reads(make, monkeypatch):
+    # The interpreter is held until JSON is done: a third of a second for 16 MiB.
+    sizes = []
+
+    class Counted:
+        @staticmethod
+        def dumps(value):
+            sizes.append(len(json.dumps(value)))
+            return json.dumps(value)
+
+        @staticmethod
+        def loads(text):
+            sizes.append(len(text))
+            return json.loads(text)
+
+    long = "\u6771\r\n\x00\u2028" * 50_000
+    chat = make("{% for m in messages %}{{ m.content }}{% endfor %}", max_characters=1_000_000)
+    monkeypatch.setattr(chat_template, "json", Counted)
+    assert await chat.render(Chat((ChatMessage("user", long), ChatMessage("user", "and")))) == f"{long}and"
+    assert len(sizes) == 2
+    assert max(sizes) < 500
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -92,6 +118,7 @@ async def test_the_default_models_template_renders_as_in_transformers(smollm):
         ("{{ 'x' * 10001 }}", "makes more than 10000 characters"),
         ("{% for a in range(10001) %}x{% endfor %}", "makes more than 10000 characters"),
         ("{{ 'x' * 10 ** 10 }}", "needs more memory"),
+        ("{{ '\\ud800' }}", "refuses it: "),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "refuses it: "),
     ],
 )
@@ -155,6 +182,46 @@ async def test_a_process_that_answers_as_it_is_given_up_is_not_asked_again(make,
     monkeypatch.setattr(chat_template._Process, "_exchange", late)
     assert await chat.render(Chat(TURNS[1:])) == TURNS[1].content
     assert await chat.render(Chat(TURNS[1:])) == TURNS[1].content
+
+
+# Roles by name, as many models have them; the words of the system in front of the first turn of a user, as Gemma does.
+BY_ROLE = (
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content %}{% set turns = messages[1:] %}"
+    "{% else %}{% set first = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}{% if m.role == 'user' %}[U]{{ first if loop.first }}{{ m.content | trim }}"
+    "{% elif m.role == 'assistant' %}[A]{{ m.content.split('</think>')[-1] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("roles", "lost"),
+    [
+        (["system", "user", "assistant", "user"], None),
+        (["user", "developer"], 1),
+        (["developer", "user"], 0),
+        (["user", "system", "user"], 1),
+        (["system"], 0),
+        (["user", "assistant", "User"], 2),
+    ],
+)
+async def test_a_turn_that_the_template_leaves_out_is_refused_by_its_place(make, roles, lost):
+    chat = make(BY_ROLE)
+    # All say the same: one turn's words are not taken for another's.
+    asked = Chat(tuple(ChatMessage(role, "<think>so</think> yes ") for role in roles))
+    if lost is None:
+        said = "<think>so</think> yes"
+        assert await chat.render(asked) == f"[U]{said} {said}[A] yes [U]{said}"
+        return
+    with pytest.raises(InvalidRequestError, match=f"is left out by the chat template.*'{roles[lost]}'") as caught:
+        await chat.render(asked)
+    assert caught.value.field == f"prompt.chat.messages[{lost}]"
+
+
+async def test_what_says_nothing_may_be_left_out_and_what_is_cut_is_refused(make):
+    chat = make(BY_ROLE)
+    assert await chat.render(Chat((ChatMessage("developer", " \n"), ChatMessage("user", "hi")))) == "[U]hi"
+    with pytest.raises(InvalidRequestError, match="left out by the chat template, wholly or its end"):
+        await make("{% for m in messages %}{{ m.content[:2] }}{% endfor %}").render(Chat(OPEN))
 
 
 THINKING = (
