@@ -93,8 +93,8 @@ class _ReferenceDirection:
         return _unit((1.0 - setting.blend) * _unit(a) + setting.blend * self._unit_anchor)
 
     def _substitute(self, k: int, ids: Sequence[int]) -> torch.Tensor:
-        last = self._artifact.factors[-1]
-        return self._artifact.substitute_base.double() + self._expand(_products(last[None], self._embed(ids[k : k + 1], k))[0])
+        products = _products(self._artifact.factors[-1:], self._embed(ids[k : k + 1], k))
+        return self._artifact.substitute_base.double() + self._expand(products[0])
 
     def _cumulative(self, k: int, ids: Sequence[int]) -> torch.Tensor:
         n = self._sums.shape[0]
