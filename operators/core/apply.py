@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,6 +105,16 @@ class PreparedOperator:
         if self.unit_contrast is None:
             raise SettingError("anchor", f"is 'contrast'; {_ONLY_CONCEPT}")
         return self.unit_contrast
+
+    @cached_property
+    def transposed_factors(self) -> tuple[torch.Tensor, ...]:
+        """B_i^T (d, r) of every block: views, made once for the steps that need one each."""
+        return tuple(block.T for block in self.factors.unbind())
+
+    @cached_property
+    def transposed_basis(self) -> torch.Tensor | None:
+        """U^T (r, d), a view; None for the identity."""
+        return None if self.basis is None else self.basis.T
 
     @property
     def nbytes(self) -> int:
