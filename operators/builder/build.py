@@ -105,7 +105,7 @@ def _approximate(
     elif root is None:
         root = embedding_root(loaded.model.get_input_embeddings().weight)
     if spec.tolerance is None:
-        return sketch(weighted_map, rank, root=root, seed=spec.seed, rounded_to=range_dtype(loaded, layer))
+        return sketch(weighted_map, rank, root=root, seed=spec.seed, rounded_to=range_dtype(loaded))
 
     def check_rank(rank: int | None) -> None:
         vectors_per_pass(spec, loaded, layer, rank, max_memory=max_memory)

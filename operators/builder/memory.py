@@ -41,10 +41,6 @@ _LIBRARIES = 48 << 20
 """Bytes that the first build of a process takes for good, whatever its size: modules, kernels, their buffers."""
 
 
-_MAX_ROUNDED = 1 << 30
-"""Bytes of rounded weights that a sketch may take to be faster."""
-
-
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes beside the model: ``fixed`` whatever the batch, ``per_row`` for each row of a pass."""
@@ -60,26 +56,29 @@ def estimate_sketch(loaded: LoadedModel, n: int, layer: int, width: int, texts: 
     # C^{1/2} is made before the sketch begins, so that the larger of the two counts.
     sketch = _SKETCH_COPIES * width * n * d * _itemsize(loaded) + _ROOT_KEPT * square
     root = _ROOT_COPIES * square + 8 * rows * d
-    rounded = 0 if range_dtype(loaded, layer) is None else _rounded_bytes(loaded, layer)
-    return _with_allowance(passes.fixed + max(sketch + rounded, root, _recording(loaded, n)), passes.per_row)
+    sketch += _rounded_bytes(loaded, loaded.dtype)
+    return _with_allowance(passes.fixed + max(sketch, root, _recording(loaded, n)), passes.per_row)
 
 
-def range_dtype(loaded: LoadedModel, layer: int) -> torch.dtype | None:
-    """In what a sketch at ``layer`` multiplies with weights to find its range: bfloat16 or, by None, as elsewhere.
+def range_dtype(loaded: LoadedModel) -> torch.dtype | None:
+    """In what a sketch multiplies with weights to find its range: bfloat16 or, by None, as elsewhere.
 
-    bfloat16 where it was measured to be faster, which is on CPUs that have instructions for it (AVX-512 BF16), and its
-    rounded weights take little. Of machine and model alone, so that these build the same twice, streamed or not.
+    bfloat16 where it was measured to be faster, which is on CPUs that have instructions for it (AVX-512 BF16). Of
+    machine and model alone, so that these build the same twice, streamed or not.
     """
     if loaded.device.type != "cpu" or _itemsize(loaded) != torch.float32.itemsize:
         return None
-    fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and _rounded_bytes(loaded, layer) <= _MAX_ROUNDED else None
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
 
 
-def _rounded_bytes(loaded: LoadedModel, layer: int) -> int:
-    """Of the weights of the blocks before ``layer``, those that are not bfloat16 already."""
-    weights = (weight for block in decoder_layers(loaded.model)[:layer] for weight in block.parameters())
-    return sum(torch.bfloat16.itemsize * weight.numel() for weight in weights if weight.dtype != torch.bfloat16)
+def _rounded_bytes(loaded: LoadedModel, dtype: torch.dtype) -> int:
+    """The largest weight as a sketch rounds it, of weights that are ``dtype`` when it does."""
+    if range_dtype(loaded) in (None, dtype):
+        return 0
+    weights = [weight for block in decoder_layers(loaded.model) for weight in block.parameters()]
+    # Of a mixture, one expert at a time.
+    largest = max(weight.numel() // (len(weight) if weight.dim() == 3 else 1) for weight in weights)
+    return torch.bfloat16.itemsize * largest
 
 
 def estimate_exact(loaded: LoadedModel, n: int, layer: int, texts: int = 1) -> MemoryEstimate:
@@ -113,6 +112,8 @@ def estimate_streamed(
     arrays = (texts - 1 + (_SKETCH_COPIES if sketched else _EXACT_COPIES)) * width * n * d * itemsize
     square, rows = 8 * d * d, min(TABLE_ROWS_AT_ONCE, int(table.shape[0]))
     kept, root = (_ROOT_KEPT * square, _ROOT_COPIES * square + 8 * rows * d) if sketched else (0, 0)
+    # By then, the weights of a block are as wide as the vectors.
+    kept += _rounded_bytes(loaded, torch.float32) if sketched else 0
     at_once = max(block + kept + passes.fixed + max(arrays, plain, _recording(loaded, n)), root)
     return _with_allowance(table.numel() * table.dtype.itemsize + streams + at_once, passes.per_row)
 

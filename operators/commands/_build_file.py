@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from operators.core.progress import Progress
     from operators.core.store import Store
     from operators.model.loading import LoadedModel
+    from operators.recipes.concept_file import LocatedEntry
     from operators.recipes.run import BuildOutcome
     from operators.recipes.tasks import BuildTask
+    from operators.recipes.workers import Prepared
 
 _STATUSES = ("built", "updated", "up to date", "failed")
 
@@ -44,52 +46,34 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         entries = read_concept_file(file)
         if only:
             entries = select_entries(entries, only)
-        store, memory = open_store(options.store_path), parse_memory(options.max_memory)
-        device_memory = parse_memory(options.device_memory)
+        store = open_store(options.store_path)
 
-        from operators.maps.detach import family_of
-        from operators.model.loading import default_model, load_model
+        from operators.model.loading import default_model
         from operators.recipes.run import run_tasks
-        from operators.recipes.tasks import check_words, prepare_tasks
-        from operators.recipes.workers import devices_of, run_tasks_in_workers, share_of_memory
+        from operators.recipes.tasks import check_words
+        from operators.recipes.workers import prepare_apart, run_tasks_in_workers
 
         if options.calibrate:
             check_words(entries, store)
-        device = options.device or default_device()
-        name = options.model or default_model()
-        with working(f"loading {name}"):
-            loaded = load_model(
-                name,
-                dtype=options.dtype,
-                # Workers take it to their devices.
-                device=device if options.jobs == 1 else "cpu",
-                attention=options.attention,
-                check=family_of,
-                stream=options.may_stream,
-                device_memory=device_memory,
-            )
-        output.print_warnings(streaming_warnings(loaded, options))
-        devices = devices_of(device)
+        prepare = functools.partial(_prepare, entries, store, options)
+        shown = working(f"loading {options.model or default_model()}")
         if options.jobs > 1:
-            memory = share_of_memory(memory, devices, options.jobs)
-        tasks = prepare_tasks(
-            entries, loaded, store, replace=options.replace, calibrate=options.calibrate, max_memory=memory
-        )
+            prepared = prepare_apart(prepare, shown=shown)
+        else:
+            with shown:
+                prepared = prepare()
+        loaded, tasks, memory = prepared.loaded, prepared.tasks, prepared.max_memory
+        output.print_warnings(streaming_warnings(loaded, options))
         operators: list[dict[str, Any]] = []
         specs = {task.name: task.spec for task in tasks}
         width = max(len(task.name) for task in tasks)
         calibrate = functools.partial(_calibrated, store=store, quick=options.quick, max_memory=memory)
         try:
             with ExitStack() as held:
-                if options.jobs > 1 and memory is not None:
+                if options.jobs > 1:
                     progress = held.enter_context(joint_progress(tasks, lines=not options.as_json))
                     outcomes = run_tasks_in_workers(
-                        *(tasks, loaded, store),
-                        jobs=options.jobs,
-                        devices=devices,
-                        max_memory=memory,
-                        progress=progress,
-                        calibrate=calibrate,
+                        prepared, store, jobs=options.jobs, progress=progress, calibrate=calibrate
                     )
                     # Its workers end with it, whatever ends this.
                     held.enter_context(closing(outcomes))
@@ -124,6 +108,36 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
         if not options.as_json:
             _print_problems(operators)
         raise typer.Exit(1)
+
+
+def _prepare(entries: Sequence[LocatedEntry], store: Store, options: BuildOptions) -> Prepared:
+    """The model, and the tasks on it. All that asks for a CUDA device is in here: a process that has, cannot be forked.
+
+    Raises :class:`OperatorError`, as loading a model and preparing the tasks do.
+    """
+    from operators.maps.detach import family_of
+    from operators.model.loading import default_model, load_model
+    from operators.recipes.tasks import prepare_tasks
+    from operators.recipes.workers import Prepared, devices_of, root_for, share_of_memory
+
+    memory, device = parse_memory(options.max_memory), options.device or default_device()
+    loaded = load_model(
+        options.model or default_model(),
+        dtype=options.dtype,
+        # Workers take it to their devices.
+        device=device if options.jobs == 1 else "cpu",
+        attention=options.attention,
+        check=family_of,
+        stream=options.may_stream,
+        device_memory=parse_memory(options.device_memory),
+    )
+    devices = devices_of(device)
+    if options.jobs > 1:
+        memory = share_of_memory(memory, devices, options.jobs)
+    tasks = prepare_tasks(
+        entries, loaded, store, replace=options.replace, calibrate=options.calibrate, max_memory=memory
+    )
+    return Prepared(loaded, tasks, devices, memory, root_for(tasks, loaded) if options.jobs > 1 else None)
 
 
 def _calibrated(

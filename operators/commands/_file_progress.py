@@ -76,6 +76,7 @@ def joint_progress(tasks: Sequence[BuildTask], *, lines: bool) -> Iterator[TaskP
         say = ProgressJson() if for_programs() else ProgressLines() if lines else silent
         yield lambda task, _what, done, of: say(what, hundredths(task, done, of), total)
         return
-    with make_bars(redirect_stdout=sys.stdout.isatty()) as bars:
+    # Drawn when there is news, by no thread: this process is forked meanwhile.
+    with make_bars(redirect_stdout=sys.stdout.isatty(), auto_refresh=False) as bars:
         bar = bars.add_task(what, total=total)
-        yield lambda task, _what, done, of: bars.update(bar, completed=hundredths(task, done, of))
+        yield lambda task, _what, done, of: bars.update(bar, completed=hundredths(task, done, of), refresh=True)

@@ -1,6 +1,7 @@
-"""Weights in one piece of memory that many processes use, and objects that hold them, sent to another process.
+"""Weights in one piece of memory that many processes use, and objects that hold them, made by one for the others.
 
 The memory is a file without a name (memfd): nobody else can write to it, and it ends with the last process that has it.
+Whoever is to have it is forked after :func:`shared_memory`.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import io
 import mmap
 import os
 import pickle
-from dataclasses import dataclass
-from multiprocessing import reduction
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,34 +23,20 @@ _ALIGNED = 64
 """Bytes."""
 
 
-@dataclass(frozen=True)
-class SharedBytes:
-    """An object for another process: give it to a process that is started, and call :func:`unpack` there.
-
-    Filled by :func:`pack`. ``size`` is that of the shared memory.
-    """
-
-    pickled: bytes
-    descriptor: int
-    size: int
-
-    def __reduce__(self) -> Any:
-        # Only while a process is started: it gets a descriptor of its own.
-        return _received, (self.pickled, reduction.DupFd(self.descriptor), self.size)
-
-    def close(self) -> None:
-        """Gives up this process's descriptor; those who have the memory keep it."""
-        os.close(self.descriptor)
+@contextmanager
+def shared_memory() -> Iterator[int]:
+    """The descriptor of an empty piece of memory; processes forked meanwhile have it. What is mapped stays mapped."""
+    descriptor = os.memfd_create("weights", os.MFD_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
-def _received(pickled: bytes, descriptor: Any, size: int) -> SharedBytes:
-    return SharedBytes(pickled, descriptor.detach(), size)
+def pack(value: object, model: nn.Module, descriptor: int) -> bytes:
+    """``value`` for another process, with the numbers of ``model``, a part of it, in the shared memory.
 
-
-def pack(value: object, model: nn.Module) -> SharedBytes:
-    """``value`` for other processes, which share the numbers of ``model``, a part of it; all else is copied.
-
-    The model's own numbers move to the shared memory, so that they are in memory once.
+    The model's own numbers move there, so that they are in memory once.
     """
     tensors = list({id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values())
     places: dict[tuple[object, ...], int] = {}
@@ -58,9 +45,9 @@ def pack(value: object, model: nn.Module) -> SharedBytes:
         if _place(tensor) not in places:
             places[_place(tensor)] = size
             size += -(-tensor.numel() * tensor.itemsize // _ALIGNED) * _ALIGNED
-    descriptor = os.memfd_create("weights", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, size)
-    memory = torch.frombuffer(mmap.mmap(descriptor, max(size, 1)), dtype=torch.uint8)
+    # A map has at least one byte.
+    os.ftruncate(descriptor, max(size, 1))
+    memory = torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.uint8)
     offsets: dict[int, int] = {}
     moved: dict[tuple[object, ...], torch.Tensor] = {}
     for tensor in tensors:
@@ -71,15 +58,17 @@ def pack(value: object, model: nn.Module) -> SharedBytes:
         tensor.data = moved[place]
     pickled = io.BytesIO()
     _Pickler(pickled, offsets).dump(value)
-    return SharedBytes(pickled.getvalue(), descriptor, size)
+    return pickled.getvalue()
 
 
-def unpack(shared: SharedBytes) -> Any:
-    """The object, with weights of its own as far as it writes to them, and else the shared ones."""
+def unpack(pickled: bytes, descriptor: int) -> Any:
+    """The object, with weights of its own as far as it writes to them, and else the shared ones.
+
+    Of processes that are forked afterwards each has its own in that sense.
+    """
     # Written to, a page becomes this process's own.
-    memory = mmap.mmap(shared.descriptor, max(shared.size, 1), flags=mmap.MAP_PRIVATE)
-    shared.close()
-    return _Unpickler(io.BytesIO(shared.pickled), torch.frombuffer(memory, dtype=torch.uint8)).load()
+    memory = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE)
+    return _Unpickler(io.BytesIO(pickled), torch.frombuffer(memory, dtype=torch.uint8)).load()
 
 
 def _place(tensor: torch.Tensor) -> tuple[object, ...]:

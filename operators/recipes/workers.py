@@ -1,8 +1,11 @@
 """The tasks of a file of concepts, run by several processes of this machine at once.
 
-The command that starts the workers loads the model and prepares the tasks. A worker gets both, with the weights in
-memory that all of them share, then one task after the other, and says what becomes of it. Only the store is written to.
-A worker that dies takes its task with it, which fails by name; another is started for the tasks that are left.
+The command imports torch and transformers, and is forked: into a process that loads the model and prepares the tasks
+(:func:`prepare_apart`), and then into workers, which so have all of that, with the weights in memory that they share.
+A worker gets one task after the other, and says what becomes of it. Only the store is written to. A worker that dies
+takes its task with it, which fails by name; another is started for the tasks that are left.
+
+A process can be forked as long as it has no threads that hold something. So the command itself computes nothing.
 """
 
 from __future__ import annotations
@@ -14,27 +17,33 @@ import multiprocessing
 import signal
 import sys
 import time
+import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+
+# What the modules of models import: once, before this process is forked.
+import transformers.modeling_layers  # noqa: F401
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 from operators.core.capacity import free_memory
 from operators.core.errors import BuildError
 from operators.core.store import Store
 from operators.maps.sketch import embedding_root
 from operators.model.loading import LoadedModel
-from operators.model.shared import SharedBytes, pack, unpack
+from operators.model.shared import pack, shared_memory, unpack
 from operators.recipes.run import WAIT, BuildOutcome, Calibrator, TaskProgress, run_task
 from operators.recipes.tasks import BuildTask
 
 if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerProcess
+    from multiprocessing.context import ForkProcess
 
+_FORK = multiprocessing.get_context("fork")
 _GRACE = 10.0
 """Seconds that a worker has for its end, before it is killed."""
 
@@ -51,48 +60,98 @@ def share_of_memory(max_memory: int | None, devices: Sequence[str], jobs: int) -
     return min(free_memory(torch.device(device)) for device in devices) // math.ceil(jobs / len(devices))
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What there is to do, and with what. Filled by who loads the model."""
+
+    loaded: LoadedModel
+    """On the CPU where workers are to have it."""
+    tasks: tuple[BuildTask, ...]
+    devices: tuple[str, ...]
+    """Where the workers compute, by turns; each worker on another device than the CPU has its own weights."""
+    max_memory: int | None
+    """Bytes beside the model, for each worker; None means most of what is free."""
+    root: torch.Tensor | None = None
+    """C^{1/2} of :func:`~operators.maps.sketch.embedding_root`, where a task needs it: :func:`root_for`."""
+
+
+def root_for(tasks: Sequence[BuildTask], loaded: LoadedModel) -> torch.Tensor | None:
+    """Computed once, in place of once in each worker; None where no task needs it."""
+    if any(task.spec.rank != "full" and task.stored is None for task in tasks):
+        return embedding_root(loaded.model.get_input_embeddings().weight)
+    return None
+
+
+def prepare_apart(prepare: Callable[[], Prepared], *, shown: AbstractContextManager[None] | None = None) -> Prepared:
+    """What ``prepare`` returns, by a process of its own: it computes, and so leaves threads behind.
+
+    Args:
+        shown: entered while that process is waited for; threads that it starts are after the fork.
+
+    Raises:
+        BuildError: that process died.
+        Exception: what ``prepare`` raises.
+    """
+    with shared_memory() as descriptor:
+        ours, theirs = _FORK.Pipe(duplex=False)
+        process = _FORK.Process(target=_prepare, args=(prepare, descriptor, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            with shown or nullcontext():
+                said = ours.recv()
+        except EOFError:
+            process.join(_GRACE)
+            raise BuildError(f"the process that loads the model {_how_it_ended(process.exitcode)}") from None
+        finally:
+            ours.close()
+            process.terminate()
+            process.join()
+        if isinstance(said, Exception):
+            raise said
+        prepared: Prepared = unpack(said, descriptor)
+    return prepared
+
+
+def _prepare(prepare: Callable[[], Prepared], descriptor: int, pipe: Connection) -> None:
+    # Ctrl-C is the command's own affair.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        prepared = prepare()
+        said: object = pack(prepared, prepared.loaded.model, descriptor)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the command raises it
+        error.add_note(traceback.format_exc())
+        said = error
+    with suppress(BrokenPipeError):
+        pipe.send(said)
+
+
 def run_tasks_in_workers(
-    tasks: Sequence[BuildTask],
-    loaded: LoadedModel,
+    prepared: Prepared,
     store: Store,
     *,
     jobs: int,
-    devices: Sequence[str],
-    max_memory: int,
     progress: TaskProgress,
     calibrate: Calibrator | None = None,
 ) -> Generator[BuildOutcome, None, None]:
     """:func:`~operators.recipes.run.run_tasks` by ``jobs`` processes; outcomes come as they are finished.
 
-    Args:
-        loaded: on the CPU; afterwards its weights are in shared memory.
-        devices: where the workers compute, by turns; each worker on another device than the CPU has its own weights.
-        max_memory: bytes beside the model, for each worker.
-        calibrate: of a module's top level, or a ``functools.partial`` of that: it is sent to the workers.
+    For a process in which torch has started no threads: see the module.
     """
-    ready = [task for task in tasks if task.is_up_to_date]
+    ready = [task for task in prepared.tasks if task.is_up_to_date]
     for task in ready:
         yield BuildOutcome(task.name, "up to date", 0.0, task.stored, None)
-    waiting = deque(task for task in tasks if not task.is_up_to_date)
+    waiting = deque(task for task in prepared.tasks if not task.is_up_to_date)
     if not waiting:
         return
     jobs = min(jobs, len(waiting))
-    # Once, in place of once in each worker.
-    root = None
-    if any(task.spec.rank != "full" and task.stored is None for task in waiting):
-        root = embedding_root(loaded.model.get_input_embeddings().weight)
-    threads = max(1, torch.get_num_threads() // jobs)
-    orders = _Orders(loaded, store, root, threads, max_memory, calibrate)
-    shared = pack(orders, loaded.model)
-    context = multiprocessing.get_context("forkserver")
-    # What every worker imports is imported once.
-    context.set_forkserver_preload([__name__, type(loaded.model).__module__])
+    orders = _Orders(prepared, store, max(1, torch.get_num_threads() // jobs), calibrate)
     workers: list[_Worker] = []
-    turns = itertools.cycle(devices)
+    turns = itertools.cycle(prepared.devices)
     try:
         while waiting or workers:
             while waiting and len(workers) < jobs:
-                workers.append(_Worker.start(context, shared, next(turns)))
+                workers.append(_Worker.start(orders, next(turns), [worker.pipe for worker in workers]))
                 workers[-1].give(waiting.popleft())
             for worker in _readable(workers):
                 outcome, again = _answer(worker, progress)
@@ -105,24 +164,21 @@ def run_tasks_in_workers(
             worker.process.terminate()
         for worker in workers:
             worker.end()
-        shared.close()
 
 
 @dataclass(frozen=True, eq=False)
 class _Orders:
-    """What every worker gets when it is started."""
+    """What every worker has when it is started."""
 
-    loaded: LoadedModel
+    prepared: Prepared
     store: Store
-    root: torch.Tensor | None
     threads: int
-    max_memory: int
     calibrate: Calibrator | None
 
 
 @dataclass(eq=False)
 class _Worker:
-    process: ForkServerProcess
+    process: ForkProcess
     pipe: Connection
     task: BuildTask | None = None
     """What it is at work on."""
@@ -130,9 +186,10 @@ class _Worker:
     ended: bool = False
 
     @classmethod
-    def start(cls, context: Any, shared: SharedBytes, device: str) -> _Worker:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(shared, device, theirs), daemon=True)
+    def start(cls, orders: _Orders, device: str, others: Sequence[Connection]) -> _Worker:
+        """``others``: the pipes of the other workers, which this one does not keep open when the command ends."""
+        ours, theirs = _FORK.Pipe()
+        process = _FORK.Process(target=_work, args=(orders, device, theirs, (ours, *others)), daemon=True)
         process.start()
         theirs.close()
         return cls(process, ours)
@@ -195,19 +252,21 @@ def _how_it_ended(code: int | None) -> str:
     return f"was ended by {signal.Signals(-code).name}{killed}"
 
 
-def _work(shared: SharedBytes, device: str, pipe: Connection) -> None:
+def _work(orders: _Orders, device: str, pipe: Connection, not_its_own: Sequence[Connection]) -> None:
     """A worker: takes tasks until there are no more, or until it is told to stop."""
     # Ctrl-C is the command's own affair, which ends its workers; these take their claims back when they end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    orders: _Orders = unpack(shared)
+    for other in not_its_own:
+        other.close()
     torch.set_num_threads(orders.threads)
-    orders.loaded.model.to(torch.device(device))
+    prepared = orders.prepared
+    prepared.loaded.model.to(torch.device(device))
 
     @functools.cache
     def root() -> torch.Tensor:
-        assert orders.root is not None  # noqa: S101 - for the type checker: there is one where a task needs it
-        return orders.root.to(device)
+        assert prepared.root is not None  # noqa: S101 - for the type checker: there is one where a task needs it
+        return prepared.root.to(device)
 
     def tell(_task: BuildTask, what: str, done: int, total: int) -> None:
         pipe.send((what, done, total))
@@ -216,7 +275,9 @@ def _work(shared: SharedBytes, device: str, pipe: Connection) -> None:
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             task = pipe.recv()
-            outcome = run_task(task, orders.loaded, orders.store, root, orders.max_memory, tell, orders.calibrate)
+            outcome = run_task(
+                *(task, prepared.loaded, orders.store, root, prepared.max_memory, tell, orders.calibrate)
+            )
             if outcome is None:
                 time.sleep(WAIT)
             pipe.send(outcome)

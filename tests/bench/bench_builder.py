@@ -176,7 +176,7 @@ def sketch_side(case: str, _chunk: bool) -> dict[str, float]:
     warm_up(model, ids)
     # Its range is found in what a build finds it in: bfloat16 where the CPU multiplies faster in it.
     loaded = LoadedModel(case, model, None, "", "")
-    rounded_to = range_dtype(loaded, layer)
+    rounded_to = range_dtype(loaded)
 
     def whole() -> object:
         return sketch(Replay(model, ids, layer=layer, profile="residual"), RANK, root=None, rounded_to=rounded_to)

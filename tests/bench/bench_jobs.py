@@ -11,7 +11,6 @@ words. Not a test; nothing here passes or fails. Run it on a quiet machine, or b
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
 import json
 import os
@@ -22,7 +21,6 @@ import tempfile
 import time
 from pathlib import Path
 
-_PR_SET_CHILD_SUBREAPER = 36
 WORDS = ("ocean", "tea", "wedding", "bridge", "winter", "music", "horse", "garden", "money", "doctor", "train", "paper")
 
 
@@ -34,8 +32,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
-    # The workers' server outlives the command by a moment, and its time is counted where it is waited for.
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     pairs = itertools.islice(itertools.permutations(WORDS, 2), options.concepts)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "many.toml")
@@ -63,12 +59,7 @@ def run(file: Path, store: Path, jobs: int) -> None:
 
 
 def cpu_seconds() -> float:
-    """User and system time of all processes that were started, once they have ended."""
-    while True:
-        try:
-            os.wait()
-        except ChildProcessError:
-            break
+    """User and system time of all commands that have ended, and of the processes that these waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

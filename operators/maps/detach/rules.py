@@ -27,7 +27,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from operators.core.errors import UnsupportedModelError
 
@@ -209,69 +208,97 @@ def with_weights(attention: Callable[..., AttentionOutput]) -> Callable[..., Att
     return forward
 
 
-class _WideLinear(torch.autograd.Function):
-    """x W^T for x of a wider dtype than W.
+class _ConvertedLinear(torch.autograd.Function):
+    """x W^T, of a W that is converted for it, and in the dtype that it is converted to.
 
-    W is widened anew for each product, forward and backward: a graph that kept the widened weights would be a second,
-    larger copy of the model.
+    W is converted anew for each product, forward and backward: a graph that kept converted weights would be a second
+    copy of the model, in another dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.weight = weight
-        return x @ weight.to(x.dtype).T
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, convert: _Conversion) -> torch.Tensor:
+        ctx.weight, ctx.convert = weight, convert
+        converted = convert(weight)
+        return _rows(F.linear(_columns(x, converted), converted), x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = gradients
-        return gradient @ ctx.weight.to(gradient.dtype), None
+        converted = ctx.convert(ctx.weight)
+        # Not ``@``, of which vmap makes a product for each cotangent.
+        return _rows(torch.mm(_columns(gradient, converted), converted), gradient), None, None
+
+
+_Conversion = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(..., k) -> (m, k), in the dtype of ``weight``."""
+    return x.to(weight.dtype).reshape(-1, x.shape[-1])
+
+
+def _rows(product: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(m, k) -> (..., k), in the dtype and with the leading axes of ``x``."""
+    return product.to(x.dtype).view(*x.shape[:-1], product.shape[-1])
 
 
 def wide_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x W^T + bias, with ``weight`` (out, in), in the precision of ``x``, or in that of :func:`products_in`."""
-    dtype = rounded_to()
-    if dtype is not None:
-        rounded = F.linear(x.to(dtype).reshape(-1, x.shape[-1]), _rounded(weight, dtype))
-        single = rounded.to(x.dtype).view(*x.shape[:-1], -1)
-        return single if bias is None else single + bias.to(x.dtype)
-    if weight.dtype == x.dtype:
+    rounding = _ROUNDING.get()
+    if rounding is None and weight.dtype == x.dtype:
         # Flattened to two dimensions: for many inputs of one position each, torch would do as many small products.
         return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
-    product: torch.Tensor = _WideLinear.apply(x, weight)  # type: ignore[no-untyped-call]
+    convert = (lambda weight: weight.to(x.dtype)) if rounding is None else rounding.rounded
+    product: torch.Tensor = _ConvertedLinear.apply(x, weight, convert)  # type: ignore[no-untyped-call]
     return product if bias is None else product + bias.to(x.dtype)
 
 
-_ROUNDED_TO: ContextVar[torch.dtype | None] = ContextVar("rounded_to", default=None)
-_ROUNDED: ContextVar[WeakTensorKeyDictionary] = ContextVar("rounded")
+class _Rounding:
+    """Weights in another dtype, one at a time, in one piece of memory: to take new memory for each would take as long
+    again as to round it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._numbers: torch.Tensor | None = None
+
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight``, in the dtype of all, until the next one."""
+        if weight.dtype == self.dtype:
+            return weight
+        if self._numbers is None or len(self._numbers) < weight.numel():
+            self._numbers = weight.new_empty(weight.numel(), dtype=self.dtype)
+        # Laid out as ``weight.to`` does.
+        strides = torch.empty_like(weight, device="meta").stride()
+        return self._numbers.as_strided(weight.shape, strides).copy_(weight)
+
+    def end(self) -> None:
+        """Frees the memory, though graphs may be left that know of it."""
+        self._numbers = None
+
+
+_ROUNDING: ContextVar[_Rounding | None] = ContextVar("rounding", default=None)
 
 
 @contextmanager
 def products_in(dtype: torch.dtype | None) -> Iterator[None]:
     """Inside the block, a replay's products with weights are made in ``dtype``; sums, factors and attention are not.
 
-    Rounded weights are kept until the block ends. None means the precision of the vectors, as outside.
+    A weight is rounded anew for each product. None means the precision of the vectors, as outside.
     """
-    tokens = _ROUNDED_TO.set(dtype), _ROUNDED.set(WeakTensorKeyDictionary())
+    rounding = None if dtype is None else _Rounding(dtype)
+    token = _ROUNDING.set(rounding)
     try:
         yield
     finally:
-        _ROUNDED_TO.reset(tokens[0])
-        _ROUNDED.reset(tokens[1])
+        _ROUNDING.reset(token)
+        if rounding is not None:
+            rounding.end()
 
 
 def rounded_to() -> torch.dtype | None:
     """The dtype of the innermost :func:`products_in`."""
-    return _ROUNDED_TO.get()
-
-
-def _rounded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if weight.dtype == dtype:
-        return weight
-    kept = _ROUNDED.get()
-    if weight not in kept:
-        kept[weight] = weight.to(dtype)
-    rounded: torch.Tensor = kept[weight]
-    return rounded
+    rounding = _ROUNDING.get()
+    return None if rounding is None else rounding.dtype
 
 
 def mix(weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
