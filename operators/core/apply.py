@@ -24,7 +24,9 @@ A vector is an operator of rank 0: it has no a_k and no m, y is the vector, and 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -103,6 +105,16 @@ class PreparedOperator:
         if self.unit_contrast is None:
             raise SettingError("anchor", f"is 'contrast'; {_ONLY_CONCEPT}")
         return self.unit_contrast
+
+    @cached_property
+    def transposed_factors(self) -> tuple[torch.Tensor, ...]:
+        """B_i^T (d, r) of every block: views, made once for the steps that need one each."""
+        return tuple(block.T for block in self.factors.unbind())
+
+    @cached_property
+    def transposed_basis(self) -> torch.Tensor | None:
+        """U^T (r, d), a view; None for the identity."""
+        return None if self.basis is None else self.basis.T
 
     @property
     def nbytes(self) -> int:
@@ -198,44 +210,71 @@ class Direction:
         """
         if operator.is_vector:
             check_blend(setting, "the operator")
-        self._operator, self._anchor = operator, operator.unit_of(setting.anchor)
-        self._setting = setting
-        self._position = 0
-        self._sum = operator.factors.new_zeros(operator.factors.shape[1])
+        self.operator, self.setting = operator, setting
+        self.anchor = operator.unit_of(setting.anchor)
+        self.position = 0
+        self.sum = operator.factors.new_zeros(operator.factors.shape[1])
+        """s_k (r,) of the rule "cumulative", of all tokens that were fed."""
+
+    @property
+    def group(self) -> Hashable:
+        """Equal for those that :func:`advance_directions` takes at once: at one position, of one operator and form."""
+        setting = self.setting
+        return id(self.operator), setting.rule, setting.blend, setting.anchor, setting.first_token, self.position
 
     def advance(self, x: torch.Tensor, at: slice = slice(None)) -> torch.Tensor:
-        """Unit directions for the next T tokens, whose embeddings are ``x`` (T, d): (T, d), or those of ``at`` only.
+        """:func:`advance_directions` of one sequence: embeddings (T, d), and directions (P, d)."""
+        return advance_directions([self], x[None], at)[0]
 
-        All T tokens enter the running sum; a direction that is not asked for may be zero.
 
-        Raises:
-            SteeringError: a direction is zero or not finite at some position.
-        """
-        first, (low, high, _) = self._position, at.indices(x.shape[0])
-        self._position += x.shape[0]
-        if self._setting.blend == 1.0:
-            return self._anchor.expand(max(high - low, 0), -1)
-        if high <= low or self._setting.blend_at(first + low) != 1.0:
-            return self._directions(x, first, at)
-        # Apart from the others: where the anchor is put, the operator need not have a direction.
-        return torch.cat((self._anchor[None], self._directions(x, first, slice(low + 1, high))))
+def advance_directions(directions: Sequence[Direction], x: torch.Tensor, at: slice = slice(None)) -> torch.Tensor:
+    """Unit directions for the next T tokens of N sequences whose directions are of one ``group``.
 
-    def _directions(self, x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
-        low, blend = at.indices(x.shape[0])[0], self._setting.blend
-        unit = _unit(self._raw(x, first, at), first + low)
-        if blend == 0.0:
-            return unit
-        return _unit((1.0 - blend) * unit + blend * self._anchor, first + low)
+    All T tokens enter the running sums; a direction that is not asked for may be zero.
 
-    def _raw(self, x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
-        if self._setting.rule == "substitute":
-            return substitute(self._operator, x[at].to(torch.float32))
-        if x.shape[0] == 0:
-            return x.to(torch.float32)
-        positions = torch.arange(first, first + x.shape[0])
-        sums = self._sum + terms(self._operator, x.to(torch.float32), positions).cumsum(0)
-        self._sum = sums[-1].clone()
-        return cumulative(self._operator, sums[at])
+    Args:
+        x: the tokens' embeddings (N, T, d).
+        at: which of the T directions are asked for.
+
+    Returns:
+        (N, P, d) of those P.
+
+    Raises:
+        SteeringError: a direction is zero or not finite at some position.
+    """
+    one = directions[0]
+    first, (low, high, _) = one.position, at.indices(x.shape[1])
+    for direction in directions:
+        direction.position += x.shape[1]
+    anchors = one.anchor.expand(len(directions), max(high - low, 0), -1)
+    if one.setting.blend == 1.0:
+        return anchors
+    if high <= low or one.setting.blend_at(first + low) != 1.0:
+        return _directions(directions, x, first, at)
+    # Apart from the others: where the anchor is put, the operator need not have a direction.
+    return torch.cat((anchors[:, :1], _directions(directions, x, first, slice(low + 1, high))), dim=1)
+
+
+def _directions(directions: Sequence[Direction], x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
+    low, blend = at.indices(x.shape[1])[0], directions[0].setting.blend
+    unit = _unit(_raw(directions, x.to(torch.float32), first, at), first + low)
+    if blend == 0.0:
+        return unit
+    return _unit((1.0 - blend) * unit + blend * directions[0].anchor, first + low)
+
+
+def _raw(directions: Sequence[Direction], x: torch.Tensor, first: int, at: slice) -> torch.Tensor:
+    operator, (sequences, tokens, _) = directions[0].operator, x.shape
+    if directions[0].setting.rule == "substitute":
+        return substitute(operator, x[:, at])
+    if tokens == 0:
+        return x
+    positions = torch.arange(first, first + tokens).repeat(sequences)
+    products = terms(operator, x.flatten(0, 1), positions).view(sequences, tokens, -1)
+    sums = torch.stack([direction.sum for direction in directions])[:, None] + products.cumsum(1)
+    for direction, last in zip(directions, sums[:, -1].clone(), strict=True):
+        direction.sum = last
+    return cumulative(operator, sums[:, at])
 
 
 def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -253,18 +292,18 @@ def terms(operator: PreparedOperator, x: torch.Tensor, positions: torch.Tensor) 
 
 
 def cumulative(operator: PreparedOperator, sums: torch.Tensor) -> torch.Tensor:
-    """a_k = c + U s_k, (T, d), for running sums ``sums`` (T, r)."""
+    """a_k = c + U s_k, (..., d), for running sums ``sums`` (..., r)."""
     a = _expand(operator, sums)
     return a if operator.offset is None else a + operator.offset
 
 
 def substitute(operator: PreparedOperator, x: torch.Tensor) -> torch.Tensor:
-    """a_k = b + U B_{n-1} x_k, (T, d), for ``x`` (T, d) float32."""
+    """a_k = b + U B_{n-1} x_k, (..., d), for ``x`` (..., d) float32."""
     return operator.base + _expand(operator, x @ operator.factors[-1].T)
 
 
 def _expand(operator: PreparedOperator, coefficients: torch.Tensor) -> torch.Tensor:
-    """U s, (T, d), for s (T, r)."""
+    """U s, (..., d), for s (..., r)."""
     return coefficients if operator.basis is None else coefficients @ operator.basis.T
 
 
@@ -287,12 +326,14 @@ def steer(hidden: torch.Tensor, push: torch.Tensor, residual: torch.Tensor | Non
 
 
 def _unit(vectors: torch.Tensor, first: int) -> torch.Tensor:
+    """v/|v| of vectors (..., P, d) at the positions first, first + 1, ..."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    for position, norm in enumerate(norms.squeeze(-1).tolist(), start=first):
+    for place, norm in enumerate(norms.flatten().tolist()):
         # Negated, so that NaN is none as well.
         if not 0.0 < norm < math.inf:
             raise SteeringError(
-                f"the steering direction at position {position} has norm {norm}; a positive, finite one is needed"
+                f"the steering direction at position {first + place % norms.shape[-2]} has norm {norm}; a positive, "
+                "finite one is needed"
             )
     unit: torch.Tensor = vectors / norms
     return unit

@@ -79,21 +79,22 @@ class _ReferenceDirection:
         self._num_summed = 0
         self._sums = torch.zeros(self._artifact.factors.shape[0], self._artifact.anchor.shape[0], dtype=torch.float64)
         """Of each block i, the sum (d,) of the embeddings that it multiplies."""
+        z = use.artifact.anchor.double()
+        if use.setting.anchor == "contrast" and use.artifact.neutral is not None:
+            z = z - use.artifact.neutral.double()
+        self._unit_anchor = _unit(z)
 
     def at(self, k: int, ids: Sequence[int]) -> torch.Tensor:
         """(d,) float64. Without meaning, and not finite, where the direction does not exist."""
-        artifact, setting = self._artifact, self._setting
-        z = artifact.anchor.double()
-        if setting.anchor == "contrast" and artifact.neutral is not None:
-            z = z - artifact.neutral.double()
+        setting = self._setting
         if setting.blend == 1.0 or (k == 0 and setting.first_token == "anchor"):
-            return _unit(z)
+            return self._unit_anchor
         a = self._substitute(k, ids) if setting.rule == "substitute" else self._cumulative(k, ids)
-        return _unit((1.0 - setting.blend) * _unit(a) + setting.blend * _unit(z))
+        return _unit((1.0 - setting.blend) * _unit(a) + setting.blend * self._unit_anchor)
 
     def _substitute(self, k: int, ids: Sequence[int]) -> torch.Tensor:
-        last = self._artifact.factors[-1]
-        return self._artifact.substitute_base.double() + self._expand(_product(last, self._embed(ids[k : k + 1], k)[0]))
+        products = _products(self._artifact.factors[-1:], self._embed(ids[k : k + 1], k))
+        return self._artifact.substitute_base.double() + self._expand(products[0])
 
     def _cumulative(self, k: int, ids: Sequence[int]) -> torch.Tensor:
         n = self._sums.shape[0]
@@ -104,19 +105,24 @@ class _ReferenceDirection:
             x = self._embed(ids[self._num_summed : k + 1], self._num_summed)
             self._sums.index_add_(0, torch.arange(self._num_summed, k + 1) % n, x)
             self._num_summed = k + 1
-        products = (_product(self._artifact.factors[block], self._sums[block]) for block in range(min(n, k + 1)))
-        a = self._expand(sum(products, start=torch.zeros(self._artifact.factors.shape[1], dtype=torch.float64)))
+        used = min(n, k + 1)
+        products = _products(self._artifact.factors[:used], self._sums[:used])
+        a = self._expand(products.sum(0))
         return a if self._artifact.offset is None else a + self._artifact.offset.double()
 
     def _expand(self, coefficients: torch.Tensor) -> torch.Tensor:
         basis = self._artifact.basis
-        return coefficients if basis is None else _product(basis, coefficients)
+        return coefficients if basis is None else _products(basis[None], coefficients[None])[0]
 
 
-def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """In the matrix's precision, float32 at least: to convert an exact operator takes longer than to multiply it."""
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    return (matrix.to(dtype) @ vector.to(dtype)).double()
+def _products(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """(N, r) float64: of N matrices (N, r, d) each with a vector of (N, d).
+
+    In the matrices' precision, float32 at least: to convert an exact operator takes longer than to multiply it.
+    """
+    dtype = torch.promote_types(matrices.dtype, torch.float32)
+    pairs = zip(matrices, vectors.to(dtype), strict=True)
+    return torch.stack([matrix.to(dtype) @ vector for matrix, vector in pairs]).double()
 
 
 def _unit(vector: torch.Tensor) -> torch.Tensor:

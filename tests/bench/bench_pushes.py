@@ -1,9 +1,9 @@
 """Where the time of a steered step goes, without a model: the CPU time per decoding step that steering takes.
 
-    python tests/bench/bench_pushes.py [--width 576] [--layers 4] [--steps 100] [--json]
+    python tests/bench/bench_pushes.py [--width 576] [--layers 4] [--steps 100] [--dtype bfloat16] [--json]
 
-For batches of one-token spans and 1, 16 and 64 operators of rank 64 spread over ``--layers`` layers: computing
-the pushes, writing them into the hidden states (bfloat16), measuring these, looking at some of them as the server asks,
+For batches of one-token spans and 1, 16, 32 and 64 operators of rank 64 spread over ``--layers`` layers: computing
+the pushes, writing them into the hidden states, measuring these, looking at some of them as the server asks,
 and recording what was found. Medians over steps (of looking, the mean), and how many operations of torch that is. The
 cases "first" push the first token only, and show what a later step costs. Compare them with the step of the model in
 question. Not a test; nothing here passes or fails.
@@ -41,6 +41,7 @@ CASES = (
     (32, 16, ALL),
     (64, 1, ALL),
     (64, 16, ALL),
+    (32, 32, ALL),
     (64, 64, ALL),
     (32, 16, FIRST),
     (64, 64, FIRST),
@@ -65,19 +66,22 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the hidden states")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     # As vLLM's worker has it on two cores.
     torch.set_num_threads(1)
     with torch.inference_mode():
         rows = [
-            measure(batch, count, positions, options.width, options.layers, options.steps)
+            measure(
+                batch, count, positions, options.width, options.layers, options.steps, getattr(torch, options.dtype)
+            )
             for batch, count, positions in CASES
         ]
     if options.json:
         print(json.dumps(rows))
         return
-    print(f"width {options.width}, rank {RANK}, {options.layers} layers; CPU ms per step")
+    print(f"width {options.width}, rank {RANK}, {options.layers} layers, {options.dtype}; CPU ms per step")
     print("batch operators positions" + "".join(f"{part:>9}" for part in (*PARTS, "in all")) + "  operations of each")
     for row in rows:
         spent = [row["ms"][part] for part in PARTS]
@@ -89,9 +93,17 @@ def main() -> None:
         )
 
 
-def measure(batch: int, count: int, positions: Positions, width: int, layers: int, steps: int) -> dict[str, Any]:
+def measure(
+    batch: int,
+    count: int,
+    positions: Positions,
+    width: int,
+    layers: int,
+    steps: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
     """Of each part of a step after the first one: its milliseconds (median), and its operations (mean)."""
-    embeddings, hidden = torch.randn(steps, batch, width), torch.randn(steps, batch, width).bfloat16()
+    embeddings, hidden = torch.randn(steps, batch, width), torch.randn(steps, batch, width).to(dtype)
     milliseconds: dict[str, list[float]] = {part: [] for part in PARTS}
     operations: dict[str, list[float]] = {part: [] for part in PARTS}
     for found, clock in ((milliseconds, Milliseconds), (operations, CountOperations)):

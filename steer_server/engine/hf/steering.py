@@ -8,7 +8,7 @@ there is no path on which a plan is dropped and the text goes on.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,7 +16,7 @@ import torch
 
 from operators.core.errors import SteeringError
 from operators.core.hooks import PushHooks, layer_push
-from operators.core.pushes import SequencePushes
+from operators.core.pushes import SequencePushes, advance_pushes
 from steer_server.engine.dose import DoseBounds, DoseStatistics, check_strengths
 from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.engine.proof import Proof
@@ -81,33 +81,14 @@ class RowSteering:
         """Whether no token from here on is pushed."""
         return all(applied.pushes.over for applied in self._applied)
 
-    def skip(self) -> None:
-        """Begins a pass in which nothing is pushed, once the row is ``over``."""
+    def begin(self) -> list[_AppliedOperator]:
+        """Begins a pass. Returns those that push in it, or count its tokens."""
         self._pushed = {}
+        return [applied for applied in self._applied if not applied.pushes.over]
 
-    def advance(self, x: torch.Tensor) -> dict[int, list[tuple[slice, torch.Tensor]]]:
-        """By layer, for each operator which of the next T tokens it pushes, and its pushes (P, d) there.
-
-        Args:
-            x: embeddings (T, d) of the next T tokens.
-
-        Raises:
-            SteeringNotAppliedError: a direction is zero or not finite at a position that is pushed.
-        """
-        self._pushed = {}
-        pieces: dict[int, list[tuple[slice, torch.Tensor]]] = {}
-        for applied in self._applied:
-            layer = applied.application.layer
-            if applied.pushes.over:
-                continue
-            try:
-                at, push = applied.pushes.advance(x)
-            except SteeringError as error:
-                raise SteeringNotAppliedError(f"layer {layer}: {error}") from error
-            if len(push):
-                self._pushed.setdefault(layer, []).append((applied, at))
-                pieces.setdefault(layer, []).append((at, push))
-        return pieces
+    def note(self, applied: _AppliedOperator, at: slice) -> None:
+        """Notes which of the tokens of the pass one of them pushes."""
+        self._pushed.setdefault(applied.application.layer, []).append((applied, at))
 
     def record(self, layer: int, moved: Sequence[Sequence[float]], *, prompt: bool) -> None:
         """Adds what one pass over T tokens did at a layer to the statistics of those who pushed there.
@@ -151,7 +132,7 @@ class RowSteering:
 
 
 def load_pushes(hooks: PushHooks, steered: Mapping[int, RowSteering], x: Mapping[int, torch.Tensor]) -> None:
-    """Loads the pushes of the next forward pass.
+    """Loads the pushes of the next forward pass. Rows of one operator and form are worked out together.
 
     Args:
         steered: the steered rows of the batch, by index.
@@ -160,13 +141,23 @@ def load_pushes(hooks: PushHooks, steered: Mapping[int, RowSteering], x: Mapping
     Raises:
         SteeringNotAppliedError: a direction is zero or not finite at a position that is pushed.
     """
-    by_layer: dict[int, dict[int, list[tuple[slice, torch.Tensor]]]] = defaultdict(dict)
+    groups: dict[Hashable, list[tuple[int, _AppliedOperator]]] = defaultdict(list)
     for row, steering in steered.items():
-        if row not in x:
-            steering.skip()
-            continue
-        for layer, pieces in steering.advance(x[row]).items():
-            by_layer[layer][row] = pieces
+        for applied in steering.begin():
+            groups[applied.application.layer, applied.pushes.group].append((row, applied))
+    by_layer: dict[int, dict[int, list[tuple[slice, torch.Tensor]]]] = defaultdict(lambda: defaultdict(list))
+    for group in groups.values():
+        layer = group[0][1].application.layer
+        try:
+            at, pushes = advance_pushes(
+                [applied.pushes for _, applied in group], torch.stack([x[row] for row, _ in group])
+            )
+        except SteeringError as error:
+            raise SteeringNotAppliedError(f"layer {layer}: {error}") from error
+        if pushes.shape[1]:
+            for (row, applied), push in zip(group, pushes, strict=True):
+                steered[row].note(applied, at)
+                by_layer[layer][row].append((at, push))
     tokens = max((len(embeddings) for embeddings in x.values()), default=0)
     hooks.load({layer: layer_push(pieces, tokens) for layer, pieces in by_layer.items()})
 

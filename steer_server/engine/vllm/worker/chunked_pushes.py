@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from steer_server.engine.vllm.memory import CHUNK_BYTES
+from steer_server.engine.vllm.worker.push_plan import PushPlan
 from steer_server.engine.vllm.worker.pushes import (
     OperatorGroup,
     SpanPush,
     TokenSpan,
-    compute_pushes,
     concatenate_ranges,
     copy_to_device,
 )
@@ -43,7 +43,7 @@ def compute_in_chunks(
         spans[layer].extend(push.span for push in group.span_pushes if push.span.num_tokens)
     sums = {layer: _LayerSum(of_layer, x) for layer, of_layer in spans.items() if of_layer}
     for chunk in _chunks(groups, size):
-        pushes, usable = compute_pushes([part.group for part in chunk], x)
+        pushes, usable = PushPlan([part.group for part in chunk], x).compute(x)
         start = 0
         for part in chunk:
             end = start + part.group.num_pushed
@@ -96,8 +96,7 @@ def _piece(push: SpanPush, start: int, end: int) -> SpanPush:
     """The tokens ``start`` to ``end`` - 1 of a span, summed ones first."""
     num_summed = max(0, min(end, push.num_summed) - start)
     first = push.first_position + start + num_summed
-    span = replace(
-        push.span,
+    span = push.span._replace(
         start_row=push.span.start_row + first - push.span.first_position,
         first_position=first,
         num_tokens=end - start - num_summed,

@@ -6,10 +6,12 @@ from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 
 from steer_server.engine.vllm.worker.dose_ranges import DoseRange, check_movements, first_due
+from steer_server.engine.vllm.worker.prepared_setting import PreparedSetting
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
@@ -40,6 +42,8 @@ class RequestState:
     """One request. Positions are those of its text, prompt included; steps are numbered by the caller."""
 
     settings: tuple[OperatorSetting, ...]
+    prepared: tuple[PreparedSetting, ...]
+    """Those of them that can push."""
     salt: str
     dose_ranges: Mapping[int, Sequence[DoseRange]]
     """By layer, the positions that are pushed and the doses that are accepted there."""
@@ -56,6 +60,12 @@ class RequestState:
     doses: dict[int, array[float]] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     """By layer, a dose per position from :meth:`_first_recorded` on; 0 where no operator pushes."""
     failure: str = ""
+
+    @property
+    def steps_unchanged(self) -> float:
+        """For how many tokens from its next one on each operator has the same to do as for the one before."""
+        change = min((one.change_after(self.position - 1) for one in self.prepared), default=inf)
+        return change - self.position
 
     def start_at(self, position: int, step: int) -> None:
         """It begins, or comes back, in ``step`` at ``position``, with all earlier keys and values from the cache."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,7 +13,7 @@ from steer_server.engine.vllm.worker.pushes import TokenSpan, concatenate_ranges
 
 @dataclass(eq=False)
 class StepPush:
-    """The pushes of one layer in one step. Filled by :func:`combine_pushes`; ``moved`` by :mod:`.step_movements`.
+    """The pushes of one layer in one step. Filled by :class:`LayerRows`; ``moved`` by :mod:`.step_movements`.
 
     The host reads none of its tensors before the step is over: on an accelerator it would wait for it.
     """
@@ -65,22 +65,37 @@ def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def combine_pushes(spans: Sequence[TokenSpan], push: torch.Tensor, usable: torch.Tensor, step: int) -> StepPush:
-    """The pushes (T, d) of one layer, span after span, with those of several operators on one row added up.
+class LayerRows:
+    """The rows that one layer pushes in a step, and those that follow them where each span has one token."""
 
-    Spans of one request may overlap: its operators may push different positions. A row is usable only if all operators
-    that push it have a direction.
-    """
-    distinct = spans
-    if len({span.request for span in spans}) < len(spans):
-        distinct, starts = merge_spans(spans)
-        total = sum(span.num_tokens for span in distinct)
-        places = concatenate_ranges(starts, [span.num_tokens for span in spans])
-        places = copy_to_device(places, push.device)
-        push = push.new_zeros(total, push.shape[1]).index_add_(0, places, push)
-        num_unusable = push.new_zeros(total).index_add_(0, places, (~usable).to(push.dtype))
-        usable = num_unusable == 0
-    return StepPush(copy_to_device(rows_of(distinct), push.device), push, usable, distinct, step)
+    def __init__(self, spans: Sequence[TokenSpan], device: torch.device) -> None:
+        """``spans`` of one request may overlap: its operators may push different positions."""
+        self._spans, self._num_rows = spans, 0
+        self._places: torch.Tensor | None = None
+        """Where the rows of the given spans are among those of the merged ones; None where they are the same."""
+        if len({span.request for span in spans}) < len(spans):
+            self._spans, starts = merge_spans(spans)
+            self._num_rows = sum(span.num_tokens for span in self._spans)
+            places = concatenate_ranges(starts, [span.num_tokens for span in spans])
+            self._places = copy_to_device(places, device)
+        self._rows = copy_to_device(rows_of(self._spans), device)
+
+    def step_push(
+        self, push: torch.Tensor, usable: torch.Tensor, step: int, later: Mapping[str, TokenSpan] | None = None
+    ) -> StepPush:
+        """The pushes (T, d) of the layer, span after span, with those of several operators on one row added up.
+
+        A row is usable only if all operators that push it have a direction.
+
+        Args:
+            later: by request, the single tokens that have taken the places of the first ones.
+        """
+        if self._places is not None:
+            push = push.new_zeros(self._num_rows, push.shape[1]).index_add_(0, self._places, push)
+            num_unusable = push.new_zeros(self._num_rows).index_add_(0, self._places, (~usable).to(push.dtype))
+            usable = num_unusable == 0
+        spans = self._spans if later is None else [later[span.request] for span in self._spans]
+        return StepPush(self._rows, push, usable, spans, step)
 
 
 def rows_of(spans: Sequence[TokenSpan]) -> torch.Tensor:
@@ -97,7 +112,7 @@ def merge_spans(spans: Sequence[TokenSpan]) -> tuple[list[TokenSpan], list[int]]
         if merged and merged[-1].request == span.request and span.first_position <= merged[-1].end_position:
             more = span.end_position - merged[-1].end_position
             if more > 0:
-                merged[-1] = replace(merged[-1], num_tokens=merged[-1].num_tokens + more)
+                merged[-1] = merged[-1]._replace(num_tokens=merged[-1].num_tokens + more)
                 total += more
         else:
             merged.append(span)

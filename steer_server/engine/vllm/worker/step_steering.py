@@ -24,19 +24,15 @@ from dataclasses import dataclass
 import torch
 
 from operators.core.apply import PreparedOperator, terms
-from operators.core.header import Anchor, Rule
 from steer_server.engine.vllm.worker.chunked_pushes import compute_in_chunks, tokens_per_chunk
 from steer_server.engine.vllm.worker.dose_ranges import dose_ranges
-from steer_server.engine.vllm.worker.pushes import OperatorGroup, SpanPush, TokenSpan, compute_pushes
+from steer_server.engine.vllm.worker.prepared_setting import PreparedSetting
+from steer_server.engine.vllm.worker.pushes import GroupKey, OperatorGroup, SpanPush, TokenSpan
 from steer_server.engine.vllm.worker.request_state import RequestMeasurement, RequestState, not_steered
-from steer_server.engine.vllm.worker.step_push import StepPush, combine_pushes, read_movements
+from steer_server.engine.vllm.worker.step_plan import EmbedSpans, SteadyBatch, StepPlan
+from steer_server.engine.vllm.worker.step_push import StepPush, read_movements
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
-EmbedSpans = Callable[[Sequence[TokenSpan]], torch.Tensor]
-"""``embed(spans)``: the embeddings of tokens of the coming step as the first block receives them, (sum of their numbers
-of tokens, d), span after span."""
-_GroupKey = tuple[int, str, Rule | None, Anchor]
-"""Layer, operator, rule and anchor."""
 EmbedPrefix = Callable[[str, int, int], torch.Tensor]
 """``embed_prefix(request, start, end)``: the embeddings (end - start, d) of these tokens of a request."""
 
@@ -58,6 +54,8 @@ class StepSteering:
         self._operators: dict[str, LoadedOperator] = {}
         self._requests: dict[str, RequestState] = {}
         self._step = 0
+        self._steady: SteadyBatch | None = None
+        """What the last step brought, where the next one may bring the same requests one more token each."""
         self._first_failed_step: dict[str, int] = {}
         """By salt, the first step in which a request failed: what is cached from then on may be what it left.
 
@@ -66,10 +64,12 @@ class StepSteering:
 
     def load(self, digest: str, loaded: LoadedOperator) -> None:
         """Makes an operator known by its digest. Loading a digest again changes nothing but the object."""
+        self._steady = None
         self._operators[digest] = loaded
 
     def unload(self, digest: str) -> None:
         """Forgets an operator. A request that still uses it fails."""
+        self._steady = None
         self._operators.pop(digest, None)
 
     @property
@@ -87,10 +87,18 @@ class StepSteering:
             return
         unknown = [setting.digest for setting in settings if setting.digest not in self._operators]
         at_layer: dict[int, list[OperatorSetting]] = defaultdict(list)
-        for setting in settings if not unknown else ():
-            at_layer[self._operators[setting.digest].layer].append(setting)
-        ranges = {layer: dose_ranges(pushing) for layer, pushing in at_layer.items()}
-        state = self._requests[request] = RequestState(settings, salt, ranges, running_sums=[None] * len(settings))
+        prepared = []
+        for index, setting in enumerate(settings):
+            loaded = self._operators.get(setting.digest)
+            if loaded is None:
+                continue
+            at_layer[loaded.layer].append(setting)
+            if setting.anchor != "contrast" or loaded.operator.unit_contrast is not None:
+                is_vector = loaded.operator.is_vector
+                prepared.append(PreparedSetting.of(setting, index, layer=loaded.layer, is_vector=is_vector))
+        ranges = {layer: dose_ranges(pushing) for layer, pushing in at_layer.items()} if not unknown else {}
+        state = RequestState(settings, tuple(prepared), salt, ranges, running_sums=[None] * len(settings))
+        self._requests[request] = state
         if unknown:
             self._fail(state, self._step, f"operator {unknown[0]} is not loaded")
         for setting in settings:
@@ -101,6 +109,7 @@ class StepSteering:
 
     def remove_request(self, request: str) -> None:
         """Drops the state of a request."""
+        self._steady = None
         self._requests.pop(request, None)
 
     def __contains__(self, request: str) -> bool:
@@ -122,6 +131,7 @@ class StepSteering:
         Does nothing for a request that is not steered.
         """
         if request in self._requests:
+            self._steady = None
             self._requests[request].start_at(position, self._step + 1)
 
     def fail_unprepared(self, request: str) -> None:
@@ -143,10 +153,14 @@ class StepSteering:
             embed: not called where none of the tokens is needed.
         """
         self._step += 1
-        groups: dict[_GroupKey, OperatorGroup] = {}
-        needed: list[TokenSpan] = []
+        if self._steady is not None and self._steady.goes_on(spans):
+            return self._steady.step(spans, embed, self._step)
+        self._steady = None
+        span_pushes: list[SpanPush] = []
+        needed: list[int] = []
+        parts: list[TokenSpan] = []
         num_needed = 0
-        for span in spans:
+        for index, span in enumerate(spans):
             state = self._requests[span.request]
             if span.first_position > state.position:
                 self._fail(state, self._step, not_steered(state.position, span.first_position))
@@ -155,76 +169,61 @@ class StepSteering:
             if not pushes:
                 continue
             # All that its operators need.
-            needed.append(
-                span.part(min(push.first_position for push in pushes), max(push.span.end_position for push in pushes))
-            )
+            first = min(push.first_position for push in pushes)
+            needed.append(index)
+            parts.append(span.part(first, max(push.span.end_position for push in pushes)))
             for push in pushes:
-                push.offset = num_needed + push.first_position - needed[-1].first_position
-                setting = state.settings[push.setting_index]
-                loaded = self._operators[setting.digest]
-                # At blend 1 every rule is the anchor, which is all that a vector has.
-                rule = None if push.blend == 1.0 or loaded.operator.is_vector else setting.rule
-                key = (loaded.layer, setting.digest, rule, setting.anchor)
-                group = groups.setdefault(key, OperatorGroup(loaded.operator, rule, setting.anchor, []))
-                group.span_pushes.append(push)
-            num_needed += needed[-1].num_tokens
-        return self._step_pushes(groups, embed(needed).to(torch.float32)) if groups else {}
+                push.offset = num_needed + push.first_position - first
+            span_pushes += pushes
+            num_needed += parts[-1].num_tokens
+        plan, step_pushes = None, dict[int, StepPush]()
+        if span_pushes:
+            x = embed(parts).to(torch.float32)
+            plan, step_pushes = self._step_pushes(self._grouped(span_pushes), x)
+        if (plan is not None or not span_pushes) and all(span.num_tokens == 1 for span in spans):
+            states = [self._requests[span.request] for span in spans]
+            num_steps = min((state.steps_unchanged for state in states), default=0)
+            self._steady = SteadyBatch(spans, states, needed, plan, num_steps)
+        return step_pushes
 
     def _span_pushes(self, state: RequestState, span: TokenSpan, embed_prefix: EmbedPrefix) -> list[SpanPush]:
         """What the operators of a request have to do with its tokens of a step; their offsets are left at 0."""
         pushes = []
-        for index, setting in enumerate(state.settings):
-            if setting.end is not None and span.first_position >= setting.end:
-                # Told apart here so that it costs next to nothing: most tokens of a text that is pushed at its first.
-                continue
-            of_setting = self._setting_pushes(setting, index, span)
-            if of_setting and setting.digest not in self._operators:
-                self._fail(state, self._step, f"operator {setting.digest} was unloaded")
-            elif not self._lacks_anchor(setting):
-                pushes.extend(of_setting)
+        for one in state.prepared:
+            of_setting = one.pushes(span)
+            if of_setting and one.group.digest not in self._operators:
+                self._fail(state, self._step, f"operator {one.group.digest} was unloaded")
+            else:
+                pushes += of_setting
         self._complete_running_sums(state, span, pushes, embed_prefix)
         return pushes
 
-    def _setting_pushes(self, setting: OperatorSetting, index: int, span: TokenSpan) -> list[SpanPush]:
-        """What one operator has to do with a span: one push, and one of its own for an anchor at the first token."""
-        pushes, start, half_strength = [], setting.start, setting.strength / 2.0
-        if setting.first_token == "anchor" and start == 0 and setting.blend != 1.0:
-            first = span.part(0, 1)
-            if first.num_tokens:
-                pushes.append(SpanPush(first, 0, index, 0, half_strength, 1.0, None))
-            start = 1
-        pushed = span.part(start, setting.end) if setting.end is None or setting.end > start else span.part(0, 0)
-        summed = pushed.first_position - span.first_position if self._has_running_sum(setting) else 0
-        if summed + pushed.num_tokens:
-            pushes.append(SpanPush(pushed, summed, index, 0, half_strength, setting.blend, None))
-        return pushes
+    def _grouped(self, span_pushes: Sequence[SpanPush]) -> list[tuple[int, OperatorGroup]]:
+        """Groups with their layers: by layers, so that the pushes of each are one slice."""
+        groups: dict[GroupKey, list[SpanPush]] = defaultdict(list)
+        for push in span_pushes:
+            groups[push.group].append(push)
+        return [
+            (key.layer, OperatorGroup(self._operators[key.digest].operator, key.rule, key.anchor, groups[key]))
+            for key in sorted(groups, key=lambda key: key.layer)
+        ]
 
-    def _step_pushes(self, groups: Mapping[_GroupKey, OperatorGroup], x: torch.Tensor) -> dict[int, StepPush]:
-        # By layers, so that the pushes of each are one slice.
-        ordered = sorted(((layer, group) for (layer, *_), group in groups.items()), key=lambda item: item[0])
-        size = self._chunk_of(x.shape[1])
-        if sum(group.num_tokens for group in groups.values()) > size:
+    def _step_pushes(
+        self, ordered: Sequence[tuple[int, OperatorGroup]], x: torch.Tensor
+    ) -> tuple[StepPlan | None, dict[int, StepPush]]:
+        """What a step pushes, and its plan if it was worked out at once."""
+        size, plan = self._chunk_of(x.shape[1]), None
+        if sum(group.num_tokens for _, group in ordered) > size:
             step_pushes = compute_in_chunks(ordered, x, size, self._step)
         else:
-            step_pushes = self._push_at_once(ordered, x)
+            plan = StepPlan(ordered, x)
+            step_pushes = plan.compute(x, self._step)
         for push in (push for _, group in ordered for push in group.span_pushes if push.running_sum is not None):
             self._requests[push.span.request].running_sums[push.setting_index] = push.running_sum
-        return step_pushes
+        return plan, step_pushes
 
     def _chunk_of(self, width: int) -> int:
         return self._chunk or tokens_per_chunk(width)
-
-    def _push_at_once(self, ordered: Sequence[tuple[int, OperatorGroup]], x: torch.Tensor) -> dict[int, StepPush]:
-        pushes, usable = compute_pushes([group for _, group in ordered], x)
-        spans: dict[int, list[TokenSpan]] = defaultdict(list)
-        for layer, group in ordered:
-            spans[layer].extend(push.span for push in group.span_pushes if push.span.num_tokens)
-        step_pushes, start = {}, 0
-        for layer, of_layer in spans.items():
-            end = start + sum(span.num_tokens for span in of_layer)
-            step_pushes[layer] = combine_pushes(of_layer, pushes[start:end], usable[start:end], self._step)
-            start = end
-        return step_pushes
 
     def record(self, step_pushes: Mapping[int, StepPush]) -> None:
         """Records what was measured in a forward pass. Reads it from the device, which waits for the pass."""
@@ -250,11 +249,11 @@ class StepSteering:
         continues = span.first_position == state.position
         missing = []
         for push in pushes:
-            if push.blend != 1.0 and self._has_running_sum(state.settings[push.setting_index]):
+            if push.group.has_running_sum:
                 push.running_sum = state.running_sums[push.setting_index] if continues else None
                 if push.running_sum is None:
                     missing.append(push)
-        operators = [self._operators[state.settings[push.setting_index].digest].operator for push in missing]
+        operators = [self._operators[push.group.digest].operator for push in missing]
         sums = [operator.factors.new_zeros(operator.factors.shape[1]) for operator in operators]
         size = self._chunk_of(operators[0].factors.shape[2]) if missing else 1
         for start in range(0, span.first_position if missing else 0, size):
@@ -264,9 +263,6 @@ class StepSteering:
                 total += terms(operator, x, torch.arange(start, end)).sum(0)
         for push, total in zip(missing, sums, strict=True):
             push.running_sum = total
-
-    def _has_running_sum(self, setting: OperatorSetting) -> bool:
-        return setting.rule == "cumulative" and setting.blend != 1.0 and not self._is_vector(setting.digest)
 
     def _lacks_anchor(self, setting: OperatorSetting) -> bool:
         loaded = self._operators.get(setting.digest)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from operators.core import hooks as hooks_module
-from operators.core.apply import Direction, Setting
+from operators.core.apply import Setting
 from operators.core.artifact import make_artifact
 from operators.core.positions import Positions
 from operators.model.loading import decoder_layers, embed
@@ -213,7 +213,7 @@ def test_no_embedding_direction_or_push_is_made_once_all_positions_have_passed(
     for owner, name in (
         (hooks_module, "steer"),
         (steering_module, "layer_push"),
-        (Direction, "advance"),
+        (steering_module, "advance_pushes"),
         (decode_module, "embed"),
     ):
         count(owner, name)

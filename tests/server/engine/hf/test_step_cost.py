@@ -32,8 +32,8 @@ def _operations(decoder):
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    # Its logits. Its push: taken from the anchor, and scaled. A product with the operator, its norm, and the blend.
-    [("plain", 1), ("anchor", 4), ("operator", 36)],
+    # Its logits. Its place among the pushes of all.
+    [("plain", 1), ("anchor", 1), ("operator", 1)],
 )
 def test_a_further_row_adds_few_operations_to_a_step(kind, most, llama, artifact, plan_of, make_decoder):
     def step(rows):

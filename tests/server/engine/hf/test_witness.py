@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from operators.core import hooks, pushes
-from operators.core.apply import Direction, Setting
+from operators.core.apply import Setting
 from operators.core.positions import Positions
 from steer_server.engine.hf import decode as decode_module
 from steer_server.engine.hf import steering
@@ -14,7 +14,8 @@ from steer_server.engine.hf.operator_cache import PreparedOperatorCache
 from steer_server.errors import SteeringNotAppliedError
 from steer_server.types import Application, Row, RowFinished, SteeringPlan
 
-STEER, LAYER_PUSH, ADVANCE = hooks.steer, hooks.layer_push, Direction.advance
+STEER, LAYER_PUSH = hooks.steer, hooks.layer_push
+ADVANCE, ADVANCE_PUSHES = pushes.advance_directions, pushes.advance_pushes
 
 
 def _steered_by(change):
@@ -47,33 +48,40 @@ def _at_another_layer(patch):
 
 
 def _shifted(patch):
-    def advance(self, x):
-        at, push = ADVANCE_PUSHES(self, x)
-        return at, push.roll(1, 0)
+    def advance(sequences, x):
+        at, push = ADVANCE_PUSHES(sequences, x)
+        return at, push.roll(1, 1)
 
-    patch.setattr(pushes.SequencePushes, "advance", advance)
+    patch.setattr(steering, "advance_pushes", advance)
 
 
-ADVANCE_PUSHES = pushes.SequencePushes.advance
+def _each_others(patch):
+    """Of rows that are worked out together, each has that of another."""
+
+    def advance(directions, x, at):
+        return ADVANCE(directions, x, at).roll(1, 0)
+
+    patch.setattr(pushes, "advance_directions", advance)
 
 
 def _stale(patch):
     """The direction of the prompt's last token at every later one."""
 
-    def advance(self, x, at=slice(None)):
-        found = ADVANCE(self, x, at)
-        self.last = found[-1:] if len(x) > 1 else self.last
-        return found if len(x) > 1 else self.last
+    def advance(directions, x, at):
+        found = ADVANCE(directions, x, at)
+        directions[0].last = found[:, -1:] if x.shape[1] > 1 else directions[0].last
+        return found if x.shape[1] > 1 else directions[0].last
 
-    patch.setattr(Direction, "advance", advance)
+    patch.setattr(pushes, "advance_directions", advance)
 
 
 def _without_running_sum(patch):
-    def advance(self, x, at=slice(None)):
-        self._sum = torch.zeros_like(self._sum)
-        return ADVANCE(self, x, at)
+    def advance(directions, x, at):
+        for direction in directions:
+            direction.sum = torch.zeros_like(direction.sum)
+        return ADVANCE(directions, x, at)
 
-    patch.setattr(Direction, "advance", advance)
+    patch.setattr(pushes, "advance_directions", advance)
 
 
 def _another_operator(patch):
@@ -201,3 +209,12 @@ def test_every_position_is_proven_where_that_is_asked_for(llama, artifact, plan_
     (end,) = (event for event in decoder.run() if isinstance(event, RowFinished))
     (receipt,) = end.receipts
     assert receipt.positions_checked == receipt.prompt_tokens_steered + receipt.generated_tokens_steered
+
+
+def test_rows_that_are_worked_out_together_each_have_their_own_direction(llama, artifact, plan_of, decode, monkeypatch):
+    plans = [plan_of((artifact, strength)) for strength in (0.4, -1.5)]
+    (one, other), _, _ = decode(llama, *plans)
+    assert one[0] != other[0]
+    _each_others(monkeypatch)
+    with pytest.raises(SteeringNotAppliedError, match="what was added has cosine"):
+        decode(llama, *plans)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from operators.core.positions import Positions
-from steer_server.engine.vllm.worker import step_steering
+from steer_server.engine.vllm.worker.push_plan import PushPlan
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
 
 PROMPT, TEXT = 8, 14
@@ -148,13 +148,13 @@ def test_what_an_operator_may_do_at_a_position_is_what_pushes_there(batch):
 @pytest.fixture
 def computed(monkeypatch):
     """How many tokens each call that works out pushes was given."""
-    calls, compute = [], step_steering.compute_pushes
+    calls, compute = [], PushPlan.compute
 
-    def counted(groups, x):
+    def counted(self, x):
         calls.append(len(x))
-        return compute(groups, x)
+        return compute(self, x)
 
-    monkeypatch.setattr(step_steering, "compute_pushes", counted)
+    monkeypatch.setattr(PushPlan, "compute", counted)
     return calls
 
 

@@ -14,15 +14,17 @@ from operators.core.apply import prepare
 from steer_server.engine.proof import Proof
 from steer_server.engine.reference import EmbeddingRows
 from steer_server.engine.vllm.measurements import measured_receipts, merge_measurements, prove
-from steer_server.engine.vllm.worker import layer_hooks, step_steering
+from steer_server.engine.vllm.worker import layer_hooks, push_plan, step_steering
 from steer_server.engine.vllm.worker.layer_hooks import forward_pass, install_hooks
 from steer_server.engine.vllm.worker.pushes import TokenSpan
+from steer_server.engine.vllm.worker.step_plan import SteadyBatch
+from steer_server.engine.vllm.worker.step_push import LayerRows
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker.witness import Witness
 from steer_server.engine.vllm.worker_protocol import operator_settings
 from steer_server.errors import SteeringNotAppliedError
 
-STEER, COMBINE, LAYERS = layer_hooks.steer, step_steering.combine_pushes, 4
+STEER, STEP_PUSH, LAYERS = layer_hooks.steer, LayerRows.step_push, 4
 IDS = {"a": tuple(range(20, 34)), "b": tuple(range(60, 74))}
 PROMPT = 6
 STEPS = (
@@ -148,12 +150,12 @@ def _twice(patch):
 
 
 def _rows_shifted(patch):
-    def combine(spans, push, usable, step):
-        made = COMBINE(spans, push, usable, step)
+    def step_push(self, *args):
+        made = STEP_PUSH(self, *args)
         made.rows = made.rows - 1
         return made
 
-    patch.setattr(step_steering, "combine_pushes", combine)
+    patch.setattr(LayerRows, "step_push", step_push)
 
 
 def _at_another_layer(patch):
@@ -175,6 +177,26 @@ def _lost_running_sum(patch):
     patch.setattr(step_steering, "terms", lambda operator, x, positions: operator.factors.new_zeros(1, 40))
 
 
+def _stale_block(patch):
+    """Each next token of a steady batch is multiplied with the block of the first one."""
+    compute = push_plan._Product.compute
+    patch.setattr(push_plan._Product, "compute", lambda self, x, steps: compute(self, x, 0))
+
+
+def _stale_sum(patch):
+    """A steady batch leaves behind the sums that it began with."""
+    step = SteadyBatch.step
+
+    def forgetful(self, *args):
+        before = [[each.clone() for each in state.running_sums] for state in self._states]
+        made = step(self, *args)
+        for state, sums in zip(self._states, before, strict=True):
+            state.running_sums = sums
+        return made
+
+    patch.setattr(SteadyBatch, "step", forgetful)
+
+
 def _stale_embeddings(patch):
     patch.setattr(Worker, "embed_spans", lambda self, spans: OWN_EMBED(self, spans).flip(0))
 
@@ -193,6 +215,8 @@ MUTATIONS = {
     "at another layer": _at_another_layer,
     "another operator": _another_operator,
     "a lost running sum": _lost_running_sum,
+    "a block twice": _stale_block,
+    "a sum that stands still": _stale_sum,
     "other tokens' embeddings": _stale_embeddings,
 }
 
@@ -226,7 +250,7 @@ def test_a_push_that_is_not_the_plans_fails_the_text(make_worker, monkeypatch, m
     worker = make_worker(dtype)
     worker.run()
     # The first operator is the right one for the first request; the other request never lost its sum.
-    right = {"another operator": "a", "a lost running sum": "b"}.get(mutation)
+    right = {"another operator": "a", "a lost running sum": "b", "a sum that stands still": "a"}.get(mutation)
     for name in IDS:
         if name != right:
             with pytest.raises(SteeringNotAppliedError):
