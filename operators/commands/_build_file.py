@@ -17,6 +17,7 @@ from operators.commands import _output as output
 from operators.commands._calibration import calibrate_new, forget
 from operators.commands._file_progress import joint_progress, progress_by_turns
 from operators.commands._options import BuildOptions, default_device, open_store, parse_memory, streaming_warnings
+from operators.core.built_at import built_at
 from operators.core.defaults import is_default
 from operators.core.progress import working
 
@@ -38,6 +39,8 @@ def build_file(file: Path, only: Sequence[str], options: BuildOptions) -> None:
     """Builds what the file describes, or the concepts ``only`` of it; exits with 1 where an operator failed."""
     start = time.monotonic()
     with output.exit_on_error(options.as_json):
+        with output.wrong_usage():
+            built_at()
         from operators.recipes.concept_file import read_concept_file, select_entries
 
         entries = read_concept_file(file)

@@ -15,6 +15,7 @@ from operators.commands._build_plan import print_plan
 from operators.commands._calibration import WORK, calibrate_new, forget
 from operators.commands._options import (
     BuildOptions,
+    check_new,
     default_device,
     open_store,
     parse_memory,
@@ -35,12 +36,15 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
     with output.exit_on_error(options.as_json), ExitStack() as held:
         # Everything that can be refused without the model is refused before it is loaded, and a name before torch is.
         store = open_store(options.store_path)
-        check_name(described["name"])
-        if not options.plan:
-            store.check_free(described["name"], replace=options.replace)
+        if options.plan:
+            with output.wrong_usage():
+                check_name(described["name"])
+        else:
+            check_new(store, described["name"], replace=options.replace)
         from operators.recipes.concept_entry import ConceptEntry, validate_value
 
-        entry = ConceptEntry(**{key: validate_value(key, value) for key, value in described.items()})
+        with output.wrong_usage():
+            entry = ConceptEntry(**{key: validate_value(key, value) for key, value in described.items()})
         if options.calibrate:
             held.enter_context(claim(store, entry.name, WORK))
         memory, device_memory = parse_memory(options.max_memory), parse_memory(options.device_memory)
@@ -49,7 +53,8 @@ def build_one(described: Mapping[str, Any], options: BuildOptions, neutral: Path
         from operators.recipes.tasks import build_spec, recommended_of
 
         # Of whatever model: it is only the strength that depends on it.
-        check_first_token(recommended_of(entry, architecture=""))
+        with output.wrong_usage():
+            check_first_token(recommended_of(entry, architecture=""))
 
         neutral_texts = None if neutral is None else read_neutral_texts(neutral)
 

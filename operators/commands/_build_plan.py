@@ -100,13 +100,15 @@ def _plan_lines(answer: dict[str, Any], *, guessed: bool) -> list[str]:
     way = f"streamed in {answer['passes']} passes over the blocks" if answer["streamed"] else "in memory"
     parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in answer["parts"].items() if seconds >= 1)
     held = "in all" if answer["streamed"] else "beside the model"
+    where = "here"
     if answer["device_memory"] is not None:
         held += f", and {format_bytes(answer['device_memory'])} of the device's"
+        where = "on the CPU here, whatever the device does"
     return [
         f"{answer['model']}: weights of {format_bytes(answer['weights'])}, {way}",
         f"layer {answer['layer']}, {rank}, {answer['texts']} text(s) of at most {tokens}: "
         f"{answer['products']} products",
         f"memory: at most {format_bytes(answer['memory'])} {held}; to read: {format_bytes(answer['read'])}",
-        f"time: about {answer['seconds']:.0f} s here, if it is left to this ({parts})",
+        f"time: about {answer['seconds']:.0f} s {where}, if it is left to this ({parts})",
         "Nothing was built.",
     ]

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from operators.commands._output import wrong_usage
+from operators.core.built_at import built_at
 from operators.core.header import AttentionName, DTypeName
-from operators.core.store import Store
+from operators.core.store import Store, check_name
 
 if TYPE_CHECKING:
     from operators.model.loading import LoadedModel
@@ -84,6 +86,18 @@ def open_store(path: Path | None) -> Store:
     return Store.default() if path is None else Store(path)
 
 
+def check_new(store: Store, name: str, *, replace: bool) -> None:
+    """Refuses, before any work, what would be refused where the operator is stored.
+
+    Raises:
+        OperatorError: the store does not take the name, or has it, or the environment says a time that is none.
+    """
+    with wrong_usage():
+        check_name(name)
+        built_at()
+    store.check_free(name, replace=replace)
+
+
 def default_device() -> DeviceName:
     """CUDA where this machine has it."""
     import torch
@@ -92,10 +106,11 @@ def default_device() -> DeviceName:
 
 
 def parse_memory(size: str | None) -> int | None:
-    """Bytes beside the model; None leaves it to the build. Raises :class:`BuildError`."""
+    """Bytes beside the model; None leaves it to the build. What is no size is wrong usage."""
     from operators.core.capacity import parse_bytes
 
-    return None if size is None else parse_bytes(size)
+    with wrong_usage():
+        return None if size is None else parse_bytes(size)
 
 
 def streaming_warnings(loaded: LoadedModel, options: BuildOptions) -> list[str]:

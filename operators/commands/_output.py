@@ -25,9 +25,26 @@ def log_to_stderr() -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
+class _WrongUsageError(Exception):
+    """What is wrong with the command line itself."""
+
+    def __init__(self, error: OperatorError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def wrong_usage() -> Iterator[None]:
+    """Around what looks at nothing but what the user has written: an error is one of usage, whose exit status is 2."""
+    try:
+        yield
+    except OperatorError as error:
+        raise _WrongUsageError(error) from error
+
+
 @contextmanager
 def exit_on_error(as_json: bool) -> Iterator[None]:
-    """Around a command: errors that a user can cause are printed, and the exit status is 1."""
+    """Around a command: errors that a user can cause are printed, and the exit status is 1; 2 for wrong usage."""
     log_to_stderr()
     try:
         try:
@@ -38,6 +55,9 @@ def exit_on_error(as_json: bool) -> Iterator[None]:
 
             with memory_errors_as_build_errors():
                 raise
+    except _WrongUsageError as wrong:
+        print_error(wrong.error, as_json=as_json)
+        raise typer.Exit(2) from wrong
     except OperatorError as error:
         print_error(error, as_json=as_json)
         raise typer.Exit(1) from error

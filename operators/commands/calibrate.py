@@ -114,18 +114,21 @@ def calibrate(
         known = header.words or (header.calibration.words if header.calibration else ())
         if words is None and not known:
             raise TrialError(f"operator {name!r} has no words that show its concept; give some: --words 'one,another'")
-        spec = CalibrationSpec(
-            words=known if words is None else tuple(word.strip() for word in words.split(",")),
-            prompts=calibration_prompts() if prompts is None else read_prompts(prompts),
-            held_out=neutral_prompts() if held_out is None else read_prompts(held_out),
-            layers=None if layers is None else _parse_layers(layers),
-            kl_budget=kl_budget,
-            max_perplexity_ratio=max_perplexity_ratio,
-            min_distinct_ratio=min_distinct_ratio,
-            tokens=tokens,
-            sampling=_sampling(temperature, top_p, repetition_penalty, seed),
-            quick=quick,
-        )
+        searched_with = calibration_prompts() if prompts is None else read_prompts(prompts)
+        others = neutral_prompts() if held_out is None else read_prompts(held_out)
+        with output.wrong_usage():
+            spec = CalibrationSpec(
+                words=known if words is None else tuple(word.strip() for word in words.split(",")),
+                prompts=searched_with,
+                held_out=others,
+                layers=None if layers is None else _parse_layers(layers),
+                kl_budget=kl_budget,
+                max_perplexity_ratio=max_perplexity_ratio,
+                min_distinct_ratio=min_distinct_ratio,
+                tokens=tokens,
+                sampling=_sampling(temperature, top_p, repetition_penalty, seed),
+                quick=quick,
+            )
         if plot is not None:
             _check_plot(plot)
         memory = parse_memory(max_memory)
@@ -204,7 +207,8 @@ def _check_plot(path: Path) -> None:
         raise TrialError(f"plot {path}: there is no directory {path.absolute().parent}")
     from operators.tune.plot import check_format
 
-    check_format(path)
+    with output.wrong_usage():
+        check_format(path)
 
 
 def _draw(curves: Calibration, name: str, path: Path) -> None:

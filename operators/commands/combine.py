@@ -19,6 +19,7 @@ from operators.commands._options import (
     NameArgument,
     ReplaceOption,
     StoreOption,
+    check_new,
     default_device,
     open_store,
     parse_memory,
@@ -53,14 +54,15 @@ def combine(
     with output.exit_on_error(as_json):
         # Before torch is loaded.
         store = open_store(store_path)
-        store.check_free(name, replace=replace)
+        check_new(store, name, replace=replace)
         from operators.builder.combine import WeightedOperator
         from operators.builder.combine import combine as combine_operators
         from operators.builder.guidance import strength_warnings
         from operators.maps.detach import family_of
         from operators.model.loading import load_model
 
-        weights = [_parse_member(member) for member in members]
+        with output.wrong_usage():
+            weights = [_parse_member(member) for member in members]
         weighted = [WeightedOperator(member, store.load(member), weight) for member, weight in weights]
         memory = parse_memory(max_memory)
         source = model or weighted[0].artifact.header.model

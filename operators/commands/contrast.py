@@ -19,6 +19,7 @@ from operators.commands._options import (
     NameArgument,
     ReplaceOption,
     StoreOption,
+    check_new,
     default_device,
     open_store,
 )
@@ -48,12 +49,13 @@ def contrast(
     with output.exit_on_error(as_json):
         # Everything that can be refused without the model is refused before it is loaded, and a name before torch is.
         store = open_store(store_path)
-        store.check_free(name, replace=replace)
+        check_new(store, name, replace=replace)
         from operators.builder.guidance import strength_warnings
         from operators.vectors.contrast import check_disjoint, contrast_operator, read_texts
         from operators.vectors.vector_operator import check_description
 
-        check_description(about, strength)
+        with output.wrong_usage():
+            check_description(about, strength)
         towards, away = read_texts(positive), read_texts(negative)
         check_disjoint(towards, away)
 

@@ -125,27 +125,33 @@ def evaluate(
             output.print_answer(figures, [f"{report / TABLE}"], as_json=as_json)
             return
         # Everything that can be refused without the model is refused before it is loaded.
-        chosen = choose_forms(_names(forms), quick=quick)
+        with output.wrong_usage():
+            chosen = choose_forms(_names(forms), quick=quick)
+            if minutes is not None and not minutes > 0:
+                raise TrialError(f"minutes is {minutes:g}; a positive number is accepted")
         subjects = packaged_concepts() if concepts is None else read_concepts(concepts)
         if only:
-            subjects = choose_concepts(subjects, only)
+            with output.wrong_usage():
+                subjects = choose_concepts(subjects, only)
         elif quick:
             # One that development used, and one that it did not, where the file has both.
             subjects = tuple({concept.fresh: concept for concept in reversed(subjects)}.values())
-        files = _vector_files(vector or [], [concept.name for concept in subjects])
-        protocol = make_protocol(
-            quick=quick,
-            development=None if development_prompts is None else read_prompts(development_prompts),
-            held_out=None if prompts is None else read_prompts(prompts),
-            num_development=num_development_prompts,
-            num_held_out=num_prompts,
-            regimes=_names(regimes),
-            doses=_numbers("doses", doses, read_decimal),
-            lengths=_numbers("tokens", tokens, read_whole),
-            strengths=_numbers("strengths", strengths, read_decimal),
-        )
-        if minutes is not None and not minutes > 0:
-            raise TrialError(f"minutes is {minutes:g}; a positive number is accepted")
+        with output.wrong_usage():
+            files = _vector_files(vector or [], [concept.name for concept in subjects])
+        development = None if development_prompts is None else read_prompts(development_prompts)
+        held_out = None if prompts is None else read_prompts(prompts)
+        with output.wrong_usage():
+            protocol = make_protocol(
+                quick=quick,
+                development=development,
+                held_out=held_out,
+                num_development=num_development_prompts,
+                num_held_out=num_prompts,
+                regimes=_names(regimes),
+                doses=_numbers("doses", doses, read_decimal),
+                lengths=_numbers("tokens", tokens, read_whole),
+                strengths=_numbers("strengths", strengths, read_decimal),
+            )
 
         from operators.evaluate.cells import OutOfTimeError
         from operators.evaluate.journal import open_journal

@@ -21,6 +21,7 @@ from operators.commands._options import (
     ModelOption,
     ReplaceOption,
     StoreOption,
+    check_new,
     default_device,
     open_store,
 )
@@ -68,7 +69,7 @@ def lens(
     with output.exit_on_error(as_json), ExitStack() as held:
         # Everything that can be refused without the model is refused before it is loaded, and a name before torch is.
         store = open_store(store_path)
-        store.check_free(name, replace=replace)
+        check_new(store, name, replace=replace)
         from operators.core.neutral_texts import neutral_texts
         from operators.vectors.contrast import read_texts
 

@@ -16,6 +16,7 @@ from operators.commands._options import (
     NameArgument,
     ReplaceOption,
     StoreOption,
+    check_new,
     default_device,
     open_store,
 )
@@ -72,14 +73,15 @@ def import_vectors(
 
         # Everything that can be refused without the model is refused before it is loaded.
         store = open_store(store_path)
-        check_description(about, strength)
-        check_name(name)
+        with output.wrong_usage():
+            check_description(about, strength)
+            check_name(name)
         found = read_vector_file(file)
         chosen = choose_tensors(found, layers or [], tensor, all_layers=all_layers)
         several = len(chosen) > 1 or all_layers
         names = {layer: f"{name}-layer{layer}" if several else name for layer in chosen}
         for each in names.values():
-            store.check_free(each, replace=replace)
+            check_new(store, each, replace=replace)
 
         from operators.model.loading import default_model, load_model
 

@@ -52,12 +52,14 @@ def verify(
     Of a vector, the model's fingerprints and sizes are compared; a contrast is computed anew where its texts are given.
     """
     with output.exit_on_error(as_json):
+        with output.wrong_usage():
+            _check_together(positive, negative)
+            if file_only and positive is not None:
+                raise VectorError("--positive and --negative do not go with --file-only")
         artifact = open_store(store_path).load(name)
         answer: dict[str, Any] = {"name": name, "digest": artifact.digest, "file": "valid"}
         line = f"{name}: the file is valid ({artifact.digest})"
         contrast = _contrast_texts(name, artifact.header, positive, negative)
-        if file_only and contrast is not None:
-            raise VectorError("--positive and --negative do not go with --file-only")
         if not file_only:
             loaded = _load(artifact.header, model, attention)
             found, said = _hold_against(artifact, loaded, contrast, texts)
@@ -83,6 +85,8 @@ def renew(
     with output.exit_on_error(as_json):
         from operators.core.model_fingerprint import needs_renewal
 
+        with output.wrong_usage():
+            _check_together(positive, negative)
         store = open_store(store_path)
         artifact = store.load(name)
         answer: dict[str, Any] = {"name": name, "digest": artifact.digest, "renewed": False}
@@ -104,13 +108,16 @@ def renew(
         output.print_answer(answer, [line], as_json=as_json)
 
 
+def _check_together(positive: Path | None, negative: Path | None) -> None:
+    if (positive is None) != (negative is None):
+        raise VectorError("--positive and --negative go together")
+
+
 def _contrast_texts(
     name: str, header: OperatorHeader, positive: Path | None, negative: Path | None
 ) -> tuple[Path, Path] | None:
-    if positive is None and negative is None:
-        return None
     if positive is None or negative is None:
-        raise VectorError("--positive and --negative go together")
+        return None
     if header.vector is None:
         raise VectorError(f"operator {name!r} is no contrast, so that no texts can be compared with it")
     return positive, negative

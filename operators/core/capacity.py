@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         import torch
 
+        if not torch.cuda.is_available():
+            # Of a plan for another machine, which has a bound of its own.
+            return sys.maxsize
         return int(_SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
     return int(_SHARE_OF_FREE * available_memory())
 

@@ -27,6 +27,7 @@ from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprin
 from operators.model.obtain import ACCEPTED, BUILT_IN, obtain
 from operators.model.preflight import Examined, ModelCheck, check_fits, examine
 from operators.model.stored_weights import keep_in_memory, stored_weights_digest, streamed_digest
+from operators.model.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,10 +149,12 @@ def load_model(
         )
         if local:
             check_shards(name, directory)
+        # Before gigabytes are read.
+        tokenizer = load_tokenizer(name, source, revision, directory)
         streamed = examined.need > examined.have if stream is None else stream
         if streamed:
             outline = LoadedModel(
-                *(name, without_weights(examined, DTYPES[dtype]), _tokenizer(source, revision), "", ""),
+                *(name, without_weights(examined, DTYPES[dtype]), tokenizer, "", ""),
                 device_memory=device_memory,
                 meant_for=torch.device(device),
             )
@@ -162,7 +165,6 @@ def load_model(
             return _streamed(outline, directory, examined)
         check_fits(name, examined, dtype, device)
         model, report = _from_files(source, revision, examined, DTYPES[dtype])
-        tokenizer = _tokenizer(source, revision)
         _check_report(name, report)
         _check_tied(name, model)
         files = files or CheckpointFiles.of(directory)
@@ -187,15 +189,6 @@ def load_model(
     return LoadedModel(
         *(name, model, tokenizer, fingerprint, tokenizer_fingerprint(tokenizer), files), device_memory=device_memory
     )
-
-
-def _tokenizer(source: str, revision: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source, revision=revision, trust_remote_code=False
-    )
-    return tokenizer
 
 
 def _streamed(outline: LoadedModel, directory: Path, examined: Examined) -> LoadedModel:

@@ -20,6 +20,7 @@ from operators.model.fingerprints import model_fingerprint, tokenizer_fingerprin
 from operators.model.loading import LoadedModel, check_device, check_not_adapter, decoder_layers, near_name
 from operators.model.obtain import ACCEPTED, BUILT_IN, locate
 from operators.model.preflight import ModelCheck, check_fits, examine
+from operators.model.tokenizer_files import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,14 @@ def outline_model(
     Raises:
         ModelError: its configuration is not on this machine, or it cannot be loaded as far as that tells.
     """
-    check_device(device, device_memory)
+    missing = torch.device(device).type == "cuda" and not torch.cuda.is_available()
+    if missing and device_memory is None:
+        raise ModelError(
+            f"device {device!r}: this machine has none that could be asked for its memory; a plan for another machine "
+            "needs --device-memory, such as 80GiB"
+        )
+    if not missing:
+        check_device(device, device_memory)
     directory = _directory_here(name)
     if directory is None:
         raise ModelError(f"model {name!r} {_how_to_get(name)}: a plan needs its configuration here")
@@ -86,7 +94,7 @@ def outline_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {name!r} cannot be planned for{near_name(name)}: {reason} ({ACCEPTED})") from error
     model = without_weights(examined, DTYPES[dtype])
-    tokenizer = _tokenizer(directory)
+    tokenizer = _tokenizer(name, directory)
     files = CheckpointFiles.of(directory)
     dtypes = stored_dtypes(files.weights) or {model.config.get_text_config().dtype or torch.bfloat16}
     loaded = LoadedModel(
@@ -110,12 +118,11 @@ def _directory_here(name: str) -> Path | None:
     return _cached_hub_directory(str(found))
 
 
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
+def _tokenizer(name: str, directory: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception:  # noqa: BLE001 - of any class, for files that are missing or damaged: a plan does without
+        return load_tokenizer(name, str(directory), "main", directory)
+    except ModelError:
+        # A plan does without.
         return None
 
 
@@ -132,8 +139,6 @@ def survey_model(name: str, *, dtype: DTypeName, device: str, attention: Attenti
     check_not_adapter(name, str(directory))
     check_shards(name, directory)
     try:
-        from transformers import AutoTokenizer
-
         examined = examine(
             *(name, str(directory), "main"),
             dtype=dtype,
@@ -142,7 +147,7 @@ def survey_model(name: str, *, dtype: DTypeName, device: str, attention: Attenti
             checks=[decoder_layers],
         )
         check_fits(name, examined, dtype, device)
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        tokenizer = load_tokenizer(name, str(directory), "main", directory)
     except OperatorError:
         raise
     except Exception as error:

@@ -150,6 +150,6 @@ def test_a_concept_of_one_token_builds_and_steers(client, tiny_model, tiny_store
 
 def test_a_concept_of_no_tokens_is_an_error(tiny_model, tmp_path):
     done, _ = _run("steer-operators", "build", "nothing", "--text", "", "--model", tiny_model, "--store", tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "no tokens" in _only_line(done, "steer-operators")
     assert list(tmp_path.iterdir()) == []

@@ -58,6 +58,25 @@ def test_a_model_without_weights_is_planned_for(tmp_path, monkeypatch):
     assert "of memory beside the program; 1.0 GiB may be used" in refused.output
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_elsewhere_is_planned_for_by_what_is_said_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("operators.builder.machine.measure_machine", lambda *_, **__: MACHINE)
+    config = LlamaConfig(hidden_size=512, num_hidden_layers=6, vocab_size=1000, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    command = ["build", "big", "--text", "The golden bridge is", "--model", str(tmp_path), "--device", "cuda", "--plan"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1
+    assert "a plan for another machine needs --device-memory, such as 80GiB" in refused.output
+    plan = json.loads(CliRunner().invoke(app, [*command, "--device-memory", "8GiB", "--json"]).stdout)
+    assert not plan["streamed"]
+    assert plan["weights"] < plan["device_memory"] < 8 << 30
+    # Less than the weights take: these are streamed.
+    small = CliRunner().invoke(app, [*command, "--device-memory", f"{plan['weights'] - 1}"])
+    assert "streamed in" in small.output
+    assert "on the CPU here, whatever the device does" in small.output
+
+
 def test_a_machine_is_measured_in_a_moment(tmp_path):
     (tmp_path / "weights").write_bytes(bytes(1 << 20))
     found = measure_machine(

@@ -164,11 +164,13 @@ def test_what_needs_no_model_to_be_refused_is_refused_before_it_is_loaded(
 ):
     Store(store_path).save("taken", make_operator())
     plain = run("build", *arguments)
-    assert (plain.exit_code, plain.stdout) == (1, "")
+    # A taken name is a failure; all else is wrong usage, whatever the store has.
+    code = 1 if kind == "NameTakenError" else 2
+    assert (plain.exit_code, plain.stdout) == (code, "")
     assert re.fullmatch(r"steer-operators: [^\n]+\n", plain.stderr)
     assert words in plain.stderr
     result = run("build", *arguments, "--json")
-    assert (result.exit_code, result.stderr) == (1, "")
+    assert (result.exit_code, result.stderr) == (code, "")
     error = _json(result)["error"]
     assert error["type"] == kind
     assert words in error["message"]

@@ -1,4 +1,4 @@
-"""A name that the store does not take is refused before anything large is imported."""
+"""What no store would take is refused before anything large is imported, as wrong usage."""
 
 import sys
 
@@ -7,8 +7,7 @@ from typer.testing import CliRunner
 
 from operators import __main__ as cli
 
-
-@pytest.mark.parametrize(
+COMMANDS = pytest.mark.parametrize(
     ("arguments", "large"),
     [
         (["build", "te a", "--text", "tea"], "operators.recipes.concept_entry"),
@@ -18,9 +17,39 @@ from operators import __main__ as cli
         (["lens", "te a"], "operators.vectors.contrast"),
     ],
 )
-def test_a_bad_name_is_refused_first(monkeypatch, tmp_path, arguments, large):
-    # None makes an import fail.
-    monkeypatch.setitem(sys.modules, large, None)
-    result = CliRunner().invoke(cli.app, [*arguments, "--store", str(tmp_path)], catch_exceptions=False)
-    assert (result.exit_code, result.stdout) == (1, "")
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def invoke(arguments, large):
+        # None makes an import fail.
+        monkeypatch.setitem(sys.modules, large, None)
+        return CliRunner().invoke(cli.app, [*arguments, "--store", str(tmp_path)], catch_exceptions=False)
+
+    return invoke
+
+
+@COMMANDS
+def test_a_bad_name_is_refused_first(run, arguments, large):
+    result = run(arguments, large)
+    assert (result.exit_code, result.stdout) == (2, "")
     assert "operator name 'te a' is not allowed" in result.stderr
+
+
+@COMMANDS
+def test_a_time_of_the_build_that_is_none_is_refused_before_there_is_work(run, monkeypatch, arguments, large):
+    if "--plan" in arguments:
+        pytest.skip("builds nothing")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    result = run([each.replace("te a", "tea") for each in arguments], large)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "SOURCE_DATE_EPOCH is 'yesterday'; whole seconds since 1970 are accepted" in result.stderr
+
+
+def test_a_file_of_concepts_is_not_begun_with_a_time_that_is_none(run, monkeypatch, tmp_path):
+    concepts = tmp_path / "concepts.toml"
+    concepts.write_text('[tea]\ntext = "tea"\n')
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1.5")
+    result = run(["build", "--file", str(concepts)], "operators.model.loading")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "SOURCE_DATE_EPOCH is '1.5'" in result.stderr

@@ -84,38 +84,38 @@ def test_a_run_out_of_time_says_so_and_keeps_its_rows(run_eval):
 
 
 @pytest.mark.parametrize(
-    ("files", "arguments", "message"),
+    ("code", "files", "arguments", "message"),
     [
-        ({}, ["--forms", "nothing"], "form 'nothing' does not exist; there are: contrast-anchor,"),
-        ({"held.txt": "# none\n"}, [], "there are none; one per line is accepted"),
-        ({"held.txt": "A wedding was\n"}, [], "'A wedding was' is a development prompt and a held-out one"),
-        ({"held.txt": "My dress\nMy dress\n"}, [], "held-out prompt 'My dress' is there twice"),
-        ({"concepts.toml": "[[concept]]\nname = 'a'\n"}, [], "the keys name, texts, words, word"),
-        ({"concepts.toml": CONCEPTS.replace('word = "bride"', 'word = "church"')}, [], "is not among its words"),
-        ({"concepts.toml": CONCEPTS.replace('"bride", "wedding"', '" "')}, [], "' ' is no text"),
-        ({"concepts.toml": "x" * 9}, [], "not TOML"),
-        ({}, ["--minutes", "0"], "minutes is 0; a positive number is accepted"),
-        ({}, ["--vector", "church=v.gguf"], "CONCEPT=FILE is accepted, once for each of the concepts"),
-        ({"v.gguf": "nothing"}, ["--vector", "bride=v.gguf"], "v.gguf"),
-        ({}, ["--layer", "9"], "layer 9"),
-        ({}, ["--only", "church"], "concept 'church' does not exist; there are: bridge, bride"),
-        ({}, ["--num-prompts", "4"], "4 held-out prompts; there are 3, and 1 to 3 are accepted"),
-        ({}, ["--num-development-prompts", "0"], "0 development prompts; there are 2, and 1 to 2 are accepted"),
-        ({}, ["--regimes", "hot"], "regime 'hot' does not exist; there are: greedy, penalised, sampled,"),
-        ({}, ["--doses", "0.5,x"], "doses are '0.5,x'; numbers with commas are accepted"),
-        ({}, ["--doses", "0"], "doses are 0; more than 0 and at most 100 nats are accepted"),
-        ({}, ["--doses", "nan"], "doses are 'nan'; numbers with commas are accepted"),
-        ({}, ["--tokens", "1_2"], "tokens are '1_2'; numbers with commas are accepted"),
-        ({}, ["--tokens", "24,12"], "tokens are 24, 12; 2 to 4096, ascending, are accepted"),
-        ({}, ["--strengths", "0.1,5"], "strengths are 0.1, 5; 0.003 to 4, ascending, are accepted"),
-        ({}, ["--report", "nowhere"], "nowhere/run.json: cannot be read"),
+        (2, {}, ["--forms", "nothing"], "form 'nothing' does not exist; there are: contrast-anchor,"),
+        (1, {"held.txt": "# none\n"}, [], "there are none; one per line is accepted"),
+        (2, {"held.txt": "A wedding was\n"}, [], "'A wedding was' is a development prompt and a held-out one"),
+        (2, {"held.txt": "My dress\nMy dress\n"}, [], "held-out prompt 'My dress' is there twice"),
+        (1, {"concepts.toml": "[[concept]]\nname = 'a'\n"}, [], "the keys name, texts, words, word"),
+        (1, {"concepts.toml": CONCEPTS.replace('word = "bride"', 'word = "church"')}, [], "is not among its words"),
+        (1, {"concepts.toml": CONCEPTS.replace('"bride", "wedding"', '" "')}, [], "' ' is no text"),
+        (1, {"concepts.toml": "x" * 9}, [], "not TOML"),
+        (2, {}, ["--minutes", "0"], "minutes is 0; a positive number is accepted"),
+        (2, {}, ["--vector", "church=v.gguf"], "CONCEPT=FILE is accepted, once for each of the concepts"),
+        (1, {"v.gguf": "nothing"}, ["--vector", "bride=v.gguf"], "v.gguf"),
+        (1, {}, ["--layer", "9"], "layer 9"),
+        (2, {}, ["--only", "church"], "concept 'church' does not exist; there are: bridge, bride"),
+        (2, {}, ["--num-prompts", "4"], "4 held-out prompts; there are 3, and 1 to 3 are accepted"),
+        (2, {}, ["--num-development-prompts", "0"], "0 development prompts; there are 2, and 1 to 2 are accepted"),
+        (2, {}, ["--regimes", "hot"], "regime 'hot' does not exist; there are: greedy, penalised, sampled,"),
+        (2, {}, ["--doses", "0.5,x"], "doses are '0.5,x'; numbers with commas are accepted"),
+        (2, {}, ["--doses", "0"], "doses are 0; more than 0 and at most 100 nats are accepted"),
+        (2, {}, ["--doses", "nan"], "doses are 'nan'; numbers with commas are accepted"),
+        (2, {}, ["--tokens", "1_2"], "tokens are '1_2'; numbers with commas are accepted"),
+        (2, {}, ["--tokens", "24,12"], "tokens are 24, 12; 2 to 4096, ascending, are accepted"),
+        (2, {}, ["--strengths", "0.1,5"], "strengths are 0.1, 5; 0.003 to 4, ascending, are accepted"),
+        (1, {}, ["--report", "nowhere"], "nowhere/run.json: cannot be read"),
     ],
 )
-def test_what_cannot_be_run_is_refused_by_name(run_eval, tmp_path, files, arguments, message):
+def test_what_cannot_be_run_is_refused_by_name(run_eval, tmp_path, code, files, arguments, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     refused = run_eval("--quick", *arguments)
-    assert refused.exit_code == 1
+    assert refused.exit_code == code
     assert message in refused.output
 
 

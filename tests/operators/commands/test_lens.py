@@ -46,8 +46,8 @@ def built(run):
     return json.loads(done.stdout)
 
 
-def _error(done):
-    assert done.exit_code == 1, done.output
+def _error(done, code=1):
+    assert done.exit_code == code, done.output
     return json.loads(done.stdout)["error"]["message"]
 
 
@@ -147,18 +147,18 @@ def test_ctrl_c_keeps_the_matrices_and_the_same_command_goes_on(run, store, monk
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("code", "arguments", "message"),
     [
-        (("--layer", "0"), "layer 0 of"),
-        (("--layer", "4"), "1 to 3 are accepted for a lens"),
-        (("--texts", "missing.txt"), "missing.txt"),
-        (("--texts", "one.txt"), "2 or more are needed"),
-        (("Bad Name",), "is not allowed"),
+        (1, ("--layer", "0"), "layer 0 of"),
+        (1, ("--layer", "4"), "1 to 3 are accepted for a lens"),
+        (1, ("--texts", "missing.txt"), "missing.txt"),
+        (1, ("--texts", "one.txt"), "2 or more are needed"),
+        (2, ("Bad Name",), "is not allowed"),
     ],
 )
-def test_what_is_wrong_is_said(run, tmp_path, arguments, message):
+def test_what_is_wrong_is_said(run, tmp_path, code, arguments, message):
     (tmp_path / "one.txt").write_text("a\n")
-    assert message in _error(run("lens", *arguments, "--json"))
+    assert message in _error(run("lens", *arguments, "--json"), code)
 
 
 def test_a_name_that_is_taken_is_refused_before_the_model_is_loaded(run, built, monkeypatch):

@@ -51,8 +51,8 @@ def no_model(monkeypatch):
     monkeypatch.setattr(models, "load_model", load)
 
 
-def _error(result):
-    assert result.exit_code == 1, result.output
+def _error(result, code=1):
+    assert result.exit_code == code, result.output
     return json.loads(result.stdout)["error"]
 
 
@@ -109,15 +109,16 @@ def test_what_was_imported_is_exported_with_every_bit(run, gguf, tmp_path):
 
 
 def test_what_is_wrong_with_an_import_is_said_before_a_model_is_loaded(run, gguf, no_model):
-    for arguments, problem in (
-        (("a", "happy.gguf"), "the layer is needed (--layer, or --all-layers): happy.gguf has layer 1: 'direction.0'"),
-        (("a", "happy.gguf", "--layer", "9"), "there is no vector for layer 9"),
-        (("a", "gone.gguf", "--layer", "1"), "gone.gguf: cannot be opened"),
-        (("A", "happy.gguf", "--layer", "1"), "operator name 'A' is not allowed"),
+    needed = "the layer is needed (--layer, or --all-layers): happy.gguf has layer 1: 'direction.0'"
+    for code, arguments, problem in (
+        (1, ("a", "happy.gguf"), needed),
+        (1, ("a", "happy.gguf", "--layer", "9"), "there is no vector for layer 9"),
+        (1, ("a", "gone.gguf", "--layer", "1"), "gone.gguf: cannot be opened"),
+        (2, ("A", "happy.gguf", "--layer", "1"), "operator name 'A' is not allowed"),
     ):
-        assert problem in _error(run("import", *arguments, "--about", "x", "--json"))["message"]
+        assert problem in _error(run("import", *arguments, "--about", "x", "--json"), code)["message"]
     blank = run("import", "a", "happy.gguf", "--layer", "1", "--about", " ", "--json")
-    assert "about has 0 characters" in _error(blank)["message"]
+    assert "about has 0 characters" in _error(blank, 2)["message"]
     assert run("import", "a", "happy.gguf", "--layer", "1").exit_code == 2
     endless = run("import", "a", "happy.gguf", "--layer", "1", "--about", "x", "--strength", "inf", "--json")
     assert endless.exit_code == 2
@@ -144,7 +145,7 @@ def test_a_contrast_is_made_shown_and_computed_anew(run, texts, store_path):
     assert run("verify", "happy", "--file-only").exit_code == 0
     swapped = run("verify", "happy", "--positive", "sad.txt", "--negative", "happy.txt", "--json")
     assert "positive file sad.txt has sha256:" in _error(swapped)["message"]
-    assert "go together" in _error(run("verify", "happy", "--positive", "happy.txt", "--json"))["message"]
+    assert "go together" in _error(run("verify", "happy", "--positive", "happy.txt", "--json"), 2)["message"]
 
 
 def test_texts_of_an_imported_vector_or_a_map_cannot_be_compared(run, gguf, texts):

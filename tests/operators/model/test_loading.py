@@ -254,6 +254,31 @@ def test_a_pointer_in_the_place_of_weights_is_refused_in_one_line(tiny_directory
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("left", [None, '{"tokenizer_class": "LlamaTokenizer"}'])
+def test_a_model_without_a_tokenizer_is_refused_before_its_weights_are_read(
+    tiny_directory, tmp_path, monkeypatch, left
+):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    for file in directory.glob("*token*"):
+        file.unlink()
+    if left is not None:
+        # By the name of its class, transformers makes one that has no tokens.
+        (directory / "tokenizer_config.json").write_text(left)
+    monkeypatch.setattr("operators.model.loading._from_files", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ModelError) as refusal:
+        load_model(str(directory), dtype="float32")
+    assert f"{directory} has no tokenizer; its files are needed beside the weights: tokenizer.json, or" in str(
+        refusal.value
+    )
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tiny_directory, tmp_path):
+    directory = _copy(tiny_directory("llama"), tmp_path)
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=rf"the tokenizer in {re.escape(str(directory))} cannot be read: .+"):
+        load_model(str(directory), dtype="float32")
+
+
 def test_code_that_comes_with_a_model_is_not_run_and_nobody_is_asked(tiny_directory, tmp_path, monkeypatch):
     directory = _copy(tiny_directory("llama"), tmp_path)
     _own_code(directory)

@@ -212,7 +212,7 @@ def test_an_anchor_at_a_first_token_that_is_left_out_is_told_with_its_line(build
     monkeypatch.setattr("operators.model.loading.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     alone = ["build", "b", "--text", "bay", "--first-token", "anchor", "--positions", "1.."]
     result = CliRunner().invoke(app, alone, catch_exceptions=False)
-    assert (result.exit_code, "and positions 1.. leave the first token out" in result.stderr) == (1, True)
+    assert (result.exit_code, "and positions 1.. leave the first token out" in result.stderr) == (2, True)
 
 
 POINT = CalibrationPoint(layer=2, rule="substitute", blend=0.5, strength=0.3, texts=20, kl_p95=0.9, hit_rate=0.4,
