@@ -18,11 +18,10 @@ def _x(model, *shape):
     )
 
 
-def _derivative_of_swiglu(block, x):
-    """sum_e w_e down_e diag(silu(gate_e x)) up_e, (d, d), for one token x (d,)."""
-    _, weights, chosen = block.gate(x[None])
+def _derivative_of_swiglu(block, x, weights, chosen):
+    """sum_e w_e down_e diag(silu(gate_e x)) up_e, (d, d), for one token x (d,) and what the router gave it."""
     total = 0
-    for weight, expert in zip(weights[0], chosen[0], strict=True):
+    for weight, expert in zip(weights, chosen, strict=True):
         gate, up = block.experts.gate_up_proj[expert].chunk(2)
         total = total + weight * block.experts.down_proj[expert] @ torch.diag(F.silu(gate @ x)) @ up
     shared = getattr(block, "shared_experts", None)
@@ -38,8 +37,10 @@ def test_the_derivative_is_the_weighted_sum_of_the_chosen_experts_with_their_gat
     block, x = model.model.layers[2].mlp, _x(model, 2)
     with detached(model):
         found = torch.autograd.functional.jacobian(lambda x: block(x[None])[0], x)
+    # Of both tokens at once, as the block asks: DeepSeek's router multiplies in float32, and rounds by their number.
+    _, weights, chosen = block.gate(x)
     for at in range(2):
-        assert relative_error(found[at, :, at], _derivative_of_swiglu(block, x[at])) <= 1e-7
+        assert relative_error(found[at, :, at], _derivative_of_swiglu(block, x[at], weights[at], chosen[at])) <= 1e-12
     # A token's experts read no other token.
     assert not found[0, :, 1].any()
     assert not found[1, :, 0].any()
@@ -69,14 +70,15 @@ def test_the_clamped_gate_of_gpt_oss_is_frozen_with_the_ratio_by_which_up_is_cla
     assert relative_error(value, block(x[None])[0][0, 0]) <= 1e-12
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])
-def test_inputs_of_a_batch_have_experts_of_their_own(name):
+@pytest.mark.parametrize(("name", "rounding"), [("mixtral", 1e-12), ("deepseek_v3", 1e-6)])
+def test_inputs_of_a_batch_have_experts_of_their_own(name, rounding):
+    """DeepSeek's router multiplies in float32, which rounds by the number of rows, and by the processor."""
     model = odd_model(name)
     block, x = model.model.layers[2].mlp, _x(model, 3, 4)
     with detached(model):
         together, alone = block(x), [block(each[None])[0] for each in x]
-    assert relative_error(together, torch.stack(alone)) <= 1e-7
-    assert relative_error(together, block(x)) <= 1e-7
+    assert relative_error(together, torch.stack(alone)) <= rounding
+    assert relative_error(together, block(x)) <= rounding
 
 
 def test_the_experts_of_the_prompt_are_kept_whatever_goes_through_the_map():
