@@ -14,6 +14,7 @@ JSON of a long one.
 import json
 import math
 import os
+import re
 import resource
 import sys
 from collections.abc import Iterator
@@ -88,7 +89,12 @@ def left_out(template: Template, given: dict[str, Any], max_characters: int) -> 
     marked = [turn | {"content": turn["content"] + numbers.get(place, "")} for place, turn in enumerate(turns)]
     longer = max_characters + sum(map(len, numbers.values()))
     text = render(template, given | {"messages": marked}, "", longer).get("text")
-    return None if text is None else next((place for place, number in numbers.items() if number not in text), None)
+    if text is None:
+        return None
+    # Not the whole of a long text once for each turn.
+    runs = re.findall("[0-9]{39,}", text)
+    alone, joined = set(runs), " ".join(runs)
+    return next((place for place, number in numbers.items() if number not in alone and number not in joined), None)
 
 
 def answer(template: Template, used: set[str], setup: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

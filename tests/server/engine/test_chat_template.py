@@ -9,6 +9,7 @@ import pytest
 
 from steer_server.engine import chat_template
 from steer_server.engine.chat_template import ChatTemplate
+from steer_server.engine.render_chat import environment, left_out, render
 from steer_server.errors import InvalidRequestError, ShuttingDownError
 from steer_server.types import Chat, ChatMessage, TemplateOption
 
@@ -215,6 +216,17 @@ async def test_a_turn_that_the_template_leaves_out_is_refused_by_its_place(make,
     with pytest.raises(InvalidRequestError, match=f"is left out by the chat template.*'{roles[lost]}'") as caught:
         await chat.render(asked)
     assert caught.value.field == f"prompt.chat.messages[{lost}]"
+
+
+@pytest.mark.parametrize("order", ["", "|reverse"])
+def test_a_long_conversation_is_not_gone_through_once_for_each_turn(order):
+    template = environment().from_string("{% for m in messages" + order + " %}{{ m.content }}\n{% endfor %}")
+    given = {"messages": [{"role": "user", "content": "word " * 1600} for _ in range(1024)]}
+    began = time.process_time()
+    render(template, given, "", 1 << 26)
+    rendered = time.process_time()
+    assert left_out(template, given, 1 << 26) is None
+    assert time.process_time() - rendered < 40 * (rendered - began)
 
 
 async def test_what_says_nothing_may_be_left_out_and_what_is_cut_is_refused(make):
