@@ -128,7 +128,7 @@ def test_the_command_stores_a_mixture_and_names_what_is_wrong(tiny_directory, tm
     assert [member["weight"] for member in json.loads(made.stdout)["members"]] == [1.0, -0.5]
     assert run.invoke(app, ["verify", "both"]).exit_code == 0
     wrong = run.invoke(app, ["combine", "other", "bridge=much", "wedding"])
-    assert wrong.exit_code == 1
+    assert wrong.exit_code == 2
     assert "member 'bridge=much': OPERATOR=WEIGHT with a number as weight is accepted" in wrong.stderr
     assert "no operator 'harbour'" in run.invoke(app, ["combine", "other", "bridge", "harbour"]).stderr
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer
 
 from operators.core.errors import ModelError
-from operators.model import digest_cache, stored_weights
+from operators.model import digest_cache, loading, stored_weights
 from operators.model.checkpoint_files import CheckpointFiles, stored_dtypes
 from operators.model.digest_cache import cached_digest, keep_digest
 from operators.model.loading import load_model
@@ -159,10 +158,10 @@ def test_an_entry_is_one_whole_file(directory, cache):
 
 @pytest.mark.parametrize("change", ["written", "replaced", "removed", "added"])
 def test_files_that_change_while_a_model_is_loaded_are_noticed(directory, cache, monkeypatch, change):
-    load = AutoTokenizer.from_pretrained
-    path = directory / "model.safetensors"
+    read, path = loading._from_files, directory / "model.safetensors"
 
-    def load_late(*arguments, **options):
+    def read_first(*arguments):
+        found = read(*arguments)
         if change == "written":
             _flip(directory)
         elif change == "replaced":
@@ -172,9 +171,9 @@ def test_files_that_change_while_a_model_is_loaded_are_noticed(directory, cache,
             path.unlink()
         else:
             (directory / "extra.safetensors").write_bytes(path.read_bytes())
-        return load(*arguments, **options)
+        return found
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load_late)
+    monkeypatch.setattr(loading, "_from_files", read_first)
     name = "extra" if change == "added" else "model"
     with pytest.raises(ModelError, match=rf"{name}\.safetensors was changed after the model began to load") as refusal:
         load_model(str(directory))

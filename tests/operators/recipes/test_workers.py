@@ -155,13 +155,13 @@ def test_before_a_fork_all_is_imported_and_no_thread_was_started(tiny_directory,
     (tmp_path / "c.toml").write_text(FILE)
     command = [sys.executable, "-c", _WATCHED, "build", "--file", "c.toml", "--jobs", "2"]
     where = {"STEER_STORE": str(tmp_path / "store"), "STEER_MODEL": str(tiny_directory("llama"))}
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **where}, capture_output=True, text=True)
+    # torch has threads once it computes. Those that numpy's BLAS has from its import on end themselves at a fork.
+    threads = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **where, **threads}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     forks = [line for line in done.stderr.splitlines() if line.startswith("fork")]
-    # One process that prepares, and two workers. The threads that numpy has from its import on know of forks.
-    assert len(forks) == 3
-    assert len(set(forks)) == 1
-    assert forks[0].startswith("fork True 1 ")
+    # One process that prepares, and two workers.
+    assert forks == ["fork True 1 1"] * 3
 
 
 def test_what_prevents_the_work_is_said_by_the_process_that_prepares_it():
