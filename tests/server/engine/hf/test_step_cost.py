@@ -6,26 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from steer_server.engine.hf.rows import check_finite
 from steer_server.errors import EngineFailedError
 from steer_server.types import Row
+from tests.operations import CountOperations
 
 _STEPS = 12
 
 
-class _Counted(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def _operations(decoder):
     """Of the cheapest step behind the first two: one in which no hidden state is looked at."""
-    with _Counted() as counted:
+    with CountOperations() as counted:
         counts = [counted.count for _ in decoder.turns()]
     return min(end - start for start, end in pairwise(counts[2:-1]))
 

@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.core.movement import Movement, movement
 from steer_server.engine.vllm.worker import step_movements
@@ -12,18 +11,9 @@ from steer_server.engine.vllm.worker.layer_hooks import push_rows
 from steer_server.engine.vllm.worker.pushes import TokenSpan
 from steer_server.engine.vllm.worker.step_movements import StepMovements
 from steer_server.engine.vllm.worker.step_push import StepPush, read_movements
+from tests.operations import CountOperations
 
 BATCH, WIDTH = 9, 8
-
-
-class Count(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def push_layers(layers, dtype=torch.bfloat16):
@@ -61,7 +51,7 @@ def test_more_layers_are_measured_in_no_more_operations():
     counts = []
     for layers in (4, 24):
         movements, step_pushes, _ = push_layers(layers)
-        with Count() as operations:
+        with CountOperations() as operations:
             movements.measure()
             list(read_movements(step_pushes))
         counts.append(operations.count)

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.core.apply import PreparedOperator
 from steer_server.engine.vllm.worker.layer_hooks import push_rows
@@ -14,19 +13,10 @@ from steer_server.engine.vllm.worker.step_movements import StepMovements
 from steer_server.engine.vllm.worker.step_plan import StepPlan
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
+from tests.operations import CountOperations
 
 WIDTH, LAYERS, ROWS = 16, 4, 64
 SETTING = OperatorSetting("exact", "cumulative", 0.6, 0.0)
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -58,7 +48,7 @@ def operations(steering, position):
     """Of one step of every request: of preparing it, pushing, measuring and recording."""
     spans = [TokenSpan(str(row), row, position, 1) for row in range(ROWS)]
     x, hidden, movements = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH), StepMovements()
-    with Counted() as counted:
+    with CountOperations() as counted:
         pushes = steering.prepare(spans, lambda _: x, lambda *_: x)
     prepared = counted.count
     with counted:
