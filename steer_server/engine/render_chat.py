@@ -77,8 +77,8 @@ def render(template: Template, given: dict[str, Any], mark: str, max_characters:
     return {"text": text[: text.index(mark)]}
 
 
-def left_out(template: Template, given: dict[str, Any], max_characters: int) -> int | None:
-    """The first turn whose end is in no text that the template makes; None where it shows them all, or cannot tell.
+def left_out(template: Template, given: dict[str, Any], max_characters: int) -> dict[str, Any] | None:
+    """The answer that refuses the first turn whose end is in no text that the template makes; None where all are.
 
     Each turn gets a number behind it, which nobody can have written and a template has no reason to change.
     """
@@ -87,14 +87,20 @@ def left_out(template: Template, given: dict[str, Any], max_characters: int) -> 
         place: f"{int.from_bytes(os.urandom(16)):039}" for place, turn in enumerate(turns) if turn["content"].strip()
     }
     marked = [turn | {"content": turn["content"] + numbers.get(place, "")} for place, turn in enumerate(turns)]
-    longer = max_characters + sum(map(len, numbers.values()))
-    text = render(template, given | {"messages": marked}, "", longer).get("text")
-    if text is None:
-        return None
+    # Twice the room: a template may show a turn, and so its number, several times.
+    rendered = render(template, given | {"messages": marked}, "", 2 * max_characters)
+    if "problem" in rendered:
+        # It would be taken on trust otherwise that the model reads every turn.
+        how = "shows it, but with digits behind each turn, to see that all are read"
+        return {"problem": f"{how}, {rendered['problem']}"}
     # Not the whole of a long text once for each turn.
-    runs = re.findall("[0-9]{39,}", text)
+    runs = re.findall("[0-9]{39,}", rendered["text"])
     alone, joined = set(runs), " ".join(runs)
-    return next((place for place, number in numbers.items() if number not in alone and number not in joined), None)
+    lost = next((place for place, number in numbers.items() if number not in alone and number not in joined), None)
+    if lost is None:
+        return None
+    what = f"is left out by the chat template, wholly or its end (its role is {turns[lost]['role']!r})"
+    return {"part": f"messages[{lost}]", "problem": f"{what}: the model would not read it"}
 
 
 def answer(template: Template, used: set[str], setup: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
@@ -112,12 +118,9 @@ def answer(template: Template, used: set[str], setup: dict[str, Any], asked: dic
         messages[-1]["content"] += mark
     given = options | own
     rendered = render(template, given, mark, setup["max_characters"])
-    lost = None if "problem" in rendered else left_out(template, given, setup["max_characters"])
-    if lost is None:
+    if "problem" in rendered:
         return rendered
-    role = messages[lost]["role"]
-    problem = f"is left out by the chat template, wholly or its end (its role is {role!r}): the model would not read it"
-    return {"part": f"messages[{lost}]", "problem": problem}
+    return left_out(template, given, setup["max_characters"]) or rendered
 
 
 def read(source: BinaryIO) -> Iterator[dict[str, Any]]:

@@ -218,6 +218,20 @@ async def test_a_turn_that_the_template_leaves_out_is_refused_by_its_place(make,
     assert caught.value.field == f"prompt.chat.messages[{lost}]"
 
 
+@pytest.mark.parametrize(
+    ("fails", "why"),
+    [
+        ("{{ raise_exception('too long') }}", "refuses it: too long"),
+        ("{{ ('x' * 1000000).split('x') | map('string') | join('yy') * 900 }}", "needs more memory|makes more than"),
+    ],
+)
+async def test_what_cannot_be_held_to_its_turns_is_refused(make, fails, why):
+    """The template fails on the same conversation with digits behind its turns, and not on the conversation."""
+    chat = make("{% for m in messages %}{% if m.content | length > 8 %}" + fails + "{% endif %}{% endfor %}yes")
+    with pytest.raises(InvalidRequestError, match=f"with digits behind each turn, .*({why})"):
+        await chat.render(Chat((ChatMessage("user", "hi"), ChatMessage("user", "there"))))
+
+
 @pytest.mark.parametrize("order", ["", "|reverse"])
 def test_a_long_conversation_is_not_gone_through_once_for_each_turn(order):
     template = environment().from_string("{% for m in messages" + order + " %}{{ m.content }}\n{% endfor %}")
