@@ -71,7 +71,7 @@ class Exchange:
 
         Raises:
             QueueFullError: there is no room for it.
-            RefusedError: it is no JSON by its head, or larger than ``max_bytes``.
+            RefusedError: it is no JSON by its head, is compressed, or is larger than ``max_bytes``.
             ClientLeftError: it will not.
         """
         kind = self.headers.get("content-type", "")
@@ -81,6 +81,15 @@ class Exchange:
                 "CONTENT_TYPE",
                 f"the content type is {kind[:100]!r}; application/json is accepted",
                 param="Content-Type",
+            )
+        coding = self.headers.get("content-encoding", "identity").strip()
+        if coding.lower() not in {"", "identity"}:
+            raise RefusedError(
+                415,
+                "CONTENT_ENCODING",
+                f"the body is encoded as {coding[:100]!r}; it is accepted as it is, without Content-Encoding",
+                headers=(("accept-encoding", "identity"),),
+                param="Content-Encoding",
             )
         try:
             declared = int(self.headers.get("content-length", "0"))

@@ -1,6 +1,6 @@
 """Where the time of a steered step goes, without a model: the CPU time per decoding step that steering takes.
 
-    python tests/bench/bench_pushes.py [--width 576] [--layers 4] [--steps 100] [--dtype bfloat16] [--json]
+    python -m tests.bench.bench_pushes [--width 576] [--layers 4] [--steps 100] [--dtype bfloat16] [--json]
 
 For batches of one-token spans and 1, 16, 32 and 64 operators of rank 64 spread over ``--layers`` layers: computing
 the pushes, writing them into the hidden states, measuring these, looking at some of them as the server asks,
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from operators.core.apply import PreparedOperator
 from operators.core.positions import Positions
@@ -32,6 +31,7 @@ from steer_server.engine.vllm.worker.step_push import StepPush
 from steer_server.engine.vllm.worker.step_steering import LoadedOperator, StepSteering
 from steer_server.engine.vllm.worker.witness import LayerSight, Witness
 from steer_server.engine.vllm.worker_protocol import OperatorSetting
+from tests.operations import CountOperations
 
 POSITIONS, RANK = 6, 64
 PARTS = ("compute", "push", "measure", "look", "record")
@@ -46,18 +46,6 @@ CASES = (
     (32, 16, FIRST),
     (64, 64, FIRST),
 )
-
-
-class CountOperations(TorchDispatchMode):
-    """Counts what torch is asked to do while it is active."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def main() -> None:

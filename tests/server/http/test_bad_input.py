@@ -223,6 +223,14 @@ async def test_a_body_is_json_by_its_head(door, kind):
     assert (await door.post(PATH, PROMPT, content_type="Application/JSON; charset=utf-8")).status == 200
 
 
+@pytest.mark.parametrize("coding", ["gzip", "deflate, gzip", "BR"])
+async def test_a_compressed_body_is_refused_for_being_one(door, coding):
+    answer = await door.post(PATH, PROMPT, content_encoding=coding)
+    assert (answer.status, answer.error["code"], answer.error["param"]) == (415, "CONTENT_ENCODING", "Content-Encoding")
+    assert answer.headers["accept-encoding"] == "identity"
+    assert (await door.post(PATH, PROMPT, content_encoding="Identity")).status == 200
+
+
 @pytest.mark.parametrize("origin", ["http://example.com", "null", "https://127.0.0.1", "http://127.0.0.1:1", "file://"])
 async def test_a_page_of_another_origin_is_refused(door, origin):
     for answer in (await door.post(PATH, PROMPT, origin=origin), await door.get("/api/model", origin=origin)):
