@@ -33,7 +33,7 @@ demo: $(INSTALLED) ## Build an operator, serve it and compare plain with steered
 
 test: $(INSTALLED) ## Run the tests (ARGS goes to pytest); gets the built-in models first
 	@$(BIN)/python -m operators.model $(MODEL) gemma3-270m
-	HF_HUB_OFFLINE=1 $(BIN)/pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED) ## Lint, check formatting, types, imports, the contract and its stubs
 	$(BIN)/ruff check .

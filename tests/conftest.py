@@ -4,6 +4,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Before torch is imported: threads of two test processes on one core wait for each other at every product.
+    _share = max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    os.environ.setdefault("OMP_NUM_THREADS", str(_share))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import functools
 import signal
@@ -38,6 +43,8 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from xdist.remote import Producer
+from xdist.scheduler.loadfile import LoadFileScheduling
 
 from operators.core.artifact import Lens, OperatorArtifact, make_artifact, make_lens, make_vector
 from operators.core.header import NeutralTexts, OperatorHeader, Recommended
@@ -129,8 +136,25 @@ def family(request) -> str:
     return request.param
 
 
+class _Scheduling(LoadFileScheduling):
+    """Test processes take whole files; those that share vLLM's engine are taken as one, by one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        is_of_vllm = nodeid.startswith(("tests/contract/", "tests/e2e/test_vllm_"))
+        return "vLLM" if is_of_vllm else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _Scheduling:
+    """For ``pytest -n``, which ``make test`` calls."""
+    return _Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Without vLLM the tests that need it are skipped, not left out: a report that omits them reads as complete."""
+    """Without vLLM the tests that need it are skipped, not left out: a report that omits them reads as complete.
+
+    What takes longest begins first, so that no test process has it left when the others have ended.
+    """
+    items.sort(key=lambda item: ("contract" not in item.path.parts, "e2e" not in item.path.parts))
     if find_spec("vllm") is None:
         for item in items:
             if item.get_closest_marker("vllm"):

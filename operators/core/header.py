@@ -328,7 +328,7 @@ class OperatorHeader(BaseModel):
                 f"a {kind} is added to the input of its layer, so its profile is 'residual', not {self.profile!r}"
             )
         if self.recommended.blend != 1.0:
-            raise ValueError(f"a {kind} is all anchor: its recommended blend is 1, not {self.recommended.blend:g}")
+            raise ValueError(f"a {kind} is all anchor: its recommended blend is 1, not {self.recommended.blend}")
         if self.vector is None:
             return self
         if (self.vector.method == "mixture") != bool(self.members):

@@ -84,10 +84,11 @@ def test_wrong_usage_is_exit_status_2_and_asks_nothing(steer, fake, arguments):
     assert (result.exit_code, result.stdout, fake.requests) == (2, "", [])
 
 
-def test_a_file_that_is_no_text_is_named(steer, tmp_path):
-    path = tmp_path / "bytes"
-    path.write_bytes(b"\xff\xfe")
-    result = steer("--file", str(path))
+def test_a_file_that_is_no_text_is_named(steer, tmp_path, monkeypatch):
+    # By a short name, which no line of the box around the message is too short for.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    result = steer("--file", "bytes")
     assert result.exit_code == 2
     assert "bytes" in result.stderr
 

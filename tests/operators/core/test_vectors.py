@@ -76,6 +76,9 @@ def test_a_vector_is_residual_and_all_anchor(make_rank_0):
         make_rank_0(profile="golden", injection_layer=1)
     with pytest.raises(ValidationError, match=r"blend is 1, not 0\.5"):
         make_rank_0(recommended=Recommended(blend=0.5))
+    # A value that was never checked is named like any other.
+    with pytest.raises(ValidationError, match="blend is 1, not None"):
+        make_rank_0(recommended=Recommended().model_copy(update={"blend": None}))
 
 
 def test_mixtures_and_no_other_vectors_have_members(make_rank_0):
