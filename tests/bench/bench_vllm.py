@@ -1,6 +1,7 @@
 """What steering costs on vLLM: plain vLLM against ours, idle, steered, and through the gRPC server.
 
-    python tests/bench/bench_vllm.py [--pairs 7] [--batches 32,64] [--tokens 64] [--arms NAME,...] [--json]
+    python tests/bench/bench_vllm.py [--pairs 7] [--batches 32,64] [--tokens 64] [--rows 64] [--arms NAME,...]
+                                      [--json]
 
 Boots vLLM itself (no worker of ours), the engine, and a server in a process of its own, all with the same options, and
 sends each the same requests in turn. The arms:
@@ -63,7 +64,7 @@ BIN = Path(sys.executable).parent
 LAYERS = (7, 12, 17, 22)
 OPERATORS_PER_LAYER = 4
 POSITIONS, RANK = 6, 64
-OPTIONS = {"enforce_eager": True, "max_model_len": 512, "block_size": 32, "max_num_seqs": 64}
+OPTIONS = {"enforce_eager": True, "max_model_len": 512, "block_size": 32}
 
 REST = 2.0
 """Seconds between two runs: for one after its last step, a vLLM process waits busily on a core that others need."""
@@ -89,6 +90,7 @@ def main() -> None:
     options.add_argument("--batches", default="32,64")
     options.add_argument("--tokens", type=int, default=64)
     options.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    options.add_argument("--rows", type=int, default=64, help="vLLM's max_num_seqs; a client of ours keeps 1/8 free")
     options.add_argument("--arms", default="idle,steered,varied,first,words,grpc,steered-grpc")
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--json", action="store_true")
@@ -122,7 +124,7 @@ async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         for index, artifact in enumerate(made):
             Store(directory).save(f"op-{index}", artifact)
-        async with arms(names, loaded, made, directory, given.dtype) as ways:
+        async with arms(names, loaded, made, directory, given.dtype, {**OPTIONS, "max_num_seqs": given.rows}) as ways:
             found: dict[tuple[int, str], list[Run]] = {(size, name): [] for size in batches for name in ways}
             source = random.Random(0)
             for turn in range(-1, given.pairs):
@@ -153,17 +155,22 @@ async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 @asynccontextmanager
 async def arms(
-    names: Sequence[str], loaded: LoadedModel, made: Sequence[OperatorArtifact], directory: str, dtype: str
+    names: Sequence[str],
+    loaded: LoadedModel,
+    made: Sequence[OperatorArtifact],
+    directory: str,
+    dtype: str,
+    options: dict[str, Any],
 ) -> AsyncIterator[dict[str, Arm]]:
     """The ways to be measured, by name, each on an engine that is up."""
     source = str(obtain("smollm2-135m"))
-    plain = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, dtype=dtype, **OPTIONS))
+    plain = AsyncLLM.from_engine_args(AsyncEngineArgs(model=source, dtype=dtype, **options))
     ways: dict[str, Arm] = {"plain": lambda prompts, tokens: direct(plain, prompts, tokens)}
     engine = server = None
     try:
         if {"idle", "steered", "varied", "first", "words"} & set(names):
-            engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=OPTIONS)
-            vectors = [word_vector(made[0], index) for index in range(OPTIONS["max_num_seqs"])]
+            engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=options)
+            vectors = [word_vector(made[0], index) for index in range(len(LAYERS) * OPERATORS_PER_LAYER * 4)]
             engine._operator_cache.room.add([*made, *vectors])
             await engine._operator_cache.load([*made, *vectors])
             ways |= {
@@ -178,7 +185,7 @@ async def arms(
                 if name in names
             }
         if {"grpc", "steered-grpc"} & set(names):
-            server, client = await remote(directory, dtype)
+            server, client = await remote(directory, dtype, options)
             ways |= {
                 name: way
                 for name, way in {
@@ -241,9 +248,11 @@ async def timed(jobs: Sequence[Awaitable[float]], tokens: int) -> Run:
     return Run(len(jobs) * tokens / (time.perf_counter() - began), tuple(first))
 
 
-async def remote(directory: str, dtype: str) -> tuple[asyncio.subprocess.Process, asyncio.subprocess.Process]:
+async def remote(
+    directory: str, dtype: str, options: dict[str, Any]
+) -> tuple[asyncio.subprocess.Process, asyncio.subprocess.Process]:
     """A server and its client, each in a process of its own."""
-    args = [f"--engine-args={key}={str(value).lower()}" for key, value in OPTIONS.items()]
+    args = [f"--engine-args={key}={str(value).lower()}" for key, value in options.items()]
     command = [str(BIN / "steer-server"), "--engine", "vllm", "--dtype", dtype, "--store", directory, *args]
     server = await asyncio.create_subprocess_exec(
         *command,
