@@ -244,8 +244,31 @@ def test_the_page_asks_for_a_token_and_keeps_it_in_the_tab_alone(opened, guarded
     expect(other.locator("#access")).to_be_visible()
     other.close()
     opened.click("#forget-token")
-    expect(opened.locator("#access")).to_be_visible()
+    expect(opened.locator("#access")).to_be_visible(timeout=LATE)
     assert "steer_" not in opened.evaluate("JSON.stringify(sessionStorage)")
+
+
+def test_an_answer_to_a_token_that_was_forgotten_since_says_nothing(opened, expect):
+    give(opened, "whole")
+    expect(opened.locator("#server[data-kind=up]")).to_be_visible(timeout=LATE)
+    held = []
+
+    def hold(route):
+        held.append(route) if "authorization" in route.request.headers else route.continue_()
+
+    opened.route("**/api/model", hold)
+    with opened.expect_request("**/api/model"):
+        opened.reload(wait_until="commit")
+    expect(opened.locator("#prompt")).to_be_visible(timeout=LATE)
+    opened.evaluate("document.getElementById('forget-token').click()")
+    expect(opened.locator("#access")).to_be_visible(timeout=LATE)
+    expect(opened.locator("#server[data-kind=down]")).to_be_visible(timeout=LATE)
+    with opened.expect_response("**/api/model"):
+        for route in held:
+            route.continue_()
+    opened.wait_for_timeout(300)
+    expect(opened.locator("#server[data-kind=down]")).to_be_visible()
+    expect(opened.locator("#access")).to_be_visible()
 
 
 def test_the_page_says_which_scope_or_operator_a_token_lacks(opened, expect):

@@ -81,8 +81,11 @@ const marks = () => {
 
 async function meetServer() {
   const isAnswer = isAskingForToken();
+  const asked = kept.token();
   try {
     const [model, { operators }] = await Promise.all([call("model"), call("operators")]);
+    // Another token since, or none: this is an answer to one that is no more, and another is on its way.
+    if (kept.token() !== asked) return;
     const isNew = !page.isUp;
     tokenIsGood(isAnswer);
     Object.assign(page, { model, operators: operators ?? [], isUp: true });
@@ -101,6 +104,7 @@ async function meetServer() {
     }
     notePrompt();
   } catch (error) {
+    if (kept.token() !== asked) return;
     page.isUp = false;
     byId("server").textContent = error.reachable === false ? "The server cannot be reached; what you typed is kept."
       : error.status === 401 ? "The server asks for a token; what you typed is kept." : error.message;
