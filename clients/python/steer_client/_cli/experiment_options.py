@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -15,7 +15,7 @@ from steer_client._defaults import STEERED
 _ARMS = "Arms"
 
 ArmOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--arm",
         metavar="NAME: OPERATOR ...",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ class RuleChoice(StrEnum):
 # typer reads these annotations at run time.
 PromptArgument = Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")]
 OperatorOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--operator",
         "-o",
@@ -42,7 +42,7 @@ OperatorOption = Annotated[
     ),
 ]
 WordOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--word",
         "-w",
@@ -97,7 +97,7 @@ FrequencyOption = Annotated[
     ),
 ]
 BiasOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--logit-bias",
         metavar="ID=BIAS",
@@ -118,7 +118,7 @@ SeedOption = Annotated[
     typer.Option("--seed", metavar="S", help="Repeats a drawn text.", rich_help_panel=_SAMPLING),
 ]
 StopOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--stop",
         metavar="TEXT",
@@ -154,7 +154,7 @@ AssistantOption = Annotated[
     typer.Option("--assistant", metavar="TEXT", help="With --chat: how the answer begins; the text goes on with it."),
 ]
 TemplateOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--template-option",
         metavar="NAME=VALUE",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,7 +36,7 @@ PromptsOption = Annotated[
     ),
 ]
 OperatorsOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--operator",
         "-o",
@@ -46,7 +46,7 @@ OperatorsOption = Annotated[
     ),
 ]
 WordsToSteerOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--word",
         "-w",
@@ -95,7 +95,7 @@ CsvOption = Annotated[
     Path | None, typer.Option("--csv", metavar="FILE", help="Write a line per text.", rich_help_panel=_RESULT)
 ]
 ExpectOption = Annotated[
-    Optional[list[str]],  # noqa: UP045
+    list[str] | None,
     typer.Option(
         "--expect",
         metavar="[ARM:]METRIC>=NUMBER",
