@@ -170,7 +170,7 @@ async def arms(
     try:
         if {"idle", "steered", "varied", "first", "words"} & set(names):
             engine = await VLLMEngine.start(loaded, source, dtype=dtype, max_queue=64, engine_args=options)
-            vectors = [word_vector(made[0], index) for index in range(len(LAYERS) * OPERATORS_PER_LAYER * 4)]
+            vectors = [word_vector(made[0], index) for index in range(options["max_num_seqs"])]
             engine._operator_cache.room.add([*made, *vectors])
             await engine._operator_cache.load([*made, *vectors])
             ways |= {
