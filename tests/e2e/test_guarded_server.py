@@ -251,24 +251,51 @@ def test_the_page_asks_for_a_token_and_keeps_it_in_the_tab_alone(opened, guarded
 def test_an_answer_to_a_token_that_was_forgotten_since_says_nothing(opened, expect):
     give(opened, "whole")
     expect(opened.locator("#server[data-kind=up]")).to_be_visible(timeout=LATE)
-    held = []
-
-    def hold(route):
-        held.append(route) if "authorization" in route.request.headers else route.continue_()
-
-    opened.route("**/api/model", hold)
+    held = _hold_questions(opened, TOKENS["whole"])
     with opened.expect_request("**/api/model"):
         opened.reload(wait_until="commit")
     expect(opened.locator("#prompt")).to_be_visible(timeout=LATE)
     opened.evaluate("document.getElementById('forget-token').click()")
     expect(opened.locator("#access")).to_be_visible(timeout=LATE)
     expect(opened.locator("#server[data-kind=down]")).to_be_visible(timeout=LATE)
-    with opened.expect_response("**/api/model"):
-        for route in held:
-            route.continue_()
-    opened.wait_for_timeout(300)
+    _let_go(opened, held)
     expect(opened.locator("#server[data-kind=down]")).to_be_visible()
     expect(opened.locator("#access")).to_be_visible()
+
+
+def test_a_refusal_of_a_token_that_was_replaced_since_says_nothing(opened, expect):
+    held = _hold_questions(opened, TOKENS["unknown"])
+    with opened.expect_request("**/api/model"):
+        give(opened, "unknown")
+    give(opened, "whole")
+    expect(opened.locator("#server[data-kind=up]")).to_be_visible(timeout=LATE)
+    expect(opened.locator("#access")).to_be_hidden()
+    _let_go(opened, held)
+    expect(opened.locator("#access")).to_be_hidden()
+    expect(opened.locator("#server[data-kind=up]")).to_be_visible()
+
+
+def _hold_questions(page, token):
+    """The page's questions with a token, which are kept from the server."""
+    held = []
+
+    def hold(route):
+        if route.request.headers.get("authorization") == f"Bearer {token}":
+            held.append(route)
+        else:
+            route.continue_()
+
+    for method in ("model", "operators"):
+        page.route(f"**/api/{method}", hold)
+    return held
+
+
+def _let_go(page, held):
+    """Has the server answer them, and the page see the answers."""
+    with page.expect_response("**/api/model"):
+        for route in held:
+            route.continue_()
+    page.wait_for_timeout(300)
 
 
 def test_the_page_says_which_scope_or_operator_a_token_lacks(opened, expect):

@@ -27,7 +27,8 @@ function asError(body, response = null) {
 }
 
 async function send(path, body, signal) {
-  const headers = token() ? { authorization: `Bearer ${token()}` } : {};
+  const asked = token();
+  const headers = asked ? { authorization: `Bearer ${asked}` } : {};
   const options = body === undefined ? { headers, signal } : {
     method: "POST",
     headers: { ...headers, "content-type": "application/json" },
@@ -43,7 +44,8 @@ async function send(path, body, signal) {
   }
   if (!response.ok) {
     const error = asError(await response.json().catch(() => null), response);
-    if (error.status === 401) dispatchEvent(new CustomEvent("token-refused", { detail: error.message }));
+    // Of a token that has been replaced since, nobody needs to hear.
+    if (error.status === 401 && token() === asked) dispatchEvent(new CustomEvent("token-refused", { detail: error.message }));
     throw error;
   }
   return response;
